@@ -1,0 +1,10 @@
+//! The data path of hci-vmstore. Mechanism only: it moves bytes, counts acknowledgements and refuses
+//! stale epochs; who is in sync, and what to do about a lost replica, is decided in Python.
+//!
+//! Modules that decide (`geometry`, `checksum`, `wire`, `nbd` but for `serve`, `store` over its `Disk`
+//! trait, `replica` but for `link`) do no I/O of their own, so that a simulator can run them.
+
+pub mod checksum;
+pub mod geometry;
+pub mod nbd;
+pub mod store;

@@ -1,0 +1,1 @@
+//! NBD: handshake, requests and replies without I/O; `serve` does the I/O.
