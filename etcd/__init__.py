@@ -1,0 +1,1 @@
+"""Cluster state in etcd: records and keys, transactions, leases, watches, and a verified fake."""

@@ -1,0 +1,1 @@
+"""Pure policy: ids, geometry, placement, membership, healing. Nothing here does I/O."""
