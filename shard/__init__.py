@@ -1,1 +1,4 @@
-"""Pure policy: ids, geometry, placement, membership, healing. Nothing here does I/O."""
+"""Vocabulary and pure policy: ids, geometry, placement, membership, digests.
+
+Nothing here opens a file or a socket, reads a clock, draws a random number, or logs.
+"""
