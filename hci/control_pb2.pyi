@@ -99,6 +99,7 @@ class NodeStatus(_message.Message):
     IMAGES_FIELD_NUMBER: _builtins.int
     CONNECTIONS_FIELD_NUMBER: _builtins.int
     COUNTERS_FIELD_NUMBER: _builtins.int
+    DATA_DIR_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: Global___NodeStatus.State.ValueType
     trouble: _builtins.str
@@ -115,6 +116,7 @@ class NodeStatus(_message.Message):
     """Images with data or a record here."""
     connections: _builtins.int
     """Data connections open now."""
+    data_dir: _builtins.str
     @_builtins.property
     def counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     def __init__(
@@ -132,10 +134,11 @@ class NodeStatus(_message.Message):
         images: _builtins.int = ...,
         connections: _builtins.int = ...,
         counters: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        data_dir: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "cluster_id", b"cluster_id", "connections", b"connections", "counters", b"counters", "images", b"images", "name", b"name", "start_counter", b"start_counter", "state", b"state", "store_id", b"store_id", "trouble", b"trouble", "used_bytes", b"used_bytes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "cluster_id", b"cluster_id", "connections", b"connections", "counters", b"counters", "data_dir", b"data_dir", "images", b"images", "name", b"name", "start_counter", b"start_counter", "state", b"state", "store_id", b"store_id", "trouble", b"trouble", "used_bytes", b"used_bytes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
