@@ -1,1 +1,1 @@
-"""Cluster state in etcd: records and keys, transactions, leases, watches, and a verified fake."""
+"""Cluster state in etcd: keys and records (pure), the client, leases, watches, a verified fake."""

@@ -184,22 +184,54 @@ def _change(
 
 
 def check(membership: Membership) -> None:
-    """Assert what holds of every membership. Records from outside are validated before this."""
-    policy = membership.policy
-    assert membership.sets, "an image has at least one replica set"
-    assert membership.generation >= FIRST_GENERATION, "generations begin at 1"
-    assert membership.epoch >= 0, "epochs begin at 0"
-    for members in membership.sets:
-        assert len(members) == policy.members, "a set has as many members as its policy says"
-        assert len(set(members)) == len(members), "a node is in a set once"
-    for index, nodes in membership.stale.items():
-        assert 0 <= index < len(membership.sets), "a stale entry names a replica set"
-        assert nodes, "a set without stale nodes has no entry"
-        for node, since in nodes.items():
-            assert node in membership.sets[index], "a stale node is a member of its set"
-            assert 0 <= since < membership.generation, "a node is stale since a former generation"
-    for index in range(len(membership.sets)):
-        assert quorum_met(membership, index), "a set never falls below its quorum"
+    """Assert what holds of every membership. Records from outside go through `problem_of` first."""
+    problem = problem_of(
+        membership.policy,
+        membership.sets,
+        membership.stale,
+        membership.generation,
+        membership.epoch,
+    )
+    assert problem is None, problem
+
+
+def problem_of(
+    policy: Policy, sets: tuple[ReplicaSet, ...], stale: Stale, generation: int, epoch: int
+) -> str | None:
+    """Return which rule these parts of a membership break, or None where they make one."""
+    if not sets:
+        return "an image has at least one replica set"
+    if generation < FIRST_GENERATION:
+        return "generations begin at 1"
+    if epoch < 0:
+        return "epochs begin at 0"
+    if not all(0 <= index < len(sets) for index in stale):
+        return "a stale entry names a replica set"
+    for index, members in enumerate(sets):
+        problem = _problem_of_set(policy, members, stale.get(index), generation)
+        if problem is not None:
+            return problem
+    return None
+
+
+def _problem_of_set(
+    policy: Policy, members: ReplicaSet, stale: Mapping[str, int] | None, generation: int
+) -> str | None:
+    if len(members) != policy.members:
+        return "a set has as many members as its policy says"
+    if len(set(members)) != len(members):
+        return "a node is in a set once"
+    if stale is None:
+        return None
+    if not stale:
+        return "a set without stale nodes has no entry"
+    if not stale.keys() <= set(members):
+        return "a stale node is a member of its set"
+    if not all(0 <= since < generation for since in stale.values()):
+        return "a node is stale since a former generation"
+    if len(members) - len(stale) < policy.quorum:
+        return "a set never falls below its quorum"
+    return None
 
 
 def check_successor(before: Membership, after: Membership) -> None:
