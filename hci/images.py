@@ -3,6 +3,7 @@
 import time
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from urllib.parse import quote
 
 from etcd.records import ImageRecord, NodeRecord
@@ -26,11 +27,8 @@ def used_bytes(record: ImageRecord, nodes: Mapping[str, NodeRecord]) -> dict[str
     """Physical bytes per node, of those that answer."""
     used = {}
     for name in sorted({node for members in record.sets for node in members}):
-        try:
-            with NodeClient(name, nodes[name].control) as client:
-                used[name] = client.usage([record.id]).get(record.id, 0)
-        except ControlError:
-            continue
+        with suppress(ControlError), NodeClient(name, nodes[name].control) as client:
+            used[name] = client.usage([record.id]).get(record.id, 0)
     return used
 
 
@@ -84,11 +82,8 @@ def remove(records: Catalog, name: ImageName) -> None:
 
 
 def _delete_at(node: NodeRecord, image: ImageId) -> None:
-    try:
-        with NodeClient(node.name, node.control) as client:
-            client.delete(image)
-    except ControlError:
-        return
+    with suppress(ControlError), NodeClient(node.name, node.control) as client:
+        client.delete(image)
 
 
 def resize(
@@ -162,4 +157,14 @@ def check(
     def pause(attempt: int) -> None:
         time.sleep(0.1 * 2**attempt)
 
-    return replicas.compare(record, records.alive(), digests, progress, pause)
+    return replicas.compare(record, _answering(record, nodes), digests, progress, pause)
+
+
+def _answering(record: ImageRecord, nodes: Mapping[str, NodeRecord]) -> list[str]:
+    """The image's nodes that answer now. One that died counts as alive in etcd for a while yet."""
+    answering = []
+    for name in sorted({node for members in record.sets for node in members}):
+        with suppress(ControlError), NodeClient(name, nodes[name].control) as client:
+            client.status()
+            answering.append(name)
+    return answering

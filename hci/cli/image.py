@@ -168,9 +168,11 @@ def check(context: typer.Context, name: Image, as_json: AsJson = False) -> None:
                 report = images.check(here.config, records, image, progress)
     different = [{"shard": each.shard, "nodes": list(each.nodes)} for each in report.different]
     if as_json:
-        output.as_json({"equal": report.equal, "different": different, "shards": report.shards})
+        compared = [list(nodes) for nodes in report.compared]
+        output.as_json({"equal": report.equal, "different": different, "compared": compared})
     elif report.equal:
-        typer.echo(f"{name}: all replicas in sync are equal ({report.shards} shards)")
+        nodes = "; ".join(", ".join(members) for members in report.compared)
+        typer.echo(f"{name}: the replicas in sync and up are equal ({nodes})")
     else:
         for each in report.different:
             typer.echo(f"{name}: shard {each.shard} differs on {', '.join(each.nodes)}")
