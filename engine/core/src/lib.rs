@@ -6,5 +6,8 @@
 
 pub mod checksum;
 pub mod geometry;
+pub mod io;
 pub mod nbd;
+pub mod replica;
 pub mod store;
+pub mod wire;
