@@ -1,9 +1,11 @@
 //! What both daemons' event loops share: readiness, buffered streams, clocks. Level-triggered epoll and
 //! plain reads and writes; `docs/decisions/` says why.
 
+mod outgoing;
 mod poller;
 mod stream;
 
+pub use outgoing::{Outgoing, Sink};
 pub use poller::{Poller, Ready, Waker};
 pub use stream::{Address, Filled, Stream, listen_tcp, listen_unix};
 

@@ -1,10 +1,10 @@
 //! Readiness of file descriptors, and a way to wake a sleeping loop from another thread.
 
-use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 use rustix::fd::{AsFd, OwnedFd};
 use std::io;
+use std::mem::MaybeUninit;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,13 +19,15 @@ pub struct Ready {
 /// An epoll instance.
 pub struct Poller {
     epoll: OwnedFd,
-    events: Vec<Event>,
 }
+
+/// Most descriptors that one wait reports; the others are reported by the next.
+const EVENTS_MAX: usize = 128;
 
 impl Poller {
     pub fn new() -> io::Result<Poller> {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
-        Ok(Poller { epoll, events: Vec::with_capacity(256) })
+        Ok(Poller { epoll })
     }
 
     pub fn add(&self, fd: impl AsFd, token: u64, writable: bool) -> io::Result<()> {
@@ -48,18 +50,18 @@ impl Poller {
     }
 
     /// Waits at most `timeout` and appends what is ready to `ready`.
-    pub fn wait(&mut self, timeout: Duration, ready: &mut Vec<Ready>) -> io::Result<()> {
+    pub fn wait(&self, timeout: Duration, ready: &mut Vec<Ready>) -> io::Result<()> {
         let timeout = Timespec {
             tv_sec: timeout.as_secs() as i64,
             tv_nsec: i64::from(timeout.subsec_nanos()),
         };
-        self.events.clear();
-        match epoll::wait(&self.epoll, spare_capacity(&mut self.events), Some(&timeout)) {
-            Ok(_) => {}
+        let mut events = [const { MaybeUninit::<Event>::uninit() }; EVENTS_MAX];
+        let events = match epoll::wait(&self.epoll, &mut events, Some(&timeout)) {
+            Ok((events, _)) => events,
             Err(rustix::io::Errno::INTR) => return Ok(()),
             Err(error) => return Err(error.into()),
-        }
-        ready.extend(self.events.iter().map(|event| {
+        };
+        ready.extend(events.iter().map(|event| {
             let flags = event.flags;
             let ended = flags.intersects(EventFlags::ERR | EventFlags::HUP | EventFlags::RDHUP);
             Ready {

@@ -1,12 +1,12 @@
 //! A non-blocking connection with what was read and what waits to be written.
 
-use bytes::{BufMut, Bytes, BytesMut};
+use super::Outgoing;
+use bytes::{BufMut, BytesMut};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::net::{
     AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, ipproto, socket_with,
     sockopt,
 };
-use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -37,8 +37,7 @@ pub enum Filled {
 pub struct Stream {
     fd: OwnedFd,
     pub input: BytesMut,
-    output: VecDeque<Bytes>,
-    output_bytes: usize,
+    output: Outgoing,
     writing: bool,
     reading: bool,
 }
@@ -49,8 +48,7 @@ impl Stream {
         Stream {
             fd,
             input: BytesMut::new(),
-            output: VecDeque::new(),
-            output_bytes: 0,
+            output: Outgoing::new(),
             writing: false,
             reading: true,
         }
@@ -109,27 +107,21 @@ impl Stream {
         Ok(if read < capacity { Filled::Drained } else { Filled::More })
     }
 
-    /// Queues bytes; `flush` writes them.
-    pub fn push(&mut self, bytes: Bytes) {
-        if !bytes.is_empty() {
-            self.output_bytes += bytes.len();
-            self.output.push_back(bytes);
-        }
+    /// What waits to be written; `flush` writes it.
+    pub fn output(&mut self) -> &mut Outgoing {
+        &mut self.output
     }
 
     /// Bytes that wait to be written.
     pub fn pending_bytes(&self) -> usize {
-        self.output_bytes
+        self.output.len()
     }
 
     /// Writes what the socket takes.
     pub fn flush(&mut self) -> io::Result<()> {
         while !self.output.is_empty() {
             let mut slices = [IoSlice::new(&[]); WRITE_SLICES];
-            let count = self.output.len().min(WRITE_SLICES);
-            for (slice, bytes) in slices.iter_mut().zip(&self.output) {
-                *slice = IoSlice::new(bytes);
-            }
+            let count = self.output.gather(&mut slices);
             let sent = rustix::net::sendmsg(
                 &self.fd,
                 &slices[..count],
@@ -137,25 +129,13 @@ impl Stream {
                 SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
             );
             match sent {
-                Ok(sent) => self.consume(sent),
+                Ok(sent) => self.output.advance(sent),
                 Err(rustix::io::Errno::AGAIN) => break,
                 Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
         }
         Ok(())
-    }
-
-    fn consume(&mut self, mut sent: usize) {
-        self.output_bytes -= sent;
-        while let Some(front) = self.output.front_mut() {
-            if front.len() > sent {
-                bytes::Buf::advance(front, sent);
-                return;
-            }
-            sent -= front.len();
-            self.output.pop_front();
-        }
     }
 
     /// The interest to register if it differs from what was last asked for: (readable, writable).

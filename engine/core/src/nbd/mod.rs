@@ -15,14 +15,13 @@ pub mod constants;
 mod errors;
 mod handshake;
 mod options;
-mod outgoing;
 mod reply;
 mod request;
+pub mod serve;
 
 pub use errors::{Errno, ProtocolError};
 pub use handshake::{Answer, Handshake, Query, Step};
-pub use outgoing::{Outgoing, Sink};
-pub use reply::{Extent, Run, block_status, done, error, read};
+pub use reply::{Extent, block_status, done, error, read};
 pub use request::{Command, Flags, Parsed, Refusal, Request, RequestReader, check};
 
 use constants::{MAX_STRING_BYTES, transmission_flags as flag};

@@ -6,29 +6,10 @@
 //! «Structured reply chunk message» allows.
 
 use super::constants::{SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, chunk};
-use super::{Errno, ReplyStyle, Request, Session, Sink, shortened};
-use bytes::{BufMut, Bytes};
-
-/// A piece of what a read found.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Run {
-    Data(Bytes),
-    /// This many bytes that read as zeroes.
-    Hole(u32),
-}
-
-impl Run {
-    fn length(&self) -> u64 {
-        match self {
-            Run::Data(data) => data.len() as u64,
-            Run::Hole(length) => u64::from(*length),
-        }
-    }
-
-    fn is_hole(&self) -> bool {
-        matches!(self, Run::Hole(_))
-    }
-}
+use super::{Errno, ReplyStyle, Request, Session, shortened};
+use crate::content::Run;
+use crate::io::Sink;
+use bytes::BufMut;
 
 /// A piece of the answer to a block status request; `flags` are those of `base:allocation`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

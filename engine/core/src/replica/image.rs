@@ -2,7 +2,8 @@
 
 use super::level::Leveller;
 use super::locks::{BlockLocks, Range};
-use super::{Event, Extent, IoError, NodeIndex, NodeMask, Outcome, Output, Run, Token};
+use super::{Event, Extent, IoError, NodeIndex, NodeMask, Outcome, Output, Token};
+use crate::content::Run;
 use crate::geometry::{Geometry, ImageId, LayerId};
 use crate::wire::messages::RecordHead;
 use crate::wire::{self, Prefix};
@@ -214,6 +215,10 @@ impl ImageIo {
 
     pub fn spec(&self) -> &OpenSpec {
         &self.spec
+    }
+
+    pub fn size_bytes(&self) -> u64 {
+        self.spec.geometry.size_bytes
     }
 
     pub fn is_running(&self) -> bool {

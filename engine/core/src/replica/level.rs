@@ -13,9 +13,10 @@ use super::image::{ImageIo, ReplicaState};
 use super::replies::BadReply;
 use super::{Event, NodeIndex, NodeMask};
 use crate::checksum::crc32c;
+use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, LayerId, Tag};
 use crate::wire::messages::{
-    Block, BlocksReply, Copy, DIRTY_ENTRIES_MAX, DirtyFrom, DirtyReply, Flush, Head, Level,
+    BlocksReply, Copy, DIRTY_ENTRIES_MAX, DirtyFrom, DirtyReply, Flush, Head, Level,
     ShardRange,
 };
 use crate::wire::{Frame, PAYLOAD_BYTES_MAX, Status, kind};

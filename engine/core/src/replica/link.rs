@@ -3,7 +3,7 @@
 //! A link that hears nothing for `LOST_NS` is ended. A pause of our own (the process was stopped) is
 //! not the node's silence: `tick` grants a fresh second after one.
 
-use crate::io::{Address, Filled, Poller, Stream};
+use crate::io::{Address, Filled, Poller, Sink, Stream};
 use crate::wire::messages::{Head, Hello, HelloReply};
 use crate::wire::{Frame, FrameReader, Prefix, REPLY, Status, VERSION, encode, kind};
 use bytes::{Bytes, BytesMut};
@@ -68,8 +68,8 @@ impl Link {
     /// Queues a frame on a ready link; on any other it is dropped, as on a connection that broke.
     pub fn push(&mut self, head: Bytes, payload: Bytes) {
         if let State::Ready { stream, .. } = &mut self.state {
-            stream.push(head);
-            stream.push(payload);
+            stream.output().data(head);
+            stream.output().data(payload);
         }
     }
 
@@ -110,7 +110,7 @@ impl Link {
                     *pinged_ns = now_ns;
                     let mut ping = BytesMut::new();
                     encode(&mut ping, Prefix::request(kind::PING, 0, 0, 0), 0, |_| {});
-                    stream.push(ping.freeze());
+                    stream.output().data(ping.freeze());
                     self.flush(poller, now_ns, events);
                 }
             }
@@ -158,7 +158,7 @@ impl Link {
         };
         let mut out = BytesMut::new();
         encode(&mut out, Prefix::request(kind::HELLO, 0, 0, 0), 0, |head| hello.put(head));
-        stream.push(out.freeze());
+        stream.output().data(out.freeze());
         self.state = State::Greeting { stream, deadline_ns: now_ns + CONNECT_NS };
     }
 

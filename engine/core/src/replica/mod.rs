@@ -29,6 +29,7 @@ mod submit;
 pub use link::{Link, LinkEvent, LinkTarget};
 pub use image::{ImageIo, OpenSpec, SetSpec};
 
+use crate::content::Run;
 use crate::geometry::ImageId;
 use crate::wire::Status;
 use bytes::Bytes;
@@ -75,13 +76,6 @@ impl NodeMask {
 pub struct Token {
     pub client: u64,
     pub cookie: u64,
-}
-
-/// A run of a read's answer, in order.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Run {
-    Data(Bytes),
-    Hole(u32),
 }
 
 /// A run of a status answer.

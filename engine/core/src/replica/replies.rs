@@ -1,11 +1,12 @@
 //! Answers of the nodes: counted, verified, and turned into answers for the clients.
 
 use super::image::{Clear, ImageIo, Phase, RequestKind};
-use super::{Event, Extent, IoError, NodeIndex, NodeMask, Outcome, Output, Run};
+use super::{Event, Extent, IoError, NodeIndex, NodeMask, Outcome, Output};
 use crate::checksum::crc32c;
+use crate::content::{Block, Run};
 use crate::geometry::BLOCK_BYTES;
 use crate::wire::codec::Fields;
-use crate::wire::messages::{Block, Head, Number, Session, take_blocks};
+use crate::wire::messages::{Head, Number, Session, take_blocks};
 use crate::wire::{Frame, REPLY, Status, kind};
 use bytes::Bytes;
 
@@ -172,7 +173,7 @@ impl ImageIo {
             self.requests[request].extents[position] = extents;
             return Ok(true);
         }
-        let data_blocks = blocks.iter().filter(|b| matches!(b, Block::Data(_))).count();
+        let data_blocks = blocks.iter().filter(|block| block.is_data()).count();
         if frame.payload.len() != data_blocks * BLOCK_BYTES as usize {
             return Err(BadReply("payload and block list disagree"));
         }
@@ -289,10 +290,10 @@ impl Window {
 fn runs_of(blocks: &[Block], mut payload: Bytes, skip: u32, length: u32) -> Vec<Run> {
     let mut window = Window { skip, left: length };
     let mut runs = Vec::with_capacity(1);
-    for group in blocks.chunk_by(|a, b| is_data(a) == is_data(b)) {
+    for group in blocks.chunk_by(|a, b| a.is_data() == b.is_data()) {
         let bytes = group.len() as u32 * BLOCK_BYTES;
         let (start, length) = window.next(bytes);
-        if is_data(&group[0]) {
+        if group[0].is_data() {
             let data = payload.split_to(bytes as usize);
             runs.push(Run::Data(data.slice(start as usize..(start + length) as usize)));
         } else {
@@ -316,8 +317,4 @@ fn extents_of(blocks: &[Block], skip: u32, length: u32) -> Vec<Extent> {
             Extent { length, hole, zero }
         })
         .collect()
-}
-
-fn is_data(block: &Block) -> bool {
-    matches!(block, Block::Data(_))
 }

@@ -3,6 +3,7 @@
 
 use super::codec::{Fields, Short, put_list, put_text};
 use super::{MAGIC, VERSION};
+use crate::content::Block;
 use crate::geometry::{ImageId, LayerId, Tag};
 use bytes::{BufMut, Bytes, BytesMut};
 
@@ -266,39 +267,31 @@ pub fn take_write(head: Bytes, checksums: &mut Vec<u32>) -> Result<Io, Short> {
     Ok(io)
 }
 
-/// What a block holds. On the wire: a byte 0, 1 or 2 and the CRC32C (0 where there is no data).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Block {
-    Absent,
-    Zero,
-    Data(u32),
+/// A block on the wire: a byte 0 (absent), 1 (zero) or 2 (data) and the CRC32C (0 without data).
+fn put_block(out: &mut BytesMut, block: Block) {
+    let (state, checksum) = match block {
+        Block::Absent => (0, 0),
+        Block::Zero => (1, 0),
+        Block::Data(checksum) => (2, checksum),
+    };
+    out.put_u8(state);
+    out.put_u32_le(checksum);
 }
 
-impl Block {
-    fn put(self, out: &mut BytesMut) {
-        let (state, checksum) = match self {
-            Block::Absent => (0, 0),
-            Block::Zero => (1, 0),
-            Block::Data(checksum) => (2, checksum),
-        };
-        out.put_u8(state);
-        out.put_u32_le(checksum);
-    }
-    fn take(f: &mut Fields) -> Result<Self, Short> {
-        let (state, checksum) = (f.u8()?, f.u32()?);
-        match state {
-            0 => Ok(Block::Absent),
-            1 => Ok(Block::Zero),
-            2 => Ok(Block::Data(checksum)),
-            _ => Err(Short),
-        }
+fn take_block(f: &mut Fields) -> Result<Block, Short> {
+    let (state, checksum) = (f.u8()?, f.u32()?);
+    match state {
+        0 => Ok(Block::Absent),
+        1 => Ok(Block::Zero),
+        2 => Ok(Block::Data(checksum)),
+        _ => Err(Short),
     }
 }
 
 /// Answer to READ and STATUS: the blocks of the range; READ's payload is the data blocks' data.
 pub fn put_blocks(out: &mut BytesMut, blocks: impl ExactSizeIterator<Item = Block>) {
     out.put_u32_le(blocks.len() as u32);
-    blocks.for_each(|block| block.put(out));
+    blocks.for_each(|block| put_block(out, block));
 }
 
 /// Reads what `put_blocks` wrote, into `blocks`.
@@ -311,7 +304,7 @@ pub fn take_blocks(head: Bytes, blocks: &mut Vec<Block>) -> Result<(), Short> {
     blocks.clear();
     blocks.reserve(count);
     for _ in 0..count {
-        blocks.push(Block::take(&mut fields)?);
+        blocks.push(take_block(&mut fields)?);
     }
     Ok(())
 }
@@ -475,13 +468,13 @@ impl Head for BlocksReply {
 
 fn put_tagged(out: &mut BytesMut, blocks: &[(Block, Tag)]) {
     put_list(out, blocks, |out, (block, tag)| {
-        block.put(out);
+        put_block(out, *block);
         put_tag(out, *tag);
     });
 }
 
 fn take_tagged(f: &mut Fields) -> Result<Vec<(Block, Tag)>, Short> {
-    f.list(21, |f| Ok((Block::take(f)?, take_tag(f)?)))
+    f.list(21, |f| Ok((take_block(f)?, take_tag(f)?)))
 }
 
 /// COPY: make these blocks so, with their source's tags, under the orderer's epoch and generation.
