@@ -1,0 +1,1 @@
+"""Images as a person knows them: names, sizes, leases, import and export."""
