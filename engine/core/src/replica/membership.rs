@@ -14,11 +14,19 @@ impl ImageIo {
         if self.phase == Phase::Dead || self.replica(node).state != ReplicaState::Down {
             return;
         }
-        self.peek(node);
+        self.ask_for_record(node);
     }
 
-    /// Asks a connected node for its record again; its answer is an event.
+    /// Asks a node that waits to be admitted for its record again; its answer is an event.
     pub fn peek(&mut self, node: NodeIndex) {
+        let waits = usize::from(node) < self.replicas.len()
+            && self.replica(node).state == ReplicaState::Waiting;
+        if waits {
+            self.ask_for_record(node);
+        }
+    }
+
+    fn ask_for_record(&mut self, node: NodeIndex) {
         self.replica(node).state = ReplicaState::Peeking;
         let head = Peek(self.spec.image);
         self.send(NodeMask::one(node), kind::PEEK, 0, 0, &Bytes::new(), |out| head.put(out));
@@ -77,6 +85,7 @@ impl ImageIo {
                     generation: peek.record.generation,
                     digest: peek.record.digest,
                     dirty: peek.dirty,
+                    flush_number: peek.flush_number,
                     peers: peek.peers,
                     body: frame.payload,
                 })

@@ -145,6 +145,7 @@ pub struct PeekedRecord {
     pub generation: u64,
     pub digest: [u8; 32],
     pub dirty: u32,
+    pub flush_number: u64,
     pub peers: Vec<(String, u64)>,
     pub body: Bytes,
 }

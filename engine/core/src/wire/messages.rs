@@ -144,6 +144,8 @@ impl Head for Peek {
 pub struct PeekReply {
     pub record: RecordHead,
     pub dirty: u32,
+    /// The store's own flush number, now.
+    pub flush_number: u64,
     /// Flush numbers this node has seen named by clears, to notice a peer that was rolled back.
     pub peers: Vec<(String, u64)>,
 }
@@ -152,12 +154,14 @@ impl Head for PeekReply {
     fn put(&self, out: &mut BytesMut) {
         self.record.put(out);
         out.put_u32_le(self.dirty);
+        out.put_u64_le(self.flush_number);
         put_flush_numbers(out, &self.peers);
     }
     fn take_fields(f: &mut Fields) -> Result<Self, Short> {
         Ok(PeekReply {
             record: RecordHead::take_fields(f)?,
             dirty: f.u32()?,
+            flush_number: f.u64()?,
             peers: take_flush_numbers(f)?,
         })
     }
