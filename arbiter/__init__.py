@@ -1,1 +1,1 @@
-"""The thin arbiter: a witness that holds a few bytes per image and replica set, and no data."""
+"""The thin arbiter: a witness for sites with two data nodes. It holds a few bytes per image."""

@@ -83,6 +83,12 @@ class MemoryEtcd:
         self._faults: deque[Fault] = deque()
         self._closed = False
 
+    @property
+    def now_s(self) -> float:
+        """The fake's own time, which only `advance` moves."""
+        with self._lock:
+            return self._now_s
+
     def fail_next(self, *faults: Fault) -> None:
         """Let the next calls, in order, meet these faults."""
         with self._lock:

@@ -1,1 +1,1 @@
-"""Images as a person knows them: names, sizes, leases, import and export."""
+"""Images: their names, the catalog of them in etcd, and what is done with them."""
