@@ -78,6 +78,11 @@ def inspect(path: Path, file_format: str | None = None) -> Source:
     return source
 
 
+def touch(uri: str) -> None:
+    """Open the image at `uri` and close it again. Raises TransferFailed where it does not open."""
+    _answer("info", "--output=json", "-f", "raw", uri)
+
+
 def fill(source: Source, uri: str, progress: Progress) -> None:
     """Copy a file into the new image at `uri`, which must read as zeroes; flush it there.
 

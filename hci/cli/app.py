@@ -41,7 +41,7 @@ def root(
             metavar="FILE",
         ),
     ] = None,
-    version: Annotated[
+    _version_asked: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
     ] = False,
 ) -> None:

@@ -37,7 +37,7 @@ class Session:
         gateways = self.config.gateways
         if not gateways:
             raise ConfigError("no [gateway.…] in it, so no image can be reached", self.config.path)
-        if preferred in gateways:
+        if preferred is not None and preferred in gateways:
             return gateways[preferred]
         return gateways[min(gateways)]
 

@@ -21,6 +21,9 @@ MAY_IMPORT = {
 PURE = (
     "shard/**/*.py",
     "arbiter/vote.py",
+    "etcd/errors.py",
+    "etcd/fields.py",
+    "etcd/interface.py",
     "etcd/keys.py",
     "etcd/records.py",
     "vmstore/names.py",
