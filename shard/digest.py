@@ -4,11 +4,14 @@ A digest covers the whole shard as a guest sees it: all its bytes in order, hole
 the image's end as zeroes, so that replicas are equal however sparse their files are.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from blake3 import blake3
+
+from shard.membership import Membership
 
 DIGEST_BYTES = 32
 
@@ -53,3 +56,15 @@ def compare(digests: Mapping[str, Mapping[int, bytes]], zeroes: bytes) -> list[D
         nodes = tuple(sorted(node for node, value in found.items() if value != majority))
         differences.append(Difference(shard, nodes))
     return differences
+
+
+def membership_digest(membership: Membership) -> bytes:
+    """Return what tells two memberships of one generation apart: replica sets and who is stale.
+
+    Nodes store it beside the generation and refuse an equal generation with another digest. Part of
+    the wire and disk formats: BLAKE3 of JSON with sorted keys and no spaces.
+    """
+    stale = {str(index): dict(nodes) for index, nodes in membership.stale.items()}
+    sets = [list(members) for members in membership.sets]
+    text = json.dumps({"sets": sets, "stale": stale}, sort_keys=True, separators=(",", ":"))
+    return digest([text.encode()])

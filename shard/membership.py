@@ -118,13 +118,16 @@ def quorum_met(membership: Membership, index: int, reachable: Iterable[str] | No
     )
 
 
-def lose(membership: Membership, lost: Iterable[str]) -> Plan:
+def lose(membership: Membership, lost: Iterable[str], emptied: Iterable[str] = ()) -> Plan:
     """Return how an image goes on without the nodes `lost`, which may be stale already.
+
+    Those of them that are `emptied` (their store is not the one that was in sync) are stale since
+    0: nothing on them is believed.
 
     A set loses all of its lost nodes or none: taking out some of them would not let a write be
     answered, and would narrow the choice when one of them comes back.
     """
-    return _change(membership, frozenset(lost), {})
+    return _change(membership, frozenset(lost), {}, frozenset(emptied))
 
 
 def open_plan(membership: Membership, reachable: Iterable[str]) -> Plan:
@@ -152,7 +155,10 @@ def rejoin(
 
 
 def _change(
-    membership: Membership, lost: frozenset[str], healed: Mapping[int, frozenset[str]]
+    membership: Membership,
+    lost: frozenset[str],
+    healed: Mapping[int, frozenset[str]],
+    emptied: frozenset[str] = frozenset(),
 ) -> Plan:
     policy, next_generation = membership.policy, membership.generation + 1
     stale = {index: dict(nodes) for index, nodes in membership.stale.items()}
@@ -170,7 +176,8 @@ def _change(
             of_set = stale.setdefault(index, {})
             for node in taken_in:
                 del of_set[node]
-            of_set.update(dict.fromkeys(missing, membership.generation))
+            since = {node: 0 if node in emptied else membership.generation for node in missing}
+            of_set.update(since)
     if not changed:
         return Wait(waiting) if waiting else Ready()
     proposal = replace(
@@ -243,4 +250,4 @@ def check_successor(before: Membership, after: Membership) -> None:
     for index in range(len(after.sets)):
         for node, since in after.stale.get(index, {}).items():
             left = before.stale.get(index, {}).get(node, before.generation)
-            assert since == left, "a stale node keeps the generation it was left at"
+            assert since in (left, 0), "a stale node keeps the generation it was left at"

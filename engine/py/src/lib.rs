@@ -2,6 +2,10 @@
 
 use pyo3::prelude::*;
 
+mod gateway;
+mod ids;
+mod node;
+
 #[pymodule]
 mod _engine {
     use super::*;
@@ -9,6 +13,12 @@ mod _engine {
     /// Version of the engine, the same as the distribution's.
     #[pymodule_export]
     const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+    #[pymodule_export]
+    use crate::gateway::Gateway;
+
+    #[pymodule_export]
+    use crate::node::Node;
 
     #[pymodule_init]
     fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
