@@ -289,7 +289,7 @@ impl Handshake {
         }
     }
 
-    /// Answers an option whose data was too long to keep; options that are not known say so instead.
+    /// Answers an option whose data was too long to keep; an unknown option is told that instead.
     fn refuse_drained(&mut self, option: u32, out: &mut BytesMut) {
         let known = [
             option::LIST,

@@ -1,5 +1,5 @@
-//! Replies of the transmission phase, written into a [`Sink`]: headers as bytes, data as the `Bytes`
-//! that the store gave, zeroes as a length.
+//! Replies of the transmission phase, written into a [`Sink`]: headers as bytes, data as the
+//! `Bytes` that the store gave, zeroes as a length.
 //!
 //! With structured replies reads and block status come in chunks, and so does every error, for the
 //! sake of its message. Success without data is a simple reply in both styles, as the section
@@ -61,8 +61,8 @@ pub fn error(sink: &mut impl Sink, style: ReplyStyle, cookie: u64, errno: Errno,
 
 /// Answers a read with what was found. Neighbouring runs of one kind become one chunk.
 ///
-/// `runs` cover exactly the request's range, in order; anything else is a mistake of the caller, and
-/// would end in wrong bytes at the client, so it panics.
+/// `runs` cover exactly the request's range, in order; anything else is a mistake of the caller,
+/// and would end in wrong bytes at the client, so it panics.
 pub fn read(sink: &mut impl Sink, style: ReplyStyle, request: &Request, runs: &[Run]) {
     let length: u64 = runs.iter().map(Run::length).sum();
     assert_eq!(length, u64::from(request.length), "the runs of a read cover its range");
@@ -127,9 +127,9 @@ fn put_chunk(
 
 /// Answers a block status request for `base:allocation`. Section `NBD_REPLY_TYPE_BLOCK_STATUS`.
 ///
-/// `extents` begin at the request's offset. Neighbours with equal flags are joined, what reaches past
-/// the request is cut off, and at most `max_extents` are sent (one, where the client wants one): the
-/// client asks again from where the reply ended. At least one byte must be described.
+/// `extents` begin at the request's offset. Neighbours with equal flags are joined, what reaches
+/// past the request is cut off, and at most `max_extents` are sent (one, where the client wants
+/// one): the client asks again from where the reply ended. At least one byte must be described.
 pub fn block_status(
     sink: &mut impl Sink,
     session: &Session,
