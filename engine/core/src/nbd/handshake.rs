@@ -150,7 +150,8 @@ impl Handshake {
     }
 
     /// Answers the query that [`Handshake::receive`] returned; afterwards `receive` goes on, also
-    /// with input that came meanwhile. After a failed EXPORT_NAME the connection ends, as that
+    /// with input that came meanwhile. Send `out` before that: a client may ask for long lists
+    /// without reading them. After a failed EXPORT_NAME the connection ends, as that
     /// option has no error reply.
     pub fn answer(&mut self, answer: Answer, out: &mut BytesMut) -> Result<Step, ProtocolError> {
         let State::Waiting(waiting) = std::mem::replace(&mut self.state, State::Options) else {
