@@ -86,17 +86,16 @@ fn read_chunks(sink: &mut impl Sink, request: &Request, mut runs: &[Run]) {
     let in_one = request.flags.dont_fragment() && !only_holes;
     let mut offset = request.offset;
     while let Some(first) = runs.first() {
+        if first.length() == 0 {
+            runs = &runs[1..];
+            continue;
+        }
         let hole = first.is_hole() && !in_one;
-        let count = match in_one {
-            true => runs.len(),
-            false => runs.iter().take_while(|run| run.is_hole() == hole).count(),
-        };
+        let belongs = |run: &&Run| in_one || run.is_hole() == hole || run.length() == 0;
+        let count = runs.iter().take_while(belongs).count();
         let (group, rest) = runs.split_at(count);
         runs = rest;
         let length: u64 = group.iter().map(Run::length).sum();
-        if length == 0 {
-            continue;
-        }
         let flags = if offset + length == end { chunk::FLAG_DONE } else { 0 };
         put_chunk(sink, request.cookie, flags, offset, length as u32, hole, group);
         offset += length;

@@ -75,6 +75,14 @@ fn read_structured_with_empty_runs_behind_the_data_ends_once() {
     assert_eq!(shape, [(1, 1)]);
 }
 
+/// An empty run of data once cut a hole in two, so that a read with DF got two chunks.
+#[test]
+fn read_with_empty_runs_between_holes_joins_them() {
+    let chunks = read_chunks(1 << 2, 2, &[Run::Hole(1), data(0), Run::Hole(1)]);
+    let shape: Vec<_> = chunks.iter().map(|c| (c.0, c.1, c.2.len())).collect();
+    assert_eq!(shape, [(1, 2, 12)]);
+}
+
 #[test]
 fn read_structured_of_no_bytes_is_one_empty_chunk() {
     assert_eq!(read_chunks(0, 0, &[]), [(1, 0, Bytes::new())]);
