@@ -225,8 +225,6 @@ impl Handshake {
                 self.state = State::Ended;
                 Ok(Some(Step::Close))
             }
-            // The data of ABORT is ignored, so there is no need to see it.
-            option::ABORT if too_long => Ok(self.take_option(option, Bytes::new(), out)),
             _ if too_long => {
                 self.state = State::Draining { option, left: length };
                 Ok(None)
@@ -290,7 +288,8 @@ impl Handshake {
         }
     }
 
-    /// Answers an option whose data was too long to keep; an unknown option is told that instead.
+    /// Answers an option whose data was too long to keep. Unknown options are told that instead,
+    /// and ABORT means the same with any data.
     fn refuse_drained(&mut self, option: u32, out: &mut BytesMut) {
         let known = [
             option::LIST,
