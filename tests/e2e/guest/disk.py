@@ -62,8 +62,10 @@ def _root_disk(parts: GuestParts, disk: Path, size: str) -> None:
         raw = Path(scratch) / "root.raw"
         # Without a lazily initialised inode table the guest does not go on writing it by itself.
         _output(
-            ["mke2fs", "-q", "-t", "ext4", "-L", "guest", "-E", "lazy_itable_init=0,root_owner=0:0"]
-            + ["-d", str(root), str(raw), size]
+            [
+                *("mke2fs", "-q", "-t", "ext4", "-L", "guest", "-d", str(root)),
+                *("-E", "lazy_itable_init=0,root_owner=0:0", str(raw), size),
+            ]
         )
         _output(["qemu-img", "convert", "-q", "-O", "qcow2", str(raw), str(disk)])
 
