@@ -226,7 +226,7 @@ def show(cluster: DevCluster, *arguments: str) -> None:
         console.print(f"    {escape(line)}", soft_wrap=True)
 
 
-def _end_on_sigterm(number: int, frame: FrameType | None) -> None:
+def _end_on_sigterm(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
