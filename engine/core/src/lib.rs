@@ -5,6 +5,11 @@
 //! trait, `replica` but for `link`) do no I/O of their own, so that a simulator can run them.
 
 pub mod checksum;
+pub mod content;
+pub mod gateway;
 pub mod geometry;
+pub mod io;
 pub mod nbd;
+pub mod replica;
 pub mod store;
+pub mod wire;

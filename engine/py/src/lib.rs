@@ -2,6 +2,8 @@
 
 use pyo3::prelude::*;
 
+mod gateway;
+
 #[pymodule]
 mod _engine {
     use super::*;
@@ -9,6 +11,9 @@ mod _engine {
     /// Version of the engine, the same as the distribution's.
     #[pymodule_export]
     const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+    #[pymodule_export]
+    use crate::gateway::Gateway;
 
     #[pymodule_init]
     fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {

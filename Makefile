@@ -1,0 +1,62 @@
+# `make help` lists what there is. Every target does the set-up that it needs.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+# Where rustup puts its programs, for shells that were not told; mkfs and its like for people.
+export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
+
+PYTHON := .venv/bin/python
+CARGO_FLAGS := --manifest-path engine/Cargo.toml --locked
+TESTS ?= tests
+PYTEST_FLAGS ?=
+SEED ?=
+ROUNDS ?=
+IMAGE ?=
+
+.PHONY: help setup build demo test check fix sim bench wheel clean
+
+help: ## List what there is
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) \
+	    | while IFS=$$'\t' read -r name text; do printf '  make %-7s %s\n' "$$name" "$$text"; done
+
+setup: ## Install what is missing: system packages, Rust, .venv, the engine (Debian 12; root or sudo)
+	@.ci/setup
+
+build: setup ## The same: everything needed to run `.venv/bin/hci`
+
+demo: setup ## Boot a guest from a replicated image and kill a node under it (IMAGE=some.qcow2: your own)
+	@$(PYTHON) -m bench.demo $(if $(IMAGE),--image $(IMAGE))
+
+test: setup ## All tests (TESTS=tests/unit for a part, PYTEST_FLAGS="-k name")
+	cargo test --quiet $(CARGO_FLAGS) --package hci-engine-core
+	$(PYTHON) -m pytest $(TESTS) $(PYTEST_FLAGS)
+
+check: setup ## Format, lint, types, stubs, layers: under 90 s warm
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m mypy.stubtest --mypy-config-file pyproject.toml engine._engine
+	$(PYTHON) -m pytest --quiet tests/unit/test_layers.py
+	cargo fmt --manifest-path engine/Cargo.toml --all --check
+	cargo clippy --quiet $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
+
+fix: setup ## Repair what `check` can repair by itself, and write the generated code anew
+	$(PYTHON) -m ruff check --fix-only .
+	$(PYTHON) -m ruff format .
+	cargo fmt --manifest-path engine/Cargo.toml --all
+	$(PYTHON) .ci/generate.py
+
+sim: setup ## The simulations (SEED=n replays one, ROUNDS=n tries that many)
+	HCI_SIM_SEED=$(SEED) HCI_SIM_ROUNDS=$(ROUNDS) $(PYTHON) -m pytest tests/sim $(PYTEST_FLAGS)
+
+bench: setup ## Measure against nbdkit and, where installed, Gluster; table and bench/results/
+	@$(PYTHON) -m bench.run
+
+wheel: setup ## A wheel and an sdist in dist/
+	$(PYTHON) -m maturin build --release --locked --sdist --out dist
+
+clean: ## Remove all that was built; the system's packages stay
+	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis dist engine/target \
+	    engine/_engine*.so bench/results
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

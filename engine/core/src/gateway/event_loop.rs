@@ -1,0 +1,553 @@
+//! The gateway's loop: waits, reads what is ready, lets the images decide, writes what they said.
+
+use super::snapshot::{ClientSnapshot, ImageSnapshot, LinkSnapshot, Snapshot};
+use super::{Command, EventQueue, GatewayEvent};
+use crate::geometry::BLOCK_BYTES;
+use crate::io::{Filled, Poller, Ready, Stream, Waker, boottime_ns};
+use crate::nbd::serve::{Client, Need};
+use crate::nbd::{Answer, Limits};
+use crate::replica::{
+    Event, ImageIo, Link, LinkEvent, LinkTarget, NodeIndex, OpenSpec, Outcome, Output, Token,
+};
+use rustix::net::SocketFlags;
+use slab::Slab;
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+/// Tokens of descriptors: what they are in the upper half, which one in the lower.
+pub(super) const WAKER: u64 = 0;
+const LISTENER: u64 = 1 << 32;
+const LINK: u64 = 2 << 32;
+const CLIENT: u64 = 3 << 32;
+
+const TICK_NS: u64 = 100_000_000;
+const IMAGE_TICK_NS: u64 = 1_000_000_000;
+/// A gap between ticks that means that we stood still, not the others.
+const PAUSE_NS: u64 = 2_000_000_000;
+const CLIENTS_MAX: usize = 4096;
+/// The client of our own zeroing requests.
+const NOBODY: u64 = u64::MAX;
+
+struct OpenImage {
+    io: ImageIo,
+    /// Index of the link to each of its nodes.
+    links: Vec<Option<usize>>,
+    zeroing: Option<Zeroing>,
+    touched: bool,
+}
+
+/// A long range is zeroed step by step.
+struct Zeroing {
+    at: u64,
+    end: u64,
+}
+
+pub(super) struct EventLoop {
+    poller: Poller,
+    waker: Waker,
+    commands: mpsc::Receiver<Command>,
+    events: Arc<EventQueue>,
+    listeners: Vec<OwnedFd>,
+    links: Slab<Link>,
+    link_names: HashMap<String, usize>,
+    clients: Slab<Client>,
+    client_serial: u64,
+    images: HashMap<u32, OpenImage>,
+    touched: Vec<u32>,
+    limits: Limits,
+    now_ns: u64,
+    next_tick_ns: u64,
+    next_image_tick_ns: u64,
+    link_events: Vec<LinkEvent>,
+}
+
+impl EventLoop {
+    pub(super) fn new(
+        poller: Poller,
+        waker: Waker,
+        commands: mpsc::Receiver<Command>,
+        events: Arc<EventQueue>,
+    ) -> EventLoop {
+        let now_ns = boottime_ns();
+        EventLoop {
+            poller,
+            waker,
+            commands,
+            events,
+            listeners: Vec::new(),
+            links: Slab::new(),
+            link_names: HashMap::new(),
+            clients: Slab::new(),
+            client_serial: 0,
+            images: HashMap::new(),
+            touched: Vec::new(),
+            limits: Limits::default(),
+            now_ns,
+            next_tick_ns: now_ns,
+            next_image_tick_ns: now_ns + IMAGE_TICK_NS,
+            link_events: Vec::new(),
+        }
+    }
+
+    pub(super) fn run(mut self) {
+        let mut ready = Vec::with_capacity(256);
+        loop {
+            ready.clear();
+            let wait = Duration::from_nanos(self.next_tick_ns.saturating_sub(self.now_ns).max(1));
+            if let Err(error) = self.poller.wait(wait, &mut ready) {
+                panic!("epoll_wait failed: {error}");
+            }
+            self.now_ns = boottime_ns();
+            for event in &ready {
+                self.ready(*event);
+            }
+            if ready.iter().any(|event| event.token == WAKER) && !self.obey() {
+                return;
+            }
+            if self.now_ns >= self.next_tick_ns {
+                self.tick();
+            }
+            self.settle();
+        }
+    }
+
+    fn ready(&mut self, event: Ready) {
+        let index = (event.token & 0xffff_ffff) as usize;
+        match event.token & !0xffff_ffff {
+            LISTENER => self.accept(index),
+            LINK => self.link_ready(index),
+            CLIENT => self.client_ready(index, event),
+            _ => self.waker.drain(),
+        }
+    }
+
+    // Clients
+
+    fn accept(&mut self, listener: usize) {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        // A few at a time, so that a flood of connections does not starve those that are served.
+        for _ in 0..16 {
+            let Ok(fd) = rustix::net::accept_with(&self.listeners[listener], flags) else { return };
+            if self.clients.len() >= CLIENTS_MAX {
+                continue;
+            }
+            // Fails on unix sockets, where there is nothing to delay.
+            let _ = rustix::net::sockopt::set_tcp_nodelay(&fd, true);
+            let entry = self.clients.vacant_entry();
+            let index = entry.key();
+            self.client_serial += 1;
+            let id = self.client_serial << 32 | index as u64;
+            let client = Client::new(Stream::new(fd), id, &self.limits, self.now_ns);
+            if self.poller.add(client.stream.fd(), CLIENT | index as u64, false).is_ok() {
+                entry.insert(client);
+                self.flush_client(index);
+            }
+        }
+    }
+
+    fn client_ready(&mut self, index: usize, event: Ready) {
+        if !self.clients.contains(index) {
+            return;
+        }
+        if event.readable {
+            self.read_client(index);
+        }
+        if event.writable {
+            self.flush_client(index);
+        }
+    }
+
+    fn read_client(&mut self, index: usize) {
+        loop {
+            let Some(client) = self.clients.get_mut(index) else { return };
+            if client.is_paused() {
+                // Level-triggered: told again, unless the interest is dropped meanwhile.
+                return self.flush_client(index);
+            }
+            match client.fill() {
+                Ok(Filled::Closed) | Err(_) => return self.end_client(index),
+                Ok(filled) => {
+                    self.process_client(index);
+                    if filled == Filled::Drained {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Works on what a client has sent, in whichever phase it is.
+    fn process_client(&mut self, index: usize) {
+        let Some(client) = self.clients.get_mut(index) else { return };
+        let (id, before) = (client.id, client.channel());
+        let need = match before {
+            None => client.handshake(),
+            Some(_) => Ok(Need::Nothing),
+        };
+        match need {
+            Err(_) | Ok(Need::End) => return self.end_client(index),
+            Ok(Need::Ask(query)) => self.events.push(GatewayEvent::Asked { client: id, query }),
+            Ok(Need::Nothing) => {}
+        }
+        self.serve_client(index);
+        self.flush_client(index);
+    }
+
+    fn serve_client(&mut self, index: usize) {
+        let Some(client) = self.clients.get_mut(index) else { return };
+        let Some(channel) = client.channel() else { return };
+        let Some(image) = self.images.get_mut(&channel) else { return self.end_client(index) };
+        let served = client.serve(&mut image.io);
+        self.touch(channel);
+        if served.is_err() {
+            self.end_client(index);
+        }
+    }
+
+    fn flush_client(&mut self, index: usize) {
+        let Some(client) = self.clients.get_mut(index) else { return };
+        let written = client.stream.flush();
+        let paused = client.is_paused();
+        let changed = match (written, client.stream.interest_change(paused)) {
+            (Ok(()), Some((read, write))) => {
+                self.poller.change(client.stream.fd(), CLIENT | index as u64, read, write)
+            }
+            (written, _) => written,
+        };
+        if changed.is_err() || client.has_left() {
+            self.end_client(index);
+        }
+    }
+
+    fn end_client(&mut self, index: usize) {
+        let Some(client) = self.clients.try_remove(index) else { return };
+        // Closing the descriptor unregisters it as well.
+        let _ = self.poller.remove(client.stream.fd());
+        let (client, channel) = (client.id, client.last_channel());
+        self.events.push(GatewayEvent::ClientGone { client, channel });
+    }
+
+    fn client_index(&self, id: u64) -> Option<usize> {
+        let index = (id & 0xffff_ffff) as usize;
+        self.clients.get(index).filter(|client| client.id == id).map(|_| index)
+    }
+
+    fn answer_query(&mut self, id: u64, answer: Answer, channel: Option<u32>) {
+        let Some(index) = self.client_index(id) else { return };
+        let answered = self.clients[index].answer(answer, channel, self.now_ns);
+        match answered {
+            Err(_) | Ok(Need::End) => self.end_client(index),
+            Ok(Need::Ask(query)) => self.events.push(GatewayEvent::Asked { client: id, query }),
+            Ok(Need::Nothing) => self.process_client(index),
+        }
+    }
+
+    // Links
+
+    fn link_ready(&mut self, index: usize) {
+        let Some(link) = self.links.get_mut(index) else { return };
+        link.ready(&self.poller, self.now_ns, &mut self.link_events);
+        self.take_link_events(index);
+    }
+
+    fn take_link_events(&mut self, index: usize) {
+        let mut events = std::mem::take(&mut self.link_events);
+        for event in events.drain(..) {
+            match event {
+                LinkEvent::Frame(frame) => self.take_frame(index, frame),
+                LinkEvent::Up(hello) => {
+                    self.for_images_of(index, |io, node| io.link_up(node));
+                    self.events.push(GatewayEvent::LinkUp { hello });
+                }
+                LinkEvent::Down(why) => {
+                    self.for_images_of(index, |io, node| io.link_down(node));
+                    let node = self.links[index].target().node.clone();
+                    self.events.push(GatewayEvent::LinkDown { node, why });
+                }
+            }
+        }
+        if self.link_events.is_empty() {
+            self.link_events = events;
+        } else {
+            self.take_link_events(index);
+        }
+    }
+
+    fn for_images_of(&mut self, link: usize, mut act: impl FnMut(&mut ImageIo, NodeIndex)) {
+        let mut touched = Vec::new();
+        for (channel, image) in &mut self.images {
+            let node = image.links.iter().position(|other| *other == Some(link));
+            if let Some(node) = node {
+                act(&mut image.io, node as NodeIndex);
+                touched.push(*channel);
+            }
+        }
+        touched.into_iter().for_each(|channel| self.touch(channel));
+    }
+
+    fn take_frame(&mut self, link: usize, frame: crate::wire::Frame) {
+        let channel = frame.channel;
+        let Some(image) = self.images.get_mut(&channel) else { return };
+        let Some(node) = image.links.iter().position(|other| *other == Some(link)) else { return };
+        image.io.set_now(self.now_ns);
+        if let Err(bad) = image.io.receive(node as NodeIndex, frame) {
+            let why = format!("protocol error: {}", bad.0);
+            self.links[link].end(&self.poller, self.now_ns, why, &mut self.link_events);
+        }
+        self.touch(channel);
+    }
+
+    fn add_link(&mut self, target: LinkTarget) {
+        if let Some(index) = self.link_names.get(&target.node).copied() {
+            if *self.links[index].target() == target {
+                return;
+            }
+            self.remove_link(&target.node);
+        }
+        let entry = self.links.vacant_entry();
+        let index = entry.key();
+        let node = target.node.clone();
+        entry.insert(Link::new(target, LINK | index as u64));
+        for image in self.images.values_mut() {
+            if let Some(at) = image.io.spec().nodes.iter().position(|name| *name == node) {
+                image.links[at] = Some(index);
+            }
+        }
+        self.link_names.insert(node, index);
+        self.next_tick_ns = self.now_ns;
+    }
+
+    fn remove_link(&mut self, node: &str) {
+        let Some(index) = self.link_names.remove(node) else { return };
+        let why = "no longer wanted".to_string();
+        self.links[index].end(&self.poller, self.now_ns, why, &mut self.link_events);
+        self.take_link_events(index);
+        self.links.remove(index);
+        for image in self.images.values_mut() {
+            image.links.iter_mut().filter(|link| **link == Some(index)).for_each(|l| *l = None);
+        }
+    }
+
+    // Images
+
+    fn open(&mut self, spec: OpenSpec) {
+        let channel = spec.channel;
+        assert!(!self.images.contains_key(&channel), "channel {channel} is taken");
+        let links: Vec<_> =
+            spec.nodes.iter().map(|node| self.link_names.get(node).copied()).collect();
+        let mut io = ImageIo::new(spec);
+        for (node, link) in links.iter().enumerate() {
+            if link.is_some_and(|link| self.links[link].is_ready()) {
+                io.link_up(node as NodeIndex);
+            }
+        }
+        self.images.insert(channel, OpenImage { io, links, zeroing: None, touched: false });
+        self.touch(channel);
+    }
+
+    fn with_image(&mut self, channel: u32, act: impl FnOnce(&mut ImageIo)) {
+        if let Some(image) = self.images.get_mut(&channel) {
+            image.io.set_now(self.now_ns);
+            act(&mut image.io);
+            self.touch(channel);
+        }
+    }
+
+    fn touch(&mut self, channel: u32) {
+        if let Some(image) = self.images.get_mut(&channel).filter(|image| !image.touched) {
+            image.touched = true;
+            self.touched.push(channel);
+        }
+    }
+
+    /// Carries out what images want until they want nothing, then writes everything.
+    fn settle(&mut self) {
+        let (mut links, mut clients) = (0u128, Vec::new());
+        while let Some(channel) = self.touched.pop() {
+            let Some(image) = self.images.get_mut(&channel) else { continue };
+            image.touched = false;
+            while let Some(output) = image.io.outputs.pop_front() {
+                match output {
+                    Output::Send { node, head, payload } => {
+                        if let Some(link) = image.links[usize::from(node)] {
+                            self.links[link].push(head, payload);
+                            links |= 1 << (link % 128);
+                        }
+                    }
+                    Output::Answer { token, outcome } if token.client == NOBODY => {
+                        let done = outcome == Outcome::Done;
+                        step_zeroing(image, channel, done, &self.events);
+                    }
+                    Output::Answer { token, outcome } => {
+                        let index = (token.client & 0xffff_ffff) as usize;
+                        let client = self.clients.get_mut(index);
+                        if let Some(client) = client.filter(|client| client.id == token.client) {
+                            client.reply(token.cookie, outcome);
+                            if clients.last() != Some(&index) {
+                                clients.push(index);
+                            }
+                        }
+                    }
+                    Output::Event(event) => {
+                        let hello = hello_for(&event, &image.links, &self.links);
+                        self.events.push(GatewayEvent::Image { channel, event, hello });
+                    }
+                }
+            }
+        }
+        self.flush_links(links);
+        for index in clients {
+            self.unpause(index);
+            self.flush_client(index);
+        }
+        if !self.touched.is_empty() {
+            self.settle();
+        }
+    }
+
+    /// A client that was held back, and need not be any more, goes on with what it has sent.
+    fn unpause(&mut self, index: usize) {
+        let buffered = |client: &Client| !client.is_paused() && !client.stream.input.is_empty();
+        if self.clients.get(index).is_some_and(buffered) {
+            self.serve_client(index);
+        }
+    }
+
+    fn flush_links(&mut self, mask: u128) {
+        for index in 0..self.links.capacity() {
+            if mask & (1 << (index % 128)) == 0 {
+                continue;
+            }
+            let Some(link) = self.links.get_mut(index) else { continue };
+            link.flush(&self.poller, self.now_ns, &mut self.link_events);
+            if !self.link_events.is_empty() {
+                self.take_link_events(index);
+            }
+        }
+    }
+
+    // Orders and time
+
+    /// Carries out what Python ordered. False: stop.
+    fn obey(&mut self) -> bool {
+        while let Ok(command) = self.commands.try_recv() {
+            match command {
+                Command::Listen(fd) => self.listen(fd),
+                Command::Link(target) => self.add_link(target),
+                Command::Unlink(node) => self.remove_link(&node),
+                Command::Open(spec) => self.open(spec),
+                Command::Peek { channel, node } => self.with_image(channel, |io| io.peek(node)),
+                Command::Admit { channel, nodes, resume } => {
+                    self.with_image(channel, |io| io.admit(nodes, resume));
+                }
+                Command::Reconfigure { channel, generation, digest, body, in_sync } => {
+                    let act = |io: &mut ImageIo| io.reconfigure(generation, digest, body, &in_sync);
+                    self.with_image(channel, act);
+                }
+                Command::LeaseDeadline { channel, deadline_ns } => {
+                    self.with_image(channel, |io| io.set_lease_deadline(deadline_ns));
+                }
+                Command::Close { channel } => self.with_image(channel, ImageIo::close),
+                Command::Kill { channel } => self.with_image(channel, ImageIo::kill),
+                Command::Forget { channel } => drop(self.images.remove(&channel)),
+                Command::Zero { channel, offset, length } => self.zero(channel, offset, length),
+                Command::Answer { client, answer, channel } => {
+                    self.answer_query(client, answer, channel);
+                }
+                Command::Snapshot(sender) => drop(sender.send(self.snapshot())),
+                Command::Stop => return false,
+            }
+        }
+        true
+    }
+
+    fn listen(&mut self, fd: OwnedFd) {
+        let token = LISTENER | self.listeners.len() as u64;
+        let ready = rustix::io::ioctl_fionbio(&fd, true)
+            .map_err(io::Error::from)
+            .and_then(|()| self.poller.add(&fd, token, false));
+        if let Err(error) = ready {
+            panic!("a listening socket cannot be polled: {error}");
+        }
+        self.listeners.push(fd);
+    }
+
+    fn zero(&mut self, channel: u32, offset: u64, length: u64) {
+        if let Some(image) = self.images.get_mut(&channel) {
+            image.zeroing = Some(Zeroing { at: offset, end: offset + length });
+            step_zeroing(image, channel, true, &self.events);
+            self.touch(channel);
+        }
+    }
+
+    fn tick(&mut self) {
+        let paused = self.now_ns.saturating_sub(self.next_tick_ns) > PAUSE_NS;
+        self.next_tick_ns = self.now_ns + TICK_NS;
+        for index in 0..self.links.capacity() {
+            let Some(link) = self.links.get_mut(index) else { continue };
+            link.tick(&self.poller, self.now_ns, paused, &mut self.link_events);
+            if !self.link_events.is_empty() {
+                self.take_link_events(index);
+            }
+        }
+        if self.now_ns < self.next_image_tick_ns {
+            return;
+        }
+        self.next_image_tick_ns = self.now_ns + IMAGE_TICK_NS;
+        let channels: Vec<u32> = self.images.keys().copied().collect();
+        channels.into_iter().for_each(|channel| self.with_image(channel, ImageIo::tick));
+        let late = self.clients.iter().filter(|(_, client)| client.is_late(self.now_ns));
+        let late: Vec<usize> = late.map(|(index, _)| index).collect();
+        late.into_iter().for_each(|index| self.end_client(index));
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let links = self.links.iter().map(|(_, link)| LinkSnapshot {
+            node: link.target().node.clone(),
+            ready: link.is_ready(),
+        });
+        let clients = self
+            .clients
+            .iter()
+            .map(|(_, client)| ClientSnapshot { id: client.id, channel: client.channel() });
+        let images = self.images.iter().map(|(channel, image)| ImageSnapshot {
+            channel: *channel,
+            image: image.io.image().to_string(),
+            running: image.io.is_running(),
+            epoch: image.io.spec().epoch,
+            generation: image.io.spec().generation,
+            requests_in_flight: image.io.requests_in_flight(),
+            replicas: image.io.replica_states(),
+        });
+        Snapshot { links: links.collect(), clients: clients.collect(), images: images.collect() }
+    }
+}
+
+/// Goes on with zeroing a long range, or says that it is done.
+fn step_zeroing(image: &mut OpenImage, channel: u32, done: bool, events: &EventQueue) {
+    const STEP_BYTES: u64 = 1 << 30;
+    let Some(zeroing) = &mut image.zeroing else { return };
+    if !done || zeroing.at >= zeroing.end {
+        image.zeroing = None;
+        return events.push(GatewayEvent::Zeroed { channel, done });
+    }
+    let length = (zeroing.end - zeroing.at).min(STEP_BYTES);
+    let at = zeroing.at;
+    zeroing.at += length;
+    debug_assert!(length <= u64::from(u32::MAX) / u64::from(BLOCK_BYTES) * u64::from(BLOCK_BYTES));
+    image.io.zero(Token { client: NOBODY, cookie: 0 }, at, length as u32, 0);
+}
+
+/// Which instance answered, beside what it answered.
+fn hello_for(
+    event: &Event,
+    links: &[Option<usize>],
+    all: &Slab<Link>,
+) -> Option<crate::wire::messages::HelloReply> {
+    let Event::Peeked { node, .. } = event else { return None };
+    let link = links[usize::from(*node)]?;
+    all.get(link).map(|link| link.hello.clone())
+}

@@ -1,0 +1,151 @@
+//! The gateway's data path: one event loop that owns NBD clients, links to nodes, and open images.
+//! Python talks to it through `Command`s and hears of it through `GatewayEvent`s; no request of a
+//! client ever waits for Python.
+
+mod event_loop;
+mod snapshot;
+
+pub use snapshot::{ClientSnapshot, ImageSnapshot, LinkSnapshot, Snapshot};
+
+use crate::io::{Poller, Waker};
+use crate::nbd::{Answer, Query};
+use crate::replica::{Event, LinkTarget, NodeIndex, NodeMask, OpenSpec};
+use crate::wire::messages::HelloReply;
+use bytes::Bytes;
+use event_loop::EventLoop;
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// What Python orders. `channel` names an open image.
+pub enum Command {
+    /// Accept NBD clients on this listening socket.
+    Listen(OwnedFd),
+    /// Keep a connection to this node (in place of an older one of the same name).
+    Link(LinkTarget),
+    Unlink(String),
+    /// Begin with an image: its nodes are asked for their records, nothing is served yet.
+    Open(OpenSpec),
+    Peek { channel: u32, node: NodeIndex },
+    Admit { channel: u32, nodes: NodeMask, resume: bool },
+    Reconfigure {
+        channel: u32,
+        generation: u64,
+        digest: [u8; 32],
+        body: Bytes,
+        in_sync: Vec<NodeMask>,
+    },
+    LeaseDeadline { channel: u32, deadline_ns: u64 },
+    /// Flush, clear, let go; `Event::Closed` tells how it went.
+    Close { channel: u32 },
+    /// End an image at once; its requests fail.
+    Kill { channel: u32 },
+    /// Forget an image that is closed or killed.
+    Forget { channel: u32 },
+    /// Make a range read as zeroes (what a shrink cuts off), then `GatewayEvent::Zeroed`.
+    Zero { channel: u32, offset: u64, length: u64 },
+    /// Answer a client's query; with `channel` it is served from that image.
+    Answer { client: u64, answer: Answer, channel: Option<u32> },
+    Snapshot(mpsc::Sender<Snapshot>),
+    Stop,
+}
+
+/// What Python hears.
+#[derive(Debug)]
+pub enum GatewayEvent {
+    /// A client's handshake needs an answer.
+    Asked { client: u64, query: Query },
+    /// A client that was served from `channel`, or had a query under way, is gone.
+    ClientGone { client: u64, channel: Option<u32> },
+    Image { channel: u32, event: Event, hello: Option<HelloReply> },
+    LinkUp { hello: HelloReply },
+    LinkDown { node: String, why: String },
+    Zeroed { channel: u32, done: bool },
+}
+
+/// Events on their way to Python. Bounded by what causes them: clients, links and images.
+#[derive(Default)]
+pub struct EventQueue {
+    events: Mutex<VecDeque<GatewayEvent>>,
+    arrived: Condvar,
+}
+
+impl EventQueue {
+    fn lock(&self) -> MutexGuard<'_, VecDeque<GatewayEvent>> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, event: GatewayEvent) {
+        self.lock().push_back(event);
+        self.arrived.notify_one();
+    }
+
+    /// The next event, or none within `timeout`.
+    pub fn next(&self, timeout: Duration) -> Option<GatewayEvent> {
+        let waiting = self.arrived.wait_timeout_while(self.lock(), timeout, |q| q.is_empty());
+        waiting.unwrap_or_else(PoisonError::into_inner).0.pop_front()
+    }
+}
+
+/// A running gateway. Dropping it stops it.
+pub struct Gateway {
+    commands: mpsc::Sender<Command>,
+    waker: Waker,
+    events: Arc<EventQueue>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Gateway {
+    /// Starts the event loop in a thread of its own.
+    pub fn start() -> io::Result<Gateway> {
+        let poller = Poller::new()?;
+        let waker = Waker::new(&poller, event_loop::WAKER)?;
+        let (commands, received) = mpsc::channel();
+        let events = Arc::new(EventQueue::default());
+        let event_loop = EventLoop::new(poller, waker.clone(), received, events.clone());
+        let thread = std::thread::Builder::new().name("gateway".into());
+        let thread = Some(thread.spawn(move || event_loop.run())?);
+        Ok(Gateway { commands, waker, events, thread })
+    }
+
+    /// Orders something. After the loop has ended, nothing happens.
+    pub fn order(&self, command: Command) {
+        if self.commands.send(command).is_ok() {
+            self.waker.wake();
+        }
+    }
+
+    /// Where events come out.
+    pub fn event_source(&self) -> Arc<EventQueue> {
+        self.events.clone()
+    }
+
+    /// A picture of links, images and clients; none where the loop has ended.
+    pub fn snapshot(&self) -> Option<Snapshot> {
+        let (sender, receiver) = mpsc::channel();
+        self.order(Command::Snapshot(sender));
+        receiver.recv_timeout(Duration::from_secs(5)).ok()
+    }
+
+    /// Whether the loop still runs; it ends only by `stop`, or by a defect.
+    pub fn is_running(&self) -> bool {
+        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+
+    pub fn stop(&mut self) {
+        self.order(Command::Stop);
+        if let Some(thread) = self.thread.take() {
+            // A panic of the loop was printed where it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}

@@ -1,0 +1,35 @@
+//! What the gateway looks like at one moment, for people and tests.
+
+/// A link to a node.
+#[derive(Clone, Debug)]
+pub struct LinkSnapshot {
+    pub node: String,
+    pub ready: bool,
+}
+
+/// A connected client.
+#[derive(Clone, Debug)]
+pub struct ClientSnapshot {
+    pub id: u64,
+    pub channel: Option<u32>,
+}
+
+/// An open image.
+#[derive(Clone, Debug)]
+pub struct ImageSnapshot {
+    pub channel: u32,
+    pub image: String,
+    pub running: bool,
+    pub epoch: u64,
+    pub generation: u64,
+    pub requests_in_flight: usize,
+    /// Name and state of each node.
+    pub replicas: Vec<(String, String)>,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    pub links: Vec<LinkSnapshot>,
+    pub clients: Vec<ClientSnapshot>,
+    pub images: Vec<ImageSnapshot>,
+}

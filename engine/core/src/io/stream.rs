@@ -1,0 +1,183 @@
+//! A non-blocking connection with what was read and what waits to be written.
+
+use super::Outgoing;
+use bytes::{BufMut, BytesMut};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::net::{
+    AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, ipproto, socket_with,
+    sockopt,
+};
+use std::io::{self, IoSlice};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+/// Room asked for before a read: several small requests, or the start of a large one.
+const READ_BYTES: usize = 128 * 1024;
+const WRITE_SLICES: usize = 64;
+
+/// Where a listener is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Address {
+    Tcp(SocketAddr),
+    Unix(PathBuf),
+}
+
+/// What a read found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Filled {
+    /// All that was there has been read.
+    Drained,
+    /// There may be more.
+    More,
+    /// The peer has closed.
+    Closed,
+}
+
+/// One connection. Dropping it closes it.
+pub struct Stream {
+    fd: OwnedFd,
+    pub input: BytesMut,
+    output: Outgoing,
+    writing: bool,
+    reading: bool,
+}
+
+impl Stream {
+    /// Takes over a connected (or connecting) non-blocking socket.
+    pub fn new(fd: OwnedFd) -> Stream {
+        Stream {
+            fd,
+            input: BytesMut::new(),
+            output: Outgoing::new(),
+            writing: false,
+            reading: true,
+        }
+    }
+
+    /// Begins to connect; writability tells the end of it, `connected` its outcome.
+    pub fn connect(address: &Address) -> io::Result<Stream> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (fd, started) = match address {
+            Address::Tcp(address) => {
+                let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+                let fd = socket_with(family, SocketType::STREAM, flags, Some(ipproto::TCP))?;
+                sockopt::set_tcp_nodelay(&fd, true)?;
+                let started = connect(&fd, address);
+                (fd, started)
+            }
+            Address::Unix(path) => {
+                let fd = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+                let started = connect(&fd, &SocketAddrUnix::new(path)?);
+                (fd, started)
+            }
+        };
+        match started {
+            Ok(()) | Err(rustix::io::Errno::INPROGRESS) => Ok(Stream::new(fd)),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Outcome of `connect`, once the socket is writable.
+    pub fn connected(&self) -> io::Result<()> {
+        sockopt::socket_error(&self.fd)?.map_err(io::Error::from)
+    }
+
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// Reads once, with room for at least `wanted` bytes.
+    pub fn fill(&mut self, wanted: usize) -> io::Result<Filled> {
+        self.input.reserve(wanted.max(READ_BYTES / 2));
+        let room = self.input.chunk_mut();
+        let capacity = room.len();
+        // SAFETY: `read` only writes to the slice, and never leaves written bytes uninitialised.
+        let room = unsafe { room.as_uninit_slice_mut() };
+        let read = match rustix::io::read(&self.fd, room) {
+            Ok((read, _)) => read.len(),
+            Err(rustix::io::Errno::AGAIN) => return Ok(Filled::Drained),
+            Err(rustix::io::Errno::INTR) => return Ok(Filled::More),
+            Err(error) => return Err(error.into()),
+        };
+        if read == 0 {
+            return Ok(Filled::Closed);
+        }
+        // SAFETY: the kernel has written `read` bytes at the front of the spare room.
+        unsafe { self.input.advance_mut(read) };
+        Ok(if read < capacity { Filled::Drained } else { Filled::More })
+    }
+
+    /// What waits to be written; `flush` writes it.
+    pub fn output(&mut self) -> &mut Outgoing {
+        &mut self.output
+    }
+
+    /// Bytes that wait to be written.
+    pub fn pending_bytes(&self) -> usize {
+        self.output.len()
+    }
+
+    /// Writes what the socket takes.
+    pub fn flush(&mut self) -> io::Result<()> {
+        while !self.output.is_empty() {
+            let mut slices = [IoSlice::new(&[]); WRITE_SLICES];
+            let count = self.output.gather(&mut slices);
+            let sent = rustix::net::sendmsg(
+                &self.fd,
+                &slices[..count],
+                &mut rustix::net::SendAncillaryBuffer::default(),
+                SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+            );
+            match sent {
+                Ok(sent) => self.output.advance(sent),
+                Err(rustix::io::Errno::AGAIN) => break,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// The interest to register if it differs from what was last asked for: (readable, writable).
+    /// `paused`: nothing is to be read for now.
+    pub fn interest_change(&mut self, paused: bool) -> Option<(bool, bool)> {
+        let wanted = (!paused, !self.output.is_empty());
+        if wanted == (self.reading, self.writing) {
+            return None;
+        }
+        (self.reading, self.writing) = wanted;
+        Some(wanted)
+    }
+
+    /// States what was registered at first: readable, and writable if `writing`.
+    pub fn registered(&mut self, writing: bool) {
+        (self.reading, self.writing) = (true, writing);
+    }
+}
+
+/// Listens on a TCP address.
+pub fn listen_tcp(address: SocketAddr) -> io::Result<OwnedFd> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let fd = socket_with(family, SocketType::STREAM, flags, Some(ipproto::TCP))?;
+    sockopt::set_socket_reuseaddr(&fd, true)?;
+    rustix::net::bind(&fd, &address)?;
+    rustix::net::listen(&fd, 128)?;
+    Ok(fd)
+}
+
+/// Listens on a unix socket, taking the place of a file that nobody listens on any more.
+pub fn listen_unix(path: &Path) -> io::Result<OwnedFd> {
+    if path.exists() {
+        let alive = std::os::unix::net::UnixStream::connect(path).is_ok();
+        if alive {
+            return Err(io::Error::from(io::ErrorKind::AddrInUse));
+        }
+        std::fs::remove_file(path)?;
+    }
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let fd = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::bind(&fd, &SocketAddrUnix::new(path)?)?;
+    rustix::net::listen(&fd, 128)?;
+    Ok(fd)
+}

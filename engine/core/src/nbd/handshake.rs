@@ -1,0 +1,448 @@
+//! Server side of the fixed newstyle handshake for one connection.
+//!
+//! | state | on | goes to |
+//! | --- | --- | --- |
+//! | `Greeting` | [`Handshake::greeting`] | `ClientFlags` |
+//! | `ClientFlags` | four bytes | `Options` |
+//! | `Options` | an option that only this connection concerns | `Options`, answered |
+//! | `Options` | LIST, INFO, GO, EXPORT_NAME | `Waiting`, a [`Query`] goes out |
+//! | `Options` | an option that is too long | `Draining` |
+//! | `Draining` | its last byte | `Options`, answered ERR_TOO_BIG or ERR_UNSUP |
+//! | `Waiting` | [`Handshake::answer`] | `Options`, or `Ended` with a [`Session`] |
+//! | any | ABORT, a bad EXPORT_NAME, a [`ProtocolError`] | `Ended` |
+//!
+//! Only GO and EXPORT_NAME may open an export. Metadata contexts are accepted for any name and hold
+//! only if the export that is opened was asked for by the same name, so they need not look it up.
+
+use super::constants::{
+    EXPORT_NAME_ZEROES, IHAVEOPT, MAX_STRING_BYTES, NBDMAGIC, OPTION_HEADER_BYTES,
+    OPTION_REPLY_MAGIC, client_flags, context, handshake_flags, info, option, option_reply,
+};
+use super::options::{self, Malformed, Wanted};
+use super::{
+    ExportInfo, Limits, ProtocolError, ReplyStyle, Session, shortened, transmission_flags,
+};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+
+/// What the caller does next.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Receive more and call [`Handshake::receive`] again.
+    NeedInput,
+    /// Find the answer and give it to [`Handshake::answer`].
+    Ask(Query),
+    /// The handshake is over; what is left of the input belongs to the transmission phase.
+    Transmission(Session),
+    /// Close the connection once the output is sent.
+    Close,
+}
+
+/// A question that only the caller can answer. LIST and INFO must not open anything.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Query {
+    List,
+    Info { name: String },
+    Go { name: String },
+    ExportName { name: String },
+}
+
+/// The answer to a [`Query`]: `Names` to `List`, `Export` to the others, the rest to any of them.
+/// Messages are shown to the person at the client.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    Names(Vec<String>),
+    Export(ExportInfo),
+    /// No export has this name.
+    Unknown(String),
+    /// The export exists and may not be opened, e.g. because it is open elsewhere.
+    Refused(String),
+    /// It cannot be told or done now; the client may try again later.
+    Unavailable(String),
+}
+
+#[derive(Debug)]
+enum State {
+    Greeting,
+    ClientFlags,
+    Options,
+    Draining { option: u32, left: u32 },
+    Waiting(Waiting),
+    Ended,
+}
+
+/// The query that was asked, as needed to use its answer.
+#[derive(Debug)]
+enum Waiting {
+    List,
+    Export { option: u32, name: String, wanted: Wanted },
+}
+
+/// The handshake of one connection.
+#[derive(Debug)]
+pub struct Handshake {
+    limits: Limits,
+    state: State,
+    no_zeroes: bool,
+    replies: ReplyStyle,
+    /// The name that the last SET_META_CONTEXT selected `base:allocation` for.
+    base_allocation_for: Option<String>,
+    options_seen: u32,
+}
+
+impl Handshake {
+    pub fn new(limits: &Limits) -> Self {
+        Handshake {
+            limits: *limits,
+            state: State::Greeting,
+            no_zeroes: false,
+            replies: ReplyStyle::Simple,
+            base_allocation_for: None,
+            options_seen: 0,
+        }
+    }
+
+    /// Writes what the server says first. Called once, before anything is received.
+    pub fn greeting(&mut self, out: &mut BytesMut) {
+        assert!(matches!(self.state, State::Greeting), "the greeting is sent once");
+        out.put_u64(NBDMAGIC);
+        out.put_u64(IHAVEOPT);
+        out.put_u16(handshake_flags::FIXED_NEWSTYLE | handshake_flags::NO_ZEROES);
+        self.state = State::ClientFlags;
+    }
+
+    /// Consumes what it can of `input` and answers into `out`.
+    ///
+    /// While a query waits for its answer nothing is consumed. Input grows no further than
+    /// `max_option_bytes` and a header, if the caller stops receiving when this asks for no more.
+    pub fn receive(
+        &mut self,
+        input: &mut BytesMut,
+        out: &mut BytesMut,
+    ) -> Result<Step, ProtocolError> {
+        loop {
+            match self.state {
+                State::Greeting => panic!("the greeting goes before the first input"),
+                State::ClientFlags => {
+                    if input.len() < 4 {
+                        return Ok(Step::NeedInput);
+                    }
+                    self.client_flags(input.get_u32())?;
+                }
+                State::Options => match self.next_option(input, out)? {
+                    Some(step) => return Ok(step),
+                    None => continue,
+                },
+                State::Draining { option, left } => {
+                    let now = usize::try_from(left).unwrap_or(usize::MAX).min(input.len());
+                    input.advance(now);
+                    let left = left - now as u32;
+                    if left > 0 {
+                        self.state = State::Draining { option, left };
+                        return Ok(Step::NeedInput);
+                    }
+                    self.state = State::Options;
+                    self.refuse_drained(option, out);
+                }
+                State::Waiting(_) => return Ok(Step::NeedInput),
+                State::Ended => return Ok(Step::Close),
+            }
+        }
+    }
+
+    /// Answers the query that [`Handshake::receive`] returned; afterwards `receive` goes on, also
+    /// with input that came meanwhile. After a failed EXPORT_NAME the connection ends, as that
+    /// option has no error reply.
+    pub fn answer(&mut self, answer: Answer, out: &mut BytesMut) -> Result<Step, ProtocolError> {
+        let State::Waiting(waiting) = std::mem::replace(&mut self.state, State::Options) else {
+            panic!("an answer needs a query");
+        };
+        match waiting {
+            Waiting::List => self.answer_list(answer, out),
+            Waiting::Export { option: option::EXPORT_NAME, name, .. } => {
+                return Ok(self.answer_export_name(answer, &name, out));
+            }
+            Waiting::Export { option, name, wanted } => match answer {
+                Answer::Export(export) if self.block_size_missing(wanted) => {
+                    let min = self.limits.min_block;
+                    let message = format!(
+                        "{} needs requests in multiples of {min} bytes: ask for the block size",
+                        export.name
+                    );
+                    refuse(out, option, option_reply::ERR_BLOCK_SIZE_REQD, &message);
+                }
+                Answer::Export(export) => {
+                    self.put_info(out, option, &export, wanted);
+                    reply(out, option, option_reply::ACK, &[]);
+                    if option == option::GO {
+                        return Ok(self.transmission(export, &name));
+                    }
+                }
+                other => refuse_with(out, option, other),
+            },
+        }
+        Ok(Step::NeedInput)
+    }
+
+    /// Section «Client flags»: flags that were not offered end the connection.
+    fn client_flags(&mut self, flags: u32) -> Result<(), ProtocolError> {
+        if flags & !(client_flags::FIXED_NEWSTYLE | client_flags::NO_ZEROES) != 0 {
+            self.state = State::Ended;
+            return Err(ProtocolError::ClientFlags(flags));
+        }
+        self.no_zeroes = flags & client_flags::NO_ZEROES != 0;
+        self.state = State::Options;
+        Ok(())
+    }
+
+    /// Takes one option off `input`; None when it was answered and the next one may follow.
+    fn next_option(
+        &mut self,
+        input: &mut BytesMut,
+        out: &mut BytesMut,
+    ) -> Result<Option<Step>, ProtocolError> {
+        if input.len() < OPTION_HEADER_BYTES {
+            return Ok(Some(Step::NeedInput));
+        }
+        let mut header = &input[..OPTION_HEADER_BYTES];
+        let (magic, option, length) = (header.get_u64(), header.get_u32(), header.get_u32());
+        if magic != IHAVEOPT {
+            self.state = State::Ended;
+            return Err(ProtocolError::OptionMagic(magic));
+        }
+        let too_long = length > self.limits.max_option_bytes;
+        if !too_long && input.len() - OPTION_HEADER_BYTES < length as usize {
+            return Ok(Some(Step::NeedInput));
+        }
+        input.advance(OPTION_HEADER_BYTES);
+        self.options_seen += 1;
+        if self.options_seen > self.limits.max_options {
+            self.state = State::Ended;
+            return Err(ProtocolError::TooManyOptions(self.limits.max_options));
+        }
+        match option {
+            option::EXPORT_NAME if too_long => {
+                self.state = State::Ended;
+                Ok(Some(Step::Close))
+            }
+            // The data of ABORT is ignored, so there is no need to see it.
+            option::ABORT if too_long => Ok(self.take_option(option, Bytes::new(), out)),
+            _ if too_long => {
+                self.state = State::Draining { option, left: length };
+                Ok(None)
+            }
+            _ => {
+                let data = input.split_to(length as usize).freeze();
+                Ok(self.take_option(option, data, out))
+            }
+        }
+    }
+
+    /// Deals with one whole option.
+    fn take_option(&mut self, option: u32, data: Bytes, out: &mut BytesMut) -> Option<Step> {
+        match option {
+            option::EXPORT_NAME => Some(match options::export_name(data) {
+                Ok(name) => self.ask_export(option, name, Wanted::default()),
+                Err(_) => {
+                    self.state = State::Ended;
+                    Step::Close
+                }
+            }),
+            option::ABORT => {
+                reply(out, option, option_reply::ACK, &[]);
+                self.state = State::Ended;
+                Some(Step::Close)
+            }
+            option::LIST if data.is_empty() => {
+                self.state = State::Waiting(Waiting::List);
+                Some(Step::Ask(Query::List))
+            }
+            option::STRUCTURED_REPLY if data.is_empty() => {
+                self.replies = ReplyStyle::Structured;
+                reply(out, option, option_reply::ACK, &[]);
+                None
+            }
+            option::LIST | option::STRUCTURED_REPLY => {
+                malformed(out, option, Malformed::Invalid("this option takes no data"));
+                None
+            }
+            option::INFO | option::GO => match options::info_request(data) {
+                Ok((name, wanted)) => Some(self.ask_export(option, name, wanted)),
+                Err(error) => {
+                    malformed(out, option, error);
+                    None
+                }
+            },
+            option::LIST_META_CONTEXT | option::SET_META_CONTEXT => {
+                self.meta_context(option, data, out);
+                None
+            }
+            // TLS begins here once a listener can carry it: ACK, then a new `Options` state
+            // behind the TLS session, with what was negotiated before forgotten.
+            option::STARTTLS => {
+                refuse(out, option, option_reply::ERR_UNSUP, "this server has no TLS");
+                None
+            }
+            _ => {
+                refuse(out, option, option_reply::ERR_UNSUP, "this option is not supported");
+                None
+            }
+        }
+    }
+
+    /// Answers an option whose data was too long to keep; options that are not known say so instead.
+    fn refuse_drained(&mut self, option: u32, out: &mut BytesMut) {
+        let known = [
+            option::LIST,
+            option::INFO,
+            option::GO,
+            option::STRUCTURED_REPLY,
+            option::LIST_META_CONTEXT,
+            option::SET_META_CONTEXT,
+        ];
+        if option == option::SET_META_CONTEXT {
+            self.base_allocation_for = None;
+        }
+        if known.contains(&option) {
+            let limit = self.limits.max_option_bytes;
+            let message = format!("the option is longer than {limit} bytes");
+            refuse(out, option, option_reply::ERR_TOO_BIG, &message);
+        } else {
+            self.take_option(option, Bytes::new(), out);
+        }
+    }
+
+    fn ask_export(&mut self, option: u32, name: String, wanted: Wanted) -> Step {
+        let query = match option {
+            option::INFO => Query::Info { name: name.clone() },
+            option::GO => Query::Go { name: name.clone() },
+            _ => Query::ExportName { name: name.clone() },
+        };
+        self.state = State::Waiting(Waiting::Export { option, name, wanted });
+        Step::Ask(query)
+    }
+
+    /// Section «Metadata querying». The wildcard `base:` lists, and selects nothing.
+    fn meta_context(&mut self, option: u32, data: Bytes, out: &mut BytesMut) {
+        let set = option == option::SET_META_CONTEXT;
+        if set {
+            self.base_allocation_for = None;
+        }
+        if self.replies != ReplyStyle::Structured {
+            let message = "metadata contexts need structured replies: ask for those first";
+            return malformed(out, option, Malformed::Invalid(message));
+        }
+        let queries = match options::meta_queries(data) {
+            Ok(queries) => queries,
+            Err(error) => return malformed(out, option, error),
+        };
+        let matched = match option {
+            option::SET_META_CONTEXT => queries.base_allocation,
+            _ => queries.count == 0 || queries.base || queries.base_allocation,
+        };
+        if matched {
+            // The id in a list is reserved, and zero.
+            let id = if set { context::BASE_ALLOCATION_ID } else { 0 };
+            let name = context::BASE_ALLOCATION.as_bytes();
+            reply(out, option, option_reply::META_CONTEXT, &[&id.to_be_bytes(), name]);
+        }
+        if set && matched {
+            self.base_allocation_for = Some(queries.export);
+        }
+        reply(out, option, option_reply::ACK, &[]);
+    }
+
+    fn answer_list(&mut self, answer: Answer, out: &mut BytesMut) {
+        let Answer::Names(names) = answer else {
+            return refuse_with(out, option::LIST, answer);
+        };
+        for name in names.iter().filter(|name| name.len() <= MAX_STRING_BYTES) {
+            let length = (name.len() as u32).to_be_bytes();
+            reply(out, option::LIST, option_reply::SERVER, &[&length, name.as_bytes()]);
+        }
+        reply(out, option::LIST, option_reply::ACK, &[]);
+    }
+
+    fn answer_export_name(&mut self, answer: Answer, name: &str, out: &mut BytesMut) -> Step {
+        let Answer::Export(export) = answer else {
+            assert!(!matches!(answer, Answer::Names(_)), "names answer only a list");
+            self.state = State::Ended;
+            return Step::Close;
+        };
+        out.put_u64(export.size_bytes);
+        out.put_u16(transmission_flags(&export, self.replies));
+        if !self.no_zeroes {
+            out.put_bytes(0, EXPORT_NAME_ZEROES);
+        }
+        self.transmission(export, name)
+    }
+
+    /// Section «Block size constraints»: a client that did not ask for the block size may send any
+    /// byte range, so it is let in only where every byte range is taken.
+    fn block_size_missing(&self, wanted: Wanted) -> bool {
+        self.limits.min_block > 1 && !wanted.block_size
+    }
+
+    fn put_info(&self, out: &mut BytesMut, option: u32, export: &ExportInfo, wanted: Wanted) {
+        let mut put = |kind: u16, parts: [&[u8]; 3]| {
+            let kind = kind.to_be_bytes();
+            reply(out, option, option_reply::INFO, &[&kind, parts[0], parts[1], parts[2]]);
+        };
+        let flags = transmission_flags(export, self.replies);
+        put(info::EXPORT, [&export.size_bytes.to_be_bytes(), &flags.to_be_bytes(), &[]]);
+        if wanted.name {
+            put(info::NAME, [shortened(&export.name).as_bytes(), &[], &[]]);
+        }
+        if wanted.description && !export.description.is_empty() {
+            put(info::DESCRIPTION, [shortened(&export.description).as_bytes(), &[], &[]]);
+        }
+        if wanted.block_size {
+            let Limits { min_block, preferred_block, max_payload, .. } = self.limits;
+            let sizes = [min_block, preferred_block, max_payload].map(u32::to_be_bytes);
+            put(info::BLOCK_SIZE, [&sizes[0], &sizes[1], &sizes[2]]);
+        }
+    }
+
+    fn transmission(&mut self, export: ExportInfo, name: &str) -> Step {
+        self.state = State::Ended;
+        let selected = self.base_allocation_for.take().is_some_and(|selected| selected == name);
+        Step::Transmission(Session {
+            export,
+            limits: self.limits,
+            replies: self.replies,
+            base_allocation: selected.then_some(context::BASE_ALLOCATION_ID),
+            no_zeroes: self.no_zeroes,
+        })
+    }
+}
+
+/// One reply to an option, its data given in parts.
+fn reply(out: &mut BytesMut, option: u32, kind: u32, parts: &[&[u8]]) {
+    let length: usize = parts.iter().map(|part| part.len()).sum();
+    out.put_u64(OPTION_REPLY_MAGIC);
+    out.put_u32(option);
+    out.put_u32(kind);
+    out.put_u32(length as u32);
+    parts.iter().for_each(|part| out.put_slice(part));
+}
+
+fn refuse(out: &mut BytesMut, option: u32, kind: u32, message: &str) {
+    reply(out, option, kind, &[shortened(message).as_bytes()]);
+}
+
+fn malformed(out: &mut BytesMut, option: u32, error: Malformed) {
+    match error {
+        Malformed::Invalid(message) => refuse(out, option, option_reply::ERR_INVALID, message),
+        Malformed::TooBig(message) => refuse(out, option, option_reply::ERR_TOO_BIG, message),
+    }
+}
+
+/// Answers that are no success. ERR_SHUTDOWN is the one error that says «later».
+fn refuse_with(out: &mut BytesMut, option: u32, answer: Answer) {
+    let (kind, message) = match answer {
+        Answer::Unknown(message) => (option_reply::ERR_UNKNOWN, message),
+        Answer::Refused(message) => (option_reply::ERR_POLICY, message),
+        Answer::Unavailable(message) => (option_reply::ERR_SHUTDOWN, message),
+        Answer::Names(_) | Answer::Export(_) => panic!("{answer:?} does not answer {option}"),
+    };
+    refuse(out, option, kind, &message);
+}

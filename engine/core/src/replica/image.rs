@@ -1,0 +1,357 @@
+//! One image as its holder serves it: its parts in flight and their bookkeeping.
+
+use super::level::Leveller;
+use super::locks::{BlockLocks, Range};
+use super::{Event, Extent, IoError, NodeIndex, NodeMask, Outcome, Output, Token};
+use crate::content::Run;
+use crate::geometry::{Geometry, ImageId, LayerId};
+use crate::wire::messages::RecordHead;
+use crate::wire::{self, Prefix};
+use bytes::{Bytes, BytesMut};
+use slab::Slab;
+use std::collections::VecDeque;
+
+/// A replica set, its members and who of them is in sync.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SetSpec {
+    pub members: NodeMask,
+    pub in_sync: NodeMask,
+}
+
+/// All that is needed to serve an image: what the lease holder's record says.
+#[derive(Clone, Debug)]
+pub struct OpenSpec {
+    pub image: ImageId,
+    /// The number of the image on every connection of this gateway.
+    pub channel: u32,
+    pub geometry: Geometry,
+    pub layers: Vec<LayerId>,
+    pub epoch: u64,
+    pub holder: [u8; 16],
+    pub generation: u64,
+    pub digest: [u8; 32],
+    /// The record's text, stored by the nodes and given back by PEEK; opaque here.
+    pub body: Bytes,
+    pub nodes: Vec<String>,
+    pub sets: Vec<SetSpec>,
+    /// The node of the same host, read from where it is in sync.
+    pub local: Option<NodeIndex>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum ReplicaState {
+    Down,
+    Peeking,
+    Waiting,
+    Joining { stored: bool },
+    Levelling,
+    Up,
+}
+
+pub(super) struct Replica {
+    pub name: String,
+    pub state: ReplicaState,
+    /// After joining: go `Up` at once (the same instance came back) or be levelled first.
+    pub resume: bool,
+    pub flush_number: u64,
+    /// Grows with each write sent; `flushed_mark` is its value that a finished flush covered.
+    pub write_mark: u64,
+    pub flushed_mark: Option<u64>,
+    /// Policy was told that requests wait for this replica.
+    pub blocking_told: bool,
+}
+
+pub(super) struct Set {
+    pub members: NodeMask,
+    pub in_sync: NodeMask,
+    /// In-sync nodes that have not stored `storing_generation`, the one that changed this set.
+    pub storing: NodeMask,
+    pub storing_generation: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum RequestKind {
+    Read,
+    Write,
+    Zero,
+    Status,
+    Flush,
+}
+
+/// A client's request, or one of our own (`token` none).
+pub(super) struct Request {
+    pub token: Option<Token>,
+    pub kind: RequestKind,
+    pub offset: u64,
+    pub length: u32,
+    pub flags: u8,
+    pub payload: Bytes,
+    pub parts_left: u32,
+    pub error: Option<IoError>,
+    /// Answers of the parts, in order.
+    pub runs: Vec<Vec<Run>>,
+    pub extents: Vec<Vec<Extent>>,
+}
+
+/// The part of a request that one frame carries to the nodes of one replica set.
+pub(super) struct Part {
+    pub serial: u32,
+    pub request: usize,
+    /// Position among the request's parts.
+    pub position: u32,
+    pub kind: RequestKind,
+    pub set: u32,
+    pub shard: u64,
+    /// Within the shard; reads: widened to whole blocks.
+    pub offset: u32,
+    pub length: u32,
+    pub flags: u8,
+    pub sequence: u64,
+    pub payload: Bytes,
+    /// Who has not answered.
+    pub waiting: NodeMask,
+    /// Who of them was asked.
+    pub sent: NodeMask,
+    /// Reads: who failed it. Flushes: see `marks`.
+    pub tried: NodeMask,
+    /// Reads past the lease time: data is here, epochs are being confirmed.
+    pub confirming: bool,
+    /// Flushes: write marks at sending, by node, and the sequence that may be cleared after.
+    pub marks: Vec<(NodeIndex, u64)>,
+    pub clear_sequence: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Phase {
+    Opening,
+    Running,
+    Closing,
+    Dead,
+}
+
+/// What a finished flush lets the nodes forget.
+#[derive(Clone, Default)]
+pub(super) struct Clear {
+    pub sequence: u64,
+    pub proof: Vec<(String, u64)>,
+    /// Who still has to be told.
+    pub pending: NodeMask,
+}
+
+/// The state machine of one open image. Feed it requests, frames and link changes; take `outputs`.
+pub struct ImageIo {
+    pub(super) spec: OpenSpec,
+    pub(super) phase: Phase,
+    pub(super) closing_flush_sent: bool,
+    pub(super) replicas: Vec<Replica>,
+    pub(super) sets: Vec<Set>,
+    pub(super) requests: Slab<Request>,
+    pub(super) parts: Slab<Part>,
+    pub(super) serial: u32,
+    pub(super) locks: BlockLocks,
+    pub(super) next_sequence: u64,
+    /// Writes in flight or answered, from `first_open` on; true: answered.
+    pub(super) window: VecDeque<bool>,
+    pub(super) first_open: u64,
+    pub(super) clear: Clear,
+    pub(super) leveller: Option<Leveller>,
+    pub(super) levelled_shards: u64,
+    pub(super) bytes_since_flush: u64,
+    pub(super) ticks_since_flush: u32,
+    pub(super) store_told: bool,
+    /// Time after which reads need the nodes' word that this is still the holder, and now.
+    pub(super) lease_deadline_ns: u64,
+    pub(super) now_ns: u64,
+    pub(super) read_turn: u8,
+    pub(super) arena: BytesMut,
+    pub outputs: VecDeque<Output>,
+}
+
+impl ImageIo {
+    pub fn new(spec: OpenSpec) -> ImageIo {
+        assert!(spec.nodes.len() <= 64, "an image spreads over at most 64 nodes");
+        assert_eq!(spec.sets.len(), spec.geometry.replica_sets as usize);
+        let replicas = spec.nodes.iter().map(|name| Replica {
+            name: name.clone(),
+            state: ReplicaState::Down,
+            resume: false,
+            flush_number: 0,
+            write_mark: 0,
+            flushed_mark: None,
+            blocking_told: false,
+        });
+        let sets = spec.sets.iter().map(|set| Set {
+            members: set.members,
+            in_sync: set.in_sync,
+            storing: NodeMask::EMPTY,
+            storing_generation: 0,
+        });
+        ImageIo {
+            replicas: replicas.collect(),
+            sets: sets.collect(),
+            phase: Phase::Opening,
+            closing_flush_sent: false,
+            requests: Slab::new(),
+            parts: Slab::new(),
+            serial: 0,
+            locks: BlockLocks::default(),
+            next_sequence: 1,
+            window: VecDeque::new(),
+            first_open: 1,
+            clear: Clear::default(),
+            leveller: None,
+            levelled_shards: 0,
+            bytes_since_flush: 0,
+            ticks_since_flush: 0,
+            store_told: true,
+            lease_deadline_ns: u64::MAX,
+            now_ns: 0,
+            read_turn: 0,
+            arena: BytesMut::with_capacity(64 * 1024),
+            outputs: VecDeque::new(),
+            spec,
+        }
+    }
+
+    pub fn spec(&self) -> &OpenSpec {
+        &self.spec
+    }
+
+    pub fn size_bytes(&self) -> u64 {
+        self.spec.geometry.size_bytes
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.phase == Phase::Running
+    }
+
+    pub fn requests_in_flight(&self) -> usize {
+        self.requests.len()
+    }
+
+    /// State of each replica, for people.
+    pub fn replica_states(&self) -> Vec<(String, String)> {
+        let name = |r: &Replica| (r.name.clone(), format!("{:?}", r.state).to_lowercase());
+        self.replicas.iter().map(name).collect()
+    }
+
+    /// In-sync nodes of each set.
+    pub fn in_sync(&self) -> Vec<NodeMask> {
+        self.sets.iter().map(|set| set.in_sync).collect()
+    }
+
+    pub fn set_lease_deadline(&mut self, deadline_ns: u64) {
+        self.lease_deadline_ns = deadline_ns;
+    }
+
+    pub fn set_now(&mut self, now_ns: u64) {
+        self.now_ns = now_ns;
+    }
+
+    /// Every node that is in sync in some set.
+    pub(super) fn in_sync_anywhere(&self) -> NodeMask {
+        self.sets.iter().fold(NodeMask::EMPTY, |mask, set| mask.with(set.in_sync))
+    }
+
+    pub(super) fn up(&self) -> NodeMask {
+        let up = |mask: NodeMask, (index, replica): (usize, &Replica)| match replica.state {
+            ReplicaState::Up => mask.with(NodeMask::one(index as NodeIndex)),
+            _ => mask,
+        };
+        self.replicas.iter().enumerate().fold(NodeMask::EMPTY, up)
+    }
+
+    pub(super) fn replica(&mut self, node: NodeIndex) -> &mut Replica {
+        &mut self.replicas[usize::from(node)]
+    }
+
+    pub(super) fn event(&mut self, event: Event) {
+        self.outputs.push_back(Output::Event(event));
+    }
+
+    pub(super) fn record_head(&self) -> RecordHead {
+        RecordHead {
+            image: self.spec.image,
+            epoch: self.spec.epoch,
+            holder: self.spec.holder,
+            generation: self.spec.generation,
+            digest: self.spec.digest,
+            shard_bytes: self.spec.geometry.shard_bytes,
+        }
+    }
+
+    /// Encodes a frame once and queues it for every node of `nodes`.
+    pub(super) fn send(
+        &mut self,
+        nodes: NodeMask,
+        kind: u8,
+        flags: u8,
+        tag: u64,
+        payload: &Bytes,
+        write_head: impl FnOnce(&mut BytesMut),
+    ) {
+        if nodes.is_empty() {
+            return;
+        }
+        let prefix = Prefix::request(kind, flags, self.spec.channel, tag);
+        wire::encode(&mut self.arena, prefix, payload.len(), write_head);
+        let head = self.arena.split().freeze();
+        for node in nodes.iter() {
+            let (head, payload) = (head.clone(), payload.clone());
+            self.outputs.push_back(Output::Send { node, head, payload });
+        }
+    }
+
+    /// Blocks that a request changes, or reads.
+    pub(super) fn block_range(offset: u64, length: u32) -> Range {
+        let block = u64::from(crate::geometry::BLOCK_BYTES);
+        Range { first: offset / block, end: (offset + u64::from(length)).div_ceil(block) }
+    }
+
+    /// The highest sequence up to which every write was answered.
+    pub(super) fn answered_through(&self) -> u64 {
+        self.first_open - 1
+    }
+
+    /// A write's sequence is answered; the window moves on over what is answered without gap.
+    pub(super) fn sequence_answered(&mut self, sequence: u64) {
+        let index = (sequence - self.first_open) as usize;
+        self.window[index] = true;
+        while self.window.front() == Some(&true) {
+            self.window.pop_front();
+            self.first_open += 1;
+        }
+    }
+
+    /// Counts one part of a request as done, and answers the request with its last one.
+    pub(super) fn part_done(&mut self, request_id: usize) {
+        let request = &mut self.requests[request_id];
+        request.parts_left -= 1;
+        if request.parts_left == 0 {
+            self.finish_request(request_id);
+        }
+    }
+
+    pub(super) fn finish_request(&mut self, request_id: usize) {
+        let request = self.requests.remove(request_id);
+        let outcome = match (request.error, request.kind) {
+            (Some(error), _) => Outcome::Failed(error),
+            (None, RequestKind::Read) => Outcome::Read(request.runs.into_iter().flatten().collect()),
+            (None, RequestKind::Status) => {
+                Outcome::Extents(request.extents.into_iter().flatten().collect())
+            }
+            (None, _) => Outcome::Done,
+        };
+        if let Some(token) = request.token {
+            self.outputs.push_back(Output::Answer { token, outcome });
+        }
+        if matches!(request.kind, RequestKind::Write | RequestKind::Zero) {
+            let mut ready = Vec::new();
+            self.locks.release(Self::block_range(request.offset, request.length), &mut ready);
+            ready.into_iter().for_each(|id| self.start(id));
+        }
+        if self.phase == Phase::Closing {
+            self.go_on_closing();
+        }
+    }
+}

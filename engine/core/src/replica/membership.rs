@@ -1,0 +1,292 @@
+//! Replicas that come and go, and the records that say who is in sync.
+
+use super::image::{ImageIo, Phase, ReplicaState, RequestKind};
+use super::replies::BadReply;
+use super::{Event, NodeIndex, NodeMask, PeekedRecord};
+use crate::geometry::ImageId;
+use crate::wire::messages::{Attach, Head, Peek, PeekReply};
+use crate::wire::{Frame, Status, kind};
+use bytes::Bytes;
+
+impl ImageIo {
+    /// The connection to `node` is ready.
+    pub fn link_up(&mut self, node: NodeIndex) {
+        if self.phase == Phase::Dead || self.replica(node).state != ReplicaState::Down {
+            return;
+        }
+        self.ask_for_record(node);
+    }
+
+    /// Asks a node that waits to be admitted for its record again; its answer is an event.
+    pub fn peek(&mut self, node: NodeIndex) {
+        let waits = usize::from(node) < self.replicas.len()
+            && self.replica(node).state == ReplicaState::Waiting;
+        if waits {
+            self.ask_for_record(node);
+        }
+    }
+
+    fn ask_for_record(&mut self, node: NodeIndex) {
+        self.replica(node).state = ReplicaState::Peeking;
+        let head = Peek(self.spec.image);
+        self.send(NodeMask::one(node), kind::PEEK, 0, 0, &Bytes::new(), |out| head.put(out));
+    }
+
+    /// The connection to `node` is gone, and with it all that was not answered.
+    pub fn link_down(&mut self, node: NodeIndex) {
+        if self.phase == Phase::Dead {
+            return;
+        }
+        self.abandon(node, ReplicaState::Down, Status::Io);
+        let blocking = self.waits_for(node);
+        self.replica(node).blocking_told = blocking;
+        self.event(Event::ReplicaDown { node, blocking });
+    }
+
+    /// Nothing sent to `node` counts any more; what waits for it goes to others where it can.
+    fn abandon(&mut self, node: NodeIndex, state: ReplicaState, status: Status) {
+        let gone = NodeMask::one(node);
+        let replica = self.replica(node);
+        replica.state = state;
+        replica.flushed_mark = None;
+        replica.blocking_told = false;
+        let mut homeless = Vec::new();
+        for (id, part) in self.parts.iter_mut() {
+            part.sent = part.sent.without(gone);
+            let reads = matches!(part.kind, RequestKind::Read | RequestKind::Status);
+            if reads && !part.confirming && part.waiting == gone {
+                part.waiting = NodeMask::EMPTY;
+                homeless.push(id);
+            }
+        }
+        homeless.into_iter().for_each(|id| self.dispatch_read(id));
+        self.leveller_lost(node, status);
+    }
+
+    fn waits_for(&self, node: NodeIndex) -> bool {
+        self.sets.iter().any(|set| set.storing.has(node))
+            || self.parts.iter().any(|(_, part)| match part.kind {
+                RequestKind::Flush => part.waiting.and(self.in_sync_anywhere()).has(node),
+                _ => part.waiting.and(self.sets[part.set as usize].in_sync).has(node),
+            })
+    }
+
+    pub(super) fn take_peek(&mut self, node: NodeIndex, frame: Frame) -> Result<(), BadReply> {
+        if self.replica(node).state != ReplicaState::Peeking {
+            return Ok(());
+        }
+        let record = match frame.status {
+            Status::Ok => {
+                let peek = PeekReply::take(frame.head).map_err(|_| BadReply("malformed peek"))?;
+                Some(PeekedRecord {
+                    image: peek.record.image,
+                    epoch: peek.record.epoch,
+                    holder: peek.record.holder,
+                    generation: peek.record.generation,
+                    digest: peek.record.digest,
+                    dirty: peek.dirty,
+                    flush_number: peek.flush_number,
+                    peers: peek.peers,
+                    body: frame.payload,
+                })
+            }
+            Status::NoRecord | Status::Deleted => None,
+            _ => return Err(BadReply("peek failed")),
+        };
+        self.replica(node).state = ReplicaState::Waiting;
+        let deleted = frame.status == Status::Deleted;
+        self.event(Event::Peeked { node, record, deleted });
+        Ok(())
+    }
+
+    /// Policy lets `nodes` in: each stores the record, gets a session and, unless it `resume`s (the
+    /// instance that was here before, over a new connection), is levelled before it is `Up`.
+    /// Nodes that are not waiting for this are passed over.
+    pub fn admit(&mut self, nodes: NodeMask, resume: bool) {
+        if self.phase == Phase::Dead {
+            return;
+        }
+        for node in nodes.iter() {
+            if self.replica(node).state != ReplicaState::Waiting {
+                continue;
+            }
+            self.replica(node).state = ReplicaState::Joining { stored: false };
+            self.replica(node).resume = resume;
+            self.send_record(NodeMask::one(node));
+        }
+    }
+
+    fn send_record(&mut self, nodes: NodeMask) {
+        let (head, body) = (self.record_head(), self.spec.body.clone());
+        let tag = self.spec.generation;
+        self.send(nodes, kind::RECORD, 0, tag, &body, |out| head.put(out));
+    }
+
+    pub(super) fn take_record(&mut self, node: NodeIndex, frame: Frame) -> Result<(), BadReply> {
+        match frame.status {
+            Status::Ok => {}
+            Status::StaleEpoch | Status::StaleGeneration | Status::Deleted => {
+                if frame.tag == self.spec.generation {
+                    self.fence(node, frame.status);
+                }
+                return Ok(());
+            }
+            status => {
+                self.event(Event::ReplicaFailed { node, status });
+                return Err(BadReply("the record could not be stored"));
+            }
+        }
+        for set in &mut self.sets {
+            if set.storing_generation <= frame.tag {
+                set.storing = set.storing.without(NodeMask::one(node));
+            }
+        }
+        if self.replica(node).state == (ReplicaState::Joining { stored: false })
+            && frame.tag == self.spec.generation
+        {
+            self.replica(node).state = ReplicaState::Joining { stored: true };
+            self.send_attach(node);
+        }
+        self.after_store();
+        Ok(())
+    }
+
+    fn send_attach(&mut self, node: NodeIndex) {
+        let attach = Attach {
+            image: self.spec.image,
+            epoch: self.spec.epoch,
+            holder: self.spec.holder,
+            layers: self.spec.layers.clone(),
+        };
+        self.send(NodeMask::one(node), kind::ATTACH, 0, 0, &Bytes::new(), |out| attach.put(out));
+    }
+
+    pub(super) fn take_attach(&mut self, node: NodeIndex, frame: Frame) -> Result<(), BadReply> {
+        if self.replica(node).state != (ReplicaState::Joining { stored: true }) {
+            return Ok(());
+        }
+        match frame.status {
+            Status::Ok if self.replica(node).resume => self.go_up(NodeMask::one(node)),
+            Status::Ok => {
+                self.replica(node).state = ReplicaState::Levelling;
+                self.start_leveller();
+            }
+            status => self.fence(node, status),
+        }
+        Ok(())
+    }
+
+    /// `nodes` serve from now on: what they missed is sent again in sequence order.
+    pub(super) fn go_up(&mut self, nodes: NodeMask) {
+        for node in nodes.iter() {
+            let replica = self.replica(node);
+            replica.state = ReplicaState::Up;
+            replica.blocking_told = false;
+        }
+        let mut unsent: Vec<(u64, usize)> = self
+            .parts
+            .iter()
+            .filter(|(_, part)| !part.waiting.without(part.sent).and(nodes).is_empty())
+            .map(|(id, part)| (part.sequence, id))
+            .collect();
+        // Writes in their order; flushes and confirmations (sequence 0) after them.
+        unsent.sort_by_key(|(sequence, id)| (*sequence == 0, *sequence, *id));
+        unsent.into_iter().for_each(|(_, id)| self.send_missing(id, nodes));
+        self.dispatch_parked_reads();
+    }
+
+    /// The record of a new generation: who is in sync in each set from now on. Requests that waited
+    /// only for nodes that are not, are answered once all in-sync nodes of the changed sets have
+    /// stored it (`Event::Stored`). Before the image is open it only replaces the former record.
+    pub fn reconfigure(
+        &mut self,
+        generation: u64,
+        digest: [u8; 32],
+        body: Bytes,
+        in_sync: &[NodeMask],
+    ) {
+        assert!(generation > self.spec.generation, "generations only grow");
+        assert_eq!(in_sync.len(), self.sets.len(), "one mask for each replica set");
+        if self.phase == Phase::Dead {
+            return;
+        }
+        self.spec.generation = generation;
+        self.spec.digest = digest;
+        self.spec.body = body;
+        let before = self.in_sync_anywhere();
+        let mut storing = NodeMask::EMPTY;
+        for (set, in_sync) in self.sets.iter_mut().zip(in_sync) {
+            assert!(in_sync.without(set.members).is_empty(), "only members are in sync");
+            if set.in_sync == *in_sync {
+                continue;
+            }
+            set.in_sync = *in_sync;
+            if self.phase != Phase::Opening {
+                set.storing = *in_sync;
+                set.storing_generation = generation;
+                storing = storing.with(*in_sync);
+            }
+        }
+        self.store_told = false;
+        for node in before.without(self.in_sync_anywhere()).iter() {
+            self.let_go(node);
+        }
+        self.send_record_to_connected(storing);
+        self.after_store();
+        self.dispatch_parked_reads();
+    }
+
+    fn send_record_to_connected(&mut self, nodes: NodeMask) {
+        for node in nodes.iter() {
+            match self.replica(node).state {
+                ReplicaState::Up | ReplicaState::Levelling => self.send_record(NodeMask::one(node)),
+                ReplicaState::Joining { .. } => {
+                    self.replica(node).state = ReplicaState::Joining { stored: false };
+                    self.send_record(NodeMask::one(node));
+                }
+                ReplicaState::Down | ReplicaState::Peeking | ReplicaState::Waiting => {
+                    self.tell_blocking(node);
+                }
+            }
+        }
+    }
+
+    /// A node that is in sync nowhere any more: nothing is asked of it until policy admits it again.
+    fn let_go(&mut self, node: NodeIndex) {
+        let connected = self.replica(node).state != ReplicaState::Down;
+        let state = if connected { ReplicaState::Waiting } else { ReplicaState::Down };
+        self.abandon(node, state, Status::StaleGeneration);
+    }
+
+    /// Answers what the store of a record held back.
+    fn after_store(&mut self) {
+        if !self.store_told && self.sets.iter().all(|set| set.storing.is_empty()) {
+            self.store_told = true;
+            let generation = self.spec.generation;
+            self.event(Event::Stored { generation });
+        }
+        let all: Vec<usize> = self.parts.iter().map(|(id, _)| id).collect();
+        for id in all {
+            if self.parts.contains(id) && !self.parts[id].is_unsent_read() {
+                self.complete_if_answered(id);
+            }
+        }
+    }
+
+    /// Makes the image ready for requests, once its replicas are up.
+    pub(super) fn run_if_opening(&mut self) {
+        if self.phase == Phase::Opening {
+            self.phase = Phase::Running;
+        }
+    }
+
+    pub fn image(&self) -> ImageId {
+        self.spec.image
+    }
+}
+
+impl super::image::Part {
+    fn is_unsent_read(&self) -> bool {
+        matches!(self.kind, RequestKind::Read | RequestKind::Status) && !self.confirming
+    }
+}

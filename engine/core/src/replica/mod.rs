@@ -1,0 +1,151 @@
+//! The holder's side of replication, without I/O (but for `link`): requests of clients become writes to
+//! all in-sync nodes and reads from one, answers are counted, replicas that come and go are levelled.
+//!
+//! | a replica is | meaning | leaves by |
+//! | --- | --- | --- |
+//! | `Down` | no connection | the link comes up → `Peeking` |
+//! | `Peeking` | asked for its record | the answer → `Waiting`, with an event |
+//! | `Waiting` | policy must say what to do with it | `admit` → `Joining` |
+//! | `Joining` | RECORD and ATTACH are on their way | both answered → `Up` (resumed) or `Levelling` |
+//! | `Levelling` | shards of the dirty maps are made equal | the leveller is done → `Up` |
+//! | `Up` | serves; what it missed was resent in sequence order | the link goes down → `Down` |
+//!
+//! Invariants, asserted here:
+//! - a write is answered only when every in-sync replica of its set has answered it and the record that
+//!   names these replicas is stored on all of them (membership before acknowledgement);
+//! - two requests in flight never change a common block, and no read overtakes a write on its blocks;
+//! - a replica that is not `Up` is sent no request of a client and is never read.
+//!
+//! What this module never does: choose who is in sync, or raise an epoch or a generation.
+
+mod image;
+mod level;
+mod link;
+mod locks;
+mod membership;
+mod replies;
+mod submit;
+
+pub use link::{Link, LinkEvent, LinkTarget};
+pub use image::{ImageIo, OpenSpec, SetSpec};
+
+use crate::content::Run;
+use crate::geometry::ImageId;
+use crate::wire::Status;
+use bytes::Bytes;
+
+/// Index of a node within its image's table; an image spreads over at most 64 nodes.
+pub type NodeIndex = u8;
+
+/// A set of nodes of one image.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct NodeMask(pub u64);
+
+impl NodeMask {
+    pub const EMPTY: NodeMask = NodeMask(0);
+
+    pub fn one(node: NodeIndex) -> NodeMask {
+        assert!(node < 64, "an image spreads over at most 64 nodes");
+        NodeMask(1 << node)
+    }
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+    pub fn has(self, node: NodeIndex) -> bool {
+        self.0 & (1 << node) != 0
+    }
+    pub fn with(self, other: NodeMask) -> NodeMask {
+        NodeMask(self.0 | other.0)
+    }
+    pub fn without(self, other: NodeMask) -> NodeMask {
+        NodeMask(self.0 & !other.0)
+    }
+    pub fn and(self, other: NodeMask) -> NodeMask {
+        NodeMask(self.0 & other.0)
+    }
+    pub fn iter(self) -> impl Iterator<Item = NodeIndex> {
+        (0..64u8).filter(move |node| self.has(*node))
+    }
+    pub fn first(self) -> Option<NodeIndex> {
+        (self.0 != 0).then(|| self.0.trailing_zeros() as NodeIndex)
+    }
+}
+
+/// Whom a completion is for: a connection, and the cookie of its request.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Token {
+    pub client: u64,
+    pub cookie: u64,
+}
+
+/// A run of a status answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    pub length: u32,
+    pub hole: bool,
+    pub zero: bool,
+}
+
+/// Why a client's request failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IoError {
+    Io,
+    /// The image is closing, or was lost to another holder.
+    Shutdown,
+}
+
+/// What a client is answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Done,
+    Read(Vec<Run>),
+    Extents(Vec<Extent>),
+    Failed(IoError),
+}
+
+/// What the state machine wants done.
+#[derive(Debug)]
+pub enum Output {
+    Send { node: NodeIndex, head: Bytes, payload: Bytes },
+    Answer { token: Token, outcome: Outcome },
+    Event(Event),
+}
+
+/// What policy is told. Every event names its image when it leaves the engine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A node answered PEEK and waits for `admit`. `record` is none where the node holds none.
+    Peeked { node: NodeIndex, record: Option<PeekedRecord>, deleted: bool },
+    /// The connection is gone. `blocking`: requests wait for the node.
+    ReplicaDown { node: NodeIndex, blocking: bool },
+    /// A request has begun to wait for a node that is not `Up`.
+    ReplicaBlocking { node: NodeIndex },
+    /// A node in sync failed a request; it is asked again each second.
+    ReplicaFailed { node: NodeIndex, status: Status },
+    /// A stored block was rotten on this node; the answer came from another.
+    BadBlock { node: NodeIndex, shard: u64, block: u32 },
+    /// The nodes asked by `admit` are `Up`.
+    Admitted { levelled_shards: u64, copied_bytes: u64 },
+    /// A node was lost, or refused, while nodes were being admitted; those left wait again.
+    AdmitFailed { node: NodeIndex, status: Status },
+    /// All in-sync nodes of the changed sets hold this generation.
+    Stored { generation: u64 },
+    /// A node knows a later holder, or a later membership: nothing more is answered, ever.
+    Fenced { node: NodeIndex, status: Status },
+    /// `close` is done. Not `clean`: the next holder has to reconcile.
+    Closed { clean: bool },
+}
+
+/// A record as a node holds it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeekedRecord {
+    pub image: ImageId,
+    pub epoch: u64,
+    pub holder: [u8; 16],
+    pub generation: u64,
+    pub digest: [u8; 32],
+    pub dirty: u32,
+    pub flush_number: u64,
+    pub peers: Vec<(String, u64)>,
+    pub body: Bytes,
+}

@@ -1,0 +1,320 @@
+//! Answers of the nodes: counted, verified, and turned into answers for the clients.
+
+use super::image::{Clear, ImageIo, Phase, RequestKind};
+use super::{Event, Extent, IoError, NodeIndex, NodeMask, Outcome, Output};
+use crate::checksum::crc32c;
+use crate::content::{Block, Run};
+use crate::geometry::BLOCK_BYTES;
+use crate::wire::codec::Fields;
+use crate::wire::messages::{Head, Number, Session, take_blocks};
+use crate::wire::{Frame, REPLY, Status, kind};
+use bytes::Bytes;
+
+/// An answer that no honest node gives; its connection has to end.
+#[derive(Debug, PartialEq, Eq)]
+pub struct BadReply(pub &'static str);
+
+impl ImageIo {
+    /// Takes one frame of `node`.
+    ///
+    /// # Errors
+    /// The node breaks the protocol: close its connection (and tell `link_down`).
+    pub fn receive(&mut self, node: NodeIndex, frame: Frame) -> Result<(), BadReply> {
+        match frame.kind & !REPLY {
+            kind::WRITE | kind::ZERO | kind::FLUSH | kind::CONFIRM => self.count(node, frame),
+            kind::READ | kind::STATUS => self.take_read(node, frame),
+            kind::PEEK => self.take_peek(node, frame),
+            kind::RECORD => self.take_record(node, frame),
+            kind::ATTACH => self.take_attach(node, frame),
+            kind::DIRTY | kind::SUMMARY | kind::FETCH | kind::COPY | kind::LEVEL => {
+                self.take_level(node, frame)
+            }
+            kind::CLEAR | kind::DETACH => Ok(()),
+            _ => Err(BadReply("a reply of unknown kind")),
+        }
+    }
+
+    /// The part that a reply's tag names, unless it is gone or another has its place.
+    fn part_of(&self, tag: u64) -> Option<usize> {
+        let id = (tag & 0xffff_ffff) as usize;
+        self.parts.get(id).filter(|part| u64::from(part.serial) == tag >> 32).map(|_| id)
+    }
+
+    fn count(&mut self, node: NodeIndex, frame: Frame) -> Result<(), BadReply> {
+        if frame.kind & !REPLY == kind::FLUSH && self.is_level_flush(frame.tag) {
+            return self.take_level(node, frame);
+        }
+        let Some(id) = self.part_of(frame.tag) else { return Ok(()) };
+        if !self.parts[id].sent.has(node) {
+            return Ok(());
+        }
+        if frame.status != Status::Ok {
+            self.failed(id, node, frame.status);
+            return Ok(());
+        }
+        if frame.kind & !REPLY == kind::FLUSH {
+            let number = Number::take(frame.head).map_err(|_| BadReply("flush without number"))?;
+            self.replica(node).flush_number = number.0;
+            let mark = self.parts[id].marks.iter().find(|(other, _)| *other == node);
+            let mark = mark.map(|(_, mark)| *mark);
+            let replica = self.replica(node);
+            replica.flushed_mark = replica.flushed_mark.max(mark);
+        }
+        let part = &mut self.parts[id];
+        part.waiting = part.waiting.without(NodeMask::one(node));
+        self.complete_if_answered(id);
+        Ok(())
+    }
+
+    /// A replica could not do a part: it stays unanswered by it, and is asked again at the next tick.
+    fn failed(&mut self, id: usize, node: NodeIndex, status: Status) {
+        let part = &mut self.parts[id];
+        part.sent = part.sent.without(NodeMask::one(node));
+        match status {
+            Status::StaleEpoch | Status::Deleted => self.fence(node, status),
+            // Asked under a generation of before, while the new record was on its way.
+            Status::StaleGeneration | Status::BadChecksum => {}
+            status => self.event(Event::ReplicaFailed { node, status }),
+        }
+    }
+
+    /// Answers a counted part if nobody who counts is missing.
+    pub(super) fn complete_if_answered(&mut self, id: usize) {
+        let part = &self.parts[id];
+        let counted = match part.kind {
+            RequestKind::Flush => {
+                let storing = self.sets.iter().any(|set| !set.storing.is_empty());
+                !storing && part.waiting.and(self.in_sync_anywhere()).is_empty()
+            }
+            RequestKind::Write | RequestKind::Zero => {
+                let set = &self.sets[part.set as usize];
+                set.storing.is_empty() && part.waiting.and(set.in_sync).is_empty()
+            }
+            RequestKind::Read | RequestKind::Status => {
+                part.confirming
+                    && part.waiting.and(self.sets[part.set as usize].in_sync).is_empty()
+            }
+        };
+        if !counted {
+            return;
+        }
+        let part = self.parts.remove(id);
+        match part.kind {
+            RequestKind::Write | RequestKind::Zero => self.sequence_answered(part.sequence),
+            RequestKind::Flush => self.flush_done(part.clear_sequence),
+            RequestKind::Read | RequestKind::Status => {}
+        }
+        self.part_done(part.request);
+    }
+
+    /// All in-sync nodes hold everything up to `sequence` durably: it may be cleared.
+    fn flush_done(&mut self, sequence: u64) {
+        if sequence <= self.clear.sequence {
+            return;
+        }
+        let in_sync = self.in_sync_anywhere();
+        let proof = in_sync.iter().map(|node| {
+            let replica = &self.replicas[usize::from(node)];
+            (replica.name.clone(), replica.flush_number)
+        });
+        self.clear = Clear { sequence, proof: proof.collect(), pending: in_sync };
+    }
+
+    fn take_read(&mut self, node: NodeIndex, frame: Frame) -> Result<(), BadReply> {
+        let Some(id) = self.part_of(frame.tag) else { return Ok(()) };
+        if self.parts[id].waiting != NodeMask::one(node) || self.parts[id].confirming {
+            return Ok(());
+        }
+        let good = match frame.status {
+            Status::Ok => self.read_content(id, frame)?,
+            Status::StaleEpoch | Status::StaleGeneration | Status::Deleted => {
+                self.parts[id].waiting = NodeMask::EMPTY;
+                self.fence(node, frame.status);
+                return Ok(());
+            }
+            Status::BadBlock => {
+                let block = Fields(frame.head).u32().map_err(|_| BadReply("no block named"))?;
+                let shard = self.parts[id].shard;
+                self.event(Event::BadBlock { node, shard, block });
+                false
+            }
+            status => {
+                self.event(Event::ReplicaFailed { node, status });
+                false
+            }
+        };
+        let part = &mut self.parts[id];
+        part.waiting = NodeMask::EMPTY;
+        if !good {
+            part.tried = part.tried.with(NodeMask::one(node));
+            self.dispatch_read(id);
+        } else if self.now_ns > self.lease_deadline_ns {
+            self.confirm(id);
+        } else {
+            let request = self.parts.remove(id).request;
+            self.part_done(request);
+        }
+        Ok(())
+    }
+
+    /// Puts a read part's answer into its request. False: a block did not match its checksum.
+    fn read_content(&mut self, id: usize, frame: Frame) -> Result<bool, BadReply> {
+        let part = &self.parts[id];
+        let mut blocks = Vec::new();
+        take_blocks(frame.head, &mut blocks).map_err(|_| BadReply("malformed block list"))?;
+        let skip = part.offset % BLOCK_BYTES;
+        let expected = (skip + part.length).div_ceil(BLOCK_BYTES) as usize;
+        if blocks.len() != expected {
+            return Err(BadReply("another number of blocks than asked for"));
+        }
+        let (request, position) = (part.request, part.position as usize);
+        if part.kind == RequestKind::Status {
+            let extents = extents_of(&blocks, skip, part.length);
+            self.requests[request].extents[position] = extents;
+            return Ok(true);
+        }
+        let data_blocks = blocks.iter().filter(|block| block.is_data()).count();
+        if frame.payload.len() != data_blocks * BLOCK_BYTES as usize {
+            return Err(BadReply("payload and block list disagree"));
+        }
+        let stored = blocks.iter().filter_map(|b| match b {
+            Block::Data(checksum) => Some(*checksum),
+            _ => None,
+        });
+        let intact = frame.payload.chunks_exact(BLOCK_BYTES as usize).zip(stored);
+        if !intact.into_iter().all(|(data, checksum)| crc32c(data) == checksum) {
+            return Ok(false);
+        }
+        let runs = runs_of(&blocks, frame.payload, skip, part.length);
+        self.requests[request].runs[position] = runs;
+        Ok(true)
+    }
+
+    /// Past the lease time: a read is answered when every in-sync node has confirmed the epoch since.
+    fn confirm(&mut self, id: usize) {
+        let part = &mut self.parts[id];
+        part.confirming = true;
+        part.waiting = self.sets[part.set as usize].in_sync;
+        part.sent = NodeMask::EMPTY;
+        let up = part.waiting.and(self.up());
+        self.send_confirm(id, up);
+        let absent = self.parts[id].waiting.without(up);
+        absent.iter().for_each(|node| self.tell_blocking(node));
+    }
+
+    pub(super) fn send_confirm(&mut self, id: usize, nodes: NodeMask) {
+        let tag = self.tag_of(id);
+        self.parts[id].sent = self.parts[id].sent.with(nodes);
+        let head = Session { epoch: self.spec.epoch };
+        self.send(nodes, kind::CONFIRM, 0, tag, &Bytes::new(), |out| head.put(out));
+    }
+
+    /// Another holder, or another membership, is known to a node: answer nothing more.
+    pub fn fence(&mut self, node: NodeIndex, status: Status) {
+        if self.phase == Phase::Dead {
+            return;
+        }
+        self.kill();
+        self.event(Event::Fenced { node, status });
+    }
+
+    /// Ends the image at once: every request fails, later ones too.
+    pub fn kill(&mut self) {
+        self.phase = Phase::Dead;
+        self.parts.clear();
+        self.leveller = None;
+        for request in self.requests.drain() {
+            if let Some(token) = request.token {
+                let outcome = Outcome::Failed(IoError::Shutdown);
+                self.outputs.push_back(Output::Answer { token, outcome });
+            }
+        }
+        self.locks = Default::default();
+    }
+
+    /// No further request is taken; when those in flight are answered, all is flushed and cleared.
+    pub fn close(&mut self) {
+        if self.phase != Phase::Running {
+            self.kill();
+            return self.event(Event::Closed { clean: false });
+        }
+        self.phase = Phase::Closing;
+        self.go_on_closing();
+    }
+
+    /// With nothing in flight: one last flush, and when that is answered, the end.
+    pub(super) fn go_on_closing(&mut self) {
+        if !self.requests.is_empty() {
+            return;
+        }
+        if self.closing_flush_sent {
+            return self.finish_close();
+        }
+        self.closing_flush_sent = true;
+        self.submit_own_flush();
+    }
+
+    fn finish_close(&mut self) {
+        let all_up = self.in_sync_anywhere().without(self.up()).is_empty();
+        let all_clear = self.window.is_empty() && self.clear.sequence == self.answered_through();
+        let clean = all_up && all_clear;
+        if clean && self.clear.sequence > 0 {
+            let in_sync = self.in_sync_anywhere();
+            self.send_clear(in_sync);
+        }
+        let head = Session { epoch: self.spec.epoch };
+        let up = self.up();
+        self.send(up, kind::DETACH, 0, 0, &Bytes::new(), |out| head.put(out));
+        self.phase = Phase::Dead;
+        self.event(Event::Closed { clean });
+    }
+}
+
+/// Cuts `skip` bytes off the front and all beyond `length` off the end of a run of `bytes`.
+struct Window {
+    skip: u32,
+    left: u32,
+}
+
+impl Window {
+    /// The part of the next `bytes` bytes that lies in the window: (start, length).
+    fn next(&mut self, bytes: u32) -> (u32, u32) {
+        let start = self.skip.min(bytes);
+        let length = (bytes - start).min(self.left);
+        self.skip -= start;
+        self.left -= length;
+        (start, length)
+    }
+}
+
+fn runs_of(blocks: &[Block], mut payload: Bytes, skip: u32, length: u32) -> Vec<Run> {
+    let mut window = Window { skip, left: length };
+    let mut runs = Vec::with_capacity(1);
+    for group in blocks.chunk_by(|a, b| a.is_data() == b.is_data()) {
+        let bytes = group.len() as u32 * BLOCK_BYTES;
+        let (start, length) = window.next(bytes);
+        if group[0].is_data() {
+            let data = payload.split_to(bytes as usize);
+            runs.push(Run::Data(data.slice(start as usize..(start + length) as usize)));
+        } else {
+            runs.push(Run::Hole(length));
+        }
+    }
+    runs
+}
+
+fn extents_of(blocks: &[Block], skip: u32, length: u32) -> Vec<Extent> {
+    let mut window = Window { skip, left: length };
+    let groups = blocks.chunk_by(|a, b| std::mem::discriminant(a) == std::mem::discriminant(b));
+    groups
+        .map(|group| {
+            let (_, length) = window.next(group.len() as u32 * BLOCK_BYTES);
+            let (hole, zero) = match group[0] {
+                Block::Absent => (true, true),
+                Block::Zero => (false, true),
+                Block::Data(_) => (false, false),
+            };
+            Extent { length, hole, zero }
+        })
+        .collect()
+}

@@ -1,0 +1,392 @@
+//! From a client's request to frames: cutting at shard and payload boundaries, ordering by block,
+//! choosing the replica that a read goes to.
+
+use super::image::{ImageIo, Part, Phase, ReplicaState, Request, RequestKind};
+use super::{Event, IoError, NodeIndex, NodeMask, Outcome, Output, Token};
+use crate::checksum::block_checksums;
+use crate::geometry::BLOCK_BYTES;
+use crate::wire::messages::{Flush, Head, Io};
+use crate::wire::{PAYLOAD_BYTES_MAX, kind};
+use bytes::{BufMut, Bytes, BytesMut};
+
+/// An unflushed image is flushed by itself after so many bytes or ticks (seconds), so that its dirty
+/// map stays short and a reconcile after an unclean end is quick.
+const SELF_FLUSH_BYTES: u64 = 256 << 20;
+const SELF_FLUSH_TICKS: u32 = 30;
+
+impl ImageIo {
+    /// A read of `length` bytes; answered with runs.
+    pub fn read(&mut self, token: Token, offset: u64, length: u32) {
+        self.submit(token, RequestKind::Read, offset, length, 0, Bytes::new());
+    }
+
+    /// What the range holds, at block granularity.
+    pub fn status(&mut self, token: Token, offset: u64, length: u32) {
+        self.submit(token, RequestKind::Status, offset, length, 0, Bytes::new());
+    }
+
+    /// A write; `flags` of `wire::flag`.
+    pub fn write(&mut self, token: Token, offset: u64, data: Bytes, flags: u8) {
+        let length = data.len() as u32;
+        self.submit(token, RequestKind::Write, offset, length, flags, data);
+    }
+
+    /// Makes a range read as zeroes; `flags` of `wire::flag`.
+    pub fn zero(&mut self, token: Token, offset: u64, length: u32, flags: u8) {
+        self.submit(token, RequestKind::Zero, offset, length, flags, Bytes::new());
+    }
+
+    /// Everything answered before this is durable on all in-sync nodes when it is answered.
+    pub fn flush(&mut self, token: Token) {
+        self.submit(token, RequestKind::Flush, 0, 0, 0, Bytes::new());
+    }
+
+    fn submit(
+        &mut self,
+        token: Token,
+        kind: RequestKind,
+        offset: u64,
+        length: u32,
+        flags: u8,
+        payload: Bytes,
+    ) {
+        let end = offset.checked_add(u64::from(length));
+        assert!(end.is_some_and(|end| end <= self.spec.geometry.size_bytes), "range is checked before");
+        if self.phase != Phase::Running {
+            let outcome = Outcome::Failed(IoError::Shutdown);
+            return self.outputs.push_back(Output::Answer { token, outcome });
+        }
+        let request = Request {
+            token: Some(token), kind, offset, length, flags, payload,
+            parts_left: 0, error: None, runs: Vec::new(), extents: Vec::new(),
+        };
+        let id = self.requests.insert(request);
+        self.enter(id, kind, offset, length);
+    }
+
+    /// A flush that no client asked for.
+    pub(super) fn submit_own_flush(&mut self) {
+        let id = self.requests.insert(Request {
+            token: None, kind: RequestKind::Flush, offset: 0, length: 0, flags: 0,
+            payload: Bytes::new(), parts_left: 0, error: None, runs: Vec::new(),
+            extents: Vec::new(),
+        });
+        self.start(id);
+    }
+
+    fn enter(&mut self, id: usize, kind: RequestKind, offset: u64, length: u32) {
+        if kind == RequestKind::Flush || length == 0 {
+            return self.start(id);
+        }
+        let holds = matches!(kind, RequestKind::Write | RequestKind::Zero);
+        if self.locks.enter(id, Self::block_range(offset, length), holds) {
+            self.start(id);
+        }
+    }
+
+    /// Cuts a request that may go on into parts and asks the nodes.
+    pub(super) fn start(&mut self, id: usize) {
+        let request = &self.requests[id];
+        let (kind, length) = (request.kind, request.length);
+        if kind == RequestKind::Flush {
+            return self.start_flush(id);
+        }
+        if length == 0 {
+            return self.finish_request(id);
+        }
+        let pieces = self.pieces(request.offset, length, kind);
+        let request = &mut self.requests[id];
+        request.parts_left = pieces.len() as u32;
+        match kind {
+            RequestKind::Read => request.runs.resize_with(pieces.len(), Vec::new),
+            RequestKind::Status => request.extents.resize_with(pieces.len(), Vec::new),
+            _ => {}
+        }
+        let mut payload = std::mem::take(&mut request.payload);
+        let flags = request.flags;
+        for (position, piece) in pieces.into_iter().enumerate() {
+            let payload = match kind {
+                RequestKind::Write => payload.split_to(piece.length as usize),
+                _ => Bytes::new(),
+            };
+            let part = self.new_part(id, position as u32, kind, piece, flags, payload);
+            match kind {
+                RequestKind::Read | RequestKind::Status => self.dispatch_read(part),
+                _ => self.dispatch_write(part),
+            }
+        }
+    }
+
+    /// The pieces of a range: none crosses a shard, nor a boundary of the payload limit.
+    fn pieces(&self, offset: u64, length: u32, kind: RequestKind) -> Vec<Piece> {
+        let shard_bytes = u64::from(self.spec.geometry.shard_bytes);
+        let step = match kind {
+            RequestKind::Read | RequestKind::Write => shard_bytes.min(PAYLOAD_BYTES_MAX as u64),
+            _ => shard_bytes,
+        };
+        let mut pieces = Vec::with_capacity(1);
+        let (mut at, end) = (offset, offset + u64::from(length));
+        while at < end {
+            let next = end.min((at / step + 1) * step);
+            pieces.push(Piece {
+                shard: at / shard_bytes,
+                offset: (at % shard_bytes) as u32,
+                length: (next - at) as u32,
+            });
+            at = next;
+        }
+        pieces
+    }
+
+    fn new_part(
+        &mut self,
+        request: usize,
+        position: u32,
+        kind: RequestKind,
+        piece: Piece,
+        flags: u8,
+        payload: Bytes,
+    ) -> usize {
+        let set = self.spec.geometry.replica_set_of(piece.shard);
+        let changes = matches!(kind, RequestKind::Write | RequestKind::Zero);
+        let sequence = if changes { self.take_sequence() } else { 0 };
+        let waiting = if changes { self.sets[set as usize].in_sync } else { NodeMask::EMPTY };
+        self.serial = (self.serial + 1) & 0x7fff_ffff;
+        self.parts.insert(Part {
+            serial: self.serial, request, position, kind, set,
+            shard: piece.shard, offset: piece.offset, length: piece.length,
+            flags, sequence, payload, waiting,
+            sent: NodeMask::EMPTY, tried: NodeMask::EMPTY, confirming: false,
+            marks: Vec::new(), clear_sequence: 0,
+        })
+    }
+
+    fn take_sequence(&mut self) -> u64 {
+        let sequence = self.next_sequence;
+        self.next_sequence += 1;
+        self.window.push_back(false);
+        sequence
+    }
+
+    pub(super) fn tag_of(&self, part: usize) -> u64 {
+        u64::from(self.parts[part].serial) << 32 | part as u64
+    }
+
+    /// Sends a write to every in-sync replica that is up; the others get it when they are.
+    fn dispatch_write(&mut self, id: usize) {
+        let (waiting, length) = (self.parts[id].waiting, self.parts[id].length);
+        self.bytes_since_flush += u64::from(length);
+        let up = waiting.and(self.up());
+        self.send_change(id, up);
+        for node in waiting.without(up).iter() {
+            self.tell_blocking(node);
+        }
+    }
+
+    /// Sends the write or zero `id` to `nodes`, under the generation of now.
+    pub(super) fn send_change(&mut self, id: usize, nodes: NodeMask) {
+        if nodes.is_empty() {
+            return;
+        }
+        let tag = self.tag_of(id);
+        for node in nodes.iter() {
+            self.replica(node).write_mark += 1;
+        }
+        let part = &mut self.parts[id];
+        part.sent = part.sent.with(nodes);
+        let io = Io {
+            shard: part.shard,
+            offset: part.offset,
+            length: part.length,
+            epoch: self.spec.epoch,
+            generation: self.spec.generation,
+            sequence: part.sequence,
+        };
+        let (flags, payload) = (part.flags, part.payload.clone());
+        let frame_kind = if part.kind == RequestKind::Write { kind::WRITE } else { kind::ZERO };
+        self.send(nodes, frame_kind, flags, tag, &payload, |out| {
+            io.put(out);
+            put_checksums(out, io.offset, &payload);
+        });
+    }
+
+    /// Asks the best replica for a read part; none up: the part waits until one is.
+    pub(super) fn dispatch_read(&mut self, id: usize) {
+        let part = &self.parts[id];
+        let (request, in_sync) = (part.request, self.sets[part.set as usize].in_sync);
+        let candidates = in_sync.and(self.up());
+        let fresh = candidates.without(part.tried);
+        let Some(node) = self.choose_reader(fresh) else {
+            if candidates.is_empty() {
+                return in_sync.iter().for_each(|node| self.tell_blocking(node));
+            }
+            // Every replica that is up has failed it.
+            self.parts.remove(id);
+            self.requests[request].error = Some(IoError::Io);
+            return self.part_done(request);
+        };
+        let tag = self.tag_of(id);
+        let block = BLOCK_BYTES;
+        let part = &mut self.parts[id];
+        part.waiting = NodeMask::one(node);
+        part.sent = part.waiting;
+        let first = part.offset / block * block;
+        let io = Io {
+            shard: part.shard,
+            offset: first,
+            length: (part.offset + part.length).next_multiple_of(block) - first,
+            epoch: self.spec.epoch,
+            generation: self.spec.generation,
+            sequence: 0,
+        };
+        let frame_kind = if part.kind == RequestKind::Read { kind::READ } else { kind::STATUS };
+        self.send(NodeMask::one(node), frame_kind, 0, tag, &Bytes::new(), |out| io.put(out));
+    }
+
+    fn choose_reader(&mut self, candidates: NodeMask) -> Option<NodeIndex> {
+        if let Some(local) = self.spec.local.filter(|local| candidates.has(*local)) {
+            return Some(local);
+        }
+        self.read_turn = (self.read_turn + 1) % 64;
+        let turned = NodeMask(candidates.0 & !((1 << self.read_turn) - 1));
+        turned.first().or(candidates.first())
+    }
+
+    /// Reads and status questions that found no replica are tried again.
+    pub(super) fn dispatch_parked_reads(&mut self) {
+        let parked: Vec<usize> = self
+            .parts
+            .iter()
+            .filter(|(_, part)| matches!(part.kind, RequestKind::Read | RequestKind::Status))
+            .filter(|(_, part)| part.waiting.is_empty())
+            .map(|(id, _)| id)
+            .collect();
+        parked.into_iter().for_each(|id| self.dispatch_read(id));
+    }
+
+    /// Sends FLUSH to every in-sync node that has had a write since its last finished flush.
+    fn start_flush(&mut self, request: usize) {
+        self.requests[request].parts_left = 1;
+        let nowhere = Piece { shard: 0, offset: 0, length: 0 };
+        let id = self.new_part(request, 0, RequestKind::Flush, nowhere, 0, Bytes::new());
+        let needed = self.in_sync_anywhere().iter().filter(|node| {
+            let replica = &self.replicas[usize::from(*node)];
+            replica.flushed_mark != Some(replica.write_mark)
+        });
+        let waiting = needed.fold(NodeMask::EMPTY, |mask, node| mask.with(NodeMask::one(node)));
+        self.bytes_since_flush = 0;
+        self.ticks_since_flush = 0;
+        let clear_sequence = self.answered_through();
+        let part = &mut self.parts[id];
+        part.waiting = waiting;
+        part.clear_sequence = clear_sequence;
+        let up = waiting.and(self.up());
+        self.send_flush(id, up);
+        for node in waiting.without(up).iter() {
+            self.tell_blocking(node);
+        }
+        self.complete_if_answered(id);
+    }
+
+    pub(super) fn send_flush(&mut self, id: usize, nodes: NodeMask) {
+        let tag = self.tag_of(id);
+        for node in nodes.iter() {
+            let mark = self.replica(node).write_mark;
+            let marks = &mut self.parts[id].marks;
+            marks.retain(|(other, _)| *other != node);
+            marks.push((node, mark));
+        }
+        self.parts[id].sent = self.parts[id].sent.with(nodes);
+        for node in nodes.iter() {
+            let told = self.clear.pending.has(node);
+            self.clear.pending = self.clear.pending.without(NodeMask::one(node));
+            let flush = Flush {
+                epoch: self.spec.epoch,
+                generation: self.spec.generation,
+                clear_sequence: if told { self.clear.sequence } else { 0 },
+                proof: if told { self.clear.proof.clone() } else { Vec::new() },
+            };
+            let only = NodeMask::one(node);
+            self.send(only, kind::FLUSH, 0, tag, &Bytes::new(), |out| flush.put(out));
+        }
+    }
+
+    /// Policy is told once that requests wait for a replica that is not up.
+    pub(super) fn tell_blocking(&mut self, node: NodeIndex) {
+        if self.replica(node).state == ReplicaState::Up || self.replica(node).blocking_told {
+            return;
+        }
+        self.replica(node).blocking_told = true;
+        self.event(Event::ReplicaBlocking { node });
+    }
+
+    /// Once a second: flush what the guest does not, send clears that no flush took along, ask again
+    /// what a replica failed.
+    pub fn tick(&mut self) {
+        if self.phase != Phase::Running {
+            return;
+        }
+        self.ticks_since_flush += 1;
+        let idle_clear = self.clear.pending.and(self.up());
+        if !idle_clear.is_empty() && self.ticks_since_flush >= 2 {
+            self.send_clear(idle_clear);
+        }
+        let due = self.bytes_since_flush > 0 && self.ticks_since_flush >= SELF_FLUSH_TICKS;
+        if due || self.bytes_since_flush >= SELF_FLUSH_BYTES {
+            self.submit_own_flush();
+        }
+        let up = self.up();
+        let again: Vec<usize> = self
+            .parts
+            .iter()
+            .filter(|(_, part)| !part.waiting.without(part.sent).and(up).is_empty())
+            .map(|(id, _)| id)
+            .collect();
+        again.into_iter().for_each(|id| self.send_missing(id, up));
+    }
+
+    /// Sends a part to those of `nodes` that wait for it and were not asked.
+    pub(super) fn send_missing(&mut self, id: usize, nodes: NodeMask) {
+        let part = &self.parts[id];
+        let missing = part.waiting.without(part.sent).and(nodes);
+        match part.kind {
+            RequestKind::Write | RequestKind::Zero => self.send_change(id, missing),
+            RequestKind::Flush => self.send_flush(id, missing),
+            RequestKind::Read | RequestKind::Status if part.confirming => {
+                self.send_confirm(id, missing);
+            }
+            RequestKind::Read | RequestKind::Status => {}
+        }
+    }
+
+    pub(super) fn send_clear(&mut self, nodes: NodeMask) {
+        self.clear.pending = self.clear.pending.without(nodes);
+        let clear = Flush {
+            epoch: self.spec.epoch,
+            generation: self.spec.generation,
+            clear_sequence: self.clear.sequence,
+            proof: self.clear.proof.clone(),
+        };
+        self.send(nodes, kind::CLEAR, 0, 0, &Bytes::new(), |out| clear.put(out));
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Piece {
+    shard: u64,
+    offset: u32,
+    length: u32,
+}
+
+/// One checksum per touched block, cut where the blocks are cut, not where the payload begins.
+fn put_checksums(out: &mut BytesMut, offset: u32, payload: &[u8]) {
+    let to_boundary = (BLOCK_BYTES - offset % BLOCK_BYTES) as usize;
+    let (first, rest) = payload.split_at(to_boundary.min(payload.len()));
+    if payload.len() == BLOCK_BYTES as usize && rest.is_empty() {
+        return out.put_u32_le(crate::checksum::crc32c(payload));
+    }
+    let mut checksums = Vec::with_capacity(2 + rest.len() / BLOCK_BYTES as usize);
+    block_checksums(first, &mut checksums);
+    block_checksums(rest, &mut checksums);
+    checksums.into_iter().for_each(|checksum| out.put_u32_le(checksum));
+}

@@ -1,0 +1,248 @@
+//! Golden bytes of the NBD protocol: what goes over the wire, byte for byte, written by hand from the
+//! specification. Covers each message that this server sends, in the order a session meets them.
+
+use bytes::{Bytes, BytesMut};
+use hci_engine_core::nbd::{
+    Answer, Command, Errno, ExportInfo, Extent, Flags, Handshake, Limits, Outgoing, Parsed,
+    ReplyStyle, Request, RequestReader, Run, Session, Step, block_status, done, error, read,
+};
+use std::io::IoSlice;
+
+/// Bytes of a text of hex digits; blanks and everything after a `;` on a line are left out.
+fn hex(text: &str) -> Vec<u8> {
+    let digits: String = text
+        .lines()
+        .flat_map(|line| line.split(';').next())
+        .flat_map(|line| line.chars().filter(|c| !c.is_whitespace()))
+        .collect();
+    let byte = |i: usize| u8::from_str_radix(&digits[i..i + 2], 16).expect("hex digits");
+    (0..digits.len()).step_by(2).map(byte).collect()
+}
+
+fn disk() -> ExportInfo {
+    ExportInfo {
+        name: "vms/a".to_owned(),
+        size_bytes: 1 << 30,
+        read_only: false,
+        multi_conn: false,
+        description: "first".to_owned(),
+    }
+}
+
+/// A handshake that has taken `client_flags`, and what a test sends it.
+struct Client {
+    handshake: Handshake,
+    input: BytesMut,
+}
+
+impl Client {
+    fn new(client_flags: &str) -> Client {
+        let mut handshake = Handshake::new(&Limits::default());
+        handshake.greeting(&mut BytesMut::new());
+        let mut client = Client { handshake, input: BytesMut::new() };
+        assert_eq!(client.send(client_flags), (Step::NeedInput, vec![]));
+        client
+    }
+
+    fn send(&mut self, text: &str) -> (Step, Vec<u8>) {
+        self.input.extend_from_slice(&hex(text));
+        let mut out = BytesMut::new();
+        let step = self.handshake.receive(&mut self.input, &mut out).expect("the protocol holds");
+        (step, out.to_vec())
+    }
+
+    fn answer(&mut self, answer: Answer) -> (Step, Vec<u8>) {
+        let mut out = BytesMut::new();
+        let step = self.handshake.answer(answer, &mut out).expect("the protocol holds");
+        (step, out.to_vec())
+    }
+}
+
+const FIXED: &str = "00000001";
+const FIXED_NO_ZEROES: &str = "00000003";
+
+#[test]
+fn golden_greeting_is_fixed_newstyle_without_zeroes() {
+    let mut out = BytesMut::new();
+    Handshake::new(&Limits::default()).greeting(&mut out);
+    assert_eq!(out, hex("4e42444d41474943 49484156454f5054 0003"));
+}
+
+#[test]
+fn golden_export_name_ends_with_zeroes_unless_declined() {
+    let name = "49484156454f5054 00000001 00000005 766d732f61";
+    let head = hex("0000000040000000 0c6d");
+    let mut client = Client::new(FIXED);
+    client.send(name);
+    let (_, out) = client.answer(Answer::Export(disk()));
+    assert_eq!(out, [head.clone(), vec![0; 124]].concat());
+
+    let mut client = Client::new(FIXED_NO_ZEROES);
+    client.send(name);
+    assert_eq!(client.answer(Answer::Export(disk())).1, head);
+}
+
+#[test]
+fn golden_list_names_exports_then_acknowledges() {
+    let mut client = Client::new(FIXED_NO_ZEROES);
+    client.send("49484156454f5054 00000003 00000000");
+    let names = vec!["vms/a".to_owned(), "vms/b".to_owned()];
+    let expected = hex("0003e889045565a9 00000003 00000002 00000009 00000005 766d732f61
+                        0003e889045565a9 00000003 00000002 00000009 00000005 766d732f62
+                        0003e889045565a9 00000003 00000001 00000000");
+    assert_eq!(client.answer(Answer::Names(names)), (Step::NeedInput, expected));
+}
+
+#[test]
+fn golden_qemu_order_of_options_opens_the_export() {
+    let mut client = Client::new(FIXED_NO_ZEROES);
+    let (_, out) = client.send("49484156454f5054 00000008 00000000");
+    assert_eq!(out, hex("0003e889045565a9 00000008 00000001 00000000"));
+    let (_, out) = client.send(
+        "49484156454f5054 0000000a 00000020
+         00000005 766d732f61 00000001 0000000f 626173653a616c6c6f636174696f6e",
+    );
+    let expected = hex("0003e889045565a9 0000000a 00000004 00000013
+                        00000001 626173653a616c6c6f636174696f6e
+                        0003e889045565a9 0000000a 00000001 00000000");
+    assert_eq!(out, expected);
+    client.send("49484156454f5054 00000007 0000000d 00000005 766d732f61 0001 0003");
+    let (step, out) = client.answer(Answer::Export(disk()));
+    let expected = hex("0003e889045565a9 00000007 00000003 0000000c 0000 0000000040000000 0ced
+                        0003e889045565a9 00000007 00000003 0000000e
+                            0003 00000001 00001000 02000000
+                        0003e889045565a9 00000007 00000001 00000000");
+    assert_eq!(out, expected);
+    let Step::Transmission(session) = step else { panic!("GO opens the export, not {step:?}") };
+    assert_eq!(session.base_allocation, Some(1));
+    assert!(session.structured());
+}
+
+#[test]
+fn golden_info_gives_everything_that_is_asked_for() {
+    let mut client = Client::new(FIXED_NO_ZEROES);
+    client.send("49484156454f5054 00000006 00000011 00000005 766d732f61 0003 0001 0002 0003");
+    let expected = hex("0003e889045565a9 00000006 00000003 0000000c 0000 0000000040000000 0c6d
+                        0003e889045565a9 00000006 00000003 00000007 0001 766d732f61
+                        0003e889045565a9 00000006 00000003 00000007 0002 6669727374
+                        0003e889045565a9 00000006 00000003 0000000e
+                            0003 00000001 00001000 02000000
+                        0003e889045565a9 00000006 00000001 00000000");
+    assert_eq!(client.answer(Answer::Export(disk())), (Step::NeedInput, expected));
+}
+
+#[test]
+fn golden_refusals_carry_their_kind_and_message() {
+    let go = "49484156454f5054 00000007 0000000b 00000005 766d732f61 0000";
+    let message = || "no".to_owned();
+    let cases = [
+        (Answer::Unknown(message()), "80000006"),
+        (Answer::Refused(message()), "80000002"),
+        (Answer::Unavailable(message()), "80000007"),
+    ];
+    for (answer, kind) in cases {
+        let mut client = Client::new(FIXED);
+        client.send(go);
+        let expected = hex(&format!("0003e889045565a9 00000007 {kind} 00000002 6e6f"));
+        assert_eq!(client.answer(answer), (Step::NeedInput, expected));
+    }
+}
+
+#[test]
+fn golden_abort_is_acknowledged_and_closes() {
+    let (step, out) = Client::new(FIXED).send("49484156454f5054 00000002 00000000");
+    assert_eq!((step, out), (Step::Close, hex("0003e889045565a9 00000002 00000001 00000000")));
+}
+
+fn session(replies: ReplyStyle) -> Session {
+    Session {
+        export: disk(),
+        limits: Limits::default(),
+        replies,
+        base_allocation: Some(1),
+        no_zeroes: true,
+    }
+}
+
+#[test]
+fn golden_write_request_is_read_with_its_payload() {
+    let mut input = BytesMut::from(
+        &hex("25609513 0001 0001 1122334455667788 0000000000001000 00000004 deadbeef")[..],
+    );
+    let parsed = RequestReader::new(&session(ReplyStyle::Simple)).next(&mut input);
+    let expected = Request {
+        command: Command::Write,
+        flags: Flags(1),
+        cookie: 0x1122_3344_5566_7788,
+        offset: 4096,
+        length: 4,
+        payload: Bytes::from_static(&[0xde, 0xad, 0xbe, 0xef]),
+    };
+    assert_eq!(parsed, Ok(Some(Parsed::Request(expected))));
+    assert!(input.is_empty());
+}
+
+/// The bytes that `write` queues.
+fn sent(write: impl FnOnce(&mut Outgoing)) -> Vec<u8> {
+    let mut out = Outgoing::new();
+    write(&mut out);
+    let mut slices = [IoSlice::new(&[]); 64];
+    let filled = out.gather(&mut slices);
+    let bytes: Vec<u8> = slices[..filled].iter().flat_map(|slice| slice.to_vec()).collect();
+    assert_eq!(bytes.len(), out.len());
+    bytes
+}
+
+fn request(command: Command, flags: u16, length: u32) -> Request {
+    Request { command, flags: Flags(flags), cookie: 7, offset: 512, length, payload: Bytes::new() }
+}
+
+fn runs() -> [Run; 3] {
+    [Run::Data(Bytes::from_static(b"ab")), Run::Hole(3), Run::Data(Bytes::from_static(b"c"))]
+}
+
+#[test]
+fn golden_simple_replies() {
+    assert_eq!(sent(|out| done(out, 7)), hex("67446698 00000000 0000000000000007"));
+    let bytes = sent(|out| error(out, ReplyStyle::Simple, 7, Errno::NoSpace, "full"));
+    assert_eq!(bytes, hex("67446698 0000001c 0000000000000007"));
+    let bytes = sent(|out| read(out, ReplyStyle::Simple, &request(Command::Read, 0, 6), &runs()));
+    assert_eq!(bytes, hex("67446698 00000000 0000000000000007 6162 000000 63"));
+}
+
+#[test]
+fn golden_structured_read_sends_data_and_holes_as_chunks() {
+    let request = request(Command::Read, 0, 6);
+    let bytes = sent(|out| read(out, ReplyStyle::Structured, &request, &runs()));
+    let expected = hex("668e33ef 0000 0001 0000000000000007 0000000a 0000000000000200 6162
+                        668e33ef 0000 0002 0000000000000007 0000000c 0000000000000202 00000003
+                        668e33ef 0001 0001 0000000000000007 00000009 0000000000000205 63");
+    assert_eq!(bytes, expected);
+}
+
+#[test]
+fn golden_structured_read_with_dont_fragment_is_one_chunk() {
+    let request = request(Command::Read, 1 << 2, 6);
+    let bytes = sent(|out| read(out, ReplyStyle::Structured, &request, &runs()));
+    let expected = hex("668e33ef 0001 0001 0000000000000007 0000000e 0000000000000200
+                        6162 000000 63");
+    assert_eq!(bytes, expected);
+}
+
+#[test]
+fn golden_structured_error_carries_its_message() {
+    let bytes = sent(|out| error(out, ReplyStyle::Structured, 7, Errno::Invalid, "why"));
+    let expected = hex("668e33ef 0001 8001 0000000000000007 00000009 00000016 0003 776879");
+    assert_eq!(bytes, expected);
+}
+
+#[test]
+fn golden_block_status_lists_extents() {
+    let extents = [Extent { length: 4096, flags: 0 }, Extent { length: 8192, flags: 3 }];
+    let request = request(Command::BlockStatus, 0, 8192);
+    let session = session(ReplyStyle::Structured);
+    let bytes = sent(|out| block_status(out, &session, &request, &extents));
+    let expected = hex("668e33ef 0001 0005 0000000000000007 00000014 00000001
+                        00001000 00000000 00001000 00000003");
+    assert_eq!(bytes, expected);
+}

@@ -1,0 +1,375 @@
+//! `Gateway`: the data path of a gateway daemon.
+
+use hci_engine_core::gateway::{Command, Gateway as Core, GatewayEvent};
+use hci_engine_core::geometry::{Geometry, ImageId};
+use hci_engine_core::io::Address;
+use hci_engine_core::nbd::{Answer, ExportInfo, Query};
+use hci_engine_core::replica::{Event, LinkTarget, NodeMask, OpenSpec, PeekedRecord, SetSpec};
+use hci_engine_core::wire::messages::HelloReply;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict};
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::time::Duration;
+
+/// The event loop of a gateway. Every method returns at once; what comes of it is told by
+/// `next_event`.
+#[pyclass(module = "engine._engine", frozen)]
+pub struct Gateway {
+    core: std::sync::Mutex<Option<Core>>,
+}
+
+impl Gateway {
+    fn order(&self, command: Command) -> PyResult<()> {
+        self.with(|core| core.order(command))
+    }
+
+    fn with<T>(&self, act: impl FnOnce(&Core) -> T) -> PyResult<T> {
+        let core = self.core.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        core.as_ref().map(act).ok_or_else(|| PyRuntimeError::new_err("the gateway is stopped"))
+    }
+}
+
+#[pymethods]
+impl Gateway {
+    #[new]
+    fn new() -> PyResult<Self> {
+        Ok(Gateway { core: std::sync::Mutex::new(Some(Core::start()?)) })
+    }
+
+    /// Takes over a listening socket, by descriptor.
+    fn listen(&self, fd: i32) -> PyResult<()> {
+        if fd < 0 {
+            return Err(PyValueError::new_err("no descriptor"));
+        }
+        // SAFETY: the caller hands the descriptor over and does not use it again.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        self.order(Command::Listen(fd))
+    }
+
+    #[pyo3(signature = (node, *, cluster, gateway, address, socket=None))]
+    fn link(
+        &self,
+        node: String,
+        cluster: &str,
+        gateway: String,
+        address: &str,
+        socket: Option<String>,
+    ) -> PyResult<()> {
+        let mut addresses: Vec<Address> = socket.into_iter().map(|s| Address::Unix(s.into())).collect();
+        let tcp = address.parse().map_err(|_| {
+            PyValueError::new_err(format!("'{address}' is not an address and port"))
+        })?;
+        addresses.push(Address::Tcp(tcp));
+        let cluster = parse_id(cluster)?.0;
+        self.order(Command::Link(LinkTarget { node, addresses, cluster, gateway }))
+    }
+
+    fn unlink(&self, node: String) -> PyResult<()> {
+        self.order(Command::Unlink(node))
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
+    #[pyo3(signature = (channel, *, image, size_bytes, shard_bytes, placement_key, layers, epoch,
+                        holder, generation, digest, body, nodes, sets, in_sync, local=None))]
+    fn open(
+        &self,
+        channel: u32,
+        image: &str,
+        size_bytes: u64,
+        shard_bytes: u32,
+        placement_key: &str,
+        layers: Vec<u32>,
+        epoch: u64,
+        holder: &str,
+        generation: u64,
+        digest: [u8; 32],
+        body: Vec<u8>,
+        nodes: Vec<String>,
+        sets: Vec<Vec<u8>>,
+        in_sync: Vec<Vec<u8>>,
+        local: Option<u8>,
+    ) -> PyResult<()> {
+        if nodes.len() > 64 || sets.len() != in_sync.len() || sets.is_empty() {
+            return Err(PyValueError::new_err("at most 64 nodes, and one in_sync for each set"));
+        }
+        let geometry = Geometry {
+            size_bytes,
+            shard_bytes,
+            placement_key: parse_id(placement_key)?,
+            replica_sets: sets.len() as u32,
+        };
+        let sets = sets.iter().zip(&in_sync).map(|(members, in_sync)| {
+            Ok(SetSpec { members: mask(members)?, in_sync: mask(in_sync)? })
+        });
+        let spec = OpenSpec {
+            image: parse_id(image)?,
+            channel,
+            geometry,
+            layers,
+            epoch,
+            holder: parse_id(holder)?.0,
+            generation,
+            digest,
+            body: body.into(),
+            nodes,
+            sets: sets.collect::<PyResult<_>>()?,
+            local,
+        };
+        self.order(Command::Open(spec))
+    }
+
+    fn peek(&self, channel: u32, node: u8) -> PyResult<()> {
+        self.order(Command::Peek { channel, node })
+    }
+
+    #[pyo3(signature = (channel, nodes, *, resume))]
+    fn admit(&self, channel: u32, nodes: Vec<u8>, resume: bool) -> PyResult<()> {
+        self.order(Command::Admit { channel, nodes: mask(&nodes)?, resume })
+    }
+
+    #[pyo3(signature = (channel, *, generation, digest, body, in_sync))]
+    fn reconfigure(
+        &self,
+        channel: u32,
+        generation: u64,
+        digest: [u8; 32],
+        body: Vec<u8>,
+        in_sync: Vec<Vec<u8>>,
+    ) -> PyResult<()> {
+        let in_sync = in_sync.iter().map(|nodes| mask(nodes)).collect::<PyResult<_>>()?;
+        let body = body.into();
+        self.order(Command::Reconfigure { channel, generation, digest, body, in_sync })
+    }
+
+    fn set_lease_deadline(&self, channel: u32, deadline_ns: u64) -> PyResult<()> {
+        self.order(Command::LeaseDeadline { channel, deadline_ns })
+    }
+
+    fn close(&self, channel: u32) -> PyResult<()> {
+        self.order(Command::Close { channel })
+    }
+
+    fn kill(&self, channel: u32) -> PyResult<()> {
+        self.order(Command::Kill { channel })
+    }
+
+    fn forget(&self, channel: u32) -> PyResult<()> {
+        self.order(Command::Forget { channel })
+    }
+
+    fn zero(&self, channel: u32, offset: u64, length: u64) -> PyResult<()> {
+        self.order(Command::Zero { channel, offset, length })
+    }
+
+    fn answer_names(&self, client: u64, names: Vec<String>) -> PyResult<()> {
+        self.order(Command::Answer { client, answer: Answer::Names(names), channel: None })
+    }
+
+    #[pyo3(signature = (client, *, name, size_bytes, read_only, channel=None))]
+    fn answer_export(
+        &self,
+        client: u64,
+        name: String,
+        size_bytes: u64,
+        read_only: bool,
+        channel: Option<u32>,
+    ) -> PyResult<()> {
+        let description = String::new();
+        // A flush goes to every node that has had a write on any connection.
+        let export = ExportInfo { name, size_bytes, read_only, multi_conn: true, description };
+        self.order(Command::Answer { client, answer: Answer::Export(export), channel })
+    }
+
+    /// `kind`: "unknown", "refused" or "unavailable".
+    fn answer_error(&self, client: u64, kind: &str, message: String) -> PyResult<()> {
+        let answer = match kind {
+            "unknown" => Answer::Unknown(message),
+            "refused" => Answer::Refused(message),
+            "unavailable" => Answer::Unavailable(message),
+            _ => return Err(PyValueError::new_err(format!("no such kind of answer: {kind}"))),
+        };
+        self.order(Command::Answer { client, answer, channel: None })
+    }
+
+    /// The next event as a dict with `event`, its name, or None within `timeout_ms`.
+    fn next_event<'py>(
+        &self,
+        py: Python<'py>,
+        timeout_ms: u64,
+    ) -> PyResult<Option<Bound<'py, PyDict>>> {
+        let timeout = Duration::from_millis(timeout_ms);
+        let events = self.with(Core::event_source)?;
+        let event = py.detach(|| events.next(timeout));
+        if event.is_none() && !self.with(Core::is_running)? {
+            return Err(PyRuntimeError::new_err("the gateway's event loop has ended"));
+        }
+        event.map(|event| event_dict(py, event)).transpose()
+    }
+
+    fn snapshot<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let snapshot = py.detach(|| self.with(Core::snapshot))?;
+        let snapshot =
+            snapshot.ok_or_else(|| PyRuntimeError::new_err("the event loop does not answer"))?;
+        let result = PyDict::new(py);
+        let links = snapshot.links.into_iter().map(|link| (link.node, link.ready));
+        result.set_item("links", links.collect::<Vec<_>>())?;
+        let clients = snapshot.clients.into_iter().map(|client| (client.id, client.channel));
+        result.set_item("clients", clients.collect::<Vec<_>>())?;
+        let mut images = Vec::new();
+        for image in snapshot.images {
+            let item = PyDict::new(py);
+            item.set_item("channel", image.channel)?;
+            item.set_item("image", image.image)?;
+            item.set_item("running", image.running)?;
+            item.set_item("epoch", image.epoch)?;
+            item.set_item("generation", image.generation)?;
+            item.set_item("requests_in_flight", image.requests_in_flight)?;
+            item.set_item("replicas", image.replicas)?;
+            images.push(item);
+        }
+        result.set_item("images", images)?;
+        Ok(result)
+    }
+
+    fn stop(&self, py: Python<'_>) {
+        let core = self.core.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        py.detach(|| drop(core));
+    }
+}
+
+fn parse_id(text: &str) -> PyResult<ImageId> {
+    text.parse().map_err(|_| PyValueError::new_err(format!("'{text}' is not 32 hex digits")))
+}
+
+fn mask(nodes: &[u8]) -> PyResult<NodeMask> {
+    nodes.iter().try_fold(NodeMask::EMPTY, |mask, node| match node {
+        0..64 => Ok(mask.with(NodeMask::one(*node))),
+        _ => Err(PyValueError::new_err("an image spreads over at most 64 nodes")),
+    })
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn event_dict(py: Python<'_>, event: GatewayEvent) -> PyResult<Bound<'_, PyDict>> {
+    let dict = PyDict::new(py);
+    match event {
+        GatewayEvent::Asked { client, query } => {
+            let (query, name) = match query {
+                Query::List => ("list", None),
+                Query::Info { name } => ("info", Some(name)),
+                Query::Go { name } => ("go", Some(name)),
+                Query::ExportName { name } => ("export_name", Some(name)),
+            };
+            dict.set_item("event", "asked")?;
+            dict.set_item("client", client)?;
+            dict.set_item("query", query)?;
+            dict.set_item("name", name)?;
+        }
+        GatewayEvent::ClientGone { client, channel } => {
+            dict.set_item("event", "client_gone")?;
+            dict.set_item("client", client)?;
+            dict.set_item("channel", channel)?;
+        }
+        GatewayEvent::LinkUp { hello } => {
+            dict.set_item("event", "link_up")?;
+            put_hello(&dict, &hello)?;
+        }
+        GatewayEvent::LinkDown { node, why } => {
+            dict.set_item("event", "link_down")?;
+            dict.set_item("node", node)?;
+            dict.set_item("why", why)?;
+        }
+        GatewayEvent::Zeroed { channel, done } => {
+            dict.set_item("event", "zeroed")?;
+            dict.set_item("channel", channel)?;
+            dict.set_item("done", done)?;
+        }
+        GatewayEvent::Image { channel, event, hello } => {
+            dict.set_item("channel", channel)?;
+            put_image_event(py, &dict, event)?;
+            if let Some(hello) = hello {
+                put_hello(&dict, &hello)?;
+            }
+        }
+    }
+    Ok(dict)
+}
+
+fn put_hello(dict: &Bound<'_, PyDict>, hello: &HelloReply) -> PyResult<()> {
+    dict.set_item("name", &hello.node)?;
+    dict.set_item("store", hex(&hello.store))?;
+    dict.set_item("start_counter", hello.start_counter)?;
+    dict.set_item("boot", hex(&hello.boot))?;
+    dict.set_item("flush_number", hello.flush_number)
+}
+
+fn put_image_event(py: Python<'_>, dict: &Bound<'_, PyDict>, event: Event) -> PyResult<()> {
+    match event {
+        Event::Peeked { node, record, deleted } => {
+            dict.set_item("event", "peeked")?;
+            dict.set_item("node", node)?;
+            dict.set_item("deleted", deleted)?;
+            let record = record.map(|record| record_dict(py, record)).transpose()?;
+            dict.set_item("record", record)
+        }
+        Event::ReplicaDown { node, blocking } => {
+            dict.set_item("event", "replica_down")?;
+            dict.set_item("node", node)?;
+            dict.set_item("blocking", blocking)
+        }
+        Event::ReplicaBlocking { node } => {
+            dict.set_item("event", "replica_blocking")?;
+            dict.set_item("node", node)
+        }
+        Event::ReplicaFailed { node, status } => {
+            dict.set_item("event", "replica_failed")?;
+            dict.set_item("node", node)?;
+            dict.set_item("status", format!("{status:?}"))
+        }
+        Event::BadBlock { node, shard, block } => {
+            dict.set_item("event", "bad_block")?;
+            dict.set_item("node", node)?;
+            dict.set_item("shard", shard)?;
+            dict.set_item("block", block)
+        }
+        Event::Admitted { levelled_shards, copied_bytes } => {
+            dict.set_item("event", "admitted")?;
+            dict.set_item("levelled_shards", levelled_shards)?;
+            dict.set_item("copied_bytes", copied_bytes)
+        }
+        Event::AdmitFailed { node, status } => {
+            dict.set_item("event", "admit_failed")?;
+            dict.set_item("node", node)?;
+            dict.set_item("status", format!("{status:?}"))
+        }
+        Event::Stored { generation } => {
+            dict.set_item("event", "stored")?;
+            dict.set_item("generation", generation)
+        }
+        Event::Fenced { node, status } => {
+            dict.set_item("event", "fenced")?;
+            dict.set_item("node", node)?;
+            dict.set_item("status", format!("{status:?}"))
+        }
+        Event::Closed { clean } => {
+            dict.set_item("event", "closed")?;
+            dict.set_item("clean", clean)
+        }
+    }
+}
+
+fn record_dict(py: Python<'_>, record: PeekedRecord) -> PyResult<Bound<'_, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("epoch", record.epoch)?;
+    dict.set_item("holder", hex(&record.holder))?;
+    dict.set_item("generation", record.generation)?;
+    dict.set_item("digest", PyBytes::new(py, &record.digest))?;
+    dict.set_item("dirty", record.dirty)?;
+    dict.set_item("flush_number", record.flush_number)?;
+    dict.set_item("peers", record.peers)?;
+    dict.set_item("body", PyBytes::new(py, &record.body))?;
+    Ok(dict)
+}

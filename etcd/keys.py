@@ -1,0 +1,82 @@
+"""Where records stand in etcd.
+
+    /hci/cluster                ClusterRecord     /hci/names/POOL/NAME   NameRecord
+    /hci/nodes/NAME             NodeRecord        /hci/images/ID         ImageRecord
+    /hci/alive/NAME             AliveRecord       /hci/leases/ID         LeaseRecord
+    /hci/pools/NAME             PoolRecord        /hci/tombstones/ID     TombstoneRecord
+    /hci/placement/POOL         PlacementRecord   /hci/arbiters/ID
+
+`alive` and `leases` keys are bound to etcd leases. An image's NAME is a UTF-8 path and may
+contain slashes; pools, nodes and ids never do.
+"""
+
+from shard.ids import ImageId
+
+PREFIX = "/hci/"
+CLUSTER = PREFIX + "cluster"
+NODES = PREFIX + "nodes/"
+ALIVE = PREFIX + "alive/"
+POOLS = PREFIX + "pools/"
+PLACEMENTS = PREFIX + "placement/"
+NAMES = PREFIX + "names/"
+IMAGES = PREFIX + "images/"
+LEASES = PREFIX + "leases/"
+TOMBSTONES = PREFIX + "tombstones/"
+ARBITERS = PREFIX + "arbiters/"
+
+
+def node(name: str) -> str:
+    """Return the key of a node's record."""
+    return NODES + name
+
+
+def alive(name: str) -> str:
+    """Return the key that exists while a node runs."""
+    return ALIVE + name
+
+
+def pool(name: str) -> str:
+    """Return the key of a pool's record."""
+    return POOLS + name
+
+
+def placement(pool_name: str) -> str:
+    """Return the key of a pool's replica sets."""
+    return PLACEMENTS + pool_name
+
+
+def name(pool_name: str, image_name: str) -> str:
+    """Return the key that gives an image its name."""
+    return f"{NAMES}{pool_name}/{image_name}"
+
+
+def names(pool_name: str) -> str:
+    """Return the prefix of all names of a pool."""
+    return f"{NAMES}{pool_name}/"
+
+
+def split_name(key: str) -> tuple[str, str]:
+    """Return (pool, image name) of a key below NAMES."""
+    assert key.startswith(NAMES), "the key is a name's"
+    pool_name, _, image_name = key.removeprefix(NAMES).partition("/")
+    return pool_name, image_name
+
+
+def image(image_id: ImageId) -> str:
+    """Return the key of an image's record."""
+    return IMAGES + image_id
+
+
+def lease(image_id: ImageId) -> str:
+    """Return the key that names an image's holder."""
+    return LEASES + image_id
+
+
+def tombstone(image_id: ImageId) -> str:
+    """Return the key that says an image was deleted."""
+    return TOMBSTONES + image_id
+
+
+def arbiter(arbiter_id: str) -> str:
+    """Return the key of a thin arbiter's record."""
+    return ARBITERS + arbiter_id

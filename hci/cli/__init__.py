@@ -1,0 +1,60 @@
+"""The command `hci`.
+
+One module per group of commands. An expected failure is one line on stderr and exit status 1, wrong
+usage is 2, an interrupt is 130. What a command prints for programs (`--json`) goes to stdout alone.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+from shard.errors import HciError
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and end the process with its exit status."""
+    signal.signal(signal.SIGTERM, _ended)
+    try:
+        from hci.cli.app import app
+
+        app(config_first(sys.argv[1:] if arguments is None else arguments), prog_name="hci")
+    except HciError as error:
+        _fail(str(error), error)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}", error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def config_first(arguments: Sequence[str]) -> list[str]:
+    """Put `--config FILE` before the command's name, so that a person may write it anywhere."""
+    found: list[str] = []
+    rest: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--":
+            rest += [argument, *remaining]
+        elif argument == "--config":
+            found += [argument, *[value for value in [next(remaining, None)] if value is not None]]
+        elif argument.startswith("--config="):
+            found.append(argument)
+        else:
+            rest.append(argument)
+    return found + rest
+
+
+def _fail(message: str, error: Exception) -> NoReturn:
+    if os.environ.get("HCI_TRACEBACK"):
+        raise error
+    print("hci:", " ".join(message.split()), file=sys.stderr)  # noqa: T201
+    sys.exit(1)
+
+
+def _ended(number: int, _frame: FrameType | None) -> None:
+    """Unwind, so that what is half done is undone."""
+    sys.exit(128 + number)

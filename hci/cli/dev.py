@@ -1,0 +1,110 @@
+"""`hci dev`: a whole cluster on this machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hci import config as configuration
+from hci.cli import output, session
+from hci.cli.output import AsJson
+from hci.dev import cluster, layout
+from hci.dev.cluster import DevCluster
+from hci.errors import ConfigError, DevError
+
+app = typer.Typer(help="A cluster on this machine, for development.", no_args_is_help=True)
+
+Who = Annotated[str, typer.Argument(metavar="MEMBER|all", help="etcd, node1, gateway1, … or all.")]
+
+
+@app.command()
+def start(
+    context: typer.Context,
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="[DIR]", help="Where all is kept; by default in your data folder."),
+    ] = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option(min=1, max=layout.MEMBERS_MAX, help=f"By default {cluster.NODES}."),
+    ] = None,
+    gateways: Annotated[
+        int | None,
+        typer.Option(min=1, max=layout.MEMBERS_MAX, help=f"By default {cluster.GATEWAYS}."),
+    ] = None,
+    pool: Annotated[str, typer.Option(help="Created with the cluster.")] = "vms",
+) -> None:
+    """Start a cluster, a new one or one that was stopped; return when it is healthy."""
+    chosen = (folder or _folder(session.of(context).given)).absolute()
+    found = cluster.open_or_make(chosen, nodes, gateways, pool)
+    found.start()
+    members = ", ".join(member.name for member in found.members)
+    typer.echo(f"cluster in {chosen} is running: {members}")
+    if chosen != configuration.default_dev_dir().absolute():
+        typer.echo(f"commands use it with:  export HCI_CONFIG={found.config.path}")
+
+
+@app.command()
+def stop(context: typer.Context) -> None:
+    """Stop all members in good order."""
+    found = _cluster(context)
+    killed = found.stop()
+    typer.echo(f"cluster in {found.folder} is stopped")
+    if killed:
+        raise DevError(
+            f"{', '.join(killed)} did not stop in {cluster.STOP_GRACE_S:.0f} s and had to be killed"
+        )
+
+
+@app.command()
+def status(context: typer.Context, as_json: AsJson = False) -> None:
+    """List the members and how they are."""
+    found = _cluster(context)
+    states = found.states()
+    if as_json:
+        output.as_json({"dir": str(found.folder), "members": [_values(each) for each in states]})
+        return
+    output.table(
+        ("NAME", "KIND", "STATE", "PID", "DATA", "LOG"),
+        [tuple(_values(each).values()) for each in states],
+        "no members",
+    )
+
+
+@app.command()
+def kill(context: typer.Context, member: Who) -> None:
+    """Kill a member without warning (SIGKILL); nothing restarts it."""
+    for killed in _cluster(context).kill(member):
+        typer.echo(f"killed {killed.name}")
+
+
+@app.command()
+def run(context: typer.Context, member: Who) -> None:
+    """Start a member that was killed or stopped; return when it is healthy."""
+    for started in _cluster(context).run(member):
+        typer.echo(f"started {started.name}")
+
+
+def _cluster(context: typer.Context) -> DevCluster:
+    return DevCluster(session.of(context).config)
+
+
+def _folder(given: Path | None) -> Path:
+    """The folder of the configuration that was asked for by name, else the default."""
+    try:
+        path = configuration.find(given)
+    except ConfigError:
+        return configuration.default_dev_dir()
+    is_default = path == configuration.SYSTEM_CONFIG or path.name != layout.CONFIG_NAME
+    return configuration.default_dev_dir() if is_default else path.parent
+
+
+def _values(each: cluster.MemberState) -> dict[str, object]:
+    return {
+        "name": each.member.name,
+        "kind": each.member.kind,
+        "state": each.state,
+        "pid": each.pid,
+        "data_dir": str(each.member.data_dir),
+        "log": str(each.member.log),
+    }

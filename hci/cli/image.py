@@ -1,0 +1,210 @@
+"""`hci image`: create, list, look at, change, remove, import, export and check images."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from etcd.records import ImageRecord
+from hci import images
+from hci.cli import output, session
+from hci.cli.output import AsJson
+from shard import geometry
+from vmstore import transfer
+from vmstore.catalog import Catalog
+
+app = typer.Typer(help="Images: virtual disks, named POOL/NAME.", no_args_is_help=True)
+
+Image = Annotated[str, typer.Argument(metavar="POOL/NAME")]
+Size = Annotated[str, typer.Argument(help="As qemu-img takes it: 10G, 512M, 1.5T, bytes.")]
+Format = Annotated[
+    str | None, typer.Option("--format", help=f"One of {', '.join(transfer.FORMATS)}.")
+]
+
+
+@app.command()
+def create(context: typer.Context, name: Image, size: Size) -> None:
+    """Create an image. It takes space only where it is written."""
+    size_bytes = geometry.parse_size(size)
+    with session.of(context).catalog() as records:
+        records.create_image(name, size_bytes)
+    typer.echo(f"created {name}, {geometry.format_size(size_bytes)}")
+
+
+@app.command("ls")
+def show(
+    context: typer.Context,
+    pool: Annotated[str | None, typer.Argument(metavar="[POOL]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the images, of one pool or of all."""
+    with session.of(context).catalog() as records:
+        found = records.images(pool)
+        holders = {name: _holder(records, record) for name, record in found.items()}
+    rows = [(name, record, holders[name]) for name, record in sorted(found.items())]
+    if as_json:
+        output.as_json([_row(*row) for row in rows])
+        return
+    output.table(
+        ("NAME", "SIZE", "OPEN ON", "STALE"),
+        [
+            (name, output.size(record.size_bytes), holder, _stale_words(record))
+            for name, record, holder in rows
+        ],
+        "no images; create one with `hci image create POOL/NAME SIZE`",
+    )
+
+
+@app.command()
+def info(context: typer.Context, name: Image, as_json: AsJson = False) -> None:
+    """Say all that is known of an image."""
+    here = session.of(context)
+    with here.catalog() as records:
+        record = records.find(name)[0]
+        holder = _holder(records, record)
+        used = images.used_bytes(record, records.nodes())
+    values = {**_row(name, record, holder), **_details(record, used)}
+    if as_json:
+        output.as_json(values)
+        return
+    values["size_bytes"] = f"{record.size_bytes} ({geometry.format_size(record.size_bytes)})"
+    values["used_bytes"] = ", ".join(f"{node} {output.size(used[node])}" for node in used) or "-"
+    values["stale"] = _stale_words(record)
+    values["replica_sets"] = "; ".join(", ".join(members) for members in record.sets)
+    width = max(map(len, values))
+    for key, value in values.items():
+        typer.echo(f"{key:<{width}}  {'-' if value in (None, []) else value}")
+
+
+@app.command("rm")
+def remove(context: typer.Context, name: Image) -> None:
+    """Remove an image and its data. It cannot be brought back."""
+    with session.of(context).catalog() as records:
+        images.remove(records, name)
+    typer.echo(f"removed {name}")
+
+
+@app.command()
+def resize(
+    context: typer.Context,
+    name: Image,
+    size: Size,
+    force: Annotated[bool, typer.Option(help="Shrink, and lose what lies past the end.")] = False,
+) -> None:
+    """Change the size of an image; a guest that has it open sees it after it reconnects."""
+    here = session.of(context)
+    size_bytes = geometry.parse_size(size)
+    with here.catalog() as records:
+        images.resize(here.config, records, name, size_bytes, force=force)
+    typer.echo(f"{name} has {geometry.format_size(size_bytes)} now")
+
+
+@app.command()
+def url(
+    context: typer.Context,
+    name: Image,
+    gateway: Annotated[
+        str | None, typer.Option(help="By default the one that has it open.")
+    ] = None,
+    tcp: Annotated[bool, typer.Option(help="Over TCP rather than the unix socket.")] = False,
+) -> None:
+    """Print the NBD URI of an image."""
+    here = session.of(context)
+    with here.catalog() as records:
+        record = records.find(name)[0]
+        preferred = gateway or _holder(records, record)
+    section = here.config.gateway(gateway) if gateway else here.gateway(preferred)
+    typer.echo(images.url(section, name, tcp=tcp))
+
+
+@app.command("import")
+def import_(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="A qcow2, raw, vmdk or vdi file.")],
+    name: Image,
+    file_format: Format = None,
+) -> None:
+    """Create an image with the content of a file."""
+    here = session.of(context)
+    source = transfer.inspect(file, file_format)
+    uri = transfer.nbd_uri(name, here.gateway().nbd_socket)
+    with here.catalog() as records, output.progress(f"importing {file.name}") as progress:
+        images.import_file(records, name, source, uri, progress)
+    typer.echo(f"imported {file} as {name}, {geometry.format_size(source.size_bytes)}")
+
+
+@app.command()
+def export(
+    context: typer.Context,
+    name: Image,
+    file: Annotated[Path, typer.Argument(help="Its suffix says the format, else --format.")],
+    file_format: Format = None,
+    force: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
+) -> None:
+    """Write an image's content into a file."""
+    here = session.of(context)
+    with here.catalog() as records:
+        preferred = _holder(records, records.find(name)[0])
+    uri = transfer.nbd_uri(name, here.gateway(preferred).nbd_socket)
+    with output.progress(f"exporting {name}") as progress:
+        transfer.export(uri, file, progress, file_format, force=force)
+    typer.echo(f"exported {name} to {file}")
+
+
+@app.command()
+def check(context: typer.Context, name: Image, as_json: AsJson = False) -> None:
+    """Compare the replicas of an image; exit status 1 where they differ."""
+    here = session.of(context)
+    with here.catalog() as records:
+        if as_json:
+            report = images.check(here.config, records, name, lambda _done: None)
+        else:
+            with output.progress(f"comparing {name}") as progress:
+                report = images.check(here.config, records, name, progress)
+    different = [{"shard": each.shard, "nodes": list(each.nodes)} for each in report.different]
+    if as_json:
+        output.as_json({"equal": report.equal, "different": different, "shards": report.shards})
+    elif report.equal:
+        typer.echo(f"{name}: all replicas in sync are equal ({report.shards} shards)")
+    else:
+        for each in report.different:
+            typer.echo(f"{name}: shard {each.shard} differs on {', '.join(each.nodes)}")
+    if not report.equal:
+        raise typer.Exit(1)
+
+
+def _holder(records: Catalog, record: ImageRecord) -> str | None:
+    lease = records.lease_of(record.id)
+    return lease.gateway if lease is not None else None
+
+
+def _row(name: str, record: ImageRecord, holder: str | None) -> dict[str, Any]:
+    return {
+        "name": name,
+        "id": record.id,
+        "size_bytes": record.size_bytes,
+        "open_on": holder,
+        "epoch": record.epoch,
+        "generation": record.generation,
+        "stale": [
+            {"replica_set": index, "node": node, "since_generation": since}
+            for index, nodes in sorted(record.stale.items())
+            for node, since in sorted(nodes.items())
+        ],
+    }
+
+
+def _details(record: ImageRecord, used: dict[str, int]) -> dict[str, Any]:
+    return {
+        "pool": record.pool,
+        "policy": record.policy,
+        "shard_bytes": record.shard_bytes,
+        "clean": record.clean,
+        "replica_sets": [list(members) for members in record.sets],
+        "used_bytes": used,
+    }
+
+
+def _stale_words(record: ImageRecord) -> str | None:
+    nodes = sorted({node for since in record.stale.values() for node in since})
+    return ", ".join(nodes) or None

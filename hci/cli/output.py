@@ -1,0 +1,88 @@
+"""How commands print: tables for people, JSON for programs, progress for those who wait."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from shard.geometry import format_size
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+_PIPE_COLUMNS = 400
+"""A pipe has no width: lines are not broken where a program or grep reads them."""
+
+_PLAIN_STEP = 0.1
+_PLAIN_PAUSE_S = 1.0
+
+
+def console() -> Console:
+    """Return a console on stdout."""
+    return Console(
+        highlight=False,
+        emoji=False,
+        markup=False,
+        width=None if sys.stdout.isatty() else _PIPE_COLUMNS,
+    )
+
+
+def as_json(value: Any) -> None:
+    """Print a value as JSON."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], nothing: str) -> None:
+    """Print rows under headings, or the line `nothing` where there are none."""
+    laid_out = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        laid_out.add_column(Text(column), no_wrap=True)
+    for row in rows:
+        laid_out.add_row(*(Text("-" if cell is None else str(cell)) for cell in row))
+    if laid_out.row_count:
+        console().print(laid_out)
+    else:
+        typer.echo(nothing)
+
+
+def size(size_bytes: int | None) -> str | None:
+    """Return a size for a table's cell."""
+    return None if size_bytes is None else format_size(size_bytes)
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[float], None]]:
+    """Give a function to call with the part that is done, from 0 to 1."""
+    if not sys.stdout.isatty():
+        yield _plain(title)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console(), transient=True) as bar:
+        task = bar.add_task(title, total=1.0)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _plain(title: str) -> Callable[[float], None]:
+    """A line now and then, for logs."""
+    said, said_at = 0.0, time.monotonic()
+
+    def say(done: float) -> None:
+        nonlocal said, said_at
+        now = time.monotonic()
+        if done - said >= _PLAIN_STEP and now - said_at >= _PLAIN_PAUSE_S and done < 1.0:
+            said, said_at = done, now
+            typer.echo(f"{title}: {done:.0%}")
+
+    return say

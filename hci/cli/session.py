@@ -1,0 +1,49 @@
+"""What commands share while one runs: the cluster that is meant, and its catalogue."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import typer
+
+from hci import config as configuration
+from hci.config import Config, GatewayConfig
+from hci.connect import catalog
+from hci.errors import ConfigError
+from vmstore.catalog import Catalog
+
+
+@dataclass
+class Session:
+    """`given` is the file of --config, if any."""
+
+    given: Path | None
+
+    @cached_property
+    def config(self) -> Config:
+        """The configuration of the cluster that is meant. Raises ConfigError."""
+        return configuration.load(configuration.find(self.given).absolute())
+
+    @contextmanager
+    def catalog(self) -> Iterator[Catalog]:
+        """Give the cluster's catalogue for one block."""
+        with catalog(self.config) as records:
+            yield records
+
+    def gateway(self, preferred: str | None = None) -> GatewayConfig:
+        """Return a gateway of this host: `preferred` if it is one, else the first."""
+        gateways = self.config.gateways
+        if not gateways:
+            raise ConfigError("no [gateway.…] in it, so no image can be reached", self.config.path)
+        if preferred is not None and preferred in gateways:
+            return gateways[preferred]
+        return gateways[min(gateways)]
+
+
+def of(context: typer.Context) -> Session:
+    """Return the session of the command that runs."""
+    session = context.find_root().obj
+    assert isinstance(session, Session)
+    return session

@@ -1,0 +1,348 @@
+"""The configuration: one TOML file, parsed once into frozen dataclasses.
+
+A host's file holds its own members only; that of a cluster on one machine (`hci dev`) holds all of
+them. A key that is not known is refused, with its full name and the names known in its place, so
+that a slip of the pen is never a silent default. Nothing here opens what the file names.
+"""
+
+import os
+import re
+import socket
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from hci.errors import ConfigError
+from shard import geometry, ids
+from shard.errors import HciError
+
+T = TypeVar("T")
+
+SYSTEM_CONFIG = Path("/etc/hci/hci.toml")
+
+DEFAULT_ZONE = "default"
+"""Sites without zones are one zone."""
+
+DEFAULT_LOG_BYTES = 256 << 20
+"""A node's write-ahead log: at 500 MB/s about half a second between checkpoints, and quick to read
+back after a crash."""
+
+SMALLEST_LOG_BYTES = 16 << 20
+"""Below this a few of the largest requests (32 MiB, cut into shards) would fill the log at once."""
+
+LONGEST_SOCKET_PATH = 107
+"""Bytes that fit into `sun_path` beside its final NUL (unix(7))."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A TCP address to listen at or connect to."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the endpoint of `HOST:PORT` or `[IPV6]:PORT`; raises ValueError with advice."""
+        host, colon, port = text.rpartition(":")
+        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        if not colon or not bare or (":" in bare and bare == host):
+            raise ValueError("must look like 127.0.0.1:7101 or [::1]:7101")
+        if not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+            raise ValueError("must end with a port from 1 to 65535")
+        return cls(bare, int(port))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """What all members of a cluster share."""
+
+    id: str
+    """32 hex digits, drawn when the cluster is made; stores of other clusters are refused."""
+    etcd: tuple[Endpoint, ...]
+
+
+@dataclass(frozen=True)
+class NodeConfig:
+    """A storage node."""
+
+    name: str
+    data_dir: Path
+    listen: Endpoint
+    """Where gateways connect."""
+    control: Endpoint
+    """Where `hci` asks."""
+    socket: Path | None
+    """Where the gateway of the same host connects, so that its reads stay off the network."""
+    host: str
+    zone: str
+    log_bytes: int
+
+
+@dataclass(frozen=True)
+class GatewayConfig:
+    """A gateway."""
+
+    name: str
+    host: str
+    control: Endpoint
+    nbd_socket: Path
+    nbd_listen: Endpoint | None
+    run_dir: Path
+    """Sockets and the lock that only this gateway's death frees; need not survive a reboot."""
+
+
+@dataclass(frozen=True)
+class DevConfig:
+    """What `hci dev` needs to know besides the members."""
+
+    etcd_peer: Endpoint
+    """etcd listens here for other members of its own kind, of which there are none."""
+    etcd_data_dir: Path
+    log_dir: Path
+    run_dir: Path
+    """Short enough for sockets, whatever the cluster's folder is called."""
+    pool: str
+    """Created when the cluster starts for the first time."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole file."""
+
+    path: Path
+    cluster: ClusterConfig
+    nodes: Mapping[str, NodeConfig]
+    gateways: Mapping[str, GatewayConfig]
+    dev: DevConfig | None
+
+    def node(self, name: str) -> NodeConfig:
+        """Return the node's section. Raises ConfigError where the file has none."""
+        return self._member("node", self.nodes, name)
+
+    def gateway(self, name: str) -> GatewayConfig:
+        """Return the gateway's section. Raises ConfigError where the file has none."""
+        return self._member("gateway", self.gateways, name)
+
+    def _member(self, kind: str, members: Mapping[str, T], name: str) -> T:
+        if name not in members:
+            known = ", ".join(sorted(members)) or f"it has no [{kind}.…] at all"
+            raise ConfigError(f"no [{kind}.{name}] in it (known: {known})", self.path)
+        return members[name]
+
+
+def default_dev_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the folder of the cluster that `hci dev start` makes when it is given none."""
+    data_home = environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return Path(data_home) / "hci-dev"
+
+
+def find(given: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the file that says which cluster is meant.
+
+    That is `given` (--config), else HCI_CONFIG, else /etc/hci/hci.toml, else the default dev
+    cluster's. The first two are meant by somebody, so they are returned even if they do not exist.
+    """
+    if given is not None:
+        return given
+    if environ.get("HCI_CONFIG"):
+        return Path(environ["HCI_CONFIG"])
+    for path in (SYSTEM_CONFIG, default_dev_dir(environ) / "hci.toml"):
+        if path.exists():
+            return path
+    raise ConfigError(
+        "no cluster is configured here: give --config FILE, set HCI_CONFIG, "
+        "or start a cluster on this machine with `hci dev start`"
+    )
+
+
+def load(path: Path) -> Config:
+    """Read and check the file. Raises ConfigError with one line that names file and key."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", path) from error
+    return parse(content.decode("utf-8", "replace"), path)
+
+
+def parse(text: str, path: Path) -> Config:
+    """Check the text of a configuration; `path` is for messages and relative to nothing."""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"is not valid TOML: {error}", path) from error
+    top = _Table(path, "", values)
+    cluster = _cluster(top.table("cluster"))
+    nodes = {name: _node(name, table) for name, table in top.members("node").items()}
+    gateways = {name: _gateway(name, table) for name, table in top.members("gateway").items()}
+    dev = _dev(top.table("dev")) if top.has("dev") else None
+    top.finish()
+    return Config(path, cluster, nodes, gateways, dev)
+
+
+def _cluster(table: "_Table") -> ClusterConfig:
+    cluster = ClusterConfig(
+        id=table.take("id", _hex_32),
+        etcd=table.take("etcd", _endpoints),
+    )
+    table.finish()
+    return cluster
+
+
+def _node(name: str, table: "_Table") -> NodeConfig:
+    node = NodeConfig(
+        name=name,
+        data_dir=table.take("data_dir", _path),
+        listen=table.take("listen", _endpoint),
+        control=table.take("control", _endpoint),
+        socket=table.take("socket", _socket_path, None),
+        host=table.take("host", _label, socket.gethostname()),
+        zone=table.take("zone", _label, DEFAULT_ZONE),
+        log_bytes=table.take("log_bytes", _log_bytes, DEFAULT_LOG_BYTES),
+    )
+    table.finish()
+    return node
+
+
+def _gateway(name: str, table: "_Table") -> GatewayConfig:
+    gateway = GatewayConfig(
+        name=name,
+        host=table.take("host", _label, socket.gethostname()),
+        control=table.take("control", _endpoint),
+        nbd_socket=table.take("nbd_socket", _socket_path),
+        nbd_listen=table.take("nbd_listen", _endpoint, None),
+        run_dir=table.take("run_dir", _path),
+    )
+    table.finish()
+    return gateway
+
+
+def _dev(table: "_Table") -> DevConfig:
+    dev = DevConfig(
+        etcd_peer=table.take("etcd_peer", _endpoint),
+        etcd_data_dir=table.take("etcd_data_dir", _path),
+        log_dir=table.take("log_dir", _path),
+        run_dir=table.take("run_dir", _path),
+        pool=table.take("pool", _pool),
+    )
+    table.finish()
+    return dev
+
+
+_REQUIRED: Any = object()
+
+
+class _Table:
+    """A table of the file, which remembers what was asked of it: all else in it is unknown."""
+
+    def __init__(self, path: Path, name: str, values: dict[str, Any]) -> None:
+        self._path = path
+        self._name = name
+        self._values = values
+        self._known: set[str] = set()
+
+    def take(self, key: str, convert: Callable[[Any], T], default: Any = _REQUIRED) -> T:
+        """Return the converted value of `key`; `convert` raises ValueError or HciError if wrong."""
+        self._known.add(key)
+        if key not in self._values:
+            if default is _REQUIRED:
+                raise ConfigError(f"{self._full(key)} is missing", self._path)
+            return default  # type: ignore[no-any-return]
+        value = self._values[key]
+        try:
+            return convert(value)
+        except (ValueError, HciError) as error:
+            raise ConfigError(f"{self._full(key)} = {value!r}: {error}", self._path) from error
+
+    def has(self, key: str) -> bool:
+        self._known.add(key)
+        return key in self._values
+
+    def table(self, key: str) -> "_Table":
+        return _Table(self._path, self._full(key), self.take(key, _mapping))
+
+    def members(self, kind: str) -> dict[str, "_Table"]:
+        """Return the tables `[kind.NAME]` by name."""
+        values = self.take(kind, _mapping, {})
+        for name in values:
+            try:
+                ids.node_name(name)
+            except HciError as error:
+                raise ConfigError(f"{kind}.{name}: {error}", self._path) from error
+        inner = _Table(self._path, self._full(kind), values)
+        return {name: inner.table(name) for name in values}
+
+    def finish(self) -> None:
+        """Refuse what nobody asked for."""
+        unknown = sorted(set(self._values) - self._known)
+        if unknown:
+            known = ", ".join(sorted(self._known))
+            raise ConfigError(f"unknown key {self._full(unknown[0])} (known: {known})", self._path)
+
+    def _full(self, key: str) -> str:
+        return f"{self._name}.{key}" if self._name else key
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("must be a table")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ValueError("must be a string that is not empty")
+    return value
+
+
+def _hex_32(value: Any) -> str:
+    if not re.fullmatch(r"[0-9a-f]{32}", _text(value)):
+        raise ValueError("must be 32 lower-case hex digits")
+    return _text(value)
+
+
+def _endpoint(value: Any) -> Endpoint:
+    return Endpoint.parse(_text(value))
+
+
+def _endpoints(value: Any) -> tuple[Endpoint, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError('must be a list such as ["127.0.0.1:2379"]')
+    return tuple(_endpoint(entry) for entry in value)
+
+
+def _path(value: Any) -> Path:
+    path = Path(_text(value))
+    if not path.is_absolute():
+        raise ValueError("must be an absolute path")
+    return path
+
+
+def _socket_path(value: Any) -> Path:
+    path = _path(value)
+    length = len(os.fsencode(path))
+    if length > LONGEST_SOCKET_PATH:
+        raise ValueError(f"a socket's path has at most {LONGEST_SOCKET_PATH} bytes, not {length}")
+    return path
+
+
+def _label(value: Any) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252})", _text(value)):
+        raise ValueError("must be letters, digits, dots, hyphens or underscores")
+    return _text(value)
+
+
+def _log_bytes(value: Any) -> int:
+    size_bytes = value if type(value) is int else geometry.parse_size(_text(value))
+    if size_bytes < SMALLEST_LOG_BYTES or size_bytes % 4096:
+        raise ValueError("must be at least 16M, in whole blocks of 4096 bytes")
+    return size_bytes
+
+
+def _pool(value: Any) -> str:
+    return ids.pool_name(_text(value))

@@ -1,0 +1,134 @@
+"""When a member that was started may be called healthy, and what to say where it is not."""
+
+import http.client
+import json
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hci import control_pb2 as pb
+from hci.config import Config, Endpoint
+from hci.connect import catalog
+from hci.control import GatewayClient, NodeClient
+from hci.dev import process
+from hci.errors import ControlError, DevError
+from shard.errors import HciError
+from shard.membership import Policy
+
+if TYPE_CHECKING:
+    from hci.dev.cluster import Member
+
+PATIENCE_S = 60.0
+"""A node that was killed replays its log first, at the speed of its disk. A hang detector."""
+
+_POLL_S = 0.05
+_ASK_S = 2.0
+
+
+class _NotYet(Exception):
+    """Not healthy, for the reason given."""
+
+
+def wait(
+    config: Config, members: "Sequence[Member]", started: "Mapping[str, subprocess.Popen[bytes]]"
+) -> None:
+    """Return when all are healthy. Raises DevError for the first that ends or takes too long."""
+    deadline = time.monotonic() + PATIENCE_S
+    for member in members:
+        _wait_for(
+            member.name,
+            lambda member=member: _check(config, member),  # type: ignore[misc]
+            started[member.name],
+            member.log,
+            deadline,
+        )
+
+
+def wait_for_socket(path: Path, started: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Return when the holder listens at `path`."""
+
+    def check() -> None:
+        if not path.exists():
+            raise _NotYet(f"no socket at {path}")
+
+    _wait_for("holder", check, started, log, time.monotonic() + PATIENCE_S)
+
+
+def ensure_pool(config: Config) -> None:
+    """Create the cluster's pool, unless it is there."""
+    assert config.dev is not None, "only a dev cluster has a pool of its own"
+    with catalog(config) as records:
+        if config.dev.pool not in {pool.name for pool in records.pools()}:
+            records.create_pool(config.dev.pool, Policy.REPLICA_3)
+
+
+def _wait_for(
+    name: str,
+    check: Callable[[], None],
+    started: "subprocess.Popen[bytes]",
+    log: Path,
+    deadline: float,
+) -> None:
+    while True:
+        status = started.poll()
+        if status is not None:
+            reason = f"ended by signal {-status}" if status < 0 else f"ended with status {status}"
+            raise DevError(_failure(name, reason, log))
+        try:
+            return check()
+        except _NotYet as reason:
+            if time.monotonic() > deadline:
+                late = f"is not healthy after {PATIENCE_S:.0f} s ({reason})"
+                raise DevError(_failure(name, late, log)) from reason
+        time.sleep(_POLL_S)
+
+
+def _failure(name: str, reason: str, log: Path) -> str:
+    line = process.last_line(log)
+    return f"{name} {reason}{': ' + line if line else ''} (log: {log})"
+
+
+def _check(config: Config, member: "Member") -> None:
+    try:
+        if member.kind == "etcd":
+            _check_etcd(config.cluster.etcd[0])
+        elif member.kind == "node":
+            _check_node(config, member.name)
+        else:
+            _check_gateway(config, member.name)
+    except HciError as error:
+        raise _NotYet(str(error)) from error
+
+
+def _check_etcd(endpoint: Endpoint) -> None:
+    connection = http.client.HTTPConnection(endpoint.host, endpoint.port, timeout=_ASK_S)
+    try:
+        connection.request("GET", "/health")
+        answer = json.loads(connection.getresponse().read())
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise _NotYet(f"no answer at {endpoint}: {error}") from error
+    finally:
+        connection.close()
+    if answer.get("health") != "true":
+        raise _NotYet(f"it says {answer}")
+
+
+def _check_node(config: Config, name: str) -> None:
+    with NodeClient(name, config.node(name).control, deadline_s=_ASK_S) as client:
+        status = client.status()
+    if status.cluster_id != config.cluster.id:
+        raise ControlError("a node of another cluster answers", name, str(client.address))
+    if status.state != pb.NodeStatus.STATE_SERVING:
+        raise _NotYet(status.trouble or "it is starting")
+    with catalog(config) as records:
+        if name not in records.alive():
+            raise _NotYet("it is not registered in etcd")
+
+
+def _check_gateway(config: Config, name: str) -> None:
+    with GatewayClient(name, config.gateway(name).control, deadline_s=_ASK_S) as client:
+        status = client.status()
+    if status.state != pb.GatewayStatus.STATE_SERVING:
+        raise _NotYet(status.trouble or "it is starting")

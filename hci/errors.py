@@ -1,0 +1,50 @@
+"""Errors of the command line, the configuration and the daemons' control services.
+
+HciError                    one line for a person (`shard.errors`)
+├── ConfigError             the configuration is missing or wrong; correct the file
+├── ControlError            a daemon could not be asked
+│   ├── Unreachable         no answer; start it, or ask again
+│   └── Refused             it answered that it cannot; the text says why
+├── DevError                a cluster on this machine did not do what was asked
+└── Unsupported             this build or machine lacks what was asked for
+"""
+
+from pathlib import Path
+
+from shard.errors import HciError
+
+
+class ConfigError(HciError):
+    """The configuration is missing or wrong. `path` is the file, where there is one."""
+
+    def __init__(self, message: str, path: Path | None = None) -> None:
+        self.path = path
+        super().__init__(f"{path}: {message}" if path else message)
+
+
+class ControlError(HciError):
+    """A daemon could not be asked to do something."""
+
+    def __init__(self, message: str, daemon: str, address: str) -> None:
+        self.daemon = daemon
+        self.address = address
+        super().__init__(message)
+
+
+class Unreachable(ControlError):
+    """The daemon did not answer in time. Whether it did what was asked is unknown: look again."""
+
+    def __init__(self, daemon: str, address: str, advice: str) -> None:
+        super().__init__(f"{daemon} does not answer at {address}: {advice}", daemon, address)
+
+
+class Refused(ControlError):
+    """The daemon answered that it cannot. Its text is shown as it is."""
+
+
+class DevError(HciError):
+    """A cluster on this machine did not do what was asked."""
+
+
+class Unsupported(HciError):
+    """This build or this machine lacks what was asked for."""

@@ -1,0 +1,280 @@
+"""Looks at the whole cluster once, and says whether all is well and, if not, what to do.
+
+`survey` asks etcd and the daemons; `judge` turns what was found into problems and is pure.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from etcd.errors import EtcdUnavailable
+from etcd.records import ImageRecord, NodeRecord, PlacementRecord, PoolRecord
+from hci import control_pb2 as pb
+from hci.config import Config
+from hci.connect import catalog
+from hci.control import GatewayClient, NodeClient
+from hci.errors import ControlError
+
+ASK_DEADLINE_S = 2.0
+"""A daemon that is silent for longer is shown as down; all are asked at once."""
+
+
+class Health(StrEnum):
+    """The cluster in one word, from best to worst."""
+
+    OK = "ok"
+    HEALING = "healing"
+    """Not well, and will be by itself."""
+    DEGRADED = "degraded"
+    """All images are served, some with fewer copies than they should have."""
+    UNAVAILABLE = "unavailable"
+    """Some image cannot be written, or nothing can be said."""
+
+
+@dataclass(frozen=True)
+class NodeView:
+    """A node by its record and by its own word; `state` is up, starting, stopping, failed, down."""
+
+    name: str
+    state: str
+    host: str
+    zone: str
+    address: str
+    data_dir: str | None
+    capacity_bytes: int | None
+    used_bytes: int | None
+    trouble: str
+
+
+@dataclass(frozen=True)
+class GatewayView:
+    """A gateway of this configuration by its own word."""
+
+    name: str
+    state: str
+    host: str
+    trouble: str
+    images: Sequence[pb.OpenImage] = ()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is not well, and what a person can do about it."""
+
+    health: Health
+    what: str
+    advice: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found. `etcd` is empty where it answers, else what is wrong with it."""
+
+    etcd: str
+    nodes: Sequence[NodeView] = ()
+    gateways: Sequence[GatewayView] = ()
+    pools: Sequence[PoolRecord] = ()
+    placements: Mapping[str, PlacementRecord] = field(default_factory=dict)
+    images: Mapping[str, ImageRecord] = field(default_factory=dict)
+    is_dev: bool = False
+
+    @property
+    def problems(self) -> Sequence[Problem]:
+        """The worst first."""
+        order = list(Health)
+        return sorted(judge(self), key=lambda problem: -order.index(problem.health))
+
+    @property
+    def health(self) -> Health:
+        """The worst there is."""
+        problems = self.problems
+        return problems[0].health if problems else Health.OK
+
+
+def survey(config: Config) -> Survey:
+    """Look at the cluster. Raises nothing for what is merely down: that is what it is to find."""
+    gateways = _gateways(config)
+    is_dev = config.dev is not None
+    try:
+        with catalog(config) as records:
+            pools = records.pools()
+            return Survey(
+                etcd="",
+                nodes=_nodes(config, records.nodes(), records.alive()),
+                gateways=gateways,
+                pools=pools,
+                placements={pool.name: records.placement(pool.name) for pool in pools},
+                images=records.images(None),
+                is_dev=is_dev,
+            )
+    except EtcdUnavailable as error:
+        nodes = _nodes(config, {}, None)
+        return Survey(etcd=str(error), nodes=nodes, gateways=gateways, is_dev=is_dev)
+
+
+def nodes(config: Config) -> Sequence[NodeView]:
+    """Every node that is registered or configured here. Raises EtcdUnavailable."""
+    with catalog(config) as records:
+        return _nodes(config, records.nodes(), records.alive())
+
+
+def judge(found: Survey) -> Iterator[Problem]:
+    """Yield what is not well."""
+    if found.etcd:
+        advice = "start it: `hci dev run etcd`" if found.is_dev else "start etcd on its hosts"
+        yield Problem(Health.UNAVAILABLE, found.etcd, advice)
+    yield from _judge_nodes(found)
+    yield from _judge_gateways(found)
+    yield from _judge_pools(found)
+    yield from _judge_images(found)
+
+
+def _judge_nodes(found: Survey) -> Iterator[Problem]:
+    for node in found.nodes:
+        if node.state == "starting":
+            yield Problem(Health.HEALING, f"{node.name} is starting", "wait")
+        elif node.state != "up":
+            what = f"{node.name} on {node.host} is {node.state}"
+            start = f"hci dev run {node.name}" if found.is_dev else "systemctl start hci-node"
+            where = "" if found.is_dev else f" on {node.host}"
+            told = f" ({node.trouble})" if node.trouble else ""
+            yield Problem(Health.DEGRADED, what + told, f"start it{where}: `{start}`")
+
+
+def _judge_gateways(found: Survey) -> Iterator[Problem]:
+    up = [gateway for gateway in found.gateways if gateway.state == "up"]
+    for gateway in found.gateways:
+        if gateway.state == "starting":
+            yield Problem(Health.HEALING, f"{gateway.name} is starting", "wait")
+        elif gateway.state != "up":
+            start = f"hci dev run {gateway.name}" if found.is_dev else "systemctl start hci-gateway"
+            worst = Health.DEGRADED if up else Health.UNAVAILABLE
+            yield Problem(worst, f"{gateway.name} is {gateway.state}", f"start it: `{start}`")
+        for image in gateway.images:
+            yield from _judge_open(image)
+
+
+def _judge_open(image: pb.OpenImage) -> Iterator[Problem]:
+    told = f": {image.trouble}" if image.trouble else ""
+    if image.state == pb.OpenImage.STATE_OPENING or image.HasField("heal"):
+        done = f"{image.heal.shards_done} of {image.heal.shards_total} shards"
+        yield Problem(Health.HEALING, f"replicas of {image.name} are made equal, {done}", "wait")
+    elif image.state == pb.OpenImage.STATE_READS_ONLY:
+        what = f"writes to {image.name} wait{told}"
+        yield Problem(Health.UNAVAILABLE, what, "bring its nodes back; writes resume by themselves")
+    elif image.state == pb.OpenImage.STATE_STALLED:
+        what = f"{image.name} is stalled{told}"
+        yield Problem(
+            Health.UNAVAILABLE, what, "bring etcd and its nodes back; it resumes by itself"
+        )
+
+
+def _judge_pools(found: Survey) -> Iterator[Problem]:
+    up = {node.name for node in found.nodes if node.state == "up"}
+    for pool in found.pools:
+        for index, members in enumerate(found.placements[pool.name].sets):
+            there = [name for name in members if name in up]
+            if len(there) < pool.policy.quorum:
+                yield Problem(
+                    Health.UNAVAILABLE,
+                    f"pool {pool.name}: replica set {index} has {len(there)} of {len(members)} "
+                    f"nodes, its writes wait for {pool.policy.quorum}",
+                    f"start {' or '.join(name for name in members if name not in up)}",
+                )
+
+
+def _judge_images(found: Survey) -> Iterator[Problem]:
+    up = {node.name for node in found.nodes if node.state == "up"}
+    stale: dict[str, list[str]] = {}
+    for name, record in found.images.items():
+        for nodes_since in record.stale.values():
+            for node in nodes_since:
+                stale.setdefault(node, []).append(name)
+        for index, members in enumerate(record.sets):
+            in_sync = [node for node in members if node not in record.stale.get(index, {})]
+            if members and sum(node in up for node in in_sync) < record.policy.quorum:
+                yield Problem(
+                    Health.UNAVAILABLE,
+                    f"image {name}: of its nodes in sync ({', '.join(in_sync)}) too few are up",
+                    "start them; writes resume by themselves",
+                )
+    for node, names in sorted(stale.items()):
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        yield Problem(
+            Health.DEGRADED,
+            f"{node} is stale for {shown}",
+            f"it missed writes and is not read; the other copies serve until {node} is healed",
+        )
+
+
+def _nodes(
+    config: Config, records: Mapping[str, NodeRecord], alive: Mapping[str, object] | None
+) -> list[NodeView]:
+    names = sorted({*records, *config.nodes})
+    if not names:
+        return []
+    with ThreadPoolExecutor(min(len(names), 32)) as pool:
+        return list(pool.map(lambda name: _node(config, name, records.get(name), alive), names))
+
+
+def _node(
+    config: Config, name: str, record: NodeRecord | None, alive: Mapping[str, object] | None
+) -> NodeView:
+    here = config.nodes.get(name)
+    # A name comes from the records or from the configuration.
+    control = record.control if record else str(config.node(name).control)
+    status, trouble = None, ""
+    try:
+        with NodeClient(name, control, deadline_s=ASK_DEADLINE_S) as client:
+            status = client.status()
+            trouble = status.trouble
+    except ControlError as error:
+        trouble = str(error)
+    state = _STATES[status.state] if status is not None else "down"
+    if state == "up" and alive is not None and name not in alive:
+        state, trouble = "starting", trouble or "it is not registered in etcd"
+    return NodeView(
+        name=name,
+        state=state,
+        host=record.host if record else here.host if here else "",
+        zone=record.zone if record else here.zone if here else "",
+        address=record.address if record else str(here.listen) if here else "",
+        data_dir=(status.data_dir if status else "") or (str(here.data_dir) if here else None),
+        capacity_bytes=status.capacity_bytes if status else _capacity(record),
+        used_bytes=status.used_bytes if status else None,
+        trouble=trouble,
+    )
+
+
+def _capacity(record: NodeRecord | None) -> int | None:
+    return record.capacity_bytes if record else None
+
+
+def _gateways(config: Config) -> list[GatewayView]:
+    found = []
+    for name, section in sorted(config.gateways.items()):
+        try:
+            with GatewayClient(name, section.control, deadline_s=ASK_DEADLINE_S) as client:
+                status = client.status()
+            state = _GATEWAY_STATES[status.state]
+            found.append(GatewayView(name, state, section.host, status.trouble, status.images))
+        except ControlError as error:
+            found.append(GatewayView(name, "down", section.host, str(error)))
+    return found
+
+
+_STATES = {
+    pb.NodeStatus.STATE_UNSPECIFIED: "starting",
+    pb.NodeStatus.STATE_STARTING: "starting",
+    pb.NodeStatus.STATE_SERVING: "up",
+    pb.NodeStatus.STATE_STOPPING: "stopping",
+    pb.NodeStatus.STATE_FAILED: "failed",
+}
+
+_GATEWAY_STATES = {
+    pb.GatewayStatus.STATE_UNSPECIFIED: "starting",
+    pb.GatewayStatus.STATE_STARTING: "starting",
+    pb.GatewayStatus.STATE_SERVING: "up",
+    pb.GatewayStatus.STATE_STOPPING: "stopping",
+}

@@ -1,0 +1,70 @@
+"""BLAKE3 digests of shards, and which replicas disagree.
+
+A digest covers the whole shard as a guest sees it: all its bytes in order, holes and what lies past
+the image's end as zeroes, so that replicas are equal however sparse their files are.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from shard.membership import Membership
+
+DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Difference:
+    """A shard whose replicas are not equal, and the nodes that are not with the majority.
+
+    Without a majority `nodes` names every node compared: none of them can be trusted by counting.
+    """
+
+    shard: int
+    nodes: tuple[str, ...]
+
+
+def digest(chunks: Iterable[bytes]) -> bytes:
+    """Return the digest of a shard from its content in order, cut anywhere."""
+    hasher = blake3()
+    for chunk in chunks:
+        hasher.update(chunk)
+    return hasher.digest()
+
+
+def digest_of_zeroes(shard_bytes: int) -> bytes:
+    """Return the digest of a shard that was never written."""
+    return digest([bytes(shard_bytes)])
+
+
+def compare(digests: Mapping[str, Mapping[int, bytes]], zeroes: bytes) -> list[Difference]:
+    """Return the shards on which nodes differ, in order of their index.
+
+    `digests` is {node: {shard: digest}} as the nodes in sync of one replica set reported them. A
+    shard that a node did not report has no data there and counts with the digest `zeroes`.
+    """
+    differences = []
+    for shard in sorted({shard for reported in digests.values() for shard in reported}):
+        found = {node: reported.get(shard, zeroes) for node, reported in digests.items()}
+        value, votes = Counter(found.values()).most_common(1)[0]
+        if votes == len(found):
+            continue
+        majority = value if votes * 2 > len(found) else None
+        nodes = tuple(sorted(node for node, value in found.items() if value != majority))
+        differences.append(Difference(shard, nodes))
+    return differences
+
+
+def membership_digest(membership: Membership) -> bytes:
+    """Return what tells two memberships of one generation apart: replica sets and who is stale.
+
+    Nodes store it beside the generation and refuse an equal generation with another digest. Part of
+    the wire and disk formats: BLAKE3 of JSON with sorted keys and no spaces.
+    """
+    stale = {str(index): dict(nodes) for index, nodes in membership.stale.items()}
+    sets = [list(members) for members in membership.sets]
+    text = json.dumps({"sets": sets, "stale": stale}, sort_keys=True, separators=(",", ":"))
+    return digest([text.encode()])

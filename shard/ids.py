@@ -1,0 +1,57 @@
+"""Ids and names: how they look, and nothing about what they name."""
+
+import re
+from typing import NewType
+
+from shard.errors import BadName
+
+ImageId = NewType("ImageId", str)
+"""Random 128-bit id of an image, never reused: 32 lower-case hex digits."""
+
+NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,62}"
+"""What node and pool names look like."""
+
+_NAME = re.compile(NAME_PATTERN)
+_HEX_32 = re.compile(r"[0-9a-f]{32}")
+
+
+def image_id(text: str) -> ImageId:
+    """Return `text` as an image id. Raises BadName where it is not 32 lower-case hex digits."""
+    return ImageId(_hex_32(text, "image id"))
+
+
+def image_id_from_bytes(value: bytes) -> ImageId:
+    """Return the image id of 16 bytes, which the caller drew at random."""
+    if len(value) != 16:
+        raise BadName(f"an image id has 16 bytes, not {len(value)}")
+    return ImageId(value.hex())
+
+
+def holder_id(text: str) -> str:
+    """Return `text` as the id of a gateway process: 32 lower-case hex digits, or BadName."""
+    return _hex_32(text, "holder id")
+
+
+def node_name(text: str) -> str:
+    """Return `text` where it is a node's name, or raise BadName."""
+    return _name(text, "node")
+
+
+def pool_name(text: str) -> str:
+    """Return `text` where it is a pool's name, or raise BadName."""
+    return _name(text, "pool")
+
+
+def _name(text: str, what: str) -> str:
+    if not _NAME.fullmatch(text):
+        raise BadName(
+            f"{text!r} is not a {what} name: use 1 to 63 lower-case letters, digits and hyphens, "
+            "not beginning with a hyphen"
+        )
+    return text
+
+
+def _hex_32(text: str, what: str) -> str:
+    if not _HEX_32.fullmatch(text):
+        raise BadName(f"{text!r} is no {what}: 32 lower-case hex digits are")
+    return text

@@ -1,0 +1,125 @@
+"""The configuration file: what is taken, and how each mistake is told."""
+
+from pathlib import Path
+
+import pytest
+
+from hci import config
+from hci.config import Endpoint
+from hci.errors import ConfigError
+
+PATH = Path("/etc/hci/hci.toml")
+
+WHOLE = """
+[cluster]
+id = "00112233445566778899aabbccddeeff"
+etcd = ["127.0.0.1:2379", "[::1]:2379"]
+
+[node.node1]
+data_dir = "/srv/node1"
+listen = "127.0.0.1:7101"
+control = "127.0.0.1:7201"
+socket = "/run/hci/node1.sock"
+host = "host1"
+zone = "cellar"
+log_bytes = "64M"
+
+[gateway.gateway1]
+host = "host1"
+control = "127.0.0.1:7301"
+nbd_socket = "/run/hci/nbd.sock"
+nbd_listen = "127.0.0.1:10809"
+run_dir = "/run/hci"
+"""
+
+SMALL = """
+[cluster]
+id = "00112233445566778899aabbccddeeff"
+etcd = ["127.0.0.1:2379"]
+[node.node1]
+data_dir = "/srv/node1"
+listen = "127.0.0.1:7101"
+control = "127.0.0.1:7201"
+"""
+
+
+def test_config_with_every_key_is_read() -> None:
+    found = config.parse(WHOLE, PATH)
+    assert found.cluster.etcd == (Endpoint("127.0.0.1", 2379), Endpoint("::1", 2379))
+    node = found.node("node1")
+    assert (node.data_dir, node.zone, node.log_bytes) == (Path("/srv/node1"), "cellar", 64 << 20)
+    assert str(node.listen) == "127.0.0.1:7101"
+    assert found.gateway("gateway1").nbd_listen == Endpoint("127.0.0.1", 10809)
+    assert found.dev is None
+
+
+def test_config_with_only_what_is_needed_has_defaults() -> None:
+    found = config.parse(SMALL, PATH)
+    node = found.node("node1")
+    assert (node.socket, node.zone, node.log_bytes) == (None, "default", 256 << 20)
+    assert node.host
+    assert found.gateways == {}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ('zone = "cellar"', 'zoen = "cellar"', "unknown key node.node1.zoen (known: control, "),
+        ("[cluster]", "[clutser]", "cluster is missing"),
+        ("[gateway.gateway1]", "[gatewya.gateway1]", "unknown key gatewya (known: cluster, dev, "),
+        ('"00112233445566778899aabbccddeeff"', '"0011"', "cluster.id = '0011': must be 32 "),
+        ('"127.0.0.1:7101"', '"127.0.0.1"', "node.node1.listen = '127.0.0.1': must look like "),
+        ('"127.0.0.1:7101"', '"127.0.0.1:0"', "must end with a port from 1 to 65535"),
+        ('"127.0.0.1:7101"', '"::1:7101"', "must look like 127.0.0.1:7101 or [::1]:7101"),
+        ('"127.0.0.1:7101"', "7101", "node.node1.listen = 7101: must be a string"),
+        ('listen = "127.0.0.1:7101"', "", "node.node1.listen is missing"),
+        ('"/srv/node1"', '"srv/node1"', "node.node1.data_dir = 'srv/node1': must be an absolute"),
+        ('"64M"', '"64 apples"', "node.node1.log_bytes = '64 apples': '64 apples' is not a size"),
+        ('"64M"', '"4M"', "must be at least 16M"),
+        ('"64M"', "true", "node.node1.log_bytes = True: must be a string"),
+        ("[node.node1]", "[node.Node_1]", "node.Node_1: 'Node_1' is not a node name"),
+        ("[node.node1]", "[[node.node1]]", "must be a table"),
+        ('["127.0.0.1:2379", "[::1]:2379"]', "[]", "cluster.etcd = []: must be a list such as"),
+        ("[cluster]", "[cluster", "is not valid TOML"),
+        ('"/run/hci/nbd.sock"', f'"/run/{"x" * 120}"', "a socket's path has at most 107 bytes"),
+    ],
+)
+def test_config_with_a_mistake_is_refused_by_name(before: str, after: str, told: str) -> None:
+    assert before in WHOLE
+    with pytest.raises(ConfigError) as caught:
+        config.parse(WHOLE.replace(before, after), PATH)
+    assert str(caught.value).startswith(f"{PATH}: ")
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_config_without_the_member_asked_for_names_those_it_has() -> None:
+    with pytest.raises(ConfigError, match=r"no \[node.node9\] in it \(known: node1\)"):
+        config.parse(WHOLE, PATH).node("node9")
+
+
+def test_config_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="none.toml: cannot be read: No such file"):
+        config.load(tmp_path / "none.toml")
+
+
+def test_lookup_takes_option_then_variable_then_system_then_dev(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system, dev = tmp_path / "system.toml", tmp_path / "data" / "hci-dev" / "hci.toml"
+    monkeypatch.setattr(config, "SYSTEM_CONFIG", system)
+    environ = {"XDG_DATA_HOME": str(tmp_path / "data")}
+    with pytest.raises(ConfigError, match="`hci dev start`"):
+        config.find(None, environ)
+    dev.parent.mkdir(parents=True)
+    dev.touch()
+    assert config.find(None, environ) == dev
+    system.touch()
+    assert config.find(None, environ) == system
+    assert config.find(None, environ | {"HCI_CONFIG": "/a.toml"}) == Path("/a.toml")
+    assert config.find(Path("/b.toml"), environ | {"HCI_CONFIG": "/a.toml"}) == Path("/b.toml")
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1:1", "[::1]:65535", "host.example:7101"])
+def test_endpoint_prints_as_it_was_written(text: str) -> None:
+    assert str(Endpoint.parse(text)) == text

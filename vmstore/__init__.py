@@ -1,0 +1,1 @@
+"""Images: their names, the catalog of them in etcd, and what is done with them."""

@@ -1,0 +1,340 @@
+"""The catalog: nodes, pools and images of the cluster, as records in etcd.
+
+Every change is one transaction that compares what it read. Names are made and go with their
+images; an id is drawn at random, never reused, and its tombstone stays for ever.
+"""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from etcd import keys
+from etcd.interface import Compare, Delete, Etcd, KeyAbsent, Operation, Put
+from etcd.records import (
+    AliveRecord,
+    ClusterRecord,
+    ImageRecord,
+    Layer,
+    LeaseRecord,
+    NameRecord,
+    NodeRecord,
+    PlacementRecord,
+    PoolRecord,
+    TombstoneRecord,
+)
+from shard.errors import BadValue, TooFewDomains
+from shard.geometry import SHARD_BYTES_DEFAULT, check_image_size, check_shard_size
+from shard.ids import ImageId, image_id_from_bytes, pool_name
+from shard.membership import Policy
+from shard.placement import (
+    Candidate,
+    FailureDomain,
+    choose_replica_sets,
+    suggested_replica_sets,
+)
+from vmstore.errors import (
+    ForeignStore,
+    ImageExists,
+    InUse,
+    NoArbiter,
+    NoCluster,
+    OtherCluster,
+    PoolExists,
+    RecordChanged,
+    ShrinkRefused,
+    StoreBehind,
+    TooFewNodes,
+    UnknownImage,
+    UnknownPool,
+)
+from vmstore.holding import Holding
+from vmstore.names import ImageName
+from vmstore.stored import R, Stored, commit, put_found, read, stored
+
+REPLICA_SETS_MAX = 1024
+"""Bounds the records: each image repeats the replica sets of its pool."""
+
+FIRST_LAYER = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ImageEntry:
+    """A line of a listing."""
+
+    name: ImageName
+    image: Stored[ImageRecord]
+
+
+def _random_image_id() -> ImageId:
+    return image_id_from_bytes(secrets.token_bytes(16))
+
+
+class Catalog(Holding):
+    """Reads and changes the records of one cluster.
+
+    All methods raise EtcdUnavailable (nothing changed: try again), changing ones also
+    OutcomeUnknown (look whether it was made) and RecordChanged (try again).
+    """
+
+    def __init__(self, etcd: Etcd, new_image_id: Callable[[], ImageId] = _random_image_id) -> None:
+        super().__init__(etcd)
+        self._new_image_id = new_image_id
+
+    def init_cluster(self, cluster_id: str) -> ClusterRecord:
+        """Make the cluster, or find it made. Raises OtherCluster where etcd holds another."""
+        record = ClusterRecord(id=cluster_id)
+        put = Put(keys.CLUSTER, record.encode())
+        absent = [KeyAbsent(keys.CLUSTER)]
+        if commit(self._etcd, absent, [put], put_found(self._etcd, put)) is not None:
+            return record
+        return self.cluster(cluster_id)
+
+    def cluster(self, expected_id: str | None = None) -> ClusterRecord:
+        """Return the cluster's record. Raises NoCluster, or OtherCluster than `expected_id`."""
+        found = read(self._etcd, ClusterRecord, keys.CLUSTER)
+        if found is None:
+            raise NoCluster
+        if expected_id is not None and found.record.id != expected_id:
+            raise OtherCluster(expected_id, found.record.id)
+        return found.record
+
+    def nodes(self) -> dict[str, NodeRecord]:
+        """Return all registered nodes by name."""
+        return {name: item.record for name, item in self._all(NodeRecord, keys.NODES).items()}
+
+    def alive(self) -> dict[str, AliveRecord]:
+        """Return the nodes that run, by name."""
+        return {name: item.record for name, item in self._all(AliveRecord, keys.ALIVE).items()}
+
+    def announce_node(self, record: NodeRecord, etcd_lease: int) -> None:
+        """Register a node that started, and say that it is alive as long as the lease lives.
+
+        Raises ForeignStore where its name stands for another store, and StoreBehind where its
+        start counter is below the registered one; the node must not serve then.
+        """
+        former = read(self._etcd, NodeRecord, record.key)
+        compares: tuple[Compare, ...] = (KeyAbsent(record.key),)
+        if former is not None:
+            compares = former.unchanged
+            known = former.record
+            if known.store_id != record.store_id:
+                raise ForeignStore(record.name, known.store_id, record.store_id)
+            if known.start_counter > record.start_counter:
+                raise StoreBehind(record.name, known.start_counter, record.start_counter)
+            record = replace(record, extra={**known.extra, **record.extra})
+        alive = AliveRecord(start_counter=record.start_counter)
+        put = Put(record.key, record.encode())
+        operations = [put, Put(keys.alive(record.name), alive.encode(), etcd_lease)]
+        if commit(self._etcd, compares, operations, put_found(self._etcd, put)) is None:
+            raise RecordChanged(f"node {record.name}")
+
+    def create_pool(
+        self,
+        name: str,
+        *,
+        policy: Policy = Policy.REPLICA_3,
+        shard_bytes: int = SHARD_BYTES_DEFAULT,
+        replica_sets: int | None = None,
+        failure_domain: FailureDomain = FailureDomain.HOST,
+    ) -> PoolRecord:
+        """Make a pool and place it on the nodes that are up.
+
+        Without `replica_sets`, as many as give each node a share. Raises BadValue for what breaks
+        a limit, PoolExists, TooFewNodes, NoArbiter.
+        """
+        pool_name(name)
+        check_shard_size(shard_bytes)
+        if replica_sets is not None and not 1 <= replica_sets <= REPLICA_SETS_MAX:
+            raise BadValue(f"a pool has 1 to {REPLICA_SETS_MAX} replica sets, not {replica_sets}")
+        if policy.has_arbiter:
+            raise NoArbiter(policy.value)
+        candidates = self._candidates()
+        count = replica_sets or suggested_replica_sets(len(candidates), policy.members)
+        record = PoolRecord(
+            name=name,
+            policy=policy,
+            shard_bytes=shard_bytes,
+            replica_sets=min(count, REPLICA_SETS_MAX),
+            failure_domain=failure_domain,
+        )
+        self._check_absent(record)
+        self._create_pool(record, self._place(record, candidates))
+        return record
+
+    def pools(self) -> dict[str, PoolRecord]:
+        """Return all pools by name."""
+        return {name: item.record for name, item in self._all(PoolRecord, keys.POOLS).items()}
+
+    def pool(self, name: str) -> Stored[PoolRecord]:
+        """Return a pool. Raises UnknownPool."""
+        found = read(self._etcd, PoolRecord, keys.pool(name))
+        if found is None:
+            raise UnknownPool(name)
+        return found
+
+    def placement(self, pool: str) -> Stored[PlacementRecord]:
+        """Return the current placement of a pool. Raises UnknownPool."""
+        found = read(self._etcd, PlacementRecord, keys.placement(pool))
+        if found is None:
+            raise UnknownPool(pool)
+        return found
+
+    def create_image(self, name: ImageName, size_bytes: int) -> Stored[ImageRecord]:
+        """Make an empty image. Raises BadSize, UnknownPool, ImageExists."""
+        check_image_size(size_bytes)
+        pool, placement = self.pool(name.pool), self.placement(name.pool)
+        image_id = self._new_image_id()
+        record = ImageRecord(
+            id=image_id,
+            pool=name.pool,
+            policy=pool.record.policy,
+            size_bytes=size_bytes,
+            shard_bytes=pool.record.shard_bytes,
+            placement_key=image_id,
+            placement_version=placement.record.version,
+            sets=placement.record.sets,
+            layers=(Layer(id=FIRST_LAYER),),
+        )
+        name_key = keys.name(name.pool, name.name)
+        compares = [
+            KeyAbsent(name_key),
+            KeyAbsent(record.key),
+            KeyAbsent(keys.tombstone(image_id)),
+            *pool.unchanged,
+            *placement.unchanged,
+        ]
+        put = Put(record.key, record.encode())
+        operations = [put, Put(name_key, NameRecord(image=image_id).encode())]
+        revision = commit(self._etcd, compares, operations, put_found(self._etcd, put))
+        if revision is None:
+            if self._etcd.get(name_key) is not None:
+                raise ImageExists(str(name))
+            raise RecordChanged(f"pool {name.pool}")
+        return Stored(record.key, record, put.value, revision)
+
+    def images(self, pool: str | None = None) -> list[ImageEntry]:
+        """Return all images, or those of one pool, by name. Raises UnknownPool."""
+        if pool is not None:
+            self.pool(pool)
+        prefix = keys.NAMES if pool is None else keys.names(pool)
+        by_id = self._all(ImageRecord, keys.IMAGES)
+        entries = []
+        for item in self._etcd.get_prefix(prefix).items:
+            # An image made or deleted between the two readings has no entry.
+            image = by_id.get(NameRecord.decode(item.key, item.value).image)
+            if image is not None:
+                entries.append(ImageEntry(ImageName(*keys.split_name(item.key)), image))
+        return sorted(entries, key=lambda entry: entry.name)
+
+    def leases(self) -> dict[ImageId, LeaseRecord]:
+        """Return who holds which image."""
+        return {
+            ImageId(image): item.record
+            for image, item in self._all(LeaseRecord, keys.LEASES).items()
+        }
+
+    def find(self, name: ImageName) -> Stored[ImageRecord]:
+        """Return an image by its name. Raises UnknownPool, UnknownImage."""
+        return self._find(name)[1]
+
+    def grow_image(self, name: ImageName, size_bytes: int) -> Stored[ImageRecord]:
+        """Make an image larger that nobody has open.
+
+        Raises BadSize, InUse (let its holder `resize`), and ShrinkRefused: a shrink is made by a
+        holder, which first discards what is cut off.
+        """
+        check_image_size(size_bytes)
+        image = self.find(name)
+        if size_bytes < image.record.size_bytes:
+            raise ShrinkRefused(str(name), image.record.size_bytes, size_bytes)
+        if size_bytes == image.record.size_bytes:
+            return image
+        record = replace(image.record, size_bytes=size_bytes)
+        put = Put(image.key, record.encode())
+        compares = [*image.unchanged, KeyAbsent(keys.lease(image.record.id))]
+        revision = commit(self._etcd, compares, [put], put_found(self._etcd, put))
+        if revision is None:
+            self._check_not_in_use(name, image.record.id)
+            raise RecordChanged(f"image {name}")
+        return Stored(image.key, record, put.value, revision)
+
+    def delete_image(self, name: ImageName) -> TombstoneRecord:
+        """Delete an image that nobody has open. Raises UnknownPool, UnknownImage, InUse."""
+        name_item, image = self._find(name)
+        self._check_not_in_use(name, image.record.id)
+        tombstone = TombstoneRecord(id=image.record.id, generation=image.record.generation)
+        put = Put(tombstone.key, tombstone.encode())
+        compares = [
+            *name_item.unchanged,
+            *image.unchanged,
+            KeyAbsent(keys.lease(image.record.id)),
+        ]
+        operations: list[Operation] = [Delete(name_item.key), Delete(image.key), put]
+        if commit(self._etcd, compares, operations, put_found(self._etcd, put)) is None:
+            self._check_not_in_use(name, image.record.id)
+            raise RecordChanged(f"image {name}")
+        return tombstone
+
+    def tombstones(self) -> dict[ImageId, TombstoneRecord]:
+        """Return all images that were deleted."""
+        return {
+            ImageId(image): item.record
+            for image, item in self._all(TombstoneRecord, keys.TOMBSTONES).items()
+        }
+
+    def _all(self, record_type: type[R], prefix: str) -> dict[str, Stored[R]]:
+        return {
+            item.key.removeprefix(prefix): stored(record_type, item)
+            for item in self._etcd.get_prefix(prefix).items
+        }
+
+    def _find(self, name: ImageName) -> tuple[Stored[NameRecord], Stored[ImageRecord]]:
+        name_item = read(self._etcd, NameRecord, keys.name(name.pool, name.name))
+        if name_item is not None:
+            image = read(self._etcd, ImageRecord, keys.image(name_item.record.image))
+            if image is not None:
+                return name_item, image
+        self.pool(name.pool)
+        raise UnknownImage(str(name))
+
+    def _check_not_in_use(self, name: ImageName, image: ImageId) -> None:
+        lease = self.lease_of(image)
+        if lease is not None:
+            raise InUse(str(name), lease.record.gateway)
+
+    def _candidates(self) -> list[Candidate]:
+        alive = self.alive()
+        return [
+            Candidate(
+                name=node.name,
+                host=node.host,
+                zone=node.zone,
+                labels=node.labels,
+                weight=max(1, node.capacity_bytes),
+            )
+            for node in self.nodes().values()
+            if node.name in alive
+        ]
+
+    def _place(self, pool: PoolRecord, candidates: list[Candidate]) -> PlacementRecord:
+        try:
+            sets = choose_replica_sets(
+                candidates,
+                replica_sets=pool.replica_sets,
+                members=pool.policy.members,
+                failure_domain=pool.failure_domain,
+            )
+        except TooFewDomains as error:
+            raise TooFewNodes(pool.policy.value, error.needed, error.found, error.domain) from None
+        return PlacementRecord(pool=pool.name, version=1, sets=sets)
+
+    def _check_absent(self, pool: PoolRecord) -> None:
+        if self._etcd.get(pool.key) is not None:
+            raise PoolExists(pool.name)
+
+    def _create_pool(self, pool: PoolRecord, placement: PlacementRecord) -> None:
+        put = Put(pool.key, pool.encode())
+        compares = [KeyAbsent(pool.key), KeyAbsent(placement.key)]
+        operations = [put, Put(placement.key, placement.encode())]
+        if commit(self._etcd, compares, operations, put_found(self._etcd, put)) is None:
+            raise PoolExists(pool.name)

@@ -1,0 +1,191 @@
+"""Errors of the image store: one line each, saying what happened, to what, and what to do.
+
+HciError
+├── BadValue, TooFewDomains       wrong input (see `shard.errors`)
+├── EtcdError                     cluster state not reachable or not usable (see `etcd.errors`)
+└── VmstoreError
+    ├── NoCluster                 etcd holds no cluster
+    ├── OtherCluster              etcd holds another cluster
+    ├── ForeignStore              a node's name stands for another store
+    ├── StoreBehind               a node's store is older than what the cluster saw of it
+    ├── TooFewNodes               the policy needs more nodes than are up
+    ├── NoArbiter                 the policy needs an arbiter
+    ├── UnknownPool
+    ├── UnknownImage
+    ├── PoolExists
+    ├── ImageExists
+    ├── ShrinkRefused             a smaller size without being forced
+    ├── InUse                     a gateway has the image open
+    └── Conflict                  a transaction lost against another one
+        ├── RecordChanged         read again and decide anew
+        ├── LeaseLost             the lease is another's or gone: stop serving
+        └── HistoryLost           etcd is behind what is known: stop, tell a person
+"""
+
+from shard.errors import HciError
+from shard.ids import ImageId
+
+
+class VmstoreError(HciError):
+    """A request that the image store cannot do."""
+
+
+class NoCluster(VmstoreError):
+    """etcd holds no cluster yet."""
+
+    def __init__(self) -> None:
+        super().__init__("etcd holds no cluster; check the etcd addresses, or create the cluster")
+
+
+class OtherCluster(VmstoreError):
+    """etcd holds another cluster than the one configured."""
+
+    def __init__(self, expected: str, found: str) -> None:
+        self.expected = expected
+        self.found = found
+        super().__init__(
+            f"etcd holds the cluster {found}, the configuration says {expected}; "
+            "correct the cluster id or the etcd addresses"
+        )
+
+
+class ForeignStore(VmstoreError):
+    """A node's name is registered with another store."""
+
+    def __init__(self, node: str, registered: str, offered: str) -> None:
+        self.node = node
+        self.registered = registered
+        self.offered = offered
+        super().__init__(
+            f"node {node} is registered with the store {registered}, but its data_dir holds "
+            f"{offered}; check data_dir, or give this store another node name"
+        )
+
+
+class StoreBehind(VmstoreError):
+    """A store was rolled back: its start counter is behind the registered one."""
+
+    def __init__(self, node: str, registered: int, offered: int) -> None:
+        self.node = node
+        self.registered = registered
+        self.offered = offered
+        super().__init__(
+            f"the store of node {node} is from its start {offered}, the cluster saw start "
+            f"{registered}; an older copy of the disk was put back: use the current one"
+        )
+
+
+class TooFewNodes(VmstoreError):
+    """A policy needs more nodes in different failure domains than are up."""
+
+    def __init__(self, policy: str, needed: int, found: int, domain: str) -> None:
+        self.policy = policy
+        self.needed = needed
+        self.found = found
+        self.domain = domain
+        super().__init__(
+            f"{policy} needs {needed} nodes on different {domain}s, and there are {found} up; "
+            f"start or add nodes, or choose a narrower failure domain than {domain}"
+        )
+
+
+class NoArbiter(VmstoreError):
+    """A policy needs an arbiter and none was named."""
+
+    def __init__(self, policy: str) -> None:
+        self.policy = policy
+        super().__init__(f"{policy} needs an arbiter, and none is registered; use replica-3")
+
+
+class UnknownPool(VmstoreError):
+    """There is no such pool."""
+
+    def __init__(self, pool: str) -> None:
+        self.pool = pool
+        super().__init__(f"there is no pool {pool}; `hci pool ls` lists what there is")
+
+
+class UnknownImage(VmstoreError):
+    """There is no such image."""
+
+    def __init__(self, image: str) -> None:
+        self.image = image
+        super().__init__(f"there is no image {image}; `hci image ls` lists what there is")
+
+
+class PoolExists(VmstoreError):
+    """A pool of this name exists."""
+
+    def __init__(self, pool: str) -> None:
+        self.pool = pool
+        super().__init__(f"the pool {pool} exists already; choose another name")
+
+
+class ImageExists(VmstoreError):
+    """An image of this name exists."""
+
+    def __init__(self, image: str) -> None:
+        self.image = image
+        super().__init__(f"the image {image} exists already; remove it or choose another name")
+
+
+class ShrinkRefused(VmstoreError):
+    """A smaller size was asked for without being forced."""
+
+    def __init__(self, image: str, size_bytes: int, asked_bytes: int) -> None:
+        self.image = image
+        self.size_bytes = size_bytes
+        self.asked_bytes = asked_bytes
+        super().__init__(
+            f"{image} has {size_bytes} bytes, and {asked_bytes} would cut its end off; "
+            "use --force if that data is not needed"
+        )
+
+
+class InUse(VmstoreError):
+    """A gateway has the image open."""
+
+    def __init__(self, image: str, gateway: str) -> None:
+        self.image = image
+        self.gateway = gateway
+        super().__init__(
+            f"{image} is in use on gateway {gateway}; stop the guest or tool that has it open there"
+        )
+
+
+class Conflict(VmstoreError):
+    """A transaction did not go through because what it compares has changed."""
+
+
+class RecordChanged(Conflict):
+    """Something changed since it was read. The caller reads again and decides anew."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        super().__init__(f"{what} was changed by another program meanwhile; try again")
+
+
+class LeaseLost(Conflict):
+    """The lease of an image is not the caller's any more. It stops serving the image.
+
+    `gateway` is the new holder, or None where the lease merely ended.
+    """
+
+    def __init__(self, image: ImageId, gateway: str | None) -> None:
+        self.image = image
+        self.gateway = gateway
+        now = f"gateway {gateway} has it now" if gateway is not None else "it has ended"
+        super().__init__(f"the lease of image {image} is lost: {now}; open the image again")
+
+
+class HistoryLost(Conflict):
+    """etcd is behind what the caller knows of an image: it was lost or an old copy put back."""
+
+    def __init__(self, image: ImageId, known: tuple[int, int], found: tuple[int, int]) -> None:
+        self.image = image
+        self.known = known
+        self.found = found
+        super().__init__(
+            f"etcd has image {image} at epoch {found[0]}, generation {found[1]}, but epoch "
+            f"{known[0]}, generation {known[1]} was stored before: etcd lost history; recover it"
+        )

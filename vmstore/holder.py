@@ -1,0 +1,652 @@
+"""`Holder`: what a gateway decides about one image, from taking its lease to giving it back.
+
+A pure state machine: `step(event)` returns effects, in order; whoever drives it carries them out
+and brings the answers back as events. Time arrives as `Tick` events.
+
+    phase      is left by                                                     to
+    taking     LeaseTaken: the lease key, the raised epoch                    gathering
+    gathering  every node in sync has been peeked and judged, or is let go    joining
+    joining    Admitted: replicas are level                                   serving
+    serving    Close, when the last client has left                           closing
+    closing    Closed: everything flushed and cleared                         releasing
+    releasing  Released                                                       ended
+    any        another holder or record is known, the lease is gone           releasing
+    taking     Fail: unknown, in use, etcd not reachable                      ended
+
+One change of the record is under way at a time. A node in sync that is lost is left behind only
+where requests wait for it, and only by a change that etcd took first (membership before
+acknowledgement); where that would break the quorum it stays in sync, and its requests wait.
+
+What this module refuses: to serve from a node that knows a later record (etcd was rolled back), and
+to believe a node that has lost its record or was rolled back itself: such a node is stale since 0.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+
+from etcd.records import ImageRecord
+from shard.digest import membership_digest
+from shard.membership import Change, Ready, Wait, lose
+
+GRACE_S = 3.0
+"""How long a new holder waits for nodes in sync that do not answer before it goes on without them:
+longer than a node takes to start beside it, shorter than a person waits."""
+
+RETRY_S = 0.5
+"""Until etcd is asked again for a change it did not answer."""
+
+OPEN_LIMIT_S = 20.0
+"""After this a client that waits for an image to open is told so; a gateway that is asked again
+starts afresh."""
+
+
+class Phase(Enum):
+    """See the module's table."""
+
+    TAKING = auto()
+    GATHERING = auto()
+    JOINING = auto()
+    SERVING = auto()
+    CLOSING = auto()
+    RELEASING = auto()
+    ENDED = auto()
+
+
+# Events
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseTaken:
+    """etcd has the lease key and this record, whose epoch is ours."""
+
+    record: ImageRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Peeked:
+    """A connected node told its record of the image, and which instance of which store it is."""
+
+    node: str
+    instance: int
+    flush_number: int
+    deleted: bool
+    record: "NodeRecordView | None"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRecordView:
+    """What a node holds of an image's record, and what it heard of its peers' flushes."""
+
+    epoch: int
+    holder: str
+    generation: int
+    digest: bytes
+    peers: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaDown:
+    """The connection to a node is gone. `blocking`: requests wait for it."""
+
+    node: str
+    blocking: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaBlocking:
+    """Requests wait for a node that does not serve."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaFailed:
+    """A node cannot do what it is asked (no space, a failing disk)."""
+
+    node: str
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The nodes asked for by `Admit` serve."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdmitFailed:
+    """A node was lost on the way; those left wait to be admitted again."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """All nodes in sync of the changed sets hold this generation."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """A node refused us for a later holder or membership."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipChanged:
+    """etcd took the proposal."""
+
+    record: ImageRecord
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipDelayed:
+    """etcd did not answer; nothing is known to have changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The lease or the record is another's now."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """The last client has left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The engine has let go."""
+
+    clean: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The lease key is gone, or will end by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """The image could not be taken: unknown, in use, etcd not reachable."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Seconds on a clock that only grows."""
+
+    now_s: float
+
+
+Event = (
+    LeaseTaken | Peeked | ReplicaDown | ReplicaBlocking | ReplicaFailed | Admitted | AdmitFailed
+    | Stored | Fenced | MembershipChanged | MembershipDelayed | Lost | Close | Closed | Released
+    | Fail | Tick
+)  # fmt: skip
+
+
+# Effects
+
+
+@dataclass(frozen=True, slots=True)
+class OpenImage:
+    """Have the engine connect the image to its nodes, by this record."""
+
+    record: ImageRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Let these nodes in; `resume`: the instances that were in before."""
+
+    nodes: tuple[str, ...]
+    resume: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Peek:
+    """Ask a connected node for its record again."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeMembership:
+    """Have etcd take `after` in place of `before`, under our lease."""
+
+    before: ImageRecord
+    after: ImageRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Reconfigure:
+    """Have the engine go by this record."""
+
+    record: ImageRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    """The image is open: let waiting clients in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Tell waiting clients why not."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CloseImage:
+    """Have the engine flush, clear and let go."""
+
+
+@dataclass(frozen=True, slots=True)
+class KillImage:
+    """Have the engine fail everything at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Give the lease back."""
+
+    record: ImageRecord
+    clean: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """The end: drop the image from the engine, and this state machine."""
+
+
+Effect = (
+    OpenImage | Admit | Peek | ChangeMembership | Reconfigure | Serve | Refuse | CloseImage
+    | KillImage | Release | Forget
+)  # fmt: skip
+
+
+class Standing(Enum):
+    """How far a node has come."""
+
+    AWAY = auto()
+    WAITING = auto()
+    JOINING = auto()
+    UP = auto()
+
+
+@dataclass(slots=True)
+class _Node:
+    standing: Standing = Standing.AWAY
+    instance: int | None = None
+    """Of the session that is or waits to be."""
+    served_as: int | None = None
+    """The instance that was last up: only it resumes."""
+    failing: bool = False
+    peeked: "Peeked | None" = None
+    """What it said last, while it is connected."""
+
+
+@dataclass(slots=True)
+class Holder:
+    """One image, as its holder decides about it."""
+
+    holder: str
+    now_s: float
+    phase: Phase = Phase.TAKING
+    record: ImageRecord | None = None
+    proposal: ImageRecord | None = None
+    nodes: dict[str, _Node] = field(default_factory=dict)
+    emptied: set[str] = field(default_factory=set)
+    blocking: set[str] = field(default_factory=set)
+    storing: bool = False
+    waiting_since_s: float | None = None
+    opened_s: float = 0.0
+    retry_at_s: float | None = None
+    close_wanted: bool = False
+    trouble: str = ""
+
+    def step(self, event: Event) -> list[Effect]:
+        """Take an event; return what is to be done about it, in order."""
+        effects = self._handle(event)
+        self._check()
+        return effects
+
+    def _handle(self, event: Event) -> list[Effect]:
+        match event:
+            case Tick(now_s):
+                self.now_s = now_s
+                return self._on_tick()
+            case _ if self.phase is Phase.ENDED:
+                return []
+            case LeaseTaken(record):
+                return self._on_lease_taken(record)
+            case Fail(reason):
+                self.phase = Phase.ENDED
+                return [Refuse(reason), Forget()]
+            case Lost(reason):
+                return self._give_up(reason)
+            case Fenced(node):
+                return self._give_up(f"{node} knows a later holder or membership")
+            case Released():
+                self.phase = Phase.ENDED
+                return [Forget()]
+            case Closed(clean):
+                return self._on_closed(clean)
+            case Close():
+                return self._on_close()
+            case MembershipChanged(record):
+                return self._on_changed(record)
+            case MembershipDelayed():
+                self.retry_at_s = self.now_s + RETRY_S
+                self.trouble = "etcd does not answer: a change of membership waits"
+                return []
+            case _ if self.phase is Phase.RELEASING or self.record is None:
+                return []
+            case Peeked():
+                return self._on_peeked(event)
+            case ReplicaDown(node, blocking):
+                self._node_gone(node)
+                if blocking:
+                    self.blocking.add(node)
+                return self._go_on()
+            case ReplicaBlocking(node):
+                self.blocking.add(node)
+                return self._go_on()
+            case ReplicaFailed(node, status):
+                self.nodes[node].failing = True
+                self.trouble = f"{node} fails requests: {status}"
+                self.blocking.add(node)
+                return self._go_on()
+            case Admitted():
+                return self._on_admitted()
+            case AdmitFailed():
+                return self._on_admit_failed()
+            case Stored(generation):
+                if generation == self.record.generation:
+                    self.storing = False
+                return self._go_on()
+
+    # Taking the lease, and the end
+
+    def _on_lease_taken(self, record: ImageRecord) -> list[Effect]:
+        assert self.phase is Phase.TAKING, "a lease is taken once"
+        assert record.holder == self.holder, "the record names its holder"
+        self.record = record
+        self.nodes = {node: _Node() for members in record.sets for node in members}
+        self.phase = Phase.GATHERING
+        self.waiting_since_s = self.opened_s = self.now_s
+        return [OpenImage(record)]
+
+    def _on_close(self) -> list[Effect]:
+        self.close_wanted = True
+        if self.phase is Phase.SERVING:
+            self.phase = Phase.CLOSING
+            return [CloseImage()]
+        if self.phase in (Phase.GATHERING, Phase.JOINING):
+            # Nothing was served: what was unclean before stays so.
+            return self._give_up("no client waits any more")
+        return []
+
+    def _on_closed(self, clean: bool) -> list[Effect]:
+        if self.phase is not Phase.CLOSING or self.record is None:
+            return []
+        self.phase = Phase.RELEASING
+        return [Release(self.record, clean and self.proposal is None)]
+
+    def _give_up(self, reason: str) -> list[Effect]:
+        if self.phase is Phase.RELEASING or self.record is None:
+            return []
+        self.trouble = reason
+        self.phase = Phase.RELEASING
+        return [KillImage(), Refuse(reason), Release(self.record, False)]
+
+    # Nodes that come
+
+    def _on_peeked(self, peeked: Peeked) -> list[Effect]:
+        assert self.record is not None
+        node = self.nodes[peeked.node]
+        node.standing = Standing.WAITING
+        node.instance = peeked.instance
+        problem = self._problem_of(peeked)
+        if problem is not None:
+            return self._give_up(problem)
+        node.peeked = peeked
+        self._judge_disks()
+        return self._go_on()
+
+    def _problem_of(self, peeked: Peeked) -> str | None:
+        """Return why the cluster's record cannot be trusted, if a node knows better."""
+        assert self.record is not None
+        if peeked.deleted:
+            return f"{peeked.node} holds a tombstone of this image: etcd was rolled back"
+        view, ours = peeked.record, self.record
+        if view is None:
+            return None
+        later = (
+            view.epoch > ours.epoch
+            or (view.epoch == ours.epoch and view.holder != self.holder)
+            or view.generation > ours.generation
+            or (
+                view.generation == ours.generation
+                and view.digest != membership_digest(ours.membership)
+            )
+        )
+        if later and peeked.node in ours.membership.all_in_sync():
+            return (
+                f"{peeked.node} holds a later record (epoch {view.epoch}, generation "
+                f"{view.generation}) than etcd (epoch {ours.epoch}, generation "
+                f"{ours.generation}): etcd was rolled back"
+            )
+        return None
+
+    def _judge_disks(self) -> None:
+        """Find nodes whose store is not the one that was in sync: emptied, swapped, rolled back.
+
+        Without a record where others have one (before the first open nobody has), or with a flush
+        number below what a peer was told: everything on it is stale since 0.
+        """
+        assert self.record is not None
+        known = [node.peeked for node in self.nodes.values() if node.peeked is not None]
+        opened_before = any(peeked.record is not None for peeked in known)
+        claims: dict[str, int] = {}
+        for peeked in known:
+            for name, number in (peeked.record.peers if peeked.record else {}).items():
+                claims[name] = max(number, claims.get(name, 0))
+        for peeked in known:
+            forgot = peeked.record is None and opened_before
+            rolled_back = peeked.flush_number < claims.get(peeked.node, 0)
+            standing = self.nodes[peeked.node].standing
+            if (forgot or rolled_back) and standing is Standing.WAITING:
+                self.emptied.add(peeked.node)
+
+    def _node_gone(self, name: str) -> None:
+        node = self.nodes[name]
+        node.standing = Standing.AWAY
+        node.instance = None
+        node.peeked = None
+        if self.waiting_since_s is None:
+            self.waiting_since_s = self.now_s
+
+    # Going on
+
+    def _go_on(self) -> list[Effect]:
+        """Do what can be done now: leave lost nodes behind, let returned ones in."""
+        if self.record is None or self.phase in (Phase.TAKING, Phase.RELEASING, Phase.ENDED):
+            return []
+        if self.proposal is not None:
+            return []
+        change = self._leave_behind()
+        if change is not None:
+            return change
+        return self._let_in()
+
+    def _leave_behind(self) -> list[Effect] | None:
+        """Propose a membership without the nodes that are lost, where that is due and allowed."""
+        assert self.record is not None
+        in_sync = self.record.membership.all_in_sync()
+        lost = {name for name in in_sync if self._is_lost(name)}
+        if not lost or not self._is_due(lost):
+            return None
+        if self.storing and not lost & self.blocking:
+            return None
+        plan = lose(self.record.membership, lost, self.emptied)
+        match plan:
+            case Ready() | Wait():
+                return None
+            case Change(membership):
+                self.proposal = replace(
+                    self.record, generation=membership.generation, stale=membership.stale
+                )
+                return [ChangeMembership(self.record, self.proposal)]
+
+    def _is_lost(self, name: str) -> bool:
+        node = self.nodes[name]
+        return node.standing is Standing.AWAY or node.failing or name in self.emptied
+
+    def _is_due(self, lost: set[str]) -> bool:
+        """A serving image leaves nodes behind when requests wait; an opening one after a grace."""
+        if self.phase in (Phase.SERVING, Phase.CLOSING) and self._somebody_is_up():
+            return bool(lost & self.blocking) or bool(lost & self.emptied)
+        return self._grace_is_over() or lost <= self.emptied
+
+    def _somebody_is_up(self) -> bool:
+        return any(node.standing is Standing.UP for node in self.nodes.values())
+
+    def _grace_is_over(self) -> bool:
+        since = self.waiting_since_s
+        return since is not None and self.now_s - since >= GRACE_S
+
+    def _let_in(self) -> list[Effect]:
+        """Admit nodes that wait, if they are in sync and level can be told from stale."""
+        assert self.record is not None
+        membership = self.record.membership
+        resume: list[str] = []
+        join: set[str] = set()
+        for index in range(len(membership.sets)):
+            in_sync = [name for name in membership.in_sync(index) if name not in self.emptied]
+            waiting = [n for n in in_sync if self.nodes[n].standing is Standing.WAITING]
+            resume += [n for n in waiting if self._resumes(n)]
+            away = [n for n in membership.in_sync(index) if self._is_lost(n)]
+            up = [n for n in in_sync if self.nodes[n].standing is Standing.UP or n in resume]
+            if up or not away:
+                join.update(n for n in waiting if not self._resumes(n))
+        effects: list[Effect] = []
+        if resume:
+            effects.append(self._admit(tuple(dict.fromkeys(resume)), resume=True))
+        if join and self._may_join(join):
+            effects.append(self._admit(tuple(sorted(join)), resume=False))
+        return effects
+
+    def _may_join(self, join: set[str]) -> bool:
+        """An image opens with all its sets at once; later ones join as they come."""
+        if self.phase is not Phase.GATHERING:
+            return True
+        assert self.record is not None
+        missing = {
+            name
+            for index in range(len(self.record.sets))
+            for name in self.record.membership.in_sync(index)
+            if name not in join
+        }
+        return not missing
+
+    def _resumes(self, name: str) -> bool:
+        node = self.nodes[name]
+        return node.served_as is not None and node.served_as == node.instance
+
+    def _admit(self, nodes: tuple[str, ...], *, resume: bool) -> Admit:
+        for name in nodes:
+            self.nodes[name].standing = Standing.JOINING
+        if self.phase is Phase.GATHERING:
+            self.phase = Phase.JOINING
+        if resume:
+            # The engine has them up without another word.
+            for name in nodes:
+                self.nodes[name].standing = Standing.UP
+                self.blocking.discard(name)
+        return Admit(nodes, resume)
+
+    def _on_admitted(self) -> list[Effect]:
+        for name, node in self.nodes.items():
+            if node.standing is Standing.JOINING:
+                node.standing = Standing.UP
+                node.served_as = node.instance
+                node.failing = False
+                self.blocking.discard(name)
+        if all(node.standing is not Standing.AWAY for node in self._in_sync_nodes()):
+            self.waiting_since_s = None
+        self.trouble = ""
+        if self.phase is not Phase.JOINING:
+            return self._go_on()
+        self.phase = Phase.SERVING
+        return [Serve(), *self._go_on()]
+
+    def _in_sync_nodes(self) -> list[_Node]:
+        assert self.record is not None
+        return [self.nodes[name] for name in self.record.membership.all_in_sync()]
+
+    def _on_admit_failed(self) -> list[Effect]:
+        again: list[Effect] = []
+        for name, node in self.nodes.items():
+            if node.standing is Standing.JOINING:
+                node.standing = Standing.AWAY
+                again.append(Peek(name))
+        if self.phase is Phase.JOINING:
+            self.phase = Phase.GATHERING
+        if self.waiting_since_s is None:
+            self.waiting_since_s = self.now_s
+        return [*again, *self._go_on()]
+
+    def _on_changed(self, record: ImageRecord) -> list[Effect]:
+        assert self.proposal is not None and record == self.proposal, "one change at a time"
+        self.record, self.proposal = record, None
+        in_sync = record.membership.all_in_sync()
+        self.blocking &= in_sync
+        self.emptied &= in_sync
+        for name, node in self.nodes.items():
+            if name not in in_sync:
+                node.failing = False
+                node.served_as = None
+        self.storing = self.phase in (Phase.SERVING, Phase.CLOSING)
+        self.trouble = ""
+        return [Reconfigure(record), *self._go_on()]
+
+    def _on_tick(self) -> list[Effect]:
+        if self.phase is Phase.ENDED:
+            return []
+        if self.retry_at_s is not None and self.now_s >= self.retry_at_s:
+            self.retry_at_s = None
+            if self.record is not None and self.proposal is not None:
+                # The same proposal again: found in etcd as our own, it counts as taken.
+                return [ChangeMembership(self.record, self.proposal)]
+        opening = self.phase in (Phase.GATHERING, Phase.JOINING)
+        if opening and self.now_s - self.opened_s > OPEN_LIMIT_S:
+            away = sorted(n for n in self.nodes if self.nodes[n].standing is Standing.AWAY)
+            nodes = ", ".join(away) or "its nodes"
+            reason = f"waited {OPEN_LIMIT_S:.0f} s for {nodes}: too few replicas in sync are there"
+            return self._give_up(reason)
+        return self._go_on()
+
+    def missing(self) -> list[str]:
+        """Return the nodes in sync that do not serve."""
+        if self.record is None:
+            return []
+        in_sync = self.record.membership.all_in_sync()
+        return sorted(n for n in in_sync if self.nodes[n].standing is not Standing.UP)
+
+    def _check(self) -> None:
+        """Assert what holds after every step."""
+        if self.record is None:
+            assert self.phase in (Phase.TAKING, Phase.ENDED), "no record, no image"
+            return
+        assert self.record.holder == self.holder, "we change only what we hold"
+        if self.proposal is not None:
+            assert self.proposal.generation == self.record.generation + 1, "one step at a time"
+            assert self.proposal.epoch == self.record.epoch, "epochs change with the lease only"

@@ -1,0 +1,198 @@
+"""The transactions of a lease holder: taking an image's lease, changing its record, giving it back.
+
+Each compares the image's record as it was read and the lease key, so that a holder that was
+replaced changes nothing. Taking the lease, raising the epoch and marking the image unclean are one
+transaction; the caller has every in-sync node store the epoch before its first I/O.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+from etcd import keys
+from etcd.interface import Compare, Delete, Etcd, KeyAbsent, LeaseEquals, Put, ValueEquals
+from etcd.records import ImageRecord, LeaseRecord
+from shard.geometry import check_image_size
+from shard.ids import ImageId
+from shard.membership import Membership, check_successor
+from vmstore.errors import (
+    HistoryLost,
+    InUse,
+    LeaseLost,
+    RecordChanged,
+    ShrinkRefused,
+    UnknownImage,
+)
+from vmstore.stored import Stored, commit, put_found, read
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An image whose lease the caller has: the record as last stored, and what the lease is."""
+
+    image: Stored[ImageRecord]
+    lease: LeaseRecord
+    etcd_lease: int
+
+    @property
+    def record(self) -> ImageRecord:
+        """The image's record."""
+        return self.image.record
+
+
+class Holding:
+    """What a gateway does to the record of an image that it opens, serves and closes.
+
+    All methods raise EtcdUnavailable (nothing changed: try again), OutcomeUnknown (call again
+    with the same arguments), LeaseNotFound (the etcd lease is gone), and for a holder LeaseLost,
+    RecordChanged (read again) and HistoryLost (stop).
+    """
+
+    def __init__(self, etcd: Etcd) -> None:
+        self._etcd = etcd
+
+    def lease_of(self, image: ImageId) -> Stored[LeaseRecord] | None:
+        """Return who has an image's lease, or None where nobody has."""
+        return read(self._etcd, LeaseRecord, keys.lease(image))
+
+    def image(self, image: ImageId) -> Stored[ImageRecord]:
+        """Return an image's record. Raises UnknownImage."""
+        found = read(self._etcd, ImageRecord, keys.image(image))
+        if found is None:
+            raise UnknownImage(image)
+        return found
+
+    def take_lease(
+        self,
+        image: Stored[ImageRecord],
+        *,
+        gateway: str,
+        holder: str,
+        etcd_lease: int,
+        instead_of: Stored[LeaseRecord] | None = None,
+    ) -> Held:
+        """Take an image's lease for the process `holder`: the epoch rises and `clean` goes.
+
+        `instead_of` is a lease that the caller may replace: that of a former process of the same
+        gateway, which is surely dead. Raises InUse where another one has the lease, and
+        RecordChanged where the record is no longer `image`. `clean` of the record that was read
+        says whether the last holder ended well; that of the result is always false.
+        """
+        before = image.record
+        record = replace(before, epoch=before.epoch + 1, holder=holder, clean=False)
+        lease = LeaseRecord(gateway=gateway, holder=holder, epoch=record.epoch)
+        lease_key = keys.lease(before.id)
+        free: tuple[Compare, ...] = (KeyAbsent(lease_key),)
+        if instead_of is not None:
+            free = instead_of.unchanged
+        put = Put(image.key, record.encode())
+        revision = commit(
+            self._etcd,
+            [*image.unchanged, *free],
+            [put, Put(lease_key, lease.encode(), etcd_lease)],
+            put_found(self._etcd, put),
+        )
+        if revision is None:
+            return self._not_taken(image, lease, etcd_lease)
+        return Held(Stored(image.key, record, put.value, revision), lease, etcd_lease)
+
+    def retake_lease(self, held: Held, etcd_lease: int) -> Held:
+        """Take a lease that merely lapsed again, under a new etcd lease and the same epoch.
+
+        Raises LeaseLost where another holder came meanwhile.
+        """
+        lease_key = keys.lease(held.record.id)
+        put = Put(lease_key, held.lease.encode(), etcd_lease)
+
+        def found() -> int | None:
+            item = self._etcd.get(lease_key)
+            mine = item is not None and (item.value, item.lease) == (put.value, etcd_lease)
+            return item.mod_revision if item is not None and mine else None
+
+        revision = commit(self._etcd, [*held.image.unchanged, KeyAbsent(lease_key)], [put], found)
+        if revision is None:
+            current = self.lease_of(held.record.id)
+            if current is not None and current.value == put.value:
+                raise RecordChanged(f"the lease of image {held.record.id}")
+            self._explain(held, lease_may_be_gone=True)
+        return replace(held, etcd_lease=etcd_lease)
+
+    def change_membership(self, held: Held, membership: Membership) -> Held:
+        """Store a proposed membership, one generation above the held record's."""
+        check_successor(held.record.membership, membership)
+        return self._change(
+            held,
+            replace(held.record, generation=membership.generation, stale=membership.stale),
+        )
+
+    def resize(self, held: Held, size_bytes: int, *, force: bool = False) -> Held:
+        """Store a new size. Before a shrink the caller discards what is cut off.
+
+        Raises BadSize, and ShrinkRefused for a smaller size without `force`.
+        """
+        check_image_size(size_bytes)
+        if size_bytes < held.record.size_bytes and not force:
+            raise ShrinkRefused(str(held.record.id), held.record.size_bytes, size_bytes)
+        if size_bytes == held.record.size_bytes:
+            return held
+        return self._change(held, replace(held.record, size_bytes=size_bytes))
+
+    def release(self, held: Held, *, clean: bool) -> None:
+        """Give a lease back. `clean` says that all is flushed and no request is in flight."""
+        record = replace(held.record, clean=clean)
+        put = Put(held.image.key, record.encode())
+        lease_key = keys.lease(held.record.id)
+
+        def found() -> int | None:
+            current = self.lease_of(held.record.id)
+            # Only this release deletes a live lease; one that expired is just as much given back.
+            mine = current is not None and current.record == held.lease
+            return None if mine else held.image.mod_revision
+
+        operations = [Delete(lease_key)] if record == held.record else [put, Delete(lease_key)]
+        if commit(self._etcd, self._holds(held), operations, found) is None:
+            self._explain(held)
+
+    def _change(self, held: Held, record: ImageRecord) -> Held:
+        put = Put(held.image.key, record.encode())
+        revision = commit(self._etcd, self._holds(held), [put], put_found(self._etcd, put))
+        if revision is None:
+            self._explain(held)
+        return replace(held, image=Stored(put.key, record, put.value, revision))
+
+    def _holds(self, held: Held) -> list[Compare]:
+        lease_key = keys.lease(held.record.id)
+        return [
+            *held.image.unchanged,
+            ValueEquals(lease_key, held.lease.encode()),
+            LeaseEquals(lease_key, held.etcd_lease),
+        ]
+
+    def _not_taken(self, image: Stored[ImageRecord], lease: LeaseRecord, etcd_lease: int) -> Held:
+        """Say why a lease was not taken, or return it where an earlier call took it."""
+        current = self.lease_of(image.record.id)
+        now = self.image(image.record.id)
+        if current is None:
+            raise RecordChanged(f"image {image.record.id}")
+        if current.record == lease and now.record.holder == lease.holder:
+            return Held(now, lease, etcd_lease)
+        raise InUse(f"image {image.record.id}", current.record.gateway)
+
+    def _explain(self, held: Held, *, lease_may_be_gone: bool = False) -> NoReturn:
+        """Say why a holder's transaction did not hold."""
+        known = held.record
+        current = self.lease_of(known.id)
+        now = read(self._etcd, ImageRecord, keys.image(known.id))
+        if now is None:
+            raise LeaseLost(known.id, None)
+        found = now.record
+        if (found.epoch, found.generation) < (known.epoch, known.generation) or (
+            found.epoch == known.epoch and found.holder != known.holder
+        ):
+            raise HistoryLost(
+                known.id, (known.epoch, known.generation), (found.epoch, found.generation)
+            )
+        if current is not None and current.record != held.lease:
+            raise LeaseLost(known.id, current.record.gateway)
+        if found.epoch > known.epoch or (current is None and not lease_may_be_gone):
+            raise LeaseLost(known.id, None)
+        raise RecordChanged(f"image {known.id}")

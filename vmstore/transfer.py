@@ -1,0 +1,233 @@
+"""Import and export: between an image and a file in one of the formats that qemu-img knows.
+
+qemu-img reads and writes the formats; the image is reached over NBD like any guest's disk. Holes
+stay holes both ways. Nothing half done remains: an import that fails takes its image away again, an
+export appears under its name only when it is whole and on stable storage.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from shard.errors import HciError
+
+FORMATS = ("qcow2", "raw", "vmdk", "vdi")
+
+SUFFIXES = {".qcow2": "qcow2", ".raw": "raw", ".img": "raw", ".vmdk": "vmdk", ".vdi": "vdi"}
+
+SECTOR_BYTES = 512
+
+QEMU_IMG_FOUND_CORRUPTION = 2
+"""Exit status of `qemu-img check` (qemu-img(1)); leaked space has another and loses nothing."""
+
+Progress = Callable[[float], None]
+"""Told now and then which part of the work is done, from 0 to 1."""
+
+_PERCENT = re.compile(rb"\(\s*([0-9.]+)/100%\)")
+
+
+class TransferFailed(HciError):
+    """An import or export was not done and nothing of it remains; correct the cause, try again."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file to import, as qemu-img sees it. `size_bytes` is padded to whole sectors."""
+
+    path: Path
+    format: str
+    size_bytes: int
+
+
+def nbd_uri(name: str, socket: Path) -> str:
+    """Return the NBD URI of an image at a gateway's unix socket (the NBD URI specification)."""
+    return f"nbd+unix:///{quote(name)}?socket={quote(str(socket))}"
+
+
+def inspect(path: Path, file_format: str | None = None) -> Source:
+    """Return what there is to import in a file.
+
+    Without `file_format` the file's first bytes decide. Raises TransferFailed where the file is
+    missing, unreadable, cut short, of a format that is not taken, or empty.
+    """
+    path = _absolute(path)
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise TransferFailed(f"{path} cannot be read: {error.strerror}") from error
+    given = ["-f", _checked(file_format)] if file_format else []
+    found = json.loads(_answer("info", "--output=json", *given, str(path)))
+    if found["format"] not in FORMATS:
+        raise TransferFailed(
+            f"{path} is of format {found['format']}; an import takes {', '.join(FORMATS)}"
+        )
+    size_bytes = -(-int(found["virtual-size"]) // SECTOR_BYTES) * SECTOR_BYTES
+    if size_bytes == 0:
+        raise TransferFailed(f"{path} is empty; there is nothing to import")
+    source = Source(path, found["format"], size_bytes)
+    _refuse_truncated(source)
+    return source
+
+
+def touch(uri: str) -> None:
+    """Open the image at `uri` and close it again. Raises TransferFailed where it does not open."""
+    _answer("info", "--output=json", "-f", "raw", uri)
+
+
+def fill(source: Source, uri: str, progress: Progress) -> None:
+    """Copy a file into the new image at `uri`, which must read as zeroes; flush it there.
+
+    Raises TransferFailed; the image is then partly written.
+    """
+    options = ("-n", "--target-is-zero", "-W", "-t", "writeback", "-f", source.format, "-O", "raw")
+    _convert([*options, str(source.path), uri], progress, f"importing {source.path}")
+
+
+def export(
+    uri: str, path: Path, progress: Progress, file_format: str | None = None, *, force: bool = False
+) -> None:
+    """Copy the image at `uri` into a file, which replaces one there only with `force`.
+
+    Without `file_format` the file's suffix decides, and raw where it says nothing. Raises
+    TransferFailed.
+    """
+    path = _absolute(path)
+    kind = _checked(file_format or SUFFIXES.get(path.suffix.lower(), "raw"))
+    if path.is_dir():
+        raise TransferFailed(f"{path} is a folder; name a file")
+    if path.exists() and not force:
+        raise TransferFailed(f"{path} exists; remove it, or give --force to replace it")
+    part = path.with_name(f".{path.name[:200]}.{os.getpid()}.part")
+    try:
+        _convert(
+            ["-t", "writeback", "-f", "raw", "-O", kind, uri, str(part)],
+            progress,
+            f"exporting to {path}",
+        )
+        _put_in_place(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _put_in_place(part: Path, path: Path) -> None:
+    try:
+        _sync(part)
+        part.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise TransferFailed(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _absolute(path: Path) -> Path:
+    """Before its first slash qemu-img takes a colon for the end of a protocol's name."""
+    return path.absolute()
+
+
+def _checked(file_format: str) -> str:
+    if file_format not in FORMATS:
+        raise TransferFailed(f"{file_format!r} is not a format; use {', '.join(FORMATS)}")
+    return file_format
+
+
+def _refuse_truncated(source: Source) -> None:
+    """qemu reads what lies past a file's end as zeroes, so a short copy would import silently.
+
+    Every piece of data that the format's own map places in the file must lie within it.
+    """
+    if source.format == "raw" or not source.path.is_file():
+        return
+    file_bytes = source.path.stat().st_size
+    extents = json.loads(_answer("map", "--output=json", "-f", source.format, str(source.path)))
+    if any(_ends_after(extent, file_bytes) for extent in extents):
+        raise TransferFailed(f"{source.path} is cut short: it lacks data that it says it has")
+    if source.format == "qcow2" and _check_status(source) == QEMU_IMG_FOUND_CORRUPTION:
+        raise TransferFailed(f"{source.path} is damaged or cut short; `qemu-img check` says where")
+
+
+def _check_status(source: Source) -> int:
+    """The map does not place compressed data, so qcow2's own check looks after it."""
+    command = [_program(), "check", "-q", "-f", source.format, str(source.path)]
+    return subprocess.run(command, capture_output=True, check=False).returncode
+
+
+def _ends_after(extent: dict[str, Any], file_bytes: int) -> bool:
+    if extent["depth"] != 0 or not extent["data"] or "offset" not in extent:
+        return False
+    # The last sector of a file may be written in part.
+    return int(extent["offset"]) + int(extent["length"]) > file_bytes + SECTOR_BYTES - 1
+
+
+def _program() -> str:
+    program = shutil.which("qemu-img")
+    if program is None:
+        raise TransferFailed("there is no `qemu-img` program here; install qemu-utils")
+    return program
+
+
+def _answer(*arguments: str) -> bytes:
+    done = subprocess.run([_program(), *arguments], capture_output=True, check=False)
+    if done.returncode != 0:
+        raise TransferFailed(_complaint(done.stderr))
+    return done.stdout
+
+
+def _convert(arguments: Sequence[str], progress: Progress, what: str) -> None:
+    with subprocess.Popen(
+        [_program(), "convert", "-p", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            _follow(process.stdout.fileno(), progress)
+            complaint = process.stderr.read()
+        except BaseException:
+            _end(process)
+            raise
+    if process.returncode != 0:
+        raise TransferFailed(f"{what}: {_complaint(complaint)}")
+    progress(1.0)
+
+
+def _follow(descriptor: int, progress: Progress) -> None:
+    """Report the percentages that `-p` prints until the output ends.
+
+    What it says on stderr fits into a pipe, so that is read when it has ended.
+    """
+    while piece := os.read(descriptor, 4096):
+        if found := _PERCENT.findall(piece):
+            with suppress(ValueError):
+                progress(min(float(found[-1]) / 100, 1.0))
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def _complaint(stderr: bytes) -> str:
+    """Return what qemu-img said first, without its own name."""
+    lines = stderr.decode("utf-8", "replace").strip().splitlines()
+    return lines[0].removeprefix("qemu-img: ") if lines else "qemu-img failed without a word"
