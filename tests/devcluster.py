@@ -81,13 +81,17 @@ class DevCluster:
     ) -> subprocess.CompletedProcess[str]:
         """Runs `hci` on this cluster and returns how it ended, whatever that is."""
         return subprocess.run(
-            [str(hci_program()), *arguments],
+            self.command(*arguments),
             env=self.environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=timeout_s,
         )
+
+    def command(self, *arguments: str) -> list[str]:
+        """The command line of an `hci` call, to be run with `environment`."""
+        return [str(hci_program()), *arguments]
 
     def hci(self, *arguments: str, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
         """Runs `hci` on this cluster; returns its output, raises CommandError if it failed."""
