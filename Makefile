@@ -26,7 +26,7 @@ setup: ## Install what is missing: system packages, Rust, .venv, the engine (Deb
 build: setup ## The same: everything needed to run `.venv/bin/hci`
 
 demo: setup ## Boot a guest from a replicated image and kill a node under it (IMAGE=some.qcow2: your own)
-	@$(PYTHON) -m bench.demo $(if $(IMAGE),--image $(IMAGE))
+	@$(PYTHON) -m tests.e2e.demo $(if $(IMAGE),--image $(IMAGE))
 
 test: setup ## All tests (TESTS=tests/unit for a part, PYTEST_FLAGS="-k name")
 	cargo test --quiet $(CARGO_FLAGS) --package hci-engine-core
@@ -51,7 +51,7 @@ sim: setup ## The simulations (SEED=n replays one, ROUNDS=n tries that many)
 	HCI_SIM_SEED=$(SEED) HCI_SIM_ROUNDS=$(ROUNDS) $(PYTHON) -m pytest tests/sim $(PYTEST_FLAGS)
 
 bench: setup ## Measure against nbdkit and, where installed, Gluster; table and bench/results/
-	@$(PYTHON) -m bench.run
+	@$(PYTHON) -m bench
 
 wheel: setup ## A wheel and an sdist in dist/
 	$(PYTHON) -m maturin build --release --locked --sdist --out dist

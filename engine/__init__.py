@@ -4,6 +4,6 @@ Mechanism only: it moves bytes, counts acknowledgements and refuses stale epochs
 and what to do about a lost replica, is decided by the callers.
 """
 
-from engine._engine import VERSION
+from engine._engine import VERSION, Gateway, Node
 
-__all__ = ["VERSION"]
+__all__ = ["VERSION", "Gateway", "Node"]

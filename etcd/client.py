@@ -17,6 +17,9 @@ from etcd.watch import EtcdWatch
 TIMEOUT_S = 2.0
 """For one call to one endpoint. etcd answers in milliseconds; a new leader takes about a second."""
 
+LISTING_ATTEMPTS = 5
+"""A listing of several pages begins again when history goes between them, minutes apart."""
+
 _T = TypeVar("_T")
 
 
@@ -41,12 +44,12 @@ class EtcdClient:
 
     def get_prefix(self, prefix: str) -> Listing:
         """Return all keys that begin with `prefix`, as of one revision."""
-        while True:
+        for _ in range(LISTING_ATTEMPTS):
             try:
                 return self._get_pages(prefix)
             except Compacted:
-                # History went between two pages. Compactions are minutes apart: begin again.
                 continue
+        raise EtcdUnavailable(self._addresses, "history was compacted during each listing")
 
     def transaction(self, compares: Sequence[Compare], operations: Sequence[Operation]) -> Outcome:
         """Apply all operations at once if all compares hold."""

@@ -38,7 +38,7 @@ _ENDPOINT = "memory"
 
 
 class Fault(Enum):
-    """What happens to a call instead of an answer."""
+    """What happens to a call instead of an answer. Those of a lost message befall transactions."""
 
     UNAVAILABLE = "nothing is changed, and the caller is told so"
     ANSWER_LOST = "the change is made, and the caller is told that its outcome is unknown"
@@ -90,9 +90,14 @@ class MemoryEtcd:
             return self._now_s
 
     def fail_next(self, *faults: Fault) -> None:
-        """Let the next calls, in order, meet these faults."""
+        """Let the next calls that can meet these faults meet them, in order."""
         with self._lock:
             self._faults.extend(faults)
+
+    def clear_faults(self) -> None:
+        """Forget the faults that no call has met yet."""
+        with self._lock:
+            self._faults.clear()
 
     def advance(self, seconds: float) -> None:
         """Let time pass; leases that end in it expire."""
@@ -199,10 +204,10 @@ class MemoryEtcd:
         """Let a call meet its fault, if one is due; return whether its answer will be lost."""
         if self._closed:
             raise ClientClosed
-        fault = self._faults.popleft() if self._faults else None
-        if fault is None:
+        if not self._faults or not (change or self._faults[0] is Fault.UNAVAILABLE):
             return False
-        if not change or fault is Fault.UNAVAILABLE:
+        fault = self._faults.popleft()
+        if fault is Fault.UNAVAILABLE:
             raise EtcdUnavailable((_ENDPOINT,), "fault asked for")
         if fault is Fault.REQUEST_LOST:
             raise OutcomeUnknown(_ENDPOINT, "request lost")

@@ -126,7 +126,7 @@ class GatewayClient(_Client):
         return self._call(self._stub.Status, pb.GatewayStatusRequest())
 
     def resize(self, image: ImageId, size_bytes: int, *, force: bool) -> int:
-        """Change the size of an image that the gateway holds; return the size it has now."""
+        """Change the size of an image that no other gateway holds; return the size it has now."""
         request = pb.ResizeRequest(image_id=image, size_bytes=size_bytes, force=force)
         return self._call(self._stub.Resize, request).size_bytes
 

@@ -269,8 +269,8 @@ class GatewayControlServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Resize(self, request, context):
-        """Changes the size of an image that this gateway holds. FAILED_PRECONDITION where it does not
-        hold it, or where the image would shrink and `force` is not set.
+        """Changes the size of an image; one that nobody holds is opened for that. FAILED_PRECONDITION
+        where another gateway holds it, or where it would shrink and `force` is not set.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

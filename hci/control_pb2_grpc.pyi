@@ -119,8 +119,8 @@ class GatewayControlStub:
     Status: _grpc.UnaryUnaryMultiCallable[_control_pb2.GatewayStatusRequest, _control_pb2.GatewayStatus]
     """How the gateway is, and the images that it holds. Answers in every state."""
     Resize: _grpc.UnaryUnaryMultiCallable[_control_pb2.ResizeRequest, _control_pb2.ResizeReply]
-    """Changes the size of an image that this gateway holds. FAILED_PRECONDITION where it does not
-    hold it, or where the image would shrink and `force` is not set.
+    """Changes the size of an image; one that nobody holds is opened for that. FAILED_PRECONDITION
+    where another gateway holds it, or where it would shrink and `force` is not set.
     """
 
 @_typing.type_check_only
@@ -131,8 +131,8 @@ class GatewayControlAsyncStub(GatewayControlStub):
     Status: _aio.UnaryUnaryMultiCallable[_control_pb2.GatewayStatusRequest, _control_pb2.GatewayStatus]  # type: ignore[assignment]
     """How the gateway is, and the images that it holds. Answers in every state."""
     Resize: _aio.UnaryUnaryMultiCallable[_control_pb2.ResizeRequest, _control_pb2.ResizeReply]  # type: ignore[assignment]
-    """Changes the size of an image that this gateway holds. FAILED_PRECONDITION where it does not
-    hold it, or where the image would shrink and `force` is not set.
+    """Changes the size of an image; one that nobody holds is opened for that. FAILED_PRECONDITION
+    where another gateway holds it, or where it would shrink and `force` is not set.
     """
 
 class GatewayControlServicer(metaclass=_abc_1.ABCMeta):
@@ -152,8 +152,8 @@ class GatewayControlServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.ResizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.ResizeReply, _abc.Awaitable[_control_pb2.ResizeReply]]:
-        """Changes the size of an image that this gateway holds. FAILED_PRECONDITION where it does not
-        hold it, or where the image would shrink and `force` is not set.
+        """Changes the size of an image; one that nobody holds is opened for that. FAILED_PRECONDITION
+        where another gateway holds it, or where it would shrink and `force` is not set.
         """
 
 def add_GatewayControlServicer_to_server(servicer: GatewayControlServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

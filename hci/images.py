@@ -3,17 +3,20 @@
 import time
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from urllib.parse import quote
 
 from etcd.records import ImageRecord, NodeRecord
 from hci.config import Config, GatewayConfig
 from hci.control import GatewayClient, NodeClient
 from hci.errors import ConfigError, ControlError
+from shard.geometry import check_image_size
 from shard.ids import ImageId
 from vmstore import check as replicas
 from vmstore import transfer
 from vmstore.catalog import Catalog
-from vmstore.errors import ImageInUse
+from vmstore.errors import InUse, ShrinkRefused
+from vmstore.names import ImageName
 from vmstore.transfer import Source
 
 CLOSING_S = 10.0
@@ -24,29 +27,53 @@ def used_bytes(record: ImageRecord, nodes: Mapping[str, NodeRecord]) -> dict[str
     """Physical bytes per node, of those that answer."""
     used = {}
     for name in sorted({node for members in record.sets for node in members}):
-        try:
-            with NodeClient(name, nodes[name].control) as client:
-                used[name] = client.usage([record.id]).get(record.id, 0)
-        except ControlError:
-            continue
+        with suppress(ControlError), NodeClient(name, nodes[name].control) as client:
+            used[name] = client.usage([record.id]).get(record.id, 0)
     return used
 
 
-def url(gateway: GatewayConfig, name: str, *, tcp: bool = False) -> str:
+def holder_of(records: Catalog, image: ImageId) -> str | None:
+    """Return the name of the gateway that has the image open, or None."""
+    lease = records.lease_of(image)
+    return lease.record.gateway if lease is not None else None
+
+
+def gateway_for(config: Config, preferred: str | None) -> GatewayConfig:
+    """Return a gateway of this host: `preferred` if it is one, else the first."""
+    if not config.gateways:
+        raise ConfigError("no [gateway.…] in it, so no image can be reached", config.path)
+    if preferred is not None and preferred in config.gateways:
+        return config.gateways[preferred]
+    return config.gateways[min(config.gateways)]
+
+
+def answering_uri(config: Config, name: ImageName, holder: str | None) -> str:
+    """Return the NBD URI of an image at its holder, else at any gateway of this host.
+
+    Raises Unreachable where that gateway does not run: its socket may be held open for it all the
+    same, and a client that connected would wait without end.
+    """
+    gateway = gateway_for(config, holder)
+    with GatewayClient(gateway.name, gateway.control) as client:
+        client.status()
+    return url(gateway, name)
+
+
+def url(gateway: GatewayConfig, name: ImageName, *, tcp: bool = False) -> str:
     """Return the NBD URI of an image at a gateway."""
     if not tcp:
-        return transfer.nbd_uri(name, gateway.nbd_socket)
+        return transfer.nbd_uri(str(name), gateway.nbd_socket)
     if gateway.nbd_listen is None:
         raise ConfigError(f"gateway.{gateway.name} has no `nbd_listen`, so it has no TCP address")
-    return f"nbd://{gateway.nbd_listen}/{quote(name)}"
+    return f"nbd://{gateway.nbd_listen}/{quote(str(name))}"
 
 
-def remove(records: Catalog, name: str) -> None:
+def remove(records: Catalog, name: ImageName) -> None:
     """Remove an image, and have the nodes that are up delete its data at once.
 
     One that is down deletes it when it starts: it finds the tombstone.
     """
-    record = records.find(name)[0]
+    record = records.find(name).record
     records.delete_image(name)
     nodes = records.nodes()
     for node in sorted({node for members in record.sets for node in members}):
@@ -55,29 +82,35 @@ def remove(records: Catalog, name: str) -> None:
 
 
 def _delete_at(node: NodeRecord, image: ImageId) -> None:
-    try:
-        with NodeClient(node.name, node.control) as client:
-            client.delete(image)
-    except ControlError:
-        return
+    with suppress(ControlError), NodeClient(node.name, node.control) as client:
+        client.delete(image)
 
 
-def resize(config: Config, records: Catalog, name: str, size_bytes: int, *, force: bool) -> None:
-    """Change an image's size: by its holder where it is open, else in its record."""
-    record = records.find(name)[0]
-    lease = records.lease_of(record.id)
-    if lease is None:
-        records.set_size(name, size_bytes, force)
+def resize(
+    config: Config, records: Catalog, name: ImageName, size_bytes: int, *, force: bool
+) -> None:
+    """Change an image's size.
+
+    One that nobody has open grows by its record alone. Else its gateway does it, and a shrink of a
+    closed one is a gateway's work too: it discards what is cut off.
+    """
+    check_image_size(size_bytes)
+    record = records.find(name).record
+    if size_bytes < record.size_bytes and not force:
+        raise ShrinkRefused(str(name), record.size_bytes, size_bytes)
+    holder = holder_of(records, record.id)
+    if holder is None and size_bytes >= record.size_bytes:
+        records.grow_image(name, size_bytes)
         return
-    gateway = config.gateways.get(lease.gateway)
-    if gateway is None:
-        raise ImageInUse(name, lease.gateway)
+    if holder is not None and holder not in config.gateways:
+        raise InUse(str(name), holder)
+    gateway = gateway_for(config, holder)
     with GatewayClient(gateway.name, gateway.control) as client:
         client.resize(record.id, size_bytes, force=force)
 
 
 def import_file(
-    records: Catalog, name: str, source: Source, uri: str, progress: transfer.Progress
+    records: Catalog, name: ImageName, source: Source, uri: str, progress: transfer.Progress
 ) -> None:
     """Create an image and fill it from a file. Where that fails, no image is left."""
     records.create_image(name, source.size_bytes)
@@ -88,29 +121,29 @@ def import_file(
         raise
 
 
-def _remove_when_closed(records: Catalog, name: str) -> None:
+def _remove_when_closed(records: Catalog, name: ImageName) -> None:
     deadline = time.monotonic() + CLOSING_S
     while True:
         try:
             return remove(records, name)
-        except ImageInUse:
+        except InUse:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
 
 
 def check(
-    config: Config, records: Catalog, name: str, progress: transfer.Progress
+    config: Config, records: Catalog, name: ImageName, progress: transfer.Progress
 ) -> replicas.Report:
     """Compare the replicas of an image that are in sync and up.
 
     After an unclean end replicas may differ until the image is opened, which makes them equal: so
     one that was not closed cleanly is opened for a moment first.
     """
-    record = records.find(name)[0]
+    record = records.find(name).record
     if not record.clean:
-        transfer.touch(transfer.nbd_uri(name, _gateway_of(config, records, record).nbd_socket))
-        record = records.find(name)[0]
+        transfer.touch(answering_uri(config, name, holder_of(records, record.id)))
+        record = records.find(name).record
     nodes = records.nodes()
 
     def digests(wanted: Collection[str], first: int, count: int) -> dict[str, dict[int, bytes]]:
@@ -124,14 +157,14 @@ def check(
     def pause(attempt: int) -> None:
         time.sleep(0.1 * 2**attempt)
 
-    return replicas.compare(record, records.alive(), digests, progress, pause)
+    return replicas.compare(record, _answering(record, nodes), digests, progress, pause)
 
 
-def _gateway_of(config: Config, records: Catalog, record: ImageRecord) -> GatewayConfig:
-    """The gateway that has the image open, or else any of this host."""
-    lease = records.lease_of(record.id)
-    if lease is not None and lease.gateway in config.gateways:
-        return config.gateways[lease.gateway]
-    if not config.gateways:
-        raise ConfigError("no [gateway.…] in it, so no image can be reached", config.path)
-    return config.gateways[min(config.gateways)]
+def _answering(record: ImageRecord, nodes: Mapping[str, NodeRecord]) -> list[str]:
+    """The image's nodes that answer now. One that died counts as alive in etcd for a while yet."""
+    answering = []
+    for name in sorted({node for members in record.sets for node in members}):
+        with suppress(ControlError), NodeClient(name, nodes[name].control) as client:
+            client.status()
+            answering.append(name)
+    return answering

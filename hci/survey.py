@@ -74,7 +74,7 @@ class Survey:
     etcd: str
     nodes: Sequence[NodeView] = ()
     gateways: Sequence[GatewayView] = ()
-    pools: Sequence[PoolRecord] = ()
+    pools: Mapping[str, PoolRecord] = field(default_factory=dict)
     placements: Mapping[str, PlacementRecord] = field(default_factory=dict)
     images: Mapping[str, ImageRecord] = field(default_factory=dict)
     is_dev: bool = False
@@ -104,8 +104,8 @@ def survey(config: Config) -> Survey:
                 nodes=_nodes(config, records.nodes(), records.alive()),
                 gateways=gateways,
                 pools=pools,
-                placements={pool.name: records.placement(pool.name) for pool in pools},
-                images=records.images(None),
+                placements={name: records.placement(name).record for name in pools},
+                images={str(entry.name): entry.image.record for entry in records.images()},
                 is_dev=is_dev,
             )
     except EtcdUnavailable as error:
@@ -135,11 +135,12 @@ def _judge_nodes(found: Survey) -> Iterator[Problem]:
         if node.state == "starting":
             yield Problem(Health.HEALING, f"{node.name} is starting", "wait")
         elif node.state != "up":
-            what = f"{node.name} on {node.host} is {node.state}"
+            # Of a node that is down there is no more to say than that it does not answer.
+            told = f" ({node.trouble})" if node.trouble and node.state != "down" else ""
             start = f"hci dev run {node.name}" if found.is_dev else "systemctl start hci-node"
             where = "" if found.is_dev else f" on {node.host}"
-            told = f" ({node.trouble})" if node.trouble else ""
-            yield Problem(Health.DEGRADED, what + told, f"start it{where}: `{start}`")
+            what = f"{node.name} on {node.host} is {node.state}{told}"
+            yield Problem(Health.DEGRADED, what, f"start it{where}: `{start}`")
 
 
 def _judge_gateways(found: Survey) -> Iterator[Problem]:
@@ -172,7 +173,7 @@ def _judge_open(image: pb.OpenImage) -> Iterator[Problem]:
 
 def _judge_pools(found: Survey) -> Iterator[Problem]:
     up = {node.name for node in found.nodes if node.state == "up"}
-    for pool in found.pools:
+    for pool in found.pools.values():
         for index, members in enumerate(found.placements[pool.name].sets):
             there = [name for name in members if name in up]
             if len(there) < pool.policy.quorum:

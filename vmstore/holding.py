@@ -5,11 +5,21 @@ replaced changes nothing. Taking the lease, raising the epoch and marking the im
 transaction; the caller has every in-sync node store the epoch before its first I/O.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from etcd import keys
-from etcd.interface import Compare, Delete, Etcd, KeyAbsent, LeaseEquals, Put, ValueEquals
+from etcd.interface import (
+    Compare,
+    Delete,
+    Etcd,
+    KeyAbsent,
+    LeaseEquals,
+    Operation,
+    Put,
+    ValueEquals,
+)
 from etcd.records import ImageRecord, LeaseRecord
 from shard.geometry import check_image_size
 from shard.ids import ImageId
@@ -84,16 +94,20 @@ class Holding:
         free: tuple[Compare, ...] = (KeyAbsent(lease_key),)
         if instead_of is not None:
             free = instead_of.unchanged
-        put = Put(image.key, record.encode())
+        image_put = Put(image.key, record.encode())
+        lease_put = Put(lease_key, lease.encode(), etcd_lease)
         revision = commit(
             self._etcd,
             [*image.unchanged, *free],
-            [put, Put(lease_key, lease.encode(), etcd_lease)],
-            put_found(self._etcd, put),
+            [image_put, lease_put],
+            self._lease_found(lease_put),
         )
         if revision is None:
-            return self._not_taken(image, lease, etcd_lease)
-        return Held(Stored(image.key, record, put.value, revision), lease, etcd_lease)
+            current = self.lease_of(before.id)
+            if current is not None and (instead_of is None or current.value != instead_of.value):
+                raise InUse(f"image {before.id}", current.record.gateway)
+            raise RecordChanged(f"image {before.id}")
+        return Held(Stored(image.key, record, image_put.value, revision), lease, etcd_lease)
 
     def retake_lease(self, held: Held, etcd_lease: int) -> Held:
         """Take a lease that merely lapsed again, under a new etcd lease and the same epoch.
@@ -102,13 +116,9 @@ class Holding:
         """
         lease_key = keys.lease(held.record.id)
         put = Put(lease_key, held.lease.encode(), etcd_lease)
-
-        def found() -> int | None:
-            item = self._etcd.get(lease_key)
-            mine = item is not None and (item.value, item.lease) == (put.value, etcd_lease)
-            return item.mod_revision if item is not None and mine else None
-
-        revision = commit(self._etcd, [*held.image.unchanged, KeyAbsent(lease_key)], [put], found)
+        revision = commit(
+            self._etcd, [*held.image.unchanged, KeyAbsent(lease_key)], [put], self._lease_found(put)
+        )
         if revision is None:
             current = self.lease_of(held.record.id)
             if current is not None and current.value == put.value:
@@ -143,12 +153,14 @@ class Holding:
         lease_key = keys.lease(held.record.id)
 
         def found() -> int | None:
-            current = self.lease_of(held.record.id)
-            # Only this release deletes a live lease; one that expired is just as much given back.
-            mine = current is not None and current.record == held.lease
-            return None if mine else held.image.mod_revision
+            image = self._etcd.get(put.key)
+            if image is None or image.value != put.value or self._etcd.get(lease_key) is not None:
+                return None
+            return image.mod_revision
 
-        operations = [Delete(lease_key)] if record == held.record else [put, Delete(lease_key)]
+        operations: list[Operation] = [Delete(lease_key)]
+        if record != held.record:
+            operations.append(put)
         if commit(self._etcd, self._holds(held), operations, found) is None:
             self._explain(held)
 
@@ -167,15 +179,16 @@ class Holding:
             LeaseEquals(lease_key, held.etcd_lease),
         ]
 
-    def _not_taken(self, image: Stored[ImageRecord], lease: LeaseRecord, etcd_lease: int) -> Held:
-        """Say why a lease was not taken, or return it where an earlier call took it."""
-        current = self.lease_of(image.record.id)
-        now = self.image(image.record.id)
-        if current is None:
-            raise RecordChanged(f"image {image.record.id}")
-        if current.record == lease and now.record.holder == lease.holder:
-            return Held(now, lease, etcd_lease)
-        raise InUse(f"image {image.record.id}", current.record.gateway)
+    def _lease_found(self, put: Put) -> Callable[[], int | None]:
+        """Return the `found` of a proposal that takes a lease; no other writes its value."""
+
+        def found() -> int | None:
+            item = self._etcd.get(put.key)
+            if item is None or (item.value, item.lease) != (put.value, put.lease):
+                return None
+            return item.mod_revision
+
+        return found
 
     def _explain(self, held: Held, *, lease_may_be_gone: bool = False) -> NoReturn:
         """Say why a holder's transaction did not hold."""
@@ -183,11 +196,11 @@ class Holding:
         current = self.lease_of(known.id)
         now = read(self._etcd, ImageRecord, keys.image(known.id))
         if now is None:
+            if self._etcd.get(keys.tombstone(known.id)) is None:
+                raise HistoryLost(known.id, (known.epoch, known.generation), (0, 0))
             raise LeaseLost(known.id, None)
         found = now.record
-        if (found.epoch, found.generation) < (known.epoch, known.generation) or (
-            found.epoch == known.epoch and found.holder != known.holder
-        ):
+        if _is_behind(found, known):
             raise HistoryLost(
                 known.id, (known.epoch, known.generation), (found.epoch, found.generation)
             )
@@ -196,3 +209,12 @@ class Holding:
         if found.epoch > known.epoch or (current is None and not lease_may_be_gone):
             raise LeaseLost(known.id, None)
         raise RecordChanged(f"image {known.id}")
+
+
+def _is_behind(found: ImageRecord, known: ImageRecord) -> bool:
+    """Whether a record is lower than a known one, or equal and different."""
+    if found.epoch < known.epoch or found.generation < known.generation:
+        return True
+    if found.epoch == known.epoch and found.holder != known.holder:
+        return True
+    return found.generation == known.generation and found.stale != known.stale

@@ -61,11 +61,13 @@ def commit(
 ) -> int | None:
     """Make a change, and find out its outcome where the answer is lost.
 
-    `found` reads whether the proposal stands in etcd, and returns its revision if so. Sending the
-    same proposal again is safe, since a first one that comes late fails the second's compares.
+    `found` reads whether the proposal stands in etcd, and returns its revision if so: then the
+    compares do not hold because it was made already, by a lost answer or an earlier call. Sending
+    a proposal again is safe, since one that comes late fails the compares of the other.
 
     Returns the revision of the change, or None where the compares do not hold. Raises
-    OutcomeUnknown where it stays unknown, and EtcdUnavailable only where nothing was changed.
+    OutcomeUnknown where it stays unknown (calling again with the same arguments asks again), and
+    EtcdUnavailable only where nothing was changed.
     """
     unknown: OutcomeUnknown | None = None
     for _ in range(COMMIT_ATTEMPTS):
@@ -73,7 +75,7 @@ def commit(
             outcome = etcd.transaction(compares, operations)
             if outcome.committed:
                 return outcome.revision
-            return None if unknown is None else found()
+            return found()
         except OutcomeUnknown as error:
             unknown = error
         except EtcdUnavailable:

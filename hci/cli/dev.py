@@ -22,7 +22,7 @@ def start(
     context: typer.Context,
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="[DIR]", help="Where all is kept; by default in your data folder."),
+        typer.Argument(metavar="DIR", help="Where all is kept; by default in your data folder."),
     ] = None,
     nodes: Annotated[
         int | None,

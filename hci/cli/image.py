@@ -11,7 +11,7 @@ from hci.cli import output, session
 from hci.cli.output import AsJson
 from shard import geometry
 from vmstore import transfer
-from vmstore.catalog import Catalog
+from vmstore.names import parse_image_name
 
 app = typer.Typer(help="Images: virtual disks, named POOL/NAME.", no_args_is_help=True)
 
@@ -27,21 +27,23 @@ def create(context: typer.Context, name: Image, size: Size) -> None:
     """Create an image. It takes space only where it is written."""
     size_bytes = geometry.parse_size(size)
     with session.of(context).catalog() as records:
-        records.create_image(name, size_bytes)
+        records.create_image(parse_image_name(name), size_bytes)
     typer.echo(f"created {name}, {geometry.format_size(size_bytes)}")
 
 
 @app.command("ls")
 def show(
     context: typer.Context,
-    pool: Annotated[str | None, typer.Argument(metavar="[POOL]")] = None,
+    pool: Annotated[str | None, typer.Argument(metavar="POOL")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the images, of one pool or of all."""
     with session.of(context).catalog() as records:
         found = records.images(pool)
-        holders = {name: _holder(records, record) for name, record in found.items()}
-    rows = [(name, record, holders[name]) for name, record in sorted(found.items())]
+        holders = {image: lease.gateway for image, lease in records.leases().items()}
+    rows = [
+        (str(each.name), each.image.record, holders.get(each.image.record.id)) for each in found
+    ]
     if as_json:
         output.as_json([_row(*row) for row in rows])
         return
@@ -60,8 +62,8 @@ def info(context: typer.Context, name: Image, as_json: AsJson = False) -> None:
     """Say all that is known of an image."""
     here = session.of(context)
     with here.catalog() as records:
-        record = records.find(name)[0]
-        holder = _holder(records, record)
+        record = records.find(parse_image_name(name)).record
+        holder = images.holder_of(records, record.id)
         used = images.used_bytes(record, records.nodes())
     values = {**_row(name, record, holder), **_details(record, used)}
     if as_json:
@@ -80,7 +82,7 @@ def info(context: typer.Context, name: Image, as_json: AsJson = False) -> None:
 def remove(context: typer.Context, name: Image) -> None:
     """Remove an image and its data. It cannot be brought back."""
     with session.of(context).catalog() as records:
-        images.remove(records, name)
+        images.remove(records, parse_image_name(name))
     typer.echo(f"removed {name}")
 
 
@@ -95,7 +97,7 @@ def resize(
     here = session.of(context)
     size_bytes = geometry.parse_size(size)
     with here.catalog() as records:
-        images.resize(here.config, records, name, size_bytes, force=force)
+        images.resize(here.config, records, parse_image_name(name), size_bytes, force=force)
     typer.echo(f"{name} has {geometry.format_size(size_bytes)} now")
 
 
@@ -109,12 +111,14 @@ def url(
     tcp: Annotated[bool, typer.Option(help="Over TCP rather than the unix socket.")] = False,
 ) -> None:
     """Print the NBD URI of an image."""
-    here = session.of(context)
+    here, image = session.of(context), parse_image_name(name)
     with here.catalog() as records:
-        record = records.find(name)[0]
-        preferred = gateway or _holder(records, record)
-    section = here.config.gateway(gateway) if gateway else here.gateway(preferred)
-    typer.echo(images.url(section, name, tcp=tcp))
+        record = records.find(image).record
+        if gateway is not None:
+            section = here.config.gateway(gateway)
+        else:
+            section = images.gateway_for(here.config, images.holder_of(records, record.id))
+    typer.echo(images.url(section, image, tcp=tcp))
 
 
 @app.command("import")
@@ -126,10 +130,10 @@ def import_(
 ) -> None:
     """Create an image with the content of a file."""
     here = session.of(context)
-    source = transfer.inspect(file, file_format)
-    uri = transfer.nbd_uri(name, here.gateway().nbd_socket)
+    image, source = parse_image_name(name), transfer.inspect(file, file_format)
+    uri = images.answering_uri(here.config, image, None)
     with here.catalog() as records, output.progress(f"importing {file.name}") as progress:
-        images.import_file(records, name, source, uri, progress)
+        images.import_file(records, image, source, uri, progress)
     typer.echo(f"imported {file} as {name}, {geometry.format_size(source.size_bytes)}")
 
 
@@ -144,8 +148,9 @@ def export(
     """Write an image's content into a file."""
     here = session.of(context)
     with here.catalog() as records:
-        preferred = _holder(records, records.find(name)[0])
-    uri = transfer.nbd_uri(name, here.gateway(preferred).nbd_socket)
+        image = parse_image_name(name)
+        holder = images.holder_of(records, records.find(image).record.id)
+    uri = images.answering_uri(here.config, image, holder)
     with output.progress(f"exporting {name}") as progress:
         transfer.export(uri, file, progress, file_format, force=force)
     typer.echo(f"exported {name} to {file}")
@@ -154,28 +159,25 @@ def export(
 @app.command()
 def check(context: typer.Context, name: Image, as_json: AsJson = False) -> None:
     """Compare the replicas of an image; exit status 1 where they differ."""
-    here = session.of(context)
+    here, image = session.of(context), parse_image_name(name)
     with here.catalog() as records:
         if as_json:
-            report = images.check(here.config, records, name, lambda _done: None)
+            report = images.check(here.config, records, image, lambda _done: None)
         else:
             with output.progress(f"comparing {name}") as progress:
-                report = images.check(here.config, records, name, progress)
+                report = images.check(here.config, records, image, progress)
     different = [{"shard": each.shard, "nodes": list(each.nodes)} for each in report.different]
     if as_json:
-        output.as_json({"equal": report.equal, "different": different, "shards": report.shards})
+        compared = [list(nodes) for nodes in report.compared]
+        output.as_json({"equal": report.equal, "different": different, "compared": compared})
     elif report.equal:
-        typer.echo(f"{name}: all replicas in sync are equal ({report.shards} shards)")
+        nodes = "; ".join(", ".join(members) for members in report.compared)
+        typer.echo(f"{name}: the replicas in sync and up are equal ({nodes})")
     else:
         for each in report.different:
             typer.echo(f"{name}: shard {each.shard} differs on {', '.join(each.nodes)}")
     if not report.equal:
         raise typer.Exit(1)
-
-
-def _holder(records: Catalog, record: ImageRecord) -> str | None:
-    lease = records.lease_of(record.id)
-    return lease.gateway if lease is not None else None
 
 
 def _row(name: str, record: ImageRecord, holder: str | None) -> dict[str, Any]:

@@ -46,10 +46,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], nothing: str
         laid_out.add_column(Text(column), no_wrap=True)
     for row in rows:
         laid_out.add_row(*(Text("-" if cell is None else str(cell)) for cell in row))
-    if laid_out.row_count:
-        console().print(laid_out)
-    else:
+    if not laid_out.row_count:
         typer.echo(nothing)
+        return
+    screen = console()
+    with screen.capture() as capture:
+        screen.print(laid_out)
+    # Cells are padded to their column's width, the last one too.
+    typer.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def size(size_bytes: int | None) -> str | None:

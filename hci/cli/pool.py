@@ -1,5 +1,6 @@
 """`hci pool`: create and list pools."""
 
+from collections import Counter
 from typing import Annotated
 
 import typer
@@ -23,7 +24,7 @@ def create(
     ] = "4M",
     replica_sets: Annotated[
         int | None,
-        typer.Option(min=1, help="Groups of nodes to spread over; by default enough for all."),
+        typer.Option(help="Groups of nodes to spread over; by default enough for all."),
     ] = None,
     failure_domain: Annotated[
         FailureDomain, typer.Option(help="What the copies of a shard must not share.")
@@ -33,7 +34,7 @@ def create(
     with session.of(context).catalog() as records:
         records.create_pool(
             name,
-            policy,
+            policy=policy,
             shard_bytes=geometry.parse_size(shard_size),
             replica_sets=replica_sets,
             failure_domain=failure_domain,
@@ -45,8 +46,8 @@ def create(
 def show(context: typer.Context, as_json: AsJson = False) -> None:
     """List the pools."""
     with session.of(context).catalog() as records:
-        pools = records.pools()
-        counts = {pool.name: len(records.images(pool.name)) for pool in pools}
+        pools = sorted(records.pools().values(), key=lambda pool: pool.name)
+        counts = Counter(entry.name.pool for entry in records.images())
     if as_json:
         output.as_json(
             [

@@ -9,9 +9,8 @@ from pathlib import Path
 import typer
 
 from hci import config as configuration
-from hci.config import Config, GatewayConfig
+from hci.config import Config
 from hci.connect import catalog
-from hci.errors import ConfigError
 from vmstore.catalog import Catalog
 
 
@@ -31,15 +30,6 @@ class Session:
         """Give the cluster's catalogue for one block."""
         with catalog(self.config) as records:
             yield records
-
-    def gateway(self, preferred: str | None = None) -> GatewayConfig:
-        """Return a gateway of this host: `preferred` if it is one, else the first."""
-        gateways = self.config.gateways
-        if not gateways:
-            raise ConfigError("no [gateway.…] in it, so no image can be reached", self.config.path)
-        if preferred is not None and preferred in gateways:
-            return gateways[preferred]
-        return gateways[min(gateways)]
 
 
 def of(context: typer.Context) -> Session:

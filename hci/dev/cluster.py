@@ -170,6 +170,8 @@ class DevCluster:
             of_kind = [member for member in members if member.kind == kind]
             started = {member.name: self._spawn(member) for member in of_kind}
             health.wait(self.config, of_kind, started)
+            if kind == "etcd":
+                health.ensure_cluster(self.config)
 
     def _require_ports(self, member: Member) -> None:
         for port in member.ports:
@@ -276,6 +278,10 @@ def open_or_make(folder: Path, nodes: int | None, gateways: int | None, pool: st
     """Return the cluster of a folder; where there is none, lay a new one out there."""
     path = folder / layout.CONFIG_NAME
     if not path.exists():
+        if nodes is not None and nodes < NODES:
+            raise DevError(
+                f"the pool {pool} keeps {NODES} copies, so a cluster has {NODES} nodes or more"
+            )
         _make_folder(folder)
         layout.write(path, layout.new_config(folder, nodes or NODES, gateways or GATEWAYS, pool))
     cluster = DevCluster(configuration.load(path))

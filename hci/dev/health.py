@@ -15,7 +15,6 @@ from hci.control import GatewayClient, NodeClient
 from hci.dev import process
 from hci.errors import ControlError, DevError
 from shard.errors import HciError
-from shard.membership import Policy
 
 if TYPE_CHECKING:
     from hci.dev.cluster import Member
@@ -56,12 +55,18 @@ def wait_for_socket(path: Path, started: "subprocess.Popen[bytes]", log: Path) -
     _wait_for("holder", check, started, log, time.monotonic() + PATIENCE_S)
 
 
+def ensure_cluster(config: Config) -> None:
+    """Make the cluster's record, unless it is there. Raises OtherCluster where another's is."""
+    with catalog(config) as records:
+        records.init_cluster(config.cluster.id)
+
+
 def ensure_pool(config: Config) -> None:
     """Create the cluster's pool, unless it is there."""
     assert config.dev is not None, "only a dev cluster has a pool of its own"
     with catalog(config) as records:
-        if config.dev.pool not in {pool.name for pool in records.pools()}:
-            records.create_pool(config.dev.pool, Policy.REPLICA_3)
+        if config.dev.pool not in records.pools():
+            records.create_pool(config.dev.pool)
 
 
 def _wait_for(

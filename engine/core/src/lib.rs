@@ -10,6 +10,7 @@ pub mod gateway;
 pub mod geometry;
 pub mod io;
 pub mod nbd;
+pub mod node;
 pub mod replica;
 pub mod store;
 pub mod wire;

@@ -1,7 +1,8 @@
 //! `Gateway`: the data path of a gateway daemon.
 
+use crate::ids::{hex, parse_id};
 use hci_engine_core::gateway::{Command, Gateway as Core, GatewayEvent};
-use hci_engine_core::geometry::{Geometry, ImageId};
+use hci_engine_core::geometry::Geometry;
 use hci_engine_core::io::Address;
 use hci_engine_core::nbd::{Answer, ExportInfo, Query};
 use hci_engine_core::replica::{Event, LinkTarget, NodeMask, OpenSpec, PeekedRecord, SetSpec};
@@ -158,6 +159,21 @@ impl Gateway {
         self.order(Command::Forget { channel })
     }
 
+    /// Connections that arrive from now on wait in the socket.
+    fn stop_listening(&self) -> PyResult<()> {
+        self.order(Command::StopListening)
+    }
+
+    /// Ends the connections of an image's clients, without answering what they have in flight.
+    fn disconnect(&self, channel: u32) -> PyResult<()> {
+        self.order(Command::Disconnect { channel })
+    }
+
+    /// The image has another size; clients that connect from now on see it.
+    fn resize(&self, channel: u32, size_bytes: u64) -> PyResult<()> {
+        self.order(Command::Resize { channel, size_bytes })
+    }
+
     fn zero(&self, channel: u32, offset: u64, length: u64) -> PyResult<()> {
         self.order(Command::Zero { channel, offset, length })
     }
@@ -238,19 +254,11 @@ impl Gateway {
     }
 }
 
-fn parse_id(text: &str) -> PyResult<ImageId> {
-    text.parse().map_err(|_| PyValueError::new_err(format!("'{text}' is not 32 hex digits")))
-}
-
 fn mask(nodes: &[u8]) -> PyResult<NodeMask> {
     nodes.iter().try_fold(NodeMask::EMPTY, |mask, node| match node {
         0..64 => Ok(mask.with(NodeMask::one(*node))),
         _ => Err(PyValueError::new_err("an image spreads over at most 64 nodes")),
     })
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn event_dict(py: Python<'_>, event: GatewayEvent) -> PyResult<Bound<'_, PyDict>> {

@@ -3,6 +3,8 @@
 use pyo3::prelude::*;
 
 mod gateway;
+mod ids;
+mod node;
 
 #[pymodule]
 mod _engine {
@@ -14,6 +16,9 @@ mod _engine {
 
     #[pymodule_export]
     use crate::gateway::Gateway;
+
+    #[pymodule_export]
+    use crate::node::Node;
 
     #[pymodule_init]
     fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {

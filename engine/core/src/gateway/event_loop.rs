@@ -130,7 +130,8 @@ impl EventLoop {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         // A few at a time, so that a flood of connections does not starve those that are served.
         for _ in 0..16 {
-            let Ok(fd) = rustix::net::accept_with(&self.listeners[listener], flags) else { return };
+            let Some(listener) = self.listeners.get(listener) else { return };
+            let Ok(fd) = rustix::net::accept_with(listener, flags) else { return };
             if self.clients.len() >= CLIENTS_MAX {
                 continue;
             }
@@ -453,6 +454,11 @@ impl EventLoop {
                 Command::Close { channel } => self.with_image(channel, ImageIo::close),
                 Command::Kill { channel } => self.with_image(channel, ImageIo::kill),
                 Command::Forget { channel } => drop(self.images.remove(&channel)),
+                Command::StopListening => self.listeners.clear(),
+                Command::Disconnect { channel } => self.disconnect(channel),
+                Command::Resize { channel, size_bytes } => {
+                    self.with_image(channel, |io| io.resize(size_bytes));
+                }
                 Command::Zero { channel, offset, length } => self.zero(channel, offset, length),
                 Command::Answer { client, answer, channel } => {
                     self.answer_query(client, answer, channel);
@@ -473,6 +479,13 @@ impl EventLoop {
             panic!("a listening socket cannot be polled: {error}");
         }
         self.listeners.push(fd);
+    }
+
+    fn disconnect(&mut self, channel: u32) {
+        let of_image = |client: &Client| client.channel() == Some(channel);
+        let clients = self.clients.iter().filter(|(_, client)| of_image(client));
+        let clients: Vec<usize> = clients.map(|(index, _)| index).collect();
+        clients.into_iter().for_each(|index| self.end_client(index));
     }
 
     fn zero(&mut self, channel: u32, offset: u64, length: u64) {

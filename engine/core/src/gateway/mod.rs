@@ -45,6 +45,12 @@ pub enum Command {
     Kill { channel: u32 },
     /// Forget an image that is closed or killed.
     Forget { channel: u32 },
+    /// Let new connections wait in the socket.
+    StopListening,
+    /// End the connections of an image's clients; what they have in flight is not answered.
+    Disconnect { channel: u32 },
+    /// An image's new size.
+    Resize { channel: u32, size_bytes: u64 },
     /// Make a range read as zeroes (what a shrink cuts off), then `GatewayEvent::Zeroed`.
     Zero { channel: u32, offset: u64, length: u64 },
     /// Answer a client's query; with `channel` it is served from that image.

@@ -221,6 +221,11 @@ impl ImageIo {
         self.spec.geometry.size_bytes
     }
 
+    /// The image is larger or smaller from now on; what is cut off was zeroed before.
+    pub fn resize(&mut self, size_bytes: u64) {
+        self.spec.geometry.size_bytes = size_bytes;
+    }
+
     pub fn is_running(&self) -> bool {
         self.phase == Phase::Running
     }

@@ -1,0 +1,514 @@
+//! The node's loop: takes what gateways send, appends it to the log in one batch for all of them,
+//! then answers. An answered write is in the log, and a flush is answered when it is durable there.
+
+use super::jobs::{Done, Jobs};
+use super::requests::{Outcome, Requests, Scratch};
+use super::sessions::Sessions;
+use super::{Command, Failure, Identity, NodeStatus, ReadShard};
+use crate::geometry::BLOCK_BYTES;
+use crate::io::{Filled, Poller, Ready, Sink, Stream, Waker, boottime_ns};
+use crate::store::{Store, StoreError};
+use crate::wire::messages::{Head, Hello, HelloReply, Number};
+use crate::wire::{Frame, FrameReader, Prefix, Status, VERSION, encode, kind};
+use bytes::{Bytes, BytesMut};
+use rustix::net::SocketFlags;
+use slab::Slab;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{PoisonError, mpsc};
+use std::time::Duration;
+
+pub(super) const WAKER: u64 = 0;
+const LISTENER: u64 = 1 << 32;
+const CONNECTION: u64 = 2 << 32;
+
+const CONNECTIONS_MAX: usize = 1024;
+/// A gateway that does not take its answers is not read until it does.
+const ANSWER_BYTES_MAX: usize = 32 << 20;
+const TICK: Duration = Duration::from_millis(500);
+/// A peer that has not greeted by then is sent away.
+const GREETING_NS: u64 = 5_000_000_000;
+
+struct Connection {
+    stream: Stream,
+    id: u64,
+    greeted: bool,
+    opened_ns: u64,
+    /// A request that waits for room in the log; nothing is taken from the connection before it.
+    parked: Option<Frame>,
+}
+
+/// An answer that waits for a sync.
+struct Waiter {
+    lsn: u64,
+    connection: u64,
+    prefix: Prefix,
+    with_number: bool,
+}
+
+pub(super) struct EventLoop {
+    poller: Poller,
+    waker: Waker,
+    commands: mpsc::Receiver<Command>,
+    store: Store,
+    identity: Identity,
+    failure: Failure,
+    jobs: Jobs,
+    listeners: Vec<OwnedFd>,
+    connections: Slab<Connection>,
+    serial: u64,
+    sessions: Sessions,
+    scratch: Scratch,
+    heads: BytesMut,
+    /// Answers that wait for the next sync to begin, and for those under way.
+    new_waiters: Vec<Waiter>,
+    waiters: Vec<Waiter>,
+    deletes: Vec<(u64, mpsc::Sender<Result<(), StoreError>>)>,
+    syncing: bool,
+    checkpointing: bool,
+    touched: Vec<usize>,
+}
+
+impl EventLoop {
+    pub(super) fn new(
+        poller: Poller,
+        waker: Waker,
+        commands: mpsc::Receiver<Command>,
+        store: Store,
+        identity: Identity,
+        failure: Failure,
+    ) -> io::Result<EventLoop> {
+        let jobs = Jobs::start(&waker)?;
+        Ok(EventLoop {
+            poller,
+            waker,
+            commands,
+            store,
+            identity,
+            failure,
+            jobs,
+            listeners: Vec::new(),
+            connections: Slab::new(),
+            serial: 0,
+            sessions: Sessions::default(),
+            scratch: Scratch::default(),
+            heads: BytesMut::with_capacity(64 * 1024),
+            new_waiters: Vec::new(),
+            waiters: Vec::new(),
+            deletes: Vec::new(),
+            syncing: false,
+            checkpointing: false,
+            touched: Vec::new(),
+        })
+    }
+
+    pub(super) fn run(mut self) {
+        if let Err(error) = self.work() {
+            let mut failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+            *failure = Some(error.to_string());
+        }
+    }
+
+    /// Runs until told to stop; an error is the store's end.
+    fn work(&mut self) -> Result<(), StoreError> {
+        let mut ready = Vec::with_capacity(128);
+        loop {
+            ready.clear();
+            if let Err(error) = self.poller.wait(TICK, &mut ready) {
+                panic!("epoll_wait failed: {error}");
+            }
+            for event in &ready {
+                self.ready(*event);
+            }
+            if ready.is_empty() {
+                self.end_strangers();
+            }
+            while let Some(done) = self.jobs.finished() {
+                self.job_done(done)?;
+            }
+            if !self.obey()? {
+                return self.finish();
+            }
+            self.settle()?;
+        }
+    }
+
+    fn ready(&mut self, event: Ready) {
+        let index = (event.token & 0xffff_ffff) as usize;
+        match event.token & !0xffff_ffff {
+            LISTENER => self.accept(index),
+            CONNECTION => {
+                if event.readable {
+                    self.read(index);
+                }
+                self.touched.push(index);
+            }
+            _ => self.waker.drain(),
+        }
+    }
+
+    fn accept(&mut self, listener: usize) {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        for _ in 0..16 {
+            let Ok(fd) = rustix::net::accept_with(&self.listeners[listener], flags) else { return };
+            if self.connections.len() >= CONNECTIONS_MAX {
+                continue;
+            }
+            // Fails on unix sockets, where there is nothing to delay.
+            let _ = rustix::net::sockopt::set_tcp_nodelay(&fd, true);
+            let entry = self.connections.vacant_entry();
+            let token = CONNECTION | entry.key() as u64;
+            let stream = Stream::new(fd);
+            if self.poller.add(stream.fd(), token, false).is_ok() {
+                self.serial += 1;
+                let opened_ns = boottime_ns();
+                let id = self.serial << 32 | entry.key() as u64;
+                entry.insert(Connection { stream, id, greeted: false, opened_ns, parked: None });
+            }
+        }
+    }
+
+    fn read(&mut self, index: usize) {
+        loop {
+            let Some(connection) = self.connections.get_mut(index) else { return };
+            if connection.is_paused() {
+                return;
+            }
+            let missing = FrameReader::missing(&connection.stream.input);
+            let filled = connection.stream.fill(missing);
+            match filled {
+                Ok(Filled::Closed) | Err(_) => return self.end(index),
+                Ok(filled) => {
+                    self.take_frames(index);
+                    if filled == Filled::Drained {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Works on the frames that a connection has sent, until one has to wait.
+    fn take_frames(&mut self, index: usize) {
+        loop {
+            let Some(connection) = self.connections.get_mut(index) else { return };
+            if connection.stream.pending_bytes() >= ANSWER_BYTES_MAX {
+                return;
+            }
+            let frame = match connection.parked.take() {
+                Some(frame) => frame,
+                None => match FrameReader::next(&mut connection.stream.input) {
+                    Ok(Some(frame)) => frame,
+                    Ok(None) => return,
+                    Err(_) => return self.end(index),
+                },
+            };
+            if !self.take_frame(index, frame) {
+                return;
+            }
+        }
+    }
+
+    /// False: nothing more from this connection for now.
+    fn take_frame(&mut self, index: usize, frame: Frame) -> bool {
+        if frame.is_reply() {
+            self.end(index);
+            return false;
+        }
+        if !self.connections[index].greeted {
+            return self.greet(index, &frame);
+        }
+        let connection = self.connections[index].id;
+        let mut requests = Requests {
+            store: &mut self.store,
+            sessions: &mut self.sessions,
+            scratch: &mut self.scratch,
+            connection,
+        };
+        match requests.handle(&frame) {
+            Outcome::Answer { status, head, payload } => {
+                self.answer(index, Prefix::reply(&frame, status), &head, payload);
+            }
+            Outcome::AnswerDurable { with_number } => {
+                let prefix = Prefix::reply(&frame, Status::Ok);
+                self.new_waiters.push(Waiter { lsn: 0, connection, prefix, with_number });
+            }
+            Outcome::Park => {
+                self.connections[index].parked = Some(frame);
+                return false;
+            }
+            Outcome::Close => {
+                self.end(index);
+                return false;
+            }
+        }
+        true
+    }
+
+    fn greet(&mut self, index: usize, frame: &Frame) -> bool {
+        let hello = match (frame.kind, Hello::take(frame.head.clone())) {
+            (kind::HELLO, Ok(hello)) => hello,
+            _ => {
+                self.end(index);
+                return false;
+            }
+        };
+        let status = if !hello.speaks_ours() {
+            Status::Version
+        } else if hello.cluster != self.identity.cluster {
+            Status::WrongCluster
+        } else if hello.node != self.identity.node {
+            Status::WrongNode
+        } else {
+            Status::Ok
+        };
+        let reply = HelloReply {
+            version: VERSION,
+            node: self.identity.node.clone(),
+            store: self.identity.store,
+            start_counter: self.store.instance(),
+            boot: self.identity.boot,
+            flush_number: self.store.flush_number(),
+        };
+        let mut head = BytesMut::new();
+        reply.put(&mut head);
+        self.answer(index, Prefix::reply(frame, status), &head, Bytes::new());
+        let connection = &mut self.connections[index];
+        connection.greeted = status == Status::Ok;
+        if status != Status::Ok {
+            // Said why; what else it sends is not heard.
+            let _ = connection.stream.flush();
+            self.end(index);
+        }
+        status == Status::Ok
+    }
+
+    fn answer(&mut self, index: usize, prefix: Prefix, head: &[u8], payload: Bytes) {
+        encode(&mut self.heads, prefix, payload.len(), |out| out.extend_from_slice(head));
+        let output = self.connections[index].stream.output();
+        output.bytes(&self.heads);
+        self.heads.clear();
+        if !payload.is_empty() {
+            output.data(payload);
+        }
+        self.touched.push(index);
+    }
+
+    /// Appends the batch, begins what syncs and checkpoints are due, writes the answers.
+    fn settle(&mut self) -> Result<(), StoreError> {
+        self.store.append()?;
+        let appended = self.store.appended_lsn();
+        for mut waiter in self.new_waiters.drain(..) {
+            waiter.lsn = appended;
+            self.waiters.push(waiter);
+        }
+        if !self.syncing && (!self.waiters.is_empty() || !self.deletes.is_empty()) {
+            match self.store.begin_sync()? {
+                Some(job) => {
+                    self.syncing = true;
+                    self.jobs.sync(job);
+                }
+                None => self.answer_durable(),
+            }
+        }
+        if !self.checkpointing {
+            if let Some(job) = self.store.begin_checkpoint(false)? {
+                self.checkpointing = true;
+                self.jobs.checkpoint(job);
+            }
+        }
+        let mut touched = std::mem::take(&mut self.touched);
+        touched.sort_unstable();
+        touched.dedup();
+        touched.drain(..).for_each(|index| self.write_out(index));
+        if self.touched.is_empty() {
+            self.touched = touched;
+        }
+        Ok(())
+    }
+
+    fn answer_durable(&mut self) {
+        let durable = self.store.durable_lsn();
+        let number = self.store.flush_number();
+        let waiters = std::mem::take(&mut self.waiters);
+        for waiter in waiters {
+            if waiter.lsn > durable {
+                self.waiters.push(waiter);
+                continue;
+            }
+            let index = (waiter.connection & 0xffff_ffff) as usize;
+            if self.connections.get(index).is_none_or(|c| c.id != waiter.connection) {
+                continue;
+            }
+            let mut head = BytesMut::new();
+            if waiter.with_number {
+                Number(number).put(&mut head);
+            }
+            self.answer(index, waiter.prefix, &head, Bytes::new());
+        }
+        self.deletes.retain(|(lsn, done)| {
+            let waits = *lsn > durable;
+            if !waits {
+                // The asker may have given up waiting.
+                let _ = done.send(Ok(()));
+            }
+            waits
+        });
+    }
+
+    fn job_done(&mut self, done: Done) -> Result<(), StoreError> {
+        match done {
+            Done::Sync(done) => {
+                self.syncing = false;
+                self.store.finish_sync(done)?;
+                self.answer_durable();
+            }
+            Done::Checkpoint(done) => {
+                self.checkpointing = false;
+                match self.store.finish_checkpoint(done) {
+                    // All is in the log still; the next checkpoint tries again.
+                    Ok(()) | Err(StoreError::NoSpace) => {}
+                    Err(error) => return Err(error),
+                }
+                self.unpark();
+            }
+        }
+        Ok(())
+    }
+
+    /// Requests that waited for room go on.
+    fn unpark(&mut self) {
+        let parked = self.connections.iter().filter(|(_, c)| c.parked.is_some());
+        let parked: Vec<usize> = parked.map(|(index, _)| index).collect();
+        for index in parked {
+            self.take_frames(index);
+            self.touched.push(index);
+        }
+    }
+
+    fn write_out(&mut self, index: usize) {
+        let Some(connection) = self.connections.get_mut(index) else { return };
+        let was_paused = connection.is_paused();
+        let written = connection.stream.flush();
+        let paused = connection.is_paused();
+        let changed = match (written, connection.stream.interest_change(paused)) {
+            (Ok(()), Some((read, write))) => {
+                self.poller.change(connection.stream.fd(), CONNECTION | index as u64, read, write)
+            }
+            (written, _) => written,
+        };
+        if changed.is_err() {
+            return self.end(index);
+        }
+        if was_paused && !paused {
+            // What was read before the pause is not announced again.
+            self.take_frames(index);
+            self.touched.push(index);
+            self.waker.wake();
+        }
+    }
+
+    fn end(&mut self, index: usize) {
+        if let Some(connection) = self.connections.try_remove(index) {
+            // Closing the descriptor unregisters it as well.
+            let _ = self.poller.remove(connection.stream.fd());
+            self.sessions.connection_ended(connection.id);
+        }
+    }
+
+    fn end_strangers(&mut self) {
+        let now_ns = boottime_ns();
+        let late = |c: &Connection| !c.greeted && now_ns - c.opened_ns > GREETING_NS;
+        let late: Vec<usize> =
+            self.connections.iter().filter(|(_, c)| late(c)).map(|(index, _)| index).collect();
+        late.into_iter().for_each(|index| self.end(index));
+    }
+
+    // Orders
+
+    /// False: stop.
+    fn obey(&mut self) -> Result<bool, StoreError> {
+        while let Ok(command) = self.commands.try_recv() {
+            // Whoever asked may have given up waiting: a failed send changes nothing.
+            match command {
+                Command::Listen(fd) => self.listen(fd),
+                Command::Delete { image, done } => match self.store.delete(image) {
+                    Ok(()) => {
+                        self.store.append()?;
+                        self.deletes.push((self.store.appended_lsn(), done));
+                    }
+                    Err(error) => drop(done.send(Err(error))),
+                },
+                Command::ReadShard(ask) => drop(ask.done.send(self.read_shard(&ask))),
+                Command::LogBytes { image, done } => {
+                    drop(done.send(self.store.log_resident_bytes(&image)));
+                }
+                Command::Status(done) => drop(done.send(self.status())),
+                Command::Stop => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+
+    fn listen(&mut self, fd: OwnedFd) {
+        let token = LISTENER | self.listeners.len() as u64;
+        let ready = rustix::io::ioctl_fionbio(&fd, true)
+            .map_err(io::Error::from)
+            .and_then(|()| self.poller.add(&fd, token, false));
+        if let Err(error) = ready {
+            panic!("a listening socket cannot be polled: {error}");
+        }
+        self.listeners.push(fd);
+    }
+
+    fn read_shard(&mut self, ask: &ReadShard) -> Result<Option<Vec<u8>>, StoreError> {
+        let Some(record) = self.store.image(&ask.image) else {
+            return Err(StoreError::UnknownImage { image: ask.image });
+        };
+        let shard_bytes = record.head.shard_bytes;
+        let (mut blocks, mut data) = (Vec::new(), BytesMut::new());
+        let count = shard_bytes / BLOCK_BYTES;
+        let (image, layers) = (&ask.image, &ask.layers);
+        self.store.read(image, layers, ask.shard, 0, count, &mut blocks, &mut data)?;
+        if !blocks.iter().any(|block| block.is_data()) {
+            return Ok(None);
+        }
+        let mut content = vec![0; shard_bytes as usize];
+        let places = content.chunks_exact_mut(BLOCK_BYTES as usize).zip(&blocks);
+        let places = places.filter(|(_, block)| block.is_data());
+        for ((place, _), block) in places.zip(data.chunks_exact(BLOCK_BYTES as usize)) {
+            place.copy_from_slice(block);
+        }
+        Ok(Some(content))
+    }
+
+    fn status(&self) -> NodeStatus {
+        let (capacity_bytes, free_bytes) = self.store.space().unwrap_or((0, 0));
+        let images = self.store.images();
+        NodeStatus {
+            capacity_bytes,
+            free_bytes,
+            images: images.len() as u64,
+            connections: self.connections.len() as u64,
+            flush_number: self.store.flush_number(),
+            log_bytes: self.store.log_bytes(),
+            dirty_shards: images.iter().map(|id| self.store.dirty(id).count() as u64).sum(),
+        }
+    }
+
+    /// Makes everything durable before the end.
+    fn finish(&mut self) -> Result<(), StoreError> {
+        self.store.append()?;
+        if let Some(job) = self.store.begin_sync()? {
+            let done = job.run();
+            self.store.finish_sync(done)?;
+        }
+        Ok(())
+    }
+}
+
+impl Connection {
+    fn is_paused(&self) -> bool {
+        self.parked.is_some() || self.stream.pending_bytes() >= ANSWER_BYTES_MAX
+    }
+}

@@ -1,0 +1,415 @@
+//! What a node does with each kind of request: checks it against the session and the image's record,
+//! has the store do it, and says what to answer, and when.
+
+use super::sessions::{Session, Sessions};
+use crate::content::Block;
+use crate::geometry::{BLOCK_BYTES, ShardKey, Tag};
+use crate::store::{BlockState, CopyBlock, RecordHead, Stamp, Store, StoreError, WriteOp};
+use crate::wire::codec::Short;
+use crate::wire::messages::{
+    self, Attach, BlocksReply, Copy, DIRTY_ENTRIES_MAX, DirtyEntry, DirtyFrom, DirtyReply, Flush,
+    Head, Io, Level, Peek, PeekReply, ShardRange,
+};
+use crate::wire::{Frame, PAYLOAD_BYTES_MAX, Status, flag, kind};
+use bytes::{BufMut, Bytes, BytesMut};
+
+/// What came of a request.
+pub(super) enum Outcome {
+    /// Answer with this head and payload once the batch is in the log.
+    Answer { status: Status, head: Bytes, payload: Bytes },
+    /// Answer once everything so far is durable; a flush's answer names the flush number.
+    AnswerDurable { with_number: bool },
+    /// The log is full: try again after a checkpoint, and take nothing else from the connection.
+    Park,
+    /// The peer breaks the protocol.
+    Close,
+}
+
+/// Scratch space that requests share.
+#[derive(Default)]
+pub(super) struct Scratch {
+    checksums: Vec<u32>,
+    states: Vec<Block>,
+    heads: BytesMut,
+    data: BytesMut,
+}
+
+/// One request being worked on.
+pub(super) struct Requests<'a> {
+    pub store: &'a mut Store,
+    pub sessions: &'a mut Sessions,
+    pub scratch: &'a mut Scratch,
+    pub connection: u64,
+}
+
+/// How a request ends early.
+enum Refused {
+    Status(Status),
+    BadBlock(u32),
+    Park,
+    Close,
+}
+
+impl From<Short> for Refused {
+    fn from(_: Short) -> Refused {
+        Refused::Close
+    }
+}
+
+impl From<StoreError> for Refused {
+    fn from(error: StoreError) -> Refused {
+        Refused::Status(match error {
+            StoreError::LogFull => return Refused::Park,
+            StoreError::BadBlock { block, .. } => return Refused::BadBlock(block),
+            StoreError::BadChecksum { .. } => Status::BadChecksum,
+            StoreError::UnknownImage { .. } => Status::NoRecord,
+            StoreError::RecordLower { .. } | StoreError::RecordConflict { .. } => Status::StaleEpoch,
+            StoreError::EpochLower { .. } => Status::StaleEpoch,
+            StoreError::Deleted { .. } => Status::Deleted,
+            StoreError::NoSpace | StoreError::DirtyFull => Status::NoSpace,
+            StoreError::OutOfRange | StoreError::TooLarge => Status::Malformed,
+            _ => Status::Io,
+        })
+    }
+}
+
+type Step<T = Outcome> = Result<T, Refused>;
+
+fn ok() -> Outcome {
+    Outcome::Answer { status: Status::Ok, head: Bytes::new(), payload: Bytes::new() }
+}
+
+impl Requests<'_> {
+    /// Does what `frame` asks for.
+    pub(super) fn handle(&mut self, frame: &Frame) -> Outcome {
+        let done = match frame.kind {
+            kind::WRITE => self.write(frame),
+            kind::READ => self.read(frame),
+            kind::FLUSH => self.flush(frame),
+            kind::ZERO => self.zero(frame),
+            kind::STATUS => self.status(frame),
+            kind::PING => Ok(ok()),
+            kind::PEEK => self.peek(frame),
+            kind::RECORD => self.record(frame),
+            kind::ATTACH => self.attach(frame),
+            kind::DETACH => self.detach(frame),
+            kind::CONFIRM => self.confirm(frame),
+            kind::CLEAR => self.clear(frame),
+            kind::DIRTY => self.dirty(frame),
+            kind::SUMMARY => self.summary(frame),
+            kind::FETCH => self.fetch(frame),
+            kind::COPY => self.copy(frame),
+            kind::LEVEL => self.level(frame),
+            _ => Err(Refused::Close),
+        };
+        done.unwrap_or_else(|refused| match refused {
+            Refused::Status(status) => {
+                Outcome::Answer { status, head: Bytes::new(), payload: Bytes::new() }
+            }
+            Refused::BadBlock(block) => {
+                let head = self.head(|out| out.put_u32_le(block));
+                Outcome::Answer { status: Status::BadBlock, head, payload: Bytes::new() }
+            }
+            Refused::Park => Outcome::Park,
+            Refused::Close => Outcome::Close,
+        })
+    }
+
+    fn head(&mut self, put: impl FnOnce(&mut BytesMut)) -> Bytes {
+        put(&mut self.scratch.heads);
+        self.scratch.heads.split().freeze()
+    }
+
+    fn answer(&mut self, head: &impl Head, payload: Bytes) -> Outcome {
+        let head = self.head(|out| head.put(out));
+        Outcome::Answer { status: Status::Ok, head, payload }
+    }
+
+    /// The session of the frame's channel, if it is current and of `epoch`.
+    fn session(&self, frame: &Frame, epoch: u64) -> Step<&Session> {
+        let Some((session, current)) = self.sessions.get(self.connection, frame.channel) else {
+            return Err(Refused::Status(Status::NoSession));
+        };
+        if self.store.is_deleted(&session.image) {
+            return Err(Refused::Status(Status::Deleted));
+        }
+        let known = self.store.image(&session.image).map_or(0, |record| record.head.epoch);
+        if known > epoch || session.epoch != epoch {
+            return Err(Refused::Status(Status::StaleEpoch));
+        }
+        if !current {
+            return Err(Refused::Status(Status::NoSession));
+        }
+        Ok(session)
+    }
+
+    /// Refuses a generation below the stored one; takes a higher one as it comes.
+    fn check_generation(&mut self, session: &Session, generation: u64) -> Step<()> {
+        let known = self.store.image(&session.image).map_or(0, |record| record.head.generation);
+        if generation < known {
+            return Err(Refused::Status(Status::StaleGeneration));
+        }
+        if generation > known {
+            self.store.observe_generation(session.image, generation)?;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, frame: &Frame) -> Step {
+        let mut checksums = std::mem::take(&mut self.scratch.checksums);
+        let io = messages::take_write(frame.head.clone(), &mut checksums);
+        let written = io.map_err(Refused::from).and_then(|io| {
+            if io.length as usize != frame.payload.len() {
+                return Err(Refused::Close);
+            }
+            let session = self.session(frame, io.epoch)?.clone();
+            self.check_generation(&session, io.generation)?;
+            self.store.write(&operation(&session, &io), &checksums, frame.payload.clone())?;
+            Ok(())
+        });
+        self.scratch.checksums = checksums;
+        written.map(|()| done(frame))
+    }
+
+    fn zero(&mut self, frame: &Frame) -> Step {
+        let io = Io::take(frame.head.clone())?;
+        let session = self.session(frame, io.epoch)?.clone();
+        self.check_generation(&session, io.generation)?;
+        let keep = frame.flags & flag::KEEP_ALLOCATED != 0;
+        self.store.zero(&operation(&session, &io), io.length, keep)?;
+        Ok(done(frame))
+    }
+
+    fn read(&mut self, frame: &Frame) -> Step {
+        let io = Io::take(frame.head.clone())?;
+        let session = self.session(frame, io.epoch)?.clone();
+        let (first, blocks) = block_range(&io)?;
+        if io.length as usize > PAYLOAD_BYTES_MAX {
+            return Err(Refused::Close);
+        }
+        let scratch = &mut *self.scratch;
+        scratch.states.clear();
+        scratch.data.reserve(io.length as usize);
+        let (states, data) = (&mut scratch.states, &mut scratch.data);
+        let (image, layers, shard) = (&session.image, &session.layers, io.shard);
+        self.store.read(image, layers, shard, first, blocks, states, data)?;
+        let payload = scratch.data.split().freeze();
+        Ok(self.answer_blocks(payload))
+    }
+
+    fn status(&mut self, frame: &Frame) -> Step {
+        let io = Io::take(frame.head.clone())?;
+        let session = self.session(frame, io.epoch)?.clone();
+        let (first, blocks) = block_range(&io)?;
+        self.scratch.states.clear();
+        let states = &mut self.scratch.states;
+        let (image, layers, shard) = (&session.image, &session.layers, io.shard);
+        self.store.status(image, layers, shard, first, blocks, states)?;
+        Ok(self.answer_blocks(Bytes::new()))
+    }
+
+    fn answer_blocks(&mut self, payload: Bytes) -> Outcome {
+        let Scratch { states, heads, .. } = &mut *self.scratch;
+        messages::put_blocks(heads, states.iter().copied());
+        Outcome::Answer { status: Status::Ok, head: heads.split().freeze(), payload }
+    }
+
+    fn flush(&mut self, frame: &Frame) -> Step {
+        let flush = Flush::take(frame.head.clone())?;
+        let session = self.session(frame, flush.epoch)?.clone();
+        self.check_generation(&session, flush.generation)?;
+        self.forget_flushed(&session, &flush)?;
+        Ok(Outcome::AnswerDurable { with_number: true })
+    }
+
+    fn clear(&mut self, frame: &Frame) -> Step {
+        let flush = Flush::take(frame.head.clone())?;
+        let session = self.session(frame, flush.epoch)?.clone();
+        self.forget_flushed(&session, &flush)?;
+        Ok(ok())
+    }
+
+    fn forget_flushed(&mut self, session: &Session, flush: &Flush) -> Step<()> {
+        if flush.clear_sequence == 0 {
+            return Ok(());
+        }
+        let tag = Tag { epoch: flush.epoch, sequence: flush.clear_sequence };
+        match self.store.clear(session.image, tag, &flush.proof) {
+            // Nothing is lost: the map stays longer until the next clear.
+            Ok(()) | Err(StoreError::LogFull) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn peek(&mut self, frame: &Frame) -> Step {
+        let Peek(image) = Peek::take(frame.head.clone())?;
+        if self.store.is_deleted(&image) {
+            return Err(Refused::Status(Status::Deleted));
+        }
+        let Some(record) = self.store.image(&image).cloned() else {
+            return Err(Refused::Status(Status::NoRecord));
+        };
+        let head = record.head;
+        let peers = self.store.peer_flush_numbers(&image);
+        let reply = PeekReply {
+            record: messages::RecordHead {
+                image,
+                epoch: head.epoch,
+                holder: head.holder,
+                generation: head.generation,
+                digest: head.digest,
+                shard_bytes: head.shard_bytes,
+            },
+            dirty: self.store.dirty(&image).count() as u32,
+            flush_number: self.store.flush_number(),
+            peers: peers.map(|(node, number)| (node.to_owned(), number)).collect(),
+        };
+        Ok(self.answer(&reply, record.body))
+    }
+
+    fn record(&mut self, frame: &Frame) -> Step {
+        let offered = messages::RecordHead::take(frame.head.clone())?;
+        let head = RecordHead {
+            epoch: offered.epoch,
+            holder: offered.holder,
+            generation: offered.generation,
+            digest: offered.digest,
+            shard_bytes: offered.shard_bytes,
+        };
+        self.store.put_record(offered.image, head, frame.payload.clone())?;
+        self.sessions.fence(&offered.image, offered.epoch);
+        Ok(Outcome::AnswerDurable { with_number: false })
+    }
+
+    fn attach(&mut self, frame: &Frame) -> Step {
+        let attach = Attach::take(frame.head.clone())?;
+        if self.store.is_deleted(&attach.image) {
+            return Err(Refused::Status(Status::Deleted));
+        }
+        let Some(record) = self.store.image(&attach.image) else {
+            return Err(Refused::Status(Status::NoRecord));
+        };
+        let known = (record.head.epoch, record.head.holder);
+        if known != (attach.epoch, attach.holder) || attach.layers.is_empty() {
+            return Err(Refused::Status(Status::StaleEpoch));
+        }
+        let session =
+            Session { image: attach.image, epoch: attach.epoch, layers: attach.layers };
+        self.sessions.begin(self.connection, frame.channel, session);
+        Ok(ok())
+    }
+
+    fn detach(&mut self, frame: &Frame) -> Step {
+        messages::Session::take(frame.head.clone())?;
+        self.sessions.end(self.connection, frame.channel);
+        Ok(ok())
+    }
+
+    fn confirm(&mut self, frame: &Frame) -> Step {
+        let asked = messages::Session::take(frame.head.clone())?;
+        self.session(frame, asked.epoch)?;
+        Ok(ok())
+    }
+
+    fn dirty(&mut self, frame: &Frame) -> Step {
+        let asked = DirtyFrom::take(frame.head.clone())?;
+        let image = self.session(frame, asked.epoch)?.image;
+        let from = self.store.dirty(&image).filter(|(shard, _)| *shard >= asked.from_shard);
+        let mut entries: Vec<DirtyEntry> = from
+            .take(DIRTY_ENTRIES_MAX + 1)
+            .map(|(shard, entry)| DirtyEntry {
+                shard,
+                last: entry.last,
+                generation: entry.generation,
+                sticky: entry.sticky,
+            })
+            .collect();
+        let more = entries.len() > DIRTY_ENTRIES_MAX;
+        entries.truncate(DIRTY_ENTRIES_MAX);
+        Ok(self.answer(&DirtyReply { entries, more }, Bytes::new()))
+    }
+
+    /// The asked blocks of a shard's summary, and its generation.
+    fn blocks_of(&mut self, frame: &Frame) -> Step<(ShardKey, ShardRange, BlocksReply)> {
+        let asked = ShardRange::take(frame.head.clone())?;
+        let image = self.session(frame, asked.epoch)?.image;
+        let key = ShardKey { image, layer: asked.layer, shard: asked.shard };
+        let summary = self.store.summary(&key)?;
+        let end = asked.first_block.checked_add(asked.blocks).ok_or(Refused::Close)?;
+        let range = asked.first_block as usize..end as usize;
+        let blocks = summary.blocks.get(range).ok_or(Refused::Close)?;
+        let blocks = blocks.iter().map(|block| (block.block, block.tag)).collect();
+        Ok((key, asked, BlocksReply { generation: summary.generation, blocks }))
+    }
+
+    fn summary(&mut self, frame: &Frame) -> Step {
+        let (_, _, reply) = self.blocks_of(frame)?;
+        Ok(self.answer(&reply, Bytes::new()))
+    }
+
+    fn fetch(&mut self, frame: &Frame) -> Step {
+        let (key, asked, reply) = self.blocks_of(frame)?;
+        if asked.blocks as usize > PAYLOAD_BYTES_MAX / BLOCK_BYTES as usize {
+            return Err(Refused::Close);
+        }
+        let scratch = &mut *self.scratch;
+        scratch.states.clear();
+        let (states, data) = (&mut scratch.states, &mut scratch.data);
+        let (first, blocks) = (asked.first_block, asked.blocks);
+        self.store.read(&key.image, &[key.layer], key.shard, first, blocks, states, data)?;
+        let payload = scratch.data.split().freeze();
+        Ok(self.answer(&reply, payload))
+    }
+
+    fn copy(&mut self, frame: &Frame) -> Step {
+        let copy = Copy::take(frame.head.clone())?;
+        let session = self.session(frame, copy.epoch)?.clone();
+        self.check_generation(&session, copy.generation)?;
+        let key = ShardKey { image: session.image, layer: copy.layer, shard: copy.shard };
+        let blocks: Vec<CopyBlock> = copy
+            .indexes
+            .iter()
+            .zip(&copy.blocks)
+            .map(|(block, (content, tag))| {
+                let (state, crc) = BlockState::of(*content);
+                CopyBlock { block: *block, state, tag: *tag, crc }
+            })
+            .collect();
+        self.store.copy(&key, &blocks, frame.payload.clone(), copy.shard_generation)?;
+        Ok(ok())
+    }
+
+    fn level(&mut self, frame: &Frame) -> Step {
+        let level = Level::take(frame.head.clone())?;
+        let image = self.session(frame, level.epoch)?.image;
+        self.store.mark_level(image, &level.shards)?;
+        Ok(ok())
+    }
+}
+
+fn done(frame: &Frame) -> Outcome {
+    match frame.flags & flag::FUA {
+        0 => ok(),
+        _ => Outcome::AnswerDurable { with_number: false },
+    }
+}
+
+fn operation<'a>(session: &'a Session, io: &Io) -> WriteOp<'a> {
+    let stamp =
+        Stamp { epoch: io.epoch, generation: io.generation, sequence: io.sequence };
+    WriteOp {
+        image: session.image,
+        layers: &session.layers,
+        shard: io.shard,
+        offset: io.offset,
+        stamp,
+    }
+}
+
+/// First block and number of blocks of a range that consists of whole blocks.
+fn block_range(io: &Io) -> Step<(u32, u32)> {
+    if io.offset % BLOCK_BYTES != 0 || io.length % BLOCK_BYTES != 0 || io.length == 0 {
+        return Err(Refused::Close);
+    }
+    Ok((io.offset / BLOCK_BYTES, io.length / BLOCK_BYTES))
+}

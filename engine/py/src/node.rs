@@ -1,0 +1,144 @@
+//! `Node`: the data path of a storage node.
+
+use crate::ids::{hex, parse_id};
+use hci_engine_core::io::{listen_tcp, listen_unix};
+use hci_engine_core::node::{Identity, NodeHandle};
+use hci_engine_core::store::real::RealDisk;
+use hci_engine_core::store::{Store, StoreConfig, StoreError};
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTimeoutError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// A storage node's store, and the event loop that serves it to gateways. Opening it locks the
+/// folder, replays the log and raises the start counter; `listen` lets gateways in.
+#[pyclass(module = "engine._engine", frozen)]
+pub struct Node {
+    core: Mutex<Option<Arc<NodeHandle>>>,
+    #[pyo3(get)]
+    start_counter: u64,
+    #[pyo3(get)]
+    store_id: String,
+    #[pyo3(get)]
+    created: bool,
+}
+
+impl Node {
+    fn core(&self) -> PyResult<Arc<NodeHandle>> {
+        let core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
+        core.clone().ok_or_else(|| PyRuntimeError::new_err("the node is stopped"))
+    }
+}
+
+#[pymethods]
+impl Node {
+    #[new]
+    #[pyo3(signature = (data_dir, *, cluster, name, new_store_id, boot, log_bytes))]
+    fn new(
+        py: Python<'_>,
+        data_dir: &str,
+        cluster: &str,
+        name: String,
+        new_store_id: &str,
+        boot: &str,
+        log_bytes: u64,
+    ) -> PyResult<Self> {
+        let cluster = parse_id(cluster)?.0;
+        let config = StoreConfig::new(cluster, &name, parse_id(new_store_id)?.0, log_bytes);
+        let boot = parse_id(boot)?.0;
+        py.detach(|| {
+            let disk = RealDisk::open(Path::new(data_dir))
+                .map_err(|errno| PyOSError::new_err((errno.raw_os_error(), data_dir.to_string())))?;
+            let (store, recovery) = Store::open(Arc::new(disk), &config).map_err(refused)?;
+            if recovery.damaged {
+                return Err(PyRuntimeError::new_err(
+                    "the log is damaged: writes that were flushed are missing from it",
+                ));
+            }
+            let (start_counter, id) = (store.instance(), store.id());
+            let created = recovery.created;
+            let identity = Identity { cluster, node: name, store: id, boot };
+            let core = Arc::new(NodeHandle::start(store, identity)?);
+            let store_id = hex(&id);
+            Ok(Node { core: Mutex::new(Some(core)), start_counter, store_id, created })
+        })
+    }
+
+    /// Lets gateways in at a TCP address, `HOST:PORT` with a numeric host.
+    fn listen_tcp(&self, address: &str) -> PyResult<()> {
+        let parsed = address.parse().map_err(|_| {
+            PyValueError::new_err(format!("'{address}' is not an address and port"))
+        })?;
+        self.core()?.listen(listen_tcp(parsed)?);
+        Ok(())
+    }
+
+    /// Lets gateways of this host in at a unix socket.
+    fn listen_unix(&self, path: &str) -> PyResult<()> {
+        self.core()?.listen(listen_unix(Path::new(path))?);
+        Ok(())
+    }
+
+    /// Deletes an image for ever; its tombstone is durable on return.
+    fn delete(&self, py: Python<'_>, image: &str) -> PyResult<()> {
+        let (core, image) = (self.core()?, parse_id(image)?);
+        py.detach(|| core.delete(image)).ok_or_else(no_answer)?.map_err(refused)
+    }
+
+    /// The content of a shard, or None where nothing was written.
+    fn read_shard<'py>(
+        &self,
+        py: Python<'py>,
+        image: &str,
+        layers: Vec<u32>,
+        shard: u64,
+    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let (core, image) = (self.core()?, parse_id(image)?);
+        let found = py.detach(|| core.read_shard(image, layers, shard));
+        let content = found.ok_or_else(no_answer)?.map_err(refused)?;
+        Ok(content.map(|content| PyBytes::new(py, &content)))
+    }
+
+    /// Physical bytes that an image takes.
+    fn usage(&self, py: Python<'_>, image: &str) -> PyResult<u64> {
+        let (core, image) = (self.core()?, parse_id(image)?);
+        Ok(py.detach(|| core.usage(image))?)
+    }
+
+    fn status<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let core = self.core()?;
+        let status = py.detach(|| core.status()).ok_or_else(no_answer)?;
+        let dict = PyDict::new(py);
+        dict.set_item("capacity_bytes", status.capacity_bytes)?;
+        dict.set_item("free_bytes", status.free_bytes)?;
+        dict.set_item("images", status.images)?;
+        dict.set_item("connections", status.connections)?;
+        dict.set_item("flush_number", status.flush_number)?;
+        dict.set_item("log_bytes", status.log_bytes)?;
+        dict.set_item("dirty_shards", status.dirty_shards)?;
+        Ok(dict)
+    }
+
+    /// Why the node has ended by itself; None while it runs.
+    fn failure(&self) -> PyResult<Option<String>> {
+        Ok(self.core()?.failure())
+    }
+
+    /// Syncs and ends.
+    fn stop(&self, py: Python<'_>) {
+        let core = self.core.lock().unwrap_or_else(PoisonError::into_inner).take();
+        py.detach(|| drop(core));
+    }
+}
+
+fn no_answer() -> PyErr {
+    PyTimeoutError::new_err("the node's event loop does not answer")
+}
+
+fn refused(error: StoreError) -> PyErr {
+    match error {
+        StoreError::UnknownImage { .. } => PyValueError::new_err(error.to_string()),
+        error => PyRuntimeError::new_err(error.to_string()),
+    }
+}

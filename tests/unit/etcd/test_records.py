@@ -1,0 +1,248 @@
+"""The exact JSON of the records, what is kept of newer versions, and what is refused."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from etcd.errors import MalformedRecord, RecordError, UnknownVersion
+from etcd.records import (
+    AliveRecord,
+    ClusterRecord,
+    ImageRecord,
+    Layer,
+    LeaseRecord,
+    NameRecord,
+    NodeRecord,
+    PlacementRecord,
+    PoolRecord,
+    Record,
+    Snapshot,
+    TombstoneRecord,
+)
+from shard.ids import ImageId
+from shard.membership import Policy
+from shard.placement import FailureDomain
+
+ID = ImageId("0123456789abcdef0123456789abcdef")
+HOLDER = "f" * 32
+ABC = ("a", "b", "c")
+
+IMAGE = ImageRecord(
+    id=ID,
+    pool="vms",
+    policy=Policy.REPLICA_3,
+    size_bytes=10 << 30,
+    shard_bytes=4 << 20,
+    placement_key=ID,
+    placement_version=1,
+    sets=(ABC,),
+    layers=(Layer(id=2), Layer(id=1)),
+    snapshots=(Snapshot(name="before upgrade", layer=1),),
+    epoch=3,
+    holder=HOLDER,
+    generation=7,
+    clean=False,
+    stale={0: {"b": 6}},
+)
+
+GOLDEN: list[tuple[Record, str]] = [
+    (ClusterRecord(id="0" * 32), '{"format":1,"id":"00000000000000000000000000000000","v":1}'),
+    (
+        NodeRecord(
+            name="node1",
+            address="10.0.0.1:7101",
+            control="10.0.0.1:7201",
+            socket=None,
+            host="höst",
+            zone="default",
+            labels={"disk": "nvme"},
+            capacity_bytes=1 << 40,
+            store_id="1" * 32,
+            start_counter=4,
+        ),
+        '{"address":"10.0.0.1:7101","capacity_bytes":1099511627776,"control":"10.0.0.1:7201",'
+        '"host":"höst","labels":{"disk":"nvme"},"name":"node1","socket":null,"start_counter":4,'
+        '"store_id":"11111111111111111111111111111111","v":1,"zone":"default"}',
+    ),
+    (AliveRecord(start_counter=4), '{"start_counter":4,"v":1}'),
+    (
+        PoolRecord(
+            name="vms",
+            policy=Policy.THIN_ARBITER,
+            shard_bytes=4 << 20,
+            replica_sets=2,
+            failure_domain=FailureDomain.ZONE,
+            arbiter="x",
+        ),
+        '{"arbiter":"x","failure_domain":"zone","name":"vms","policy":"thin-arbiter",'
+        '"replica_sets":2,"shard_bytes":4194304,"v":1}',
+    ),
+    (
+        PlacementRecord(pool="vms", version=2, sets=(ABC, ("d", "e", "f"))),
+        '{"pool":"vms","sets":[["a","b","c"],["d","e","f"]],"v":1,"version":2}',
+    ),
+    (NameRecord(image=ID), '{"image":"0123456789abcdef0123456789abcdef","v":1}'),
+    (
+        LeaseRecord(gateway="gateway1", holder=HOLDER, epoch=3),
+        '{"epoch":3,"gateway":"gateway1","holder":"ffffffffffffffffffffffffffffffff","v":1}',
+    ),
+    (
+        TombstoneRecord(id=ID, generation=7),
+        '{"generation":7,"id":"0123456789abcdef0123456789abcdef","v":1}',
+    ),
+    (
+        IMAGE,
+        '{"clean":false,"epoch":3,"generation":7,"holder":"ffffffffffffffffffffffffffffffff",'
+        '"id":"0123456789abcdef0123456789abcdef","layers":[{"id":2},{"id":1}],'
+        '"placement_key":"0123456789abcdef0123456789abcdef","placement_version":1,'
+        '"policy":"replica-3","pool":"vms","sets":[["a","b","c"]],"shard_bytes":4194304,'
+        '"size_bytes":10737418240,"snapshots":[{"layer":1,"name":"before upgrade"}],'
+        '"stale":{"0":{"b":6}},"v":1}',
+    ),
+]
+
+
+@pytest.mark.parametrize(("record", "text"), GOLDEN)
+def test_record_has_its_golden_json(record: Record, text: str) -> None:
+    assert record.encode().decode() == text
+
+
+@pytest.mark.parametrize("record", [record for record, _ in GOLDEN])
+def test_record_decodes_to_what_it_was(record: Record) -> None:
+    assert type(record).decode("/hci/x", record.encode()) == record
+
+
+@pytest.mark.parametrize("record", [record for record, _ in GOLDEN])
+def test_fields_of_a_newer_program_are_written_back(record: Record) -> None:
+    document = json.loads(record.encode())
+    document["added_later"] = {"deep": [1, None, 2.5]}
+    decoded = type(record).decode("/hci/x", json.dumps(document).encode())
+    assert json.loads(decoded.encode()) == document
+
+
+def test_fields_of_a_newer_program_within_layers_are_written_back() -> None:
+    document = json.loads(IMAGE.encode())
+    document["layers"][1]["parent_image"] = "x"
+    document["snapshots"][0]["made"] = 5
+    decoded = ImageRecord.decode("/hci/x", json.dumps(document).encode())
+    changed = replace(decoded, generation=8)
+    assert json.loads(changed.encode()) == {**document, "generation": 8}
+
+
+@pytest.mark.parametrize("record", [record for record, _ in GOLDEN])
+def test_record_of_a_later_version_is_refused(record: Record) -> None:
+    document = json.loads(record.encode())
+    document["v"] = 2
+    with pytest.raises(UnknownVersion, match=r"/hci/x .* version 2, this program knows 1; upgrade"):
+        type(record).decode("/hci/x", json.dumps(document).encode())
+
+
+@pytest.mark.parametrize("record", [record for record, _ in GOLDEN])
+def test_record_without_any_one_field_is_refused(record: Record) -> None:
+    document = json.loads(record.encode())
+    for name in document:
+        rest = {key: value for key, value in document.items() if key != name}
+        with pytest.raises(MalformedRecord, match=f"{name} is missing"):
+            type(record).decode("/hci/x", json.dumps(rest).encode())
+
+
+WRONG: list[Any] = [1.5, [[]], {"0": []}, ""]
+
+
+@pytest.mark.parametrize("record", [record for record, _ in GOLDEN])
+def test_record_with_a_field_of_another_type_is_refused(record: Record) -> None:
+    document = json.loads(record.encode())
+    for name in document:
+        for wrong in WRONG:
+            with pytest.raises(MalformedRecord, match=name):
+                type(record).decode("/hci/x", json.dumps({**document, name: wrong}).encode())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"{",
+        b"\xff",
+        b'{"v":1,"v":1}',
+        b'{"v":true}',
+        b'{"v":NaN}',
+        b"[" * 100_000,
+        b'{"v":' + b"9" * 5000 + b"}",
+        b'{"v":1,"start_counter":1,"x":"\\ud800"}',
+    ],
+)
+def test_value_that_is_no_record_is_refused(value: bytes) -> None:
+    with pytest.raises(MalformedRecord, match=r"the record /hci/x in etcd is malformed"):
+        AliveRecord.decode("/hci/x", value)
+
+
+def broken(**changes: Any) -> bytes:
+    return json.dumps({**json.loads(IMAGE.encode()), **changes}).encode()
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"size_bytes": 100}, "size_bytes .*multiple of 512"),
+        ({"shard_bytes": 1000}, "shard_bytes .*not a shard size"),
+        ({"policy": "raid-5"}, "policy .*does not know"),
+        ({"id": "A" * 32}, "id .*no image id"),
+        ({"sets": []}, "sets is empty"),
+        ({"sets": [["a", "b"]], "stale": {}}, "as many members"),
+        ({"sets": [["a", "b", "B!"]]}, "sets .*not a node name"),
+        ({"layers": []}, "has layers"),
+        ({"layers": [{"id": 1}, {"id": 2}]}, "newest first"),
+        ({"snapshots": [{"name": "x", "layer": 9}]}, "names a layer"),
+        ({"holder": None}, "an epoch has a holder"),
+        ({"epoch": 0}, "an epoch has a holder"),
+        ({"generation": 0}, "generation is not within 1"),
+        ({"stale": {"0": {"z": 1}}}, "member of its set"),
+        ({"stale": {"1": {"a": 1}}}, "names a replica set"),
+        ({"stale": {"00": {"a": 1}}}, "no index"),
+        ({"stale": {"9" * 5000: {"a": 1}}}, "no index"),
+        ({"stale": {"0": {"a": 7}}}, "former generation"),
+        ({"stale": {"0": {"a": 1, "b": 1}}}, "below its quorum"),
+        ({"stale": {"0": {"a": -1}}}, "stale is not within 0"),
+        ({"layers": [{"id": True}]}, "layers.id is not a whole number"),
+        ({"epoch": 1 << 63}, "epoch is not within"),
+    ],
+)
+def test_image_record_that_breaks_a_rule_is_refused(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(MalformedRecord, match=problem):
+        ImageRecord.decode("/hci/x", broken(**changes))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.sampled_from(sorted(json.loads(IMAGE.encode()))), JSON)
+def test_any_field_of_an_image_decodes_or_is_refused(name: str, value: Any) -> None:
+    """Nothing but a RecordError comes of a value that another program wrote."""
+    try:
+        record = ImageRecord.decode("/hci/x", broken(**{name: value}))
+    except RecordError:
+        return
+    assert ImageRecord.decode("/hci/x", record.encode()) == record
+    assert record.membership.generation == record.generation
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_decode_or_are_refused(value: bytes) -> None:
+    with pytest.raises(RecordError):
+        NodeRecord.decode("/hci/x", value)
+
+
+def test_image_record_gives_its_membership() -> None:
+    assert IMAGE.membership.in_sync(0) == ("a", "c")
+    assert IMAGE.membership.epoch == 3

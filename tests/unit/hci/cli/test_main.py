@@ -1,0 +1,228 @@
+"""The command line: what it prints, and how it ends when it cannot."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from etcd.memory import MemoryEtcd
+from etcd.records import NodeRecord
+from hci import cli, connect
+from hci.dev import layout
+from vmstore.catalog import Catalog
+from vmstore.names import ImageName
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def etcd(monkeypatch: pytest.MonkeyPatch) -> MemoryEtcd:
+    """The verified fake in the place of the client, with three nodes that are up."""
+    memory = MemoryEtcd()
+    monkeypatch.setattr(MemoryEtcd, "close", lambda _self: None)
+    monkeypatch.setattr(connect, "EtcdClient", lambda _endpoints: memory)
+    catalog = Catalog(memory)
+    for number in range(1, 4):
+        record = NodeRecord(
+            name=f"node{number}",
+            address=f"127.0.0.1:{number}",
+            control=f"127.0.0.1:{number}",
+            socket=None,
+            host=f"host{number}",
+            zone="default",
+            labels={},
+            capacity_bytes=1 << 40,
+            store_id=f"{number:032x}",
+            start_counter=1,
+        )
+        catalog.announce_node(record, memory.grant_lease(60))
+    catalog.create_pool("vms")
+    return memory
+
+
+@pytest.fixture
+def hci(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command against a configuration in the test's folder."""
+    path = tmp_path / "hci.toml"
+    path.write_text(layout.new_config(tmp_path, 3, 2, "vms"))
+    monkeypatch.setenv("HCI_CONFIG", str(path))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        printed = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, printed.out, printed.err
+
+    return run
+
+
+def test_version_is_that_of_the_engine(hci: Run) -> None:
+    status, printed, _ = hci("--version")
+    assert status == 0
+    assert printed.startswith("hci 0.")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("nonsense",), ("image", "create", "vms/a"), ("dev", "start", "--nodes", "x"), ("pool", "rm")],
+)
+def test_wrong_usage_ends_with_2(hci: Run, arguments: tuple[str, ...]) -> None:
+    status, printed, complaint = hci(*arguments)
+    assert (status, printed) == (2, "")
+    assert "Usage: hci" in complaint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("image", "create", "vms/a", "0"), "size of an image is zero"),
+        (("image", "create", "vms/a", "ten"), "'ten' is not a size"),
+        (("image", "create", "vms/a", "257T"), "beyond the limit of an image, 256 TiB"),
+        (("image", "create", "vms/a", "1000"), "not a multiple of 512; the next larger is 1024"),
+        (("image", "create", "vms", "1G"), "names no image: write POOL/NAME"),
+        (("image", "create", "vms/a@b", "1G"), "has an '@', which is kept for snapshots"),
+        (("image", "create", "none/a", "1G"), "there is no pool none; `hci pool ls`"),
+        (("image", "create", "vms/there", "1G"), "vms/there exists already"),
+        (("image", "info", "vms/none"), "there is no image vms/none; `hci image ls`"),
+        (("image", "rm", "vms/none"), "there is no image vms/none"),
+        (("image", "url", "vms/none"), "there is no image vms/none"),
+        (("image", "ls", "none"), "there is no pool none"),
+        (("image", "resize", "vms/there", "512"), "use --force if that data is not needed"),
+        (("image", "import", "/none.img", "vms/a"), "/none.img cannot be read: No such file"),
+        (("image", "url", "vms/there", "--gateway", "gateway9"), "no [gateway.gateway9] in it"),
+        (("pool", "create", "vms"), "the pool vms exists already"),
+        (("pool", "create", "Bad"), "'Bad' is not a pool name"),
+        (("pool", "create", "b", "--shard-size", "3M"), "is not a shard size: use 1M, 2M"),
+        (("pool", "create", "b", "--failure-domain", "zone"), "needs 3 nodes on different zones"),
+        (("pool", "create", "b", "--replica-sets", "0"), "1 to 1024 replica sets, not 0"),
+        (("dev", "kill", "node9"), "no member 'node9' in"),
+        (("dev", "kill", "node1"), "node1 is not running; see `hci dev status`"),
+        (("dev", "run", "node1"), "node1 needs etcd, which is not running: `hci dev run etcd`"),
+        (("status", "--config", "/none.toml"), "/none.toml: cannot be read: No such file"),
+    ],
+)
+def test_bad_input_is_one_line_that_says_what_to_do(
+    hci: Run, etcd: MemoryEtcd, arguments: tuple[str, ...], told: str
+) -> None:
+    Catalog(etcd).create_image(ImageName("vms", "there"), 1 << 30)
+    status, printed, complaint = hci(*arguments)
+    assert (status, printed) == (1, "")
+    assert told in complaint
+    assert complaint.startswith("hci: ")
+    assert complaint.count("\n") == 1
+    assert [str(entry.name) for entry in Catalog(etcd).images()] == ["vms/there"]
+
+
+def test_image_that_is_created_is_listed_and_described(hci: Run, etcd: MemoryEtcd) -> None:
+    assert hci("image", "create", "vms/a b", "1.5G")[:2] == (0, "created vms/a b, 1.5 GiB\n")
+    assert "vms/a b" in hci("image", "ls")[1]
+    (listed,) = json.loads(hci("image", "ls", "--json")[1])
+    assert (listed["name"], listed["size_bytes"], listed["stale"]) == ("vms/a b", 3 << 29, [])
+    found = json.loads(hci("image", "info", "vms/a b", "--json")[1])
+    assert found["id"] == listed["id"]
+    assert (found["epoch"], found["generation"], found["stale"]) == (0, 1, [])
+    assert found["used_bytes"] == {}, "no node answers here"
+
+
+def test_image_that_grows_keeps_its_id(hci: Run, etcd: MemoryEtcd) -> None:
+    hci("image", "create", "vms/a", "1G")
+    before = json.loads(hci("image", "ls", "--json")[1])[0]
+    assert hci("image", "resize", "vms/a", "2G")[:2] == (0, "vms/a has 2 GiB now\n")
+    after = json.loads(hci("image", "ls", "--json")[1])[0]
+    assert (after["id"], after["size_bytes"]) == (before["id"], 2 << 30)
+
+
+def test_image_that_is_removed_is_gone(hci: Run, etcd: MemoryEtcd) -> None:
+    hci("image", "create", "vms/a", "1G")
+    assert hci("image", "rm", "vms/a")[0] == 0
+    assert json.loads(hci("image", "ls", "vms", "--json")[1]) == []
+
+
+def test_url_names_socket_and_image_percent_encoded(hci: Run, etcd: MemoryEtcd) -> None:
+    hci("image", "create", "vms/ä b", "1G")
+    printed = hci("image", "url", "vms/ä b")[1]
+    assert printed.startswith("nbd+unix:///vms/%C3%A4%20b?socket=/")
+    assert printed.endswith("/gateway1/nbd.sock\n")
+    assert hci("image", "url", "vms/ä b", "--tcp")[1].startswith("nbd://127.0.0.1:")
+
+
+def test_pool_listing_has_its_policy(hci: Run, etcd: MemoryEtcd) -> None:
+    assert hci("pool", "create", "fast", "--shard-size", "1M", "--replica-sets", "2")[0] == 0
+    fast, vms = json.loads(hci("pool", "ls", "--json")[1])
+    assert (fast["name"], fast["shard_bytes"], fast["replica_sets"]) == ("fast", 1 << 20, 2)
+    assert (vms["name"], vms["policy"], vms["failure_domain"]) == ("vms", "replica-3", "host")
+
+
+def test_nodes_that_do_not_answer_are_listed_as_down(hci: Run, etcd: MemoryEtcd) -> None:
+    nodes = json.loads(hci("node", "ls", "--json")[1])
+    assert [(node["name"], node["state"]) for node in nodes] == [
+        ("node1", "down"),
+        ("node2", "down"),
+        ("node3", "down"),
+    ]
+    assert set(nodes[0]) == {
+        *("name", "state", "address", "zone", "data_dir", "capacity_bytes", "used_bytes"),
+    }
+
+
+def test_status_of_a_cluster_that_is_down_says_what_to_start(hci: Run, etcd: MemoryEtcd) -> None:
+    assert json.loads(hci("status", "--json")[1])["health"] == "unavailable"
+    printed = hci("status")[1]
+    for start in ("hci dev run node1", "hci dev run gateway2"):
+        assert start in printed
+
+
+def test_etcd_that_does_not_answer_is_told(hci: Run) -> None:
+    status, _, complaint = hci("pool", "ls")
+    assert status == 1
+    assert complaint.startswith("hci: etcd is not reachable at 127.0.0.1:")
+    found = json.loads(hci("status", "--json")[1])
+    assert found["health"] == "unavailable"
+    assert found["problems"][0]["advice"] == "start it: `hci dev run etcd`"
+
+
+def test_dev_status_of_a_stopped_cluster_lists_its_members(hci: Run, tmp_path: Path) -> None:
+    members = json.loads(hci("dev", "status", "--json")[1])["members"]
+    assert [(each["name"], each["kind"], each["state"], each["pid"]) for each in members] == [
+        ("etcd", "etcd", "stopped", None),
+        *((f"node{number}", "node", "stopped", None) for number in (1, 2, 3)),
+        *((f"gateway{number}", "gateway", "stopped", None) for number in (1, 2)),
+    ]
+    assert members[1]["data_dir"] == str(tmp_path / "node1")
+    assert members[1]["log"] == str(tmp_path / "log" / "node1.log")
+
+
+def test_dev_commands_refuse_a_real_hosts_configuration(hci: Run, tmp_path: Path) -> None:
+    path = tmp_path / "host.toml"
+    path.write_text(f'[cluster]\nid = "{"0" * 32}"\netcd = ["127.0.0.1:2379"]\n')
+    status, _, complaint = hci("dev", "stop", "--config", str(path))
+    assert status == 1
+    assert "is not of a cluster that `hci dev` started" in complaint
+
+
+def test_dev_start_in_a_folder_of_something_else_is_refused(hci: Run, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").touch()
+    assert "is not empty and holds no cluster" in hci("dev", "start", str(other))[2]
+    assert "has 3 nodes, not 4" in hci("dev", "start", str(tmp_path), "--nodes", "4")[2]
+    few = tmp_path / "few"
+    assert "has 3 nodes or more" in hci("dev", "start", str(few), "--nodes", "2")[2]
+    assert not few.exists()
+
+
+@pytest.mark.parametrize(
+    ("written", "understood"),
+    [
+        (["image", "ls", "--config", "a"], ["--config", "a", "image", "ls"]),
+        (["image", "ls", "--config=a", "--json"], ["--config=a", "image", "ls", "--json"]),
+        (["--config", "a", "status"], ["--config", "a", "status"]),
+        (["image", "rm", "--", "--config"], ["image", "rm", "--", "--config"]),
+        (["status", "--config"], ["--config", "status"]),
+    ],
+)
+def test_config_may_stand_anywhere(written: list[str], understood: list[str]) -> None:
+    assert cli.config_first(written) == understood

@@ -1,0 +1,138 @@
+"""What is said of a cluster in each state: its health, and what a person can do."""
+
+from dataclasses import replace
+
+import pytest
+
+from etcd.records import ImageRecord, Layer, PlacementRecord, PoolRecord
+from hci import control_pb2 as pb
+from hci.survey import GatewayView, Health, NodeView, Survey
+from shard.ids import image_id
+from shard.membership import Policy
+from shard.placement import FailureDomain
+
+SETS = (("node1", "node2", "node3"),)
+
+
+def node(name: str, state: str = "up") -> NodeView:
+    return NodeView(name, state, f"host-of-{name}", "default", "127.0.0.1:1", None, 1, 1, "")
+
+
+def image(**changes: object) -> ImageRecord:
+    record = ImageRecord(
+        id=image_id("ab" * 16),
+        pool="vms",
+        policy=Policy.REPLICA_3,
+        size_bytes=1 << 30,
+        shard_bytes=4 << 20,
+        placement_key=image_id("ab" * 16),
+        placement_version=1,
+        sets=SETS,
+        layers=(Layer(id=1),),
+    )
+    return replace(record, **changes)  # type: ignore[arg-type]
+
+
+WELL = Survey(
+    etcd="",
+    nodes=(node("node1"), node("node2"), node("node3")),
+    gateways=(GatewayView("gateway1", "up", "host1", ""),),
+    pools={
+        "vms": PoolRecord(
+            name="vms",
+            policy=Policy.REPLICA_3,
+            shard_bytes=4 << 20,
+            replica_sets=1,
+            failure_domain=FailureDomain.HOST,
+        )
+    },
+    placements={"vms": PlacementRecord(pool="vms", version=1, sets=SETS)},
+    images={"vms/a": image()},
+    is_dev=True,
+)
+
+
+def opened(state: "pb.OpenImage.State.ValueType") -> GatewayView:
+    return GatewayView("gateway1", "up", "h", "", [pb.OpenImage(name="vms/a", state=state)])
+
+
+def test_cluster_without_problems_is_ok() -> None:
+    assert WELL.problems == []
+    assert WELL.health is Health.OK
+
+
+@pytest.mark.parametrize(
+    ("found", "health", "told"),
+    [
+        (
+            replace(WELL, nodes=(node("node1"), node("node2", "down"), node("node3"))),
+            Health.DEGRADED,
+            "start it: `hci dev run node2`",
+        ),
+        (
+            replace(WELL, nodes=(node("node1"), node("node2", "down"), node("node3", "down"))),
+            Health.UNAVAILABLE,
+            "start node2 or node3",
+        ),
+        (
+            replace(WELL, nodes=(node("node1"), node("node2"), node("node3", "starting"))),
+            Health.HEALING,
+            "wait",
+        ),
+        (
+            replace(WELL, images={"vms/a": image(stale={0: {"node3": 1}}, generation=2)}),
+            Health.DEGRADED,
+            "node3 is stale for vms/a",
+        ),
+        (
+            replace(
+                WELL,
+                nodes=(node("node1"), node("node2", "down"), node("node3")),
+                images={"vms/a": image(stale={0: {"node3": 1}}, generation=2)},
+            ),
+            Health.UNAVAILABLE,
+            "image vms/a: of its nodes in sync (node1, node2) too few are up",
+        ),
+        (
+            replace(WELL, gateways=(GatewayView("gateway1", "down", "h", ""),)),
+            Health.UNAVAILABLE,
+            "start it: `hci dev run gateway1`",
+        ),
+        (
+            replace(WELL, gateways=(*WELL.gateways, GatewayView("gateway2", "down", "h", ""))),
+            Health.DEGRADED,
+            "start it: `hci dev run gateway2`",
+        ),
+        (
+            replace(WELL, gateways=(opened(pb.OpenImage.STATE_OPENING),)),
+            Health.HEALING,
+            "replicas of vms/a are made equal",
+        ),
+        (
+            replace(WELL, gateways=(opened(pb.OpenImage.STATE_READS_ONLY),)),
+            Health.UNAVAILABLE,
+            "writes to vms/a wait",
+        ),
+        (
+            replace(WELL, gateways=(opened(pb.OpenImage.STATE_STALLED),)),
+            Health.UNAVAILABLE,
+            "vms/a is stalled",
+        ),
+        (Survey(etcd="etcd is not reachable"), Health.UNAVAILABLE, "start etcd on its hosts"),
+    ],
+)
+def test_cluster_with_a_problem_says_how_bad_it_is_and_what_to_do(
+    found: Survey, health: Health, told: str
+) -> None:
+    assert found.health is health
+    worst = [each for each in found.problems if each.health is health]
+    assert any(told in f"{each.what} {each.advice}" for each in worst)
+    assert found.problems[: len(worst)] == worst, "the worst come first"
+
+
+def test_image_that_many_nodes_are_stale_for_is_counted_not_listed() -> None:
+    images = {
+        f"vms/{number}": image(stale={0: {"node3": 1}}, generation=2) for number in range(100)
+    }
+    (problem,) = replace(WELL, images=images).problems
+    assert problem.what == "node3 is stale for vms/0, vms/1, vms/2 and 97 more"
