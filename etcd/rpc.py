@@ -235,7 +235,7 @@ class Endpoint:
 
     def fail(self, error: grpc.RpcError, lease: int = 0) -> NoReturn:
         """Raise what a gRPC error means."""
-        code, detail = error.code(), error.details() or ""
+        code, detail = error.code(), " ".join((error.details() or "").split())
         if code is grpc.StatusCode.NOT_FOUND and "lease not found" in detail:
             raise LeaseNotFound(lease) from None
         if code is grpc.StatusCode.OUT_OF_RANGE and "compacted" in detail:

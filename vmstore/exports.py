@@ -24,10 +24,17 @@ from shard.errors import HciError
 from shard.ids import ImageId
 from vmstore import holder as decide
 from vmstore.catalog import Catalog
-from vmstore.errors import InUse, LeaseLost, RecordChanged, UnknownImage, UnknownPool
+from vmstore.errors import (
+    InUse,
+    LeaseLost,
+    RecordChanged,
+    ShrinkRefused,
+    UnknownImage,
+    UnknownPool,
+)
 from vmstore.holder import Holder, NodeRecordView, Phase
 from vmstore.holding import Held
-from vmstore.names import ImageName
+from vmstore.names import ImageName, parse_image_name
 from vmstore.stored import Stored
 
 log = structlog.get_logger()
@@ -36,6 +43,8 @@ TICK_S = 0.1
 WORKERS = 8
 TAKE_ATTEMPTS = 5
 """Times a lease is asked for while the record changes under our eyes."""
+ZERO_LIMIT_S = 600.0
+"""How long a shrink may take to discard what it cuts off; a hang detector."""
 STOP_S = 20.0
 """How long a graceful stop waits for images to flush and close."""
 
@@ -144,13 +153,40 @@ class Exports:
         if size_bytes < former_bytes:
             if any(user > 0 for user in image.users):
                 raise InUse(str(image.name), self._gateway)
-            if force:
-                image.zeroed = Future()
-                self._engine.zero(image.channel, size_bytes, former_bytes - size_bytes)
-                image.zeroed.result(timeout=600)
-        image.held = self._catalog.resize(image.held, size_bytes, force=force)
-        image.holder.record = image.held.record
-        self._engine.resize(image.channel, size_bytes)
+            if not force:
+                raise ShrinkRefused(str(image.name), former_bytes, size_bytes)
+            image.zeroed = Future()
+            self._engine.zero(image.channel, size_bytes, former_bytes - size_bytes)
+            image.zeroed.result(timeout=ZERO_LIMIT_S)
+        resized: Future[None] = Future()
+        self._queue.put(lambda: self._store_size(image, size_bytes, resized))
+        resized.result(timeout=decide.OPEN_LIMIT_S)
+
+    def _store_size(self, image: OpenImage, size_bytes: int, resized: "Future[None]") -> None:
+        """Store a new size; no change of membership is under way meanwhile."""
+        if image.holder.proposal is not None or image.holder.paused:
+            self._after(TICK_S, lambda: self._store_size(image, size_bytes, resized))
+            return
+        assert image.held is not None
+        held = image.held
+        image.holder.paused = True
+
+        def stored(new: Held) -> None:
+            image.held = new
+            image.holder.record = new.record
+            self._engine.resize(image.channel, size_bytes)
+            go_on()
+            resized.set_result(None)
+
+        def failed(error: HciError) -> None:
+            go_on()
+            resized.set_exception(error)
+
+        def go_on() -> None:
+            image.holder.paused = False
+            self._step(image, decide.Tick(time.monotonic()))
+
+        self._later(lambda: self._catalog.resize(held, size_bytes, force=True), stored, failed)
 
     # Threads
 
@@ -188,6 +224,12 @@ class Exports:
         for image in list(self._images.values()):
             self._step(image, decide.Tick(time.monotonic()))
 
+    def _after(self, pause_s: float, work: Callable[[], None]) -> None:
+        """Have the deciding thread do something later."""
+        timer = threading.Timer(pause_s, lambda: self._queue.put(work))
+        timer.daemon = True
+        timer.start()
+
     def _later(
         self, call: Callable[[], Any], then: Callable[[Any], None], failed: Callable[[HciError], None]
     ) -> None:
@@ -219,7 +261,7 @@ class Exports:
             )
             return
         try:
-            image_name = ImageName.parse(name or "")
+            image_name = parse_image_name(name or "")
         except HciError as error:
             self._engine.answer_error(client, "unknown", str(error))
             return
@@ -600,9 +642,7 @@ class Exports:
                 self._retake(image)
 
         def failed(_error: HciError) -> None:
-            timer = threading.Timer(1.0, lambda: self._queue.put(self._renew_lease))
-            timer.daemon = True
-            timer.start()
+            self._after(1.0, self._renew_lease)
 
         self._later(
             lambda: self._new_lease(self._lease_lost, self._lease_renewed).start(), again, failed
@@ -640,9 +680,7 @@ class Exports:
         if not self._images:
             done.set()
             return
-        timer = threading.Timer(0.02, lambda: self._queue.put(lambda: self._wait_for_end(done)))
-        timer.daemon = True
-        timer.start()
+        self._after(TICK_S, lambda: self._wait_for_end(done))
 
 
 def _peeked(node: str, event: dict[str, Any]) -> decide.Peeked:

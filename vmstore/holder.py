@@ -306,6 +306,8 @@ class Holder:
     emptied: set[str] = field(default_factory=set)
     blocking: set[str] = field(default_factory=set)
     storing: bool = False
+    paused: bool = False
+    """Another change of the record is under way: none is proposed."""
     waiting_since_s: float | None = None
     opened_s: float = 0.0
     retry_at_s: float | None = None
@@ -480,7 +482,7 @@ class Holder:
         """Do what can be done now: leave lost nodes behind, let returned ones in."""
         if self.record is None or self.phase in (Phase.TAKING, Phase.RELEASING, Phase.ENDED):
             return []
-        if self.proposal is not None:
+        if self.proposal is not None or self.paused:
             return []
         change = self._leave_behind()
         if change is not None:

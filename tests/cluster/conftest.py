@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.etcd_server import EtcdServer
+from tests.cluster.etcd_server import EtcdServer, etcd_members
 
 
 @pytest.fixture(scope="module")
@@ -28,3 +28,18 @@ def etcd_server(tmp_path: Path) -> Iterator[EtcdServer]:
         yield server
     finally:
         server.kill()
+
+
+@pytest.fixture
+def three_etcd_members(tmp_path: Path) -> Iterator[list[EtcdServer]]:
+    """An etcd cluster of three members."""
+    members = etcd_members(tmp_path, 3)
+    try:
+        for member in members:
+            member.launch()
+        for member in members:
+            member.wait_until_it_answers()
+        yield members
+    finally:
+        for member in members:
+            member.kill()

@@ -1,4 +1,4 @@
-"""A real etcd of one member, for tests: its own process, ports and folder."""
+"""Real etcd members for tests: each its own process, ports and folder."""
 
 import contextlib
 import shutil
@@ -14,40 +14,54 @@ START_S = 30.0
 
 
 class EtcdServer:
-    """An etcd process that can be killed and started again on the same data and port."""
+    """An etcd member that can be killed and started again on the same data and port."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, name: str = "only", ports: tuple[int, int] | None = None
+    ) -> None:
         program = shutil.which("etcd")
         assert program is not None, "etcd is not installed; Debian's package is etcd-server"
         self._program = program
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
-        self.port, self._peer_port = free_ports(2)
+        self.name = name
+        self.port, self._peer_port = ports or free_ports(2)
+        self.members = [self]
 
     @property
     def endpoint(self) -> str:
         """The address clients use."""
         return f"127.0.0.1:{self.port}"
 
+    @property
+    def peer_url(self) -> str:
+        """The address other members use."""
+        return f"http://127.0.0.1:{self._peer_port}"
+
     def start(self) -> None:
-        """Start etcd and return when it answers."""
-        client, peer = f"http://{self.endpoint}", f"http://127.0.0.1:{self._peer_port}"
+        """Start etcd and return when it answers, which takes a majority of the members."""
+        self.launch()
+        self.wait_until_it_answers()
+
+    def launch(self) -> None:
+        """Start etcd."""
+        client, peer = f"http://{self.endpoint}", self.peer_url
+        members = ",".join(f"{member.name}={member.peer_url}" for member in self.members)
         with (self._folder / "etcd.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
                     self._program,
-                    "--name=only",
+                    f"--name={self.name}",
                     f"--data-dir={self._folder / 'data'}",
                     f"--listen-client-urls={client}",
                     f"--advertise-client-urls={client}",
                     f"--listen-peer-urls={peer}",
                     f"--initial-advertise-peer-urls={peer}",
-                    f"--initial-cluster=only={peer}",
+                    f"--initial-cluster={members}",
                 ],
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        self._wait_until_it_answers()
 
     def kill(self) -> None:
         """Kill etcd as a crash would."""
@@ -61,7 +75,8 @@ class EtcdServer:
         assert self._process is None, "etcd is not running"
         shutil.rmtree(self._folder / "data")
 
-    def _wait_until_it_answers(self) -> None:
+    def wait_until_it_answers(self) -> None:
+        """Return when etcd answers a read."""
         deadline = time.monotonic() + START_S
         with contextlib.closing(EtcdClient([self.endpoint])) as client:
             while True:
@@ -74,6 +89,19 @@ class EtcdServer:
                     time.sleep(0.05)
                 else:
                     return
+
+
+def etcd_members(folder: Path, count: int) -> list[EtcdServer]:
+    """Return the members of one etcd cluster, none of them started."""
+    ports = free_ports(2 * count)
+    members = []
+    for number in range(count):
+        (folder / f"member{number}").mkdir()
+        own = ports[2 * number], ports[2 * number + 1]
+        members.append(EtcdServer(folder / f"member{number}", f"member{number}", own))
+    for member in members:
+        member.members = members
+    return members
 
 
 def free_ports(count: int) -> list[int]:

@@ -1,6 +1,7 @@
 """The real etcd keeps the contract, and the client rides out what happens to etcd."""
 
 import contextlib
+import itertools
 import socket
 import threading
 import time
@@ -167,12 +168,51 @@ def test_close_leaves_no_thread_behind(etcd_server: EtcdServer) -> None:
     assert left == []
 
 
+def test_any_one_of_three_members_may_die(three_etcd_members: list[EtcdServer]) -> None:
+    notices = Notices()
+    with client_of(*(member.endpoint for member in three_etcd_members)) as client:
+        lease = client.grant_lease(30)
+        put(client, "/hci/leased", b"", lease)
+        client.watch("/hci/a", notices)
+        notices.wait_for(lambda: len(notices.all) == 1)
+        for number, member in enumerate(three_etcd_members):
+            member.kill()
+            put_when_back(client, "/hci/a", b"%d" % number)
+            notices.wait_for_content({"/hci/a": b"%d" % number})
+            assert client.refresh_lease(lease) == 30
+            member.start()
+        values = [change.value for change in notices.changes]
+        assert [value for value, _ in itertools.groupby(values)] == [b"0", b"1", b"2"]
+        assert client.get("/hci/leased") is not None
+
+
+def test_two_of_three_members_dead_says_unavailable_in_bounded_time(
+    three_etcd_members: list[EtcdServer],
+) -> None:
+    with client_of(*(member.endpoint for member in three_etcd_members)) as client:
+        lease = client.grant_lease(30)
+        put(client, "/hci/a", b"1")
+        for member in three_etcd_members[:2]:
+            member.kill()
+        begun = time.monotonic()
+        with pytest.raises(EtcdUnavailable):
+            client.get("/hci/a")
+        with pytest.raises(EtcdUnavailable):
+            client.refresh_lease(lease)
+        with pytest.raises((EtcdUnavailable, OutcomeUnknown)):
+            client.transaction([], [Put("/hci/a", b"2")])
+        assert time.monotonic() - begun < HANG_S
+        three_etcd_members[0].start()
+        put_when_back(client, "/hci/a", b"3")
+
+
 def put_when_back(client: EtcdClient, key: str, value: bytes) -> None:
+    """Put a value, perhaps twice, as soon as etcd takes it."""
     deadline = time.monotonic() + HANG_S
     while time.monotonic() < deadline:
         try:
             put(client, key, value)
             return
-        except EtcdUnavailable:
+        except (EtcdUnavailable, OutcomeUnknown):
             time.sleep(0.05)
     raise AssertionError("etcd did not come back")

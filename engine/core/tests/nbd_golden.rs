@@ -1,5 +1,5 @@
-//! Golden bytes of the NBD protocol: what goes over the wire, byte for byte, written by hand from the
-//! specification. Covers each message that this server sends, in the order a session meets them.
+//! Golden bytes of the NBD protocol: what goes over the wire, byte for byte, written by hand from
+//! the specification. Covers each message that this server sends, in the order a session meets them.
 
 use bytes::{Bytes, BytesMut};
 use hci_engine_core::nbd::{

@@ -24,8 +24,8 @@ enum Piece {
     Zeroes(usize),
 }
 
-/// What one connection has yet to send. Headers that follow each other share one buffer, data is not
-/// copied, and zeroes take no memory. The caller bounds it by [`Outgoing::len`].
+/// What one connection has yet to send. Headers that follow each other share one buffer, data is
+/// not copied, and zeroes take no memory. The caller bounds it by [`Outgoing::len`].
 #[derive(Debug, Default)]
 pub struct Outgoing {
     pieces: VecDeque<Piece>,

@@ -31,8 +31,8 @@ impl Errno {
 
     /// The one table from an errno of the system (a disk's, a replica's) to the guest's.
     ///
-    /// EINVAL becomes EIO: the request was checked before it was sent to a disk, so a disk that calls
-    /// it invalid has failed, and the guest did nothing wrong. Whatever is not named is EIO.
+    /// EINVAL becomes EIO: the request was checked before it was sent to a disk, so a disk that
+    /// calls it invalid has failed, and the guest did nothing wrong. Whatever is not named is EIO.
     pub fn from_system(errno: i32) -> Errno {
         match Os::from_raw_os_error(errno) {
             Os::PERM | Os::ACCESS | Os::ROFS => Errno::Permission,

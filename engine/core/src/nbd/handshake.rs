@@ -150,7 +150,8 @@ impl Handshake {
     }
 
     /// Answers the query that [`Handshake::receive`] returned; afterwards `receive` goes on, also
-    /// with input that came meanwhile. After a failed EXPORT_NAME the connection ends, as that
+    /// with input that came meanwhile. Send `out` before that: a client may ask for long lists
+    /// without reading them. After a failed EXPORT_NAME the connection ends, as that
     /// option has no error reply.
     pub fn answer(&mut self, answer: Answer, out: &mut BytesMut) -> Result<Step, ProtocolError> {
         let State::Waiting(waiting) = std::mem::replace(&mut self.state, State::Options) else {
@@ -224,8 +225,6 @@ impl Handshake {
                 self.state = State::Ended;
                 Ok(Some(Step::Close))
             }
-            // The data of ABORT is ignored, so there is no need to see it.
-            option::ABORT if too_long => Ok(self.take_option(option, Bytes::new(), out)),
             _ if too_long => {
                 self.state = State::Draining { option, left: length };
                 Ok(None)
@@ -289,7 +288,8 @@ impl Handshake {
         }
     }
 
-    /// Answers an option whose data was too long to keep; options that are not known say so instead.
+    /// Answers an option whose data was too long to keep. Unknown options are told that instead,
+    /// and ABORT means the same with any data.
     fn refuse_drained(&mut self, option: u32, out: &mut BytesMut) {
         let known = [
             option::LIST,

@@ -4,10 +4,10 @@
 //! clock or thread is known here. What the caller decides (which exports exist, who may open one,
 //! what a request does) reaches these modules as answers and results.
 //!
-//! Invariants: whatever a client sends, nothing panics and no buffer grows past [`Limits`]; the same
-//! input gives the same output however it is cut into pieces; a client's mistake that the protocol
-//! can answer is answered, and only one that leaves the stream without a boundary ends the
-//! connection ([`ProtocolError`]).
+//! Invariants: whatever a client sends, nothing panics and no buffer grows past [`Limits`]; the
+//! same input gives the same output however it is cut into pieces; a client's mistake that the
+//! protocol can answer is answered, and only one that leaves the stream without a boundary ends
+//! the connection ([`ProtocolError`]).
 //!
 //! The specification is the NBD project's `doc/proto.md`; section names in comments are its own.
 

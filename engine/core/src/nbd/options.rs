@@ -23,7 +23,7 @@ pub(super) fn export_name(data: Bytes) -> Result<String, Malformed> {
     text(data)
 }
 
-/// Reads the data of INFO and GO: a name and information types. Types that are not known are left out.
+/// Reads the data of INFO and GO: a name and information types. Unknown types are left out.
 pub(super) fn info_request(mut data: Bytes) -> Result<(String, Wanted), Malformed> {
     let name = counted_text(&mut data)?;
     let count = data
@@ -46,7 +46,7 @@ pub(super) fn info_request(mut data: Bytes) -> Result<(String, Wanted), Malforme
     Ok((name, wanted))
 }
 
-/// What the queries of LIST_META_CONTEXT or SET_META_CONTEXT say, as far as this server has contexts.
+/// What the queries of LIST_META_CONTEXT or SET_META_CONTEXT ask of the contexts that exist here.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct MetaQueries {
     pub export: String,

@@ -1,5 +1,5 @@
-//! Replies of the transmission phase, written into a [`Sink`]: headers as bytes, data as the `Bytes`
-//! that the store gave, zeroes as a length.
+//! Replies of the transmission phase, written into a [`Sink`]: headers as bytes, data as the
+//! `Bytes` that the store gave, zeroes as a length.
 //!
 //! With structured replies reads and block status come in chunks, and so does every error, for the
 //! sake of its message. Success without data is a simple reply in both styles, as the section
@@ -42,8 +42,8 @@ pub fn error(sink: &mut impl Sink, style: ReplyStyle, cookie: u64, errno: Errno,
 
 /// Answers a read with what was found. Neighbouring runs of one kind become one chunk.
 ///
-/// `runs` cover exactly the request's range, in order; anything else is a mistake of the caller, and
-/// would end in wrong bytes at the client, so it panics.
+/// `runs` cover exactly the request's range, in order; anything else is a mistake of the caller,
+/// and would end in wrong bytes at the client, so it panics.
 pub fn read(sink: &mut impl Sink, style: ReplyStyle, request: &Request, runs: &[Run]) {
     let length: u64 = runs.iter().map(Run::length).sum();
     assert_eq!(length, u64::from(request.length), "the runs of a read cover its range");
@@ -67,17 +67,16 @@ fn read_chunks(sink: &mut impl Sink, request: &Request, mut runs: &[Run]) {
     let in_one = request.flags.dont_fragment() && !only_holes;
     let mut offset = request.offset;
     while let Some(first) = runs.first() {
+        if first.length() == 0 {
+            runs = &runs[1..];
+            continue;
+        }
         let hole = first.is_hole() && !in_one;
-        let count = match in_one {
-            true => runs.len(),
-            false => runs.iter().take_while(|run| run.is_hole() == hole).count(),
-        };
+        let belongs = |run: &&Run| in_one || run.is_hole() == hole || run.length() == 0;
+        let count = runs.iter().take_while(belongs).count();
         let (group, rest) = runs.split_at(count);
         runs = rest;
         let length: u64 = group.iter().map(Run::length).sum();
-        if length == 0 {
-            continue;
-        }
         let flags = if offset + length == end { chunk::FLAG_DONE } else { 0 };
         put_chunk(sink, request.cookie, flags, offset, length as u32, hole, group);
         offset += length;
@@ -108,9 +107,9 @@ fn put_chunk(
 
 /// Answers a block status request for `base:allocation`. Section `NBD_REPLY_TYPE_BLOCK_STATUS`.
 ///
-/// `extents` begin at the request's offset. Neighbours with equal flags are joined, what reaches past
-/// the request is cut off, and at most `max_extents` are sent (one, where the client wants one): the
-/// client asks again from where the reply ended. At least one byte must be described.
+/// `extents` begin at the request's offset. Neighbours with equal flags are joined, what reaches
+/// past the request is cut off, and at most `max_extents` are sent (one, where the client wants
+/// one): the client asks again from where the reply ended. At least one byte must be described.
 pub fn block_status(
     sink: &mut impl Sink,
     session: &Session,

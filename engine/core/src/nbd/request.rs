@@ -1,5 +1,5 @@
-//! Requests of the transmission phase: cut out of the stream ([`RequestReader`]), and judged against
-//! what was negotiated ([`check`]) before anything is done for them.
+//! Requests of the transmission phase: cut out of the stream ([`RequestReader`]), and judged
+//! against what was negotiated ([`check`]) before anything is done for them.
 
 use super::constants::{REQUEST_HEADER_BYTES, REQUEST_MAGIC, command, command_flags};
 use super::{Errno, ProtocolError, Session};

@@ -183,6 +183,18 @@ fn options_too_long_are_drained_and_the_next_one_is_served() {
 }
 
 #[test]
+fn options_of_the_largest_size_are_not_too_long() {
+    let queries = ["x".repeat(4096), "y".repeat(4096), "z".repeat(4096), "w".repeat(4063)];
+    let queries: Vec<_> = queries.iter().map(|query| &**query).collect();
+    let data = meta_data("vms/a", &[&queries[..], &[""]].concat());
+    assert_eq!(data.len(), 16 << 10);
+    let longest = option(opt::LIST_META_CONTEXT, &data);
+    assert_eq!(kinds(&[structured()], longest), [rep::ACK]);
+    let too_long = option(opt::LIST_META_CONTEXT, &[&data[..], b"x"].concat());
+    assert_eq!(kinds(&[structured()], too_long), [rep::ERR_TOO_BIG]);
+}
+
+#[test]
 fn options_without_end_are_ended() {
     let options = vec![option(99, &[]); 1001];
     assert_eq!(play_options(&options).end, Err(ProtocolError::TooManyOptions(1000)));

@@ -6,6 +6,8 @@ use hci_engine_core::nbd::{
     Command, Errno, Extent, Flags, Outgoing, ReplyStyle, Request, Run, Sink, block_status, done,
     error, read,
 };
+use proptest::collection::vec;
+use proptest::prelude::*;
 use std::io::IoSlice;
 
 /// Collects a reply whole.
@@ -71,6 +73,14 @@ fn read_structured_with_empty_runs_behind_the_data_ends_once() {
     let chunks = read_chunks(0, 10, &[data(0), data(10), Run::Hole(0)]);
     let shape: Vec<_> = chunks.iter().map(|c| (c.0, c.1)).collect();
     assert_eq!(shape, [(1, 1)]);
+}
+
+/// An empty run of data once cut a hole in two, so that a read with DF got two chunks.
+#[test]
+fn read_with_empty_runs_between_holes_joins_them() {
+    let chunks = read_chunks(1 << 2, 2, &[Run::Hole(1), data(0), Run::Hole(1)]);
+    let shape: Vec<_> = chunks.iter().map(|c| (c.0, c.1, c.2.len())).collect();
+    assert_eq!(shape, [(1, 2, 12)]);
 }
 
 #[test]
@@ -167,4 +177,48 @@ fn drain(mut out: Outgoing, step: usize, slices: usize) -> Vec<u8> {
     }
     assert_eq!(out.len(), 0);
     stream
+}
+
+/// The bytes that a client makes of content chunks; checks that they neither overlap nor leave gaps.
+fn reassembled(chunks: Vec<Chunk>, offset: u64) -> Vec<u8> {
+    let (mut content, last) = (Vec::new(), chunks.len() - 1);
+    for (index, (flags, kind, mut payload)) in chunks.into_iter().enumerate() {
+        assert_eq!(flags == 1, index == last, "the last chunk and no other is the end");
+        if kind == 0 {
+            continue;
+        }
+        assert_eq!(payload.get_u64(), offset + content.len() as u64);
+        match kind {
+            1 => content.extend_from_slice(&payload),
+            _ => content.resize(content.len() + payload.get_u32() as usize, 0),
+        }
+    }
+    content
+}
+
+fn any_run() -> impl Strategy<Value = Run> {
+    prop_oneof![
+        vec(any::<u8>(), 0..20).prop_map(|data| Run::Data(Bytes::from(data))),
+        (0u32..20).prop_map(Run::Hole),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn read_of_any_runs_is_the_same_in_every_style(runs in vec(any_run(), 0..10)) {
+        let mut simple = Collected::default();
+        let length = runs.iter().map(|run| match run {
+            Run::Data(data) => data.len() as u32,
+            Run::Hole(length) => *length,
+        });
+        let length = length.sum();
+        let request = request(Command::Read, 0, 4096, length);
+        read(&mut simple, ReplyStyle::Simple, &request, &runs);
+        let content = &simple.0[16..];
+        prop_assert_eq!(content.len(), length as usize);
+        prop_assert_eq!(&reassembled(read_chunks(0, length, &runs), 4096), content);
+        let unfragmented = read_chunks(1 << 2, length, &runs);
+        prop_assert_eq!(unfragmented.len(), 1);
+        prop_assert_eq!(&reassembled(unfragmented, 4096), content);
+    }
 }

@@ -105,6 +105,15 @@ fn write_too_long_is_drained_without_keeping_it_and_the_next_is_read() {
 }
 
 #[test]
+fn write_of_the_largest_payload_is_read() {
+    let length = Limits::default().max_payload;
+    let payload = vec![3; length as usize];
+    let mut input = BytesMut::from(&request(0, cmd::WRITE, 5, 0, length, &payload)[..]);
+    let Ok(Some(Parsed::Request(parsed))) = reader().next(&mut input) else { panic!("no request") };
+    assert_eq!(parsed.payload, payload);
+}
+
+#[test]
 fn wanted_says_what_makes_the_next_request_whole() {
     let whole = request(0, cmd::WRITE, 5, 0, 4, b"data");
     let wanted = |length: usize| reader().wanted(&BytesMut::from(&whole[..length]));

@@ -1,0 +1,222 @@
+//! Image records: what this node knows, durably, of each image placed on it, and which images were
+//! deleted. A record goes through the log and, before its segment is recycled, to `images/ID/record`;
+//! a tombstone likewise to `deleted/ID`, for ever.
+//!
+//! Invariant: epoch and generation of a stored record never decrease, an epoch never changes its
+//! holder, a generation never its digest, an image never its shard size.
+
+use std::collections::HashSet;
+
+use bytes::Bytes;
+
+use crate::geometry::{ImageId, SHARD_BYTES_MAX, SHARD_BYTES_MIN};
+
+use super::disk::{Disk, DiskResult, Errno};
+use super::encoding::{Reader, push_u32, push_u64};
+use super::errors::StoreError;
+use super::index::KeyMap;
+
+const MAGIC: &[u8; 8] = b"HCIIMAGE";
+/// Longest body of a record.
+pub const BODY_BYTES_MAX: usize = 64 << 10;
+
+/// The part of an image's record that the store judges by.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RecordHead {
+    pub epoch: u64,
+    /// Who holds the epoch.
+    pub holder: [u8; 16],
+    pub generation: u64,
+    /// BLAKE3 of the in-sync sets of that generation.
+    pub digest: [u8; 32],
+    pub shard_bytes: u32,
+}
+
+/// A stored record.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ImageRecord {
+    pub head: RecordHead,
+    pub body: Bytes,
+}
+
+#[derive(Clone, Debug)]
+struct Known {
+    record: ImageRecord,
+    /// The file holds this record.
+    persisted: bool,
+}
+
+/// All images of a store.
+#[derive(Default)]
+pub struct Images {
+    known: KeyMap<ImageId, Known>,
+    deleted: HashSet<ImageId>,
+    /// Deleted images whose tombstone file or data files are still to be dealt with.
+    pending_deletes: Vec<ImageId>,
+}
+
+impl Images {
+    pub fn get(&self, image: &ImageId) -> Option<&ImageRecord> {
+        self.known.get(image).map(|known| &known.record)
+    }
+
+    pub fn ids(&self) -> impl Iterator<Item = ImageId> {
+        self.known.keys().copied()
+    }
+
+    pub fn is_deleted(&self, image: &ImageId) -> bool {
+        self.deleted.contains(image)
+    }
+
+    /// The record of an image that may be worked on.
+    pub fn require(&self, image: &ImageId) -> Result<&RecordHead, StoreError> {
+        match self.known.get(image) {
+            Some(known) => Ok(&known.record.head),
+            None if self.deleted.contains(image) => Err(StoreError::Deleted { image: *image }),
+            None => Err(StoreError::UnknownImage { image: *image }),
+        }
+    }
+
+    /// Whether `head` may be stored.
+    pub fn check(&self, image: &ImageId, head: &RecordHead) -> Result<(), StoreError> {
+        if self.deleted.contains(image) {
+            return Err(StoreError::Deleted { image: *image });
+        }
+        let fits = head.shard_bytes.is_power_of_two()
+            && (SHARD_BYTES_MIN..=SHARD_BYTES_MAX).contains(&head.shard_bytes);
+        if !fits {
+            return Err(StoreError::OutOfRange);
+        }
+        let Some(known) = self.known.get(image) else { return Ok(()) };
+        let stored = known.record.head;
+        if head.epoch < stored.epoch || head.generation < stored.generation {
+            return Err(StoreError::RecordLower { stored: Box::new(stored) });
+        }
+        let conflict = (head.epoch == stored.epoch && head.holder != stored.holder)
+            || (head.generation == stored.generation && head.digest != stored.digest)
+            || head.shard_bytes != stored.shard_bytes;
+        if conflict {
+            return Err(StoreError::RecordConflict { stored: Box::new(stored) });
+        }
+        Ok(())
+    }
+
+    /// Stores a record that `check` let pass, or one from the log. One that is older than what the
+    /// file held is skipped: the log may lag behind the file.
+    pub fn put(&mut self, image: ImageId, record: ImageRecord) {
+        if self.deleted.contains(&image) {
+            return;
+        }
+        if let Some(known) = self.known.get(&image) {
+            let (old, new) = (&known.record.head, &record.head);
+            if (new.epoch, new.generation) < (old.epoch, old.generation) {
+                return;
+            }
+        }
+        self.known.insert(image, Known { record, persisted: false });
+    }
+
+    /// A record read from its file.
+    pub fn loaded(&mut self, image: ImageId, record: ImageRecord) {
+        self.known.insert(image, Known { record, persisted: true });
+    }
+
+    /// Deletes for ever. The files are dealt with by the next checkpoint.
+    pub fn delete(&mut self, image: ImageId) {
+        self.known.remove(&image);
+        if self.deleted.insert(image) {
+            self.pending_deletes.push(image);
+        }
+    }
+
+    /// A tombstone read from its file; `leftovers` tells that data files are still there.
+    pub fn loaded_tombstone(&mut self, image: ImageId, leftovers: bool) {
+        self.deleted.insert(image);
+        if leftovers {
+            self.pending_deletes.push(image);
+        }
+    }
+
+    pub fn pending_deletes(&self) -> &[ImageId] {
+        &self.pending_deletes
+    }
+
+    /// Records that their files do not have yet.
+    pub fn unpersisted(&self) -> Vec<(ImageId, ImageRecord)> {
+        let mut list: Vec<_> = self
+            .known
+            .iter()
+            .filter(|(_, known)| !known.persisted)
+            .map(|(image, known)| (*image, known.record.clone()))
+            .collect();
+        list.sort_unstable_by_key(|(image, _)| *image);
+        list
+    }
+
+    /// A checkpoint has written these records and carried out these deletes.
+    pub fn settled(&mut self, records: &[(ImageId, ImageRecord)], deletes: &[ImageId]) {
+        for (image, record) in records {
+            if let Some(known) = self.known.get_mut(image)
+                && known.record == *record
+            {
+                known.persisted = true;
+            }
+        }
+        self.pending_deletes.retain(|image| !deletes.contains(image));
+    }
+}
+
+/// Folder of an image's files.
+pub fn image_folder(image: &ImageId) -> String {
+    format!("images/{image}")
+}
+
+/// Appends a record's head and body, as in the log.
+pub fn encode_record(record: &ImageRecord, out: &mut Vec<u8>) {
+    let head = &record.head;
+    push_u64(out, head.epoch);
+    out.extend_from_slice(&head.holder);
+    push_u64(out, head.generation);
+    out.extend_from_slice(&head.digest);
+    push_u32(out, head.shard_bytes);
+    push_u32(out, record.body.len() as u32);
+    out.extend_from_slice(&record.body);
+}
+
+/// Reads what `encode_record` wrote.
+pub fn decode_record(reader: &mut Reader<'_>) -> Option<ImageRecord> {
+    let (epoch, holder, generation) = (reader.u64()?, reader.array()?, reader.u64()?);
+    let (digest, shard_bytes) = (reader.array()?, reader.u32()?);
+    let length = reader.u32()? as usize;
+    let body = Bytes::copy_from_slice(reader.take(length)?);
+    let fits = shard_bytes.is_power_of_two()
+        && (SHARD_BYTES_MIN..=SHARD_BYTES_MAX).contains(&shard_bytes);
+    let head = RecordHead { epoch, holder, generation, digest, shard_bytes };
+    fits.then_some(ImageRecord { head, body })
+}
+
+/// Writes `images/ID/record` so that a crash leaves the old or the new one, durably.
+pub fn write_record_file(disk: &dyn Disk, image: &ImageId, record: &ImageRecord) -> DiskResult<()> {
+    let folder = image_folder(image);
+    disk.create_dir(&folder)?;
+    let mut content = Vec::new();
+    encode_record(record, &mut content);
+    super::superblock::replace_file(disk, &folder, "record", MAGIC, &content)?;
+    disk.sync_dir("images")
+}
+
+/// Reads `images/ID/record`: `Ok(None)` where there is none, `Err(None)` where it is damaged.
+pub fn read_record_file(
+    disk: &dyn Disk,
+    image: &ImageId,
+) -> Result<Option<ImageRecord>, Option<Errno>> {
+    let path = format!("{}/record", image_folder(image));
+    let content = super::superblock::read_file(disk, &path, MAGIC).map_err(Some)?;
+    match content {
+        super::superblock::Content::Missing => Ok(None),
+        super::superblock::Content::Damaged => Err(None),
+        super::superblock::Content::Whole(content) => {
+            decode_record(&mut Reader::new(&content)).map(Some).ok_or(None)
+        }
+    }
+}

@@ -1,0 +1,339 @@
+//! Reading: blocks are looked up in the log's index first, then in the shard file, layer by layer.
+
+use std::sync::Arc;
+
+use bytes::BytesMut;
+
+use crate::checksum::crc32c;
+use crate::content::Block;
+use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, ShardKey, Tag};
+
+use super::disk::{Errno, FileRef};
+use super::index::Place;
+use super::shard_file::{ShardMeta, read_meta, shard_path};
+use super::{BlockState, Store, StoreError};
+
+const BLOCK: usize = BLOCK_BYTES as usize;
+
+/// Where a block's content is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Source {
+    Nowhere,
+    Log(Place),
+    /// The shard file of that layer.
+    File(LayerId),
+}
+
+/// A block, looked up.
+#[derive(Clone, Copy, Debug)]
+pub struct Found {
+    state: BlockState,
+    source: Source,
+    layer: LayerId,
+    crc: u32,
+}
+
+const NOT_FOUND: Found =
+    Found { state: BlockState::Absent, source: Source::Nowhere, layer: 0, crc: 0 };
+
+/// One block of a shard, as a summary tells it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BlockSummary {
+    pub state: BlockState,
+    /// Tag of its last write since the last clear, else `Tag::NONE`.
+    pub tag: Tag,
+    /// Checksum that its content should have; 0 without data.
+    pub crc: u32,
+}
+
+/// One shard of one layer: what a replica compares with another's.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ShardSummary {
+    /// Generation that the shard counts as written in.
+    pub generation: u64,
+    pub blocks: Vec<BlockSummary>,
+}
+
+impl Store {
+    /// Reads `blocks` blocks from `first_block` on, resolved through `layers` (top first). Appends a
+    /// state for each to `states` and the content of the data blocks, verified, to `data`.
+    ///
+    /// `BadBlock` where one does not match its checksum; then nothing was appended.
+    #[allow(clippy::too_many_arguments)]
+    pub fn read(
+        &mut self,
+        image: &ImageId,
+        layers: &[LayerId],
+        shard: u64,
+        first_block: u32,
+        blocks: u32,
+        states: &mut Vec<BlockState>,
+        data: &mut BytesMut,
+    ) -> Result<(), StoreError> {
+        let (states_before, data_before) = (states.len(), data.len());
+        let mut found = std::mem::take(&mut self.scratch);
+        let outcome = self
+            .look_up(image, layers, shard, (first_block, blocks), &mut found)
+            .and_then(|()| self.fetch(image, shard, first_block, &found, data));
+        states.extend(found.iter().map(|found| found.state));
+        self.scratch = found;
+        if outcome.is_err() {
+            states.truncate(states_before);
+            data.truncate(data_before);
+        }
+        outcome
+    }
+
+    /// Appends the state of `blocks` blocks from `first_block` on to `states`, resolved through
+    /// `layers` (top first), without reading content.
+    pub fn status(
+        &mut self,
+        image: &ImageId,
+        layers: &[LayerId],
+        shard: u64,
+        first_block: u32,
+        blocks: u32,
+        states: &mut Vec<BlockState>,
+    ) -> Result<(), StoreError> {
+        let mut found = std::mem::take(&mut self.scratch);
+        let outcome = self.look_up(image, layers, shard, (first_block, blocks), &mut found);
+        if outcome.is_ok() {
+            states.extend(found.iter().map(|found| found.state));
+        }
+        self.scratch = found;
+        outcome
+    }
+
+    /// `read`, with the checksum of each data block beside its state.
+    #[allow(clippy::too_many_arguments)]
+    pub fn read_blocks(
+        &mut self,
+        image: &ImageId,
+        layers: &[LayerId],
+        shard: u64,
+        first_block: u32,
+        blocks: u32,
+        content: &mut Vec<Block>,
+        data: &mut BytesMut,
+    ) -> Result<(), StoreError> {
+        let data_before = data.len();
+        let mut found = std::mem::take(&mut self.scratch);
+        let outcome = self
+            .look_up(image, layers, shard, (first_block, blocks), &mut found)
+            .and_then(|()| self.fetch(image, shard, first_block, &found, data));
+        match outcome {
+            Ok(()) => content.extend(found.iter().map(|found| found.state.with(found.crc))),
+            Err(_) => data.truncate(data_before),
+        }
+        self.scratch = found;
+        outcome
+    }
+
+    /// State, tag and checksum of every block of one layer's shard, and its generation. Tags are
+    /// given only while the shard is in the dirty map.
+    pub fn summary(&mut self, key: &ShardKey) -> Result<ShardSummary, StoreError> {
+        self.check()?;
+        let shard_bytes = self.state.images.require(&key.image)?.shard_bytes;
+        let blocks = shard_bytes / BLOCK_BYTES;
+        let meta = self.meta(key, shard_bytes)?;
+        let entry = self.state.dirty.get(&key.image, key.shard);
+        let index = self.state.index.get(key);
+        let generation = meta
+            .generation
+            .max(entry.filter(|e| e.layer == key.layer).map_or(0, |e| e.generation))
+            .max(index.map_or(0, |shard| shard.generation));
+        let summary = |block| {
+            let (state, tag, crc) = match index.and_then(|shard| shard.get(block)) {
+                Some(run) => (run.state, run.tag, run.crc),
+                None => (meta.state(block), meta.tag(block), meta.crc(block)),
+            };
+            let tag = if entry.is_some_and(|e| tag >= e.first) { tag } else { Tag::NONE };
+            BlockSummary { state, tag, crc }
+        };
+        Ok(ShardSummary { generation, blocks: (0..blocks).map(summary).collect() })
+    }
+
+    /// Fills `found` with where each block is, appending the batch where one is only staged.
+    fn look_up(
+        &mut self,
+        image: &ImageId,
+        layers: &[LayerId],
+        shard: u64,
+        (first_block, blocks): (u32, u32),
+        found: &mut Vec<Found>,
+    ) -> Result<(), StoreError> {
+        self.check()?;
+        found.clear();
+        let shard_bytes = self.state.images.require(image)?.shard_bytes;
+        let end = u64::from(first_block) + u64::from(blocks);
+        if blocks == 0 || end > u64::from(shard_bytes / BLOCK_BYTES) || layers.is_empty() {
+            return Err(StoreError::OutOfRange);
+        }
+        found.resize(blocks as usize, NOT_FOUND);
+        let mut missing = blocks;
+        let mut staged = false;
+        for &layer in layers {
+            let key = ShardKey { image: *image, layer, shard };
+            let mut meta: Option<Arc<ShardMeta>> = None;
+            for (block, found) in (first_block..).zip(found.iter_mut()) {
+                if found.state != BlockState::Absent {
+                    continue;
+                }
+                let index = self.state.index.get(&key);
+                if let Some(run) = index.and_then(|shard| shard.get(block)) {
+                    let (state, source) = (run.state, Source::Log(run.place));
+                    *found = Found { state, source, layer, crc: run.crc };
+                    staged |= state == BlockState::Data && self.log.is_staged(run.place);
+                } else {
+                    let meta = match &meta {
+                        Some(meta) => meta,
+                        None => meta.insert(self.meta(&key, shard_bytes)?),
+                    };
+                    let (state, source) = (meta.state(block), Source::File(layer));
+                    *found = Found { state, source, layer, crc: meta.crc(block) };
+                }
+                missing -= u32::from(found.state != BlockState::Absent);
+            }
+            if missing == 0 {
+                break;
+            }
+        }
+        if staged { self.append() } else { Ok(()) }
+    }
+
+    /// Appends the content of the data blocks, verified.
+    fn fetch(
+        &mut self,
+        image: &ImageId,
+        shard: u64,
+        first_block: u32,
+        found: &[Found],
+        data: &mut BytesMut,
+    ) -> Result<(), StoreError> {
+        let bad = |index: usize| {
+            let block = first_block + index as u32;
+            StoreError::BadBlock { layer: found[index].layer, shard, block }
+        };
+        let mut index = 0;
+        while index < found.len() {
+            match found[index].state {
+                BlockState::Absent | BlockState::Zero => index += 1,
+                BlockState::Bad => return Err(bad(index)),
+                BlockState::Data => {
+                    let run = run_length(&found[index..]);
+                    let (file, offset) =
+                        self.source_of(image, shard, first_block + index as u32, &found[index])?;
+                    let start = data.len();
+                    match file.read_at(offset, run * BLOCK, data) {
+                        Ok(_) => {}
+                        // A bad sector somewhere in the run: what it spoiled fails its checksum.
+                        Err(Errno::IO) => read_singly(&file, offset, run, start, data),
+                        Err(errno) => return Err(errno.into()),
+                    }
+                    data.resize(start + run * BLOCK, 0);
+                    let contents = data[start..].chunks_exact(BLOCK);
+                    for (step, content) in contents.enumerate() {
+                        if crc32c(content) != found[index + step].crc {
+                            return Err(bad(index + step));
+                        }
+                    }
+                    index += run;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The file and offset of a data block.
+    fn source_of(
+        &mut self,
+        image: &ImageId,
+        shard: u64,
+        block: u32,
+        found: &Found,
+    ) -> Result<(FileRef, u64), StoreError> {
+        match found.source {
+            Source::Log(place) => {
+                let file = Arc::clone(&self.log.segment(place.segment).file);
+                Ok((file, u64::from(place.offset)))
+            }
+            Source::File(layer) => {
+                let file = self.shard_file(&ShardKey { image: *image, layer, shard })?;
+                match file {
+                    Some(file) => Ok((file, u64::from(block) * u64::from(BLOCK_BYTES))),
+                    None => Err(StoreError::BadBlock { layer, shard, block }),
+                }
+            }
+            Source::Nowhere => Err(StoreError::OutOfRange),
+        }
+    }
+
+    /// The shard's file, kept open; `None` where there is none.
+    fn shard_file(&mut self, key: &ShardKey) -> Result<Option<FileRef>, StoreError> {
+        if let Some(file) = self.files.get(key) {
+            return Ok(Some(Arc::clone(file)));
+        }
+        match self.disk.open(&shard_path(key)) {
+            Ok(file) => {
+                self.files.insert(*key, Arc::clone(&file), 1);
+                Ok(Some(file))
+            }
+            Err(Errno::NOENT) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// The shard file's metadata, kept in memory.
+    fn meta(&mut self, key: &ShardKey, shard_bytes: u32) -> Result<Arc<ShardMeta>, StoreError> {
+        if let Some(meta) = self.metas.get(key) {
+            return Ok(Arc::clone(meta));
+        }
+        let torn_allowed = self.may_be_torn(key);
+        let meta = match self.shard_file(key)? {
+            Some(file) => read_meta(&*file, key, shard_bytes, torn_allowed)?,
+            None => ShardMeta::absent(),
+        };
+        let meta = Arc::new(meta);
+        self.metas.insert(*key, Arc::clone(&meta), meta.weight());
+        Ok(meta)
+    }
+
+    /// Whether a checkpoint that was interrupted, or runs, may have left the newer slot torn.
+    pub(super) fn may_be_torn(&self, key: &ShardKey) -> bool {
+        self.unsettled.contains(key)
+            || self.checkpointing.as_ref().is_some_and(|keys| keys.contains(key))
+    }
+}
+
+/// How many of the blocks lie one after the other in one file, from the first one on.
+fn run_length(found: &[Found]) -> usize {
+    let follows = |pair: &[Found]| {
+        pair[1].state == BlockState::Data
+            && match (pair[0].source, pair[1].source) {
+                (Source::File(a), Source::File(b)) => a == b,
+                (Source::Log(a), Source::Log(b)) => {
+                    a.segment == b.segment && a.offset + BLOCK_BYTES == b.offset
+                }
+                _ => false,
+            }
+    };
+    1 + found.windows(2).take_while(|pair| follows(pair)).count()
+}
+
+/// Reads blocks one by one to `start` of `data`; those that cannot be read stay zero.
+pub(super) fn read_singly(
+    file: &FileRef,
+    offset: u64,
+    blocks: usize,
+    start: usize,
+    data: &mut BytesMut,
+) {
+    data.truncate(start);
+    for index in 0..blocks {
+        let at = start + index * BLOCK;
+        if file.read_at(offset + (index * BLOCK) as u64, BLOCK, data).is_err() {
+            data.truncate(at);
+        }
+        data.resize(at + BLOCK, 0);
+    }
+}

@@ -1,0 +1,276 @@
+//! A shard's file: data, then two slots of metadata that are written alternately.
+//!
+//! The metadata says of each block what it is and, of data, its checksum; it also holds the generation
+//! of the shard's last write and the tags of blocks while the shard is dirty. Layout in
+//! `docs/disk-format.md`, "Shard files". A slot is written after the data it describes; whatever a
+//! crash tears is still in the log. A slot that is damaged although no crash can have torn it may have
+//! been the newer one, so nothing of the shard is trusted: every block is `Bad` until it is written or
+//! copied anew.
+
+use std::io::IoSlice;
+
+use bytes::BytesMut;
+
+use crate::checksum::crc32c;
+use crate::geometry::{BLOCK_BYTES, ShardKey, Tag};
+
+use super::BlockState;
+use super::disk::{DiskFile, DiskResult};
+use super::encoding::{Reader, push_u32, push_u64};
+use super::log::PAGE_BYTES;
+
+const MAGIC: u32 = 0x5353_4348;
+const HEADER_BYTES: usize = 72;
+const TAG_BYTES: usize = 20;
+
+/// Metadata of one shard.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ShardMeta {
+    /// Counts the writes of the metadata; 0: there is no file.
+    pub version: u64,
+    /// Generation of the last write.
+    pub generation: u64,
+    /// Two bits per block.
+    states: Box<[u8]>,
+    crcs: Box<[u32]>,
+    /// Tags of blocks, by block, while the shard is dirty.
+    pub tags: Box<[(u32, Tag)]>,
+    /// In memory only: both slots are damaged and both must be written.
+    pub rewrite_both: bool,
+}
+
+impl ShardMeta {
+    /// A shard that was never written.
+    pub fn absent() -> ShardMeta {
+        let (states, crcs, tags) = (Box::default(), Box::default(), Box::default());
+        ShardMeta { version: 0, generation: 0, states, crcs, tags, rewrite_both: false }
+    }
+
+    /// A shard of `blocks` blocks, all in `state`.
+    pub fn uniform(blocks: u32, state: BlockState) -> ShardMeta {
+        let byte = state.to_u8() * 0b0101_0101;
+        let states = vec![byte; blocks.div_ceil(4) as usize].into_boxed_slice();
+        let crcs = vec![0; blocks as usize].into_boxed_slice();
+        ShardMeta { states, crcs, ..ShardMeta::absent() }
+    }
+
+    /// The same with room for all blocks.
+    pub fn with_blocks(mut self, blocks: u32) -> ShardMeta {
+        if self.crcs.is_empty() {
+            let empty = ShardMeta::uniform(blocks, BlockState::Absent);
+            (self.states, self.crcs) = (empty.states, empty.crcs);
+        }
+        self
+    }
+
+    #[inline]
+    pub fn state(&self, block: u32) -> BlockState {
+        let Some(byte) = self.states.get(block as usize / 4) else { return BlockState::Absent };
+        BlockState::from_bits(byte >> (block % 4 * 2))
+    }
+
+    #[inline]
+    pub fn crc(&self, block: u32) -> u32 {
+        self.crcs.get(block as usize).copied().unwrap_or(0)
+    }
+
+    /// Sets what a block is.
+    pub fn set(&mut self, block: u32, state: BlockState, crc: u32) {
+        let shift = block % 4 * 2;
+        let byte = &mut self.states[block as usize / 4];
+        *byte = *byte & !(0b11 << shift) | state.to_u8() << shift;
+        self.crcs[block as usize] = crc;
+    }
+
+    /// The tag kept for a block.
+    pub fn tag(&self, block: u32) -> Tag {
+        let found = self.tags.binary_search_by_key(&block, |(at, _)| *at);
+        found.map_or(Tag::NONE, |index| self.tags[index].1)
+    }
+
+    /// Memory that it takes, about.
+    pub fn weight(&self) -> usize {
+        96 + self.states.len() + 4 * self.crcs.len() + 24 * self.tags.len()
+    }
+}
+
+/// Path of a shard's file.
+pub fn shard_path(key: &ShardKey) -> String {
+    format!("{}/{:x}", shard_folder(key), key.shard)
+}
+
+/// Folder of a shard's file: spread over 256 by the index's low byte.
+pub fn shard_folder(key: &ShardKey) -> String {
+    format!("images/{}/{}/{:02x}", key.image, key.layer, key.shard & 0xff)
+}
+
+/// Bytes that each slot has in the file.
+pub fn slot_bytes(shard_bytes: u32) -> u64 {
+    let blocks = (shard_bytes / BLOCK_BYTES) as usize;
+    let most = HEADER_BYTES + blocks.div_ceil(4) + blocks * (4 + TAG_BYTES);
+    most.next_multiple_of(PAGE_BYTES as usize) as u64
+}
+
+fn slot_offset(shard_bytes: u32, version: u64) -> u64 {
+    u64::from(shard_bytes) + version % 2 * slot_bytes(shard_bytes)
+}
+
+/// Encodes a slot: whole pages.
+pub fn encode_slot(key: &ShardKey, meta: &ShardMeta) -> Vec<u8> {
+    let blocks = meta.crcs.len() as u32;
+    let mut body = Vec::with_capacity(PAGE_BYTES as usize * 2);
+    body.extend_from_slice(&meta.states);
+    let data = (0..blocks).filter(|block| meta.state(*block) == BlockState::Data);
+    data.for_each(|block| push_u32(&mut body, meta.crc(block)));
+    for (block, tag) in &meta.tags {
+        push_u32(&mut body, *block);
+        push_u64(&mut body, tag.epoch);
+        push_u64(&mut body, tag.sequence);
+    }
+    let mut slot = Vec::with_capacity(HEADER_BYTES + body.len() + PAGE_BYTES as usize);
+    push_u32(&mut slot, MAGIC);
+    push_u32(&mut slot, blocks);
+    push_u64(&mut slot, meta.version);
+    push_u64(&mut slot, meta.generation);
+    slot.extend_from_slice(&key.image.0);
+    push_u64(&mut slot, key.shard);
+    push_u32(&mut slot, key.layer);
+    push_u32(&mut slot, meta.tags.len() as u32);
+    push_u32(&mut slot, body.len() as u32);
+    push_u32(&mut slot, crc32c(&body));
+    push_u32(&mut slot, 0);
+    let checksum = crc32c(&slot);
+    push_u32(&mut slot, checksum);
+    assert_eq!(slot.len(), HEADER_BYTES, "the header's fields fill it");
+    slot.extend_from_slice(&body);
+    slot.resize(slot.len().next_multiple_of(PAGE_BYTES as usize), 0);
+    slot
+}
+
+/// What a slot holds.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Slot {
+    /// Never written: zeros, or past the file's end.
+    Empty,
+    /// Not what was written; its version where that can still be told.
+    Damaged(Option<u64>),
+    Whole(Box<ShardMeta>),
+}
+
+/// Reads a slot from `bytes`, which may be shorter than the slot.
+pub fn decode_slot(key: &ShardKey, blocks: u32, bytes: &[u8]) -> Slot {
+    let head = &bytes[..bytes.len().min(HEADER_BYTES)];
+    if head.iter().all(|byte| *byte == 0) {
+        let rest_is_zero = bytes.iter().all(|byte| *byte == 0);
+        return if rest_is_zero { Slot::Empty } else { Slot::Damaged(None) };
+    }
+    let Some((version, header)) = decode_slot_header(key, blocks, head) else {
+        return Slot::Damaged(None);
+    };
+    let damaged = Slot::Damaged(Some(version));
+    let Some(body) = bytes.get(HEADER_BYTES..HEADER_BYTES + header.body_bytes) else {
+        return damaged;
+    };
+    if crc32c(body) != header.body_checksum {
+        return damaged;
+    }
+    let meta = decode_slot_body(blocks, version, &header, body);
+    meta.map_or(damaged, |meta| Slot::Whole(Box::new(meta)))
+}
+
+struct SlotHeader {
+    generation: u64,
+    tags: usize,
+    body_bytes: usize,
+    body_checksum: u32,
+}
+
+fn decode_slot_header(key: &ShardKey, blocks: u32, head: &[u8]) -> Option<(u64, SlotHeader)> {
+    let mut reader = Reader::new(head);
+    let fixed = head.get(..HEADER_BYTES - 4)?;
+    if reader.u32()? != MAGIC || reader.u32()? != blocks {
+        return None;
+    }
+    let (version, generation) = (reader.u64()?, reader.u64()?);
+    let named = (reader.array::<16>()?, reader.u64()?, reader.u32()?);
+    let (tags, body_bytes) = (reader.u32()? as usize, reader.u32()? as usize);
+    let (body_checksum, _, checksum) = (reader.u32()?, reader.u32()?, reader.u32()?);
+    let fits = named == (key.image.0, key.shard, key.layer) && checksum == crc32c(fixed);
+    fits.then_some((version, SlotHeader { generation, tags, body_bytes, body_checksum }))
+}
+
+fn decode_slot_body(blocks: u32, version: u64, header: &SlotHeader, body: &[u8]) -> Option<ShardMeta> {
+    let mut reader = Reader::new(body);
+    let mut meta = ShardMeta::uniform(blocks, BlockState::Absent);
+    meta.states = reader.take(meta.states.len())?.into();
+    (meta.version, meta.generation) = (version, header.generation);
+    for block in 0..blocks {
+        if meta.state(block) == BlockState::Data {
+            meta.crcs[block as usize] = reader.u32()?;
+        }
+    }
+    let mut tags = Vec::with_capacity(header.tags.min(blocks as usize));
+    for _ in 0..header.tags {
+        let block = reader.u32()?;
+        tags.push((block, Tag { epoch: reader.u64()?, sequence: reader.u64()? }));
+    }
+    meta.tags = tags.into_boxed_slice();
+    reader.is_empty().then_some(meta)
+}
+
+/// Writes the metadata into the slot of its version (not synced).
+pub fn write_meta(
+    file: &dyn DiskFile,
+    key: &ShardKey,
+    shard_bytes: u32,
+    meta: &ShardMeta,
+) -> DiskResult<()> {
+    let slot = encode_slot(key, meta);
+    assert!(slot.len() as u64 <= slot_bytes(shard_bytes), "a slot holds any metadata");
+    file.write_at(slot_offset(shard_bytes, meta.version), &mut [IoSlice::new(&slot)])
+}
+
+/// Reads the metadata of an existing file. `torn_allowed`: a crash may have torn the newer slot, and
+/// the log still has what it described.
+pub fn read_meta(
+    file: &dyn DiskFile,
+    key: &ShardKey,
+    shard_bytes: u32,
+    torn_allowed: bool,
+) -> DiskResult<ShardMeta> {
+    let blocks = shard_bytes / BLOCK_BYTES;
+    let slot_length = slot_bytes(shard_bytes) as usize;
+    let read = |version: u64| -> DiskResult<Slot> {
+        let mut bytes = BytesMut::new();
+        let offset = slot_offset(shard_bytes, version);
+        match file.read_at(offset, slot_length, &mut bytes) {
+            Ok(_) => Ok(decode_slot(key, blocks, &bytes)),
+            Err(super::disk::Errno::IO) => Ok(Slot::Damaged(None)),
+            Err(errno) => Err(errno),
+        }
+    };
+    Ok(choose(read(0)?, read(1)?, blocks, torn_allowed))
+}
+
+/// The metadata that two slots amount to.
+fn choose(even: Slot, odd: Slot, blocks: u32, torn_allowed: bool) -> ShardMeta {
+    let known = |slot: &Slot| match slot {
+        Slot::Whole(meta) => meta.version,
+        Slot::Damaged(version) => version.unwrap_or(0),
+        Slot::Empty => 0,
+    };
+    let version = known(&even).max(known(&odd));
+    let lost = || ShardMeta { version, ..ShardMeta::uniform(blocks, BlockState::Bad) };
+    match (even, odd) {
+        (Slot::Whole(even), Slot::Whole(odd)) => {
+            if even.version > odd.version { *even } else { *odd }
+        }
+        (Slot::Whole(whole), Slot::Empty) | (Slot::Empty, Slot::Whole(whole)) => *whole,
+        (Slot::Whole(whole), Slot::Damaged(other)) | (Slot::Damaged(other), Slot::Whole(whole)) => {
+            let older = other.is_some_and(|version| version < whole.version);
+            if older || torn_allowed { *whole } else { lost() }
+        }
+        _ if torn_allowed => ShardMeta { version, rewrite_both: true, ..ShardMeta::absent() },
+        _ => ShardMeta { rewrite_both: true, ..lost() },
+    }
+}

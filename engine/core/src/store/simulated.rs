@@ -1,0 +1,674 @@
+//! A disk in memory that keeps, over a power cut, what was synced and nothing else for sure.
+//!
+//! Everything not synced survives or not by the seed: each 512-byte sector of a write, each punch and
+//! each change of length on its own, each name until its folder was synced. Every operation that
+//! changes something is a counted step; the power can be cut, or the process killed, at any of them.
+//! The same calls with the same seeds give the same disk.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::io::IoSlice;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::BytesMut;
+
+use super::disk::{Disk, DiskFile, DiskResult, Errno, FileRef, LockGuard};
+
+const PAGE: u64 = 4096;
+const SECTOR: usize = 512;
+type Page = Arc<[u8; PAGE as usize]>;
+
+/// A seeded sequence of numbers (SplitMix64).
+#[derive(Clone, Debug)]
+pub struct Seeded(u64);
+
+impl Seeded {
+    pub fn new(seed: u64) -> Seeded {
+        Seeded(seed)
+    }
+
+    /// The next number.
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A number below `bound`.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound.max(1)
+    }
+
+    /// True in `percent` of all cases.
+    pub fn chance(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+}
+
+/// Bytes with holes.
+#[derive(Clone, Default)]
+struct Content {
+    pages: BTreeMap<u64, Page>,
+    length: u64,
+}
+
+impl Content {
+    fn write(&mut self, offset: u64, bytes: &[u8]) {
+        let (mut at, mut rest) = (offset, bytes);
+        while !rest.is_empty() {
+            let within = (at % PAGE) as usize;
+            let count = rest.len().min(PAGE as usize - within);
+            let page = self.pages.entry(at / PAGE).or_insert_with(|| Arc::new([0; PAGE as usize]));
+            Arc::make_mut(page)[within..within + count].copy_from_slice(&rest[..count]);
+            (at, rest) = (at + count as u64, &rest[count..]);
+        }
+        self.length = self.length.max(offset + bytes.len() as u64);
+    }
+
+    fn read(&self, offset: u64, length: usize, out: &mut BytesMut) -> usize {
+        let length = length.min(self.length.saturating_sub(offset) as usize);
+        let mut at = offset;
+        while at < offset + length as u64 {
+            let within = (at % PAGE) as usize;
+            let count = (PAGE as usize - within).min((offset + length as u64 - at) as usize);
+            match self.pages.get(&(at / PAGE)) {
+                Some(page) => out.extend_from_slice(&page[within..within + count]),
+                None => out.resize(out.len() + count, 0),
+            }
+            at += count as u64;
+        }
+        length
+    }
+
+    fn punch(&mut self, offset: u64, length: u64) {
+        let (mut at, end) = (offset, offset + length);
+        while at < end {
+            let count = (PAGE - at % PAGE).min(end - at);
+            if count == PAGE {
+                self.pages.remove(&(at / PAGE));
+            } else if let Some(page) = self.pages.get_mut(&(at / PAGE)) {
+                let within = (at % PAGE) as usize;
+                Arc::make_mut(page)[within..within + count as usize].fill(0);
+            }
+            at += count;
+        }
+    }
+
+    fn set_len(&mut self, length: u64) {
+        if length < self.length {
+            let end = self.length.next_multiple_of(PAGE);
+            self.punch(length, end - length);
+        }
+        self.length = length;
+    }
+
+    fn apply(&mut self, change: &Change) {
+        match change {
+            Change::Write(offset, bytes) => self.write(*offset, bytes),
+            Change::Punch(offset, length) => self.punch(*offset, *length),
+            Change::SetLen(length) => self.set_len(*length),
+        }
+    }
+}
+
+/// A change of a file that is not synced.
+#[derive(Clone)]
+enum Change {
+    Write(u64, Vec<u8>),
+    Punch(u64, u64),
+    SetLen(u64),
+}
+
+#[derive(Clone, Default)]
+struct Inode {
+    cached: Content,
+    durable: Content,
+    unsynced: Vec<Change>,
+}
+
+impl Inode {
+    fn sync(&mut self) {
+        for change in std::mem::take(&mut self.unsynced) {
+            self.durable.apply(&change);
+        }
+    }
+
+    /// Keeps a random part of what was not synced.
+    fn power_cut(&mut self, random: &mut Seeded) {
+        let keep = [0, 15, 50, 85, 100][random.below(5) as usize];
+        for change in std::mem::take(&mut self.unsynced) {
+            match change {
+                Change::Write(offset, bytes) => self.tear(offset, &bytes, keep, random),
+                other if random.chance(keep) => self.durable.apply(&other),
+                _ => {}
+            }
+        }
+        self.cached = self.durable.clone();
+    }
+
+    fn tear(&mut self, offset: u64, bytes: &[u8], keep: u64, random: &mut Seeded) {
+        let grows = random.chance(keep);
+        let length = self.durable.length;
+        let mut start = 0;
+        while start < bytes.len() {
+            let within = (offset as usize + start) % SECTOR;
+            let end = (start + SECTOR - within).min(bytes.len());
+            if random.chance(keep) {
+                self.durable.write(offset + start as u64, &bytes[start..end]);
+            }
+            start = end;
+        }
+        // Data past the end is there only if the new length is too.
+        self.durable.set_len(if grows { length.max(offset + bytes.len() as u64) } else { length });
+    }
+}
+
+/// A change of names that is not synced, with the folder that it belongs to.
+#[derive(Clone)]
+enum NameChange {
+    Link(String, u64),
+    Unlink(String),
+    Rename(String, String),
+    MakeFolder(String),
+    RemoveFolder(String),
+}
+
+impl NameChange {
+    fn folder(&self) -> &str {
+        match self {
+            NameChange::Link(path, _)
+            | NameChange::Unlink(path)
+            | NameChange::Rename(_, path)
+            | NameChange::MakeFolder(path)
+            | NameChange::RemoveFolder(path) => folder_of(path),
+        }
+    }
+}
+
+#[derive(Clone, Default)]
+struct Names {
+    files: BTreeMap<String, u64>,
+    folders: BTreeSet<String>,
+}
+
+impl Names {
+    fn apply(&mut self, change: &NameChange) {
+        match change {
+            NameChange::Link(path, inode) => {
+                self.files.insert(path.clone(), *inode);
+            }
+            NameChange::Unlink(path) => {
+                self.files.remove(path);
+            }
+            NameChange::Rename(from, to) => {
+                if let Some(inode) = self.files.remove(from) {
+                    self.files.insert(to.clone(), inode);
+                }
+            }
+            NameChange::MakeFolder(path) => {
+                self.folders.insert(path.clone());
+            }
+            NameChange::RemoveFolder(path) => {
+                self.folders.remove(path);
+            }
+        }
+    }
+
+    fn has_folder(&self, path: &str) -> bool {
+        path.is_empty() || self.folders.contains(path)
+    }
+}
+
+fn folder_of(path: &str) -> &str {
+    path.rsplit_once('/').map_or("", |(folder, _)| folder)
+}
+
+/// What goes wrong at a step.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Crash {
+    /// The step is under way when the power goes: it may survive in part.
+    PowerCut,
+    /// The process is killed before the step's call.
+    Kill,
+}
+
+#[derive(Default)]
+struct State {
+    inodes: HashMap<u64, Inode>,
+    next_inode: u64,
+    names: Names,
+    durable_names: Names,
+    unsynced_names: Vec<NameChange>,
+    locked: BTreeSet<String>,
+    /// Raised by every crash; what was opened before it is dead.
+    run: u64,
+    steps: u64,
+    crash_at: Option<(u64, Crash)>,
+    crashed: bool,
+    capacity_bytes: Option<u64>,
+    allocated_bytes: u64,
+    failing_syncs: Option<(u64, Errno)>,
+    bad_sectors: BTreeSet<(u64, u64)>,
+}
+
+impl State {
+    /// Counts a step. Gives whether it is to be done, or the error that stands for the crash;
+    /// `Ok(false)`: do it, then fail.
+    fn step(&mut self, run: u64) -> DiskResult<bool> {
+        self.alive(run)?;
+        self.steps += 1;
+        match self.crash_at {
+            Some((step, crash)) if self.steps >= step => {
+                self.crashed = true;
+                if crash == Crash::Kill { Err(Errno::IO) } else { Ok(false) }
+            }
+            _ => Ok(true),
+        }
+    }
+
+    fn alive(&self, run: u64) -> DiskResult<()> {
+        if self.crashed || run != self.run { Err(Errno::IO) } else { Ok(()) }
+    }
+
+    fn inode(&mut self, inode: u64) -> DiskResult<&mut Inode> {
+        self.inodes.get_mut(&inode).ok_or(Errno::IO)
+    }
+
+    fn change(&mut self, run: u64, inode: u64, change: Change) -> DiskResult<()> {
+        let goes_on = self.step(run)?;
+        let capacity = self.capacity_bytes;
+        let others = self.allocated_bytes;
+        let node = self.inode(inode)?;
+        let before = node.cached.pages.len() as u64 * PAGE;
+        let undo = capacity.map(|_| node.cached.clone());
+        node.cached.apply(&change);
+        let allocated = others - before + node.cached.pages.len() as u64 * PAGE;
+        if let (Some(capacity), Some(undo)) = (capacity, undo)
+            && allocated > capacity
+            && allocated > others
+        {
+            node.cached = undo;
+            return Err(Errno::NOSPC);
+        }
+        node.unsynced.push(change);
+        self.allocated_bytes = allocated;
+        if goes_on { Ok(()) } else { Err(Errno::IO) }
+    }
+
+    fn change_name(&mut self, run: u64, change: NameChange) -> DiskResult<()> {
+        let goes_on = self.step(run)?;
+        self.names.apply(&change);
+        self.unsynced_names.push(change);
+        if goes_on { Ok(()) } else { Err(Errno::IO) }
+    }
+
+    fn sync_names(&mut self, folder: &str) {
+        let all = std::mem::take(&mut self.unsynced_names);
+        for change in all {
+            if change.folder() == folder {
+                self.durable_names.apply(&change);
+            } else {
+                self.unsynced_names.push(change);
+            }
+        }
+    }
+
+    fn restart(&mut self) {
+        self.run += 1;
+        self.crashed = false;
+        self.crash_at = None;
+        self.locked.clear();
+        let live: BTreeSet<u64> = self.names.files.values().copied().collect();
+        let durable: BTreeSet<u64> = self.durable_names.files.values().copied().collect();
+        self.inodes.retain(|inode, _| live.contains(inode) || durable.contains(inode));
+        let pages = self.inodes.values().map(|inode| inode.cached.pages.len() as u64);
+        self.allocated_bytes = pages.sum::<u64>() * PAGE;
+    }
+}
+
+/// The simulated disk. Cheap to share; all handles see the same disk.
+#[derive(Clone, Default)]
+pub struct SimDisk {
+    state: Arc<Mutex<State>>,
+}
+
+/// The disk as one run of a process sees it.
+struct SimRun {
+    disk: SimDisk,
+    run: u64,
+}
+
+struct SimFile {
+    disk: SimDisk,
+    run: u64,
+    inode: u64,
+}
+
+struct SimLock {
+    disk: SimDisk,
+    run: u64,
+    path: String,
+}
+
+impl SimDisk {
+    pub fn new() -> SimDisk {
+        SimDisk::default()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The disk for one run of a process: dead after the next crash.
+    pub fn run(&self) -> Arc<dyn Disk> {
+        Arc::new(SimRun { disk: self.clone(), run: self.state().run })
+    }
+
+    /// Steps done so far.
+    pub fn steps(&self) -> u64 {
+        self.state().steps
+    }
+
+    /// From that step on nothing works any more, until `power_cut` or `kill`.
+    pub fn crash_at(&self, step: u64, crash: Crash) {
+        self.state().crash_at = Some((step, crash));
+    }
+
+    /// Whether the step of `crash_at` was reached.
+    pub fn has_crashed(&self) -> bool {
+        self.state().crashed
+    }
+
+    /// The power goes: only what was synced is sure to be there afterwards.
+    pub fn power_cut(&self, seed: u64) {
+        let mut random = Seeded::new(seed);
+        let state = &mut *self.state();
+        let keep = [0, 20, 50, 80, 100][random.below(5) as usize];
+        for change in std::mem::take(&mut state.unsynced_names) {
+            if random.chance(keep) {
+                state.durable_names.apply(&change);
+            }
+        }
+        let State { durable_names, inodes, .. } = state;
+        let folders = durable_names.folders.clone();
+        let rooted = |path: &str| {
+            let mut folder = folder_of(path);
+            while !folder.is_empty() && folders.contains(folder) {
+                folder = folder_of(folder);
+            }
+            folder.is_empty()
+        };
+        durable_names.files.retain(|path, _| rooted(path));
+        durable_names.folders.retain(|path| rooted(path));
+        let mut numbers: Vec<u64> = inodes.keys().copied().collect();
+        numbers.sort_unstable();
+        for number in numbers {
+            if let Some(inode) = inodes.get_mut(&number) {
+                inode.power_cut(&mut random);
+            }
+        }
+        state.names = state.durable_names.clone();
+        state.restart();
+    }
+
+    /// The process dies: everything that it wrote is still there, but not durable for that.
+    pub fn kill(&self) {
+        self.state().restart();
+    }
+
+    /// Inverts the byte at `offset` of a file, durably. Gives false where there is no such byte.
+    pub fn corrupt(&self, path: &str, offset: u64) -> bool {
+        let state = &mut *self.state();
+        let Some(inode) = state.names.files.get(path).and_then(|i| state.inodes.get_mut(i)) else {
+            return false;
+        };
+        if offset >= inode.cached.length {
+            return false;
+        }
+        for content in [&mut inode.cached, &mut inode.durable] {
+            let mut byte = BytesMut::new();
+            content.read(offset, 1, &mut byte);
+            let flipped = !byte.first().copied().unwrap_or(0);
+            content.write(offset, &[flipped]);
+        }
+        true
+    }
+
+    /// Reads that touch the page at `offset` of a file fail with EIO from now on.
+    pub fn break_page(&self, path: &str, offset: u64) {
+        let state = &mut *self.state();
+        if let Some(inode) = state.names.files.get(path) {
+            state.bad_sectors.insert((*inode, offset / PAGE));
+        }
+    }
+
+    /// The sync after `count` more ones, and it alone, fails and forgets what was not durable.
+    pub fn fail_sync(&self, count: u64, errno: Errno) {
+        self.state().failing_syncs = Some((count, errno));
+    }
+
+    /// Sets the capacity; writes that would take more fail with ENOSPC.
+    pub fn set_capacity(&self, bytes: Option<u64>) {
+        self.state().capacity_bytes = bytes;
+    }
+
+    /// Bytes in use.
+    pub fn allocated_bytes(&self) -> u64 {
+        self.state().allocated_bytes
+    }
+
+    /// Paths of all files, in order.
+    pub fn paths(&self) -> Vec<String> {
+        self.state().names.files.keys().cloned().collect()
+    }
+
+    /// A disk with the same content, on its own from now on.
+    pub fn fork(&self) -> SimDisk {
+        let state = self.state();
+        let copy = State {
+            inodes: state.inodes.clone(),
+            next_inode: state.next_inode,
+            names: state.names.clone(),
+            durable_names: state.durable_names.clone(),
+            unsynced_names: state.unsynced_names.clone(),
+            allocated_bytes: state.allocated_bytes,
+            capacity_bytes: state.capacity_bytes,
+            bad_sectors: state.bad_sectors.clone(),
+            run: state.run + 1,
+            ..State::default()
+        };
+        SimDisk { state: Arc::new(Mutex::new(copy)) }
+    }
+}
+
+impl DiskFile for SimFile {
+    fn read_at(&self, offset: u64, length: usize, out: &mut BytesMut) -> DiskResult<usize> {
+        let state = &mut *self.disk.state();
+        state.alive(self.run)?;
+        let pages = (self.inode, offset / PAGE)..(self.inode, (offset + length as u64).div_ceil(PAGE));
+        if length > 0 && state.bad_sectors.range(pages).next().is_some() {
+            return Err(Errno::IO);
+        }
+        Ok(state.inode(self.inode)?.cached.read(offset, length, out))
+    }
+
+    fn write_at(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> DiskResult<()> {
+        let bytes: Vec<u8> = slices.iter().flat_map(|slice| slice.iter().copied()).collect();
+        self.disk.state().change(self.run, self.inode, Change::Write(offset, bytes))
+    }
+
+    fn sync_data(&self) -> DiskResult<()> {
+        let state = &mut *self.disk.state();
+        if !state.step(self.run)? {
+            return Err(Errno::IO);
+        }
+        if let Some((count, errno)) = state.failing_syncs {
+            if count == 0 {
+                state.failing_syncs = None;
+                // The kernel counts the pages as clean from now on: a retry would lie.
+                state.inode(self.inode)?.unsynced.clear();
+                return Err(errno);
+            }
+            state.failing_syncs = Some((count - 1, errno));
+        }
+        state.inode(self.inode)?.sync();
+        Ok(())
+    }
+
+    fn punch_hole(&self, offset: u64, length: u64) -> DiskResult<()> {
+        self.disk.state().change(self.run, self.inode, Change::Punch(offset, length))
+    }
+
+    fn allocate(&self, offset: u64, length: u64) -> DiskResult<()> {
+        let state = &mut *self.disk.state();
+        state.alive(self.run)?;
+        let node = state.inode(self.inode)?;
+        let pages = (offset / PAGE)..(offset + length).div_ceil(PAGE);
+        let missing: Vec<u64> = pages.filter(|p| !node.cached.pages.contains_key(p)).collect();
+        let end = node.cached.length;
+        for page in missing {
+            let zeros = vec![0; PAGE as usize];
+            state.change(self.run, self.inode, Change::Write(page * PAGE, zeros))?;
+        }
+        let node = state.inode(self.inode)?;
+        if node.cached.length > end {
+            node.cached.length = end;
+            node.unsynced.push(Change::SetLen(end));
+        }
+        Ok(())
+    }
+
+    fn set_len(&self, length: u64) -> DiskResult<()> {
+        self.disk.state().change(self.run, self.inode, Change::SetLen(length))
+    }
+
+    fn length(&self) -> DiskResult<u64> {
+        let state = &mut *self.disk.state();
+        state.alive(self.run)?;
+        Ok(state.inode(self.inode)?.cached.length)
+    }
+
+    fn allocated_bytes(&self) -> DiskResult<u64> {
+        let state = &mut *self.disk.state();
+        state.alive(self.run)?;
+        Ok(state.inode(self.inode)?.cached.pages.len() as u64 * PAGE)
+    }
+}
+
+impl SimRun {
+    fn file(&self, inode: u64) -> FileRef {
+        Arc::new(SimFile { disk: self.disk.clone(), run: self.run, inode })
+    }
+}
+
+impl Disk for SimRun {
+    fn open(&self, path: &str) -> DiskResult<FileRef> {
+        let state = self.disk.state();
+        state.alive(self.run)?;
+        let inode = *state.names.files.get(path).ok_or(Errno::NOENT)?;
+        Ok(self.file(inode))
+    }
+
+    fn create(&self, path: &str) -> DiskResult<FileRef> {
+        let state = &mut *self.disk.state();
+        state.alive(self.run)?;
+        if let Some(inode) = state.names.files.get(path) {
+            return Ok(self.file(*inode));
+        }
+        if !state.names.has_folder(folder_of(path)) {
+            return Err(Errno::NOENT);
+        }
+        let inode = state.next_inode;
+        state.next_inode += 1;
+        state.inodes.insert(inode, Inode::default());
+        state.change_name(self.run, NameChange::Link(path.to_owned(), inode))?;
+        Ok(self.file(inode))
+    }
+
+    fn list(&self, folder: &str) -> DiskResult<Vec<String>> {
+        let state = self.disk.state();
+        state.alive(self.run)?;
+        let inside = |path: &&String| folder_of(path) == folder && !path.is_empty();
+        let files = state.names.files.keys().filter(inside);
+        let folders = state.names.folders.iter().filter(inside);
+        let name = |path: &String| path.rsplit('/').next().unwrap_or_default().to_owned();
+        Ok(files.chain(folders).map(name).collect())
+    }
+
+    fn rename(&self, from: &str, to: &str) -> DiskResult<()> {
+        assert_eq!(folder_of(from), folder_of(to), "renames stay within one folder");
+        let state = &mut *self.disk.state();
+        if !state.names.files.contains_key(from) {
+            return Err(Errno::NOENT);
+        }
+        state.change_name(self.run, NameChange::Rename(from.to_owned(), to.to_owned()))
+    }
+
+    fn unlink(&self, path: &str) -> DiskResult<()> {
+        let state = &mut *self.disk.state();
+        if state.names.folders.contains(path) {
+            return Err(Errno::ISDIR);
+        }
+        if !state.names.files.contains_key(path) {
+            return state.alive(self.run);
+        }
+        state.change_name(self.run, NameChange::Unlink(path.to_owned()))
+    }
+
+    fn create_dir(&self, path: &str) -> DiskResult<()> {
+        let state = &mut *self.disk.state();
+        if state.names.folders.contains(path) {
+            return state.alive(self.run);
+        }
+        if !state.names.has_folder(folder_of(path)) {
+            return Err(Errno::NOENT);
+        }
+        state.change_name(self.run, NameChange::MakeFolder(path.to_owned()))
+    }
+
+    fn remove_dir(&self, path: &str) -> DiskResult<()> {
+        if !self.list(path)?.is_empty() {
+            return Err(Errno::NOTEMPTY);
+        }
+        let state = &mut *self.disk.state();
+        if !state.names.folders.contains(path) {
+            return state.alive(self.run);
+        }
+        state.change_name(self.run, NameChange::RemoveFolder(path.to_owned()))
+    }
+
+    fn sync_dir(&self, folder: &str) -> DiskResult<()> {
+        let state = &mut *self.disk.state();
+        if !state.step(self.run)? {
+            return Err(Errno::IO);
+        }
+        state.sync_names(folder);
+        Ok(())
+    }
+
+    fn space(&self) -> DiskResult<(u64, u64)> {
+        let state = self.disk.state();
+        state.alive(self.run)?;
+        let capacity = state.capacity_bytes.unwrap_or(1 << 40);
+        Ok((capacity, capacity.saturating_sub(state.allocated_bytes)))
+    }
+
+    fn lock(&self, path: &str) -> DiskResult<LockGuard> {
+        let state = &mut *self.disk.state();
+        state.alive(self.run)?;
+        if !state.locked.insert(path.to_owned()) {
+            return Err(Errno::WOULDBLOCK);
+        }
+        Ok(Box::new(SimLock { disk: self.disk.clone(), run: self.run, path: path.to_owned() }))
+    }
+}
+
+impl Drop for SimLock {
+    fn drop(&mut self) {
+        let mut state = self.disk.state();
+        if state.run == self.run {
+            state.locked.remove(&self.path);
+        }
+    }
+}

@@ -1,0 +1,102 @@
+"""What both daemons share: logs, signals, addresses, and when to end."""
+
+import fcntl
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO
+
+import structlog
+
+from hci.config import Endpoint
+from hci.errors import DaemonError
+
+LOCK_WAIT_S = 10.0
+"""How long a new process waits for its predecessor to end and free the lock."""
+
+
+def log_to_stderr() -> None:
+    """Write logs as one line each, with time and level, to stderr (journald or a file)."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"]),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+class Ending:
+    """Says when to end: on SIGTERM or SIGINT, or when a part of the daemon fails."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self.failure: str | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: self._event.set())
+
+    def fail(self, why: str) -> None:
+        """End with an error."""
+        self.failure = self.failure or why
+        self._event.set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Return whether it is time to end, at the latest after `timeout_s`."""
+        return self._event.wait(timeout_s)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to end."""
+        return self._event.is_set()
+
+    def raise_failure(self) -> None:
+        """Raise DaemonError if a part has failed."""
+        if self.failure is not None:
+            raise DaemonError(self.failure)
+
+
+def take_lock(path: Path) -> IO[bytes]:
+    """Lock a file that only this process's death frees. Raises DaemonError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("ab")
+    deadline_s = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline_s:
+                file.close()
+                raise DaemonError(f"another process holds {path}: stop it first") from None
+            time.sleep(0.05)
+        else:
+            return file
+
+
+def boot_id() -> str:
+    """Return the kernel's id of this boot, 32 hex digits."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
+
+
+def numeric(address: Endpoint | str) -> str:
+    """Return `HOST:PORT` with the host's first address. Raises OSError where it has none."""
+    endpoint = address if isinstance(address, Endpoint) else Endpoint.parse(address)
+    found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+    host = str(found[0][4][0])
+    return str(Endpoint(host, endpoint.port))
+
+
+def activated_socket() -> socket.socket | None:
+    """Return the listening socket that the supervisor passed (sd_listen_fds(3)), if it did."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return None
+    if os.environ.get("LISTEN_FDS") != "1":
+        raise DaemonError("one socket is expected in LISTEN_FDS: that of NBD clients")
+    return socket.socket(fileno=3)

@@ -1,0 +1,249 @@
+"""The storage node's daemon: opens the store, serves it, registers in etcd, answers `hci`."""
+
+import os
+import secrets
+import threading
+from collections.abc import Iterator
+
+import grpc
+import structlog
+
+from engine import VERSION, Node
+from etcd import keys
+from etcd.client import EtcdClient
+from etcd.errors import EtcdError
+from etcd.interface import Notice, Reread
+from etcd.lease import Session
+from etcd.records import ImageRecord, NodeRecord
+from hci import control, daemon
+from hci import control_pb2 as pb
+from hci.config import Config, NodeConfig
+from hci.control_pb2_grpc import NodeControlServicer, add_NodeControlServicer_to_server
+from hci.errors import DaemonError
+from shard.digest import digest
+from shard.errors import HciError
+from shard.ids import ImageId, image_id
+from vmstore.catalog import Catalog
+from vmstore.errors import ForeignStore, OtherCluster, StoreBehind, UnknownImage
+
+log = structlog.get_logger()
+
+POLL_S = 0.5
+RETRY_S = 1.0
+
+
+def serve(config: Config, name: str) -> None:
+    """Be the storage node `name` until told to stop. Raises DaemonError, ConfigError."""
+    daemon.log_to_stderr()
+    ending = daemon.Ending()
+    NodeDaemon(config, config.node(name), ending).run()
+    ending.raise_failure()
+
+
+class NodeDaemon:
+    """One storage node. Serves data as soon as its store is open, whether etcd answers or not."""
+
+    def __init__(self, config: Config, own: NodeConfig, ending: daemon.Ending) -> None:
+        self.config = config
+        self.own = own
+        self.ending = ending
+        self.registered = False
+        self.trouble = ""
+        self.engine = self._open_store()
+        self.etcd = EtcdClient([str(endpoint) for endpoint in config.cluster.etcd])
+        self.catalog = Catalog(self.etcd)
+        self._session: Session | None = None
+        self._session_lost = threading.Event()
+
+    def run(self) -> None:
+        """Serve until it is time to end."""
+        own, engine = self.own, self.engine
+        try:
+            server = control.server(
+                own.name,
+                own.control,
+                lambda server: add_NodeControlServicer_to_server(NodeControl(self), server),
+            )
+        except HciError:
+            engine.stop()
+            raise
+        try:
+            self._listen()
+            log.info("node_started", node=own.name, instance=engine.start_counter,
+                     listen=str(own.listen), version=VERSION)  # fmt: skip
+            self._look_after()
+            while not self.ending.wait(POLL_S):
+                self._look_after()
+        finally:
+            server.stop(grace=1).wait()
+            if self._session is not None:
+                self._session.close()
+            self.etcd.close()
+            engine.stop()
+            log.info("node_stopped", node=own.name)
+
+    def _open_store(self) -> Node:
+        own = self.own
+        try:
+            own.data_dir.mkdir(parents=True, exist_ok=True)
+            return Node(
+                str(own.data_dir),
+                cluster=self.config.cluster.id,
+                name=own.name,
+                new_store_id=secrets.token_hex(16),
+                boot=daemon.boot_id(),
+                log_bytes=own.log_bytes,
+            )
+        except (OSError, RuntimeError) as error:
+            raise DaemonError(f"node {own.name} cannot use {own.data_dir}: {error}") from error
+
+    def _listen(self) -> None:
+        own = self.own
+        try:
+            self.engine.listen_tcp(daemon.numeric(own.listen))
+        except OSError as error:
+            raise DaemonError(
+                f"node {own.name} cannot listen at {own.listen}: {error.strerror or error}; "
+                "is the port in use?"
+            ) from error
+        if own.socket is None:
+            return
+        try:
+            own.socket.parent.mkdir(parents=True, exist_ok=True)
+            self.engine.listen_unix(str(own.socket))
+        except OSError as error:
+            raise DaemonError(f"node {own.name} cannot listen at {own.socket}: {error}") from error
+
+    def _look_after(self) -> None:
+        failure = self.engine.failure()
+        if failure is not None:
+            self.ending.fail(f"node {self.own.name}: {failure}")
+            return
+        if self._session_lost.is_set():
+            self._session_lost.clear()
+            self.registered = False
+        if not self.registered:
+            self._register()
+
+    def _register(self) -> None:
+        """Say in etcd who and where we are, and that we are alive; try again where it is away."""
+        try:
+            self.catalog.init_cluster(self.config.cluster.id)
+            session = Session(self.etcd, on_lost=self._session_lost.set)
+            status = self.engine.status()
+            record = NodeRecord(
+                name=self.own.name,
+                address=str(self.own.listen),
+                control=str(self.own.control),
+                socket=str(self.own.socket) if self.own.socket is not None else None,
+                host=self.own.host,
+                zone=self.own.zone,
+                labels={},
+                capacity_bytes=status["capacity_bytes"],
+                store_id=self.engine.store_id,
+                start_counter=self.engine.start_counter,
+            )
+            self.catalog.announce_node(record, session.lease)
+            self._session = session.start()
+            self.etcd.watch(keys.TOMBSTONES, self._on_tombstones)
+            self._bury_all()
+        except (OtherCluster, ForeignStore, StoreBehind) as error:
+            self.ending.fail(str(error))
+        except EtcdError as error:
+            if not self.trouble:
+                log.warning("registration_waits", node=self.own.name, why=str(error))
+            self.trouble = str(error)
+            self.ending.wait(RETRY_S)
+        else:
+            self.registered, self.trouble = True, ""
+            log.info("node_registered", node=self.own.name)
+
+    def _on_tombstones(self, notice: Notice) -> None:
+        """Images were deleted somewhere: their data goes here too."""
+        found = notice.items if isinstance(notice, Reread) else notice.changes
+        for key in [item.key for item in found if item.value is not None]:
+            self.bury(image_id(key.removeprefix(keys.TOMBSTONES)))
+
+    def _bury_all(self) -> None:
+        for image in self.catalog.tombstones():
+            self.bury(image)
+
+    def bury(self, image: ImageId) -> None:
+        """Delete an image's data for ever."""
+        try:
+            self.engine.delete(image)
+        except (RuntimeError, TimeoutError) as error:
+            log.error("delete_failed", node=self.own.name, image=image, why=str(error))
+
+    def state(self) -> "pb.NodeStatus.State":
+        """Return the node's state."""
+        if self.engine.failure() is not None:
+            return pb.NodeStatus.STATE_FAILED
+        if self.ending.due:
+            return pb.NodeStatus.STATE_STOPPING
+        return pb.NodeStatus.STATE_SERVING if self.registered else pb.NodeStatus.STATE_STARTING
+
+
+class NodeControl(NodeControlServicer):
+    """Answers `hci`."""
+
+    def __init__(self, node: NodeDaemon) -> None:
+        self._node = node
+
+    def Status(self, request: pb.NodeStatusRequest, context: grpc.ServicerContext) -> pb.NodeStatus:
+        node = self._node
+        status = node.engine.status()
+        return pb.NodeStatus(
+            name=node.own.name,
+            state=node.state(),
+            trouble=node.engine.failure() or node.trouble,
+            version=VERSION,
+            cluster_id=node.config.cluster.id,
+            store_id=node.engine.store_id,
+            start_counter=node.engine.start_counter,
+            capacity_bytes=status["capacity_bytes"],
+            used_bytes=status["capacity_bytes"] - status["free_bytes"],
+            images=status["images"],
+            connections=status["connections"],
+            counters={
+                "flush_number": status["flush_number"],
+                "log_bytes": status["log_bytes"],
+                "dirty_shards": status["dirty_shards"],
+                "pid": os.getpid(),
+            },
+            data_dir=str(node.own.data_dir),
+        )
+
+    def Usage(self, request: pb.UsageRequest, context: grpc.ServicerContext) -> pb.UsageReply:
+        engine = self._node.engine
+        ids = request.image_ids or [
+            str(entry.image.record.id) for entry in self._node.catalog.images()
+        ]
+        return pb.UsageReply(physical_bytes={image: engine.usage(image) for image in ids})
+
+    def Digest(
+        self, request: pb.DigestRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.ShardDigest]:
+        record = self._record(request.image_id)
+        layers = [layer.id for layer in record.layers]
+        for shard in range(request.first_shard, request.first_shard + request.shards):
+            try:
+                content = self._node.engine.read_shard(record.id, layers, shard)
+            except ValueError as error:
+                context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+            if content is not None:
+                yield pb.ShardDigest(shard=shard, blake3=digest([content]))
+
+    def _record(self, image: str) -> ImageRecord:
+        return self._node.catalog.image(image_id(image)).record
+
+    def Delete(self, request: pb.DeleteRequest, context: grpc.ServicerContext) -> pb.DeleteReply:
+        image = image_id(request.image_id)
+        if image not in self._node.catalog.tombstones():
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"image {image} was not deleted")
+        try:
+            freed = self._node.engine.usage(image)
+        except (OSError, UnknownImage):
+            freed = 0
+        self._node.bury(image)
+        return pb.DeleteReply(freed_bytes=freed)
