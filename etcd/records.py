@@ -333,6 +333,21 @@ class ImageRecord(Record):
         """Who is in sync, by this record."""
         return Membership(self.policy, self.sets, self.stale, self.generation, self.epoch)
 
+    def is_behind(self, known: "ImageRecord") -> bool:
+        """Whether this record must be refused by whoever stored `known` of the same image.
+
+        So it is where its epoch or generation is lower, and where one is equal but says another
+        thing: an epoch of another holder, a generation with other nodes in sync.
+        """
+        if self.epoch < known.epoch or self.generation < known.generation:
+            return True
+        if self.epoch == known.epoch and self.holder != known.holder:
+            return True
+        return self.generation == known.generation and (self.sets, self.stale) != (
+            known.sets,
+            known.stale,
+        )
+
     def _fields(self) -> dict[str, Json]:
         stale: dict[str, Json] = {
             str(index): dict(nodes) for index, nodes in self.membership.stale.items()

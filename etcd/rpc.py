@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import etcd3.etcdrpc as pb  # type: ignore[import-untyped]
-import grpc  # type: ignore[import-untyped]
+import grpc
 
 from etcd.errors import ClientClosed, EtcdRefused, LeaseNotFound
 from etcd.interface import (

@@ -5,6 +5,7 @@ HciError                    one line for a person (`shard.errors`)
 ├── ControlError            a daemon could not be asked
 │   ├── Unreachable         no answer; start it, or ask again
 │   └── Refused             it answered that it cannot; the text says why
+├── DaemonError             a daemon cannot start, or a part of it has failed
 ├── DevError                a cluster on this machine did not do what was asked
 └── Unsupported             this build or machine lacks what was asked for
 """
@@ -40,6 +41,10 @@ class Unreachable(ControlError):
 
 class Refused(ControlError):
     """The daemon answered that it cannot. Its text is shown as it is."""
+
+
+class DaemonError(HciError):
+    """A daemon cannot start, or a part of it has failed; the text says which and why."""
 
 
 class DevError(HciError):

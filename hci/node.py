@@ -12,7 +12,7 @@ from engine import VERSION, Node
 from etcd import keys
 from etcd.client import EtcdClient
 from etcd.errors import EtcdError
-from etcd.interface import Changes, Notice, Reread
+from etcd.interface import Notice, Reread
 from etcd.lease import Session
 from etcd.records import ImageRecord, NodeRecord
 from hci import control, daemon
@@ -71,7 +71,8 @@ class NodeDaemon:
             self._listen()
             log.info("node_started", node=own.name, instance=engine.start_counter,
                      listen=str(own.listen), version=VERSION)  # fmt: skip
-            while not self.ending.wait(0 if not self.registered else POLL_S):
+            self._look_after()
+            while not self.ending.wait(POLL_S):
                 self._look_after()
         finally:
             server.stop(grace=1).wait()
@@ -159,11 +160,8 @@ class NodeDaemon:
 
     def _on_tombstones(self, notice: Notice) -> None:
         """Images were deleted somewhere: their data goes here too."""
-        if isinstance(notice, Reread):
-            items = [item.key for item in notice.items]
-        else:
-            items = [item.key for item in notice.changed] if isinstance(notice, Changes) else []
-        for key in items:
+        found = notice.items if isinstance(notice, Reread) else notice.changes
+        for key in [item.key for item in found if item.value is not None]:
             self.bury(image_id(key.removeprefix(keys.TOMBSTONES)))
 
     def _bury_all(self) -> None:

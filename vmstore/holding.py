@@ -200,7 +200,7 @@ class Holding:
                 raise HistoryLost(known.id, (known.epoch, known.generation), (0, 0))
             raise LeaseLost(known.id, None)
         found = now.record
-        if _is_behind(found, known):
+        if found.is_behind(known):
             raise HistoryLost(
                 known.id, (known.epoch, known.generation), (found.epoch, found.generation)
             )
@@ -209,12 +209,3 @@ class Holding:
         if found.epoch > known.epoch or (current is None and not lease_may_be_gone):
             raise LeaseLost(known.id, None)
         raise RecordChanged(f"image {known.id}")
-
-
-def _is_behind(found: ImageRecord, known: ImageRecord) -> bool:
-    """Whether a record is lower than a known one, or equal and different."""
-    if found.epoch < known.epoch or found.generation < known.generation:
-        return True
-    if found.epoch == known.epoch and found.holder != known.holder:
-        return True
-    return found.generation == known.generation and found.stale != known.stale

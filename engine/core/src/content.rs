@@ -11,6 +11,8 @@ pub enum Block {
     Zero,
     /// Data with this CRC32C.
     Data(u32),
+    /// Damaged on every replica: reading it is an error until it is written.
+    Bad,
 }
 
 impl Block {

@@ -48,9 +48,9 @@ impl Node {
         let config = StoreConfig::new(cluster, &name, parse_id(new_store_id)?.0, log_bytes);
         let boot = parse_id(boot)?.0;
         py.detach(|| {
-            let disk = RealDisk::open(Path::new(data_dir))
+            let disk = RealDisk::open_dir(Path::new(data_dir))
                 .map_err(|errno| PyOSError::new_err((errno.raw_os_error(), data_dir.to_string())))?;
-            let (store, recovery) = Store::open(Arc::new(disk), &config).map_err(refused)?;
+            let (store, recovery) = Store::open(disk, &config).map_err(refused)?;
             if recovery.damaged {
                 return Err(PyRuntimeError::new_err(
                     "the log is damaged: writes that were flushed are missing from it",

@@ -20,6 +20,13 @@ class SlowEtcd(MemoryEtcd):
         return ttl_s
 
 
+class GenerousEtcd(MemoryEtcd):
+    """Gives a lease more time than was asked for, as etcd does with short ones."""
+
+    def refresh_lease(self, lease: int) -> int:
+        return super().refresh_lease(lease) + 20
+
+
 def session_of(etcd: MemoryEtcd, lost: list[str] | None = None) -> Session:
     said = [] if lost is None else lost
     return Session(etcd, on_lost=lambda: said.append("lost"), clock_s=lambda: etcd.now_s)
@@ -33,6 +40,13 @@ def test_session_counts_its_time_from_sending() -> None:
     assert session.renew()
     assert session.deadline_s == 14
     assert session.remaining_s() == 7
+
+
+def test_session_never_counts_on_more_than_it_asked_for() -> None:
+    etcd = GenerousEtcd()
+    session = session_of(etcd)
+    assert session.renew()
+    assert session.remaining_s() == 10
 
 
 def test_session_runs_down_while_etcd_is_away_and_recovers() -> None:

@@ -243,6 +243,28 @@ def test_any_bytes_decode_or_are_refused(value: bytes) -> None:
         NodeRecord.decode("/hci/x", value)
 
 
+@pytest.mark.parametrize(
+    ("offered", "is_behind"),
+    [
+        (IMAGE, False),
+        (replace(IMAGE, size_bytes=20 << 30), False),
+        (replace(IMAGE, epoch=4, holder="e" * 32), False),
+        (replace(IMAGE, generation=8, stale={}), False),
+        (replace(IMAGE, epoch=2), True),
+        (replace(IMAGE, epoch=4, holder="e" * 32, generation=6, stale={}), True),
+        (replace(IMAGE, epoch=2, generation=9), True),
+        (replace(IMAGE, holder="e" * 32), True),
+        (replace(IMAGE, stale={}), True),
+        (replace(IMAGE, epoch=4, holder="e" * 32, stale={0: {"c": 6}}), True),
+        (replace(IMAGE, sets=(("a", "b", "d"),)), True),
+    ],
+)
+def test_record_lower_or_equal_and_different_is_behind(
+    offered: ImageRecord, is_behind: bool
+) -> None:
+    assert offered.is_behind(IMAGE) is is_behind
+
+
 def test_image_record_gives_its_membership() -> None:
     assert IMAGE.membership.in_sync(0) == ("a", "c")
     assert IMAGE.membership.epoch == 3

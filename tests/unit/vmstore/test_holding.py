@@ -294,6 +294,12 @@ def test_lease_that_another_had_meanwhile_is_not_taken_again(cluster: Cluster) -
         cluster.holding.retake_lease(held, cluster.etcd.grant_lease(10))
 
 
+def test_lease_that_still_lives_is_not_taken_again(cluster: Cluster) -> None:
+    held = cluster.open(1)
+    with pytest.raises(RecordChanged, match="the lease of image"):
+        cluster.holding.retake_lease(held, cluster.etcd.grant_lease(10))
+
+
 def test_lease_taken_again_outdates_changes_sent_under_the_former_one(cluster: Cluster) -> None:
     """A transaction that was on its way while the lease lapsed must not come through later."""
     held = cluster.open(1)

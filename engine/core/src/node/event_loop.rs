@@ -441,7 +441,7 @@ impl EventLoop {
                 },
                 Command::ReadShard(ask) => drop(ask.done.send(self.read_shard(&ask))),
                 Command::LogBytes { image, done } => {
-                    drop(done.send(self.store.log_resident_bytes(&image)));
+                    let _ = done.send(self.store.log_resident_bytes(&image));
                 }
                 Command::Status(done) => drop(done.send(self.status())),
                 Command::Stop => return Ok(false),
@@ -469,7 +469,7 @@ impl EventLoop {
         let (mut blocks, mut data) = (Vec::new(), BytesMut::new());
         let count = shard_bytes / BLOCK_BYTES;
         let (image, layers) = (&ask.image, &ask.layers);
-        self.store.read(image, layers, ask.shard, 0, count, &mut blocks, &mut data)?;
+        self.store.read_blocks(image, layers, ask.shard, 0, count, &mut blocks, &mut data)?;
         if !blocks.iter().any(|block| block.is_data()) {
             return Ok(None);
         }

@@ -192,7 +192,7 @@ impl Requests<'_> {
         scratch.data.reserve(io.length as usize);
         let (states, data) = (&mut scratch.states, &mut scratch.data);
         let (image, layers, shard) = (&session.image, &session.layers, io.shard);
-        self.store.read(image, layers, shard, first, blocks, states, data)?;
+        self.store.read_blocks(image, layers, shard, first, blocks, states, data)?;
         let payload = scratch.data.split().freeze();
         Ok(self.answer_blocks(payload))
     }
@@ -201,10 +201,12 @@ impl Requests<'_> {
         let io = Io::take(frame.head.clone())?;
         let session = self.session(frame, io.epoch)?.clone();
         let (first, blocks) = block_range(&io)?;
-        self.scratch.states.clear();
-        let states = &mut self.scratch.states;
+        let mut states = Vec::with_capacity(blocks as usize);
         let (image, layers, shard) = (&session.image, &session.layers, io.shard);
-        self.store.status(image, layers, shard, first, blocks, states)?;
+        self.store.status(image, layers, shard, first, blocks, &mut states)?;
+        // Checksums are for readers of data; whoever asks for states has none to check.
+        self.scratch.states.clear();
+        self.scratch.states.extend(states.into_iter().map(|state| state.with(0)));
         Ok(self.answer_blocks(Bytes::new()))
     }
 
@@ -338,7 +340,7 @@ impl Requests<'_> {
         let end = asked.first_block.checked_add(asked.blocks).ok_or(Refused::Close)?;
         let range = asked.first_block as usize..end as usize;
         let blocks = summary.blocks.get(range).ok_or(Refused::Close)?;
-        let blocks = blocks.iter().map(|block| (block.block, block.tag)).collect();
+        let blocks = blocks.iter().map(|block| (block.state.with(block.crc), block.tag)).collect();
         Ok((key, asked, BlocksReply { generation: summary.generation, blocks }))
     }
 
@@ -356,7 +358,7 @@ impl Requests<'_> {
         scratch.states.clear();
         let (states, data) = (&mut scratch.states, &mut scratch.data);
         let (first, blocks) = (asked.first_block, asked.blocks);
-        self.store.read(&key.image, &[key.layer], key.shard, first, blocks, states, data)?;
+        self.store.read_blocks(&key.image, &[key.layer], key.shard, first, blocks, states, data)?;
         let payload = scratch.data.split().freeze();
         Ok(self.answer(&reply, payload))
     }

@@ -312,7 +312,7 @@ fn extents_of(blocks: &[Block], skip: u32, length: u32) -> Vec<Extent> {
             let (hole, zero) = match group[0] {
                 Block::Absent => (true, true),
                 Block::Zero => (false, true),
-                Block::Data(_) => (false, false),
+                Block::Data(_) | Block::Bad => (false, false),
             };
             Extent { length, hole, zero }
         })

@@ -259,9 +259,9 @@ impl Copier<'_> {
     ) -> Result<(FileRef, ShardMeta), Failure> {
         let ShardPlan { key, shard_bytes, .. } = plan;
         let disk = &*self.job.disk;
-        let file = match disk.open(&shard_path(key)) {
-            Err(Errno::NOENT) => create_shard(disk, key, folders)?,
-            other => other?,
+        let (file, is_new) = match disk.open(&shard_path(key)) {
+            Err(Errno::NOENT) => (create_shard(disk, key, folders)?, true),
+            other => (other?, false),
         };
         if plan.unsettled {
             folders.extend(parents(key));
@@ -270,6 +270,7 @@ impl Copier<'_> {
         }
         let old = match &plan.meta {
             Some(meta) => ShardMeta::clone(meta),
+            None if is_new => ShardMeta::absent(),
             None => read_meta(&*file, key, *shard_bytes, plan.unsettled)?,
         };
         let rewrite_both = old.rewrite_both;

@@ -43,6 +43,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use crate::content::Block;
 use crate::geometry::{ImageId, LayerId, ShardKey, Tag};
 
 pub use checkpoint::{CheckpointDone, CheckpointJob};
@@ -79,6 +80,25 @@ impl BlockState {
     /// The state's number on disk and on the wire.
     pub fn to_u8(self) -> u8 {
         self as u8
+    }
+
+    /// A block's content as state and checksum (0 without data), and back.
+    pub fn of(block: Block) -> (BlockState, u32) {
+        match block {
+            Block::Absent => (BlockState::Absent, 0),
+            Block::Zero => (BlockState::Zero, 0),
+            Block::Data(crc) => (BlockState::Data, crc),
+            Block::Bad => (BlockState::Bad, 0),
+        }
+    }
+
+    pub fn with(self, crc: u32) -> Block {
+        match self {
+            BlockState::Absent => Block::Absent,
+            BlockState::Zero => Block::Zero,
+            BlockState::Data => Block::Data(crc),
+            BlockState::Bad => Block::Bad,
+        }
     }
 
     /// The state of that number.
@@ -187,6 +207,11 @@ impl Store {
     pub fn append(&mut self) -> Result<(), StoreError> {
         self.check()?;
         self.log.append().map_err(|errno| self.fail(errno))
+    }
+
+    /// The store's id, drawn when it was created.
+    pub fn id(&self) -> [u8; 16] {
+        self.superblock.uuid
     }
 
     /// The store's start counter.

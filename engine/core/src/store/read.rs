@@ -5,6 +5,7 @@ use std::sync::Arc;
 use bytes::BytesMut;
 
 use crate::checksum::crc32c;
+use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, ShardKey, Tag};
 
 use super::disk::{Errno, FileRef};
@@ -98,6 +99,31 @@ impl Store {
         let outcome = self.look_up(image, layers, shard, (first_block, blocks), &mut found);
         if outcome.is_ok() {
             states.extend(found.iter().map(|found| found.state));
+        }
+        self.scratch = found;
+        outcome
+    }
+
+    /// `read`, with the checksum of each data block beside its state.
+    #[allow(clippy::too_many_arguments)]
+    pub fn read_blocks(
+        &mut self,
+        image: &ImageId,
+        layers: &[LayerId],
+        shard: u64,
+        first_block: u32,
+        blocks: u32,
+        content: &mut Vec<Block>,
+        data: &mut BytesMut,
+    ) -> Result<(), StoreError> {
+        let data_before = data.len();
+        let mut found = std::mem::take(&mut self.scratch);
+        let outcome = self
+            .look_up(image, layers, shard, (first_block, blocks), &mut found)
+            .and_then(|()| self.fetch(image, shard, first_block, &found, data));
+        match outcome {
+            Ok(()) => content.extend(found.iter().map(|found| found.state.with(found.crc))),
+            Err(_) => data.truncate(data_before),
         }
         self.scratch = found;
         outcome

@@ -10,7 +10,7 @@ use super::encoding::{Reader, put_u32, put_u64};
 use super::{BlockState, Stamp};
 
 /// Bytes of the fixed header.
-pub const HEADER_BYTES: usize = 112;
+pub const HEADER_BYTES: usize = 104;
 const MAGIC: u32 = 0x4C49_4348;
 /// Bytes per block in the variable part of a write record.
 pub const WRITE_EXTRA: usize = 4;

@@ -271,12 +271,14 @@ pub fn take_write(head: Bytes, checksums: &mut Vec<u32>) -> Result<Io, Short> {
     Ok(io)
 }
 
-/// A block on the wire: a byte 0 (absent), 1 (zero) or 2 (data) and the CRC32C (0 without data).
+/// A block on the wire: a byte 0 (absent), 1 (zero), 2 (data) or 3 (bad) and the CRC32C (0 without
+/// data).
 fn put_block(out: &mut BytesMut, block: Block) {
     let (state, checksum) = match block {
         Block::Absent => (0, 0),
         Block::Zero => (1, 0),
         Block::Data(checksum) => (2, checksum),
+        Block::Bad => (3, 0),
     };
     out.put_u8(state);
     out.put_u32_le(checksum);
@@ -288,6 +290,7 @@ fn take_block(f: &mut Fields) -> Result<Block, Short> {
         0 => Ok(Block::Absent),
         1 => Ok(Block::Zero),
         2 => Ok(Block::Data(checksum)),
+        3 => Ok(Block::Bad),
         _ => Err(Short),
     }
 }

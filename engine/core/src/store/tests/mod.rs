@@ -1,1 +1,8 @@
+//! Tests of the whole store on the simulated disk; `rig` drives it beside a model.
 
+mod crash;
+mod images;
+mod model;
+mod read_write;
+mod rig;
+mod rot;

@@ -1,0 +1,242 @@
+//! What is written is read back, wherever it is.
+
+use super::rig::*;
+use crate::geometry::{BLOCK_BYTES, Tag};
+use crate::store::{BlockState, CopyBlock, StoreError, WriteOp};
+use bytes::Bytes;
+
+use crate::checksum::crc32c;
+
+#[test]
+fn write_is_read_back_staged_appended_checkpointed_and_restarted() {
+    let mut rig = Rig::new();
+    rig.fill(0, 3, 2, 7);
+    assert_eq!(rig.content(0, 3, 2), vec![7; 2 * BLOCK], "staged");
+    rig.store.append().expect("append");
+    assert_eq!(rig.content(0, 3, 2), vec![7; 2 * BLOCK], "in the log");
+    rig.checkpoint();
+    assert_eq!(rig.content(0, 3, 2), vec![7; 2 * BLOCK], "in the shard file");
+    let (mut rig, _) = rig.restart();
+    assert_eq!(rig.content(0, 2, 4), [vec![0; BLOCK], vec![7; 2 * BLOCK], vec![0; BLOCK]].concat());
+}
+
+#[test]
+fn partial_write_is_merged_with_old_content_wherever_that_is() {
+    let mut rig = Rig::new();
+    rig.fill(0, 0, 3, 1);
+    rig.write(0, 100, &[2; 50]);
+    rig.checkpoint();
+    rig.write(0, BLOCK_BYTES - 10, &[3; 20]);
+    rig.store.append().expect("append");
+    rig.write(0, 2 * BLOCK_BYTES - 1, &[4; 2]);
+    let mut expected = vec![1; 3 * BLOCK];
+    expected[100..150].fill(2);
+    expected[BLOCK - 10..BLOCK + 10].fill(3);
+    expected[2 * BLOCK - 1..2 * BLOCK + 1].fill(4);
+    assert_eq!(rig.content(0, 0, 3), expected);
+    rig.checkpoint();
+    assert_eq!(rig.content(0, 0, 3), expected);
+}
+
+#[test]
+fn partial_write_over_two_blocks_keeps_both_edges() {
+    let mut rig = Rig::new();
+    rig.fill(0, 0, 4, 9);
+    rig.write(0, 1000, &[5; 3 * BLOCK]);
+    let mut expected = vec![9; 4 * BLOCK];
+    expected[1000..1000 + 3 * BLOCK].fill(5);
+    assert_eq!(rig.content(0, 0, 4), expected);
+}
+
+#[test]
+fn write_with_a_wrong_checksum_is_refused_and_nothing_changes() {
+    let mut rig = Rig::new();
+    let op = WriteOp { image: IMAGE, layers: &[1], shard: 0, offset: 0, stamp: rig.stamp };
+    let refused = rig.store.write(&op, &[1], Bytes::from(vec![1; BLOCK]));
+    assert_eq!(refused, Err(StoreError::BadChecksum { block: 0 }));
+    assert_eq!(rig.read_layers(&[1], 0, 0, 1), Ok((vec![BlockState::Absent], vec![])));
+    assert!(rig.dirty().is_empty());
+}
+
+#[test]
+fn ranges_outside_the_shard_are_refused() {
+    let mut rig = Rig::new();
+    let past = rig.write_layers(&[1], 0, SHARD_BYTES - 10, &[0; 20]);
+    assert_eq!(past, Err(StoreError::OutOfRange));
+    assert_eq!(rig.write_layers(&[1], 0, 0, &[]), Err(StoreError::OutOfRange));
+    assert_eq!(rig.write_layers(&[], 0, 0, &[1]), Err(StoreError::OutOfRange));
+    assert_eq!(rig.read_layers(&[1], 0, SHARD_BLOCKS, 1), Err(StoreError::OutOfRange));
+    assert_eq!(rig.read_layers(&[1], 0, u32::MAX, 2), Err(StoreError::OutOfRange));
+}
+
+#[test]
+fn zero_makes_blocks_absent_and_merges_edges() {
+    let mut rig = Rig::new();
+    rig.fill(0, 0, 6, 8);
+    rig.checkpoint();
+    let op = WriteOp { image: IMAGE, layers: &[1], shard: 0, offset: 100, stamp: rig.stamp };
+    rig.store.zero(&op, 4 * BLOCK_BYTES, false).expect("zero");
+    let check = |rig: &mut Rig| {
+        let (states, data) = rig.read_layers(&[1], 0, 0, 6).expect("read");
+        use BlockState::{Absent, Data};
+        assert_eq!(states, [Data, Absent, Absent, Absent, Data, Data]);
+        let mut expected = vec![8; 6 * BLOCK];
+        expected[100..100 + 4 * BLOCK].fill(0);
+        assert_eq!(flatten(&states, &data), expected);
+    };
+    check(&mut rig);
+    let usage = rig.store.usage_handle();
+    let before = usage.physical_bytes(&IMAGE).expect("usage");
+    rig.checkpoint();
+    check(&mut rig);
+    let after = usage.physical_bytes(&IMAGE).expect("usage");
+    assert!(after < before, "the holes were punched: {before} {after}");
+    let (mut rig, _) = rig.restart();
+    check(&mut rig);
+}
+
+#[test]
+fn zero_within_one_block_is_merged_and_of_an_absent_block_changes_nothing() {
+    let mut rig = Rig::new();
+    rig.fill(0, 0, 1, 8);
+    for shard in [0, 1] {
+        let op = WriteOp { image: IMAGE, layers: &[1], shard, offset: 10, stamp: rig.stamp };
+        rig.store.zero(&op, 20, false).expect("zero");
+    }
+    let mut expected = vec![8; BLOCK];
+    expected[10..30].fill(0);
+    assert_eq!(rig.content(0, 0, 1), expected);
+    assert_eq!(rig.read_layers(&[1], 1, 0, 1), Ok((vec![BlockState::Absent], vec![])));
+}
+
+#[test]
+fn zero_that_keeps_its_space_is_explicit_and_allocated() {
+    let mut rig = Rig::new();
+    let op = WriteOp { image: IMAGE, layers: &[1], shard: 0, offset: 0, stamp: rig.stamp };
+    rig.store.zero(&op, 64 * BLOCK_BYTES, true).expect("zero");
+    rig.checkpoint();
+    let usage = rig.store.usage_handle().physical_bytes(&IMAGE).expect("usage");
+    assert!(usage >= 64 * u64::from(BLOCK_BYTES), "{usage}");
+    assert_eq!(rig.read_layers(&[1], 0, 0, 1), Ok((vec![BlockState::Zero], vec![])));
+}
+
+#[test]
+fn layers_show_the_topmost_block_and_an_explicit_zero_hides_those_below() {
+    let mut rig = Rig::new();
+    rig.fill(0, 0, 4, 1);
+    rig.checkpoint();
+    rig.write_layers(&[2, 1], 0, BLOCK_BYTES, &[2; BLOCK]).expect("write");
+    let op = WriteOp { image: IMAGE, layers: &[2, 1], shard: 0, offset: 2 * BLOCK_BYTES, stamp: rig.stamp };
+    rig.store.zero(&op, BLOCK_BYTES, false).expect("zero");
+    rig.write_layers(&[2, 1], 0, 3 * BLOCK_BYTES, &[3; 10]).expect("partial over the parent");
+    for _ in 0..2 {
+        let (states, data) = rig.read_layers(&[2, 1], 0, 0, 5).expect("read");
+        use BlockState::{Absent, Data, Zero};
+        assert_eq!(states, [Data, Data, Zero, Data, Absent]);
+        let mut expected = [vec![1; BLOCK], vec![2; BLOCK], vec![0; BLOCK], vec![1; BLOCK]].concat();
+        expected.extend(vec![0; BLOCK]);
+        expected[3 * BLOCK..3 * BLOCK + 10].fill(3);
+        assert_eq!(flatten(&states, &data), expected);
+        assert_eq!(rig.content(0, 0, 4), vec![1; 4 * BLOCK], "the layer below is as it was");
+        rig.checkpoint();
+    }
+    let mut states = Vec::new();
+    rig.store.status(&IMAGE, &[2, 1], 0, 1, 2, &mut states).expect("status");
+    assert_eq!(states, [BlockState::Data, BlockState::Zero]);
+}
+
+#[test]
+fn copy_keeps_tags_states_and_the_higher_generation() {
+    let mut rig = Rig::new();
+    let tag = |sequence| Tag { epoch: 1, sequence };
+    let content = Bytes::from([vec![6; BLOCK], vec![7; BLOCK]].concat());
+    let crc = |index: usize| crc32c(&content[index * BLOCK..][..BLOCK]);
+    let blocks = [
+        CopyBlock { block: 1, state: BlockState::Data, tag: tag(5), crc: crc(0) },
+        CopyBlock { block: 2, state: BlockState::Zero, tag: tag(6), crc: 0 },
+        CopyBlock { block: 9, state: BlockState::Data, tag: Tag::NONE, crc: crc(1) },
+        CopyBlock { block: 10, state: BlockState::Bad, tag: Tag::NONE, crc: 0 },
+    ];
+    rig.store.copy(&Rig::key(4), &blocks, content.clone(), 3).expect("copy");
+    for _ in 0..2 {
+        let summary = rig.store.summary(&Rig::key(4)).expect("summary");
+        assert_eq!(summary.generation, 3);
+        for block in &blocks {
+            let found = summary.blocks[block.block as usize];
+            assert_eq!((found.state, found.tag, found.crc), (block.state, block.tag, block.crc));
+        }
+        assert_eq!(rig.content(4, 9, 1), vec![7; BLOCK]);
+        let bad = StoreError::BadBlock { layer: 1, shard: 4, block: 10 };
+        assert_eq!(rig.read_layers(&[1], 4, 10, 1), Err(bad));
+        assert_eq!(rig.dirty(), [4]);
+        rig.checkpoint();
+    }
+    rig.fill(4, 10, 1, 1);
+    assert_eq!(rig.content(4, 10, 1), vec![1; BLOCK], "a write makes a bad block good");
+    let wrong = [CopyBlock { crc: 1, ..blocks[0] }];
+    let refused = rig.store.copy(&Rig::key(4), &wrong, content.slice(..BLOCK), 3);
+    assert_eq!(refused, Err(StoreError::BadChecksum { block: 1 }));
+}
+
+#[test]
+fn full_log_refuses_data_takes_small_records_and_recovers_by_a_checkpoint() {
+    let mut rig = Rig::new();
+    let mut written = 0;
+    let error = loop {
+        match rig.write_layers(&[1], written % 5, (written as u32 / 5) * BLOCK_BYTES, &[1; BLOCK]) {
+            Ok(_) => written += 1,
+            Err(error) => break error,
+        }
+        // Only files are created, nothing is applied.
+        if rig.store.log.slot_wanted().is_some() {
+            while let Some(slot) = rig.store.log.slot_wanted() {
+                let file = crate::store::log::create_segment(&*rig.store.disk, slot, 64 << 10);
+                rig.store.log.add_free(slot, file.expect("a segment"));
+            }
+        }
+    };
+    assert_eq!(error, StoreError::LogFull);
+    assert!(written > 80, "{written} blocks fit into 512 KiB");
+    for generation in 2..6 {
+        rig.store.put_record(IMAGE, head(1, generation), Bytes::new()).expect("there is a reserve");
+        rig.sync();
+    }
+    let job = rig.store.begin_checkpoint(false).expect("begins").expect("one is due");
+    rig.store.finish_checkpoint(job.run()).expect("succeeds");
+    rig.write_layers(&[1], 0, 0, &[1; BLOCK]).expect("room again");
+    assert_eq!(rig.content(1, 0, 2), vec![1; 2 * BLOCK]);
+    rig.sync();
+    let (mut rig, recovery) = rig.power_cut(3);
+    assert!(!recovery.damaged);
+    assert_eq!(rig.content(1, 0, 2), vec![1; 2 * BLOCK]);
+}
+
+#[test]
+fn request_larger_than_the_log_can_hold_is_refused() {
+    let mut rig = Rig::new();
+    let refused = rig.write_layers(&[1], 0, 0, &vec![1; SHARD_BYTES as usize]);
+    assert_eq!(refused, Err(StoreError::TooLarge));
+}
+
+#[test]
+fn checkpoint_without_space_leaves_everything_in_the_log_and_succeeds_later() {
+    let mut rig = Rig::new();
+    (0..8).for_each(|shard| rig.fill(shard, 0, 2, shard as u8 + 1));
+    rig.sync();
+    rig.disk.set_capacity(Some(rig.disk.allocated_bytes() + 8 * 4096));
+    let mut refused = 0;
+    for _ in 0..3 {
+        let job = rig.store.begin_checkpoint(true).expect("begins").expect("there is work");
+        refused += u32::from(rig.store.finish_checkpoint(job.run()) == Err(StoreError::NoSpace));
+    }
+    assert_eq!(refused, 3);
+    (0..8).for_each(|s| assert_eq!(rig.content(s, 0, 2), vec![s as u8 + 1; 2 * BLOCK]));
+    let (mut rig, _) = rig.power_cut(11);
+    (0..8).for_each(|s| assert_eq!(rig.content(s, 0, 2), vec![s as u8 + 1; 2 * BLOCK]));
+    rig.disk.set_capacity(None);
+    // The first one makes room for the second to go on in.
+    rig.checkpoint();
+    rig.checkpoint();
+    (0..8).for_each(|s| assert_eq!(rig.content(s, 0, 2), vec![s as u8 + 1; 2 * BLOCK]));
+    assert_eq!(rig.store.log_resident_bytes(&IMAGE), 0);
+}

@@ -1,0 +1,235 @@
+//! Damage that no crash explains is noticed, and never returned as data.
+
+use super::rig::*;
+use crate::checksum::crc32c;
+use crate::geometry::{BLOCK_BYTES, Tag};
+use crate::store::record::{self, Header, Kind};
+use crate::store::shard_file::{decode_slot, shard_path, slot_bytes};
+use crate::store::simulated::Seeded;
+use crate::store::{BlockState, CopyBlock, StoreError, UsageHandle};
+use bytes::Bytes;
+
+fn bad(block: u32) -> StoreError {
+    StoreError::BadBlock { layer: 1, shard: 0, block }
+}
+
+#[test]
+fn corrupted_block_is_bad_until_it_is_repaired() {
+    let mut rig = Rig::new();
+    rig.fill(0, 0, 4, 5);
+    rig.checkpoint();
+    assert!(rig.disk.corrupt(&shard_path(&Rig::key(0)), 2 * 4096 + 17));
+    assert_eq!(rig.read_layers(&[1], 0, 0, 4), Err(bad(2)));
+    assert_eq!(rig.content(0, 0, 2), vec![5; 2 * BLOCK]);
+    assert_eq!(rig.write_layers(&[1], 0, 2 * BLOCK_BYTES, &[1; 10]), Err(bad(2)), "no merge");
+    let content = Bytes::from(vec![5; BLOCK]);
+    let (state, tag) = (BlockState::Data, Tag::NONE);
+    let good = [CopyBlock { block: 2, state, tag, crc: crc32c(&content) }];
+    rig.store.copy(&Rig::key(0), &good, content, 1).expect("repair");
+    assert_eq!(rig.content(0, 0, 4), vec![5; 4 * BLOCK]);
+    rig.checkpoint();
+    assert_eq!(rig.content(0, 0, 4), vec![5; 4 * BLOCK]);
+}
+
+#[test]
+fn unreadable_page_is_a_bad_block_and_its_neighbours_are_read() {
+    let mut rig = Rig::new();
+    rig.fill(0, 0, 4, 5);
+    rig.checkpoint();
+    rig.disk.break_page(&shard_path(&Rig::key(0)), 2 * 4096);
+    assert_eq!(rig.read_layers(&[1], 0, 0, 4), Err(bad(2)));
+    assert_eq!(rig.content(0, 0, 2), vec![5; 2 * BLOCK]);
+    assert_eq!(rig.content(0, 3, 1), vec![5; BLOCK]);
+}
+
+#[test]
+fn block_that_rots_in_the_log_becomes_bad_not_wrong() {
+    let mut rig = Rig::new();
+    rig.fill(0, 0, 1, 5);
+    rig.fill(0, 1, 1, 6);
+    rig.sync();
+    let run = *rig.store.state.index.get(&Rig::key(0)).and_then(|s| s.get(0)).expect("in the log");
+    let slot = rig.store.log.segment(run.place.segment).slot;
+    rig.disk.corrupt(&crate::store::log::segment_path(slot), u64::from(run.place.offset) + 5);
+    assert_eq!(rig.read_layers(&[1], 0, 0, 2), Err(bad(0)));
+    rig.checkpoint();
+    assert_eq!(rig.read_layers(&[1], 0, 0, 2), Err(bad(0)));
+    assert_eq!(rig.content(0, 1, 1), vec![6; BLOCK]);
+}
+
+#[test]
+fn rotten_older_metadata_slot_does_no_harm_and_a_rotten_newer_one_makes_the_shard_bad() {
+    for (rotten_version, harmless) in [(1, true), (2, false)] {
+        let mut rig = Rig::new();
+        rig.fill(0, 0, 1, 5);
+        rig.checkpoint();
+        rig.fill(0, 1, 1, 6);
+        rig.checkpoint();
+        let slot = u64::from(SHARD_BYTES) + rotten_version % 2 * slot_bytes(SHARD_BYTES);
+        assert!(rig.disk.corrupt(&shard_path(&Rig::key(0)), slot + 80), "a byte of its body");
+        let (mut rig, _) = rig.restart();
+        if harmless {
+            assert_eq!(rig.content(0, 0, 2), [vec![5; BLOCK], vec![6; BLOCK]].concat());
+            continue;
+        }
+        assert_eq!(rig.read_layers(&[1], 0, 0, 1), Err(bad(0)), "it may have been overwritten");
+        assert_eq!(rig.read_layers(&[1], 0, 9, 1), Err(bad(9)), "it may have been written");
+        rig.fill(0, 0, 1, 8);
+        for _ in 0..3 {
+            assert_eq!(rig.content(0, 0, 1), vec![8; BLOCK]);
+            assert_eq!(rig.read_layers(&[1], 0, 9, 1), Err(bad(9)));
+            rig.checkpoint();
+            rig = rig.restart().0;
+        }
+    }
+}
+
+#[test]
+fn both_metadata_slots_rotten_make_the_shard_bad_until_written() {
+    let mut rig = Rig::new();
+    rig.fill(0, 0, 1, 5);
+    rig.checkpoint();
+    rig.fill(0, 1, 1, 6);
+    rig.checkpoint();
+    for version in [0, 1] {
+        let slot = u64::from(SHARD_BYTES) + version * slot_bytes(SHARD_BYTES);
+        assert!(rig.disk.corrupt(&shard_path(&Rig::key(0)), slot + 3));
+    }
+    let (mut rig, _) = rig.restart();
+    assert_eq!(rig.read_layers(&[1], 0, 0, 1), Err(bad(0)));
+    rig.fill(0, 0, 1, 8);
+    for _ in 0..3 {
+        rig.checkpoint();
+        rig = rig.restart().0;
+        assert_eq!(rig.content(0, 0, 1), vec![8; BLOCK]);
+        assert_eq!(rig.read_layers(&[1], 0, 1, 1), Err(bad(1)));
+    }
+}
+
+#[test]
+fn rot_in_a_synced_record_is_reported_until_acknowledged_and_a_torn_end_is_not() {
+    let mut rig = Rig::new();
+    rig.fill(0, 0, 1, 5);
+    rig.sync();
+    let place = rig.store.state.index.get(&Rig::key(0)).and_then(|s| s.get(0)).expect("there").place;
+    rig.fill(0, 1, 1, 6);
+    rig.sync();
+    let path = crate::store::log::segment_path(rig.store.log.segment(place.segment).slot);
+    let torn = rig.disk.fork();
+    rig.disk.corrupt(&path, u64::from(place.offset) + 5);
+    let (rig, recovery) = rig.power_cut(1);
+    assert!(recovery.damaged);
+    let (mut rig, recovery) = rig.power_cut(2);
+    assert!(recovery.damaged, "until somebody has dealt with it");
+    rig.store.acknowledge_damage().expect("acknowledge");
+    rig.store.put_record(IMAGE, head(1, 1), Bytes::new()).expect("known or not");
+    rig.fill(0, 0, 1, 9);
+    rig.sync();
+    let (mut rig, recovery) = rig.power_cut(3);
+    assert!(!recovery.damaged);
+    assert_eq!(rig.content(0, 0, 1), vec![9; BLOCK]);
+    // The last record of all has nothing after it that could prove a sync.
+    let (mut store, _) = open(&torn).expect("opens");
+    let stamp = crate::store::Stamp { epoch: 1, generation: 1, sequence: 50 };
+    let op = crate::store::WriteOp { image: IMAGE, layers: &[1], shard: 0, offset: 0, stamp };
+    let data = vec![3; BLOCK];
+    store.write(&op, &[crc32c(&data)], Bytes::from(data)).expect("write");
+    store.append().expect("append");
+    let place = store.state.index.get(&Rig::key(0)).and_then(|s| s.get(0)).expect("there").place;
+    torn.corrupt(&path, u64::from(place.offset) + 5);
+    drop(store);
+    torn.kill();
+    let (_, recovery) = open(&torn).expect("opens");
+    assert!(!recovery.damaged);
+}
+
+#[test]
+fn rot_anywhere_in_the_log_is_reported_or_harmless() {
+    let mut rig = Rig::new();
+    for round in 0..30u8 {
+        rig.fill(u64::from(round % 3), u32::from(round), 2, round + 1);
+        rig.sync();
+        if rig.store.wants_checkpoint() {
+            let job = rig.store.begin_checkpoint(false).expect("begins").expect("due");
+            rig.store.finish_checkpoint(job.run()).expect("succeeds");
+        }
+    }
+    rig.fill(4, 0, 1, 1);
+    rig.sync();
+    let logs: Vec<String> =
+        rig.disk.paths().into_iter().filter(|path| path.starts_with("log/")).collect();
+    let mut random = Seeded::new(4);
+    let mut reported = 0;
+    for _ in 0..150 {
+        let disk = rig.disk.fork();
+        let path = &logs[random.below(logs.len() as u64) as usize];
+        disk.corrupt(path, random.below(64 << 10));
+        let (store, recovery) = open(&disk).expect("opens");
+        reported += u32::from(recovery.damaged);
+        let mut rig = Rig { disk, store, stamp: rig.stamp };
+        // Only the very last flush has nothing behind it.
+        for round in (0..30u8).filter(|_| !recovery.damaged) {
+            let (shard, block) = (u64::from(round % 3), u32::from(round));
+            match rig.read_layers(&[1], shard, block, 1) {
+                Ok((_, data)) => assert_eq!(data, vec![round + 1; BLOCK]),
+                Err(StoreError::BadBlock { .. }) => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+    assert!(reported > 10, "{reported}");
+}
+
+#[test]
+fn lost_superblock_is_an_error_not_a_new_store() {
+    let rig = Rig::new();
+    rig.disk.corrupt("superblock", 20);
+    let disk = rig.disk.clone();
+    drop(rig);
+    let refused = open(&disk).map(|_| ());
+    assert_eq!(refused, Err(StoreError::Corrupt { file: "superblock".to_owned() }));
+    disk.run().unlink("superblock").expect("unlink");
+    assert_eq!(open(&disk).map(|_| ()), refused);
+}
+
+#[test]
+fn damaged_record_file_is_reported() {
+    let mut rig = Rig::new();
+    rig.checkpoint();
+    assert!(rig.disk.corrupt(&format!("images/{IMAGE}/record"), 30));
+    // Its log segment is not live any more; only the file has it.
+    let (_, recovery) = rig.restart();
+    assert!(recovery.damaged);
+}
+
+#[test]
+fn random_bytes_are_no_record_and_no_metadata_and_never_panic() {
+    let mut random = Seeded::new(77);
+    let header = Header { blocks: 1, ..Header::new(Kind::Write, IMAGE) };
+    for round in 0..20_000 {
+        let mut bytes: Vec<u8> = (0..random.below(300)).map(|_| random.next() as u8).collect();
+        if round % 2 == 0 && bytes.len() >= record::HEADER_BYTES {
+            record::encode_header(&header, 1, &mut bytes);
+            let at = random.below(bytes.len() as u64) as usize;
+            bytes[at] ^= 1 << random.below(8);
+        }
+        assert_eq!(record::decode(&bytes, 1).filter(|(h, ..)| h.total_bytes() > bytes.len()), None);
+        let _ = decode_slot(&Rig::key(0), SHARD_BLOCKS, &bytes);
+        let _ = record::decode_copy(&bytes);
+        let mut state = crate::store::state::State::default();
+        let _ = state.load_snapshot(&bytes);
+    }
+}
+
+#[test]
+fn usage_counts_what_is_on_disk() {
+    let mut rig = Rig::new();
+    let usage: UsageHandle = rig.store.usage_handle();
+    assert_eq!(usage.physical_bytes(&IMAGE), Ok(0));
+    rig.fill(0, 0, 10, 1);
+    assert_eq!(rig.store.log_resident_bytes(&IMAGE), 10 * 4096);
+    rig.checkpoint();
+    let bytes = usage.physical_bytes(&IMAGE).expect("usage");
+    assert!((10 * 4096..14 * 4096).contains(&bytes), "{bytes}");
+    assert_eq!(rig.store.log_resident_bytes(&IMAGE), 0);
+}

@@ -1,0 +1,262 @@
+"""The gateway's daemon: listens for NBD clients, keeps links to the nodes, answers `hci`."""
+
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable
+
+import grpc
+import structlog
+
+from engine import VERSION, Gateway
+from etcd import keys
+from etcd.client import EtcdClient
+from etcd.errors import EtcdError
+from etcd.interface import Notice
+from etcd.lease import Session
+from etcd.records import NodeRecord
+from hci import control, daemon
+from hci import control_pb2 as pb
+from hci.config import Config, GatewayConfig
+from hci.control_pb2_grpc import GatewayControlServicer, add_GatewayControlServicer_to_server
+from hci.errors import DaemonError
+from shard.errors import HciError
+from shard.ids import image_id
+from vmstore.catalog import Catalog
+from vmstore.errors import OtherCluster, UnknownImage
+from vmstore.exports import Exports, OpenImage
+from vmstore.holder import Phase
+
+log = structlog.get_logger()
+
+POLL_S = 0.5
+RETRY_S = 1.0
+BACKLOG = 128
+
+_STATES = {
+    Phase.TAKING: pb.OpenImage.STATE_OPENING,
+    Phase.GATHERING: pb.OpenImage.STATE_OPENING,
+    Phase.JOINING: pb.OpenImage.STATE_OPENING,
+    Phase.SERVING: pb.OpenImage.STATE_SERVING,
+    Phase.CLOSING: pb.OpenImage.STATE_CLOSING,
+    Phase.RELEASING: pb.OpenImage.STATE_CLOSING,
+    Phase.ENDED: pb.OpenImage.STATE_CLOSING,
+}
+
+
+def serve(config: Config, name: str) -> None:
+    """Be the gateway `name` until told to stop. Raises DaemonError, ConfigError."""
+    daemon.log_to_stderr()
+    ending = daemon.Ending()
+    own = config.gateway(name)
+    # Held until this process dies: its leases may be taken over by whoever gets it next.
+    lock = daemon.take_lock(own.run_dir / "gateway.lock")
+    try:
+        GatewayDaemon(config, own, ending).run()
+    finally:
+        lock.close()
+    ending.raise_failure()
+
+
+class GatewayDaemon:
+    """One gateway."""
+
+    def __init__(self, config: Config, own: GatewayConfig, ending: daemon.Ending) -> None:
+        self.config = config
+        self.own = own
+        self.ending = ending
+        self.holder = secrets.token_hex(16)
+        self.serving = False
+        self.trouble = ""
+        self.etcd = EtcdClient([str(endpoint) for endpoint in config.cluster.etcd])
+        self.catalog = Catalog(self.etcd)
+        self.engine = Gateway()
+        self._nodes_changed = threading.Event()
+        self._local_node: str | None = None
+        self.exports = Exports(
+            self.engine,
+            self.catalog,
+            gateway=own.name,
+            holder=self.holder,
+            local_node=lambda: self._local_node,
+            lease=self._lease,
+        )
+        self.exports.failed = ending.fail
+
+    def run(self) -> None:
+        """Serve until it is time to end."""
+        own = self.own
+        server = control.server(
+            own.name,
+            own.control,
+            lambda server: add_GatewayControlServicer_to_server(GatewayControl(self), server),
+        )
+        try:
+            sockets = self._sockets()
+            if self._wait_for_etcd():
+                for listening in sockets:
+                    self.engine.listen(listening.detach())
+                self.serving = True
+                log.info("gateway_started", gateway=own.name, holder=self.holder,
+                         socket=str(own.nbd_socket), version=VERSION)  # fmt: skip
+                while not self.ending.wait(POLL_S):
+                    self._look_after()
+                self.exports.stop()
+        finally:
+            server.stop(grace=1).wait()
+            self.engine.stop()
+            self.etcd.close()
+            log.info("gateway_stopped", gateway=own.name)
+
+    def _lease(self, on_lost: Callable[[], None], on_renewed: Callable[[float], None]) -> Session:
+        return Session(self.etcd, on_lost=on_lost, on_renewed=on_renewed)
+
+    def _sockets(self) -> list[socket.socket]:
+        """Return the sockets that NBD clients connect to. Raises DaemonError."""
+        sockets = [daemon.activated_socket() or self._bind_unix()]
+        if self.own.nbd_listen is not None:
+            sockets.append(self._bind_tcp())
+        return sockets
+
+    def _bind_unix(self) -> socket.socket:
+        path = self.own.nbd_socket
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # We hold the gateway's lock: a socket file that is there was left by a dead process.
+            path.unlink(missing_ok=True)
+            listening = socket.socket(socket.AF_UNIX)
+            listening.bind(str(path))
+            listening.listen(BACKLOG)
+        except OSError as error:
+            raise DaemonError(f"gateway {self.own.name} cannot listen at {path}: {error}") from error
+        return listening
+
+    def _bind_tcp(self) -> socket.socket:
+        address = self.own.nbd_listen
+        assert address is not None
+        try:
+            family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+            return socket.create_server(
+                (address.host, address.port), family=family, backlog=BACKLOG
+            )
+        except OSError as error:
+            raise DaemonError(
+                f"gateway {self.own.name} cannot listen at {address}: {error.strerror or error}; "
+                "is the port in use?"
+            ) from error
+
+    def _wait_for_etcd(self) -> bool:
+        """Begin as soon as etcd answers; return False if told to end before."""
+        while not self.ending.due:
+            try:
+                self.catalog.init_cluster(self.config.cluster.id)
+                self.exports.start()
+                self.etcd.watch(keys.NODES, self._on_nodes)
+                self._link_nodes()
+            except OtherCluster as error:
+                raise DaemonError(str(error)) from error
+            except EtcdError as error:
+                if not self.trouble:
+                    log.warning("start_waits", gateway=self.own.name, why=str(error))
+                self.trouble = str(error)
+                self.ending.wait(RETRY_S)
+            else:
+                self.trouble = ""
+                return True
+        return False
+
+    def _on_nodes(self, _notice: Notice) -> None:
+        self._nodes_changed.set()
+
+    def _look_after(self) -> None:
+        if not self._nodes_changed.is_set():
+            return
+        self._nodes_changed.clear()
+        try:
+            self._link_nodes()
+        except EtcdError as error:
+            log.warning("nodes_unknown", why=str(error))
+            self._nodes_changed.set()
+
+    def _link_nodes(self) -> None:
+        """Keep a connection to every node that is registered; the same host's by its socket."""
+        for node in self.catalog.nodes().values():
+            try:
+                self._link(node)
+            except OSError as error:
+                log.warning("node_address_unknown", node=node.name, why=str(error))
+
+    def _link(self, node: NodeRecord) -> None:
+        local = node.host == self.own.host
+        if local:
+            self._local_node = node.name
+        self.engine.link(
+            node.name,
+            cluster=self.config.cluster.id,
+            gateway=self.own.name,
+            address=daemon.numeric(node.address),
+            socket=node.socket if local else None,
+        )
+
+    def state(self) -> "pb.GatewayStatus.State":
+        """Return the gateway's state."""
+        if self.ending.due:
+            return pb.GatewayStatus.STATE_STOPPING
+        return pb.GatewayStatus.STATE_SERVING if self.serving else pb.GatewayStatus.STATE_STARTING
+
+
+class GatewayControl(GatewayControlServicer):
+    """Answers `hci`."""
+
+    def __init__(self, gateway: GatewayDaemon) -> None:
+        self._gateway = gateway
+
+    def Status(
+        self, request: pb.GatewayStatusRequest, context: grpc.ServicerContext
+    ) -> pb.GatewayStatus:
+        gateway = self._gateway
+        return pb.GatewayStatus(
+            name=gateway.own.name,
+            holder_id=gateway.holder,
+            host=gateway.own.host,
+            state=gateway.state(),
+            trouble=gateway.trouble,
+            version=VERSION,
+            images=[_image_status(image) for image in gateway.exports.snapshot()],
+            counters={"pid": os.getpid()},
+        )
+
+    def Resize(self, request: pb.ResizeRequest, context: grpc.ServicerContext) -> pb.ResizeReply:
+        catalog = self._gateway.catalog
+        image = image_id(request.image_id)
+        names = [entry.name for entry in catalog.images() if entry.image.record.id == image]
+        if not names:
+            raise UnknownImage(image)
+        try:
+            self._gateway.exports.resize(names[0], request.size_bytes, force=request.force)
+        except TimeoutError as error:
+            raise HciError(f"image {names[0]} did not open in time; see `hci status`") from error
+        return pb.ResizeReply(size_bytes=request.size_bytes)
+
+
+def _image_status(image: OpenImage) -> pb.OpenImage:
+    holder, record = image.holder, image.holder.record
+    status = pb.OpenImage(
+        image_id=image.image,
+        name=str(image.name),
+        state=_STATES[holder.phase],
+        trouble=holder.trouble,
+        clients=sum(1 for user in image.users if user > 0),
+    )
+    if record is None:
+        return status
+    membership = record.membership
+    status.epoch, status.generation = record.epoch, record.generation
+    for index in range(len(record.sets)):
+        status.in_sync.add(replica_set=index, nodes=membership.in_sync(index))
+    missing = holder.missing()
+    if holder.phase is Phase.SERVING and missing:
+        status.state = pb.OpenImage.STATE_READS_ONLY
+        status.trouble = status.trouble or f"writes wait for {', '.join(missing)}"
+    return status
