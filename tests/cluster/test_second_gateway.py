@@ -1,0 +1,116 @@
+"""Two gateways: one writer per image; looking at an image takes no lease."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.devcluster import POOL, DevCluster
+from tests.faults.nbd_session import NbdError, NbdSession
+
+CLOSING_TIMEOUT_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[DevCluster]:
+    """A cluster with two gateways, for all tests of this module."""
+    with DevCluster(gateways=2) as started:
+        yield started
+
+
+def nbdinfo(*arguments: str) -> object:
+    """What nbdinfo says, as JSON."""
+    done = subprocess.run(
+        ["nbdinfo", "--json", *arguments], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def open_when_free(cluster: DevCluster, gateway: str, image: str) -> NbdSession:
+    """Opens an image whose last client has just left another gateway."""
+    deadline = time.monotonic() + CLOSING_TIMEOUT_S
+    while True:
+        try:
+            return NbdSession(cluster.url_at(gateway, image), 1)
+        except NbdError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def test_second_gateway_is_refused_with_the_holders_name(two: DevCluster) -> None:
+    two.create("held", "16M")
+    with NbdSession(two.url_at("gateway1", "held"), 1) as session:
+        session.call("write", 0, 4, 1)
+        done = subprocess.run(
+            ["qemu-io", "-f", "raw", "-c", "read 0 4k", two.url_at("gateway2", "held")],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert done.returncode != 0
+        assert "gateway1" in done.stderr
+        # The holder was not disturbed.
+        session.call("write", 4, 4, 2)
+        assert session.call("read", 0, 8) == [1] * 4 + [2] * 4
+
+
+def test_image_closed_at_one_gateway_opens_at_the_other(two: DevCluster) -> None:
+    two.create("moved", "16M")
+    with NbdSession(two.url_at("gateway1", "moved"), 1) as session:
+        session.call("write", 0, 16, 1)
+    before = two.info("moved")["epoch"]
+    with open_when_free(two, "gateway2", "moved") as session:
+        assert session.call("read", 0, 16) == [1] * 16
+        session.call("write", 0, 16, 2)
+    with open_when_free(two, "gateway1", "moved") as session:
+        assert session.call("read", 0, 16) == [2] * 16
+    assert two.info("moved")["epoch"] > before
+    assert two.check("moved")["equal"]
+
+
+def test_looking_through_the_second_gateway_takes_no_lease(two: DevCluster) -> None:
+    two.create("seen", "16M")
+    epoch = two.info("seen")["epoch"]
+    socket = two.gateway_socket("gateway2")
+    nbdinfo("--list", f"nbd+unix:///?socket={socket}")
+    assert two.info("seen")["epoch"] == epoch
+    with NbdSession(two.url_at("gateway1", "seen"), 1) as session:
+        nbdinfo("--list", f"nbd+unix:///?socket={socket}")
+        session.call("write", 0, 1, 1)
+        assert session.call("read", 0, 1) == [1]
+
+
+def test_url_names_the_gateway_that_has_the_image_open(two: DevCluster) -> None:
+    two.create("where", "16M")
+    with NbdSession(two.url_at("gateway2", "where"), 1):
+        assert two.gateway_socket("gateway2") in two.url("where")
+
+
+def test_killed_gateways_image_opens_at_the_other_after_its_lease(two: DevCluster) -> None:
+    two.create("orphan", "16M")
+    session = NbdSession(two.url_at("gateway1", "orphan"), 1)
+    session.call("write", 0, 16, 1)
+    session.call("flush")
+    two.kill("gateway1")
+    session.close()
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                with NbdSession(two.url_at("gateway2", "orphan"), 1) as second:
+                    assert second.call("read", 0, 16) == [1] * 16
+                    second.call("write", 0, 16, 2)
+                break
+            except NbdError:
+                assert time.monotonic() < deadline, "the lease was never free"
+                time.sleep(0.5)
+    finally:
+        two.run("gateway1")
+    assert two.check("orphan")["equal"]
+    assert f"{POOL}/orphan" in [image["name"] for image in two.json("image", "ls")]

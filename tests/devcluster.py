@@ -1,0 +1,244 @@
+"""A development cluster of its own, driven only through the command line as a person would.
+
+Owns one temporary folder with the whole cluster in it and promises to leave nothing of it behind:
+not a file, not a process. Never imports the product: what is tested here is what users touch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote
+
+POOL = "vms"
+COMMAND_TIMEOUT_S = 120.0
+HEALTH_TIMEOUT_S = 30.0
+
+
+class CommandError(Exception):
+    """`hci` ended with an error; the message is what it said."""
+
+    def __init__(self, arguments: tuple[str, ...], done: subprocess.CompletedProcess[str]) -> None:
+        self.exit_code = done.returncode
+        self.stderr = done.stderr.strip()
+        said = self.stderr or done.stdout.strip() or "nothing"
+        super().__init__(f"hci {' '.join(arguments)}: exit {self.exit_code}: {said}")
+
+
+def hci_program() -> Path:
+    """The `hci` of the virtual environment that runs this."""
+    return Path(sys.executable).parent / "hci"
+
+
+class DevCluster:
+    """`hci dev start` in a folder of its own; use as a context manager.
+
+    `directory` given: the folder is the caller's and stays, stopped.
+    """
+
+    def __init__(self, *, nodes: int = 3, gateways: int = 1, directory: Path | None = None) -> None:
+        self._own_directory = directory is None
+        # Short, since a Unix socket's path has at most 107 bytes.
+        self.directory = directory or Path(tempfile.mkdtemp(prefix="hci-"))
+        self.config = self.directory / "hci.toml"
+        self.nodes = [f"node{number + 1}" for number in range(nodes)]
+        self.gateways = [f"gateway{number + 1}" for number in range(gateways)]
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self.print_logs()
+        self.close()
+
+    # The command line.
+
+    def try_hci(
+        self, *arguments: str, timeout_s: float = COMMAND_TIMEOUT_S
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs `hci` on this cluster and returns how it ended, whatever that is."""
+        return subprocess.run(
+            self.command(*arguments),
+            env=self.environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+
+    def command(self, *arguments: str) -> list[str]:
+        """The command line of an `hci` call, to be run with `environment`."""
+        return [str(hci_program()), *arguments]
+
+    def hci(self, *arguments: str, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
+        """Runs `hci` on this cluster; returns its output, raises CommandError if it failed."""
+        done = self.try_hci(*arguments, timeout_s=timeout_s)
+        if done.returncode != 0:
+            raise CommandError(arguments, done)
+        return done.stdout
+
+    def json(self, *arguments: str) -> Any:
+        """The parsed answer of a command with `--json`."""
+        return json.loads(self.hci(*arguments, "--json"))
+
+    def environment(self) -> dict[str, str]:
+        """What makes a command choose this cluster and print plainly."""
+        plain = {"NO_COLOR": "1", "COLUMNS": "200", "TERM": "dumb", "LC_ALL": "C.UTF-8"}
+        return {**os.environ, **plain, "HCI_CONFIG": str(self.config)}
+
+    # The cluster.
+
+    def start(self) -> None:
+        """Starts the cluster, for the first time or again; returns when it is healthy."""
+        self.hci(
+            *("dev", "start", str(self.directory)),
+            *("--nodes", str(len(self.nodes)), "--gateways", str(len(self.gateways))),
+        )
+
+    def kill(self, member: str) -> None:
+        """SIGKILLs a member, or `all`; nothing starts it again by itself."""
+        self.hci("dev", "kill", member)
+
+    def run(self, member: str) -> None:
+        """Starts a killed member, or `all`, again."""
+        self.hci("dev", "run", member)
+
+    def members(self) -> dict[str, dict[str, Any]]:
+        """Name to `{name, kind, pid, state, data_dir, log}`."""
+        listed: list[dict[str, Any]] = self.json("dev", "status")["members"]
+        return {member["name"]: member for member in listed}
+
+    def health(self) -> str:
+        """`ok`, `healing`, `degraded` or `unavailable`."""
+        return str(self.json("status")["health"])
+
+    def await_health(self, *wanted: str, timeout_s: float = HEALTH_TIMEOUT_S) -> str:
+        """Waits until the cluster's health is one of `wanted`; raises TimeoutError if never."""
+        deadline = time.monotonic() + timeout_s
+        while (health := self.health()) not in wanted:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"health is {health}, not {wanted}\n{self.hci('status')}")
+            time.sleep(0.2)
+        return health
+
+    def await_nodes(self, state: str, *names: str, timeout_s: float = HEALTH_TIMEOUT_S) -> None:
+        """Waits until every named node is listed in `state`; raises TimeoutError if never."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            states = {node["name"]: node["state"] for node in self.json("node", "ls")}
+            if all(states.get(name) == state for name in names):
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nodes are {states}; wanted {state} for {names}")
+            time.sleep(0.2)
+
+    # Images, by their name inside the pool.
+
+    def create(self, image: str, size: str) -> str:
+        """Creates an image in the pool; returns its full name."""
+        self.hci("image", "create", f"{POOL}/{image}", size)
+        return f"{POOL}/{image}"
+
+    def remove(self, image: str) -> None:
+        """Deletes an image."""
+        self.hci("image", "rm", f"{POOL}/{image}")
+
+    def info(self, image: str) -> dict[str, Any]:
+        """What `hci image info --json` says."""
+        answer: dict[str, Any] = self.json("image", "info", f"{POOL}/{image}")
+        return answer
+
+    def check(self, image: str) -> dict[str, Any]:
+        """What `hci image check --json` says; it may exit non-zero where replicas differ."""
+        done = self.try_hci("image", "check", f"{POOL}/{image}", "--json")
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
+
+    def url(self, image: str) -> str:
+        """The image's NBD URI as `hci image url` prints it."""
+        return self.hci("image", "url", f"{POOL}/{image}").strip()
+
+    def url_at(self, gateway: str, image: str) -> str:
+        """The image's NBD URI at a gateway of one's choice."""
+        return f"nbd+unix:///{POOL}/{quote(image)}?socket={self.gateway_socket(gateway)}"
+
+    def gateway_socket(self, gateway: str) -> str:
+        """The Unix socket that a gateway's NBD clients use, from the cluster's config."""
+        config = tomllib.loads(self.config.read_text())
+        return str(config["gateway"][gateway]["nbd_socket"])
+
+    # The end.
+
+    def close(self) -> None:
+        """Stops everything and deletes what it kept; a leftover process is ended by force."""
+        with _sigint_ignored():
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                if self.config.exists():
+                    self.try_hci("dev", "stop", timeout_s=30)
+            for pid in self.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if self._own_directory:
+                shutil.rmtree(self.directory, ignore_errors=True)
+
+    def processes(self) -> list[int]:
+        """Every process whose command line or environment names this cluster's folder."""
+        found = []
+        needle = os.fsencode(self.directory)
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit() or int(entry.name) == os.getpid():
+                continue
+            with contextlib.suppress(OSError):
+                if needle in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+        return sorted(found)
+
+    def print_logs(self, lines: int = 20) -> None:
+        """Prints the end of every member's log, for a failed test's report."""
+        with contextlib.suppress(Exception):
+            for member in self.members().values():
+                print(f"--- {member['name']} ({member['state']}, {member['log']})")
+                log = Path(member["log"]).read_text(errors="replace")
+                print("\n".join(log.splitlines()[-lines:]))
+
+
+@contextlib.contextmanager
+def _sigint_ignored() -> Iterator[None]:
+    """A second Ctrl-C must not stop the cleaning up that the first one began."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not the main thread, which gets no Ctrl-C
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def used_bytes(info: Mapping[str, Any]) -> int:
+    """The physical bytes of the node that uses most for an image."""
+    return max((int(used) for used in info["used_bytes"].values()), default=0)

@@ -1,0 +1,131 @@
+"""The guest's kernel, modules and shell, from Debian's packages without installing them.
+
+Owns the cache directory: a set of files is either there whole or not at all, and is fetched once.
+Refuses machines that are not amd64 Debian relatives, since the kernel package is theirs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+CACHE = Path(__file__).resolve().parents[3] / ".cache" / "guest"
+KERNEL_META_PACKAGE = "linux-image-cloud-amd64"
+SHELL_PACKAGE = "busybox-static"
+# What the guest needs beyond what is built into the cloud kernel (ext4 is): its disk.
+WANTED_MODULES = ("virtio_pci", "virtio_blk")
+
+
+class GuestBuildError(Exception):
+    """The guest could not be built; the message says what to do about it."""
+
+
+@dataclass(frozen=True)
+class GuestParts:
+    """Files of one built guest system: all of them exist."""
+
+    kernel: Path
+    busybox: Path
+    modules: tuple[Path, ...]  # in the order in which they must be loaded
+
+
+def guest_parts(cache: Path = CACHE) -> GuestParts:
+    """The kernel, its modules and busybox, fetched into `cache` if they are not there yet.
+
+    Raises GuestBuildError where the packages cannot be had.
+    """
+    parts = cache / "parts"
+    if not (parts / "vmlinuz").exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="fetch-", dir=cache) as scratch:
+            fresh = _fetch(Path(scratch))
+            try:
+                fresh.rename(parts)
+            except OSError:
+                # Another process was faster; its files are as good.
+                if not (parts / "vmlinuz").exists():
+                    raise
+    names = (parts / "modules" / "order").read_text().split()
+    modules = tuple(parts / "modules" / name for name in names)
+    return GuestParts(parts / "vmlinuz", parts / "busybox", modules)
+
+
+def _fetch(scratch: Path) -> Path:
+    packages = scratch / "packages"
+    tree = scratch / "tree"
+    packages.mkdir()
+    _run(["apt-get", "download", _kernel_package(), SHELL_PACKAGE], cwd=packages)
+    for package in sorted(packages.glob("*.deb")):
+        _run(["dpkg-deb", "-x", str(package), str(tree)])
+    fresh = scratch / "parts"
+    (fresh / "modules").mkdir(parents=True)
+    order = _load_order(tree)
+    for module in order:
+        shutil.copy(module, fresh / "modules" / module.name)
+    (fresh / "modules" / "order").write_text("\n".join(module.name for module in order) + "\n")
+    shutil.copy(_only(tree, "bin/busybox"), fresh / "busybox")
+    shutil.copy(_only(tree, "boot/vmlinuz-*"), fresh / "vmlinuz")
+    return fresh
+
+
+def _kernel_package() -> str:
+    depends = _run(["apt-cache", "depends", KERNEL_META_PACKAGE])
+    found = re.search(r"Depends: (linux-image-\S+-cloud-amd64\S*)", depends)
+    if found is None:
+        raise GuestBuildError(
+            f"apt knows no package {KERNEL_META_PACKAGE}: the guest needs an amd64 Debian "
+            "with its package lists up to date (apt-get update)"
+        )
+    return found.group(1)
+
+
+def _only(tree: Path, pattern: str) -> Path:
+    found = sorted(path for prefix in (tree, tree / "usr") for path in prefix.glob(pattern))
+    if not found:
+        raise GuestBuildError(f"the fetched packages hold no {pattern}: delete {CACHE}, try again")
+    return found[0]
+
+
+def _load_order(tree: Path) -> list[Path]:
+    """The wanted modules with their dependencies, each after what it depends on."""
+    files = {path.stem.split(".")[0].replace("-", "_"): path for path in tree.rglob("*.ko")}
+    order: list[Path] = []
+
+    def add(name: str) -> None:
+        module = files.get(name)
+        if module is None:
+            raise GuestBuildError(f"the kernel package holds no uncompressed module {name}")
+        for dependency in _depends(module):
+            add(dependency)
+        if module not in order:
+            order.append(module)
+
+    for name in WANTED_MODULES:
+        add(name)
+    return order
+
+
+def _depends(module: Path) -> list[str]:
+    # The `.modinfo` section is NUL-separated `key=value` text.
+    found = re.search(rb"\0depends=([^\0]*)\0", module.read_bytes())
+    names = found.group(1).decode() if found else ""
+    return [name.replace("-", "_") for name in names.split(",") if name]
+
+
+def _run(command: list[str], cwd: Path | None = None) -> str:
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        done = subprocess.run(
+            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+        )
+    except FileNotFoundError as missing:
+        raise GuestBuildError(f"{command[0]} is not installed: {missing}") from missing
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise GuestBuildError(f"{' '.join(command[:3])} failed: {last}")
+    return done.stdout

@@ -1,0 +1,133 @@
+"""Load on an image while something is done to the cluster: fio that verifies what it wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tests.e2e.guest.machine import nbd_blockdev
+
+SIZE_MIB = 64
+# Slow enough that a moment drawn from the first seconds falls into the load on any machine.
+RATE_MIB = 20
+DURATION_S = 2 * SIZE_MIB / RATE_MIB  # written once, read back once
+END_TIMEOUT_S = 120.0
+MOUNT_TIMEOUT_S = 20.0
+
+
+def rounds(default: int) -> int:
+    """How often a fault is tried: HCI_FAULT_ROUNDS for long soaks, else `default`."""
+    return int(os.environ.get("HCI_FAULT_ROUNDS", default))
+
+
+class FioError(Exception):
+    """fio saw an I/O error, found wrong content, or did not end."""
+
+
+class VerifyingFio:
+    """fio writing random places with many in flight, syncing, then reading all of it back."""
+
+    def __init__(self, target: Sequence[str], seed: int, directory: Path) -> None:
+        self._output = directory / "fio.out"
+        command = [
+            *("fio", "--name=verify", "--direct=1", "--thread", "--output-format=json"),
+            *("--rw=randwrite", "--bsrange=4k-64k", f"--size={SIZE_MIB}m", "--iodepth=16"),
+            *("--verify=crc32c", "--verify_fatal=1", "--fsync=16", f"--randseed={seed}"),
+            *(f"--rate={RATE_MIB}m,{RATE_MIB}m", *target),
+        ]
+        with self._output.open("w") as output:
+            self._process = subprocess.Popen(
+                command,
+                cwd=directory,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether fio has not ended yet."""
+        return self._process.poll() is None
+
+    def finish(self) -> dict[str, Any]:
+        """Waits for the end; returns fio's account of its job, raises FioError if not all well."""
+        try:
+            self._process.wait(timeout=END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise FioError(f"fio did not end within {END_TIMEOUT_S:.0f} s") from None
+        text = self._output.read_text(errors="replace")
+        if self._process.returncode != 0:
+            raise FioError(f"fio: exit {self._process.returncode}\n{text[:2000]}")
+        job: dict[str, Any] = json.loads(text[text.index("{") : text.rindex("}") + 1])["jobs"][0]
+        if job["error"] or job["read"]["total_ios"] == 0:
+            raise FioError(f"fio: error {job['error']}, {job['read']['total_ios']} reads")
+        return job
+
+
+class FuseDisk:
+    """An image as a file, through QEMU's reconnecting NBD client: what a guest sits on.
+
+    fio's own NBD engine ends with its connection, so load that is to outlive a gateway goes here.
+    """
+
+    def __init__(self, uri: str, directory: Path) -> None:
+        self.path = directory / "disk"
+        self.path.touch()
+        self._log = directory / "storage-daemon.log"
+        export = f"fuse,id=disk,node-name=disk,mountpoint={self.path},writable=on"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [
+                    *("qemu-storage-daemon", "--blockdev", json.dumps(nbd_blockdev(uri, "disk"))),
+                    *("--export", export),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def __enter__(self) -> Self:
+        deadline = time.monotonic() + MOUNT_TIMEOUT_S
+        while self.path.stat().st_size == 0:
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.close()
+                raise FioError(f"qemu-storage-daemon: {self._log.read_text()}")
+            time.sleep(0.05)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the daemon, which takes its mount with it; by force where a request hangs."""
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            subprocess.run(["umount", "--lazy", str(self.path)], check=False, timeout=10)

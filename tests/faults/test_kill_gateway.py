@@ -1,0 +1,56 @@
+"""The gateway's process dies under load and is started again: clients wait and go on."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+from tests.devcluster import DevCluster
+from tests.faults.load import DURATION_S, SIZE_MIB, FuseDisk, VerifyingFio, rounds
+
+OUTAGE_S = 0.5
+
+
+def test_gateway_killed_under_fio_verify_gives_no_error(
+    cluster: DevCluster, tmp_path: Path
+) -> None:
+    for number in range(rounds(2)):
+        seed = random.randrange(1 << 32)
+        moment_s = random.Random(seed).uniform(0.2, 0.8 * DURATION_S)
+        print(f"round {number}: seed {seed}: after {moment_s:.2f} s")
+        image = f"round-{number}"
+        directory = tmp_path / image
+        directory.mkdir()
+        cluster.create(image, f"{SIZE_MIB}M")
+        with FuseDisk(cluster.url(image), directory) as disk:
+            target = [f"--filename={disk.path}", "--ioengine=libaio"]
+            with VerifyingFio(target, seed, directory) as fio:
+                time.sleep(moment_s)
+                cluster.kill("gateway1")
+                time.sleep(OUTAGE_S)
+                cluster.run("gateway1")
+                fio.finish()
+        cluster.await_health("ok")
+        assert cluster.info(image)["stale"] == []
+        assert cluster.check(image)["equal"]
+        cluster.remove(image)
+
+
+def test_gateway_and_node_killed_together_gives_no_error(
+    cluster: DevCluster, tmp_path: Path
+) -> None:
+    seed = random.randrange(1 << 32)
+    victim = random.Random(seed).choice(cluster.nodes)
+    print(f"seed {seed}: {victim}")
+    cluster.create("both", f"{SIZE_MIB}M")
+    with FuseDisk(cluster.url("both"), tmp_path) as disk:
+        target = [f"--filename={disk.path}", "--ioengine=libaio"]
+        with VerifyingFio(target, seed, tmp_path) as fio:
+            time.sleep(1.5)
+            cluster.kill("gateway1")
+            cluster.kill(victim)
+            cluster.run("gateway1")
+            fio.finish()
+    assert [entry["node"] for entry in cluster.info("both")["stale"]] == [victim]
+    assert cluster.check("both")["equal"]
