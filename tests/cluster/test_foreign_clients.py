@@ -106,8 +106,7 @@ def test_discarded_space_is_given_back(shared: DevCluster) -> None:
 
 def test_fio_verify_with_fsync_passes(shared: DevCluster, tmp_path: Path) -> None:
     shared.create("fio", f"{SIZE_MIB}M")
-    target = ["--ioengine=nbd", f"--uri={shared.url('fio')}"]
-    with VerifyingFio(target, 11, tmp_path) as fio:
+    with VerifyingFio(shared.url("fio"), 11, tmp_path) as fio:
         fio.finish()
     assert shared.check("fio")["equal"]
 

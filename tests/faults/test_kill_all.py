@@ -5,15 +5,17 @@ from __future__ import annotations
 import random
 import threading
 import time
+from pathlib import Path
 
 from tests.devcluster import DevCluster
 from tests.faults.flushed_writer import FlushedWriter
-from tests.faults.load import rounds
+from tests.faults.load import ReconnectingDisk, rounds
 from tests.faults.nbd_session import NbdSession
 
 IMAGE_MIB = 48
 # Before this much was flushed a kill would prove little.
 LEAST_FLUSHES = 3
+FLUSHES_TIMEOUT_S = 60.0
 
 
 def test_all_killed_under_writes_and_started_again_loses_no_answered_write(
@@ -25,31 +27,61 @@ def test_all_killed_under_writes_and_started_again_loses_no_answered_write(
         print(f"round {number}: seed {seed}: after {moment_s:.2f} s")
         image = f"round-{number}"
         cluster.create(image, f"{IMAGE_MIB}M")
-        writer = _write_until_all_are_killed(cluster, image, seed, moment_s)
+        with NbdSession(cluster.url(image), seed) as session:
+            writer = FlushedWriter(session.blocks, seed)
+            running = threading.Thread(target=writer.run, args=(session, lambda: False))
+            running.start()
+            await_flushes(writer, running, LEAST_FLUSHES)
+            time.sleep(moment_s)
+            assert running.is_alive(), writer.error
+            cluster.kill("all")
+            running.join()
         cluster.run("all")
-        # Killed one after the other, a node may have been left behind before the gateway died.
-        cluster.await_health("ok", "degraded")
-        with NbdSession(cluster.url(image), seed) as session:
-            assert writer.verify(session) == []
-        verdict = cluster.check(image)
-        assert verdict["equal"], verdict
-        with NbdSession(cluster.url(image), seed) as session:
-            assert writer.verify(session) == []
+        verify_twice(cluster, image, writer, seed)
         cluster.remove(image)
 
 
-def _write_until_all_are_killed(
-    cluster: DevCluster, image: str, seed: int, moment_s: float
-) -> FlushedWriter:
-    with NbdSession(cluster.url(image), seed) as session:
+def test_all_killed_under_a_reconnecting_client_gives_it_no_error(
+    cluster: DevCluster, tmp_path: Path
+) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    cluster.create("guest", f"{IMAGE_MIB}M")
+    with (
+        ReconnectingDisk(cluster.url("guest"), tmp_path) as disk,
+        NbdSession(disk.uri, seed) as session,
+    ):
         writer = FlushedWriter(session.blocks, seed)
-        running = threading.Thread(target=writer.run, args=(session, lambda: False))
+        enough = threading.Event()
+        running = threading.Thread(target=writer.run, args=(session, enough.is_set))
         running.start()
-        while writer.flushes < LEAST_FLUSHES and running.is_alive():
-            time.sleep(0.02)
-        time.sleep(moment_s)
-        assert running.is_alive(), writer.error
+        await_flushes(writer, running, LEAST_FLUSHES)
         cluster.kill("all")
+        cluster.run("all")
+        await_flushes(writer, running, writer.flushes + LEAST_FLUSHES)
+        enough.set()
         running.join()
-    assert writer.error is not None, "the session outlived the gateway"
-    return writer
+        assert writer.error is None
+        assert writer.verify(session) == []
+    verify_twice(cluster, "guest", writer, seed)
+
+
+def await_flushes(writer: FlushedWriter, running: threading.Thread, count: int) -> None:
+    """Waits until the writer has had `count` flushes answered."""
+    deadline = time.monotonic() + FLUSHES_TIMEOUT_S
+    while writer.flushes < count:
+        assert running.is_alive(), writer.error
+        assert time.monotonic() < deadline, f"{writer.flushes} of {count} flushes were answered"
+        time.sleep(0.02)
+
+
+def verify_twice(cluster: DevCluster, image: str, writer: FlushedWriter, seed: int) -> None:
+    """Nothing is lost at the first open, replicas are equal then, and it stays so."""
+    # Killed one after the other, a node may have been left behind before the gateway died.
+    cluster.await_health("ok", "degraded")
+    with NbdSession(cluster.url(image), seed) as session:
+        assert writer.verify(session) == []
+    verdict = cluster.check(image)
+    assert verdict["equal"], verdict
+    with NbdSession(cluster.url(image), seed) as session:
+        assert writer.verify(session) == []

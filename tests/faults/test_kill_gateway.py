@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from pathlib import Path
 
 from tests.devcluster import DevCluster
-from tests.faults.load import DURATION_S, SIZE_MIB, FuseDisk, VerifyingFio, rounds
+from tests.faults.flushed_writer import FlushedWriter
+from tests.faults.load import DURATION_S, SIZE_MIB, ReconnectingDisk, VerifyingFio, rounds
+from tests.faults.nbd_session import NbdSession
 
 OUTAGE_S = 0.5
 
@@ -23,9 +26,8 @@ def test_gateway_killed_under_fio_verify_gives_no_error(
         directory = tmp_path / image
         directory.mkdir()
         cluster.create(image, f"{SIZE_MIB}M")
-        with FuseDisk(cluster.url(image), directory) as disk:
-            target = [f"--filename={disk.path}", "--ioengine=libaio"]
-            with VerifyingFio(target, seed, directory) as fio:
+        with ReconnectingDisk(cluster.url(image), directory) as disk:
+            with VerifyingFio(disk.uri, seed, directory) as fio:
                 time.sleep(moment_s)
                 cluster.kill("gateway1")
                 time.sleep(OUTAGE_S)
@@ -37,6 +39,33 @@ def test_gateway_killed_under_fio_verify_gives_no_error(
         cluster.remove(image)
 
 
+def test_gateway_killed_during_writes_loses_no_answered_write(
+    cluster: DevCluster, tmp_path: Path
+) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    cluster.create("stamped", "32M")
+    with (
+        ReconnectingDisk(cluster.url("stamped"), tmp_path) as disk,
+        NbdSession(disk.uri, seed) as session,
+    ):
+        writer = FlushedWriter(session.blocks, seed)
+        enough = threading.Event()
+        running = threading.Thread(target=writer.run, args=(session, enough.is_set))
+        running.start()
+        for _ in range(rounds(2)):
+            time.sleep(1)
+            cluster.kill("gateway1")
+            cluster.run("gateway1")
+        time.sleep(1)
+        enough.set()
+        running.join()
+        assert writer.error is None
+        assert writer.verify(session) == []
+    assert cluster.info("stamped")["stale"] == []
+    assert cluster.check("stamped")["equal"]
+
+
 def test_gateway_and_node_killed_together_gives_no_error(
     cluster: DevCluster, tmp_path: Path
 ) -> None:
@@ -44,9 +73,8 @@ def test_gateway_and_node_killed_together_gives_no_error(
     victim = random.Random(seed).choice(cluster.nodes)
     print(f"seed {seed}: {victim}")
     cluster.create("both", f"{SIZE_MIB}M")
-    with FuseDisk(cluster.url("both"), tmp_path) as disk:
-        target = [f"--filename={disk.path}", "--ioengine=libaio"]
-        with VerifyingFio(target, seed, tmp_path) as fio:
+    with ReconnectingDisk(cluster.url("both"), tmp_path) as disk:
+        with VerifyingFio(disk.uri, seed, tmp_path) as fio:
             time.sleep(1.5)
             cluster.kill("gateway1")
             cluster.kill(victim)

@@ -22,8 +22,7 @@ def test_node_killed_under_fio_verify_gives_no_error(cluster: DevCluster, tmp_pa
         print(f"round {number}: seed {seed}: {victim} after {moment_s:.2f} s")
         image = f"round-{number}"
         cluster.create(image, f"{SIZE_MIB}M")
-        target = ["--ioengine=nbd", f"--uri={cluster.url(image)}"]
-        with VerifyingFio(target, seed, tmp_path) as fio:
+        with VerifyingFio(cluster.url(image), seed, tmp_path) as fio:
             time.sleep(moment_s)
             cluster.kill(victim)
             fio.finish()

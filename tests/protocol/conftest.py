@@ -1,17 +1,18 @@
 """What the protocol tests share: an NBD export to talk to, and foreign peers to talk to it with.
 
-The tests know the server only by URIs that `new_export` hands out. Here an `nbdkit` per export
-stands behind them, so that the tests can be tried on a server that others wrote. `NBD_TEST_URI`
-names an export of 1 GiB to test instead; its content is overwritten.
+The tests know the server only by URIs that `new_export` hands out, so that they can be tried on a
+server that others wrote (`NBD_TEST_URI`).
 """
 
 import os
 import subprocess
-import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
+
+from tests.devcluster import DevCluster
 
 GIB = 1 << 30
 # Foreign tools are the system's, also where a virtual environment has others of the same names.
@@ -66,43 +67,30 @@ def run() -> Run:
 
 
 @pytest.fixture(scope="session")
-def new_export(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewExport]:
-    """Makes exports: a size in bytes becomes the URI of a new one, all zero, on a unix socket."""
+def new_export() -> Iterator[NewExport]:
+    """Makes exports: a size in bytes becomes the URI of a new image of a cluster, all zero.
+
+    `NBD_TEST_URI` names an export of 1 GiB to test instead; its content is overwritten.
+    """
     given = os.environ.get("NBD_TEST_URI")
-    servers: list[subprocess.Popen[bytes]] = []
+    if given is not None:
+        yield lambda size_bytes: _given(given, size_bytes)
+        return
+    numbers = count()
+    with DevCluster() as cluster:
 
-    def make(size_bytes: int) -> str:
-        if given is not None:
-            if size_bytes > GIB:
-                pytest.skip("the export that NBD_TEST_URI names may be too small")
-            return given
-        folder = tmp_path_factory.mktemp("nbd")
-        name = f"vms/disk{len(servers)}"
-        servers.append(_start_nbdkit(folder / "sock", name, size_bytes))
-        return f"nbd+unix:///{name}?socket={folder / 'sock'}"
+        def make(size_bytes: int) -> str:
+            name = f"disk{next(numbers)}"
+            cluster.create(name, str(size_bytes))
+            return cluster.url(name)
 
-    yield make
-    for server in servers:
-        server.terminate()
-        server.wait(timeout=30)
+        yield make
 
 
-def _start_nbdkit(socket: Path, name: str, size_bytes: int) -> subprocess.Popen[bytes]:
-    command = [
-        # One thread: with more, a client that vanishes can end nbdkit 1.32 by an assertion.
-        *("nbdkit", "--foreground", "--exit-with-parent", "--threads=1", f"--unix={socket}"),
-        *("--filter=exportname", "--filter=blocksize-policy", "memory", str(size_bytes)),
-        *(f"exportname={name}", "exportname-strict=true", "exportname-list=explicit"),
-        *("blocksize-minimum=1", "blocksize-preferred=4096", "blocksize-maximum=32M"),
-        "blocksize-error-policy=error",
-    ]
-    server = subprocess.Popen(command, env=SYSTEM_ENVIRONMENT)
-    deadline = time.monotonic() + 30
-    while not socket.exists():
-        assert server.poll() is None, "nbdkit ended at once"
-        assert time.monotonic() < deadline, "nbdkit does not listen"
-        time.sleep(0.01)
-    return server
+def _given(uri: str, size_bytes: int) -> str:
+    if size_bytes > GIB:
+        pytest.skip("the export that NBD_TEST_URI names may be too small")
+    return uri
 
 
 @pytest.fixture(scope="module")
