@@ -129,7 +129,8 @@ class GatewayDaemon:
             listening.bind(str(path))
             listening.listen(BACKLOG)
         except OSError as error:
-            raise DaemonError(f"gateway {self.own.name} cannot listen at {path}: {error}") from error
+            name = self.own.name
+            raise DaemonError(f"gateway {name} cannot listen at {path}: {error}") from error
         return listening
 
     def _bind_tcp(self) -> socket.socket:
@@ -199,7 +200,7 @@ class GatewayDaemon:
             socket=node.socket if local else None,
         )
 
-    def state(self) -> "pb.GatewayStatus.State":
+    def state(self) -> "pb.GatewayStatus.State.ValueType":
         """Return the gateway's state."""
         if self.ending.due:
             return pb.GatewayStatus.STATE_STOPPING

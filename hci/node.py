@@ -175,7 +175,7 @@ class NodeDaemon:
         except (RuntimeError, TimeoutError) as error:
             log.error("delete_failed", node=self.own.name, image=image, why=str(error))
 
-    def state(self) -> "pb.NodeStatus.State":
+    def state(self) -> "pb.NodeStatus.State.ValueType":
         """Return the node's state."""
         if self.engine.failure() is not None:
             return pb.NodeStatus.STATE_FAILED

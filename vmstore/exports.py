@@ -231,7 +231,10 @@ class Exports:
         timer.start()
 
     def _later(
-        self, call: Callable[[], Any], then: Callable[[Any], None], failed: Callable[[HciError], None]
+        self,
+        call: Callable[[], Any],
+        then: Callable[[Any], None],
+        failed: Callable[[HciError], None],
     ) -> None:
         """Make an etcd call in a worker; its outcome comes back to the deciding thread."""
 
@@ -272,9 +275,7 @@ class Exports:
             lambda error: self._refuse(client, error),
         )
 
-    def _found(
-        self, client: int, name: ImageName, found: Stored[ImageRecord], opens: bool
-    ) -> None:
+    def _found(self, client: int, name: ImageName, found: Stored[ImageRecord], opens: bool) -> None:
         if client in self._gone:
             self._gone.discard(client)
             return
@@ -633,7 +634,7 @@ class Exports:
         self._queue.put(self._renew_lease)
 
     def _renew_lease(self) -> None:
-        """The etcd lease is gone: take a new one, and each image's lease again if it merely lapsed."""
+        """The etcd lease is gone: take a new one, and again the images' leases that just lapsed."""
         log.warning("etcd_lease_lost")
 
         def again(session: Session) -> None:
@@ -697,5 +698,3 @@ def _peeked(node: str, event: dict[str, Any]) -> decide.Peeked:
             peers=dict(record["peers"]),
         )
     return decide.Peeked(node, event["start_counter"], flush_number, event["deleted"], view)
-
-

@@ -20,7 +20,7 @@ def serve(context: typer.Context, name: Name = None) -> None:
     config = session.of(context).config
     chosen = only_or(config, "gateway", config.gateways, name)
     try:
-        from hci import gateway
+        from hci.gateway import serve as serve_gateway
     except ImportError as error:
         raise Unsupported(f"this build has no gateway: {error}") from error
-    gateway.serve(config, chosen)
+    serve_gateway(config, chosen)

@@ -45,10 +45,10 @@ def serve(context: typer.Context, name: Name = None) -> None:
     config = session.of(context).config
     chosen = only_or(config, "node", config.nodes, name)
     try:
-        from hci import node
+        from hci.node import serve as serve_node
     except ImportError as error:
         raise Unsupported(f"this build has no storage node: {error}") from error
-    node.serve(config, chosen)
+    serve_node(config, chosen)
 
 
 def only_or(config: Config, kind: str, members: Mapping[str, object], name: str | None) -> str:

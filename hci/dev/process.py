@@ -10,9 +10,10 @@ import os
 import select
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def spawn(
     """Start a process in a session of its own, output to the end of `log`, and record it."""
     log.parent.mkdir(parents=True, exist_ok=True)
     record.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as output:
+    with _undisturbed(), open(log, "ab") as output:
         started = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -107,10 +108,33 @@ def spawn(
             start_new_session=True,
             pass_fds=pass_fds,
         )
-    process = Process.of_pid(started.pid)
-    if process is not None:
-        layout.write(record, json.dumps(asdict(process)))
+        process = Process.of_pid(started.pid)
+        if process is not None:
+            layout.write(record, json.dumps(asdict(process)))
     return started
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Put an interrupt off to the end of the block: a process must not run without its record.
+
+    Blocking the signals would do so too, but what is blocked stays so in the new process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    former = {
+        number: signal.signal(number, lambda number, _frame: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
 
 
 def end(processes: Sequence[Process], *, grace_s: float) -> list[Process]:

@@ -57,6 +57,25 @@ def test_process_that_runs_is_alive_and_in_a_session_of_its_own(spawn: Spawner) 
     assert os.getsid(found.pid) == found.pid
 
 
+def test_process_that_is_started_while_an_interrupt_comes_has_its_record(
+    spawn: Spawner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C between the start of a node and the writing of its record left that node running."""
+    write = process.layout.write
+
+    def interrupted(path: Path, text: str) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        write(path, text)
+
+    monkeypatch.setattr(process.layout, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        process.spawn(SLEEP, spawn.record, spawn.log, environ=os.environ)
+    found = process.read(spawn.record)
+    assert found is not None
+    assert found.is_alive
+    process.kill([found])
+
+
 def test_process_that_was_killed_is_not_alive_even_before_its_parent_looks(spawn: Spawner) -> None:
     found = spawn(SLEEP)
     process.kill([found])
