@@ -32,8 +32,8 @@ enum Phase {
     /// A query is with policy.
     Asking { handshake: Handshake },
     Serving { session: Session, reader: RequestReader, channel: u32 },
-    /// What is in flight is answered, then the connection ends.
-    Leaving,
+    /// What is in flight is answered (in the session's style), then the connection ends.
+    Leaving { session: Option<Session> },
 }
 
 /// What the loop has to do for a client.
@@ -88,7 +88,7 @@ impl Client {
         self.in_flight.len() >= IN_FLIGHT_MAX
             || self.in_flight_bytes >= IN_FLIGHT_BYTES_MAX
             || self.stream.pending_bytes() >= REPLY_BYTES_MAX
-            || matches!(self.phase, Phase::Asking { .. } | Phase::Leaving)
+            || matches!(self.phase, Phase::Asking { .. } | Phase::Leaving { .. })
     }
 
     pub fn is_late(&self, now_ns: u64) -> bool {
@@ -97,7 +97,7 @@ impl Client {
 
     /// Done with: told to leave, and nothing left to say.
     pub fn has_left(&self) -> bool {
-        matches!(self.phase, Phase::Leaving)
+        matches!(self.phase, Phase::Leaving { .. })
             && self.in_flight.is_empty()
             && self.stream.pending_bytes() == 0
     }
@@ -133,7 +133,7 @@ impl Client {
         channel: Option<u32>,
         now_ns: u64,
     ) -> Result<Need, ProtocolError> {
-        let phase = std::mem::replace(&mut self.phase, Phase::Leaving);
+        let phase = std::mem::replace(&mut self.phase, Phase::Leaving { session: None });
         let Phase::Asking { mut handshake } = phase else {
             self.phase = phase;
             return Ok(Need::Nothing);
@@ -149,7 +149,7 @@ impl Client {
         match step {
             Step::NeedInput => Need::Nothing,
             Step::Ask(query) => {
-                let phase = std::mem::replace(&mut self.phase, Phase::Leaving);
+                let phase = std::mem::replace(&mut self.phase, Phase::Leaving { session: None });
                 if let Phase::Handshake { handshake, .. } = phase {
                     self.phase = Phase::Asking { handshake };
                 }
@@ -163,7 +163,7 @@ impl Client {
                 Need::Nothing
             }
             Step::Close => {
-                self.phase = Phase::Leaving;
+                self.phase = Phase::Leaving { session: None };
                 Need::Nothing
             }
         }
@@ -200,7 +200,7 @@ impl Client {
         let fua = if request.flags.fua() { flag::FUA } else { 0 };
         let keep = if request.flags.no_hole() { flag::KEEP_ALLOCATED } else { 0 };
         match command {
-            Command::Disconnect => return self.phase = Phase::Leaving,
+            Command::Disconnect => return self.leave(),
             Command::Cache => return done(self.stream.output(), request.cookie),
             _ => {}
         }
@@ -223,14 +223,24 @@ impl Client {
         }
     }
 
+    fn leave(&mut self) {
+        let phase = std::mem::replace(&mut self.phase, Phase::Leaving { session: None });
+        if let Phase::Serving { session, .. } = phase {
+            self.phase = Phase::Leaving { session: Some(session) };
+        }
+    }
+
     /// Replies to the request that `cookie` of a token names.
     pub fn reply(&mut self, cookie: u64, outcome: Outcome) {
         let Some(request) = self.in_flight.try_remove(cookie as usize) else { return };
         if matches!(request.command, Command::Read | Command::Write) {
             self.in_flight_bytes -= u64::from(request.length);
         }
-        // After DISCONNECT nobody listens for answers.
-        let Phase::Serving { session, .. } = &self.phase else { return };
+        let (Phase::Serving { session, .. } | Phase::Leaving { session: Some(session) }) =
+            &self.phase
+        else {
+            return;
+        };
         let out = self.stream.output();
         match outcome {
             Outcome::Done => done(out, request.cookie),

@@ -1,0 +1,196 @@
+"""Strangers on a node's data port: garbage, cut frames, unknown versions, other clusters.
+
+Each ends its own connection and nothing else: an image goes on being written meanwhile.
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+import struct
+import subprocess
+import tomllib
+from collections.abc import Iterator
+
+import pytest
+
+from tests.devcluster import DevCluster
+
+MAGIC = b"HCIWIRE\n"
+HELLO = 1
+REPLY = 0x80
+STATUS_VERSION = 2
+STATUS_WRONG_CLUSTER = 3
+STATUS_WRONG_NODE = 4
+
+
+@pytest.fixture(scope="module")
+def busy() -> Iterator[DevCluster]:
+    """A cluster whose image `busy` is written and verified while the tests run."""
+    with DevCluster() as cluster:
+        cluster.create("busy", "64M")
+        load = subprocess.Popen(
+            [
+                *("fio", "--name=busy", "--ioengine=nbd", f"--uri={cluster.url('busy')}"),
+                *("--rw=randwrite", "--bs=4k", "--size=32m", "--iodepth=4", "--verify=crc32c"),
+                *("--verify_fatal=1", "--fsync=16", "--rate=1m,32m"),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            yield cluster
+            assert load.poll() is None, "the load ended too early to prove anything"
+            said = load.communicate(timeout=120)[0]
+            assert load.returncode == 0, said
+            assert cluster.health() == "ok"
+            assert cluster.check("busy")["equal"]
+        finally:
+            load.kill()
+            load.wait()
+
+
+def connect(cluster: DevCluster, node: str = "node1") -> socket.socket:
+    """A connection to a node's data port."""
+    config = tomllib.loads(cluster.config.read_text())
+    host, _, port = config["node"][node]["listen"].rpartition(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def cluster_id(cluster: DevCluster) -> bytes:
+    """The cluster's id as it travels."""
+    return bytes.fromhex(tomllib.loads(cluster.config.read_text())["cluster"]["id"])
+
+
+def crc32c(data: bytes) -> int:
+    """CRC32C, bit by bit: a second opinion on the engine's."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def frame(kind: int, head: bytes, payload: bytes = b"", *, tag: int = 7, channel: int = 0) -> bytes:
+    """A frame by docs/wire.md."""
+    lengths = struct.pack("<II", len(head), len(payload))
+    rest = struct.pack("<BBHIQ", kind, 0, 0, channel, tag)
+    checksum = crc32c(lengths + bytes(4) + rest + head)
+    return lengths + struct.pack("<I", checksum) + rest + head + payload
+
+
+def text(value: str) -> bytes:
+    """A text field."""
+    return struct.pack("<H", len(value.encode())) + value.encode()
+
+
+def hello(cluster: bytes, node: str, *, lowest: int = 1, highest: int = 1) -> bytes:
+    """A greeting."""
+    head = MAGIC + struct.pack("<HH", lowest, highest) + cluster + text("stranger") + text(node)
+    return frame(HELLO, head)
+
+
+def answer(connection: socket.socket) -> tuple[int, int]:
+    """Kind and status of the next frame."""
+    prefix = b""
+    while len(prefix) < 28:
+        piece = connection.recv(28 - len(prefix))
+        assert piece, "closed without an answer"
+        prefix += piece
+    head_bytes, payload_bytes, _, kind, _, status = struct.unpack("<IIIBBH", prefix[:16])
+    left = head_bytes + payload_bytes
+    while left:
+        piece = connection.recv(left)
+        assert piece, "closed within a frame"
+        left -= len(piece)
+    return kind, status
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the peer ends the connection."""
+    try:
+        while connection.recv(65536):
+            pass
+    except ConnectionError:
+        return True
+    return True
+
+
+def test_wire_hello_of_a_member_is_answered(busy: DevCluster) -> None:
+    with connect(busy) as connection:
+        connection.sendall(hello(cluster_id(busy), "node1"))
+        assert answer(connection) == (HELLO | REPLY, 0)
+
+
+def test_wire_hello_of_an_unknown_version_is_refused_and_closed(busy: DevCluster) -> None:
+    with connect(busy) as connection:
+        connection.sendall(hello(cluster_id(busy), "node1", lowest=2, highest=9))
+        assert answer(connection) == (HELLO | REPLY, STATUS_VERSION)
+        assert is_closed(connection)
+
+
+def test_wire_hello_of_another_cluster_is_refused_and_closed(busy: DevCluster) -> None:
+    with connect(busy) as connection:
+        connection.sendall(hello(bytes(16), "node1"))
+        assert answer(connection) == (HELLO | REPLY, STATUS_WRONG_CLUSTER)
+        assert is_closed(connection)
+
+
+def test_wire_hello_for_another_node_is_refused_and_closed(busy: DevCluster) -> None:
+    with connect(busy) as connection:
+        connection.sendall(hello(cluster_id(busy), "node2"))
+        assert answer(connection) == (HELLO | REPLY, STATUS_WRONG_NODE)
+        assert is_closed(connection)
+
+
+def test_wire_request_before_hello_closes(busy: DevCluster) -> None:
+    with connect(busy) as connection:
+        connection.sendall(frame(4, bytes(84)))
+        assert is_closed(connection)
+
+
+def test_wire_garbage_closes_that_connection_only(busy: DevCluster) -> None:
+    chance = random.Random(1)
+    for _ in range(20):
+        with connect(busy) as connection:
+            connection.sendall(chance.randbytes(chance.randrange(28, 4096)))
+            connection.shutdown(socket.SHUT_WR)
+            assert is_closed(connection)
+
+
+def test_wire_garbage_after_hello_closes_that_connection_only(busy: DevCluster) -> None:
+    chance = random.Random(2)
+    for kind in (2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 32, 33, 34, 35, 36, 99):
+        with connect(busy) as connection:
+            connection.sendall(hello(cluster_id(busy), "node1"))
+            assert answer(connection) == (HELLO | REPLY, 0)
+            connection.sendall(frame(kind, chance.randbytes(61), chance.randbytes(512), channel=3))
+            connection.shutdown(socket.SHUT_WR)
+            assert is_closed(connection)
+
+
+def test_wire_oversized_lengths_close_before_anything_is_buffered(busy: DevCluster) -> None:
+    with connect(busy) as connection:
+        connection.sendall(hello(cluster_id(busy), "node1"))
+        assert answer(connection) == (HELLO | REPLY, 0)
+        connection.sendall(struct.pack("<II", 16, 0xFFFFFFFF) + bytes(20))
+        assert is_closed(connection)
+
+
+def test_wire_damaged_head_closes(busy: DevCluster) -> None:
+    damaged = bytearray(hello(cluster_id(busy), "node1"))
+    damaged[40] ^= 1
+    with connect(busy) as connection:
+        connection.sendall(damaged)
+        assert is_closed(connection)
+
+
+def test_wire_truncated_frame_and_vanishing_peer_disturb_nobody(busy: DevCluster) -> None:
+    greeting = hello(cluster_id(busy), "node1")
+    for length in range(1, len(greeting), 7):
+        with connect(busy) as connection:
+            connection.sendall(greeting[:length])
+    assert busy.health() == "ok"
