@@ -63,7 +63,9 @@ impl From<StoreError> for Refused {
             StoreError::BadBlock { block, .. } => return Refused::BadBlock(block),
             StoreError::BadChecksum { .. } => Status::BadChecksum,
             StoreError::UnknownImage { .. } => Status::NoRecord,
-            StoreError::RecordLower { .. } | StoreError::RecordConflict { .. } => Status::StaleEpoch,
+            StoreError::RecordLower { .. } | StoreError::RecordConflict { .. } => {
+                Status::StaleEpoch
+            }
             StoreError::EpochLower { .. } => Status::StaleEpoch,
             StoreError::Deleted { .. } => Status::Deleted,
             StoreError::NoSpace | StoreError::DirtyFull => Status::NoSpace,
@@ -295,8 +297,7 @@ impl Requests<'_> {
         if known != (attach.epoch, attach.holder) || attach.layers.is_empty() {
             return Err(Refused::Status(Status::StaleEpoch));
         }
-        let session =
-            Session { image: attach.image, epoch: attach.epoch, layers: attach.layers };
+        let session = Session { image: attach.image, epoch: attach.epoch, layers: attach.layers };
         self.sessions.begin(self.connection, frame.channel, session);
         Ok(ok())
     }
@@ -397,8 +398,7 @@ fn done(frame: &Frame) -> Outcome {
 }
 
 fn operation<'a>(session: &'a Session, io: &Io) -> WriteOp<'a> {
-    let stamp =
-        Stamp { epoch: io.epoch, generation: io.generation, sequence: io.sequence };
+    let stamp = Stamp { epoch: io.epoch, generation: io.generation, sequence: io.sequence };
     WriteOp {
         image: session.image,
         layers: &session.layers,
