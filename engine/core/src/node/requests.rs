@@ -410,7 +410,8 @@ fn operation<'a>(session: &'a Session, io: &Io) -> WriteOp<'a> {
 
 /// First block and number of blocks of a range that consists of whole blocks.
 fn block_range(io: &Io) -> Step<(u32, u32)> {
-    if io.offset % BLOCK_BYTES != 0 || io.length % BLOCK_BYTES != 0 || io.length == 0 {
+    let whole = io.offset.is_multiple_of(BLOCK_BYTES) && io.length.is_multiple_of(BLOCK_BYTES);
+    if !whole || io.length == 0 {
         return Err(Refused::Close);
     }
     Ok((io.offset / BLOCK_BYTES, io.length / BLOCK_BYTES))
