@@ -50,8 +50,9 @@ impl Node {
         config.segment_bytes = Some((log_bytes / 8).clamp(4 << 20, 32 << 20) as u32 / 4096 * 4096);
         let boot = parse_id(boot)?.0;
         py.detach(|| {
-            let disk = RealDisk::open_dir(Path::new(data_dir))
-                .map_err(|errno| PyOSError::new_err((errno.raw_os_error(), data_dir.to_string())))?;
+            let disk = RealDisk::open_dir(Path::new(data_dir)).map_err(|errno| {
+                PyOSError::new_err((errno.raw_os_error(), data_dir.to_string()))
+            })?;
             let (store, recovery) = Store::open(disk, &config).map_err(refused)?;
             if recovery.damaged {
                 return Err(PyRuntimeError::new_err(

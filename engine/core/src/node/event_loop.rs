@@ -311,11 +311,11 @@ impl EventLoop {
                 None => self.answer_durable(),
             }
         }
-        if !self.checkpointing {
-            if let Some(job) = self.store.begin_checkpoint(false)? {
-                self.checkpointing = true;
-                self.jobs.checkpoint(job);
-            }
+        if !self.checkpointing
+            && let Some(job) = self.store.begin_checkpoint(false)?
+        {
+            self.checkpointing = true;
+            self.jobs.checkpoint(job);
         }
         let mut touched = std::mem::take(&mut self.touched);
         touched.sort_unstable();
@@ -365,7 +365,7 @@ impl EventLoop {
             }
             Done::Checkpoint(done) => {
                 self.checkpointing = false;
-                match self.store.finish_checkpoint(done) {
+                match self.store.finish_checkpoint(*done) {
                     // All is in the log still; the next checkpoint tries again.
                     Ok(()) | Err(StoreError::NoSpace) => {}
                     Err(error) => return Err(error),

@@ -16,8 +16,7 @@ use crate::checksum::crc32c;
 use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, LayerId, Tag};
 use crate::wire::messages::{
-    BlocksReply, Copy, DIRTY_ENTRIES_MAX, DirtyFrom, DirtyReply, Flush, Head, Level,
-    ShardRange,
+    BlocksReply, Copy, DIRTY_ENTRIES_MAX, DirtyFrom, DirtyReply, Flush, Head, Level, ShardRange,
 };
 use crate::wire::{Frame, PAYLOAD_BYTES_MAX, Status, kind};
 use bytes::Bytes;
@@ -400,12 +399,9 @@ fn copy_runs(
             {
                 run.blocks += 1;
             }
-            _ => runs.push_back(CopyRun {
-                source: winner.0,
-                targets,
-                first_block: index,
-                blocks: 1,
-            }),
+            _ => {
+                runs.push_back(CopyRun { source: winner.0, targets, first_block: index, blocks: 1 })
+            }
         }
     }
     runs

@@ -89,7 +89,13 @@ impl Link {
     }
 
     /// Time-driven work: connect, ping, notice silence. `paused`: our own loop stood still.
-    pub fn tick(&mut self, poller: &Poller, now_ns: u64, paused: bool, events: &mut Vec<LinkEvent>) {
+    pub fn tick(
+        &mut self,
+        poller: &Poller,
+        now_ns: u64,
+        paused: bool,
+        events: &mut Vec<LinkEvent>,
+    ) {
         match &mut self.state {
             State::Idle { retry_at_ns } if now_ns >= *retry_at_ns => self.connect(poller, now_ns),
             State::Idle { .. } => {}
