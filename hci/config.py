@@ -26,9 +26,9 @@ DEFAULT_ZONE = "default"
 """Sites without zones are one zone."""
 
 DEFAULT_LOG_BYTES = 1 << 30
-"""A node's write-ahead log. Bursts up to this size are written once, at the speed of the page cache;
-what is overwritten within it never reaches a shard file. Read back after a crash in about a second.
-Its segments are created as they are needed."""
+"""A node's write-ahead log. Bursts up to this size are written once, at the speed of the page
+cache; what is overwritten within it never reaches a shard file. Read back after a crash in about a
+second. Its segments are created as they are needed."""
 
 SMALLEST_LOG_BYTES = 16 << 20
 """Below this a few of the largest requests (32 MiB, cut into shards) would fill the log at once."""
