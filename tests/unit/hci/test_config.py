@@ -56,7 +56,7 @@ def test_config_with_every_key_is_read() -> None:
 def test_config_with_only_what_is_needed_has_defaults() -> None:
     found = config.parse(SMALL, PATH)
     node = found.node("node1")
-    assert (node.socket, node.zone, node.log_bytes) == (None, "default", 256 << 20)
+    assert (node.socket, node.zone, node.log_bytes) == (None, "default", config.DEFAULT_LOG_BYTES)
     assert node.host
     assert found.gateways == {}
 
