@@ -71,7 +71,9 @@ impl From<Errno> for StoreError {
 impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            StoreError::Failed { errno } => write!(f, "the store failed ({errno}); restart the node"),
+            StoreError::Failed { errno } => {
+                write!(f, "the store failed ({errno}); restart the node")
+            }
             StoreError::Locked => write!(f, "the store is open in another process"),
             StoreError::Foreign { cluster, node } => {
                 write!(f, "the store belongs to node {node} of cluster {}", ImageId(*cluster))

@@ -189,8 +189,8 @@ pub fn decode_record(reader: &mut Reader<'_>) -> Option<ImageRecord> {
     let (digest, shard_bytes) = (reader.array()?, reader.u32()?);
     let length = reader.u32()? as usize;
     let body = Bytes::copy_from_slice(reader.take(length)?);
-    let fits = shard_bytes.is_power_of_two()
-        && (SHARD_BYTES_MIN..=SHARD_BYTES_MAX).contains(&shard_bytes);
+    let fits =
+        shard_bytes.is_power_of_two() && (SHARD_BYTES_MIN..=SHARD_BYTES_MAX).contains(&shard_bytes);
     let head = RecordHead { epoch, holder, generation, digest, shard_bytes };
     fits.then_some(ImageRecord { head, body })
 }

@@ -103,7 +103,8 @@ impl ShardIndex {
     /// Runs that touch `first..first + blocks`, in order, cut to that range.
     pub fn overlapping(&self, first: u32, blocks: u32) -> impl Iterator<Item = (u32, Run)> {
         let end = first + blocks;
-        let before = self.runs.range(..first).next_back().filter(|(at, run)| *at + run.length > first);
+        let before =
+            self.runs.range(..first).next_back().filter(|(at, run)| *at + run.length > first);
         before.into_iter().chain(self.runs.range(first..end)).map(move |(at, run)| {
             let (from, to) = ((*at).max(first), (*at + run.length).min(end));
             (from, Run { length: to - from, ..*run })
@@ -135,7 +136,8 @@ impl ShardIndex {
                 self.runs.insert(end, Run { length: at + run.length - end, ..run });
             }
         }
-        while let Some((at, run)) = self.runs.range(first..end).next().map(|(at, run)| (*at, *run)) {
+        while let Some((at, run)) = self.runs.range(first..end).next().map(|(at, run)| (*at, *run))
+        {
             self.runs.remove(&at);
             if at + run.length > end {
                 self.runs.insert(end, Run { length: at + run.length - end, ..run });

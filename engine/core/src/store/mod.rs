@@ -51,11 +51,11 @@ pub use dirty::DirtyEntry;
 use disk::{Disk, DiskResult, Errno, FileRef, LockGuard};
 pub use errors::StoreError;
 pub use images::{BODY_BYTES_MAX, ImageRecord, RecordHead};
+use log::{Class, Log};
 pub use read::{BlockSummary, ShardSummary};
 pub use record::CopyBlock;
-pub use recovery::Recovery;
-use log::{Class, Log};
 use record::{HEADER_BYTES, Header, Kind};
+pub use recovery::Recovery;
 use shard_file::ShardMeta;
 use state::State;
 use superblock::Superblock;
@@ -270,7 +270,7 @@ impl Store {
     pub fn wants_checkpoint(&self) -> bool {
         self.checkpointing.is_none()
             && (self.log.wants_checkpoint()
-                || self.log.slot_wanted().is_some()
+                || !self.log.slots_wanted().is_empty()
                 || !self.state.images.pending_deletes().is_empty())
     }
 
@@ -290,7 +290,8 @@ impl Store {
         StoreError::Failed { errno }
     }
 
-    /// The most dirty entries: their snapshot fills half a segment.
+    /// The most dirty entries: their snapshot fills half a segment. The rest of the snapshot may fill
+    /// a quarter (`Store::clear`).
     fn dirty_entries_max(&self) -> usize {
         self.log.segment_bytes() as usize / 2 / dirty::ENTRY_BYTES
     }

@@ -214,9 +214,7 @@ fn create_log(disk: &dyn Disk, superblock: &Superblock) -> DiskResult<()> {
         disk.unlink(&format!("log/{name}"))?;
     }
     disk.sync_dir("")?;
-    (0..2).try_for_each(|slot| {
-        create_segment(disk, slot, superblock.segment_bytes).map(|_| ())
-    })?;
+    (0..2).try_for_each(|slot| create_segment(disk, slot, superblock.segment_bytes).map(|_| ()))?;
     Tail { version: 1, first_lsn: 1, durable_lsn: 0 }.write(disk, superblock.seed())?;
     disk.sync_dir("log")
 }
@@ -335,7 +333,11 @@ fn find_segments(
     Ok(found)
 }
 
-fn read_head(file: &dyn super::disk::DiskFile, seed: u32, segment_bytes: u32) -> Option<(u64, u64)> {
+fn read_head(
+    file: &dyn super::disk::DiskFile,
+    seed: u32,
+    segment_bytes: u32,
+) -> Option<(u64, u64)> {
     let mut bytes = BytesMut::new();
     file.read_at(0, HEADER_BYTES, &mut bytes).ok()?;
     let extra = u32::from_le_bytes(bytes.get(12..16)?.try_into().ok()?);
@@ -351,7 +353,8 @@ impl Replay {
         let fits = |head: &(u64, u64)| {
             head.0 == self.next_lsn && (self.last_instance..self.instance_end).contains(&head.1)
         };
-        let candidates = found.iter().enumerate().filter(|(_, s)| s.head.as_ref().is_some_and(fits));
+        let candidates =
+            found.iter().enumerate().filter(|(_, s)| s.head.as_ref().is_some_and(fits));
         candidates.max_by_key(|(_, segment)| segment.head).map(|(place, _)| place)
     }
 

@@ -199,7 +199,12 @@ fn decode_slot_header(key: &ShardKey, blocks: u32, head: &[u8]) -> Option<(u64, 
     fits.then_some((version, SlotHeader { generation, tags, body_bytes, body_checksum }))
 }
 
-fn decode_slot_body(blocks: u32, version: u64, header: &SlotHeader, body: &[u8]) -> Option<ShardMeta> {
+fn decode_slot_body(
+    blocks: u32,
+    version: u64,
+    header: &SlotHeader,
+    body: &[u8],
+) -> Option<ShardMeta> {
     let mut reader = Reader::new(body);
     let mut meta = ShardMeta::uniform(blocks, BlockState::Absent);
     meta.states = reader.take(meta.states.len())?.into();
@@ -263,7 +268,11 @@ fn choose(even: Slot, odd: Slot, blocks: u32, torn_allowed: bool) -> ShardMeta {
     let lost = || ShardMeta { version, ..ShardMeta::uniform(blocks, BlockState::Bad) };
     match (even, odd) {
         (Slot::Whole(even), Slot::Whole(odd)) => {
-            if even.version > odd.version { *even } else { *odd }
+            if even.version > odd.version {
+                *even
+            } else {
+                *odd
+            }
         }
         (Slot::Whole(whole), Slot::Empty) | (Slot::Empty, Slot::Whole(whole)) => *whole,
         (Slot::Whole(whole), Slot::Damaged(other)) | (Slot::Damaged(other), Slot::Whole(whole)) => {

@@ -4,11 +4,15 @@ use bytes::Bytes;
 
 use crate::geometry::{ImageId, Tag};
 
+use super::dirty::ENTRY_BYTES;
 use super::images::{BODY_BYTES_MAX, ImageRecord, RecordHead, encode_record};
 use super::log::Class;
 use super::record::{Header, Kind};
 use super::state::encode_peers;
 use super::{Stamp, Store, StoreError};
+
+/// A peer's name and number in a head record, with room for its image.
+const PEER_BYTES_MAX: usize = 128;
 
 impl Store {
     /// Stores an image's record (durable at the next sync) and gives its lsn. A higher generation is
@@ -37,7 +41,11 @@ impl Store {
 
     /// Something named a higher generation of the image than known: its dirty shards now count as
     /// written in that one.
-    pub fn observe_generation(&mut self, image: ImageId, generation: u64) -> Result<(), StoreError> {
+    pub fn observe_generation(
+        &mut self,
+        image: ImageId,
+        generation: u64,
+    ) -> Result<(), StoreError> {
         self.check()?;
         if self.state.dirty.observes(&image, 0, generation) {
             let stamp = Stamp { generation, ..Stamp::default() };
@@ -59,6 +67,11 @@ impl Store {
     ) -> Result<(), StoreError> {
         self.check()?;
         self.state.images.require(&image)?;
+        // Numbers of very many images would not fit into a head record; they only serve to notice a
+        // peer that was rolled back, so the rest goes without.
+        let entries = self.state.dirty.entries() * ENTRY_BYTES;
+        let numbers = self.state.snapshot_bytes() - entries + peers.len() * PEER_BYTES_MAX;
+        let peers = if numbers > self.log.segment_bytes() as usize / 4 { &[] } else { peers };
         let mut extra = Vec::new();
         encode_peers(peers, &mut extra);
         let stamp = Stamp { epoch: tag.epoch, sequence: tag.sequence, generation: 0 };
@@ -88,6 +101,7 @@ impl Store {
     pub fn mark_failed(&mut self, image: ImageId, shard: u64) -> Result<(), StoreError> {
         self.check()?;
         self.state.images.require(&image)?;
+        self.check_dirty_room(&image, shard)?;
         self.state.dirty.fail(&image, shard);
         let mut header = Header::new(Kind::Failed, image);
         header.key.shard = shard;

@@ -190,7 +190,7 @@ impl Store {
         Ok(head.shard_bytes)
     }
 
-    fn check_dirty_room(&self, image: &ImageId, shard: u64) -> Result<(), StoreError> {
+    pub(super) fn check_dirty_room(&self, image: &ImageId, shard: u64) -> Result<(), StoreError> {
         let dirty = &self.state.dirty;
         let full = dirty.entries() >= self.dirty_entries_max() && dirty.get(image, shard).is_none();
         if full { Err(StoreError::DirtyFull) } else { Ok(()) }
