@@ -280,7 +280,17 @@ impl Requests<'_> {
             digest: offered.digest,
             shard_bytes: offered.shard_bytes,
         };
-        self.store.put_record(offered.image, head, frame.payload.clone())?;
+        let put = self.store.put_record(offered.image, head, frame.payload.clone());
+        if let Err(StoreError::RecordLower { stored } | StoreError::RecordConflict { stored }) =
+            &put
+        {
+            let same_holder = (stored.epoch, stored.holder) == (head.epoch, head.holder);
+            let later_epoch =
+                stored.epoch > head.epoch || stored.epoch == head.epoch && !same_holder;
+            let status = if later_epoch { Status::StaleEpoch } else { Status::StaleGeneration };
+            return Err(Refused::Status(status));
+        }
+        put?;
         self.sessions.fence(&offered.image, offered.epoch);
         Ok(Outcome::AnswerDurable { with_number: false })
     }

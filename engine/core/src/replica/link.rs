@@ -202,6 +202,9 @@ impl Link {
         now_ns: u64,
         events: &mut Vec<LinkEvent>,
     ) -> Result<(), String> {
+        if !frame.is_reply() {
+            return Err("the node asks instead of answering".into());
+        }
         if let State::Ready { heard_ns, .. } = &mut self.state {
             *heard_ns = now_ns;
             if frame.kind != kind::PING | REPLY {
