@@ -1,4 +1,5 @@
-//! How fast the store alone is on a real folder: `cargo run --release --example store_bench FOLDER`.
+//! How fast the store alone is on a real folder: `cargo run --release --example store_bench
+//! FOLDER`.
 
 use std::error::Error;
 use std::path::Path;

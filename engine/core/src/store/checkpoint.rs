@@ -1,10 +1,11 @@
-//! Checkpoints: what the log's oldest segments say is put into shard files and record files, durably;
-//! then the segments may be written to again. A job does the work in any thread.
+//! Checkpoints: what the log's oldest segments say is put into shard files and record files,
+//! durably; then the segments may be written to again. A job does the work in any thread.
 //!
-//! The order within a job is what makes a crash harmless: (1) sync the log, so that everything that is
-//! about to replace old content, or that made older records obsolete, is durable; (2) write data, punch
-//! holes, then write metadata; (3) sync the files and the folders with new names; (4) move the log's
-//! tail on, durably. Blocks that a job writes are read from the log until it is finished.
+//! The order within a job is what makes a crash harmless: (1) sync the log, so that everything that
+//! is about to replace old content, or that made older records obsolete, is durable; (2) write
+//! data, punch holes, then write metadata; (3) sync the files and the folders with new names; (4)
+//! move the log's tail on, durably. Blocks that a job writes are read from the log until it is
+//! finished.
 
 use std::collections::BTreeSet;
 use std::io::IoSlice;
@@ -88,8 +89,8 @@ impl From<Errno> for Failure {
 }
 
 impl Store {
-    /// Gives the job that makes room in the log; `None` where none is due, or one is under way. With
-    /// `force` everything that is in the log goes to files.
+    /// Gives the job that makes room in the log; `None` where none is due, or one is under way.
+    /// With `force` everything that is in the log goes to files.
     pub fn begin_checkpoint(&mut self, force: bool) -> Result<Option<CheckpointJob>, StoreError> {
         self.check()?;
         if self.checkpointing.is_some() || !(force || self.wants_checkpoint()) {
@@ -359,7 +360,8 @@ impl Copier<'_> {
     }
 }
 
-/// How many runs at the start are data of consecutive blocks, up to the most that are copied at once.
+/// How many runs at the start are data of consecutive blocks, up to the most that are copied at
+/// once.
 fn data_run(runs: &[(u32, Run)]) -> usize {
     let follows =
         |pair: &[(u32, Run)]| pair[1].0 == pair[0].0 + 1 && pair[1].1.state == BlockState::Data;

@@ -53,7 +53,8 @@ pub enum StoreError {
     EpochLower { stored: Box<RecordHead> },
     /// The image was deleted here; it never comes back.
     Deleted { image: ImageId },
-    /// The range does not lie within the shard, or is empty, or its checksums do not match in number.
+    /// The range does not lie within the shard, or is empty, or its checksums do not match in
+    /// number.
     OutOfRange,
     /// More than one request may hold; split it.
     TooLarge,

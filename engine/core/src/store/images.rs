@@ -1,6 +1,6 @@
 //! Image records: what this node knows, durably, of each image placed on it, and which images were
-//! deleted. A record goes through the log and, before its segment is recycled, to `images/ID/record`;
-//! a tombstone likewise to `deleted/ID`, for ever.
+//! deleted. A record goes through the log and, before its segment is recycled, to
+//! `images/ID/record`; a tombstone likewise to `deleted/ID`, for ever.
 //!
 //! Invariant: epoch and generation of a stored record never decrease, an epoch never changes its
 //! holder, a generation never its digest, an image never its shard size.

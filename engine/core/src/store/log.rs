@@ -64,8 +64,8 @@ struct Batch {
     bytes: u32,
 }
 
-/// Serialises syncs of the log and remembers the first failure: the kernel reports a lost write only
-/// once, so a second sync that succeeds proves nothing.
+/// Serialises syncs of the log and remembers the first failure: the kernel reports a lost write
+/// only once, so a second sync that succeeds proves nothing.
 #[derive(Default)]
 pub struct SyncGate {
     failed: Mutex<Option<Errno>>,

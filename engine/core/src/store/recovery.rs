@@ -36,7 +36,8 @@ pub struct Recovery {
     pub instance: u64,
     /// There was no store; it was created.
     pub created: bool,
-    /// Something that had been synced is lost: all that the store holds is stale since generation 0.
+    /// Something that had been synced is lost: all that the store holds is stale since generation
+    /// 0.
     pub damaged: bool,
     /// Records replayed.
     pub records: u64,
@@ -76,7 +77,8 @@ impl Tail {
         };
         let mut bytes = BytesMut::new();
         file.read_at(0, 2 * PAGE_BYTES as usize, &mut bytes)?;
-        // A killed process may have left the newest in the cache only; the next goes over its elder.
+        // A killed process may have left the newest in the cache only; the next goes over its
+        // elder.
         file.sync_data()?;
         let slots = bytes.chunks(PAGE_BYTES as usize).filter_map(|slot| Tail::decode(slot, seed));
         Ok(slots.max_by_key(|tail| tail.version))

@@ -1,9 +1,9 @@
 //! A disk in memory that keeps, over a power cut, what was synced and nothing else for sure.
 //!
-//! Everything not synced survives or not by the seed: each 512-byte sector of a write, each punch and
-//! each change of length on its own, each name until its folder was synced. Every operation that
-//! changes something is a counted step; the power can be cut, or the process killed, at any of them.
-//! The same calls with the same seeds give the same disk.
+//! Everything not synced survives or not by the seed: each 512-byte sector of a write, each punch
+//! and each change of length on its own, each name until its folder was synced. Every operation
+//! that changes something is a counted step; the power can be cut, or the process killed, at any of
+//! them. The same calls with the same seeds give the same disk.
 
 use std::io::IoSlice;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -15,11 +15,12 @@ use super::{Stamp, Store, StoreError};
 const PEER_BYTES_MAX: usize = 128;
 
 impl Store {
-    /// Stores an image's record (durable at the next sync) and gives its lsn. A higher generation is
-    /// what all the image's dirty shards then count as written in; a higher epoch makes them sticky.
+    /// Stores an image's record (durable at the next sync) and gives its lsn. A higher generation
+    /// is what all the image's dirty shards then count as written in; a higher epoch makes them
+    /// sticky.
     ///
-    /// Refuses a lower epoch or generation (`RecordLower`), and an equal epoch of another holder or an
-    /// equal generation of another digest (`RecordConflict`).
+    /// Refuses a lower epoch or generation (`RecordLower`), and an equal epoch of another holder or
+    /// an equal generation of another digest (`RecordConflict`).
     pub fn put_record(
         &mut self,
         image: ImageId,
@@ -57,8 +58,8 @@ impl Store {
     }
 
     /// Drops dirty entries last written at `tag` or below, but for sticky ones: all writes up to it
-    /// are answered, and flushed by every in-sync node, of which each peer had then synced the flush
-    /// of that number. Durable with the next sync; losing it only leaves the map larger.
+    /// are answered, and flushed by every in-sync node, of which each peer had then synced the
+    /// flush of that number. Durable with the next sync; losing it only leaves the map larger.
     pub fn clear(
         &mut self,
         image: ImageId,
@@ -81,8 +82,8 @@ impl Store {
         Ok(())
     }
 
-    /// These shards are level on all in-sync nodes, durably: drops their sticky entries (one written
-    /// to meanwhile stays for the next clear).
+    /// These shards are level on all in-sync nodes, durably: drops their sticky entries (one
+    /// written to meanwhile stays for the next clear).
     pub fn mark_level(&mut self, image: ImageId, shards: &[u64]) -> Result<(), StoreError> {
         const SHARDS_PER_RECORD: usize = 512;
         self.check()?;

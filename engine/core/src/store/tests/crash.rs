@@ -2,8 +2,8 @@
 //!
 //! The model keeps what every block, the dirty map and the record were after each request. The
 //! recovered store must be what some prefix of the requests left, and that prefix must hold every
-//! flushed request (after a power cut) or every appended one (after a kill). Within the first request
-//! past the prefix single blocks may be either.
+//! flushed request (after a power cut) or every appended one (after a kill). Within the first
+//! request past the prefix single blocks may be either.
 
 use std::collections::BTreeMap;
 
@@ -305,7 +305,8 @@ fn start(disk: &SimDisk) -> Option<Run> {
     Some(Run::new(store, first_model(), Stamp { epoch: 1, generation: 1, sequence: 0 }))
 }
 
-/// Crashes a run of `requests` at `step`, goes on with `more`, crashes again, and checks both times.
+/// Crashes a run of `requests` at `step`, goes on with `more`, crashes again, and checks both
+/// times.
 fn crash_at(requests: &[Request], more: &[Request], step: u64, crash: Crash, seed: u64) {
     let what = format!("{crash:?} at step {step}, seed {seed}");
     let disk = SimDisk::new();
@@ -372,14 +373,14 @@ fn workload_goes_through_every_part_of_the_log() {
     assert!(sequence > 20, "segments were recycled: {sequence}");
 }
 
-/// A killed checkpoint leaves its newest metadata and tail in the cache only. Taking them for durable,
-/// the next one would write over what the disk really has.
+/// A killed checkpoint leaves its newest metadata and tail in the cache only. Taking them for
+/// durable, the next one would write over what the disk really has.
 #[test]
 fn power_cut_in_the_checkpoint_after_a_killed_one_keeps_what_was_flushed() {
     let mut first = Rig::new();
     // Enough blocks for metadata of several sectors, which a power cut can tear.
-    for (shard, part) in (0..2).flat_map(|shard| (0..10).map(move |part| (shard, part * 25))) {
-        first.fill(shard, part, 25, 5);
+    for (shard, part) in (0..2).flat_map(|shard| (0..30).map(move |part| (shard, part * 8))) {
+        first.fill(shard, part, 8, 5);
         first.checkpoint();
     }
     (0..2).for_each(|shard| first.fill(shard, 1, 1, 6));
@@ -406,7 +407,7 @@ fn power_cut_in_the_checkpoint_after_a_killed_one_keeps_what_was_flushed() {
         let kill_reached = reached(&killed, Crash::Kill, kill_step);
         killed.kill();
         for cut_step in 1..30 {
-            for seed in 0..4 {
+            for seed in 0..2 {
                 let cut = killed.fork();
                 both_reached += u32::from(reached(&cut, Crash::PowerCut, cut_step) && kill_reached);
                 cut.power_cut(seed * 31 + cut_step);
@@ -414,15 +415,15 @@ fn power_cut_in_the_checkpoint_after_a_killed_one_keeps_what_was_flushed() {
                 assert!(!recovery.damaged, "kill {kill_step}, cut {cut_step}, seed {seed}");
                 let mut rig = Rig { disk: cut, store, stamp };
                 for shard in 0..2 {
-                    let mut expected = vec![5; 250 * BLOCK];
+                    let mut expected = vec![5; 240 * BLOCK];
                     expected[BLOCK..2 * BLOCK].fill(6);
-                    let found = rig.content(shard, 0, 250);
+                    let found = rig.content(shard, 0, 240);
                     assert!(found == expected, "kill {kill_step}, cut {cut_step}, seed {seed}");
                 }
             }
         }
     }
-    assert!(both_reached > 500, "{both_reached}");
+    assert!(both_reached > 200, "{both_reached}");
 }
 
 /// Of two unsynced records the first is torn and the second survives. What the next instance writes

@@ -83,8 +83,8 @@ fn higher_epoch_makes_entries_sticky() {
     assert_eq!(rig.dirty(), [0], "what the former holder left waits for reconcile");
 }
 
-/// A write in flight when a node is removed stands on the survivors under the old generation; if the
-/// heal list went by that alone it would miss the shard.
+/// A write in flight when a node is removed stands on the survivors under the old generation; if
+/// the heal list went by that alone it would miss the shard.
 #[test]
 fn new_generation_is_what_dirty_shards_count_as_written_in_also_after_their_clear() {
     for cleared in [false, true] {
