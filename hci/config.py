@@ -26,7 +26,7 @@ DEFAULT_ZONE = "default"
 """Sites without zones are one zone."""
 
 DEFAULT_LOG_BYTES = 1 << 30
-"""A node's write-ahead log. Bursts up to this size are written once, at the speed of the page cache;
+"""A node's write-ahead log. Bursts up to this size are written once, at the page cache's speed;
 what is overwritten within it never reaches a shard file. Read back after a crash in about a second.
 Its segments are created as they are needed."""
 

@@ -256,8 +256,8 @@ def _image_status(image: OpenImage) -> pb.OpenImage:
     status.epoch, status.generation = record.epoch, record.generation
     for index in range(len(record.sets)):
         status.in_sync.add(replica_set=index, nodes=membership.in_sync(index))
-    missing = holder.missing()
-    if holder.phase is Phase.SERVING and missing:
+    stalled_by = holder.stalled_by()
+    if holder.phase is Phase.SERVING and stalled_by:
         status.state = pb.OpenImage.STATE_READS_ONLY
-        status.trouble = status.trouble or f"writes wait for {', '.join(missing)}"
+        status.trouble = status.trouble or f"writes wait for {', '.join(stalled_by)}"
     return status

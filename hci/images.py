@@ -19,8 +19,9 @@ from vmstore.errors import InUse, ShrinkRefused
 from vmstore.names import ImageName
 from vmstore.transfer import Source
 
-CLOSING_S = 10.0
-"""How long a gateway may take to give an image back after its last client left."""
+CLOSING_S = 20.0
+"""How long an image may stay taken after its last client left: at most until the lease of a gateway
+that died has expired (10 s), with room."""
 
 
 def used_bytes(record: ImageRecord, nodes: Mapping[str, NodeRecord]) -> dict[str, int]:

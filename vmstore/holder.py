@@ -643,6 +643,15 @@ class Holder:
         in_sync = self.record.membership.all_in_sync()
         return sorted(n for n in in_sync if self.nodes[n].standing is not Standing.UP)
 
+    def stalled_by(self) -> list[str]:
+        """Return the nodes without which some replica set answers no write."""
+        if self.record is None:
+            return []
+        plan = lose(self.record.membership, self.missing(), self.emptied)
+        if isinstance(plan, Ready):
+            return []
+        return sorted({node for nodes in plan.waiting.values() for node in nodes})
+
     def _check(self) -> None:
         """Assert what holds after every step."""
         if self.record is None:

@@ -25,7 +25,7 @@ STATUS_WRONG_NODE = 4
 
 
 @pytest.fixture(scope="module")
-def busy() -> Iterator[DevCluster]:
+def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevCluster]:
     """A cluster whose image `busy` is written and verified while the tests run."""
     with DevCluster() as cluster:
         cluster.create("busy", "64M")
@@ -35,6 +35,7 @@ def busy() -> Iterator[DevCluster]:
                 *("--rw=randwrite", "--bs=4k", "--size=32m", "--iodepth=4", "--verify=crc32c"),
                 *("--verify_fatal=1", "--fsync=16", "--rate=1m,32m"),
             ],
+            cwd=tmp_path_factory.mktemp("fio"),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

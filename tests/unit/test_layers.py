@@ -26,6 +26,7 @@ PURE = (
     "etcd/interface.py",
     "etcd/keys.py",
     "etcd/records.py",
+    "vmstore/holder.py",
     "vmstore/names.py",
 )
 """Code that decides, and so can be run by a simulator. A module listed here may not exist yet."""

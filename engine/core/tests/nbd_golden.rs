@@ -2,9 +2,11 @@
 //! the specification. Covers each message that this server sends, in the order a session meets them.
 
 use bytes::{Bytes, BytesMut};
+use hci_engine_core::content::Run;
+use hci_engine_core::io::Outgoing;
 use hci_engine_core::nbd::{
-    Answer, Command, Errno, ExportInfo, Extent, Flags, Handshake, Limits, Outgoing, Parsed,
-    ReplyStyle, Request, RequestReader, Run, Session, Step, block_status, done, error, read,
+    Answer, Command, Errno, ExportInfo, Extent, Flags, Handshake, Limits, Parsed, ReplyStyle,
+    Request, RequestReader, Session, Step, block_status, done, error, read,
 };
 use std::io::IoSlice;
 

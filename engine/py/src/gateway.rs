@@ -57,7 +57,8 @@ impl Gateway {
         address: &str,
         socket: Option<String>,
     ) -> PyResult<()> {
-        let mut addresses: Vec<Address> = socket.into_iter().map(|s| Address::Unix(s.into())).collect();
+        let mut addresses: Vec<Address> =
+            socket.into_iter().map(|s| Address::Unix(s.into())).collect();
         let tcp = address.parse().map_err(|_| {
             PyValueError::new_err(format!("'{address}' is not an address and port"))
         })?;

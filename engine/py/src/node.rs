@@ -45,11 +45,14 @@ impl Node {
         log_bytes: u64,
     ) -> PyResult<Self> {
         let cluster = parse_id(cluster)?.0;
-        let config = StoreConfig::new(cluster, &name, parse_id(new_store_id)?.0, log_bytes);
+        let mut config = StoreConfig::new(cluster, &name, parse_id(new_store_id)?.0, log_bytes);
+        // Small segments are made, checkpointed and recycled in small steps.
+        config.segment_bytes = Some((log_bytes / 8).clamp(4 << 20, 32 << 20) as u32 / 4096 * 4096);
         let boot = parse_id(boot)?.0;
         py.detach(|| {
-            let disk = RealDisk::open_dir(Path::new(data_dir))
-                .map_err(|errno| PyOSError::new_err((errno.raw_os_error(), data_dir.to_string())))?;
+            let disk = RealDisk::open_dir(Path::new(data_dir)).map_err(|errno| {
+                PyOSError::new_err((errno.raw_os_error(), data_dir.to_string()))
+            })?;
             let (store, recovery) = Store::open(disk, &config).map_err(refused)?;
             if recovery.damaged {
                 return Err(PyRuntimeError::new_err(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hci import config
-from hci.config import Endpoint
+from hci.config import DEFAULT_LOG_BYTES, Endpoint
 from hci.errors import ConfigError
 
 PATH = Path("/etc/hci/hci.toml")
@@ -56,7 +56,7 @@ def test_config_with_every_key_is_read() -> None:
 def test_config_with_only_what_is_needed_has_defaults() -> None:
     found = config.parse(SMALL, PATH)
     node = found.node("node1")
-    assert (node.socket, node.zone, node.log_bytes) == (None, "default", 256 << 20)
+    assert (node.socket, node.zone, node.log_bytes) == (None, "default", DEFAULT_LOG_BYTES)
     assert node.host
     assert found.gateways == {}
 

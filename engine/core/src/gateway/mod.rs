@@ -29,8 +29,15 @@ pub enum Command {
     Unlink(String),
     /// Begin with an image: its nodes are asked for their records, nothing is served yet.
     Open(OpenSpec),
-    Peek { channel: u32, node: NodeIndex },
-    Admit { channel: u32, nodes: NodeMask, resume: bool },
+    Peek {
+        channel: u32,
+        node: NodeIndex,
+    },
+    Admit {
+        channel: u32,
+        nodes: NodeMask,
+        resume: bool,
+    },
     Reconfigure {
         channel: u32,
         generation: u64,
@@ -38,23 +45,45 @@ pub enum Command {
         body: Bytes,
         in_sync: Vec<NodeMask>,
     },
-    LeaseDeadline { channel: u32, deadline_ns: u64 },
+    LeaseDeadline {
+        channel: u32,
+        deadline_ns: u64,
+    },
     /// Flush, clear, let go; `Event::Closed` tells how it went.
-    Close { channel: u32 },
+    Close {
+        channel: u32,
+    },
     /// End an image at once; its requests fail.
-    Kill { channel: u32 },
+    Kill {
+        channel: u32,
+    },
     /// Forget an image that is closed or killed.
-    Forget { channel: u32 },
+    Forget {
+        channel: u32,
+    },
     /// Let new connections wait in the socket.
     StopListening,
     /// End the connections of an image's clients; what they have in flight is not answered.
-    Disconnect { channel: u32 },
+    Disconnect {
+        channel: u32,
+    },
     /// An image's new size.
-    Resize { channel: u32, size_bytes: u64 },
+    Resize {
+        channel: u32,
+        size_bytes: u64,
+    },
     /// Make a range read as zeroes (what a shrink cuts off), then `GatewayEvent::Zeroed`.
-    Zero { channel: u32, offset: u64, length: u64 },
+    Zero {
+        channel: u32,
+        offset: u64,
+        length: u64,
+    },
     /// Answer a client's query; with `channel` it is served from that image.
-    Answer { client: u64, answer: Answer, channel: Option<u32> },
+    Answer {
+        client: u64,
+        answer: Answer,
+        channel: Option<u32>,
+    },
     Snapshot(mpsc::Sender<Snapshot>),
     Stop,
 }
@@ -63,13 +92,31 @@ pub enum Command {
 #[derive(Debug)]
 pub enum GatewayEvent {
     /// A client's handshake needs an answer.
-    Asked { client: u64, query: Query },
+    Asked {
+        client: u64,
+        query: Query,
+    },
     /// A client that was served from `channel`, or had a query under way, is gone.
-    ClientGone { client: u64, channel: Option<u32> },
-    Image { channel: u32, event: Event, hello: Option<HelloReply> },
-    LinkUp { hello: HelloReply },
-    LinkDown { node: String, why: String },
-    Zeroed { channel: u32, done: bool },
+    ClientGone {
+        client: u64,
+        channel: Option<u32>,
+    },
+    Image {
+        channel: u32,
+        event: Event,
+        hello: Option<HelloReply>,
+    },
+    LinkUp {
+        hello: HelloReply,
+    },
+    LinkDown {
+        node: String,
+        why: String,
+    },
+    Zeroed {
+        channel: u32,
+        done: bool,
+    },
 }
 
 /// Events on their way to Python. Bounded by what causes them: clients, links and images.

@@ -4,8 +4,8 @@ use super::Outgoing;
 use bytes::{BufMut, BytesMut};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::net::{
-    AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, ipproto, socket_with,
-    sockopt,
+    AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, ipproto,
+    socket_with, sockopt,
 };
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
@@ -59,7 +59,8 @@ impl Stream {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let (fd, started) = match address {
             Address::Tcp(address) => {
-                let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+                let family =
+                    if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
                 let fd = socket_with(family, SocketType::STREAM, flags, Some(ipproto::TCP))?;
                 sockopt::set_tcp_nodelay(&fd, true)?;
                 let started = connect(&fd, address);

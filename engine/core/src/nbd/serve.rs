@@ -6,8 +6,7 @@
 
 use super::{
     Answer, Command, Errno, Handshake, Limits, Parsed, ProtocolError, Query, Request,
-    RequestReader, Session, Step, block_status, check, done,
-    error, read,
+    RequestReader, Session, Step, block_status, check, done, error, read,
 };
 use crate::geometry::BLOCK_BYTES;
 use crate::io::{Filled, Sink, Stream};
@@ -28,12 +27,23 @@ const STATE_HOLE: u32 = 1;
 const STATE_ZERO: u32 = 2;
 
 enum Phase {
-    Handshake { handshake: Handshake, deadline_ns: u64 },
+    Handshake {
+        handshake: Handshake,
+        deadline_ns: u64,
+    },
     /// A query is with policy.
-    Asking { handshake: Handshake },
-    Serving { session: Session, reader: RequestReader, channel: u32 },
+    Asking {
+        handshake: Handshake,
+    },
+    Serving {
+        session: Session,
+        reader: RequestReader,
+        channel: u32,
+    },
     /// What is in flight is answered (in the session's style), then the connection ends.
-    Leaving { session: Option<Session> },
+    Leaving {
+        session: Option<Session>,
+    },
 }
 
 /// What the loop has to do for a client.

@@ -9,7 +9,7 @@ use crate::geometry::BLOCK_BYTES;
 use crate::io::{Filled, Poller, Ready, Sink, Stream, Waker, boottime_ns};
 use crate::store::{Store, StoreError};
 use crate::wire::messages::{Head, Hello, HelloReply, Number};
-use crate::wire::{Frame, FrameReader, Prefix, Status, VERSION, encode, kind};
+use crate::wire::{Frame, FrameReader, Prefix, REPLY, Status, VERSION, encode, kind};
 use bytes::{Bytes, BytesMut};
 use rustix::net::SocketFlags;
 use slab::Slab;
@@ -26,6 +26,9 @@ const CONNECTIONS_MAX: usize = 1024;
 /// A gateway that does not take its answers is not read until it does.
 const ANSWER_BYTES_MAX: usize = 32 << 20;
 const TICK: Duration = Duration::from_millis(500);
+/// A gateway whose request waits for room in the log hears this often that the node is there: its
+/// pings wait behind the request.
+const SIGN_OF_LIFE_NS: u64 = 1_000_000_000;
 /// A peer that has not greeted by then is sent away.
 const GREETING_NS: u64 = 5_000_000_000;
 
@@ -66,6 +69,7 @@ pub(super) struct EventLoop {
     deletes: Vec<(u64, mpsc::Sender<Result<(), StoreError>>)>,
     syncing: bool,
     checkpointing: bool,
+    signed_ns: u64,
     touched: Vec<usize>,
 }
 
@@ -98,6 +102,7 @@ impl EventLoop {
             deletes: Vec::new(),
             syncing: false,
             checkpointing: false,
+            signed_ns: 0,
             touched: Vec::new(),
         })
     }
@@ -129,6 +134,7 @@ impl EventLoop {
             if !self.obey()? {
                 return self.finish();
             }
+            self.give_signs_of_life();
             self.settle()?;
         }
     }
@@ -311,11 +317,11 @@ impl EventLoop {
                 None => self.answer_durable(),
             }
         }
-        if !self.checkpointing {
-            if let Some(job) = self.store.begin_checkpoint(false)? {
-                self.checkpointing = true;
-                self.jobs.checkpoint(job);
-            }
+        if !self.checkpointing
+            && let Some(job) = self.store.begin_checkpoint(false)?
+        {
+            self.checkpointing = true;
+            self.jobs.checkpoint(job);
         }
         let mut touched = std::mem::take(&mut self.touched);
         touched.sort_unstable();
@@ -365,7 +371,7 @@ impl EventLoop {
             }
             Done::Checkpoint(done) => {
                 self.checkpointing = false;
-                match self.store.finish_checkpoint(done) {
+                match self.store.finish_checkpoint(*done) {
                     // All is in the log still; the next checkpoint tries again.
                     Ok(()) | Err(StoreError::NoSpace) => {}
                     Err(error) => return Err(error),
@@ -384,6 +390,22 @@ impl EventLoop {
             self.take_frames(index);
             self.touched.push(index);
         }
+    }
+
+    fn give_signs_of_life(&mut self) {
+        if !self.connections.iter().any(|(_, c)| c.parked.is_some()) {
+            return;
+        }
+        let now_ns = boottime_ns();
+        if now_ns - self.signed_ns < SIGN_OF_LIFE_NS {
+            return;
+        }
+        self.signed_ns = now_ns;
+        let parked = self.connections.iter().filter(|(_, c)| c.parked.is_some());
+        let parked: Vec<usize> = parked.map(|(index, _)| index).collect();
+        let sign =
+            Prefix { kind: kind::PING | REPLY, flags: 0, status: Status::Ok, channel: 0, tag: 0 };
+        parked.into_iter().for_each(|index| self.answer(index, sign, &[], Bytes::new()));
     }
 
     fn write_out(&mut self, index: usize) {

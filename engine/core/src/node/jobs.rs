@@ -9,7 +9,7 @@ use std::sync::mpsc;
 /// A job that is done.
 pub(super) enum Done {
     Sync(SyncDone),
-    Checkpoint(CheckpointDone),
+    Checkpoint(Box<CheckpointDone>),
 }
 
 /// The two threads. They end when this is dropped.
@@ -24,7 +24,7 @@ impl Jobs {
         let (finished, done) = mpsc::channel();
         let run = |job: SyncJob| Done::Sync(job.run());
         let syncs = spawn("node-sync", waker.clone(), finished.clone(), run)?;
-        let run = |job: CheckpointJob| Done::Checkpoint(job.run());
+        let run = |job: CheckpointJob| Done::Checkpoint(Box::new(job.run()));
         let checkpoints = spawn("node-checkpoint", waker.clone(), finished, run)?;
         Ok(Jobs { syncs, checkpoints, done })
     }

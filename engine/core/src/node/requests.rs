@@ -63,7 +63,9 @@ impl From<StoreError> for Refused {
             StoreError::BadBlock { block, .. } => return Refused::BadBlock(block),
             StoreError::BadChecksum { .. } => Status::BadChecksum,
             StoreError::UnknownImage { .. } => Status::NoRecord,
-            StoreError::RecordLower { .. } | StoreError::RecordConflict { .. } => Status::StaleEpoch,
+            StoreError::RecordLower { .. } | StoreError::RecordConflict { .. } => {
+                Status::StaleEpoch
+            }
             StoreError::EpochLower { .. } => Status::StaleEpoch,
             StoreError::Deleted { .. } => Status::Deleted,
             StoreError::NoSpace | StoreError::DirtyFull => Status::NoSpace,
@@ -278,7 +280,17 @@ impl Requests<'_> {
             digest: offered.digest,
             shard_bytes: offered.shard_bytes,
         };
-        self.store.put_record(offered.image, head, frame.payload.clone())?;
+        let put = self.store.put_record(offered.image, head, frame.payload.clone());
+        if let Err(StoreError::RecordLower { stored } | StoreError::RecordConflict { stored }) =
+            &put
+        {
+            let same_holder = (stored.epoch, stored.holder) == (head.epoch, head.holder);
+            let later_epoch =
+                stored.epoch > head.epoch || stored.epoch == head.epoch && !same_holder;
+            let status = if later_epoch { Status::StaleEpoch } else { Status::StaleGeneration };
+            return Err(Refused::Status(status));
+        }
+        put?;
         self.sessions.fence(&offered.image, offered.epoch);
         Ok(Outcome::AnswerDurable { with_number: false })
     }
@@ -295,8 +307,7 @@ impl Requests<'_> {
         if known != (attach.epoch, attach.holder) || attach.layers.is_empty() {
             return Err(Refused::Status(Status::StaleEpoch));
         }
-        let session =
-            Session { image: attach.image, epoch: attach.epoch, layers: attach.layers };
+        let session = Session { image: attach.image, epoch: attach.epoch, layers: attach.layers };
         self.sessions.begin(self.connection, frame.channel, session);
         Ok(ok())
     }
@@ -397,8 +408,7 @@ fn done(frame: &Frame) -> Outcome {
 }
 
 fn operation<'a>(session: &'a Session, io: &Io) -> WriteOp<'a> {
-    let stamp =
-        Stamp { epoch: io.epoch, generation: io.generation, sequence: io.sequence };
+    let stamp = Stamp { epoch: io.epoch, generation: io.generation, sequence: io.sequence };
     WriteOp {
         image: session.image,
         layers: &session.layers,
@@ -410,7 +420,8 @@ fn operation<'a>(session: &'a Session, io: &Io) -> WriteOp<'a> {
 
 /// First block and number of blocks of a range that consists of whole blocks.
 fn block_range(io: &Io) -> Step<(u32, u32)> {
-    if io.offset % BLOCK_BYTES != 0 || io.length % BLOCK_BYTES != 0 || io.length == 0 {
+    let whole = io.offset.is_multiple_of(BLOCK_BYTES) && io.length.is_multiple_of(BLOCK_BYTES);
+    if !whole || io.length == 0 {
         return Err(Refused::Close);
     }
     Ok((io.offset / BLOCK_BYTES, io.length / BLOCK_BYTES))

@@ -36,10 +36,10 @@ impl Sessions {
     }
 
     pub(super) fn end(&mut self, connection: u64, channel: u32) {
-        if let Some(session) = self.by_channel.remove(&(connection, channel)) {
-            if self.of_image.get(&session.image) == Some(&(connection, channel)) {
-                self.of_image.remove(&session.image);
-            }
+        if let Some(session) = self.by_channel.remove(&(connection, channel))
+            && self.of_image.get(&session.image) == Some(&(connection, channel))
+        {
+            self.of_image.remove(&session.image);
         }
     }
 

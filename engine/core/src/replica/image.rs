@@ -341,7 +341,9 @@ impl ImageIo {
         let request = self.requests.remove(request_id);
         let outcome = match (request.error, request.kind) {
             (Some(error), _) => Outcome::Failed(error),
-            (None, RequestKind::Read) => Outcome::Read(request.runs.into_iter().flatten().collect()),
+            (None, RequestKind::Read) => {
+                Outcome::Read(request.runs.into_iter().flatten().collect())
+            }
             (None, RequestKind::Status) => {
                 Outcome::Extents(request.extents.into_iter().flatten().collect())
             }

@@ -2,9 +2,11 @@
 //! reconcile after an unclean end, and later heal, moves and repair.
 //!
 //! The dirty maps of all participants name the shards. Per shard the participants' block summaries
-//! are compared; per block the source wins where one of its replica set is `Up` (it never restarted),
-//! else the highest (epoch, sequence). Only blocks that differ are fetched and copied, with their
-//! tags. When all are flushed, the joining nodes' sticky entries go.
+//! are compared. Where a member of the replica set is `Up` (it never restarted), its content wins and
+//! only the joining nodes are written; else the highest (epoch, sequence) wins, per block. A rotten
+//! block never wins: another replica that is as good stands in, and where none is, the joining nodes'
+//! block is marked bad. Only blocks that differ are fetched and copied, with their tags. When all are
+//! flushed, the joining nodes' sticky entries go.
 //!
 //! Writes that arrive meanwhile reach the joining nodes after they are `Up`, in order, so a copy never
 //! lands on newer data. A participant that is lost ends the attempt; policy starts another.
@@ -15,9 +17,9 @@ use super::{Event, NodeIndex, NodeMask};
 use crate::checksum::crc32c;
 use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, LayerId, Tag};
+use crate::wire::codec::Fields;
 use crate::wire::messages::{
-    BlocksReply, Copy, DIRTY_ENTRIES_MAX, DirtyFrom, DirtyReply, Flush, Head, Level,
-    ShardRange,
+    BlocksReply, Copy, DIRTY_ENTRIES_MAX, DirtyFrom, DirtyReply, Flush, Head, Level, ShardRange,
 };
 use crate::wire::{Frame, PAYLOAD_BYTES_MAX, Status, kind};
 use bytes::Bytes;
@@ -41,10 +43,11 @@ enum Ask {
     Level,
 }
 
-/// Blocks that `targets` get from `source`.
-#[derive(Clone, Copy, Debug)]
+/// Blocks that `targets` get from `source`; without one they are bad on every replica that counts,
+/// and are marked so.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct CopyRun {
-    source: NodeIndex,
+    source: Option<NodeIndex>,
     targets: NodeMask,
     first_block: u32,
     blocks: u32,
@@ -53,7 +56,10 @@ struct CopyRun {
 struct Job {
     layer: LayerId,
     shard: u64,
-    source: Option<NodeIndex>,
+    /// Members of the shard's set that never went away; empty: reconcile by tag.
+    trusted: NodeMask,
+    /// Members that may be written.
+    joiners: NodeMask,
     summaries: Vec<(NodeIndex, BlocksReply)>,
     summaries_missing: u32,
     runs: VecDeque<CopyRun>,
@@ -164,7 +170,15 @@ impl ImageIo {
         }
         let (_, ask) = leveller.asks.remove(id);
         if frame.status != Status::Ok {
-            self.end_attempt(node, frame.status);
+            match ask {
+                Ask::Fetch { job, run } if frame.status == Status::BadBlock => {
+                    let block = Fields(frame.head).u32();
+                    let block = block.map_err(|_| BadReply("no block named"))?;
+                    self.rotten_source(node, job, run, block);
+                    self.go_on();
+                }
+                _ => self.end_attempt(node, frame.status),
+            }
             return Ok(());
         }
         match ask {
@@ -221,14 +235,15 @@ impl ImageIo {
         let set = &self.sets[self.spec.geometry.replica_set_of(shard) as usize];
         let Some(leveller) = &mut self.leveller else { return };
         let members = set.in_sync.and(leveller.participants);
-        let source = members.without(leveller.joiners).first();
-        if members.and(leveller.joiners).is_empty() || members.0.count_ones() < 2 {
+        let joiners = members.and(leveller.joiners);
+        if joiners.is_empty() || members.0.count_ones() < 2 {
             return;
         }
         let job = leveller.jobs.insert(Job {
             layer,
             shard,
-            source,
+            trusted: members.without(joiners),
+            joiners,
             summaries: Vec::new(),
             summaries_missing: members.0.count_ones(),
             runs: VecDeque::new(),
@@ -258,7 +273,8 @@ impl ImageIo {
         job.summaries.push((node, reply));
         job.summaries_missing -= 1;
         if job.summaries_missing == 0 {
-            job.runs = copy_runs(&job.summaries, job.source);
+            let all = 0..job.summaries[0].1.blocks.len() as u32;
+            job.runs = job.copy_runs(all);
             self.pump_job(job_id);
         }
         Ok(())
@@ -282,9 +298,41 @@ impl ImageIo {
             let (layer, shard) = (job.layer, job.shard);
             let head = self.shard_range(layer, shard, run.first_block, run.blocks);
             let ask = Ask::Fetch { job: job_id, run };
-            let source = NodeMask::one(run.source);
-            self.ask(source, ask, kind::FETCH, &Bytes::new(), |out| head.put(out));
+            match run.source {
+                Some(source) => {
+                    let source = NodeMask::one(source);
+                    self.ask(source, ask, kind::FETCH, &Bytes::new(), |out| head.put(out));
+                }
+                None => self.mark_bad(job_id, run),
+            }
         }
+    }
+
+    /// No replica that counts has these blocks intact: the joining nodes must not pretend to.
+    fn mark_bad(&mut self, job_id: usize, run: CopyRun) {
+        let bad = vec![(Block::Bad, Tag::NONE); run.blocks as usize];
+        self.copy(job_id, run, 0, bad, Bytes::new());
+        if let Some(leveller) = &mut self.leveller {
+            leveller.jobs[job_id].in_flight -= 1;
+        }
+    }
+
+    /// The source of `run` has a rotten block in it: another stands in for that block.
+    fn rotten_source(&mut self, node: NodeIndex, job_id: usize, run: CopyRun, block: u32) {
+        let Some(leveller) = &mut self.leveller else { return };
+        let job = &mut leveller.jobs[job_id];
+        let (layer_shard, in_run) = (job.shard, block.wrapping_sub(run.first_block) < run.blocks);
+        let summary = job.summaries.iter_mut().find(|(other, _)| *other == node);
+        let known = summary.and_then(|(_, reply)| reply.blocks.get_mut(block as usize));
+        match known.filter(|known| in_run && known.0 != Block::Bad) {
+            Some(known) => known.0 = Block::Bad,
+            // The same word twice, or of a block that was not asked for.
+            None => return self.end_attempt(node, Status::BadBlock),
+        }
+        let again = job.copy_runs(run.first_block..run.first_block + run.blocks);
+        job.runs.extend(again);
+        self.event(Event::BadBlock { node, shard: layer_shard, block });
+        self.job_step(job_id);
     }
 
     fn job_step(&mut self, job_id: usize) {
@@ -296,23 +344,36 @@ impl ImageIo {
     fn take_fetch(&mut self, job_id: usize, run: CopyRun, frame: Frame) -> Result<(), BadReply> {
         let reply = BlocksReply::take(frame.head).map_err(|_| BadReply("malformed fetch"))?;
         verify_fetch(&reply, &run, &frame.payload)?;
-        let Some(leveller) = &mut self.leveller else { return Ok(()) };
+        self.copy(job_id, run, reply.generation, reply.blocks, frame.payload);
+        self.job_step(job_id);
+        Ok(())
+    }
+
+    /// Orders the targets of `run` to have these blocks.
+    fn copy(
+        &mut self,
+        job_id: usize,
+        run: CopyRun,
+        shard_generation: u64,
+        blocks: Vec<(Block, Tag)>,
+        payload: Bytes,
+    ) {
+        let Some(leveller) = &mut self.leveller else { return };
+        let targets = run.targets.0.count_ones();
         let job = &mut leveller.jobs[job_id];
-        job.in_flight += run.targets.0.count_ones();
-        leveller.copied_bytes += frame.payload.len() as u64 * u64::from(run.targets.0.count_ones());
+        job.in_flight += targets;
+        leveller.copied_bytes += payload.len() as u64 * u64::from(targets);
         let copy = Copy {
             epoch: self.spec.epoch,
             generation: self.spec.generation,
             layer: job.layer,
             shard: job.shard,
-            shard_generation: reply.generation,
+            shard_generation,
             indexes: (run.first_block..run.first_block + run.blocks).collect(),
-            blocks: reply.blocks,
+            blocks,
         };
         let ask = Ask::Copy { job: job_id };
-        self.ask(run.targets, ask, kind::COPY, &frame.payload, |out| copy.put(out));
-        self.job_step(job_id);
-        Ok(())
+        self.ask(run.targets, ask, kind::COPY, &payload, |out| copy.put(out));
     }
 
     fn flush_participants(&mut self) {
@@ -372,41 +433,50 @@ fn verify_fetch(reply: &BlocksReply, run: &CopyRun, payload: &Bytes) -> Result<(
     }
 }
 
-/// Who gives which blocks to whom. With a source it always wins, else the highest tag does, and the
-/// first of those that tie.
-fn copy_runs(
-    summaries: &[(NodeIndex, BlocksReply)],
-    source: Option<NodeIndex>,
-) -> VecDeque<CopyRun> {
-    let mut runs: VecDeque<CopyRun> = VecDeque::new();
-    let blocks = summaries.first().map_or(0, |(_, reply)| reply.blocks.len());
-    for index in 0..blocks {
-        let rank = |(node, reply): &(NodeIndex, BlocksReply)| -> (bool, Tag) {
-            (Some(*node) == source, reply.blocks[index].1)
-        };
-        let Some(winner) = summaries.iter().rev().max_by_key(|s| rank(s)) else { continue };
-        let content = winner.1.blocks[index].0;
-        let differing = summaries.iter().filter(|(_, reply)| reply.blocks[index].0 != content);
-        let targets = differing.fold(NodeMask::EMPTY, |m, (node, _)| m.with(NodeMask::one(*node)));
-        if targets.is_empty() {
-            continue;
-        }
-        let index = index as u32;
-        match runs.back_mut() {
-            Some(run)
-                if run.first_block + run.blocks == index
-                    && (run.source, run.targets) == (winner.0, targets)
-                    && run.blocks < BLOCKS_PER_COPY =>
-            {
-                run.blocks += 1;
+impl Job {
+    /// Who gives which of the blocks in `range` to whom.
+    fn copy_runs(&self, range: std::ops::Range<u32>) -> VecDeque<CopyRun> {
+        let mut runs: VecDeque<CopyRun> = VecDeque::new();
+        for index in range {
+            let Some((source, targets)) = self.judge(index as usize) else { continue };
+            match runs.back_mut() {
+                Some(run)
+                    if run.first_block + run.blocks == index
+                        && (run.source, run.targets) == (source, targets)
+                        && run.blocks < BLOCKS_PER_COPY =>
+                {
+                    run.blocks += 1;
+                }
+                _ => runs.push_back(CopyRun { source, targets, first_block: index, blocks: 1 }),
             }
-            _ => runs.push_back(CopyRun {
-                source: winner.0,
-                targets,
-                first_block: index,
-                blocks: 1,
-            }),
         }
+        runs
     }
-    runs
+
+    /// The winner of one block and who has to be given it; none: nothing to do.
+    fn judge(&self, index: usize) -> Option<(Option<NodeIndex>, NodeMask)> {
+        let of = |(node, reply): &(NodeIndex, BlocksReply)| {
+            let (block, tag) = reply.blocks[index];
+            (*node, block, tag)
+        };
+        let all = || self.summaries.iter().map(of);
+        let counts = |node| self.trusted.is_empty() || self.trusted.has(node);
+        let intact = all().filter(|(node, block, _)| counts(*node) && *block != Block::Bad);
+        // The first in placement order of those that tie; trusted ones do not go by tags.
+        let rank = |node: NodeIndex, tag: Tag| {
+            let tag = if self.trusted.is_empty() { tag } else { Tag::NONE };
+            (tag, std::cmp::Reverse(node))
+        };
+        let winner = intact.max_by_key(|(node, _, tag)| rank(*node, *tag));
+        let content = match (winner, self.trusted.is_empty()) {
+            (Some((_, content, _)), _) => content,
+            (None, true) => return None,
+            (None, false) => Block::Bad,
+        };
+        let differing = all().filter(|(_, block, _)| *block != content);
+        let targets =
+            differing.fold(NodeMask::EMPTY, |m, (node, _, _)| m.with(NodeMask::one(node)));
+        let targets = targets.and(self.joiners);
+        (!targets.is_empty()).then_some((winner.map(|(node, _, _)| node), targets))
+    }
 }

@@ -89,7 +89,13 @@ impl Link {
     }
 
     /// Time-driven work: connect, ping, notice silence. `paused`: our own loop stood still.
-    pub fn tick(&mut self, poller: &Poller, now_ns: u64, paused: bool, events: &mut Vec<LinkEvent>) {
+    pub fn tick(
+        &mut self,
+        poller: &Poller,
+        now_ns: u64,
+        paused: bool,
+        events: &mut Vec<LinkEvent>,
+    ) {
         match &mut self.state {
             State::Idle { retry_at_ns } if now_ns >= *retry_at_ns => self.connect(poller, now_ns),
             State::Idle { .. } => {}
@@ -196,6 +202,9 @@ impl Link {
         now_ns: u64,
         events: &mut Vec<LinkEvent>,
     ) -> Result<(), String> {
+        if !frame.is_reply() {
+            return Err("the node asks instead of answering".into());
+        }
         if let State::Ready { heard_ns, .. } = &mut self.state {
             *heard_ns = now_ns;
             if frame.kind != kind::PING | REPLY {

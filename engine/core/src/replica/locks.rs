@@ -52,9 +52,9 @@ impl BlockLocks {
             let waiter = self.waiting[index];
             let behind = self.waiting.iter().take(index);
             let blocked = self.is_held(&waiter.range)
-                || behind.into_iter().any(|w| {
-                    (w.holds || waiter.holds) && w.range.overlaps(&waiter.range)
-                });
+                || behind
+                    .into_iter()
+                    .any(|w| (w.holds || waiter.holds) && w.range.overlaps(&waiter.range));
             if blocked {
                 index += 1;
                 continue;
@@ -65,10 +65,6 @@ impl BlockLocks {
             }
             ready.push(waiter.id);
         }
-    }
-
-    pub fn is_idle(&self) -> bool {
-        self.held.is_empty() && self.waiting.is_empty()
     }
 
     fn is_held(&self, range: &Range) -> bool {
@@ -125,6 +121,6 @@ mod tests {
         let mut ready = Vec::new();
         locks.release(range(0, 1), &mut ready);
         assert_eq!(ready, [2, 3]);
-        assert!(locks.is_idle());
+        assert!(locks.held.is_empty() && locks.waiting.is_empty());
     }
 }

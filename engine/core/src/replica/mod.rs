@@ -26,8 +26,8 @@ mod membership;
 mod replies;
 mod submit;
 
-pub use link::{Link, LinkEvent, LinkTarget};
 pub use image::{ImageIo, OpenSpec, SetSpec};
+pub use link::{Link, LinkEvent, LinkTarget};
 
 use crate::content::Run;
 use crate::geometry::ImageId;

@@ -91,8 +91,7 @@ impl ImageIo {
                 set.storing.is_empty() && part.waiting.and(set.in_sync).is_empty()
             }
             RequestKind::Read | RequestKind::Status => {
-                part.confirming
-                    && part.waiting.and(self.sets[part.set as usize].in_sync).is_empty()
+                part.confirming && part.waiting.and(self.sets[part.set as usize].in_sync).is_empty()
             }
         };
         if !counted {

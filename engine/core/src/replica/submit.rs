@@ -51,14 +51,25 @@ impl ImageIo {
         payload: Bytes,
     ) {
         let end = offset.checked_add(u64::from(length));
-        assert!(end.is_some_and(|end| end <= self.spec.geometry.size_bytes), "range is checked before");
+        assert!(
+            end.is_some_and(|end| end <= self.spec.geometry.size_bytes),
+            "range is checked before"
+        );
         if self.phase != Phase::Running {
             let outcome = Outcome::Failed(IoError::Shutdown);
             return self.outputs.push_back(Output::Answer { token, outcome });
         }
         let request = Request {
-            token: Some(token), kind, offset, length, flags, payload,
-            parts_left: 0, error: None, runs: Vec::new(), extents: Vec::new(),
+            token: Some(token),
+            kind,
+            offset,
+            length,
+            flags,
+            payload,
+            parts_left: 0,
+            error: None,
+            runs: Vec::new(),
+            extents: Vec::new(),
         };
         let id = self.requests.insert(request);
         self.enter(id, kind, offset, length);
@@ -67,8 +78,15 @@ impl ImageIo {
     /// A flush that no client asked for.
     pub(super) fn submit_own_flush(&mut self) {
         let id = self.requests.insert(Request {
-            token: None, kind: RequestKind::Flush, offset: 0, length: 0, flags: 0,
-            payload: Bytes::new(), parts_left: 0, error: None, runs: Vec::new(),
+            token: None,
+            kind: RequestKind::Flush,
+            offset: 0,
+            length: 0,
+            flags: 0,
+            payload: Bytes::new(),
+            parts_left: 0,
+            error: None,
+            runs: Vec::new(),
             extents: Vec::new(),
         });
         self.start(id);
@@ -153,11 +171,23 @@ impl ImageIo {
         let waiting = if changes { self.sets[set as usize].in_sync } else { NodeMask::EMPTY };
         self.serial = (self.serial + 1) & 0x7fff_ffff;
         self.parts.insert(Part {
-            serial: self.serial, request, position, kind, set,
-            shard: piece.shard, offset: piece.offset, length: piece.length,
-            flags, sequence, payload, waiting,
-            sent: NodeMask::EMPTY, tried: NodeMask::EMPTY, confirming: false,
-            marks: Vec::new(), clear_sequence: 0,
+            serial: self.serial,
+            request,
+            position,
+            kind,
+            set,
+            shard: piece.shard,
+            offset: piece.offset,
+            length: piece.length,
+            flags,
+            sequence,
+            payload,
+            waiting,
+            sent: NodeMask::EMPTY,
+            tried: NodeMask::EMPTY,
+            confirming: false,
+            marks: Vec::new(),
+            clear_sequence: 0,
         })
     }
 

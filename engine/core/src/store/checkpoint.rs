@@ -1,10 +1,11 @@
-//! Checkpoints: what the log's oldest segments say is put into shard files and record files, durably;
-//! then the segments may be written to again. A job does the work in any thread.
+//! Checkpoints: what the log's oldest segments say is put into shard files and record files,
+//! durably; then the segments may be written to again. A job does the work in any thread.
 //!
-//! The order within a job is what makes a crash harmless: (1) sync the log, so that everything that is
-//! about to replace old content, or that made older records obsolete, is durable; (2) write data, punch
-//! holes, then write metadata; (3) sync the files and the folders with new names; (4) move the log's
-//! tail on, durably. Blocks that a job writes are read from the log until it is finished.
+//! The order within a job is what makes a crash harmless: (1) sync the log, so that everything that
+//! is about to replace old content, or that made older records obsolete, is durable; (2) write
+//! data, punch holes, then write metadata; (3) sync the files and the folders with new names; (4)
+//! move the log's tail on, durably. Blocks that a job writes are read from the log until it is
+//! finished.
 
 use std::collections::BTreeSet;
 use std::io::IoSlice;
@@ -27,6 +28,8 @@ use super::{BlockState, Store, StoreError};
 const BLOCK: usize = BLOCK_BYTES as usize;
 /// Most bytes copied to a shard file at once.
 const COPY_BYTES_MAX: usize = 1 << 20;
+/// Files that a job holds open, and syncs together.
+const OPEN_FILES_MAX: usize = 128;
 
 /// One shard's part of a checkpoint.
 struct ShardPlan {
@@ -57,7 +60,8 @@ pub struct CheckpointJob {
     shards: Vec<ShardPlan>,
     records: Vec<(ImageId, ImageRecord)>,
     deletes: Vec<ImageId>,
-    create: Option<(u32, u32)>,
+    create: Vec<u32>,
+    segment_bytes: u32,
 }
 
 /// What a checkpoint came to.
@@ -67,7 +71,7 @@ pub struct CheckpointDone {
     outcome: Result<(), Failure>,
     log_synced: bool,
     metas: Vec<(ShardKey, Arc<ShardMeta>)>,
-    created: Option<(u32, FileRef)>,
+    created: Vec<(u32, FileRef)>,
 }
 
 /// Why a checkpoint stopped.
@@ -85,8 +89,8 @@ impl From<Errno> for Failure {
 }
 
 impl Store {
-    /// Gives the job that makes room in the log; `None` where none is due, or one is under way. With
-    /// `force` everything that is in the log goes to files.
+    /// Gives the job that makes room in the log; `None` where none is due, or one is under way.
+    /// With `force` everything that is in the log goes to files.
     pub fn begin_checkpoint(&mut self, force: bool) -> Result<Option<CheckpointJob>, StoreError> {
         self.check()?;
         if self.checkpointing.is_some() || !(force || self.wants_checkpoint()) {
@@ -121,7 +125,8 @@ impl Store {
             shards,
             records,
             deletes: self.state.images.pending_deletes().to_vec(),
-            create: self.log.slot_wanted().map(|slot| (slot, self.log.segment_bytes())),
+            create: self.log.slots_wanted(),
+            segment_bytes: self.log.segment_bytes(),
         }))
     }
 
@@ -167,9 +172,8 @@ impl Store {
         if done.log_synced {
             self.log.synced(done.job.lsn);
         }
-        if let Some((slot, file)) = done.created {
-            self.log.add_free(slot, file);
-        }
+        let all = done.created.len() == done.job.create.len();
+        self.log.grow(done.created, all);
         if let Err(failure) = done.outcome {
             let images = &self.state.images;
             let left = keys.into_iter().flatten().filter(|key| !images.is_deleted(&key.image));
@@ -201,7 +205,7 @@ impl Store {
 impl CheckpointJob {
     /// Does the work; blocks.
     pub fn run(self) -> CheckpointDone {
-        let (outcome, log_synced, metas, created) = (Ok(()), false, Vec::new(), None);
+        let (outcome, log_synced, metas, created) = (Ok(()), false, Vec::new(), Vec::new());
         let mut done = CheckpointDone { job: self, outcome, log_synced, metas, created };
         done.outcome = done.work();
         done
@@ -211,11 +215,11 @@ impl CheckpointJob {
 impl CheckpointDone {
     fn work(&mut self) -> Result<(), Failure> {
         let job = &self.job;
-        if let Some((slot, segment_bytes)) = job.create {
-            // Fewer free segments are no reason to stop.
-            match create_segment(&*job.disk, slot, segment_bytes) {
-                Ok(file) => self.created = Some((slot, file)),
-                Err(Errno::NOSPC | Errno::DQUOT) => {}
+        for slot in job.create.iter().copied() {
+            match create_segment(&*job.disk, slot, job.segment_bytes) {
+                Ok(file) => self.created.push((slot, file)),
+                // Fewer free segments are no reason to stop.
+                Err(Errno::NOSPC | Errno::DQUOT) => break,
                 Err(errno) => return Err(errno.into()),
             }
         }
@@ -225,17 +229,19 @@ impl CheckpointDone {
         job.gate.sync(&job.unsynced).map_err(|errno| Failure { errno, retry: false })?;
         self.log_synced = true;
         let mut folders = BTreeSet::new();
-        let mut files = Vec::with_capacity(job.shards.len());
         let mut copier = Copier { job, buffer: BytesMut::new() };
-        for plan in &job.shards {
-            let (file, meta) = copier.write_shard(plan, &mut folders)?;
-            files.push(file);
-            self.metas.push((plan.key, Arc::new(meta)));
+        for plans in job.shards.chunks(OPEN_FILES_MAX) {
+            let mut files = Vec::with_capacity(plans.len());
+            for plan in plans {
+                let (file, meta) = copier.write_shard(plan, &mut folders)?;
+                files.push(file);
+                self.metas.push((plan.key, Arc::new(meta)));
+            }
+            job.disk.sync_files(&files)?;
         }
         for (image, record) in &job.records {
             write_record_file(&*job.disk, image, record)?;
         }
-        job.disk.sync_files(&files)?;
         folders.iter().try_for_each(|folder| job.disk.sync_dir(folder))?;
         job.deletes.iter().try_for_each(|image| delete_files(&*job.disk, image))?;
         if let Some((_, tail, seed)) = &job.retire {
@@ -354,11 +360,11 @@ impl Copier<'_> {
     }
 }
 
-/// How many runs at the start are data of consecutive blocks, up to the most that are copied at once.
+/// How many runs at the start are data of consecutive blocks, up to the most that are copied at
+/// once.
 fn data_run(runs: &[(u32, Run)]) -> usize {
-    let follows = |pair: &[(u32, Run)]| {
-        pair[1].0 == pair[0].0 + 1 && pair[1].1.state == BlockState::Data
-    };
+    let follows =
+        |pair: &[(u32, Run)]| pair[1].0 == pair[0].0 + 1 && pair[1].1.state == BlockState::Data;
     let count = 1 + runs.windows(2).take_while(|pair| follows(pair)).count();
     count.min(COPY_BYTES_MAX / BLOCK)
 }

@@ -103,7 +103,10 @@ impl DirtyMaps {
 
     /// The highest flush number that each peer is known to have cleared to.
     pub fn peers(&self, image: &ImageId) -> impl Iterator<Item = (&str, u64)> {
-        self.images.get(image).into_iter().flat_map(|i| i.peers.iter().map(|(n, f)| (n.as_str(), *f)))
+        self.images
+            .get(image)
+            .into_iter()
+            .flat_map(|i| i.peers.iter().map(|(n, f)| (n.as_str(), *f)))
     }
 
     /// A record or request named this epoch and generation: a higher generation is what every dirty
@@ -114,9 +117,9 @@ impl DirtyMaps {
 
     /// Whether `observe` would change an entry.
     pub fn observes(&self, image: &ImageId, epoch: u64, generation: u64) -> bool {
-        self.images.get(image).is_some_and(|i| {
-            !i.shards.is_empty() && (epoch > i.epoch || generation > i.generation)
-        })
+        self.images
+            .get(image)
+            .is_some_and(|i| !i.shards.is_empty() && (epoch > i.epoch || generation > i.generation))
     }
 
     /// A record of `generation` wrote to the shard, with tags from `lowest` to `highest`. What
@@ -173,9 +176,7 @@ impl DirtyMaps {
                 }
             }
         }
-        self.drop_where(image, |shard, entry| {
-            entry.sticky && wanted.binary_search(&shard).is_ok()
-        })
+        self.drop_where(image, |shard, entry| entry.sticky && wanted.binary_search(&shard).is_ok())
     }
 
     /// A write to the shard failed on some node: only a heal or reconcile makes it level.
@@ -233,8 +234,7 @@ impl DirtyMaps {
 
     /// Appends the snapshot that a segment's head record carries.
     pub fn encode(&self, out: &mut Vec<u8>) {
-        let mut images: Vec<_> =
-            self.images.iter().filter(|(_, map)| map.matters()).collect();
+        let mut images: Vec<_> = self.images.iter().filter(|(_, map)| map.matters()).collect();
         push_u32(out, images.len() as u32);
         images.sort_unstable_by_key(|(image, _)| **image);
         for (image, map) in images {

@@ -1,8 +1,9 @@
 //! The little that the store asks of a file system, so that tests can run it on a disk that loses,
 //! tears, reorders and corrupts what was not synced.
 //!
-//! The store relies on one promise only: what `sync_data` or `sync_dir` answered is durable. Paths are
-//! relative to the store's folder, `/` between components. Errors are the system's errno, unchanged.
+//! The store relies on one promise only: what `sync_data` or `sync_dir` answered is durable. Paths
+//! are relative to the store's folder, `/` between components. Errors are the system's errno,
+//! unchanged.
 
 use std::any::Any;
 use std::io::IoSlice;
@@ -24,7 +25,8 @@ pub trait DiskFile: Send + Sync {
     fn read_at(&self, offset: u64, length: usize, out: &mut BytesMut) -> DiskResult<usize>;
     /// Writes all slices one after the other, beginning at `offset`. The slices may be consumed.
     fn write_at(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> DiskResult<()>;
-    /// Makes everything written, punched and allocated before the call durable (not the file's name).
+    /// Makes everything written, punched and allocated before the call durable (not the file's
+    /// name).
     fn sync_data(&self) -> DiskResult<()>;
     /// Frees the range, which then reads as zeros. The file's length stays.
     fn punch_hole(&self, offset: u64, length: u64) -> DiskResult<()>;

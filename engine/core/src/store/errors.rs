@@ -53,7 +53,8 @@ pub enum StoreError {
     EpochLower { stored: Box<RecordHead> },
     /// The image was deleted here; it never comes back.
     Deleted { image: ImageId },
-    /// The range does not lie within the shard, or is empty, or its checksums do not match in number.
+    /// The range does not lie within the shard, or is empty, or its checksums do not match in
+    /// number.
     OutOfRange,
     /// More than one request may hold; split it.
     TooLarge,
@@ -71,7 +72,9 @@ impl From<Errno> for StoreError {
 impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            StoreError::Failed { errno } => write!(f, "the store failed ({errno}); restart the node"),
+            StoreError::Failed { errno } => {
+                write!(f, "the store failed ({errno}); restart the node")
+            }
             StoreError::Locked => write!(f, "the store is open in another process"),
             StoreError::Foreign { cluster, node } => {
                 write!(f, "the store belongs to node {node} of cluster {}", ImageId(*cluster))

@@ -1,6 +1,6 @@
 //! Image records: what this node knows, durably, of each image placed on it, and which images were
-//! deleted. A record goes through the log and, before its segment is recycled, to `images/ID/record`;
-//! a tombstone likewise to `deleted/ID`, for ever.
+//! deleted. A record goes through the log and, before its segment is recycled, to
+//! `images/ID/record`; a tombstone likewise to `deleted/ID`, for ever.
 //!
 //! Invariant: epoch and generation of a stored record never decrease, an epoch never changes its
 //! holder, a generation never its digest, an image never its shard size.
@@ -189,8 +189,8 @@ pub fn decode_record(reader: &mut Reader<'_>) -> Option<ImageRecord> {
     let (digest, shard_bytes) = (reader.array()?, reader.u32()?);
     let length = reader.u32()? as usize;
     let body = Bytes::copy_from_slice(reader.take(length)?);
-    let fits = shard_bytes.is_power_of_two()
-        && (SHARD_BYTES_MIN..=SHARD_BYTES_MAX).contains(&shard_bytes);
+    let fits =
+        shard_bytes.is_power_of_two() && (SHARD_BYTES_MIN..=SHARD_BYTES_MAX).contains(&shard_bytes);
     let head = RecordHead { epoch, holder, generation, digest, shard_bytes };
     fits.then_some(ImageRecord { head, body })
 }

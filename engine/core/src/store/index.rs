@@ -1,9 +1,9 @@
 //! Where the blocks are that still live in the log.
 //!
-//! Per shard a map from the first block of a run to the run. A run with data is one block long (each
-//! block has its own checksum); a run without data may be of any length. Runs never overlap. An entry
-//! may have no runs: it then only carries a generation that the shard's metadata does not have yet.
-//! What is not in the index is in the shard file.
+//! Per shard a map from the first block of a run to the run. A run with data is one block long
+//! (each block has its own checksum); a run without data may be of any length. Runs never overlap.
+//! An entry may have no runs: it then only carries a generation that the shard's metadata does not
+//! have yet. What is not in the index is in the shard file.
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasherDefault, Hasher};
@@ -55,8 +55,8 @@ pub struct Place {
 }
 
 impl Place {
-    /// The place that stands for a record: its payload's first byte, or its own last one. Within the
-    /// record either way, so below every later record's place.
+    /// The place that stands for a record: its payload's first byte, or its own last one. Within
+    /// the record either way, so below every later record's place.
     pub fn of_record(segment: u32, payload_start: u32, payload_bytes: u32) -> Place {
         Place { segment, offset: payload_start - u32::from(payload_bytes == 0) }
     }
@@ -103,7 +103,8 @@ impl ShardIndex {
     /// Runs that touch `first..first + blocks`, in order, cut to that range.
     pub fn overlapping(&self, first: u32, blocks: u32) -> impl Iterator<Item = (u32, Run)> {
         let end = first + blocks;
-        let before = self.runs.range(..first).next_back().filter(|(at, run)| *at + run.length > first);
+        let before =
+            self.runs.range(..first).next_back().filter(|(at, run)| *at + run.length > first);
         before.into_iter().chain(self.runs.range(first..end)).map(move |(at, run)| {
             let (from, to) = ((*at).max(first), (*at + run.length).min(end));
             (from, Run { length: to - from, ..*run })
@@ -135,7 +136,8 @@ impl ShardIndex {
                 self.runs.insert(end, Run { length: at + run.length - end, ..run });
             }
         }
-        while let Some((at, run)) = self.runs.range(first..end).next().map(|(at, run)| (*at, *run)) {
+        while let Some((at, run)) = self.runs.range(first..end).next().map(|(at, run)| (*at, *run))
+        {
             self.runs.remove(&at);
             if at + run.length > end {
                 self.runs.insert(end, Run { length: at + run.length - end, ..run });

@@ -64,8 +64,8 @@ struct Batch {
     bytes: u32,
 }
 
-/// Serialises syncs of the log and remembers the first failure: the kernel reports a lost write only
-/// once, so a second sync that succeeds proves nothing.
+/// Serialises syncs of the log and remembers the first failure: the kernel reports a lost write
+/// only once, so a second sync that succeeds proves nothing.
 #[derive(Default)]
 pub struct SyncGate {
     failed: Mutex<Option<Errno>>,
@@ -102,6 +102,8 @@ pub struct Log {
     appended_lsn: u64,
     durable_lsn: u64,
     batch: Batch,
+    /// There was no space for another segment.
+    growth_failed: bool,
 }
 
 /// What `Log::new` starts from.
@@ -129,6 +131,7 @@ impl Log {
             appended_lsn: durable_lsn,
             durable_lsn,
             batch: Batch::default(),
+            growth_failed: false,
         }
     }
 
@@ -325,27 +328,28 @@ impl Log {
         self.live.len().saturating_sub(1)
     }
 
-    /// Sealed segments are plenty: a checkpoint is due.
+    /// Sealed segments are plenty, or there is no other way to get a free one: a checkpoint is due.
     pub fn wants_checkpoint(&self) -> bool {
+        let grows = !self.slots_wanted().is_empty() && !self.growth_failed;
         self.sealed() as u32 >= (self.segments_max / 2).max(1)
-            || self.free.is_empty() && self.sealed() > 0
+            || self.free.is_empty() && self.sealed() > 0 && !grows
     }
 
-    /// The number of the next file to create, where more free segments are wanted and allowed.
-    pub fn slot_wanted(&self) -> Option<u32> {
-        let used = (self.live.len() + self.free.len()) as u32;
-        if self.free.len() >= FREE_WANTED || used >= self.segments_max {
-            return None;
-        }
+    /// Numbers of files to create: more free segments are wanted, and allowed.
+    pub fn slots_wanted(&self) -> Vec<u32> {
+        let used = self.live.len() + self.free.len();
+        let allowed = (self.segments_max as usize).saturating_sub(used);
+        let wanted = FREE_WANTED.saturating_sub(self.free.len()).min(allowed);
         let taken = |slot: &u32| {
             self.live.iter().any(|s| s.slot == *slot) || self.free.iter().any(|(s, _)| s == slot)
         };
-        (0..).find(|slot| !taken(slot))
+        (0..).filter(|slot| !taken(slot)).take(wanted).collect()
     }
 
-    /// A job has created this file.
-    pub fn add_free(&mut self, slot: u32, file: FileRef) {
-        self.free.push((slot, file));
+    /// A job has created these files; `all`: as many as were wanted.
+    pub fn grow(&mut self, created: Vec<(u32, FileRef)>, all: bool) {
+        self.free.extend(created);
+        self.growth_failed = !all;
     }
 
     /// Bytes of live segments.

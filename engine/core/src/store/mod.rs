@@ -1,12 +1,14 @@
 //! The store of a node: write-ahead log, shard files, dirty map, recovery, over a `Disk` trait.
 //!
 //! A change is staged (`write`, `zero`, `copy`, `put_record`, …), written to the log in batches
-//! (`append`: from then on a killed process loses none of it), and durable after a sync (`begin_sync`,
-//! run the job in any thread, `finish_sync`). Data stays in the log until a checkpoint job has put it
-//! into shard files. The caller is one thread; jobs run wherever it likes, one checkpoint at a time.
+//! (`append`: from then on a killed process loses none of it), and durable after a sync
+//! (`begin_sync`, run the job in any thread, `finish_sync`). Data stays in the log until a
+//! checkpoint job has put it into shard files. The caller is one thread; jobs run wherever it
+//! likes, one checkpoint at a time.
 //!
 //! Invariants:
-//! * nothing in a shard file is overwritten or punched before the record that replaces it is durable;
+//! * nothing in a shard file is overwritten or punched before the record that replaces it is
+//!   durable;
 //! * a log segment is reused only when all that it says is elsewhere, durably;
 //! * a block is returned, or merged into, only if it matches its checksum;
 //! * after a failed log write or sync the store does nothing more (`StoreError::Failed`).
@@ -51,11 +53,11 @@ pub use dirty::DirtyEntry;
 use disk::{Disk, DiskResult, Errno, FileRef, LockGuard};
 pub use errors::StoreError;
 pub use images::{BODY_BYTES_MAX, ImageRecord, RecordHead};
+use log::{Class, Log};
 pub use read::{BlockSummary, ShardSummary};
 pub use record::CopyBlock;
-pub use recovery::Recovery;
-use log::{Class, Log};
 use record::{HEADER_BYTES, Header, Kind};
+pub use recovery::Recovery;
 use shard_file::ShardMeta;
 use state::State;
 use superblock::Superblock;
@@ -203,7 +205,8 @@ impl Store {
         self.failed.map_or(Ok(()), |errno| Err(StoreError::Failed { errno }))
     }
 
-    /// Writes everything staged to the log: one call. From then on a killed process loses none of it.
+    /// Writes everything staged to the log: one call. From then on a killed process loses none of
+    /// it.
     pub fn append(&mut self) -> Result<(), StoreError> {
         self.check()?;
         self.log.append().map_err(|errno| self.fail(errno))
@@ -270,7 +273,7 @@ impl Store {
     pub fn wants_checkpoint(&self) -> bool {
         self.checkpointing.is_none()
             && (self.log.wants_checkpoint()
-                || self.log.slot_wanted().is_some()
+                || !self.log.slots_wanted().is_empty()
                 || !self.state.images.pending_deletes().is_empty())
     }
 
@@ -290,7 +293,8 @@ impl Store {
         StoreError::Failed { errno }
     }
 
-    /// The most dirty entries: their snapshot fills half a segment.
+    /// The most dirty entries: their snapshot fills half a segment. The rest of the snapshot may
+    /// fill a quarter (`Store::clear`).
     fn dirty_entries_max(&self) -> usize {
         self.log.segment_bytes() as usize / 2 / dirty::ENTRY_BYTES
     }

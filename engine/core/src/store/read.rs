@@ -55,8 +55,8 @@ pub struct ShardSummary {
 }
 
 impl Store {
-    /// Reads `blocks` blocks from `first_block` on, resolved through `layers` (top first). Appends a
-    /// state for each to `states` and the content of the data blocks, verified, to `data`.
+    /// Reads `blocks` blocks from `first_block` on, resolved through `layers` (top first). Appends
+    /// a state for each to `states` and the content of the data blocks, verified, to `data`.
     ///
     /// `BadBlock` where one does not match its checksum; then nothing was appended.
     #[allow(clippy::too_many_arguments)]

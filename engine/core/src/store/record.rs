@@ -204,7 +204,9 @@ pub fn payload_matches(header: &Header, extra: &[u8], payload: &[u8]) -> bool {
     let matches = |(data, crc): (&[u8], u32)| ::crc32c::crc32c(data) == crc;
     match header.kind {
         Kind::Write => {
-            let crcs = extra.chunks_exact(WRITE_EXTRA).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+            let crcs = extra
+                .chunks_exact(WRITE_EXTRA)
+                .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
             payload.len() == header.blocks as usize * block_bytes
                 && extra.len() == header.blocks as usize * WRITE_EXTRA
                 && payload.chunks_exact(block_bytes).zip(crcs).all(matches)

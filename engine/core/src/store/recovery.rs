@@ -36,7 +36,8 @@ pub struct Recovery {
     pub instance: u64,
     /// There was no store; it was created.
     pub created: bool,
-    /// Something that had been synced is lost: all that the store holds is stale since generation 0.
+    /// Something that had been synced is lost: all that the store holds is stale since generation
+    /// 0.
     pub damaged: bool,
     /// Records replayed.
     pub records: u64,
@@ -76,7 +77,8 @@ impl Tail {
         };
         let mut bytes = BytesMut::new();
         file.read_at(0, 2 * PAGE_BYTES as usize, &mut bytes)?;
-        // A killed process may have left the newest in the cache only; the next goes over its elder.
+        // A killed process may have left the newest in the cache only; the next goes over its
+        // elder.
         file.sync_data()?;
         let slots = bytes.chunks(PAGE_BYTES as usize).filter_map(|slot| Tail::decode(slot, seed));
         Ok(slots.max_by_key(|tail| tail.version))
@@ -214,9 +216,7 @@ fn create_log(disk: &dyn Disk, superblock: &Superblock) -> DiskResult<()> {
         disk.unlink(&format!("log/{name}"))?;
     }
     disk.sync_dir("")?;
-    (0..2).try_for_each(|slot| {
-        create_segment(disk, slot, superblock.segment_bytes).map(|_| ())
-    })?;
+    (0..2).try_for_each(|slot| create_segment(disk, slot, superblock.segment_bytes).map(|_| ()))?;
     Tail { version: 1, first_lsn: 1, durable_lsn: 0 }.write(disk, superblock.seed())?;
     disk.sync_dir("log")
 }
@@ -335,7 +335,11 @@ fn find_segments(
     Ok(found)
 }
 
-fn read_head(file: &dyn super::disk::DiskFile, seed: u32, segment_bytes: u32) -> Option<(u64, u64)> {
+fn read_head(
+    file: &dyn super::disk::DiskFile,
+    seed: u32,
+    segment_bytes: u32,
+) -> Option<(u64, u64)> {
     let mut bytes = BytesMut::new();
     file.read_at(0, HEADER_BYTES, &mut bytes).ok()?;
     let extra = u32::from_le_bytes(bytes.get(12..16)?.try_into().ok()?);
@@ -351,7 +355,8 @@ impl Replay {
         let fits = |head: &(u64, u64)| {
             head.0 == self.next_lsn && (self.last_instance..self.instance_end).contains(&head.1)
         };
-        let candidates = found.iter().enumerate().filter(|(_, s)| s.head.as_ref().is_some_and(fits));
+        let candidates =
+            found.iter().enumerate().filter(|(_, s)| s.head.as_ref().is_some_and(fits));
         candidates.max_by_key(|(_, segment)| segment.head).map(|(place, _)| place)
     }
 

@@ -1,11 +1,11 @@
 //! A shard's file: data, then two slots of metadata that are written alternately.
 //!
-//! The metadata says of each block what it is and, of data, its checksum; it also holds the generation
-//! of the shard's last write and the tags of blocks while the shard is dirty. Layout in
+//! The metadata says of each block what it is and, of data, its checksum; it also holds the
+//! generation of the shard's last write and the tags of blocks while the shard is dirty. Layout in
 //! `docs/disk-format.md`, "Shard files". A slot is written after the data it describes; whatever a
-//! crash tears is still in the log. A slot that is damaged although no crash can have torn it may have
-//! been the newer one, so nothing of the shard is trusted: every block is `Bad` until it is written or
-//! copied anew.
+//! crash tears is still in the log. A slot that is damaged although no crash can have torn it may
+//! have been the newer one, so nothing of the shard is trusted: every block is `Bad` until it is
+//! written or copied anew.
 
 use std::io::IoSlice;
 
@@ -199,7 +199,12 @@ fn decode_slot_header(key: &ShardKey, blocks: u32, head: &[u8]) -> Option<(u64, 
     fits.then_some((version, SlotHeader { generation, tags, body_bytes, body_checksum }))
 }
 
-fn decode_slot_body(blocks: u32, version: u64, header: &SlotHeader, body: &[u8]) -> Option<ShardMeta> {
+fn decode_slot_body(
+    blocks: u32,
+    version: u64,
+    header: &SlotHeader,
+    body: &[u8],
+) -> Option<ShardMeta> {
     let mut reader = Reader::new(body);
     let mut meta = ShardMeta::uniform(blocks, BlockState::Absent);
     meta.states = reader.take(meta.states.len())?.into();
@@ -230,8 +235,8 @@ pub fn write_meta(
     file.write_at(slot_offset(shard_bytes, meta.version), &mut [IoSlice::new(&slot)])
 }
 
-/// Reads the metadata of an existing file. `torn_allowed`: a crash may have torn the newer slot, and
-/// the log still has what it described.
+/// Reads the metadata of an existing file. `torn_allowed`: a crash may have torn the newer slot,
+/// and the log still has what it described.
 pub fn read_meta(
     file: &dyn DiskFile,
     key: &ShardKey,
@@ -263,7 +268,11 @@ fn choose(even: Slot, odd: Slot, blocks: u32, torn_allowed: bool) -> ShardMeta {
     let lost = || ShardMeta { version, ..ShardMeta::uniform(blocks, BlockState::Bad) };
     match (even, odd) {
         (Slot::Whole(even), Slot::Whole(odd)) => {
-            if even.version > odd.version { *even } else { *odd }
+            if even.version > odd.version {
+                *even
+            } else {
+                *odd
+            }
         }
         (Slot::Whole(whole), Slot::Empty) | (Slot::Empty, Slot::Whole(whole)) => *whole,
         (Slot::Whole(whole), Slot::Damaged(other)) | (Slot::Damaged(other), Slot::Whole(whole)) => {

@@ -4,18 +4,23 @@ use bytes::Bytes;
 
 use crate::geometry::{ImageId, Tag};
 
+use super::dirty::ENTRY_BYTES;
 use super::images::{BODY_BYTES_MAX, ImageRecord, RecordHead, encode_record};
 use super::log::Class;
 use super::record::{Header, Kind};
 use super::state::encode_peers;
 use super::{Stamp, Store, StoreError};
 
+/// A peer's name and number in a head record, with room for its image.
+const PEER_BYTES_MAX: usize = 128;
+
 impl Store {
-    /// Stores an image's record (durable at the next sync) and gives its lsn. A higher generation is
-    /// what all the image's dirty shards then count as written in; a higher epoch makes them sticky.
+    /// Stores an image's record (durable at the next sync) and gives its lsn. A higher generation
+    /// is what all the image's dirty shards then count as written in; a higher epoch makes them
+    /// sticky.
     ///
-    /// Refuses a lower epoch or generation (`RecordLower`), and an equal epoch of another holder or an
-    /// equal generation of another digest (`RecordConflict`).
+    /// Refuses a lower epoch or generation (`RecordLower`), and an equal epoch of another holder or
+    /// an equal generation of another digest (`RecordConflict`).
     pub fn put_record(
         &mut self,
         image: ImageId,
@@ -37,7 +42,11 @@ impl Store {
 
     /// Something named a higher generation of the image than known: its dirty shards now count as
     /// written in that one.
-    pub fn observe_generation(&mut self, image: ImageId, generation: u64) -> Result<(), StoreError> {
+    pub fn observe_generation(
+        &mut self,
+        image: ImageId,
+        generation: u64,
+    ) -> Result<(), StoreError> {
         self.check()?;
         if self.state.dirty.observes(&image, 0, generation) {
             let stamp = Stamp { generation, ..Stamp::default() };
@@ -49,8 +58,8 @@ impl Store {
     }
 
     /// Drops dirty entries last written at `tag` or below, but for sticky ones: all writes up to it
-    /// are answered, and flushed by every in-sync node, of which each peer had then synced the flush
-    /// of that number. Durable with the next sync; losing it only leaves the map larger.
+    /// are answered, and flushed by every in-sync node, of which each peer had then synced the
+    /// flush of that number. Durable with the next sync; losing it only leaves the map larger.
     pub fn clear(
         &mut self,
         image: ImageId,
@@ -59,6 +68,11 @@ impl Store {
     ) -> Result<(), StoreError> {
         self.check()?;
         self.state.images.require(&image)?;
+        // Numbers of very many images would not fit into a head record; they only serve to notice a
+        // peer that was rolled back, so the rest goes without.
+        let entries = self.state.dirty.entries() * ENTRY_BYTES;
+        let numbers = self.state.snapshot_bytes() - entries + peers.len() * PEER_BYTES_MAX;
+        let peers = if numbers > self.log.segment_bytes() as usize / 4 { &[] } else { peers };
         let mut extra = Vec::new();
         encode_peers(peers, &mut extra);
         let stamp = Stamp { epoch: tag.epoch, sequence: tag.sequence, generation: 0 };
@@ -68,8 +82,8 @@ impl Store {
         Ok(())
     }
 
-    /// These shards are level on all in-sync nodes, durably: drops their sticky entries (one written
-    /// to meanwhile stays for the next clear).
+    /// These shards are level on all in-sync nodes, durably: drops their sticky entries (one
+    /// written to meanwhile stays for the next clear).
     pub fn mark_level(&mut self, image: ImageId, shards: &[u64]) -> Result<(), StoreError> {
         const SHARDS_PER_RECORD: usize = 512;
         self.check()?;
@@ -88,6 +102,7 @@ impl Store {
     pub fn mark_failed(&mut self, image: ImageId, shard: u64) -> Result<(), StoreError> {
         self.check()?;
         self.state.images.require(&image)?;
+        self.check_dirty_room(&image, shard)?;
         self.state.dirty.fail(&image, shard);
         let mut header = Header::new(Kind::Failed, image);
         header.key.shard = shard;

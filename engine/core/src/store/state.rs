@@ -60,7 +60,13 @@ impl State {
     }
 
     /// A record with copied blocks, which keep their source's tags.
-    pub fn apply_copy(&mut self, key: ShardKey, blocks: &[CopyBlock], place: Place, generation: u64) {
+    pub fn apply_copy(
+        &mut self,
+        key: ShardKey,
+        blocks: &[CopyBlock],
+        place: Place,
+        generation: u64,
+    ) {
         let tags = || blocks.iter().map(|block| block.tag).filter(|tag| *tag != Tag::NONE);
         if let (Some(lowest), Some(highest)) = (tags().min(), tags().max()) {
             let shard = (key.shard, key.layer);
@@ -87,7 +93,13 @@ impl State {
     }
 
     /// A clear.
-    pub fn apply_clear(&mut self, image: &ImageId, tag: Tag, peers: &[(String, u64)], place: Place) {
+    pub fn apply_clear(
+        &mut self,
+        image: &ImageId,
+        tag: Tag,
+        peers: &[(String, u64)],
+        place: Place,
+    ) {
         let dropped = self.dirty.clear(image, tag, peers);
         self.leave_generations(image, &dropped, place);
     }
@@ -135,7 +147,8 @@ impl State {
         match header.kind {
             Kind::Head => {}
             Kind::Write => {
-                let crcs = extra.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+                let crcs =
+                    extra.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
                 self.apply_write(header.key, header.first_block, crcs, place, header.stamp);
             }
             Kind::Zero => {

@@ -18,8 +18,8 @@ impl UsageHandle {
         UsageHandle { disk }
     }
 
-    /// Bytes that the image's shard files take on the disk. What is still in the log only is counted
-    /// by `Store::log_resident_bytes`.
+    /// Bytes that the image's shard files take on the disk. What is still in the log only is
+    /// counted by `Store::log_resident_bytes`.
     pub fn physical_bytes(&self, image: &ImageId) -> DiskResult<u64> {
         let mut sum = 0;
         let top = image_folder(image);

@@ -1,7 +1,7 @@
 //! Changes of block content: writes, zeroes, copies.
 //!
-//! Everything that can be refused is refused before the first record is staged, so that a request is
-//! staged as a whole or not at all.
+//! Everything that can be refused is refused before the first record is staged, so that a request
+//! is staged as a whole or not at all.
 
 use bytes::{Bytes, BytesMut};
 
@@ -50,8 +50,8 @@ impl Store {
     /// Stages a write of `payload` to any byte range of a shard, and gives its lsn.
     ///
     /// `crcs` has one CRC32C per touched block, over the payload's part of it; they are verified
-    /// (`BadChecksum`). Partly covered blocks are merged with their old content, resolved through the
-    /// layers and verified (`BadBlock`). The payload is kept by reference until `append`.
+    /// (`BadChecksum`). Partly covered blocks are merged with their old content, resolved through
+    /// the layers and verified (`BadBlock`). The payload is kept by reference until `append`.
     pub fn write(
         &mut self,
         op: &WriteOp<'_>,
@@ -190,7 +190,7 @@ impl Store {
         Ok(head.shard_bytes)
     }
 
-    fn check_dirty_room(&self, image: &ImageId, shard: u64) -> Result<(), StoreError> {
+    pub(super) fn check_dirty_room(&self, image: &ImageId, shard: u64) -> Result<(), StoreError> {
         let dirty = &self.state.dirty;
         let full = dirty.entries() >= self.dirty_entries_max() && dirty.get(image, shard).is_none();
         if full { Err(StoreError::DirtyFull) } else { Ok(()) }

@@ -261,7 +261,7 @@ impl Head for Io {
 pub fn take_write(head: Bytes, checksums: &mut Vec<u32>) -> Result<Io, Short> {
     let mut fields = Fields(head);
     let io = Io::take_fields(&mut fields)?;
-    if fields.0.len() % 4 != 0 {
+    if !fields.0.len().is_multiple_of(4) {
         return Err(Short);
     }
     checksums.clear();

@@ -92,8 +92,20 @@ impl Status {
     pub fn from_wire(value: u16) -> Option<Status> {
         use Status::*;
         const ALL: [Status; 14] = [
-            Ok, Malformed, Version, WrongCluster, WrongNode, NoRecord, StaleEpoch, StaleGeneration,
-            NoSession, BadChecksum, BadBlock, NoSpace, Io, Deleted,
+            Ok,
+            Malformed,
+            Version,
+            WrongCluster,
+            WrongNode,
+            NoRecord,
+            StaleEpoch,
+            StaleGeneration,
+            NoSession,
+            BadChecksum,
+            BadBlock,
+            NoSpace,
+            Io,
+            Deleted,
         ];
         ALL.get(usize::from(value)).copied()
     }
@@ -106,7 +118,9 @@ pub enum WireError {
     PayloadTooLong(u32),
     BadHeadChecksum,
     /// The head is shorter or longer than its kind says, or a field is out of range.
-    BadHead { kind: u8 },
+    BadHead {
+        kind: u8,
+    },
     UnknownStatus(u16),
 }
 
@@ -114,7 +128,9 @@ impl std::fmt::Display for WireError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             WireError::HeadTooLong(n) => write!(f, "frame head of {n} bytes is over the limit"),
-            WireError::PayloadTooLong(n) => write!(f, "frame payload of {n} bytes is over the limit"),
+            WireError::PayloadTooLong(n) => {
+                write!(f, "frame payload of {n} bytes is over the limit")
+            }
             WireError::BadHeadChecksum => write!(f, "frame head does not match its checksum"),
             WireError::BadHead { kind } => write!(f, "head of a kind {kind} frame is malformed"),
             WireError::UnknownStatus(s) => write!(f, "status {s} is unknown"),

@@ -2,9 +2,10 @@
 
 use crate::client::session;
 use bytes::{Buf, Bytes};
+use hci_engine_core::content::Run;
+use hci_engine_core::io::{Outgoing, Sink};
 use hci_engine_core::nbd::{
-    Command, Errno, Extent, Flags, Outgoing, ReplyStyle, Request, Run, Sink, block_status, done,
-    error, read,
+    Command, Errno, Extent, Flags, ReplyStyle, Request, block_status, done, error, read,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;

@@ -26,7 +26,10 @@ fn record_that_is_lower_or_differs_is_refused_also_after_a_restart() {
         assert_eq!(rig.store.put_record(IMAGE, other, Bytes::new()), conflict);
         let other = RecordHead { shard_bytes: 2 << 20, ..head(4, 6) };
         assert_eq!(rig.store.put_record(IMAGE, other, Bytes::new()), conflict);
-        assert_eq!(rig.store.image(&IMAGE).map(|r| r.body.clone()), Some(Bytes::from_static(b"body")));
+        assert_eq!(
+            rig.store.image(&IMAGE).map(|r| r.body.clone()),
+            Some(Bytes::from_static(b"body"))
+        );
         rig.store.put_record(IMAGE, head(3, 5), Bytes::from_static(b"body")).expect("the same");
         rig.checkpoint();
         rig = rig.power_cut(1).0;
@@ -80,8 +83,8 @@ fn higher_epoch_makes_entries_sticky() {
     assert_eq!(rig.dirty(), [0], "what the former holder left waits for reconcile");
 }
 
-/// A write in flight when a node is removed stands on the survivors under the old generation; if the
-/// heal list went by that alone it would miss the shard.
+/// A write in flight when a node is removed stands on the survivors under the old generation; if
+/// the heal list went by that alone it would miss the shard.
 #[test]
 fn new_generation_is_what_dirty_shards_count_as_written_in_also_after_their_clear() {
     for cleared in [false, true] {
@@ -98,8 +101,9 @@ fn new_generation_is_what_dirty_shards_count_as_written_in_also_after_their_clea
             }
             rig.sync();
             for round in 0..3 {
-                let generation =
-                    |rig: &mut Rig, shard| rig.store.summary(&Rig::key(shard)).map(|s| s.generation);
+                let generation = |rig: &mut Rig, shard| {
+                    rig.store.summary(&Rig::key(shard)).map(|s| s.generation)
+                };
                 assert_eq!(generation(&mut rig, 0), Ok(1), "{cleared} {synced} {round}");
                 assert_eq!(generation(&mut rig, 1), Ok(2), "{cleared} {synced} {round}");
                 rig = rig.power_cut(round).0;
@@ -216,7 +220,8 @@ fn sync_after_a_checkpoint_whose_log_sync_failed_fails_too() {
     let checkpoint = rig.store.begin_checkpoint(true).expect("begins").expect("work");
     rig.fill(0, 1, 1, 1);
     let sync = rig.store.begin_sync().expect("begins").expect("work");
-    rig.disk.fail_sync(1, rustix::io::Errno::IO);
+    // The first two syncs are those of new segments.
+    rig.disk.fail_sync(2, rustix::io::Errno::IO);
     let checkpoint = checkpoint.run();
     let sync = sync.run();
     assert!(rig.store.finish_sync(sync).is_err());

@@ -1,6 +1,7 @@
 //! Tests of the whole store on the simulated disk; `rig` drives it beside a model.
 
 mod crash;
+mod disk;
 mod images;
 mod model;
 mod read_write;

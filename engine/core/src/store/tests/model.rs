@@ -28,15 +28,18 @@ fn requests() -> impl Strategy<Value = Vec<Request>> {
     let area = BLOCKS * BLOCK_BYTES;
     let range = (0..area - 1)
         .prop_flat_map(move |offset| (Just(offset), 1..=(area - offset).min(3 * BLOCK_BYTES)));
-    let aligned = (0..BLOCKS)
-        .prop_flat_map(|first| (Just(first * BLOCK_BYTES), (1..=(BLOCKS - first).min(4)).prop_map(|n| n * BLOCK_BYTES)));
+    let aligned = (0..BLOCKS).prop_flat_map(|first| {
+        (Just(first * BLOCK_BYTES), (1..=(BLOCKS - first).min(4)).prop_map(|n| n * BLOCK_BYTES))
+    });
     let range = prop_oneof![range, aligned];
-    let write = (any::<bool>(), 0..2u64, range.clone(), 1..=255u8).prop_map(|(upper, shard, r, byte)| {
-        Request::Write { upper, shard, offset: r.0, length: r.1, byte }
-    });
-    let zero = (any::<bool>(), 0..2u64, range, any::<bool>()).prop_map(|(upper, shard, r, keep)| {
-        Request::Zero { upper, shard, offset: r.0, length: r.1, keep }
-    });
+    let write =
+        (any::<bool>(), 0..2u64, range.clone(), 1..=255u8).prop_map(|(upper, shard, r, byte)| {
+            Request::Write { upper, shard, offset: r.0, length: r.1, byte }
+        });
+    let zero =
+        (any::<bool>(), 0..2u64, range, any::<bool>()).prop_map(|(upper, shard, r, keep)| {
+            Request::Zero { upper, shard, offset: r.0, length: r.1, keep }
+        });
     let copy = (0..2u64, 0..BLOCKS, 0..3u8, 1..=255u8)
         .prop_map(|(shard, block, state, byte)| Request::Copy { shard, block, state, byte });
     let request = prop_oneof![
@@ -65,7 +68,10 @@ impl Model {
 
     fn resolved(&self, layers: &[LayerId], shard: u64, block: u32) -> (BlockState, Vec<u8>) {
         let found = layers.iter().map(|layer| self.own(*layer, shard, block));
-        found.into_iter().find(|(state, _)| *state != BlockState::Absent).unwrap_or((BlockState::Absent, vec![0; BLOCK]))
+        found
+            .into_iter()
+            .find(|(state, _)| *state != BlockState::Absent)
+            .unwrap_or((BlockState::Absent, vec![0; BLOCK]))
     }
 
     fn change(

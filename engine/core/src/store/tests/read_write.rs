@@ -126,14 +126,21 @@ fn layers_show_the_topmost_block_and_an_explicit_zero_hides_those_below() {
     rig.fill(0, 0, 4, 1);
     rig.checkpoint();
     rig.write_layers(&[2, 1], 0, BLOCK_BYTES, &[2; BLOCK]).expect("write");
-    let op = WriteOp { image: IMAGE, layers: &[2, 1], shard: 0, offset: 2 * BLOCK_BYTES, stamp: rig.stamp };
+    let op = WriteOp {
+        image: IMAGE,
+        layers: &[2, 1],
+        shard: 0,
+        offset: 2 * BLOCK_BYTES,
+        stamp: rig.stamp,
+    };
     rig.store.zero(&op, BLOCK_BYTES, false).expect("zero");
     rig.write_layers(&[2, 1], 0, 3 * BLOCK_BYTES, &[3; 10]).expect("partial over the parent");
     for _ in 0..2 {
         let (states, data) = rig.read_layers(&[2, 1], 0, 0, 5).expect("read");
         use BlockState::{Absent, Data, Zero};
         assert_eq!(states, [Data, Data, Zero, Data, Absent]);
-        let mut expected = [vec![1; BLOCK], vec![2; BLOCK], vec![0; BLOCK], vec![1; BLOCK]].concat();
+        let mut expected =
+            [vec![1; BLOCK], vec![2; BLOCK], vec![0; BLOCK], vec![1; BLOCK]].concat();
         expected.extend(vec![0; BLOCK]);
         expected[3 * BLOCK..3 * BLOCK + 10].fill(3);
         assert_eq!(flatten(&states, &data), expected);
@@ -188,11 +195,9 @@ fn full_log_refuses_data_takes_small_records_and_recovers_by_a_checkpoint() {
             Err(error) => break error,
         }
         // Only files are created, nothing is applied.
-        if rig.store.log.slot_wanted().is_some() {
-            while let Some(slot) = rig.store.log.slot_wanted() {
-                let file = crate::store::log::create_segment(&*rig.store.disk, slot, 64 << 10);
-                rig.store.log.add_free(slot, file.expect("a segment"));
-            }
+        for slot in rig.store.log.slots_wanted() {
+            let file = crate::store::log::create_segment(&*rig.store.disk, slot, 64 << 10);
+            rig.store.log.grow(vec![(slot, file.expect("a segment"))], true);
         }
     };
     assert_eq!(error, StoreError::LogFull);
@@ -209,6 +214,28 @@ fn full_log_refuses_data_takes_small_records_and_recovers_by_a_checkpoint() {
     let (mut rig, recovery) = rig.power_cut(3);
     assert!(!recovery.damaged);
     assert_eq!(rig.content(1, 0, 2), vec![1; 2 * BLOCK]);
+}
+
+#[test]
+fn too_many_dirty_shards_are_refused_until_a_clear() {
+    let mut rig = Rig::new();
+    let mut shard = 0;
+    let error = loop {
+        match rig.write_layers(&[1], shard, 0, &[1; 10]) {
+            Ok(_) => shard += 1,
+            Err(StoreError::LogFull) => {
+                let job = rig.store.begin_checkpoint(false).expect("begins").expect("due");
+                rig.store.finish_checkpoint(job.run()).expect("succeeds");
+            }
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error, StoreError::DirtyFull);
+    assert_eq!(rig.dirty().len(), (64 << 10) / 2 / 77);
+    rig.write_layers(&[1], 0, 0, &[1; 10]).expect("one that is dirty already");
+    let tag = rig.stamp.tag();
+    rig.store.clear(IMAGE, tag, &[]).expect("clear");
+    rig.write_layers(&[1], shard, 0, &[1; 10]).expect("room again");
 }
 
 #[test]

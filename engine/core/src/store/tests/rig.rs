@@ -27,7 +27,13 @@ pub fn open(disk: &SimDisk) -> Result<(Store, Recovery), StoreError> {
 
 pub fn head(epoch: u64, generation: u64) -> RecordHead {
     let holder = [epoch as u8; 16];
-    RecordHead { epoch, holder, generation, digest: [generation as u8; 32], shard_bytes: SHARD_BYTES }
+    RecordHead {
+        epoch,
+        holder,
+        generation,
+        digest: [generation as u8; 32],
+        shard_bytes: SHARD_BYTES,
+    }
 }
 
 /// A store with a record of `IMAGE` at epoch 1, generation 1.

@@ -111,7 +111,8 @@ fn rot_in_a_synced_record_is_reported_until_acknowledged_and_a_torn_end_is_not()
     let mut rig = Rig::new();
     rig.fill(0, 0, 1, 5);
     rig.sync();
-    let place = rig.store.state.index.get(&Rig::key(0)).and_then(|s| s.get(0)).expect("there").place;
+    let place =
+        rig.store.state.index.get(&Rig::key(0)).and_then(|s| s.get(0)).expect("there").place;
     rig.fill(0, 1, 1, 6);
     rig.sync();
     let path = crate::store::log::segment_path(rig.store.log.segment(place.segment).slot);
@@ -207,7 +208,7 @@ fn random_bytes_are_no_record_and_no_metadata_and_never_panic() {
     let mut random = Seeded::new(77);
     let header = Header { blocks: 1, ..Header::new(Kind::Write, IMAGE) };
     for round in 0..20_000 {
-        let mut bytes: Vec<u8> = (0..random.below(300)).map(|_| random.next() as u8).collect();
+        let mut bytes: Vec<u8> = (0..random.below(300)).map(|_| random.number() as u8).collect();
         if round % 2 == 0 && bytes.len() >= record::HEADER_BYTES {
             record::encode_header(&header, 1, &mut bytes);
             let at = random.below(bytes.len() as u64) as usize;

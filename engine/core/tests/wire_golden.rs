@@ -1,0 +1,536 @@
+//! Golden bytes of the gateway–node protocol: a frame of each kind as it goes over the wire, and the
+//! replies that have a head. The bytes were computed from `docs/wire.md` by another program, never by
+//! the code under test: where a test here fails, the code has left the protocol.
+
+use bytes::{BufMut, Bytes, BytesMut};
+use hci_engine_core::content::Block;
+use hci_engine_core::geometry::{ImageId, Tag};
+use hci_engine_core::wire::codec::Fields;
+use hci_engine_core::wire::messages::{
+    Attach, BlocksReply, Copy, DirtyEntry, DirtyFrom, DirtyReply, Flush, Head, Hello, HelloReply,
+    Io, Level, Number, Peek, PeekReply, RecordHead, Session, ShardRange, put_blocks, take_blocks,
+    take_write,
+};
+use hci_engine_core::wire::{
+    Frame, FrameReader, Prefix, REPLY, Status, WireError, encode, flag, kind,
+};
+use std::fmt::Debug;
+
+/// Bytes of a text of hex digits; blanks and everything after a `;` on a line are left out.
+fn hex(text: &str) -> Vec<u8> {
+    let digits: String = text
+        .lines()
+        .flat_map(|line| line.split(';').next())
+        .flat_map(|line| line.chars().filter(|c| !c.is_whitespace()))
+        .collect();
+    let byte = |i: usize| u8::from_str_radix(&digits[i..i + 2], 16).expect("hex digits");
+    (0..digits.len()).step_by(2).map(byte).collect()
+}
+
+const HELLO: &str = "
+    2d000000 00000000 692ee714 ; head 45, payload 0, checksum
+    01 00 0000 00000000 0000000000000000 ; kind, flags, status, channel, tag
+    484349574952450a ; magic
+    01000100 ; versions 1 to 1
+    cccccccccccccccccccccccccccccccc ; cluster
+    08006761746577617931 ; gateway1
+    05006e6f646531 ; node1
+";
+const HELLO_REPLY: &str = "
+    39000000 00000000 1e505dc7 ; head 57, payload 0, checksum
+    81 00 0000 00000000 0000000000000000 ; kind, flags, status, channel, tag
+    0100 ; version 1
+    05006e6f646531 ; node1
+    55555555555555555555555555555555 ; store
+    0500000000000000 ; start counter 5
+    b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0 ; boot
+    1100000000000000 ; flush number 17
+";
+const HELLO_REFUSED: &str = "
+    39000000 00000000 c57ac0e9 ; head 57, payload 0, checksum
+    81 00 0300 00000000 0000000000000000 ; kind, flags, status, channel, tag
+    0100 ; version 1
+    05006e6f646531 ; node1
+    55555555555555555555555555555555 ; store
+    0500000000000000 ; start counter 5
+    b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0 ; boot
+    1100000000000000 ; flush number 17
+";
+const PING: &str = "
+    00000000 00000000 64aa3d16 ; head 0, payload 0, checksum
+    02 00 0000 00000000 0000000000000000 ; kind, flags, status, channel, tag
+";
+const PING_REPLY: &str = "
+    00000000 00000000 9cef0ca7 ; head 0, payload 0, checksum
+    82 00 0000 00000000 0000000000000000 ; kind, flags, status, channel, tag
+";
+const PEEK: &str = "
+    10000000 00000000 dea7ff58 ; head 16, payload 0, checksum
+    03 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    101112131415161718191a1b1c1d1e1f ; image
+";
+const PEEK_REPLY: &str = "
+    73000000 02000000 bb9a24e0 ; head 115, payload 2, checksum
+    83 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    101112131415161718191a1b1c1d1e1f ; image
+    0300000000000000 ; epoch 3
+    aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ; holder
+    0200000000000000 ; generation 2
+    dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd ; digest
+    00004000 ; shards of 4 MiB
+    07000000 ; 7 dirty shards
+    1200000000000000 ; flush number 18
+    01000000 ; one entry
+    05006e6f6465321100000000000000 ; node2, 17
+    7b7d ; payload
+";
+const RECORD: &str = "
+    54000000 02000000 2fb8341b ; head 84, payload 2, checksum
+    04 00 0000 09000000 0200000000000000 ; kind, flags, status, channel, tag
+    101112131415161718191a1b1c1d1e1f ; image
+    0300000000000000 ; epoch 3
+    aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ; holder
+    0200000000000000 ; generation 2
+    dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd ; digest
+    00004000 ; shards of 4 MiB
+    7b7d ; payload
+";
+const RECORD_REFUSED: &str = "
+    00000000 00000000 105e6850 ; head 0, payload 0, checksum
+    84 00 0600 09000000 0200000000000000 ; kind, flags, status, channel, tag
+";
+const ATTACH: &str = "
+    34000000 00000000 a7891977 ; head 52, payload 0, checksum
+    05 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    101112131415161718191a1b1c1d1e1f ; image
+    0300000000000000 ; epoch 3
+    aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ; holder
+    02000000 ; two layers
+    0200000001000000 ; 2, then 1
+";
+const DETACH: &str = "
+    08000000 00000000 fdb1cc0b ; head 8, payload 0, checksum
+    06 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    0300000000000000 ; epoch 3
+";
+const CONFIRM: &str = "
+    08000000 00000000 737383b1 ; head 8, payload 0, checksum
+    07 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    0300000000000000 ; epoch 3
+";
+const WRITE: &str = "
+    30000000 05000000 d0a1a5de ; head 48, payload 5, checksum
+    10 01 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    0600000000000000 ; shard 6
+    fe0f000005000000 ; offset 4094, length 5
+    0300000000000000 ; epoch 3
+    0200000000000000 ; generation 2
+    2100000000000000 ; sequence 33
+    1216deb84c6a1d8c ; of `he`, of `llo`
+    68656c6c6f ; payload
+";
+const WRITE_REPLY: &str = "
+    00000000 00000000 f9191c45 ; head 0, payload 0, checksum
+    90 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+";
+const ZERO: &str = "
+    28000000 00000000 c28d9ac0 ; head 40, payload 0, checksum
+    11 03 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    0600000000000000 ; shard 6
+    01000000ffff3f00 ; offset 1, length 4194303
+    0300000000000000 ; epoch 3
+    0200000000000000 ; generation 2
+    2200000000000000 ; sequence 34
+";
+const READ: &str = "
+    28000000 00000000 f85e6050 ; head 40, payload 0, checksum
+    12 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    0600000000000000 ; shard 6
+    0010000000400000 ; offset 4096, length 16384
+    0300000000000000 ; epoch 3
+    0200000000000000 ; generation 2
+    0000000000000000 ; sequence 0
+";
+const READ_REPLY: &str = "
+    18000000 00100000 b866eee8 ; head 24, payload 4096, checksum
+    92 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    04000000 ; four blocks
+    0000000000 ; absent
+    0100000000 ; zero
+    02d333c98a ; data
+    0300000000 ; bad
+";
+const READ_BAD_BLOCK: &str = "
+    04000000 00000000 e20ae64e ; head 4, payload 0, checksum
+    92 00 0a00 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    03000000 ; block 3 of the shard
+";
+const STATUS: &str = "
+    28000000 00000000 9b63c9df ; head 40, payload 0, checksum
+    13 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    0600000000000000 ; shard 6
+    0000000000004000 ; offset 0, length 4194304
+    0300000000000000 ; epoch 3
+    0200000000000000 ; generation 2
+    0000000000000000 ; sequence 0
+";
+const STATUS_REPLY: &str = "
+    0e000000 00000000 e5507471 ; head 14, payload 0, checksum
+    93 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    02000000 ; two blocks
+    0100000000 ; zero
+    0200000000 ; data
+";
+const FLUSH: &str = "
+    2b000000 00000000 01f6e8cb ; head 43, payload 0, checksum
+    14 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    0300000000000000 ; epoch 3
+    0200000000000000 ; generation 2
+    1e00000000000000 ; clear up to 30
+    01000000 ; one entry
+    05006e6f6465321100000000000000 ; node2, 17
+";
+const FLUSH_REPLY: &str = "
+    08000000 00000000 e4cab708 ; head 8, payload 0, checksum
+    94 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    1200000000000000 ; flush number 18
+";
+const CLEAR: &str = "
+    1c000000 00000000 f5601112 ; head 28, payload 0, checksum
+    15 00 0000 09000000 0000000000000000 ; kind, flags, status, channel, tag
+    0300000000000000 ; epoch 3
+    0200000000000000 ; generation 2
+    1f00000000000000 ; clear up to 31
+    00000000 ; no proof
+";
+const DIRTY: &str = "
+    10000000 00000000 9c2bf707 ; head 16, payload 0, checksum
+    20 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    0300000000000000 ; epoch 3
+    0800000000000000 ; from shard 8
+";
+const DIRTY_REPLY: &str = "
+    26000000 00000000 534ae125 ; head 38, payload 0, checksum
+    a0 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    01 ; more
+    01000000 ; one entry
+    0900000000000000 ; shard 9
+    03000000000000002100000000000000 ; tag (3, 33)
+    0200000000000000 ; generation 2
+    01 ; sticky
+";
+const SUMMARY: &str = "
+    1c000000 00000000 83fd9ce9 ; head 28, payload 0, checksum
+    21 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    0300000000000000 ; epoch 3
+    01000000 ; layer 1
+    0900000000000000 ; shard 9
+    0400000002000000 ; block 4, 2 of them
+";
+const SUMMARY_REPLY: &str = "
+    36000000 00000000 dcfc24f8 ; head 54, payload 0, checksum
+    a1 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    0200000000000000 ; generation 2
+    02000000 ; two blocks
+    02d333c98a03000000000000002100000000000000 ; data, tag (3, 33)
+    010000000000000000000000000000000000000000 ; zero, no tag
+";
+const FETCH: &str = "
+    1c000000 00000000 c2916f49 ; head 28, payload 0, checksum
+    22 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    0300000000000000 ; epoch 3
+    01000000 ; layer 1
+    0900000000000000 ; shard 9
+    0400000002000000 ; block 4, 2 of them
+";
+const FETCH_REPLY: &str = "
+    36000000 00100000 c9c0a46f ; head 54, payload 4096, checksum
+    a2 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    0200000000000000 ; generation 2
+    02000000 ; two blocks
+    02d333c98a03000000000000002100000000000000 ; data, tag (3, 33)
+    010000000000000000000000000000000000000000 ; zero, no tag
+";
+const COPY: &str = "
+    5e000000 00100000 b85d6819 ; head 94, payload 4096, checksum
+    23 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    0300000000000000 ; epoch 3
+    0200000000000000 ; generation 2
+    01000000 ; layer 1
+    0900000000000000 ; shard 9
+    0100000000000000 ; written in generation 1
+    020000000400000007000000 ; two indexes: 4, 7
+    02000000 ; two blocks
+    02d333c98a03000000000000002100000000000000 ; data, tag (3, 33)
+    010000000000000000000000000000000000000000 ; zero, no tag
+";
+const LEVEL: &str = "
+    1c000000 00000000 2d00fda9 ; head 28, payload 0, checksum
+    24 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    0300000000000000 ; epoch 3
+    0200000009000000000000000c00000000000000 ; two shards: 9, 12
+";
+
+/// The payload of frames that carry one block of data, and its checksum.
+const BLOCK: [u8; 4096] = [0xa5; 4096];
+const BLOCK_CRC: u32 = 0x8ac9_33d3;
+
+const CHANNEL: u32 = 9;
+const TAG: u64 = 0x0102_0304_0506_0708;
+
+fn request(kind: u8) -> Prefix {
+    Prefix::request(kind, 0, CHANNEL, TAG)
+}
+
+fn reply(kind: u8) -> Prefix {
+    Prefix { kind: kind | REPLY, ..request(kind) }
+}
+
+/// Neither channel nor tag: HELLO and PING.
+fn bare(kind: u8) -> Prefix {
+    Prefix { channel: 0, tag: 0, ..request(kind) }
+}
+
+/// `golden` is what is written, and reading it gives the same frame back.
+fn check_frame(
+    golden: &str,
+    prefix: Prefix,
+    payload: &[u8],
+    put: impl FnOnce(&mut BytesMut),
+) -> Frame {
+    let mut golden = hex(golden);
+    if payload == BLOCK {
+        golden.extend_from_slice(payload);
+    }
+    let mut written = BytesMut::new();
+    encode(&mut written, prefix, payload.len(), put);
+    written.extend_from_slice(payload);
+    assert_eq!(written[..], golden[..], "kind {:#x}", prefix.kind);
+    let mut input = BytesMut::from(&golden[..]);
+    let frame = FrameReader::next(&mut input).expect("valid").expect("whole");
+    assert!(input.is_empty());
+    assert_eq!((frame.kind, frame.flags, frame.status), (prefix.kind, prefix.flags, prefix.status));
+    assert_eq!((frame.channel, frame.tag), (prefix.channel, prefix.tag));
+    assert_eq!(frame.payload, payload);
+    frame
+}
+
+fn check<H: Head + PartialEq + Debug>(golden: &str, prefix: Prefix, head: &H, payload: &[u8]) {
+    let frame = check_frame(golden, prefix, payload, |out| head.put(out));
+    assert_eq!(H::take(frame.head).as_ref(), Ok(head));
+}
+
+fn written(head: &impl Head) -> Bytes {
+    let mut out = BytesMut::new();
+    head.put(&mut out);
+    out.freeze()
+}
+
+fn check_empty(golden: &str, prefix: Prefix) {
+    assert!(check_frame(golden, prefix, &[], |_| {}).head.is_empty());
+}
+
+fn image() -> ImageId {
+    ImageId(std::array::from_fn(|i| 0x10 + i as u8))
+}
+
+fn record() -> RecordHead {
+    RecordHead {
+        image: image(),
+        epoch: 3,
+        holder: [0xaa; 16],
+        generation: 2,
+        digest: [0xdd; 32],
+        shard_bytes: 4 << 20,
+    }
+}
+
+fn hello_reply() -> HelloReply {
+    HelloReply {
+        version: 1,
+        node: "node1".into(),
+        store: [0x55; 16],
+        start_counter: 5,
+        boot: [0xb0; 16],
+        flush_number: 17,
+    }
+}
+
+fn io(shard: u64, offset: u32, length: u32, sequence: u64) -> Io {
+    Io { shard, offset, length, epoch: 3, generation: 2, sequence }
+}
+
+fn peers() -> Vec<(String, u64)> {
+    vec![("node2".into(), 17)]
+}
+
+fn shard_range() -> ShardRange {
+    ShardRange { epoch: 3, layer: 1, shard: 9, first_block: 4, blocks: 2 }
+}
+
+fn blocks() -> Vec<(Block, Tag)> {
+    vec![(Block::Data(BLOCK_CRC), Tag { epoch: 3, sequence: 33 }), (Block::Zero, Tag::NONE)]
+}
+
+#[test]
+fn greeting_is_as_specified() {
+    let hello = Hello {
+        version_min: 1,
+        version_max: 1,
+        cluster: [0xcc; 16],
+        gateway: "gateway1".into(),
+        node: "node1".into(),
+    };
+    check(HELLO, bare(kind::HELLO), &hello, &[]);
+    let answer = Prefix { kind: kind::HELLO | REPLY, ..bare(kind::HELLO) };
+    check(HELLO_REPLY, answer, &hello_reply(), &[]);
+    let refused = Prefix { status: Status::WrongCluster, ..answer };
+    check(HELLO_REFUSED, refused, &hello_reply(), &[]);
+    check_empty(PING, bare(kind::PING));
+    check_empty(PING_REPLY, Prefix { kind: kind::PING | REPLY, ..bare(kind::PING) });
+}
+
+#[test]
+fn records_and_sessions_are_as_specified() {
+    check(PEEK, request(kind::PEEK), &Peek(image()), &[]);
+    let peeked = PeekReply { record: record(), dirty: 7, flush_number: 18, peers: peers() };
+    check(PEEK_REPLY, reply(kind::PEEK), &peeked, b"{}");
+    check(RECORD, Prefix { tag: 2, ..request(kind::RECORD) }, &record(), b"{}");
+    let refused = Prefix { tag: 2, status: Status::StaleEpoch, ..reply(kind::RECORD) };
+    check_empty(RECORD_REFUSED, refused);
+    let attach = Attach { image: image(), epoch: 3, holder: [0xaa; 16], layers: vec![2, 1] };
+    check(ATTACH, request(kind::ATTACH), &attach, &[]);
+    check(DETACH, request(kind::DETACH), &Session { epoch: 3 }, &[]);
+    check(CONFIRM, request(kind::CONFIRM), &Session { epoch: 3 }, &[]);
+}
+
+#[test]
+fn write_is_as_specified() {
+    let (head, crcs) = (io(6, 4094, 5, 33), [crc32c::crc32c(b"he"), crc32c::crc32c(b"llo")]);
+    let prefix = Prefix { flags: flag::FUA, ..request(kind::WRITE) };
+    let frame = check_frame(WRITE, prefix, b"hello", |out| {
+        head.put(out);
+        crcs.iter().for_each(|crc| out.put_u32_le(*crc));
+    });
+    let mut read = Vec::new();
+    assert_eq!(take_write(frame.head, &mut read), Ok(head));
+    assert_eq!(read, crcs);
+    check_empty(WRITE_REPLY, reply(kind::WRITE));
+}
+
+#[test]
+fn zero_is_as_specified() {
+    let flags = flag::FUA | flag::KEEP_ALLOCATED;
+    let prefix = Prefix { flags, ..request(kind::ZERO) };
+    check(ZERO, prefix, &io(6, 1, (4 << 20) - 1, 34), &[]);
+}
+
+#[test]
+fn read_and_status_are_as_specified() {
+    let check_blocks = |golden, prefix, blocks: &[Block], payload: &[u8]| {
+        let put = |out: &mut BytesMut| put_blocks(out, blocks.iter().copied());
+        let frame = check_frame(golden, prefix, payload, put);
+        let mut read = Vec::new();
+        assert_eq!(take_blocks(frame.head, &mut read), Ok(()));
+        assert_eq!(read, blocks);
+    };
+    check(READ, request(kind::READ), &io(6, 4096, 16384, 0), &[]);
+    let found = [Block::Absent, Block::Zero, Block::Data(BLOCK_CRC), Block::Bad];
+    check_blocks(READ_REPLY, reply(kind::READ), &found, &BLOCK);
+    let bad = Prefix { status: Status::BadBlock, ..reply(kind::READ) };
+    let frame = check_frame(READ_BAD_BLOCK, bad, &[], |out| out.put_u32_le(3));
+    assert_eq!(Fields(frame.head).u32(), Ok(3));
+    check(STATUS, request(kind::STATUS), &io(6, 0, 4 << 20, 0), &[]);
+    check_blocks(STATUS_REPLY, reply(kind::STATUS), &[Block::Zero, Block::Data(0)], &[]);
+}
+
+#[test]
+fn flush_and_clear_are_as_specified() {
+    let flush = Flush { epoch: 3, generation: 2, clear_sequence: 30, proof: peers() };
+    check(FLUSH, request(kind::FLUSH), &flush, &[]);
+    check(FLUSH_REPLY, reply(kind::FLUSH), &Number(18), &[]);
+    let clear = Flush { epoch: 3, generation: 2, clear_sequence: 31, proof: Vec::new() };
+    check(CLEAR, Prefix { tag: 0, ..request(kind::CLEAR) }, &clear, &[]);
+}
+
+#[test]
+fn levelling_is_as_specified() {
+    check(DIRTY, request(kind::DIRTY), &DirtyFrom { epoch: 3, from_shard: 8 }, &[]);
+    let last = Tag { epoch: 3, sequence: 33 };
+    let entry = DirtyEntry { shard: 9, last, generation: 2, sticky: true };
+    let dirty = DirtyReply { entries: vec![entry], more: true };
+    check(DIRTY_REPLY, reply(kind::DIRTY), &dirty, &[]);
+    let found = BlocksReply { generation: 2, blocks: blocks() };
+    check(SUMMARY, request(kind::SUMMARY), &shard_range(), &[]);
+    check(SUMMARY_REPLY, reply(kind::SUMMARY), &found, &[]);
+    check(FETCH, request(kind::FETCH), &shard_range(), &[]);
+    check(FETCH_REPLY, reply(kind::FETCH), &found, &BLOCK);
+    let copy = Copy {
+        epoch: 3,
+        generation: 2,
+        layer: 1,
+        shard: 9,
+        shard_generation: 1,
+        indexes: vec![4, 7],
+        blocks: blocks(),
+    };
+    check(COPY, request(kind::COPY), &copy, &BLOCK);
+    check(LEVEL, request(kind::LEVEL), &Level { epoch: 3, shards: vec![9, 12] }, &[]);
+}
+
+#[test]
+fn statuses_have_their_numbers() {
+    use Status::*;
+    let specified = [
+        Ok,
+        Malformed,
+        Version,
+        WrongCluster,
+        WrongNode,
+        NoRecord,
+        StaleEpoch,
+        StaleGeneration,
+        NoSession,
+        BadChecksum,
+        BadBlock,
+        NoSpace,
+        Io,
+        Deleted,
+    ];
+    for (number, status) in specified.into_iter().enumerate() {
+        assert_eq!(status as u16, number as u16);
+        assert_eq!(Status::from_wire(number as u16), Some(status));
+    }
+    assert_eq!(Status::from_wire(14), None);
+}
+
+#[test]
+fn damaged_frame_ends_the_stream_and_a_cut_one_waits() {
+    let whole = hex(FLUSH);
+    for end in 0..whole.len() {
+        assert_eq!(FrameReader::next(&mut BytesMut::from(&whole[..end])), Ok(None));
+    }
+    let mut damaged = BytesMut::from(&whole[..]);
+    damaged[40] ^= 1;
+    assert_eq!(FrameReader::next(&mut damaged), Err(WireError::BadHeadChecksum));
+    let mut long = BytesMut::from(&whole[..]);
+    long[..4].copy_from_slice(&(512 * 1024 + 1u32).to_le_bytes());
+    assert_eq!(FrameReader::next(&mut long), Err(WireError::HeadTooLong(512 * 1024 + 1)));
+    let mut long = BytesMut::from(&whole[..]);
+    long[4..8].copy_from_slice(&((1 << 20) + 1u32).to_le_bytes());
+    assert_eq!(FrameReader::next(&mut long), Err(WireError::PayloadTooLong((1 << 20) + 1)));
+}
+
+#[test]
+fn head_with_a_byte_too_many_or_too_few_is_refused() {
+    let bytes = written(&record());
+    assert!(RecordHead::take(bytes.slice(..bytes.len() - 1)).is_err());
+    let mut longer = BytesMut::from(&bytes[..]);
+    longer.put_u8(0);
+    assert!(RecordHead::take(longer.freeze()).is_err());
+    let mut checksums = Vec::new();
+    let write = written(&io(0, 0, 1, 1));
+    let mut ragged = BytesMut::from(&write[..]);
+    ragged.put_u8(0);
+    assert!(take_write(ragged.freeze(), &mut checksums).is_err());
+}

@@ -1,0 +1,158 @@
+"""`hci image` on a cluster of real processes: nothing half done remains, whatever happens."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.devcluster import CommandError, DevCluster
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[DevCluster]:
+    with DevCluster() as started:
+        yield started
+    assert started.processes() == []
+
+
+@pytest.fixture
+def cluster(shared: DevCluster) -> DevCluster:
+    """The cluster of this module, all of it running and without images."""
+    shared.hci("dev", "run", "all")
+    for image in shared.json("image", "ls"):
+        shared.hci("image", "rm", image["name"])
+    return shared
+
+
+def names(cluster: DevCluster) -> list[str]:
+    return [image["name"] for image in cluster.json("image", "ls")]
+
+
+def importing(cluster: DevCluster, file: Path) -> tuple["subprocess.Popen[bytes]", int]:
+    """Start an import; return it and its qemu-img, which has begun to copy."""
+    process = subprocess.Popen(
+        cluster.command("image", "import", str(file), "vms/big"),
+        env=cluster.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    search = ["pgrep", "--parent", str(process.pid), "--full", "qemu-img convert"]
+    while not (found := subprocess.run(search, capture_output=True).stdout):
+        assert process.poll() is None
+    return process, int(found)
+
+
+def sparse(path: Path, *, random: int = 0) -> Path:
+    """A raw disk of 256 MiB with data at its ends."""
+    with open(path, "wb") as file:
+        file.write(os.urandom(random or MIB))
+        file.truncate(256 * MIB - 512)
+        file.seek(255 * MIB)
+        file.write(os.urandom(1000))
+    return path
+
+
+def test_image_that_was_imported_comes_out_the_same_and_as_sparse(
+    cluster: DevCluster, tmp_path: Path
+) -> None:
+    original = sparse(tmp_path / "original.img")
+    cluster.hci("image", "import", str(original), "vms/a/disk 1")
+    info = cluster.json("image", "info", "vms/a/disk 1")
+    assert info["size_bytes"] == 256 * MIB - 512
+    assert set(info["used_bytes"]) == {"node1", "node2", "node3"}
+    assert max(info["used_bytes"].values()) < 16 * MIB
+    copy = tmp_path / "copy.qcow2"
+    cluster.hci("image", "export", "vms/a/disk 1", str(copy))
+    subprocess.run(["qemu-img", "compare", "-f", "raw", original, copy], check=True)
+    assert copy.stat().st_blocks * 512 < 16 * MIB
+    assert cluster.json("image", "check", "vms/a/disk 1")["equal"] is True
+
+
+def test_import_that_is_interrupted_leaves_no_image(cluster: DevCluster, tmp_path: Path) -> None:
+    big = sparse(tmp_path / "big.img", random=200 * MIB)
+    process, _ = importing(cluster, big)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert names(cluster) == []
+
+
+def test_import_while_the_gateway_is_down_is_refused_at_once(
+    cluster: DevCluster, tmp_path: Path
+) -> None:
+    """Its socket is held open for it: without a look at it first, the import waited for ever."""
+    small = sparse(tmp_path / "small.img")
+    cluster.hci("dev", "kill", "gateway1")
+    with pytest.raises(CommandError, match="gateway1 does not answer"):
+        cluster.hci("image", "import", str(small), "vms/a")
+    assert names(cluster) == []
+
+
+def test_import_whose_gateway_dies_leaves_no_image_for_long(
+    cluster: DevCluster, tmp_path: Path
+) -> None:
+    big = sparse(tmp_path / "big.img", random=200 * MIB)
+    process, qemu_img = importing(cluster, big)
+    os.kill(qemu_img, signal.SIGSTOP)
+    cluster.hci("dev", "kill", "gateway1")
+    os.kill(qemu_img, signal.SIGCONT)
+    assert process.wait(60) == 1
+    assert process.stderr is not None
+    complaint = process.stderr.read().decode()
+    assert complaint.startswith(f"hci: importing {big}: ")
+    assert complaint.count("\n") == 1
+    assert names(cluster) == []
+
+
+def test_image_that_a_client_has_open_is_not_removed(cluster: DevCluster) -> None:
+    cluster.hci("image", "create", "vms/a", "64M")
+    reader = subprocess.Popen(
+        ["qemu-io", "-f", "raw", cluster.url("a")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        while cluster.json("image", "ls")[0]["open_on"] is None:
+            assert reader.poll() is None
+        with pytest.raises(CommandError, match="vms/a is in use on gateway gateway1"):
+            cluster.hci("image", "rm", "vms/a")
+    finally:
+        reader.communicate(b"quit\n", timeout=60)
+    deadline = time.monotonic() + 30
+    while cluster.json("image", "ls")[0]["open_on"] is not None:
+        assert time.monotonic() < deadline, "the last client that leaves gives the image back"
+    cluster.hci("image", "rm", "vms/a")
+
+
+def test_image_that_shrinks_and_grows_again_reads_as_zeroes_there(cluster: DevCluster) -> None:
+    cluster.hci("image", "create", "vms/a", "64M")
+    url = cluster.url("a")
+    subprocess.run(["qemu-io", "-f", "raw", "-c", "write -P 7 0 64M", url], check=True)
+    cluster.hci("image", "resize", "vms/a", "33M", "--force")
+    cluster.hci("image", "resize", "vms/a", "64M")
+    reads = ["-c", "read -P 7 0 33M", "-c", "read -P 0 33M 31M"]
+    read = subprocess.run(
+        ["qemu-io", "-r", "-f", "raw", *reads, url], capture_output=True, text=True
+    )
+    assert "Pattern verification failed" not in read.stdout
+    assert read.stdout.count("read ") == 2, read.stderr
+    assert cluster.json("image", "check", "vms/a")["equal"] is True
+
+
+def test_image_that_is_removed_frees_its_space(cluster: DevCluster) -> None:
+    cluster.hci("image", "create", "vms/a", "64M")
+    write = ["qemu-io", "-f", "raw", "-c", "write -P 7 0 64M", cluster.url("a")]
+    subprocess.run(write, check=True, stdout=subprocess.DEVNULL)
+    assert min(cluster.json("image", "info", "vms/a")["used_bytes"].values()) >= 64 * MIB
+    image = cluster.json("image", "info", "vms/a")["id"]
+    deadline = time.monotonic() + 30
+    while cluster.json("image", "ls")[0]["open_on"] is not None:
+        assert time.monotonic() < deadline
+    cluster.hci("image", "rm", "vms/a")
+    left = [path for path in cluster.directory.glob("node*/**/*") if image in path.name]
+    assert sum(path.stat().st_blocks * 512 for path in left if path.is_file()) < MIB
