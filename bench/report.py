@@ -126,8 +126,8 @@ def _cost(
     workloads: Sequence[Workload], systems: Sequence[str], found: Sequence[Row]
 ) -> tuple[list[str], list[list[str]]]:
     by_name = {(row.workload, row.system): row for row in found}
-    header = ["workload", *(f"{system} p99 µs" for system in systems)]
-    header += [f"{system} CPU µs/op" for system in systems]
+    header = ["µs", *(f"p99 {system}" for system in systems)]
+    header += [f"CPU/op {system}" for system in systems]
     lines = []
     for workload in workloads:
         cells = [by_name.get((workload.name, system)) for system in systems]

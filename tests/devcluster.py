@@ -192,6 +192,19 @@ class DevCluster:
 
     # The end.
 
+    def mend(self) -> None:
+        """Runs what was killed and deletes all images; raises TimeoutError if all is not well."""
+        if any(member["state"] != "running" for member in self.members().values()):
+            self.run("all")
+        deadline = time.monotonic() + HEALTH_TIMEOUT_S
+        while images := self.json("image", "ls"):
+            for image in images:
+                # One that was just left is closed in a moment, and cannot be deleted before.
+                done = self.try_hci("image", "rm", image["name"])
+                if done.returncode != 0 and time.monotonic() > deadline:
+                    raise TimeoutError(done.stderr)
+        self.await_health("ok")
+
     def close(self) -> None:
         """Stops everything and deletes what it kept; a leftover process is ended by force."""
         with _sigint_ignored():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,23 +83,30 @@ def test_truncated_file_is_refused_and_leaves_no_image(shared: DevCluster, tmp_p
     done = shared.try_hci("image", "import", str(cut), f"{POOL}/cut")
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
-    assert f"{POOL}/cut" not in [image["name"] for image in shared.json("image", "ls")]
+    assert f"{POOL}/cut" not in _names(shared)
 
 
-def test_killed_import_leaves_no_image_that_looks_whole(shared: DevCluster, tmp_path: Path) -> None:
+def test_interrupted_import_leaves_no_image(shared: DevCluster, tmp_path: Path) -> None:
     source = tmp_path / "long.raw"
     source.write_bytes(os.urandom(64 << 20))
-    running = subprocess.Popen(
-        shared.command("image", "import", str(source), f"{POOL}/interrupted"),
-        env=shared.environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while f"{POOL}/interrupted" not in [image["name"] for image in shared.json("image", "ls")]:
-        assert running.poll() is None, "the import ended before it could be interrupted"
-    running.terminate()
-    assert running.wait(timeout=30) != 0
-    assert f"{POOL}/interrupted" not in [image["name"] for image in shared.json("image", "ls")]
+    node = int(shared.members()["node1"]["pid"])
+    # Writes wait for a node that is silent, so the import is under way for as long.
+    os.kill(node, signal.SIGSTOP)
+    try:
+        running = subprocess.Popen(
+            shared.command("image", "import", str(source), f"{POOL}/interrupted"),
+            env=shared.environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while f"{POOL}/interrupted" not in _names(shared):
+            assert running.poll() is None, "the import ended before it could be interrupted"
+        running.terminate()
+        assert running.wait(timeout=60) != 0
+        assert f"{POOL}/interrupted" not in _names(shared)
+    finally:
+        os.kill(node, signal.SIGCONT)
+    shared.await_health("ok")
 
 
 def test_export_over_a_file_without_force_is_refused(shared: DevCluster, tmp_path: Path) -> None:
@@ -126,6 +134,10 @@ def _scattered_qcow2(disk: Path, directory: Path) -> None:
         file.write(chance.randbytes(512))
     _run("qemu-img", "convert", "-O", "qcow2", str(raw), str(disk))
     raw.unlink()
+
+
+def _names(cluster: DevCluster) -> list[str]:
+    return [image["name"] for image in cluster.json("image", "ls")]
 
 
 def _compare(one: str | Path, one_format: str, other: str, other_format: str) -> None:

@@ -48,6 +48,8 @@ def main() -> int:
     parser.add_argument("--image", type=Path, help="your own bootable disk, instead of our guest")
     parser.add_argument("--accel", default="tcg", help="QEMU's accelerator (tcg, kvm)")
     arguments = parser.parse_args()
+    if arguments.image is not None and not arguments.image.is_file():
+        parser.error(f"there is no file {arguments.image}")
     signal.signal(signal.SIGTERM, _end_on_sigterm)
     started = time.monotonic()
     try:

@@ -14,7 +14,7 @@ from tests.e2e.guest.machine import nbd_blockdev
 
 SIZE_MIB = 64
 # Slow enough that a moment drawn from the first seconds falls into the load on any machine.
-RATE_MIB = 20
+RATE_MIB = 32
 DURATION_S = 2 * SIZE_MIB / RATE_MIB  # written once, read back once
 END_TIMEOUT_S = 120.0
 START_TIMEOUT_S = 20.0

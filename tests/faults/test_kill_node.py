@@ -14,7 +14,7 @@ from tests.faults.nbd_session import NbdSession
 
 
 def test_node_killed_under_fio_verify_gives_no_error(cluster: DevCluster, tmp_path: Path) -> None:
-    for number in range(rounds(3)):
+    for number in range(rounds(2)):
         seed = random.randrange(1 << 32)
         chance = random.Random(seed)
         victim = chance.choice(cluster.nodes)

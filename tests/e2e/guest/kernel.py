@@ -59,7 +59,12 @@ def _fetch(scratch: Path) -> Path:
     packages = scratch / "packages"
     tree = scratch / "tree"
     packages.mkdir()
-    _run(["apt-get", "download", _kernel_package(), SHELL_PACKAGE], cwd=packages)
+    try:
+        _download(packages)
+    except GuestBuildError:
+        # The lists may never have been fetched, or name versions that are gone by now.
+        _run([*_as_root(), "apt-get", "update"])
+        _download(packages)
     for package in sorted(packages.glob("*.deb")):
         _run(["dpkg-deb", "-x", str(package), str(tree)])
     fresh = scratch / "parts"
@@ -71,6 +76,14 @@ def _fetch(scratch: Path) -> Path:
     shutil.copy(_only(tree, "bin/busybox"), fresh / "busybox")
     shutil.copy(_only(tree, "boot/vmlinuz-*"), fresh / "vmlinuz")
     return fresh
+
+
+def _download(into: Path) -> None:
+    _run(["apt-get", "download", _kernel_package(), SHELL_PACKAGE], cwd=into)
+
+
+def _as_root() -> list[str]:
+    return [] if os.geteuid() == 0 else ["sudo", "--non-interactive"]
 
 
 def _kernel_package() -> str:
