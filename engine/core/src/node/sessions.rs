@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 /// One image's session on a channel of a connection.
 #[derive(Clone, Debug)]
-pub(super) struct Session {
+pub(crate) struct Session {
     pub image: ImageId,
     pub epoch: u64,
     pub layers: Vec<LayerId>,
@@ -16,26 +16,26 @@ pub(super) struct Session {
 
 /// All sessions of a node. Connections have ids that are never reused.
 #[derive(Default)]
-pub(super) struct Sessions {
+pub(crate) struct Sessions {
     by_channel: HashMap<(u64, u32), Session>,
     of_image: HashMap<ImageId, (u64, u32)>,
 }
 
 impl Sessions {
     /// Begins a session and ends the image's older one.
-    pub(super) fn begin(&mut self, connection: u64, channel: u32, session: Session) {
+    pub(crate) fn begin(&mut self, connection: u64, channel: u32, session: Session) {
         self.of_image.insert(session.image, (connection, channel));
         self.by_channel.insert((connection, channel), session);
     }
 
     /// The session, and whether it is the image's current one.
-    pub(super) fn get(&self, connection: u64, channel: u32) -> Option<(&Session, bool)> {
+    pub(crate) fn get(&self, connection: u64, channel: u32) -> Option<(&Session, bool)> {
         let session = self.by_channel.get(&(connection, channel))?;
         let current = self.of_image.get(&session.image) == Some(&(connection, channel));
         Some((session, current))
     }
 
-    pub(super) fn end(&mut self, connection: u64, channel: u32) {
+    pub(crate) fn end(&mut self, connection: u64, channel: u32) {
         if let Some(session) = self.by_channel.remove(&(connection, channel))
             && self.of_image.get(&session.image) == Some(&(connection, channel))
         {
@@ -44,14 +44,14 @@ impl Sessions {
     }
 
     /// Ends whatever session the image has below `epoch`.
-    pub(super) fn fence(&mut self, image: &ImageId, epoch: u64) {
+    pub(crate) fn fence(&mut self, image: &ImageId, epoch: u64) {
         let Some(at) = self.of_image.get(image) else { return };
         if self.by_channel.get(at).is_none_or(|session| session.epoch < epoch) {
             self.of_image.remove(image);
         }
     }
 
-    pub(super) fn connection_ended(&mut self, connection: u64) {
+    pub(crate) fn connection_ended(&mut self, connection: u64) {
         self.by_channel.retain(|(other, _), _| *other != connection);
         self.of_image.retain(|_, (other, _)| *other != connection);
     }

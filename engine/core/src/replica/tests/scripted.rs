@@ -1,0 +1,1 @@
+//! Single situations, each the story of a mistake.
