@@ -446,7 +446,7 @@ impl EventLoop {
                 Command::Open(spec) => self.open(spec),
                 Command::Peek { channel, node } => self.with_image(channel, |io| io.peek(node)),
                 Command::Admit { channel, nodes, resume } => {
-                    self.with_image(channel, |io| io.admit(nodes, resume));
+                    self.with_image(channel, |io| io.admit(&nodes, resume));
                 }
                 Command::Reconfigure { channel, generation, digest, body, in_sync } => {
                     let act = |io: &mut ImageIo| io.reconfigure(generation, digest, body, &in_sync);

@@ -311,8 +311,10 @@ impl Requests<'_> {
             return Err(Refused::Status(Status::StaleEpoch));
         }
         let session = Session { image: attach.image, epoch: attach.epoch, layers: attach.layers };
-        self.sessions.begin(self.connection, frame.channel, session);
-        Ok(ok())
+        match self.sessions.begin(self.connection, frame.channel, session) {
+            true => Ok(ok()),
+            false => Err(Refused::Status(Status::NoSession)),
+        }
     }
 
     fn detach(&mut self, frame: &Frame) -> Step {

@@ -57,6 +57,8 @@ pub(super) struct Replica {
     /// After joining: go `Up` at once (the same instance came back) or be levelled first.
     pub resume: bool,
     pub flush_number: u64,
+    /// Counts the times that it was asked for its record.
+    pub peeks: u64,
     /// Grows with each write sent; `flushed_mark` is its value that a finished flush covered.
     pub write_mark: u64,
     pub flushed_mark: Option<u64>,
@@ -181,6 +183,7 @@ impl ImageIo {
             served: None,
             resume: false,
             flush_number: 0,
+            peeks: 0,
             write_mark: 0,
             flushed_mark: None,
             blocking_told: false,

@@ -29,6 +29,7 @@ impl ImageIo {
 
     fn ask_for_record(&mut self, node: NodeIndex) {
         self.replica(node).state = ReplicaState::Peeking;
+        self.replica(node).peeks += 1;
         let head = Peek(self.spec.image);
         self.send(NodeMask::one(node), kind::PEEK, 0, 0, &Bytes::new(), |out| head.put(out));
     }
@@ -106,20 +107,24 @@ impl ImageIo {
         };
         self.replica(node).state = ReplicaState::Waiting;
         let deleted = frame.status == Status::Deleted;
-        self.event(Event::Peeked { node, record, deleted });
+        let serial = self.replica(node).peeks;
+        self.event(Event::Peeked { node, serial, record, deleted });
         Ok(())
     }
 
     /// Policy lets `nodes` in: each stores the record, gets a session and, unless it `resume`s (the
     /// instance that was here before, over a new connection), is levelled before it is `Up`.
-    /// Nodes that are not waiting for this are passed over. One whose instance is another than was
-    /// `Up` is levelled in any case: policy may have judged by a connection that is gone since.
-    pub fn admit(&mut self, nodes: NodeMask, resume: bool) {
+    /// One whose instance is another than was `Up` is levelled in any case.
+    ///
+    /// With each node goes the serial of the `Peeked` event that policy judged by. A node that is not
+    /// waiting, or was asked again since, is passed over: events that say so are on their way.
+    pub fn admit(&mut self, nodes: &[(NodeIndex, u64)], resume: bool) {
         if self.phase == Phase::Dead {
             return;
         }
-        for node in nodes.iter() {
-            if self.replica(node).state != ReplicaState::Waiting {
+        for (node, serial) in nodes.iter().copied() {
+            let Some(replica) = self.replicas.get(usize::from(node)) else { continue };
+            if replica.state != ReplicaState::Waiting || replica.peeks != serial {
                 continue;
             }
             let replica = self.replica(node);
@@ -195,7 +200,8 @@ impl ImageIo {
                 self.replica(node).state = ReplicaState::Levelling;
                 self.start_leveller();
             }
-            status => self.fence(node, status),
+            Status::StaleEpoch | Status::Deleted => self.fence(node, frame.status),
+            _ => return Err(BadReply("no session")),
         }
         Ok(())
     }

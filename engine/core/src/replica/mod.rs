@@ -123,8 +123,9 @@ pub enum Output {
 /// What policy is told. Every event names its image when it leaves the engine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// A node answered PEEK and waits for `admit`. `record` is none where the node holds none.
-    Peeked { node: NodeIndex, record: Option<PeekedRecord>, deleted: bool },
+    /// A node answered PEEK and waits for `admit`, which names `serial`. `record` is none where the
+    /// node holds none.
+    Peeked { node: NodeIndex, serial: u64, record: Option<PeekedRecord>, deleted: bool },
     /// The connection is gone. `blocking`: requests wait for the node.
     ReplicaDown { node: NodeIndex, blocking: bool },
     /// A request has begun to wait for a node that is not `Up`.

@@ -169,8 +169,11 @@ impl Cluster {
             }
         }
         panic!(
-            "stuck: {:?}, {} requests in flight, running {}, record {:?}",
+            "stuck: {:?}, {:?}, events {:?}, idle nodes {:?}, {} requests in flight, running {}, {:?}",
             self.io.replica_states(),
+            self.policy,
+            self.events,
+            self.nodes.iter().map(SimNode::is_idle).collect::<Vec<_>>(),
             self.io.requests_in_flight(),
             self.io.is_running(),
             self.policy.record,

@@ -20,10 +20,12 @@ pub struct Stored {
     pub in_sync: NodeMask,
 }
 
+#[derive(Debug)]
 pub struct Policy {
     pub record: Stored,
     pub proposal: Option<Stored>,
     standing: Vec<Standing>,
+    serial: Vec<u64>,
     instance: Vec<Option<Instance>>,
     served: Vec<Option<Instance>>,
     blocking: NodeMask,
@@ -42,6 +44,7 @@ impl Policy {
             record,
             proposal: None,
             standing: vec![Standing::Away; nodes],
+            serial: vec![0; nodes],
             instance: vec![None; nodes],
             served: vec![None; nodes],
             blocking: NodeMask::EMPTY,
@@ -52,7 +55,8 @@ impl Policy {
     /// Takes an event; `instance` is who was at the other end when it came about.
     pub fn hear(&mut self, event: Event, instance: Option<Instance>, io: &mut ImageIo) {
         match event {
-            Event::Peeked { node, .. } => {
+            Event::Peeked { node, serial, .. } => {
+                self.serial[usize::from(node)] = serial;
                 self.standing[usize::from(node)] = Standing::Waiting;
                 self.instance[usize::from(node)] = instance;
             }
@@ -97,6 +101,10 @@ impl Policy {
         self.blocking = self.blocking.without(NodeMask::one(index as NodeIndex));
     }
 
+    fn with_serials(&self, nodes: NodeMask) -> Vec<(NodeIndex, u64)> {
+        nodes.iter().map(|node| (node, self.serial[usize::from(node)])).collect()
+    }
+
     fn with_standing(&self, wanted: Standing) -> NodeMask {
         let in_sync = self.record.in_sync.iter();
         let those = in_sync.filter(|node| self.standing[usize::from(*node)] == wanted);
@@ -128,14 +136,14 @@ impl Policy {
         let resume = resume.fold(NodeMask::EMPTY, |mask, node| mask.with(NodeMask::one(node)));
         if !resume.is_empty() {
             resume.iter().for_each(|node| self.is_up(usize::from(node)));
-            io.admit(resume, true);
+            io.admit(&self.with_serials(resume), true);
         }
         let join = waiting.without(resume);
         let unfounded = up.with(resume).is_empty() && waiting != self.record.in_sync;
         let joining = !self.with_standing(Standing::Joining).is_empty();
         if !join.is_empty() && !unfounded && !joining {
             join.iter().for_each(|n| self.standing[usize::from(n)] = Standing::Joining);
-            io.admit(join, false);
+            io.admit(&self.with_serials(join), false);
         }
     }
 
