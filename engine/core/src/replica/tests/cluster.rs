@@ -182,10 +182,11 @@ impl Cluster {
 
     fn deliver_request(&mut self, node: usize) {
         let link = &mut self.links[node];
-        if link.up && self.nodes[node].takes(link.connection) {
-            if let Some(frame) = link.to_node.pop_front() {
-                self.nodes[node].take(link.connection, frame);
-            }
+        if link.up
+            && self.nodes[node].takes(link.connection)
+            && let Some(frame) = link.to_node.pop_front()
+        {
+            self.nodes[node].take(link.connection, frame);
         }
     }
 
@@ -254,6 +255,16 @@ impl Cluster {
                 }
             }
         }
+    }
+
+    /// Takes a request of this kind off its way to a node, if there is one.
+    pub fn intercept(&mut self, kind: u8) -> Option<(NodeIndex, Frame)> {
+        let (node, link) = self
+            .links
+            .iter_mut()
+            .enumerate()
+            .find(|(_, link)| link.to_node.front().is_some_and(|frame| frame.kind == kind))?;
+        link.to_node.pop_front().map(|frame| (node as NodeIndex, frame))
     }
 
     // The guest
@@ -392,10 +403,10 @@ impl Cluster {
             link.up = false;
         }
         let mut record = self.policy.record;
-        if let Some(proposal) = self.policy.proposal {
-            if self.random.chance(50) {
-                record = proposal;
-            }
+        if let Some(proposal) = self.policy.proposal
+            && self.random.chance(50)
+        {
+            record = proposal;
         }
         record.epoch += 1;
         self.io = ImageIo::new(spec(record));
