@@ -5,7 +5,7 @@ use super::cluster::{Cluster, Faults};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 const ROUNDS: u64 = 100;
-const STEPS: usize = 1500;
+const STEPS: usize = 3000;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name)
