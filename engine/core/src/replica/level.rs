@@ -297,8 +297,8 @@ impl ImageIo {
         let Some(leveller) = &mut self.leveller else { return };
         let joiners = set.in_sync.and(leveller.joiners);
         let source = set.in_sync.and(leveller.participants).without(leveller.joiners).first();
-        // Nodes that are up are level with each other, but for writes in flight, on which a copy from
-        // one to another would land.
+        // Nodes that are up are level with each other, but for a write that one of them failed and is
+        // asked again: a copy from it would land on what the others have.
         let members = source.map_or(joiners, |source| joiners.with(NodeMask::one(source)));
         if joiners.is_empty() || members.0.count_ones() < 2 {
             return;
