@@ -54,8 +54,11 @@ class Gateway:
     def peek(self, channel: int, node: int) -> None:
         """Ask a node that waits to be admitted for its record again."""
 
-    def admit(self, channel: int, nodes: list[int], *, resume: bool) -> None:
-        """Let nodes in: at once (`resume`), or after they are level (`admitted`)."""
+    def admit(self, channel: int, nodes: list[tuple[int, int]], *, resume: bool) -> None:
+        """Let nodes in: at once (`resume`), or after they are level (`admitted`).
+
+        Each node with the `serial` of its last `peeked`; one that was asked again since stays out.
+        """
 
     def reconfigure(
         self, channel: int, *, generation: int, digest: bytes, body: bytes, in_sync: list[list[int]]

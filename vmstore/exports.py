@@ -45,6 +45,8 @@ TAKE_ATTEMPTS = 5
 """Times a lease is asked for while the record changes under our eyes."""
 ZERO_LIMIT_S = 600.0
 """How long a shrink may take to discard what it cuts off; a hang detector."""
+RELEASE_RETRY_S = 1.0
+"""Until etcd is asked again to take a lease back, or to give one that has lapsed."""
 STOP_S = 20.0
 """How long a graceful stop waits for images to flush and close."""
 
@@ -289,7 +291,7 @@ class Exports:
             self._let_in_or_wait(image, client, name)
 
     def _let_in_or_wait(self, image: OpenImage, client: int, name: ImageName) -> None:
-        if image.holder.phase is Phase.SERVING and not image.holder.close_wanted:
+        if image.holder.phase is Phase.SERVING:
             self._let_in(image, client, name)
         else:
             image.waiting.append((client, name))
@@ -337,7 +339,7 @@ class Exports:
             image = self._use(name, stored)
             self._client_image[pin] = image.image
             image.users.add(pin)
-            if image.holder.phase is Phase.SERVING and not image.holder.close_wanted:
+            if image.holder.phase is Phase.SERVING:
                 opened.set_result(image)
             else:
                 image.pins.append(opened)
@@ -414,9 +416,10 @@ class Exports:
         match effect:
             case decide.OpenImage(record):
                 self._open_in_engine(image, record)
-            case decide.Admit(nodes, resume):
+            case decide.Admit(nodes, resume, serials):
                 indexes = [image.node_names.index(node) for node in nodes]
-                self._engine.admit(image.channel, indexes, resume=resume)
+                named = list(zip(indexes, serials, strict=True))
+                self._engine.admit(image.channel, named, resume=resume)
             case decide.Peek(node):
                 self._engine.peek(image.channel, image.node_names.index(node))
             case decide.ChangeMembership(_, after):
@@ -521,10 +524,7 @@ class Exports:
         pins, image.pins = image.pins, []
         for opened in pins:
             opened.set_result(image)
-        if image.holder.close_wanted:
-            self._step(image, decide.Close())
-        else:
-            self._close_if_unused(image)
+        self._close_if_unused(image)
 
     def _refuse_waiting(self, image: OpenImage, reason: str) -> None:
         waiting, image.waiting = image.waiting, []
@@ -536,19 +536,34 @@ class Exports:
             opened.set_exception(HciError(reason))
 
     def _release(self, image: OpenImage, clean: bool) -> None:
+        """Give the lease back, also where etcd is away for a while: we keep it alive meanwhile."""
         assert image.held is not None
         held = image.held
+
+        def release() -> None:
+            try:
+                self._catalog.release(held, clean=clean)
+            except RecordChanged:
+                # By ourselves, in a change whose answer was lost or came after all.
+                found = self._catalog.image(image.image)
+                own = (held.record.epoch, held.record.holder)
+                if (found.record.epoch, found.record.holder) != own:
+                    raise
+                self._catalog.release(Held(found, held.lease, held.etcd_lease), clean=False)
 
         def released(_result: None) -> None:
             log.info("image_released", image=str(image.name), clean=clean)
             self._step(image, decide.Released())
 
         def failed(error: HciError) -> None:
-            # The lease key ends with our etcd lease, or is another's already.
             log.warning("image_release_failed", image=str(image.name), why=str(error))
-            self._step(image, decide.Released())
+            if isinstance(error, EtcdError):
+                self._after(RELEASE_RETRY_S, lambda: self._release(image, clean))
+            else:
+                # The lease is another's already, or the image is gone.
+                self._step(image, decide.Released())
 
-        self._later(lambda: self._catalog.release(held, clean=clean), released, failed)
+        self._later(release, released, failed)
 
     def _forget(self, image: OpenImage) -> None:
         self._engine.forget(image.channel)
@@ -661,7 +676,10 @@ class Exports:
             self._tell_deadline(image)
 
         def failed(error: HciError) -> None:
-            if not isinstance(error, EtcdError | RecordChanged):
+            if isinstance(error, EtcdError | RecordChanged):
+                # Without it the next gateway that is asked would take the image from its guest.
+                self._after(RELEASE_RETRY_S, lambda: self._retake(image))
+            else:
                 self._step(image, decide.Lost(str(error)))
 
         self._later(lambda: self._catalog.retake_lease(held, lease), taken, failed)
@@ -696,5 +714,8 @@ def _peeked(node: str, event: dict[str, Any]) -> decide.Peeked:
             generation=record["generation"],
             digest=record["digest"],
             peers=dict(record["peers"]),
+            dirty=record["dirty"],
         )
-    return decide.Peeked(node, event["start_counter"], flush_number, event["deleted"], view)
+    return decide.Peeked(
+        node, event["start_counter"], flush_number, event["deleted"], view, event["serial"]
+    )

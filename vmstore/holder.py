@@ -36,6 +36,9 @@ longer than a node takes to start beside it, shorter than a person waits."""
 RETRY_S = 0.5
 """Until etcd is asked again for a change it did not answer."""
 
+FAILING_S = 2.5
+"""A node counts as failing so long after it failed a request: it is asked again each second."""
+
 OPEN_LIMIT_S = 20.0
 """After this a client that waits for an image to open is told so; a gateway that is asked again
 starts afresh."""
@@ -72,6 +75,8 @@ class Peeked:
     flush_number: int
     deleted: bool
     record: "NodeRecordView | None"
+    serial: int = 0
+    """Names this answer when the node is admitted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,8 @@ class NodeRecordView:
     generation: int
     digest: bytes
     peers: Mapping[str, int]
+    dirty: int = 0
+    """Number of shards in the node's dirty map."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +122,7 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class AdmitFailed:
-    """A node was lost on the way; those left wait to be admitted again."""
+    """A node was lost, or failed, on the way; all that were asked for wait to be admitted again."""
 
     node: str
 
@@ -203,10 +210,14 @@ class OpenImage:
 
 @dataclass(frozen=True, slots=True)
 class Admit:
-    """Let these nodes in; `resume`: the instances that were in before."""
+    """Let these nodes in; `resume`: the instances that were in before.
+
+    `serials` are those of the answers they were judged by.
+    """
 
     nodes: tuple[str, ...]
     resume: bool
+    serials: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +287,8 @@ class Standing(Enum):
     """How far a node has come."""
 
     AWAY = auto()
+    ASKED = auto()
+    """Connected, and asked for its record again."""
     WAITING = auto()
     JOINING = auto()
     UP = auto()
@@ -288,7 +301,8 @@ class _Node:
     """Of the session that is or waits to be."""
     served_as: int | None = None
     """The instance that was last up: only it resumes."""
-    failing: bool = False
+    failed_at_s: float | None = None
+    """When it last failed a request."""
     peeked: "Peeked | None" = None
     """What it said last, while it is connected."""
 
@@ -311,7 +325,6 @@ class Holder:
     waiting_since_s: float | None = None
     opened_s: float = 0.0
     retry_at_s: float | None = None
-    close_wanted: bool = False
     trouble: str = ""
 
     def step(self, event: Event) -> list[Effect]:
@@ -343,18 +356,19 @@ class Holder:
                 return self._on_closed(clean)
             case Close():
                 return self._on_close()
+            case _ if self.phase is Phase.RELEASING or self.record is None:
+                return []
             case MembershipChanged(record):
                 return self._on_changed(record)
             case MembershipDelayed():
                 self.retry_at_s = self.now_s + RETRY_S
                 self.trouble = "etcd does not answer: a change of membership waits"
                 return []
-            case _ if self.phase is Phase.RELEASING or self.record is None:
-                return []
             case Peeked():
                 return self._on_peeked(event)
             case ReplicaDown(node, blocking):
                 self._node_gone(node)
+                self.blocking.discard(node)
                 if blocking:
                     self.blocking.add(node)
                 return self._go_on()
@@ -362,14 +376,14 @@ class Holder:
                 self.blocking.add(node)
                 return self._go_on()
             case ReplicaFailed(node, status):
-                self.nodes[node].failing = True
+                self.nodes[node].failed_at_s = self.now_s
                 self.trouble = f"{node} fails requests: {status}"
                 self.blocking.add(node)
                 return self._go_on()
             case Admitted():
                 return self._on_admitted()
-            case AdmitFailed():
-                return self._on_admit_failed()
+            case AdmitFailed(node):
+                return self._on_admit_failed(node)
             case Stored(generation):
                 if generation == self.record.generation:
                     self.storing = False
@@ -387,19 +401,20 @@ class Holder:
         return [OpenImage(record)]
 
     def _on_close(self) -> list[Effect]:
-        self.close_wanted = True
         if self.phase is Phase.SERVING:
             self.phase = Phase.CLOSING
             return [CloseImage()]
         if self.phase in (Phase.GATHERING, Phase.JOINING):
             # Nothing was served: what was unclean before stays so.
             return self._give_up("no client waits any more")
+        # While the lease is being taken clients come and go; whoever drives asks again after that.
         return []
 
     def _on_closed(self, clean: bool) -> list[Effect]:
         if self.phase is not Phase.CLOSING or self.record is None:
             return []
         self.phase = Phase.RELEASING
+        self.retry_at_s = None
         return [Release(self.record, clean and self.proposal is None)]
 
     def _give_up(self, reason: str) -> list[Effect]:
@@ -407,6 +422,7 @@ class Holder:
             return []
         self.trouble = reason
         self.phase = Phase.RELEASING
+        self.retry_at_s = None
         return [KillImage(), Refuse(reason), Release(self.record, False)]
 
     # Nodes that come
@@ -451,18 +467,20 @@ class Holder:
     def _judge_disks(self) -> None:
         """Find nodes whose store is not the one that was in sync: emptied, swapped, rolled back.
 
-        Without a record where others have one (before the first open nobody has), or with a flush
-        number below what a peer was told: everything on it is stale since 0.
+        Without a record where others hold something, or with a flush number below what a peer was
+        told: everything on it is stale since 0. Who has neither dirty shards nor heard of a flush
+        holds nothing: an open of a new image that was cut short gave a record to some nodes only.
         """
         assert self.record is not None
         known = [node.peeked for node in self.nodes.values() if node.peeked is not None]
-        opened_before = any(peeked.record is not None for peeked in known)
+        records = [peeked.record for peeked in known if peeked.record is not None]
+        written = any(record.dirty or record.peers for record in records)
         claims: dict[str, int] = {}
         for peeked in known:
             for name, number in (peeked.record.peers if peeked.record else {}).items():
                 claims[name] = max(number, claims.get(name, 0))
         for peeked in known:
-            forgot = peeked.record is None and opened_before
+            forgot = peeked.record is None and written
             rolled_back = peeked.flush_number < claims.get(peeked.node, 0)
             standing = self.nodes[peeked.node].standing
             if (forgot or rolled_back) and standing is Standing.WAITING:
@@ -473,6 +491,7 @@ class Holder:
         node.standing = Standing.AWAY
         node.instance = None
         node.peeked = None
+        node.failed_at_s = None
         if self.waiting_since_s is None:
             self.waiting_since_s = self.now_s
 
@@ -510,7 +529,10 @@ class Holder:
 
     def _is_lost(self, name: str) -> bool:
         node = self.nodes[name]
-        return node.standing is Standing.AWAY or node.failing or name in self.emptied
+        return node.standing is Standing.AWAY or self._is_failing(node) or name in self.emptied
+
+    def _is_failing(self, node: _Node) -> bool:
+        return node.failed_at_s is not None and self.now_s - node.failed_at_s < FAILING_S
 
     def _is_due(self, lost: set[str]) -> bool:
         """A serving image leaves nodes behind when requests wait; an opening one after a grace."""
@@ -519,32 +541,47 @@ class Holder:
         return self._grace_is_over() or lost <= self.emptied
 
     def _somebody_is_up(self) -> bool:
-        return any(node.standing is Standing.UP for node in self.nodes.values())
+        return any(node.standing is Standing.UP for node in self._in_sync_nodes())
 
     def _grace_is_over(self) -> bool:
         since = self.waiting_since_s
         return since is not None and self.now_s - since >= GRACE_S
 
     def _let_in(self) -> list[Effect]:
-        """Admit nodes that wait, if they are in sync and level can be told from stale."""
+        """Admit nodes that wait, if they are in sync and level can be told from stale.
+
+        One admission at a time: its outcome is that of all nodes that join. In each of its sets a
+        node that joins needs one that is up, to be made equal to, or every other one that is in
+        sync beside it: one that is away may have answered what this one has lost.
+        """
         assert self.record is not None
         membership = self.record.membership
-        resume: list[str] = []
-        join: set[str] = set()
-        for index in range(len(membership.sets)):
-            in_sync = [name for name in membership.in_sync(index) if name not in self.emptied]
-            waiting = [n for n in in_sync if self.nodes[n].standing is Standing.WAITING]
-            resume += [n for n in waiting if self._resumes(n)]
-            away = [n for n in membership.in_sync(index) if self._is_lost(n)]
-            up = [n for n in in_sync if self.nodes[n].standing is Standing.UP or n in resume]
-            if up or not away:
-                join.update(n for n in waiting if not self._resumes(n))
+        waiting = {name for name in membership.all_in_sync() if self._may_be_let_in(name)}
+        resume = {name for name in waiting if self._resumes(name)}
         effects: list[Effect] = []
         if resume:
-            effects.append(self._admit(tuple(dict.fromkeys(resume)), resume=True))
+            effects.append(self._admit(tuple(sorted(resume)), resume=True))
+        if any(node.standing is Standing.JOINING for node in self.nodes.values()):
+            return effects
+        join = waiting - resume
+        while True:
+            unfounded: set[str] = set()
+            for index in range(len(membership.sets)):
+                in_sync = set(membership.in_sync(index))
+                up = any(self.nodes[name].standing is Standing.UP for name in in_sync)
+                if not up and not in_sync <= join:
+                    unfounded |= in_sync & join
+            if not unfounded:
+                break
+            join -= unfounded
         if join and self._may_join(join):
             effects.append(self._admit(tuple(sorted(join)), resume=False))
         return effects
+
+    def _may_be_let_in(self, name: str) -> bool:
+        node = self.nodes[name]
+        waits = node.standing is Standing.WAITING and name not in self.emptied
+        return waits and not self._is_failing(node)
 
     def _may_join(self, join: set[str]) -> bool:
         """An image opens with all its sets at once; later ones join as they come."""
@@ -573,14 +610,15 @@ class Holder:
             for name in nodes:
                 self.nodes[name].standing = Standing.UP
                 self.blocking.discard(name)
-        return Admit(nodes, resume)
+        peeks = [self.nodes[name].peeked for name in nodes]
+        return Admit(nodes, resume, tuple(peek.serial for peek in peeks if peek is not None))
 
     def _on_admitted(self) -> list[Effect]:
         for name, node in self.nodes.items():
             if node.standing is Standing.JOINING:
                 node.standing = Standing.UP
                 node.served_as = node.instance
-                node.failing = False
+                node.failed_at_s = None
                 self.blocking.discard(name)
         if all(node.standing is not Standing.AWAY for node in self._in_sync_nodes()):
             self.waiting_since_s = None
@@ -594,11 +632,14 @@ class Holder:
         assert self.record is not None
         return [self.nodes[name] for name in self.record.membership.all_in_sync()]
 
-    def _on_admit_failed(self) -> list[Effect]:
+    def _on_admit_failed(self, failed: str) -> list[Effect]:
         again: list[Effect] = []
+        if self.nodes[failed].standing is Standing.JOINING:
+            # Where its connection was lost, that is heard next.
+            self.nodes[failed].failed_at_s = self.now_s
         for name, node in self.nodes.items():
             if node.standing is Standing.JOINING:
-                node.standing = Standing.AWAY
+                node.standing = Standing.ASKED
                 again.append(Peek(name))
         if self.phase is Phase.JOINING:
             self.phase = Phase.GATHERING
@@ -614,8 +655,10 @@ class Holder:
         self.emptied &= in_sync
         for name, node in self.nodes.items():
             if name not in in_sync:
-                node.failing = False
+                node.failed_at_s = None
                 node.served_as = None
+                if node.standing is not Standing.AWAY:
+                    node.standing = Standing.WAITING
         self.storing = self.phase in (Phase.SERVING, Phase.CLOSING)
         self.trouble = ""
         return [Reconfigure(record), *self._go_on()]
@@ -628,6 +671,12 @@ class Holder:
             if self.record is not None and self.proposal is not None:
                 # The same proposal again: found in etcd as our own, it counts as taken.
                 return [ChangeMembership(self.record, self.proposal)]
+        for name, node in self.nodes.items():
+            if node.failed_at_s is not None and not self._is_failing(node):
+                # It does what it is asked again, or it would have failed since.
+                node.failed_at_s = None
+                if node.standing is Standing.UP:
+                    self.blocking.discard(name)
         opening = self.phase in (Phase.GATHERING, Phase.JOINING)
         if opening and self.now_s - self.opened_s > OPEN_LIMIT_S:
             away = sorted(n for n in self.nodes if self.nodes[n].standing is Standing.AWAY)

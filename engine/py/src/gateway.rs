@@ -126,8 +126,8 @@ impl Gateway {
     }
 
     #[pyo3(signature = (channel, nodes, *, resume))]
-    fn admit(&self, channel: u32, nodes: Vec<u8>, resume: bool) -> PyResult<()> {
-        self.order(Command::Admit { channel, nodes: mask(&nodes)?, resume })
+    fn admit(&self, channel: u32, nodes: Vec<(u8, u64)>, resume: bool) -> PyResult<()> {
+        self.order(Command::Admit { channel, nodes, resume })
     }
 
     #[pyo3(signature = (channel, *, generation, digest, body, in_sync))]
@@ -317,7 +317,8 @@ fn put_hello(dict: &Bound<'_, PyDict>, hello: &HelloReply) -> PyResult<()> {
 
 fn put_image_event(py: Python<'_>, dict: &Bound<'_, PyDict>, event: Event) -> PyResult<()> {
     match event {
-        Event::Peeked { node, record, deleted } => {
+        Event::Peeked { node, serial, record, deleted } => {
+            dict.set_item("serial", serial)?;
             dict.set_item("event", "peeked")?;
             dict.set_item("node", node)?;
             dict.set_item("deleted", deleted)?;

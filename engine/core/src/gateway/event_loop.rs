@@ -7,8 +7,10 @@ use crate::io::{Filled, Poller, Ready, Stream, Waker, boottime_ns};
 use crate::nbd::serve::{Client, Need};
 use crate::nbd::{Answer, Limits};
 use crate::replica::{
-    Event, ImageIo, Link, LinkEvent, LinkTarget, NodeIndex, OpenSpec, Outcome, Output, Token,
+    Event, ImageIo, Instance, Link, LinkEvent, LinkTarget, NodeIndex, OpenSpec, Outcome, Output,
+    Token,
 };
+use crate::wire::messages::HelloReply;
 use rustix::net::SocketFlags;
 use slab::Slab;
 use std::collections::HashMap;
@@ -260,7 +262,8 @@ impl EventLoop {
             match event {
                 LinkEvent::Frame(frame) => self.take_frame(index, frame),
                 LinkEvent::Up(hello) => {
-                    self.for_images_of(index, |io, node| io.link_up(node));
+                    let instance = instance_of(&hello);
+                    self.for_images_of(index, |io, node| io.link_up(node, instance));
                     self.events.push(GatewayEvent::LinkUp { hello });
                 }
                 LinkEvent::Down(why) => {
@@ -341,8 +344,9 @@ impl EventLoop {
             spec.nodes.iter().map(|node| self.link_names.get(node).copied()).collect();
         let mut io = ImageIo::new(spec);
         for (node, link) in links.iter().enumerate() {
-            if link.is_some_and(|link| self.links[link].is_ready()) {
-                io.link_up(node as NodeIndex);
+            let ready = link.map(|link| &self.links[link]).filter(|link| link.is_ready());
+            if let Some(link) = ready {
+                io.link_up(node as NodeIndex, instance_of(&link.hello));
             }
         }
         self.images.insert(channel, OpenImage { io, links, zeroing: None, touched: false });
@@ -442,7 +446,7 @@ impl EventLoop {
                 Command::Open(spec) => self.open(spec),
                 Command::Peek { channel, node } => self.with_image(channel, |io| io.peek(node)),
                 Command::Admit { channel, nodes, resume } => {
-                    self.with_image(channel, |io| io.admit(nodes, resume));
+                    self.with_image(channel, |io| io.admit(&nodes, resume));
                 }
                 Command::Reconfigure { channel, generation, digest, body, in_sync } => {
                     let act = |io: &mut ImageIo| io.reconfigure(generation, digest, body, &in_sync);
@@ -554,12 +558,12 @@ fn step_zeroing(image: &mut OpenImage, channel: u32, done: bool, events: &EventQ
     image.io.zero(Token { client: NOBODY, cookie: 0 }, at, length as u32, 0);
 }
 
+fn instance_of(hello: &HelloReply) -> Instance {
+    Instance { store: hello.store, start_counter: hello.start_counter }
+}
+
 /// Which instance answered, beside what it answered.
-fn hello_for(
-    event: &Event,
-    links: &[Option<usize>],
-    all: &Slab<Link>,
-) -> Option<crate::wire::messages::HelloReply> {
+fn hello_for(event: &Event, links: &[Option<usize>], all: &Slab<Link>) -> Option<HelloReply> {
     let Event::Peeked { node, .. } = event else { return None };
     let link = links[usize::from(*node)]?;
     all.get(link).map(|link| link.hello.clone())

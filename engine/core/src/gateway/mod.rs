@@ -35,7 +35,7 @@ pub enum Command {
     },
     Admit {
         channel: u32,
-        nodes: NodeMask,
+        nodes: Vec<(NodeIndex, u64)>,
         resume: bool,
     },
     Reconfigure {

@@ -4,8 +4,8 @@
 
 mod event_loop;
 mod jobs;
-mod requests;
-mod sessions;
+pub(crate) mod requests;
+pub(crate) mod sessions;
 
 use crate::geometry::{ImageId, LayerId};
 use crate::io::{Poller, Waker};

@@ -13,8 +13,13 @@ use crate::wire::messages::{
 use crate::wire::{Frame, PAYLOAD_BYTES_MAX, Status, flag, kind};
 use bytes::{BufMut, Bytes, BytesMut};
 
+/// Peers whose flush numbers are kept for an image, and bytes of a node's name: what is kept has to fit
+/// into an answer to PEEK.
+const PEERS_MAX: usize = 1024;
+const NAME_BYTES_MAX: usize = 63;
+
 /// What came of a request.
-pub(super) enum Outcome {
+pub(crate) enum Outcome {
     /// Answer with this head and payload once the batch is in the log.
     Answer { status: Status, head: Bytes, payload: Bytes },
     /// Answer once everything so far is durable; a flush's answer names the flush number.
@@ -27,7 +32,7 @@ pub(super) enum Outcome {
 
 /// Scratch space that requests share.
 #[derive(Default)]
-pub(super) struct Scratch {
+pub(crate) struct Scratch {
     checksums: Vec<u32>,
     states: Vec<Block>,
     heads: BytesMut,
@@ -35,7 +40,7 @@ pub(super) struct Scratch {
 }
 
 /// One request being worked on.
-pub(super) struct Requests<'a> {
+pub(crate) struct Requests<'a> {
     pub store: &'a mut Store,
     pub sessions: &'a mut Sessions,
     pub scratch: &'a mut Scratch,
@@ -83,7 +88,7 @@ fn ok() -> Outcome {
 
 impl Requests<'_> {
     /// Does what `frame` asks for.
-    pub(super) fn handle(&mut self, frame: &Frame) -> Outcome {
+    pub(crate) fn handle(&mut self, frame: &Frame) -> Outcome {
         let done = match frame.kind {
             kind::WRITE => self.write(frame),
             kind::READ => self.read(frame),
@@ -234,8 +239,16 @@ impl Requests<'_> {
     }
 
     fn forget_flushed(&mut self, session: &Session, flush: &Flush) -> Step<()> {
-        if flush.clear_sequence == 0 {
+        if flush.clear_sequence == 0 && flush.proof.is_empty() {
             return Ok(());
+        }
+        let mut names: Vec<&str> =
+            self.store.peer_flush_numbers(&session.image).map(|(name, _)| name).collect();
+        names.extend(flush.proof.iter().map(|(name, _)| name.as_str()));
+        names.sort_unstable();
+        names.dedup();
+        if names.len() > PEERS_MAX || names.iter().any(|name| name.len() > NAME_BYTES_MAX) {
+            return Err(Refused::Close);
         }
         let tag = Tag { epoch: flush.epoch, sequence: flush.clear_sequence };
         match self.store.clear(session.image, tag, &flush.proof) {
@@ -308,8 +321,10 @@ impl Requests<'_> {
             return Err(Refused::Status(Status::StaleEpoch));
         }
         let session = Session { image: attach.image, epoch: attach.epoch, layers: attach.layers };
-        self.sessions.begin(self.connection, frame.channel, session);
-        Ok(ok())
+        match self.sessions.begin(self.connection, frame.channel, session) {
+            true => Ok(ok()),
+            false => Err(Refused::Status(Status::NoSession)),
+        }
     }
 
     fn detach(&mut self, frame: &Frame) -> Step {

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 /// One image's session on a channel of a connection.
 #[derive(Clone, Debug)]
-pub(super) struct Session {
+pub(crate) struct Session {
     pub image: ImageId,
     pub epoch: u64,
     pub layers: Vec<LayerId>,
@@ -16,26 +16,40 @@ pub(super) struct Session {
 
 /// All sessions of a node. Connections have ids that are never reused.
 #[derive(Default)]
-pub(super) struct Sessions {
+pub(crate) struct Sessions {
     by_channel: HashMap<(u64, u32), Session>,
     of_image: HashMap<ImageId, (u64, u32)>,
 }
 
 impl Sessions {
     /// Begins a session and ends the image's older one.
-    pub(super) fn begin(&mut self, connection: u64, channel: u32, session: Session) {
+    ///
+    /// False, and nothing changes: the holder has one on a later connection, and this is a late word
+    /// from one that it has given up.
+    pub(crate) fn begin(&mut self, connection: u64, channel: u32, session: Session) -> bool {
+        if let Some(at) = self.of_image.get(&session.image).copied() {
+            let current = self.by_channel.get(&at);
+            if at.0 > connection && current.is_some_and(|current| current.epoch >= session.epoch) {
+                return false;
+            }
+            // On another connection it stays known, to be told by whom it was replaced.
+            if at.0 == connection {
+                self.by_channel.remove(&at);
+            }
+        }
         self.of_image.insert(session.image, (connection, channel));
         self.by_channel.insert((connection, channel), session);
+        true
     }
 
     /// The session, and whether it is the image's current one.
-    pub(super) fn get(&self, connection: u64, channel: u32) -> Option<(&Session, bool)> {
+    pub(crate) fn get(&self, connection: u64, channel: u32) -> Option<(&Session, bool)> {
         let session = self.by_channel.get(&(connection, channel))?;
         let current = self.of_image.get(&session.image) == Some(&(connection, channel));
         Some((session, current))
     }
 
-    pub(super) fn end(&mut self, connection: u64, channel: u32) {
+    pub(crate) fn end(&mut self, connection: u64, channel: u32) {
         if let Some(session) = self.by_channel.remove(&(connection, channel))
             && self.of_image.get(&session.image) == Some(&(connection, channel))
         {
@@ -44,14 +58,14 @@ impl Sessions {
     }
 
     /// Ends whatever session the image has below `epoch`.
-    pub(super) fn fence(&mut self, image: &ImageId, epoch: u64) {
+    pub(crate) fn fence(&mut self, image: &ImageId, epoch: u64) {
         let Some(at) = self.of_image.get(image) else { return };
         if self.by_channel.get(at).is_none_or(|session| session.epoch < epoch) {
             self.of_image.remove(image);
         }
     }
 
-    pub(super) fn connection_ended(&mut self, connection: u64) {
+    pub(crate) fn connection_ended(&mut self, connection: u64) {
         self.by_channel.retain(|(other, _), _| *other != connection);
         self.of_image.retain(|_, (other, _)| *other != connection);
     }
@@ -68,16 +82,28 @@ mod tests {
     #[test]
     fn a_new_session_ends_the_older_one() {
         let mut sessions = Sessions::default();
-        sessions.begin(1, 7, session(3));
-        sessions.begin(2, 9, session(3));
+        assert!(sessions.begin(1, 7, session(3)));
+        assert!(sessions.begin(2, 9, session(3)));
         assert!(sessions.get(1, 7).is_some_and(|(_, current)| !current));
         assert!(sessions.get(2, 9).is_some_and(|(_, current)| current));
+    }
+
+    /// A holder attached anew; its word on the former connection arrived after that, took the session
+    /// back, and every request on the living connection was refused from then on.
+    #[test]
+    fn a_late_attach_on_an_older_connection_ends_nothing() {
+        let mut sessions = Sessions::default();
+        assert!(sessions.begin(1, 7, session(3)));
+        assert!(sessions.begin(2, 7, session(3)));
+        assert!(!sessions.begin(1, 7, session(3)));
+        assert!(sessions.get(2, 7).is_some_and(|(_, current)| current));
+        assert!(sessions.begin(1, 8, session(4)), "a new holder's connection may be the older one");
     }
 
     #[test]
     fn a_higher_epoch_fences_the_session_below_it() {
         let mut sessions = Sessions::default();
-        sessions.begin(1, 7, session(3));
+        assert!(sessions.begin(1, 7, session(3)));
         sessions.fence(&ImageId([1; 16]), 3);
         assert!(sessions.get(1, 7).is_some_and(|(_, current)| current));
         sessions.fence(&ImageId([1; 16]), 4);

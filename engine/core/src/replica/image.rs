@@ -2,7 +2,7 @@
 
 use super::level::Leveller;
 use super::locks::{BlockLocks, Range};
-use super::{Event, Extent, IoError, NodeIndex, NodeMask, Outcome, Output, Token};
+use super::{Event, Extent, Instance, IoError, NodeIndex, NodeMask, Outcome, Output, Token};
 use crate::content::Run;
 use crate::geometry::{Geometry, ImageId, LayerId};
 use crate::wire::messages::RecordHead;
@@ -51,9 +51,14 @@ pub(super) enum ReplicaState {
 pub(super) struct Replica {
     pub name: String,
     pub state: ReplicaState,
+    /// Who greeted on the connection, and who was last `Up`: only the same one resumes.
+    pub instance: Option<Instance>,
+    pub served: Option<Instance>,
     /// After joining: go `Up` at once (the same instance came back) or be levelled first.
     pub resume: bool,
     pub flush_number: u64,
+    /// Counts the times that it was asked for its record.
+    pub peeks: u64,
     /// Grows with each write sent; `flushed_mark` is its value that a finished flush covered.
     pub write_mark: u64,
     pub flushed_mark: Option<u64>,
@@ -174,8 +179,11 @@ impl ImageIo {
         let replicas = spec.nodes.iter().map(|name| Replica {
             name: name.clone(),
             state: ReplicaState::Down,
+            instance: None,
+            served: None,
             resume: false,
             flush_number: 0,
+            peeks: 0,
             write_mark: 0,
             flushed_mark: None,
             blocking_told: false,

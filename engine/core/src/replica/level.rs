@@ -6,12 +6,15 @@
 //! only the joining nodes are written; else the highest (epoch, sequence) wins, per block. A rotten
 //! block never wins: another replica that is as good stands in, and where none is, the joining nodes'
 //! block is marked bad. Only blocks that differ are fetched and copied, with their tags. When all are
-//! flushed, the joining nodes' sticky entries go.
+//! flushed, the entries go, sticky ones too, if all in-sync nodes took part: an entry that went earlier
+//! would leave a difference to an absent node that no dirty map names.
 //!
 //! Writes that arrive meanwhile reach the joining nodes after they are `Up`, in order, so a copy never
-//! lands on newer data. A participant that is lost ends the attempt; policy starts another.
+//! lands on newer data. A participant that is lost, or a joining node, ends the attempt; policy starts
+//! another. In a replica set without a node that is `Up` all in-sync nodes join, or none does: one that
+//! is away may have answered what they have lost.
 
-use super::image::{ImageIo, ReplicaState};
+use super::image::{ImageIo, Replica, ReplicaState};
 use super::replies::BadReply;
 use super::{Event, NodeIndex, NodeMask};
 use crate::checksum::crc32c;
@@ -19,7 +22,8 @@ use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, LayerId, Tag};
 use crate::wire::codec::Fields;
 use crate::wire::messages::{
-    BlocksReply, Copy, DIRTY_ENTRIES_MAX, DirtyFrom, DirtyReply, Flush, Head, Level, ShardRange,
+    BlocksReply, Copy, DIRTY_ENTRIES_MAX, DirtyFrom, DirtyReply, Flush, Head, Level, Number,
+    ShardRange,
 };
 use crate::wire::{Frame, PAYLOAD_BYTES_MAX, Status, kind};
 use bytes::Bytes;
@@ -35,7 +39,7 @@ const BLOCKS_PER_COPY: u32 = (PAYLOAD_BYTES_MAX / BLOCK_BYTES as usize) as u32;
 /// What a frame in flight was for.
 #[derive(Clone, Debug)]
 enum Ask {
-    Dirty,
+    Dirty { from_shard: u64 },
     Summary { job: usize },
     Fetch { job: usize, run: CopyRun },
     Copy { job: usize },
@@ -76,24 +80,41 @@ pub(super) struct Leveller {
     queue: VecDeque<(LayerId, u64)>,
     jobs: Slab<Job>,
     copied_bytes: u64,
-    flushed: bool,
+    stage: Stage,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Comparing,
+    Flushing,
+    Marking,
 }
 
 impl ImageIo {
     /// Starts levelling once every node that is being admitted has its session.
     pub(super) fn start_leveller(&mut self) {
         let joining = |state| matches!(state, ReplicaState::Joining { .. });
-        if self.leveller.is_some() || self.replicas.iter().any(|r| joining(r.state) && !r.resume) {
+        if self.leveller.is_some() || self.replicas.iter().any(|r| joining(r.state)) {
             return;
         }
         let joiners = self.nodes_in(ReplicaState::Levelling);
         if joiners.is_empty() {
             return;
         }
-        let participants = joiners.with(self.up());
+        let up = self.up();
+        let participants = joiners.with(up);
+        let unfounded = self.sets.iter().find_map(|set| {
+            let joins = !set.in_sync.and(joiners).is_empty();
+            let founded = !set.in_sync.and(up).is_empty();
+            let absent = set.in_sync.without(participants).first();
+            absent.filter(|_| joins && !founded)
+        });
+        if let Some(absent) = unfounded {
+            return self.end_admission(absent, Status::Io);
+        }
         self.serial = (self.serial + 1) & 0x7fff_ffff;
         self.leveller = Some(Leveller {
-            serial: u64::from(self.serial & 0x7fff),
+            serial: u64::from(self.serial),
             participants,
             joiners,
             asks: Slab::new(),
@@ -101,7 +122,7 @@ impl ImageIo {
             queue: VecDeque::new(),
             jobs: Slab::new(),
             copied_bytes: 0,
-            flushed: false,
+            stage: Stage::Comparing,
         });
         participants.iter().for_each(|node| self.ask_dirty(node, 0));
     }
@@ -116,22 +137,38 @@ impl ImageIo {
         mask
     }
 
-    /// `node` went away (or out): an attempt that needs it ends.
-    pub(super) fn leveller_lost(&mut self, node: NodeIndex, status: Status) {
-        if self.leveller.as_ref().is_some_and(|l| l.participants.has(node)) {
-            self.end_attempt(node, status);
+    /// Nodes that are being admitted and do not resume.
+    fn joining(&self) -> NodeMask {
+        let joins = |replica: &Replica| match replica.state {
+            ReplicaState::Joining { .. } => !replica.resume,
+            ReplicaState::Levelling => true,
+            _ => false,
+        };
+        let joining = self.replicas.iter().enumerate().filter(|(_, replica)| joins(replica));
+        joining
+            .fold(NodeMask::EMPTY, |mask, (index, _)| mask.with(NodeMask::one(index as NodeIndex)))
+    }
+
+    /// The admission under way fails, because of `node`: all that are being admitted wait again.
+    ///
+    /// Also before levelling has begun: those that are left were chosen because of who else was there.
+    fn end_admission(&mut self, node: NodeIndex, status: Status) {
+        self.leveller = None;
+        for joiner in self.joining().iter() {
+            self.replica(joiner).state = ReplicaState::Waiting;
+        }
+        self.event(Event::AdmitFailed { node, status });
+    }
+
+    /// `node`, which took part in what goes on or joined, is gone: an admission under way fails.
+    pub(super) fn end_admission_without(&mut self, node: NodeIndex, status: Status, joined: bool) {
+        if joined || !self.joining().is_empty() {
+            self.end_admission(node, status);
         }
     }
 
-    fn end_attempt(&mut self, node: NodeIndex, status: Status) {
-        let Some(leveller) = self.leveller.take() else { return };
-        for joiner in leveller.joiners.iter().filter(|joiner| *joiner != node) {
-            self.replica(joiner).state = ReplicaState::Waiting;
-        }
-        if leveller.joiners.has(node) && self.replica(node).state == ReplicaState::Levelling {
-            self.replica(node).state = ReplicaState::Waiting;
-        }
-        self.event(Event::AdmitFailed { node, status });
+    pub(super) fn is_joining(&self, node: NodeIndex) -> bool {
+        self.joining().has(node)
     }
 
     fn ask(
@@ -157,13 +194,19 @@ impl ImageIo {
     fn ask_dirty(&mut self, node: NodeIndex, from_shard: u64) {
         let epoch = self.spec.epoch;
         let head = DirtyFrom { epoch, from_shard };
-        self.ask(NodeMask::one(node), Ask::Dirty, kind::DIRTY, &Bytes::new(), |out| head.put(out));
+        self.ask(
+            NodeMask::one(node),
+            Ask::Dirty { from_shard },
+            kind::DIRTY,
+            &Bytes::new(),
+            |out| head.put(out),
+        );
     }
 
     pub(super) fn take_level(&mut self, node: NodeIndex, frame: Frame) -> Result<(), BadReply> {
         let Some(leveller) = &mut self.leveller else { return Ok(()) };
         let id = (frame.tag & 0xffff_ffff) as usize;
-        if frame.tag >> 32 & 0x7fff != leveller.serial
+        if (frame.tag & !LEVEL_TAG) >> 32 != leveller.serial
             || leveller.asks.get(id).is_none_or(|(asked, _)| *asked != node)
         {
             return Ok(());
@@ -177,31 +220,51 @@ impl ImageIo {
                     self.rotten_source(node, job, run, block);
                     self.go_on();
                 }
-                _ => self.end_attempt(node, frame.status),
+                _ => self.end_admission(node, frame.status),
             }
             return Ok(());
         }
         match ask {
-            Ask::Dirty => self.take_dirty(node, frame)?,
+            Ask::Dirty { from_shard } => self.take_dirty(node, from_shard, frame)?,
             Ask::Summary { job } => self.take_summary(node, job, frame)?,
             Ask::Fetch { job, run } => self.take_fetch(job, run, frame)?,
             Ask::Copy { job } => self.job_step(job),
-            Ask::Flush | Ask::Level => {}
+            Ask::Flush => {
+                let number =
+                    Number::take(frame.head).map_err(|_| BadReply("flush without number"))?;
+                self.replica(node).flush_number = number.0;
+            }
+            Ask::Level => {}
         }
         self.go_on();
         Ok(())
     }
 
-    fn take_dirty(&mut self, node: NodeIndex, frame: Frame) -> Result<(), BadReply> {
+    fn take_dirty(
+        &mut self,
+        node: NodeIndex,
+        from_shard: u64,
+        frame: Frame,
+    ) -> Result<(), BadReply> {
         let reply = DirtyReply::take(frame.head).map_err(|_| BadReply("malformed dirty map"))?;
+        let shards = || reply.entries.iter().map(|entry| entry.shard);
+        // In order and not before what was asked for, or there would be no end to asking on.
+        if reply.entries.len() > DIRTY_ENTRIES_MAX
+            || shards().next().is_some_and(|first| first < from_shard)
+            || !shards().is_sorted_by(|a, b| a < b)
+        {
+            return Err(BadReply("a dirty map out of order"));
+        }
         let Some(leveller) = &mut self.leveller else { return Ok(()) };
-        leveller.dirty.extend(reply.entries.iter().map(|entry| entry.shard));
-        if let Some(last) = reply.entries.last().filter(|_| reply.more) {
-            self.ask_dirty(node, last.shard + 1);
+        leveller.dirty.extend(shards());
+        let next = reply.entries.last().and_then(|last| last.shard.checked_add(1));
+        if let Some(next) = next.filter(|_| reply.more) {
+            self.ask_dirty(node, next);
             return Ok(());
         }
         if leveller.asks.is_empty() {
-            for shard in leveller.dirty.iter().filter(|s| **s < self.spec.geometry.shards()) {
+            // Beyond the image's end too: what a shrink has cut off comes back with growing.
+            for shard in &leveller.dirty {
                 leveller.queue.extend(self.spec.layers.iter().map(|layer| (*layer, *shard)));
             }
         }
@@ -224,11 +287,23 @@ impl ImageIo {
         if leveller.dirty.is_empty() {
             return self.finish_levelling();
         }
-        if !leveller.flushed {
-            leveller.flushed = true;
-            return self.flush_participants();
+        match leveller.stage {
+            Stage::Comparing => {
+                leveller.stage = Stage::Flushing;
+                self.flush_participants();
+            }
+            Stage::Flushing => {
+                leveller.stage = Stage::Marking;
+                let participants = leveller.participants;
+                if self.in_sync_anywhere().without(participants).is_empty() {
+                    self.clear_former_epochs(participants);
+                } else if let Some(leveller) = &mut self.leveller {
+                    leveller.dirty.clear();
+                }
+                self.go_on();
+            }
+            Stage::Marking => self.mark_level(),
         }
-        self.mark_level();
     }
 
     fn start_job(&mut self, layer: LayerId, shard: u64) {
@@ -327,7 +402,7 @@ impl ImageIo {
         match known.filter(|known| in_run && known.0 != Block::Bad) {
             Some(known) => known.0 = Block::Bad,
             // The same word twice, or of a block that was not asked for.
-            None => return self.end_attempt(node, Status::BadBlock),
+            None => return self.end_admission(node, Status::BadBlock),
         }
         let again = job.copy_runs(run.first_block..run.first_block + run.blocks);
         job.runs.extend(again);
@@ -387,7 +462,20 @@ impl ImageIo {
         self.ask(participants, Ask::Flush, kind::FLUSH, &Bytes::new(), |out| flush.put(out));
     }
 
-    /// Tells the joiners that the shards are level, a bounded number at a time.
+    /// What writes of former epochs and their copies left in the dirty maps goes, and each node learns
+    /// the flush numbers of its peers. Before the sticky entries go, so that a store never has neither:
+    /// from dirty entries and flush numbers an opener tells a store that lost its disk from a new one.
+    fn clear_former_epochs(&mut self, participants: NodeMask) {
+        let clear = Flush {
+            epoch: self.spec.epoch,
+            generation: self.spec.generation,
+            clear_sequence: 0,
+            proof: self.flush_numbers(participants),
+        };
+        self.send(participants, kind::CLEAR, 0, 0, &Bytes::new(), |out| clear.put(out));
+    }
+
+    /// Tells all who took part that the shards are level, a bounded number at a time.
     fn mark_level(&mut self) {
         let Some(leveller) = &mut self.leveller else { return };
         let mut shards = Vec::new();
@@ -398,9 +486,9 @@ impl ImageIo {
             }
         }
         self.levelled_shards += shards.len() as u64;
-        let Some(joiners) = self.leveller.as_ref().map(|l| l.joiners) else { return };
+        let Some(participants) = self.leveller.as_ref().map(|l| l.participants) else { return };
         let level = Level { epoch: self.spec.epoch, shards };
-        self.ask(joiners, Ask::Level, kind::LEVEL, &Bytes::new(), |out| level.put(out));
+        self.ask(participants, Ask::Level, kind::LEVEL, &Bytes::new(), |out| level.put(out));
     }
 
     fn finish_levelling(&mut self) {

@@ -1,19 +1,20 @@
 //! Replicas that come and go, and the records that say who is in sync.
 
-use super::image::{ImageIo, Phase, ReplicaState, RequestKind};
+use super::image::{ImageIo, Phase, Replica, ReplicaState, RequestKind};
 use super::replies::BadReply;
-use super::{Event, NodeIndex, NodeMask, PeekedRecord};
+use super::{Event, Instance, NodeIndex, NodeMask, PeekedRecord};
 use crate::geometry::ImageId;
 use crate::wire::messages::{Attach, Head, Peek, PeekReply};
 use crate::wire::{Frame, Status, kind};
 use bytes::Bytes;
 
 impl ImageIo {
-    /// The connection to `node` is ready.
-    pub fn link_up(&mut self, node: NodeIndex) {
+    /// The connection to `node` is ready; `instance` is the one that greeted on it.
+    pub fn link_up(&mut self, node: NodeIndex, instance: Instance) {
         if self.phase == Phase::Dead || self.replica(node).state != ReplicaState::Down {
             return;
         }
+        self.replica(node).instance = Some(instance);
         self.ask_for_record(node);
     }
 
@@ -28,6 +29,7 @@ impl ImageIo {
 
     fn ask_for_record(&mut self, node: NodeIndex) {
         self.replica(node).state = ReplicaState::Peeking;
+        self.replica(node).peeks += 1;
         let head = Peek(self.spec.image);
         self.send(NodeMask::one(node), kind::PEEK, 0, 0, &Bytes::new(), |out| head.put(out));
     }
@@ -46,6 +48,11 @@ impl ImageIo {
     /// Nothing sent to `node` counts any more; what waits for it goes to others where it can.
     fn abandon(&mut self, node: NodeIndex, state: ReplicaState, status: Status) {
         let gone = NodeMask::one(node);
+        let joined = self.is_joining(node);
+        let took_part = matches!(
+            self.replica(node).state,
+            ReplicaState::Up | ReplicaState::Joining { .. } | ReplicaState::Levelling
+        );
         let replica = self.replica(node);
         replica.state = state;
         replica.flushed_mark = None;
@@ -60,13 +67,18 @@ impl ImageIo {
             }
         }
         homeless.into_iter().for_each(|id| self.dispatch_read(id));
-        self.leveller_lost(node, status);
+        if took_part {
+            self.end_admission_without(node, status, joined);
+        }
     }
 
     fn waits_for(&self, node: NodeIndex) -> bool {
         self.sets.iter().any(|set| set.storing.has(node))
             || self.parts.iter().any(|(_, part)| match part.kind {
                 RequestKind::Flush => part.waiting.and(self.in_sync_anywhere()).has(node),
+                RequestKind::Read | RequestKind::Status if part.waiting.is_empty() => {
+                    self.sets[part.set as usize].in_sync.without(part.tried).has(node)
+                }
                 _ => part.waiting.and(self.sets[part.set as usize].in_sync).has(node),
             })
     }
@@ -95,23 +107,30 @@ impl ImageIo {
         };
         self.replica(node).state = ReplicaState::Waiting;
         let deleted = frame.status == Status::Deleted;
-        self.event(Event::Peeked { node, record, deleted });
+        let serial = self.replica(node).peeks;
+        self.event(Event::Peeked { node, serial, record, deleted });
         Ok(())
     }
 
     /// Policy lets `nodes` in: each stores the record, gets a session and, unless it `resume`s (the
     /// instance that was here before, over a new connection), is levelled before it is `Up`.
-    /// Nodes that are not waiting for this are passed over.
-    pub fn admit(&mut self, nodes: NodeMask, resume: bool) {
+    /// One whose instance is another than was `Up` is levelled in any case.
+    ///
+    /// With each node goes the serial of the `Peeked` event that policy judged by. A node that is not
+    /// waiting, or was asked again since, is passed over: events that say so are on their way.
+    pub fn admit(&mut self, nodes: &[(NodeIndex, u64)], resume: bool) {
         if self.phase == Phase::Dead {
             return;
         }
-        for node in nodes.iter() {
-            if self.replica(node).state != ReplicaState::Waiting {
+        for (node, serial) in nodes.iter().copied() {
+            let Some(replica) = self.replicas.get(usize::from(node)) else { continue };
+            if replica.state != ReplicaState::Waiting || replica.peeks != serial {
                 continue;
             }
-            self.replica(node).state = ReplicaState::Joining { stored: false };
-            self.replica(node).resume = resume;
+            let replica = self.replica(node);
+            replica.state = ReplicaState::Joining { stored: false };
+            let same = replica.served.is_some() && replica.served == replica.instance;
+            replica.resume = resume && same;
             self.send_record(NodeMask::one(node));
         }
     }
@@ -123,6 +142,13 @@ impl ImageIo {
     }
 
     pub(super) fn take_record(&mut self, node: NodeIndex, frame: Frame) -> Result<(), BadReply> {
+        if matches!(
+            self.replica(node).state,
+            ReplicaState::Down | ReplicaState::Peeking | ReplicaState::Waiting
+        ) {
+            // An answer to what an admission that has failed asked for.
+            return Ok(());
+        }
         match frame.status {
             Status::Ok => {}
             Status::StaleEpoch | Status::StaleGeneration | Status::Deleted => {
@@ -166,12 +192,16 @@ impl ImageIo {
             return Ok(());
         }
         match frame.status {
-            Status::Ok if self.replica(node).resume => self.go_up(NodeMask::one(node)),
+            Status::Ok if self.replica(node).resume => {
+                self.go_up(NodeMask::one(node));
+                self.start_leveller();
+            }
             Status::Ok => {
                 self.replica(node).state = ReplicaState::Levelling;
                 self.start_leveller();
             }
-            status => self.fence(node, status),
+            Status::StaleEpoch | Status::Deleted => self.fence(node, frame.status),
+            _ => return Err(BadReply("no session")),
         }
         Ok(())
     }
@@ -181,6 +211,7 @@ impl ImageIo {
         for node in nodes.iter() {
             let replica = self.replica(node);
             replica.state = ReplicaState::Up;
+            replica.served = replica.instance;
             replica.blocking_told = false;
         }
         let mut unsent: Vec<(u64, usize)> = self
@@ -231,7 +262,9 @@ impl ImageIo {
         for node in before.without(self.in_sync_anywhere()).iter() {
             self.let_go(node);
         }
-        self.send_record_to_connected(storing);
+        // Who is joining waits for an answer that names the generation of now, changed set or not.
+        let joining = self.in_sync_anywhere().and(self.nodes_joining());
+        self.send_record_to_connected(storing.with(joining));
         self.after_store();
         self.dispatch_parked_reads();
     }
@@ -251,8 +284,15 @@ impl ImageIo {
         }
     }
 
+    fn nodes_joining(&self) -> NodeMask {
+        let joins = |r: &Replica| matches!(r.state, ReplicaState::Joining { .. });
+        let joining = self.replicas.iter().enumerate().filter(|(_, replica)| joins(replica));
+        joining.fold(NodeMask::EMPTY, |mask, (node, _)| mask.with(NodeMask::one(node as NodeIndex)))
+    }
+
     /// A node that is in sync nowhere any more: nothing is asked of it until policy admits it again.
     fn let_go(&mut self, node: NodeIndex) {
+        self.replica(node).served = None;
         let connected = self.replica(node).state != ReplicaState::Down;
         let state = if connected { ReplicaState::Waiting } else { ReplicaState::Down };
         self.abandon(node, state, Status::StaleGeneration);

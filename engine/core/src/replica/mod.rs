@@ -7,7 +7,7 @@
 //! | `Peeking` | asked for its record | the answer → `Waiting`, with an event |
 //! | `Waiting` | policy must say what to do with it | `admit` → `Joining` |
 //! | `Joining` | RECORD and ATTACH are on their way | both answered → `Up` (resumed) or `Levelling` |
-//! | `Levelling` | shards of the dirty maps are made equal | the leveller is done → `Up` |
+//! | `Levelling` | shards of the dirty maps are made equal | done → `Up`; a participant is lost → `Waiting` |
 //! | `Up` | serves; what it missed was resent in sequence order | the link goes down → `Down` |
 //!
 //! Invariants, asserted here:
@@ -25,6 +25,8 @@ mod locks;
 mod membership;
 mod replies;
 mod submit;
+#[cfg(test)]
+mod tests;
 
 pub use image::{ImageIo, OpenSpec, SetSpec};
 pub use link::{Link, LinkEvent, LinkTarget};
@@ -33,6 +35,13 @@ use crate::content::Run;
 use crate::geometry::ImageId;
 use crate::wire::Status;
 use bytes::Bytes;
+
+/// A running instance of a node's store: the store, and how often it was started.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Instance {
+    pub store: [u8; 16],
+    pub start_counter: u64,
+}
 
 /// Index of a node within its image's table; an image spreads over at most 64 nodes.
 pub type NodeIndex = u8;
@@ -114,8 +123,9 @@ pub enum Output {
 /// What policy is told. Every event names its image when it leaves the engine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// A node answered PEEK and waits for `admit`. `record` is none where the node holds none.
-    Peeked { node: NodeIndex, record: Option<PeekedRecord>, deleted: bool },
+    /// A node answered PEEK and waits for `admit`, which names `serial`. `record` is none where the
+    /// node holds none.
+    Peeked { node: NodeIndex, serial: u64, record: Option<PeekedRecord>, deleted: bool },
     /// The connection is gone. `blocking`: requests wait for the node.
     ReplicaDown { node: NodeIndex, blocking: bool },
     /// A request has begun to wait for a node that is not `Up`.

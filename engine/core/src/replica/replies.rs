@@ -20,6 +20,9 @@ impl ImageIo {
     /// # Errors
     /// The node breaks the protocol: close its connection (and tell `link_down`).
     pub fn receive(&mut self, node: NodeIndex, frame: Frame) -> Result<(), BadReply> {
+        if self.phase == Phase::Dead {
+            return Ok(());
+        }
         match frame.kind & !REPLY {
             kind::WRITE | kind::ZERO | kind::FLUSH | kind::CONFIRM => self.count(node, frame),
             kind::READ | kind::STATUS => self.take_read(node, frame),
@@ -112,11 +115,17 @@ impl ImageIo {
             return;
         }
         let in_sync = self.in_sync_anywhere();
-        let proof = in_sync.iter().map(|node| {
+        let proof = self.flush_numbers(in_sync);
+        self.clear = Clear { sequence, proof, pending: in_sync };
+    }
+
+    /// The last flush of each of `nodes` that was answered, by name.
+    pub(super) fn flush_numbers(&self, nodes: NodeMask) -> Vec<(String, u64)> {
+        let numbers = nodes.iter().map(|node| {
             let replica = &self.replicas[usize::from(node)];
             (replica.name.clone(), replica.flush_number)
         });
-        self.clear = Clear { sequence, proof: proof.collect(), pending: in_sync };
+        numbers.collect()
     }
 
     fn take_read(&mut self, node: NodeIndex, frame: Frame) -> Result<(), BadReply> {
@@ -171,6 +180,9 @@ impl ImageIo {
             let extents = extents_of(&blocks, skip, part.length);
             self.requests[request].extents[position] = extents;
             return Ok(true);
+        }
+        if blocks.contains(&Block::Bad) {
+            return Ok(false);
         }
         let data_blocks = blocks.iter().filter(|block| block.is_data()).count();
         if frame.payload.len() != data_blocks * BLOCK_BYTES as usize {

@@ -51,12 +51,15 @@ impl ImageIo {
         payload: Bytes,
     ) {
         let end = offset.checked_add(u64::from(length));
-        assert!(
-            end.is_some_and(|end| end <= self.spec.geometry.size_bytes),
-            "range is checked before"
-        );
-        if self.phase != Phase::Running {
-            let outcome = Outcome::Failed(IoError::Shutdown);
+        let inside = end.is_some_and(|end| end <= self.spec.geometry.size_bytes);
+        let refusal = match self.phase {
+            Phase::Running if inside => None,
+            // The client connected before the image shrank.
+            Phase::Running => Some(IoError::Io),
+            _ => Some(IoError::Shutdown),
+        };
+        if let Some(error) = refusal {
+            let outcome = Outcome::Failed(error);
             return self.outputs.push_back(Output::Answer { token, outcome });
         }
         let request = Request {
@@ -245,12 +248,14 @@ impl ImageIo {
         let part = &self.parts[id];
         let (request, in_sync) = (part.request, self.sets[part.set as usize].in_sync);
         let candidates = in_sync.and(self.up());
-        let fresh = candidates.without(part.tried);
+        let untried = in_sync.without(part.tried);
+        let fresh = candidates.and(untried);
         let Some(node) = self.choose_reader(fresh) else {
-            if candidates.is_empty() {
-                return in_sync.iter().for_each(|node| self.tell_blocking(node));
+            let absent = untried.without(candidates);
+            if !absent.is_empty() {
+                return absent.iter().for_each(|node| self.tell_blocking(node));
             }
-            // Every replica that is up has failed it.
+            // Every replica has failed it.
             self.parts.remove(id);
             self.requests[request].error = Some(IoError::Io);
             return self.part_done(request);
@@ -353,7 +358,7 @@ impl ImageIo {
     /// Once a second: flush what the guest does not, send clears that no flush took along, ask again
     /// what a replica failed.
     pub fn tick(&mut self) {
-        if self.phase != Phase::Running {
+        if !matches!(self.phase, Phase::Running | Phase::Closing) {
             return;
         }
         self.ticks_since_flush += 1;
@@ -362,7 +367,8 @@ impl ImageIo {
             self.send_clear(idle_clear);
         }
         let due = self.bytes_since_flush > 0 && self.ticks_since_flush >= SELF_FLUSH_TICKS;
-        if due || self.bytes_since_flush >= SELF_FLUSH_BYTES {
+        let running = self.phase == Phase::Running;
+        if running && (due || self.bytes_since_flush >= SELF_FLUSH_BYTES) {
             self.submit_own_flush();
         }
         let up = self.up();

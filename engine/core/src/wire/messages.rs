@@ -321,7 +321,8 @@ pub fn take_blocks(head: Bytes, blocks: &mut Vec<Block>) -> Result<(), Short> {
 pub struct Flush {
     pub epoch: u64,
     pub generation: u64,
-    /// Writes up to here are flushed by all in-sync nodes; 0 clears nothing.
+    /// Writes up to here are flushed by all in-sync nodes; 0: those of former epochs
+    /// only, and nothing without a proof.
     pub clear_sequence: u64,
     /// The flush numbers that prove it, by node.
     pub proof: Vec<(String, u64)>,

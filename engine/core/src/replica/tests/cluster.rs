@@ -1,0 +1,482 @@
+//! A holder, three nodes and the network between them, moved one step at a time by a seeded choice.
+
+use super::node::SimNode;
+use super::oracle::{Oracle, SECTOR};
+use super::policy::{Policy, QUORUM, Stored, digest};
+use crate::content::Run;
+use crate::geometry::{BLOCK_BYTES, Geometry, ImageId};
+use crate::replica::{
+    Event, ImageIo, Instance, NodeIndex, NodeMask, OpenSpec, Outcome, Output, SetSpec, Token,
+};
+use crate::store::simulated::Seeded;
+use crate::wire::{Frame, FrameReader, flag};
+use bytes::{Bytes, BytesMut};
+use std::collections::{HashMap, VecDeque};
+
+pub const NODES: usize = 3;
+const IMAGE: ImageId = ImageId([0xA1; 16]);
+const SHARD_BYTES: u32 = 1 << 20;
+/// Requests go to two blocks on either side of a shard's end.
+const REGION_OFFSET: u64 = (SHARD_BYTES - 2 * BLOCK_BYTES) as u64;
+const REGION_SECTORS: usize = 4 * BLOCK_BYTES as usize / SECTOR;
+const IN_FLIGHT_MAX: usize = 10;
+
+/// What may happen to nodes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Faults {
+    /// Processes are killed: every answered write survives.
+    Kills,
+    /// Power is cut where another in-sync node keeps its memory: every answered write survives.
+    GuardedPowerCuts,
+    /// Power is cut anywhere: every flushed write survives.
+    PowerCuts,
+}
+
+#[derive(Default)]
+struct SimLink {
+    up: bool,
+    connection: u64,
+    to_node: VecDeque<Frame>,
+    /// Frames of connections that are gone for the gateway, but not yet for the node.
+    late: VecDeque<(u64, Frame)>,
+}
+
+enum Asked {
+    Read { first: usize, sectors: usize, begun: u64 },
+    Change { durable: bool },
+    Flush,
+}
+
+pub struct Cluster {
+    pub random: Seeded,
+    pub now: u64,
+    faults: Faults,
+    /// One misfortune in so many chances of one: some histories are hectic, some leave time to serve.
+    calm: u64,
+    pub nodes: Vec<SimNode>,
+    links: Vec<SimLink>,
+    connections: u64,
+    pub io: ImageIo,
+    pub policy: Policy,
+    events: VecDeque<(Event, Option<Instance>)>,
+    pub oracle: Oracle,
+    asked: HashMap<u64, Asked>,
+    cookies: u64,
+    /// Lost what was not synced since it was last up.
+    forgetful: [bool; NODES],
+    opened: bool,
+    pub closed: Option<bool>,
+}
+
+fn spec(record: Stored) -> OpenSpec {
+    let geometry = Geometry {
+        size_bytes: 2 * u64::from(SHARD_BYTES),
+        shard_bytes: SHARD_BYTES,
+        placement_key: IMAGE,
+        replica_sets: 1,
+    };
+    OpenSpec {
+        image: IMAGE,
+        channel: record.epoch as u32,
+        geometry,
+        layers: vec![1],
+        epoch: record.epoch,
+        holder: [record.epoch as u8; 16],
+        generation: record.generation,
+        digest: digest(record.generation, record.in_sync),
+        body: Bytes::new(),
+        nodes: (1..=NODES).map(|number| format!("node{number}")).collect(),
+        sets: vec![SetSpec { members: NodeMask((1 << NODES) - 1), in_sync: record.in_sync }],
+        local: None,
+    }
+}
+
+impl Cluster {
+    pub fn new(seed: u64, faults: Faults) -> Cluster {
+        let record = Stored { epoch: 1, generation: 1, in_sync: NodeMask((1 << NODES) - 1) };
+        let mut cluster = Cluster {
+            random: Seeded::new(seed),
+            now: 1,
+            faults,
+            calm: [1, 3, 10][(seed % 3) as usize],
+            nodes: (0..NODES).map(SimNode::new).collect(),
+            links: (0..NODES).map(|_| SimLink::default()).collect(),
+            connections: 0,
+            io: ImageIo::new(spec(record)),
+            policy: Policy::new(record, NODES),
+            events: VecDeque::new(),
+            oracle: Oracle::new(REGION_SECTORS, faults == Faults::PowerCuts),
+            asked: HashMap::new(),
+            cookies: 0,
+            forgetful: [false; NODES],
+            opened: false,
+            closed: None,
+        };
+        (0..NODES).for_each(|node| cluster.connect(node));
+        cluster
+    }
+
+    // Steps
+
+    /// Does one thing. `faults`: something may go wrong.
+    pub fn step(&mut self, faults: bool) {
+        self.now += 1;
+        let node = self.random.below(NODES as u64) as usize;
+        match self.random.below(100) {
+            0..24 => self.deliver_request(node),
+            24..48 => self.deliver_answer(node),
+            48..58 => self.nodes[node].sync(),
+            58..60 => self.nodes[node].checkpoint(),
+            60..74 => self.hear(),
+            74..76 => self.take_proposal(),
+            76..77 => self.tick(),
+            77..80 => self.deliver_late(node),
+            80..92 if faults => self.ask(),
+            92..95 if faults => self.connect(node),
+            95.. if faults && self.random.below(self.calm) == 0 => self.misfortune(node),
+            _ => {}
+        }
+        self.check();
+    }
+
+    fn check(&mut self) {
+        let states = self.io.replica_states();
+        for (node, (_, state)) in states.iter().enumerate() {
+            self.forgetful[node] &= state != "up";
+        }
+        if self.io.is_running() && !self.opened {
+            self.opened = true;
+            self.oracle.opened(self.now);
+        }
+        for (node, (_, state)) in states.iter().enumerate() {
+            let in_sync = self.policy.record.in_sync.has(node as NodeIndex);
+            let known = self.io.in_sync()[0].has(node as NodeIndex);
+            assert!(state != "up" || in_sync || known, "a stale node serves");
+        }
+    }
+
+    /// Ends all faults and goes on until nothing is left to do.
+    pub fn settle(&mut self) {
+        for _ in 0..60_000 {
+            (0..NODES).for_each(|node| self.connect(node));
+            self.step(false);
+            let idle = self.events.is_empty()
+                && self.policy.proposal.is_none()
+                && self.io.requests_in_flight() == 0
+                && self.nodes.iter().all(SimNode::is_idle)
+                && self.links.iter().all(|l| l.to_node.is_empty() && l.late.is_empty());
+            if idle && (self.closed.is_some() || (self.io.is_running() && self.policy.all_up())) {
+                return;
+            }
+        }
+        panic!(
+            "stuck: {:?}, {:?}, events {:?}, idle nodes {:?}, {} requests in flight, running {}, {:?}",
+            self.io.replica_states(),
+            self.policy,
+            self.events,
+            self.nodes.iter().map(SimNode::is_idle).collect::<Vec<_>>(),
+            self.io.requests_in_flight(),
+            self.io.is_running(),
+            self.policy.record,
+        );
+    }
+
+    fn deliver_request(&mut self, node: usize) {
+        let link = &mut self.links[node];
+        if link.up
+            && self.nodes[node].takes(link.connection)
+            && let Some(frame) = link.to_node.pop_front()
+        {
+            self.nodes[node].take(link.connection, frame);
+        }
+    }
+
+    fn deliver_late(&mut self, node: usize) {
+        let Some((connection, frame)) = self.links[node].late.pop_front() else { return };
+        if !self.nodes[node].takes(connection) {
+            // A parked connection is not read; that it is gone is noticed first.
+            return self.nodes[node].end_connection(connection);
+        }
+        self.nodes[node].take(connection, frame);
+        if self.links[node].late.iter().all(|(other, _)| *other != connection) {
+            self.nodes[node].end_connection(connection);
+        }
+    }
+
+    fn deliver_answer(&mut self, node: usize) {
+        let Some((connection, frame)) = self.nodes[node].answers.pop_front() else { return };
+        let link = &self.links[node];
+        if link.up && link.connection == connection {
+            let taken = self.io.receive(node as NodeIndex, frame);
+            assert_eq!(taken, Ok(()), "an honest node is believed");
+            self.carry_out();
+        }
+    }
+
+    fn hear(&mut self) {
+        if let Some((event, instance)) = self.events.pop_front() {
+            self.policy.hear(event, instance, &mut self.io);
+            self.carry_out();
+        }
+    }
+
+    fn take_proposal(&mut self) {
+        self.policy.proposal_taken(&mut self.io);
+        self.carry_out();
+    }
+
+    fn tick(&mut self) {
+        self.io.tick();
+        self.carry_out();
+    }
+
+    /// Does what the holder's side wants done.
+    fn carry_out(&mut self) {
+        while let Some(output) = self.io.outputs.pop_front() {
+            match output {
+                Output::Send { node, head, payload } => {
+                    let link = &mut self.links[usize::from(node)];
+                    if link.up {
+                        let mut bytes = BytesMut::from(&head[..]);
+                        bytes.extend_from_slice(&payload);
+                        let frame = FrameReader::next(&mut bytes).expect("our own frame");
+                        link.to_node.push_back(frame.expect("a whole frame"));
+                    }
+                }
+                Output::Answer { token, outcome } => self.answered(token.cookie, outcome),
+                Output::Event(Event::Closed { clean }) => self.closed = Some(clean),
+                Output::Event(event) => {
+                    let instance = match &event {
+                        Event::Peeked { node, .. } => {
+                            Some(self.nodes[usize::from(*node)].instance())
+                        }
+                        _ => None,
+                    };
+                    self.events.push_back((event, instance));
+                }
+            }
+        }
+    }
+
+    /// Takes a request of this kind off its way to a node, if there is one.
+    pub fn intercept(&mut self, kind: u8) -> Option<(NodeIndex, Frame)> {
+        let (node, link) = self
+            .links
+            .iter_mut()
+            .enumerate()
+            .find(|(_, link)| link.to_node.front().is_some_and(|frame| frame.kind == kind))?;
+        link.to_node.pop_front().map(|frame| (node as NodeIndex, frame))
+    }
+
+    // The guest
+
+    fn ask(&mut self) {
+        if !self.io.is_running() || self.asked.len() >= IN_FLIGHT_MAX {
+            return;
+        }
+        let first = self.random.below(REGION_SECTORS as u64) as usize;
+        let sectors = 1 + self.random.below((REGION_SECTORS - first).min(16) as u64) as usize;
+        match self.random.below(10) {
+            0..3 => self.read(first, sectors),
+            3..7 => self.write(first, sectors),
+            7 => self.zero(first, sectors),
+            _ => self.flush(),
+        }
+    }
+
+    fn token(&mut self, asked: Asked) -> Token {
+        self.cookies += 1;
+        self.asked.insert(self.cookies, asked);
+        Token { client: 1, cookie: self.cookies }
+    }
+
+    pub fn read(&mut self, first: usize, sectors: usize) {
+        let token = self.token(Asked::Read { first, sectors, begun: self.now });
+        self.io.read(token, offset_of(first), (sectors * SECTOR) as u32);
+        self.carry_out();
+    }
+
+    pub fn write(&mut self, first: usize, sectors: usize) {
+        let durable = self.random.chance(15);
+        let token = self.token(Asked::Change { durable });
+        let stamp = self.random.number() | 1;
+        self.oracle.write_begins(first, sectors, (token.cookie, stamp), self.now);
+        let data = stamp.to_le_bytes().repeat(sectors * SECTOR / 8);
+        let flags = if durable { flag::FUA } else { 0 };
+        self.io.write(token, offset_of(first), Bytes::from(data), flags);
+        self.carry_out();
+    }
+
+    fn zero(&mut self, first: usize, sectors: usize) {
+        let token = self.token(Asked::Change { durable: false });
+        self.oracle.write_begins(first, sectors, (token.cookie, 0), self.now);
+        let flags = if self.random.chance(50) { flag::KEEP_ALLOCATED } else { 0 };
+        self.io.zero(token, offset_of(first), (sectors * SECTOR) as u32, flags);
+        self.carry_out();
+    }
+
+    pub fn flush(&mut self) {
+        let token = self.token(Asked::Flush);
+        self.oracle.flush_begins(token.cookie, self.now);
+        self.io.flush(token);
+        self.carry_out();
+    }
+
+    pub fn read_everything(&mut self) {
+        self.read(0, REGION_SECTORS);
+    }
+
+    fn answered(&mut self, cookie: u64, outcome: Outcome) {
+        let asked = self.asked.remove(&cookie).expect("answered once");
+        self.now += 1;
+        match (asked, outcome) {
+            (Asked::Read { first, sectors, begun }, Outcome::Read(runs)) => {
+                let content = flatten(&runs);
+                assert_eq!(content.len(), sectors * SECTOR);
+                self.oracle.check_read(first, &content, begun, self.now);
+            }
+            (Asked::Change { durable }, Outcome::Done) => {
+                let in_sync = self.io.in_sync()[0];
+                assert!(in_sync.0.count_ones() >= QUORUM, "answered below the quorum");
+                self.oracle.write_answered(cookie, self.now, durable);
+            }
+            (Asked::Flush, Outcome::Done) => self.oracle.flush_answered(cookie, self.now),
+            (_, outcome) => panic!("a request got {outcome:?}"),
+        }
+        self.now += 1;
+    }
+
+    // Faults
+
+    pub fn connect(&mut self, node: usize) {
+        if self.links[node].up {
+            return;
+        }
+        self.connections += 1;
+        self.links[node].up = true;
+        self.links[node].connection = self.connections;
+        self.io.link_up(node as NodeIndex, self.nodes[node].instance());
+        self.carry_out();
+    }
+
+    pub fn cut(&mut self, node: usize) {
+        let link = &mut self.links[node];
+        if !link.up {
+            return;
+        }
+        link.up = false;
+        let connection = link.connection;
+        link.late.extend(link.to_node.drain(..).map(|frame| (connection, frame)));
+        self.io.link_down(node as NodeIndex);
+        self.carry_out();
+    }
+
+    fn misfortune(&mut self, node: usize) {
+        match self.random.below(20) {
+            0..8 => self.cut(node),
+            8..18 => self.restart(node),
+            _ => self.restart_gateway(),
+        }
+    }
+
+    fn restart(&mut self, node: usize) {
+        let others = |set: NodeMask| {
+            set.without(NodeMask::one(node as NodeIndex))
+                .iter()
+                .any(|other| !self.forgetful[usize::from(other)])
+        };
+        let guarded = others(self.policy.record.in_sync)
+            && self.policy.proposal.is_none_or(|proposal| others(proposal.in_sync));
+        let power = match self.faults {
+            Faults::Kills => false,
+            Faults::GuardedPowerCuts => guarded && self.random.chance(50),
+            Faults::PowerCuts => self.random.chance(50),
+        };
+        self.restart_node(node, power);
+    }
+
+    pub fn restart_node(&mut self, node: usize, power: bool) {
+        self.forgetful[node] |= power;
+        let seed = power.then(|| self.random.number());
+        self.nodes[node].restart(seed);
+        self.links[node].late.clear();
+        self.cut(node);
+        self.links[node].late.clear();
+    }
+
+    /// The holder dies; another opens the image.
+    pub fn restart_gateway(&mut self) {
+        for link in &mut self.links {
+            let connection = link.connection;
+            link.late.extend(link.to_node.drain(..).map(|frame| (connection, frame)));
+            link.up = false;
+        }
+        let mut record = self.policy.record;
+        if let Some(proposal) = self.policy.proposal
+            && self.random.chance(50)
+        {
+            record = proposal;
+        }
+        record.epoch += 1;
+        self.io = ImageIo::new(spec(record));
+        self.policy = Policy::new(record, NODES);
+        self.events.clear();
+        self.asked.clear();
+        self.oracle.gateway_gone();
+        self.opened = false;
+        self.closed = None;
+    }
+
+    // The end
+
+    /// Asserts that the in-sync replicas hold the same, and that nothing is dirty any more.
+    pub fn check_replicas(&mut self, clean: bool) {
+        let in_sync = self.policy.record.in_sync;
+        let mut contents = Vec::new();
+        for node in in_sync.iter() {
+            let store = self.nodes[usize::from(node)].store.as_mut().expect("it runs");
+            let last_block = SHARD_BYTES / BLOCK_BYTES;
+            let mut content = Vec::new();
+            for (shard, first) in [(0, last_block - 2), (1, 0)] {
+                let (mut states, mut data) = (Vec::new(), BytesMut::new());
+                store
+                    .read_blocks(&IMAGE, &[1], shard, first, 2, &mut states, &mut data)
+                    .expect("intact blocks");
+                for state in &states {
+                    let block = match state.is_data() {
+                        true => data.split_to(BLOCK_BYTES as usize).to_vec(),
+                        false => vec![0; BLOCK_BYTES as usize],
+                    };
+                    content.extend(block);
+                }
+            }
+            if clean {
+                // Sticky ones stay where a node was admitted while another in-sync node was away, and
+                // those of copies until the first clear of this epoch.
+                let record = self.policy.record;
+                let left = store
+                    .dirty(&IMAGE)
+                    .filter(|(_, entry)| !entry.sticky && entry.last.epoch == record.epoch);
+                assert_eq!(left.count(), 0, "node {node} is dirty after a clean end of {record:?}");
+            }
+            contents.push(content);
+        }
+        let differ = contents.iter().position(|content| *content != contents[0]);
+        assert_eq!(differ, None, "in-sync replicas differ (of {in_sync:?})");
+    }
+}
+
+fn offset_of(sector: usize) -> u64 {
+    REGION_OFFSET + (sector * SECTOR) as u64
+}
+
+fn flatten(runs: &[Run]) -> Vec<u8> {
+    let mut out = Vec::new();
+    for run in runs {
+        match run {
+            Run::Data(data) => out.extend_from_slice(data),
+            Run::Hole(length) => out.resize(out.len() + *length as usize, 0),
+        }
+    }
+    out
+}

@@ -1,0 +1,61 @@
+//! Seeded histories. A failure names its seed; `HCI_SIM_SEED=n` replays that one, `HCI_SIM_ROUNDS=n`
+//! tries so many of each kind.
+
+use super::cluster::{Cluster, Faults};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
+const ROUNDS: u64 = 100;
+const STEPS: usize = 3000;
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name)
+        .ok()
+        .filter(|text| !text.is_empty())
+        .map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is a number, not {text:?}")))
+}
+
+fn run(faults: Faults) {
+    let seeds = match number("HCI_SIM_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 1..number("HCI_SIM_ROUNDS").unwrap_or(ROUNDS) + 1,
+    };
+    for seed in seeds {
+        let outcome = catch_unwind(AssertUnwindSafe(|| history(seed, faults)));
+        if let Err(panic) = outcome {
+            eprintln!("{faults:?}: HCI_SIM_SEED={seed} replays this");
+            resume_unwind(panic);
+        }
+    }
+}
+
+fn history(seed: u64, faults: Faults) {
+    let mut cluster = Cluster::new(seed, faults);
+    for _ in 0..STEPS {
+        cluster.step(true);
+    }
+    cluster.settle();
+    cluster.check_replicas(false);
+    cluster.read_everything();
+    cluster.flush();
+    cluster.settle();
+    cluster.io.close();
+    cluster.step(false);
+    cluster.settle();
+    assert_eq!(cluster.closed, Some(true), "with all replicas there, the end is clean");
+    cluster.check_replicas(true);
+}
+
+#[test]
+fn killed_nodes_and_gateways_lose_no_answered_write() {
+    run(Faults::Kills);
+}
+
+#[test]
+fn a_power_cut_beside_a_node_in_sync_loses_no_answered_write() {
+    run(Faults::GuardedPowerCuts);
+}
+
+#[test]
+fn power_cuts_lose_no_flushed_write() {
+    run(Faults::PowerCuts);
+}

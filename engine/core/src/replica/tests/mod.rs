@@ -1,0 +1,8 @@
+//! The holder's side of replication against real stores: seeded histories of a small cluster.
+
+mod cluster;
+mod histories;
+mod node;
+mod oracle;
+mod policy;
+mod scripted;

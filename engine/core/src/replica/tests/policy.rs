@@ -1,0 +1,164 @@
+//! A policy that is just enough to run histories: the rules of `vmstore/holder.py`, of which this is
+//! no copy: no grace, no disks to judge, one replica set.
+
+use crate::replica::{Event, ImageIo, Instance, NodeIndex, NodeMask};
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Standing {
+    Away,
+    Asked,
+    Waiting,
+    Joining,
+    Up,
+}
+
+/// What the cluster's state says.
+#[derive(Clone, Copy, Debug)]
+pub struct Stored {
+    pub epoch: u64,
+    pub generation: u64,
+    pub in_sync: NodeMask,
+}
+
+#[derive(Debug)]
+pub struct Policy {
+    pub record: Stored,
+    pub proposal: Option<Stored>,
+    standing: Vec<Standing>,
+    serial: Vec<u64>,
+    instance: Vec<Option<Instance>>,
+    served: Vec<Option<Instance>>,
+    blocking: NodeMask,
+    pub serving: bool,
+}
+
+pub const QUORUM: u32 = 2;
+
+pub fn digest(generation: u64, in_sync: NodeMask) -> [u8; 32] {
+    [generation as u8 ^ (in_sync.0 as u8) << 4; 32]
+}
+
+impl Policy {
+    pub fn new(record: Stored, nodes: usize) -> Policy {
+        Policy {
+            record,
+            proposal: None,
+            standing: vec![Standing::Away; nodes],
+            serial: vec![0; nodes],
+            instance: vec![None; nodes],
+            served: vec![None; nodes],
+            blocking: NodeMask::EMPTY,
+            serving: false,
+        }
+    }
+
+    /// Takes an event; `instance` is who was at the other end when it came about.
+    pub fn hear(&mut self, event: Event, instance: Option<Instance>, io: &mut ImageIo) {
+        match event {
+            Event::Peeked { node, serial, .. } => {
+                self.serial[usize::from(node)] = serial;
+                self.standing[usize::from(node)] = Standing::Waiting;
+                self.instance[usize::from(node)] = instance;
+            }
+            Event::ReplicaDown { node, blocking } => {
+                self.standing[usize::from(node)] = Standing::Away;
+                self.instance[usize::from(node)] = None;
+                self.blocking = self.blocking.without(NodeMask::one(node));
+                if blocking {
+                    self.blocking = self.blocking.with(NodeMask::one(node));
+                }
+            }
+            Event::ReplicaBlocking { node } => {
+                self.blocking = self.blocking.with(NodeMask::one(node));
+            }
+            Event::Admitted { .. } => {
+                self.serving = true;
+                for index in 0..self.standing.len() {
+                    if self.standing[index] == Standing::Joining {
+                        self.is_up(index);
+                    }
+                }
+            }
+            Event::AdmitFailed { .. } => {
+                for index in 0..self.standing.len() {
+                    if self.standing[index] == Standing::Joining {
+                        self.standing[index] = Standing::Asked;
+                        io.peek(index as NodeIndex);
+                    }
+                }
+            }
+            Event::Stored { .. } | Event::Closed { .. } => {}
+            Event::ReplicaFailed { node, status } => panic!("node {node} fails: {status:?}"),
+            Event::Fenced { node, status } => panic!("node {node} fences us: {status:?}"),
+            Event::BadBlock { .. } => panic!("nothing rots here"),
+        }
+        self.go_on(io);
+    }
+
+    fn is_up(&mut self, index: usize) {
+        self.standing[index] = Standing::Up;
+        self.served[index] = self.instance[index];
+        self.blocking = self.blocking.without(NodeMask::one(index as NodeIndex));
+    }
+
+    fn with_serials(&self, nodes: NodeMask) -> Vec<(NodeIndex, u64)> {
+        nodes.iter().map(|node| (node, self.serial[usize::from(node)])).collect()
+    }
+
+    fn with_standing(&self, wanted: Standing) -> NodeMask {
+        let in_sync = self.record.in_sync.iter();
+        let those = in_sync.filter(|node| self.standing[usize::from(*node)] == wanted);
+        those.fold(NodeMask::EMPTY, |mask, node| mask.with(NodeMask::one(node)))
+    }
+
+    pub fn all_up(&self) -> bool {
+        self.with_standing(Standing::Up) == self.record.in_sync
+    }
+
+    fn go_on(&mut self, io: &mut ImageIo) {
+        if self.proposal.is_some() {
+            return;
+        }
+        let away = self.with_standing(Standing::Away);
+        let up = self.with_standing(Standing::Up);
+        let left = self.record.in_sync.without(away);
+        let due = self.serving && !away.and(self.blocking).is_empty() && !up.is_empty();
+        if due && left.0.count_ones() >= QUORUM {
+            let generation = self.record.generation + 1;
+            self.proposal = Some(Stored { generation, in_sync: left, ..self.record });
+            return;
+        }
+        let waiting = self.with_standing(Standing::Waiting);
+        let resume = waiting.iter().filter(|node| {
+            let index = usize::from(*node);
+            self.served[index].is_some() && self.served[index] == self.instance[index]
+        });
+        let resume = resume.fold(NodeMask::EMPTY, |mask, node| mask.with(NodeMask::one(node)));
+        if !resume.is_empty() {
+            resume.iter().for_each(|node| self.is_up(usize::from(node)));
+            io.admit(&self.with_serials(resume), true);
+        }
+        let join = waiting.without(resume);
+        let unfounded = up.with(resume).is_empty() && waiting != self.record.in_sync;
+        let joining = !self.with_standing(Standing::Joining).is_empty();
+        if !join.is_empty() && !unfounded && !joining {
+            join.iter().for_each(|n| self.standing[usize::from(n)] = Standing::Joining);
+            io.admit(&self.with_serials(join), false);
+        }
+    }
+
+    /// The cluster's state took the proposal.
+    pub fn proposal_taken(&mut self, io: &mut ImageIo) {
+        let Some(taken) = self.proposal.take() else { return };
+        self.record = taken;
+        for index in 0..self.standing.len() {
+            if !taken.in_sync.has(index as NodeIndex) {
+                self.served[index] = None;
+            }
+        }
+        self.blocking = self.blocking.and(taken.in_sync);
+        let digest = digest(taken.generation, taken.in_sync);
+        io.reconfigure(taken.generation, digest, bytes::Bytes::new(), &[taken.in_sync]);
+        self.go_on(io);
+    }
+}
