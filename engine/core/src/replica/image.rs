@@ -352,7 +352,9 @@ impl ImageIo {
         if let Some(token) = request.token {
             self.outputs.push_back(Output::Answer { token, outcome });
         }
-        if matches!(request.kind, RequestKind::Write | RequestKind::Zero) {
+        let changes = matches!(request.kind, RequestKind::Write | RequestKind::Zero);
+        // A request of no bytes holds nothing.
+        if changes && request.length > 0 {
             let mut ready = Vec::new();
             self.locks.release(Self::block_range(request.offset, request.length), &mut ready);
             ready.into_iter().for_each(|id| self.start(id));
