@@ -177,24 +177,18 @@ def test_size_as_qemu_img_takes_it_is_taken(shared: DevCluster, size: str) -> No
 # What is refused.
 
 
-@pytest.mark.parametrize(
-    "size", ["0", "abc", "1000", "257T", "1Q", "", "1e9x", "99999999999999999999T"]
-)
-def test_size_that_is_no_size_is_refused_and_creates_nothing(shared: DevCluster, size: str) -> None:
-    refused(shared, "image", "create", f"{POOL}/never", size)
+def test_size_that_is_no_size_is_refused_and_creates_nothing(shared: DevCluster) -> None:
+    for size in ("0", "abc", "1000", "257T", "1Q", "", "9" * 30 + "T"):
+        refused(shared, "image", "create", f"{POOL}/never", size)
     assert "never" in refused(shared, "image", "info", f"{POOL}/never")
 
 
+# The rules themselves are tested where they are decided; here, that the command asks them.
 @pytest.mark.parametrize(
-    "name",
-    [
-        *("vms", "vms/", "/disk", "vms//disk", "vms/a//b", "vms/a/", "vms/./a", "vms/a/../b"),
-        *("vms/a@b", "Upper/disk", "-x/disk", "a_b/disk", "p" * 64 + "/disk"),
-        *("vms/" + "c" * 256, "vms/" + "/".join(["d" * 200] * 6)),
-    ],
+    "name", ["vms", "vms/", "vms/a/../b", "vms/a@b", "Upper/disk", "vms/" + "c" * 256]
 )
 def test_image_name_that_breaks_the_rules_is_refused(shared: DevCluster, name: str) -> None:
-    refused(shared, "image", "create", "--", name, "1M")
+    refused(shared, "image", "create", name, "1M")
 
 
 @pytest.mark.parametrize(
@@ -239,20 +233,17 @@ def test_import_of_a_missing_file_is_refused(shared: DevCluster, tmp_path: Path)
     refused(shared, "image", "info", f"{POOL}/never")
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("pool", "create", "Bad_Name"),
-        ("pool", "create", "a" * 64),
-        ("pool", "create", "odd", "--shard-size", "3M"),
-        ("pool", "create", "tiny", "--shard-size", "512k"),
-        ("pool", "create", "huge", "--shard-size", "128M"),
-        ("pool", "create", "witness", "--policy", "thin-arbiter"),
-    ],
-)
-def test_pool_that_cannot_be_is_refused(shared: DevCluster, arguments: tuple[str, ...]) -> None:
+def test_pool_that_cannot_be_is_refused_and_not_created(shared: DevCluster) -> None:
     before = shared.json("pool", "ls")
-    refused(shared, *arguments)
+    for arguments in (
+        ("Bad_Name",),
+        ("a" * 64,),
+        ("odd", "--shard-size", "3M"),
+        ("tiny", "--shard-size", "512k"),
+        ("huge", "--shard-size", "128M"),
+        ("witness", "--policy", "thin-arbiter"),
+    ):
+        refused(shared, "pool", "create", *arguments)
     assert shared.json("pool", "ls") == before
 
 
