@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Generator, Iterator
 
 import pytest
 
 from tests.devcluster import DevCluster
+
+
+def pytest_configure() -> None:
+    """A run that is ended from outside unwinds like an interrupted one: clusters are stopped."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
 
 _FAILED = pytest.StashKey[bool]()
 
