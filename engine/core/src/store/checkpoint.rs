@@ -106,7 +106,8 @@ impl Store {
         let sealed = self.log.sealed();
         let retired = match force {
             true => sealed,
-            false if self.log.wants_checkpoint() => sealed.div_ceil(2),
+            // What is overwritten before its turn comes is never copied: leave the newer part.
+            false if self.log.wants_checkpoint() => sealed.div_ceil(4),
             false => 0,
         };
         let retire = (retired > 0).then(|| self.plan_retirement(retired));

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 
-use super::disk::{Disk, DiskResult, Errno, FileRef};
+use super::disk::{Disk, DiskFile, DiskResult, Errno, FileRef};
 use super::index::Place;
 use super::record::{HEADER_BYTES, Header, encode_header};
 
@@ -24,7 +24,7 @@ static PADDING: [u8; PAGE_BYTES as usize] = [0; PAGE_BYTES as usize];
 const BATCH_PIECES_MAX: usize = 1000;
 const BATCH_BYTES_MAX: u32 = 4 << 20;
 /// Free segments that are kept ready.
-const FREE_WANTED: usize = 2;
+const FREE_WANTED: usize = 4;
 
 /// Who may use how much of the last segment while no other is free.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -363,20 +363,30 @@ pub fn segment_path(slot: u32) -> String {
     format!("log/{slot:04}")
 }
 
-/// Creates a segment's file, written with zeros so that later syncs need not change its metadata.
+/// Creates a segment's file with its space reserved, so that a write to it never finds the disk full.
 /// Durable when it returns.
 pub fn create_segment(disk: &dyn Disk, slot: u32, segment_bytes: u32) -> DiskResult<FileRef> {
-    const CHUNK: usize = 1 << 20;
     let file = disk.create(&segment_path(slot))?;
     file.set_len(0)?;
-    let zeros = vec![0u8; CHUNK.min(segment_bytes as usize)];
-    let mut offset = 0;
-    while offset < segment_bytes {
-        let length = zeros.len().min((segment_bytes - offset) as usize);
-        file.write_at(u64::from(offset), &mut [IoSlice::new(&zeros[..length])])?;
-        offset += length as u32;
+    file.set_len(u64::from(segment_bytes))?;
+    file.allocate(0, u64::from(segment_bytes))?;
+    if file.allocated_bytes()? < u64::from(segment_bytes) {
+        write_zeros(&*file, segment_bytes)?;
     }
     file.sync_data()?;
     disk.sync_dir("log")?;
     Ok(file)
+}
+
+/// Reserves space where the file system cannot do it by itself.
+fn write_zeros(file: &dyn DiskFile, length: u32) -> DiskResult<()> {
+    const CHUNK: usize = 1 << 20;
+    let zeros = vec![0u8; CHUNK.min(length as usize)];
+    let mut offset = 0;
+    while offset < length {
+        let piece = zeros.len().min((length - offset) as usize);
+        file.write_at(u64::from(offset), &mut [IoSlice::new(&zeros[..piece])])?;
+        offset += piece as u32;
+    }
+    Ok(())
 }
