@@ -24,7 +24,7 @@ static PADDING: [u8; PAGE_BYTES as usize] = [0; PAGE_BYTES as usize];
 const BATCH_PIECES_MAX: usize = 1000;
 const BATCH_BYTES_MAX: u32 = 4 << 20;
 /// Free segments that are kept ready.
-const FREE_WANTED: usize = 4;
+pub const FREE_WANTED: usize = 4;
 
 /// Who may use how much of the last segment while no other is free.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -2,6 +2,7 @@
 
 use super::rig::*;
 use crate::geometry::{ImageId, Tag};
+use crate::store::log::FREE_WANTED;
 use crate::store::{RecordHead, Store, StoreConfig, StoreError, WriteOp};
 use bytes::Bytes;
 
@@ -220,8 +221,8 @@ fn sync_after_a_checkpoint_whose_log_sync_failed_fails_too() {
     let checkpoint = rig.store.begin_checkpoint(true).expect("begins").expect("work");
     rig.fill(0, 1, 1, 1);
     let sync = rig.store.begin_sync().expect("begins").expect("work");
-    // The first two syncs are those of new segments.
-    rig.disk.fail_sync(2, rustix::io::Errno::IO);
+    // The first syncs are those of new segments.
+    rig.disk.fail_sync(FREE_WANTED as u64, rustix::io::Errno::IO);
     let checkpoint = checkpoint.run();
     let sync = sync.run();
     assert!(rig.store.finish_sync(sync).is_err());
