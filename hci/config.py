@@ -25,7 +25,7 @@ SYSTEM_CONFIG = Path("/etc/hci/hci.toml")
 DEFAULT_ZONE = "default"
 """Sites without zones are one zone."""
 
-DEFAULT_LOG_BYTES = 2 << 30
+DEFAULT_LOG_BYTES = 1 << 30
 """A node's write-ahead log. Bursts up to this size are written once, at the page cache's speed;
 what is overwritten within it never reaches a shard file. Read back after a crash in about a second.
 Its segments are created as they are needed."""

@@ -107,7 +107,7 @@ impl Store {
         let retired = match force {
             true => sealed,
             // What is overwritten before its turn comes is never copied: leave the newer part.
-            false if self.log.wants_checkpoint() => sealed.div_ceil(4),
+            false if self.log.wants_checkpoint() => sealed.div_ceil(6),
             false => 0,
         };
         let retire = (retired > 0).then(|| self.plan_retirement(retired));

@@ -331,7 +331,7 @@ impl Log {
     /// Sealed segments are plenty, or there is no other way to get a free one: a checkpoint is due.
     pub fn wants_checkpoint(&self) -> bool {
         let grows = !self.slots_wanted().is_empty() && !self.growth_failed;
-        self.sealed() as u32 >= (self.segments_max / 2).max(1)
+        self.sealed() as u32 >= (self.segments_max * 3 / 4).max(1)
             || self.free.is_empty() && self.sealed() > 0 && !grows
     }
 
