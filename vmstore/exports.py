@@ -22,7 +22,7 @@ from etcd.records import ImageRecord
 from shard.digest import membership_digest
 from shard.errors import HciError
 from shard.ids import ImageId
-from vmstore import holder as decide
+from vmstore import effects, events
 from vmstore.catalog import Catalog
 from vmstore.errors import (
     InUse,
@@ -32,7 +32,8 @@ from vmstore.errors import (
     UnknownImage,
     UnknownPool,
 )
-from vmstore.holder import Holder, NodeRecordView, Phase
+from vmstore.events import NodeRecordView
+from vmstore.holder import OPEN_LIMIT_S, Holder, Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName, parse_image_name
 from vmstore.stored import Stored
@@ -141,7 +142,7 @@ class Exports:
         pin = self._take_pin()
         self._queue.put(lambda: self._pin(name, pin, opened))
         try:
-            self._resize(opened.result(timeout=decide.OPEN_LIMIT_S + 10), size_bytes, force)
+            self._resize(opened.result(timeout=OPEN_LIMIT_S + 10), size_bytes, force)
         finally:
             self._queue.put(lambda: self._client_left(pin))
 
@@ -162,7 +163,7 @@ class Exports:
             image.zeroed.result(timeout=ZERO_LIMIT_S)
         resized: Future[None] = Future()
         self._queue.put(lambda: self._store_size(image, size_bytes, resized))
-        resized.result(timeout=decide.OPEN_LIMIT_S)
+        resized.result(timeout=OPEN_LIMIT_S)
 
     def _store_size(self, image: OpenImage, size_bytes: int, resized: "Future[None]") -> None:
         """Store a new size; no change of membership is under way meanwhile."""
@@ -186,7 +187,7 @@ class Exports:
 
         def go_on() -> None:
             image.holder.paused = False
-            self._step(image, decide.Tick(time.monotonic()))
+            self._step(image, events.Tick(time.monotonic()))
 
         self._later(lambda: self._catalog.resize(held, size_bytes, force=True), stored, failed)
 
@@ -224,7 +225,7 @@ class Exports:
 
     def _tick(self) -> None:
         for image in list(self._images.values()):
-            self._step(image, decide.Tick(time.monotonic()))
+            self._step(image, events.Tick(time.monotonic()))
 
     def _after(self, pause_s: float, work: Callable[[], None]) -> None:
         """Have the deciding thread do something later."""
@@ -332,7 +333,7 @@ class Exports:
 
     def _close_if_unused(self, image: OpenImage) -> None:
         if not image.users and not image.waiting and not image.pins:
-            self._step(image, decide.Close())
+            self._step(image, events.Close())
 
     def _pin(self, name: ImageName, pin: int, opened: "Future[OpenImage]") -> None:
         def found(stored: Stored[ImageRecord]) -> None:
@@ -370,13 +371,13 @@ class Exports:
         def taken(held: Held) -> None:
             image.held = held
             log.info("image_taken", image=str(image.name), epoch=held.record.epoch)
-            self._step(image, decide.LeaseTaken(held.record))
+            self._step(image, events.LeaseTaken(held.record))
             if not image.users and not image.waiting:
-                self._step(image, decide.Close())
+                self._step(image, events.Close())
 
         def failed(error: HciError) -> None:
             log.info("image_refused", image=str(image.name), why=str(error))
-            self._step(image, decide.Fail(str(error)))
+            self._step(image, events.Fail(str(error)))
 
         self._later(lambda: self._try_to_take(image), taken, failed)
 
@@ -402,7 +403,7 @@ class Exports:
                     raise
         raise AssertionError("the last attempt returns or raises")
 
-    def _step(self, image: OpenImage, event: decide.Event) -> None:
+    def _step(self, image: OpenImage, event: events.Event) -> None:
         """Have the image's holder decide, and carry out what it says."""
         for effect in image.holder.step(event):
             self._carry_out(image, effect)
@@ -412,31 +413,31 @@ class Exports:
             if trouble:
                 log.warning("image_trouble", image=str(image.name), why=trouble)
 
-    def _carry_out(self, image: OpenImage, effect: decide.Effect) -> None:
+    def _carry_out(self, image: OpenImage, effect: effects.Effect) -> None:
         match effect:
-            case decide.OpenImage(record):
+            case effects.OpenImage(record):
                 self._open_in_engine(image, record)
-            case decide.Admit(nodes, resume, serials):
+            case effects.Admit(nodes, resume, serials):
                 indexes = [image.node_names.index(node) for node in nodes]
                 named = list(zip(indexes, serials, strict=True))
                 self._engine.admit(image.channel, named, resume=resume)
-            case decide.Peek(node):
+            case effects.Peek(node):
                 self._engine.peek(image.channel, image.node_names.index(node))
-            case decide.ChangeMembership(_, after):
+            case effects.ChangeMembership(_, after):
                 self._change_membership(image, after)
-            case decide.Reconfigure(record):
+            case effects.Reconfigure(record):
                 self._reconfigure(image, record)
-            case decide.Serve():
+            case effects.Serve():
                 self._serve(image)
-            case decide.Refuse(reason):
+            case effects.Refuse(reason):
                 self._refuse_waiting(image, reason)
-            case decide.CloseImage():
+            case effects.CloseImage():
                 self._engine.close(image.channel)
-            case decide.KillImage():
+            case effects.KillImage():
                 self._engine.kill(image.channel)
-            case decide.Release(_, clean):
+            case effects.Release(_, clean):
                 self._release(image, clean)
-            case decide.Forget():
+            case effects.Forget():
                 self._forget(image)
 
     def _open_in_engine(self, image: OpenImage, record: ImageRecord) -> None:
@@ -501,17 +502,17 @@ class Exports:
 
         def changed(new: Held) -> None:
             image.held = new
-            self._step(image, decide.MembershipChanged(new.record))
+            self._step(image, events.MembershipChanged(new.record))
 
         def failed(error: HciError) -> None:
             if isinstance(error, EtcdError):
-                self._step(image, decide.MembershipDelayed())
+                self._step(image, events.MembershipDelayed())
             elif isinstance(error, LeaseLost) and error.gateway is None:
                 # It may merely have lapsed: it is taken again, or found to be another's.
-                self._step(image, decide.MembershipDelayed())
+                self._step(image, events.MembershipDelayed())
                 self._retake(image)
             else:
-                self._step(image, decide.Lost(str(error)))
+                self._step(image, events.Lost(str(error)))
 
         self._later(change, changed, failed)
 
@@ -553,7 +554,7 @@ class Exports:
 
         def released(_result: None) -> None:
             log.info("image_released", image=str(image.name), clean=clean)
-            self._step(image, decide.Released())
+            self._step(image, events.Released())
 
         def failed(error: HciError) -> None:
             log.warning("image_release_failed", image=str(image.name), why=str(error))
@@ -561,7 +562,7 @@ class Exports:
                 self._after(RELEASE_RETRY_S, lambda: self._release(image, clean))
             else:
                 # The lease is another's already, or the image is gone.
-                self._step(image, decide.Released())
+                self._step(image, events.Released())
 
         self._later(release, released, failed)
 
@@ -608,27 +609,27 @@ class Exports:
                 self._step(image, _peeked(node, event))
             case "replica_down":
                 log.warning("replica_lost", image=str(image.name), node=node)
-                self._step(image, decide.ReplicaDown(node, event["blocking"]))
+                self._step(image, events.ReplicaDown(node, event["blocking"]))
             case "replica_blocking":
-                self._step(image, decide.ReplicaBlocking(node))
+                self._step(image, events.ReplicaBlocking(node))
             case "replica_failed":
-                self._step(image, decide.ReplicaFailed(node, event["status"]))
+                self._step(image, events.ReplicaFailed(node, event["status"]))
             case "bad_block":
                 log.error("bitrot_found", image=str(image.name), node=node, shard=event["shard"],
                           block=event["block"])  # fmt: skip
             case "admitted":
                 log.info("replicas_level", image=str(image.name), shards=event["levelled_shards"],
                          copied_bytes=event["copied_bytes"])  # fmt: skip
-                self._step(image, decide.Admitted())
+                self._step(image, events.Admitted())
             case "admit_failed":
                 log.warning("admit_failed", image=str(image.name), node=node, why=event["status"])
-                self._step(image, decide.AdmitFailed(node))
+                self._step(image, events.AdmitFailed(node))
             case "stored":
-                self._step(image, decide.Stored(event["generation"]))
+                self._step(image, events.Stored(event["generation"]))
             case "fenced":
-                self._step(image, decide.Fenced(node))
+                self._step(image, events.Fenced(node))
             case "closed":
-                self._step(image, decide.Closed(event["clean"]))
+                self._step(image, events.Closed(event["clean"]))
 
     # The etcd lease
 
@@ -680,7 +681,7 @@ class Exports:
                 # Without it the next gateway that is asked would take the image from its guest.
                 self._after(RELEASE_RETRY_S, lambda: self._retake(image))
             else:
-                self._step(image, decide.Lost(str(error)))
+                self._step(image, events.Lost(str(error)))
 
         self._later(lambda: self._catalog.retake_lease(held, lease), taken, failed)
 
@@ -692,7 +693,7 @@ class Exports:
         for image in list(self._images.values()):
             image.waiting.clear()
             self._engine.disconnect(image.channel)
-            self._step(image, decide.Close())
+            self._step(image, events.Close())
         self._wait_for_end(done)
 
     def _wait_for_end(self, done: threading.Event) -> None:
@@ -702,7 +703,7 @@ class Exports:
         self._after(TICK_S, lambda: self._wait_for_end(done))
 
 
-def _peeked(node: str, event: dict[str, Any]) -> decide.Peeked:
+def _peeked(node: str, event: dict[str, Any]) -> events.Peeked:
     record = event["record"]
     view = None
     flush_number = 0
@@ -716,6 +717,6 @@ def _peeked(node: str, event: dict[str, Any]) -> decide.Peeked:
             peers=dict(record["peers"]),
             dirty=record["dirty"],
         )
-    return decide.Peeked(
+    return events.Peeked(
         node, event["start_counter"], flush_number, event["deleted"], view, event["serial"]
     )

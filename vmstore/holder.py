@@ -21,13 +21,46 @@ What this module refuses: to serve from a node that knows a later record (etcd w
 to believe a node that has lost its record or was rolled back itself: such a node is stale since 0.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from etcd.records import ImageRecord
 from shard.digest import membership_digest
 from shard.membership import Change, Ready, Wait, lose
+from vmstore.effects import (
+    Admit,
+    ChangeMembership,
+    CloseImage,
+    Effect,
+    Forget,
+    KillImage,
+    OpenImage,
+    Peek,
+    Reconfigure,
+    Refuse,
+    Release,
+    Serve,
+)
+from vmstore.events import (
+    AdmitFailed,
+    Admitted,
+    Close,
+    Closed,
+    Event,
+    Fail,
+    Fenced,
+    LeaseTaken,
+    Lost,
+    MembershipChanged,
+    MembershipDelayed,
+    Peeked,
+    Released,
+    ReplicaBlocking,
+    ReplicaDown,
+    ReplicaFailed,
+    Stored,
+    Tick,
+)
 
 GRACE_S = 3.0
 """How long a new holder waits for nodes in sync that do not answer before it goes on without them:
@@ -54,233 +87,6 @@ class Phase(Enum):
     CLOSING = auto()
     RELEASING = auto()
     ENDED = auto()
-
-
-# Events
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseTaken:
-    """etcd has the lease key and this record, whose epoch is ours."""
-
-    record: ImageRecord
-
-
-@dataclass(frozen=True, slots=True)
-class Peeked:
-    """A connected node told its record of the image, and which instance of which store it is."""
-
-    node: str
-    instance: int
-    flush_number: int
-    deleted: bool
-    record: "NodeRecordView | None"
-    serial: int = 0
-    """Names this answer when the node is admitted."""
-
-
-@dataclass(frozen=True, slots=True)
-class NodeRecordView:
-    """What a node holds of an image's record, and what it heard of its peers' flushes."""
-
-    epoch: int
-    holder: str
-    generation: int
-    digest: bytes
-    peers: Mapping[str, int]
-    dirty: int = 0
-    """Number of shards in the node's dirty map."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaDown:
-    """The connection to a node is gone. `blocking`: requests wait for it."""
-
-    node: str
-    blocking: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaBlocking:
-    """Requests wait for a node that does not serve."""
-
-    node: str
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaFailed:
-    """A node cannot do what it is asked (no space, a failing disk)."""
-
-    node: str
-    status: str
-
-
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """The nodes asked for by `Admit` serve."""
-
-
-@dataclass(frozen=True, slots=True)
-class AdmitFailed:
-    """A node was lost, or failed, on the way; all that were asked for wait to be admitted again."""
-
-    node: str
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """All nodes in sync of the changed sets hold this generation."""
-
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class Fenced:
-    """A node refused us for a later holder or membership."""
-
-    node: str
-
-
-@dataclass(frozen=True, slots=True)
-class MembershipChanged:
-    """etcd took the proposal."""
-
-    record: ImageRecord
-
-
-@dataclass(frozen=True, slots=True)
-class MembershipDelayed:
-    """etcd did not answer; nothing is known to have changed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """The lease or the record is another's now."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Close:
-    """The last client has left."""
-
-
-@dataclass(frozen=True, slots=True)
-class Closed:
-    """The engine has let go."""
-
-    clean: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Released:
-    """The lease key is gone, or will end by itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fail:
-    """The image could not be taken: unknown, in use, etcd not reachable."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Seconds on a clock that only grows."""
-
-    now_s: float
-
-
-Event = (
-    LeaseTaken | Peeked | ReplicaDown | ReplicaBlocking | ReplicaFailed | Admitted | AdmitFailed
-    | Stored | Fenced | MembershipChanged | MembershipDelayed | Lost | Close | Closed | Released
-    | Fail | Tick
-)  # fmt: skip
-
-
-# Effects
-
-
-@dataclass(frozen=True, slots=True)
-class OpenImage:
-    """Have the engine connect the image to its nodes, by this record."""
-
-    record: ImageRecord
-
-
-@dataclass(frozen=True, slots=True)
-class Admit:
-    """Let these nodes in; `resume`: the instances that were in before.
-
-    `serials` are those of the answers they were judged by.
-    """
-
-    nodes: tuple[str, ...]
-    resume: bool
-    serials: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Peek:
-    """Ask a connected node for its record again."""
-
-    node: str
-
-
-@dataclass(frozen=True, slots=True)
-class ChangeMembership:
-    """Have etcd take `after` in place of `before`, under our lease."""
-
-    before: ImageRecord
-    after: ImageRecord
-
-
-@dataclass(frozen=True, slots=True)
-class Reconfigure:
-    """Have the engine go by this record."""
-
-    record: ImageRecord
-
-
-@dataclass(frozen=True, slots=True)
-class Serve:
-    """The image is open: let waiting clients in."""
-
-
-@dataclass(frozen=True, slots=True)
-class Refuse:
-    """Tell waiting clients why not."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class CloseImage:
-    """Have the engine flush, clear and let go."""
-
-
-@dataclass(frozen=True, slots=True)
-class KillImage:
-    """Have the engine fail everything at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """Give the lease back."""
-
-    record: ImageRecord
-    clean: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Forget:
-    """The end: drop the image from the engine, and this state machine."""
-
-
-Effect = (
-    OpenImage | Admit | Peek | ChangeMembership | Reconfigure | Serve | Refuse | CloseImage
-    | KillImage | Release | Forget
-)  # fmt: skip
 
 
 class Standing(Enum):

@@ -26,6 +26,8 @@ PURE = (
     "etcd/interface.py",
     "etcd/keys.py",
     "etcd/records.py",
+    "vmstore/effects.py",
+    "vmstore/events.py",
     "vmstore/holder.py",
     "vmstore/names.py",
 )

@@ -11,6 +11,7 @@ from etcd.records import ImageRecord, Layer
 from shard.digest import membership_digest
 from shard.ids import ImageId
 from shard.membership import Policy
+from vmstore import effects, events
 from vmstore import holder as h
 from vmstore.holder import Holder, Phase, Standing
 
@@ -37,8 +38,8 @@ def record(**changes: object) -> ImageRecord:
     return replace(taken, **changes)  # type: ignore[arg-type]
 
 
-def view(ours: ImageRecord, **changes: object) -> h.NodeRecordView:
-    known = h.NodeRecordView(
+def view(ours: ImageRecord, **changes: object) -> events.NodeRecordView:
+    known = events.NodeRecordView(
         epoch=ours.epoch - 1,
         holder="ef" * 16,
         generation=ours.generation,
@@ -49,14 +50,16 @@ def view(ours: ImageRecord, **changes: object) -> h.NodeRecordView:
     return replace(known, **changes)  # type: ignore[arg-type]
 
 
-def peeked(node: str, instance: int = 1, *, flush_number: int = 9, serial: int = 1) -> h.Peeked:
-    return h.Peeked(node, instance, flush_number, False, view(record()), serial)
+def peeked(
+    node: str, instance: int = 1, *, flush_number: int = 9, serial: int = 1
+) -> events.Peeked:
+    return events.Peeked(node, instance, flush_number, False, view(record()), serial)
 
 
 def gathering(ours: ImageRecord | None = None) -> Holder:
     holder = Holder(holder=ME, now_s=0.0)
     ours = ours or record()
-    assert holder.step(h.LeaseTaken(ours)) == [h.OpenImage(ours)]
+    assert holder.step(events.LeaseTaken(ours)) == [effects.OpenImage(ours)]
     return holder
 
 
@@ -65,45 +68,45 @@ def serving(ours: ImageRecord | None = None) -> Holder:
     for node in NODES:
         if node in holder.record.membership.all_in_sync():  # type: ignore[union-attr]
             holder.step(peeked(node))
-    assert h.Serve() in holder.step(h.Admitted())
+    assert effects.Serve() in holder.step(events.Admitted())
     return holder
 
 
-def changes(effects: list[h.Effect]) -> list[h.ChangeMembership]:
-    return [effect for effect in effects if isinstance(effect, h.ChangeMembership)]
+def changes(effects: list[effects.Effect]) -> list[effects.ChangeMembership]:
+    return [effect for effect in effects if isinstance(effect, effects.ChangeMembership)]
 
 
 def test_phases_from_lease_to_end() -> None:
     holder = gathering()
     assert holder.step(peeked("node1")) == holder.step(peeked("node2")) == []
-    assert holder.step(peeked("node3", serial=7)) == [h.Admit(NODES, False, (1, 1, 7))]
+    assert holder.step(peeked("node3", serial=7)) == [effects.Admit(NODES, False, (1, 1, 7))]
     assert holder.phase is Phase.JOINING
-    assert holder.step(h.Admitted()) == [h.Serve()]
-    assert holder.step(h.Close()) == [h.CloseImage()]
-    assert holder.step(h.Closed(True)) == [h.Release(record(), True)]
-    assert holder.step(h.Released()) == [h.Forget()]
+    assert holder.step(events.Admitted()) == [effects.Serve()]
+    assert holder.step(events.Close()) == [effects.CloseImage()]
+    assert holder.step(events.Closed(True)) == [effects.Release(record(), True)]
+    assert holder.step(events.Released()) == [effects.Forget()]
     assert holder.phase is Phase.ENDED
 
 
 def test_lease_that_cannot_be_taken_refuses() -> None:
     holder = Holder(holder=ME, now_s=0.0)
-    assert holder.step(h.Fail("in use")) == [h.Refuse("in use"), h.Forget()]
+    assert holder.step(events.Fail("in use")) == [effects.Refuse("in use"), effects.Forget()]
 
 
 def test_close_while_opening_gives_the_lease_back_unclean() -> None:
-    effects = gathering().step(h.Close())
-    assert effects[0] == h.KillImage() and effects[-1] == h.Release(record(), False)
+    effects = gathering().step(events.Close())
+    assert effects[0] == effects.KillImage() and effects[-1] == effects.Release(record(), False)
 
 
 def test_close_while_taking_the_lease_is_asked_again_by_the_driver() -> None:
     """A client left and another came while the lease was taken: the second was let in, and the
     image closed under it at once because of the first."""
     holder = Holder(holder=ME, now_s=0.0)
-    assert holder.step(h.Close()) == []
-    holder.step(h.LeaseTaken(record()))
+    assert holder.step(events.Close()) == []
+    holder.step(events.LeaseTaken(record()))
     for node in NODES:
         holder.step(peeked(node))
-    assert holder.step(h.Admitted()) == [h.Serve()]
+    assert holder.step(events.Admitted()) == [effects.Serve()]
     assert holder.phase is Phase.SERVING
 
 
@@ -111,29 +114,29 @@ def test_absent_node_is_left_behind_after_the_grace_and_not_before() -> None:
     holder = gathering()
     holder.step(peeked("node1"))
     holder.step(peeked("node2"))
-    assert holder.step(h.Tick(h.GRACE_S - 0.1)) == []
-    (change,) = changes(holder.step(h.Tick(h.GRACE_S)))
+    assert holder.step(events.Tick(h.GRACE_S - 0.1)) == []
+    (change,) = changes(holder.step(events.Tick(h.GRACE_S)))
     assert change.after.stale == {0: {"node3": 1}}
-    effects = holder.step(h.MembershipChanged(change.after))
+    effects = holder.step(events.MembershipChanged(change.after))
     assert effects == [
-        h.Reconfigure(change.after),
-        h.Admit(("node1", "node2"), False, (1, 1)),
+        effects.Reconfigure(change.after),
+        effects.Admit(("node1", "node2"), False, (1, 1)),
     ]
 
 
 def test_one_node_alone_waits_and_is_refused_at_the_limit() -> None:
     holder = gathering()
     holder.step(peeked("node1"))
-    assert holder.step(h.Tick(h.GRACE_S + 1)) == []
-    effects = holder.step(h.Tick(h.OPEN_LIMIT_S + 1))
-    assert isinstance(effects[1], h.Refuse) and "node2, node3" in effects[1].reason
+    assert holder.step(events.Tick(h.GRACE_S + 1)) == []
+    effects = holder.step(events.Tick(h.OPEN_LIMIT_S + 1))
+    assert isinstance(effects[1], effects.Refuse) and "node2, node3" in effects[1].reason
 
 
 def test_emptied_disk_is_stale_since_zero_without_grace() -> None:
     holder = gathering()
     holder.step(peeked("node1"))
     holder.step(peeked("node2"))
-    (change,) = changes(holder.step(h.Peeked("node3", 1, 0, False, None)))
+    (change,) = changes(holder.step(events.Peeked("node3", 1, 0, False, None)))
     assert change.after.stale == {0: {"node3": 0}}
 
 
@@ -141,15 +144,15 @@ def test_first_open_that_was_cut_short_opens_again() -> None:
     """A gateway died after one of three nodes had stored a new image's record: the other two
     counted as emptied, and the image could never be opened."""
     holder = gathering()
-    holder.step(h.Peeked("node1", 1, 0, False, view(record(), dirty=0)))
-    holder.step(h.Peeked("node2", 1, 0, False, None, 2))
-    effects = holder.step(h.Peeked("node3", 1, 0, False, None, 3))
-    assert effects == [h.Admit(NODES, False, (0, 2, 3))]
+    holder.step(events.Peeked("node1", 1, 0, False, view(record(), dirty=0)))
+    holder.step(events.Peeked("node2", 1, 0, False, None, 2))
+    effects = holder.step(events.Peeked("node3", 1, 0, False, None, 3))
+    assert effects == [effects.Admit(NODES, False, (0, 2, 3))]
 
 
 def test_store_behind_what_a_peer_was_told_is_stale_since_zero() -> None:
     holder = gathering()
-    holder.step(h.Peeked("node1", 1, 9, False, view(record(), peers={"node3": 10})))
+    holder.step(events.Peeked("node1", 1, 9, False, view(record(), peers={"node3": 10})))
     holder.step(peeked("node2"))
     (change,) = changes(holder.step(peeked("node3", flush_number=9)))
     assert change.after.stale == {0: {"node3": 0}}
@@ -159,16 +162,16 @@ def test_store_behind_what_a_peer_was_told_is_stale_since_zero() -> None:
     "known", [{"epoch": 4}, {"epoch": 3}, {"generation": 2}, {"digest": b"other"}]
 )
 def test_node_with_a_later_record_stops_the_open(known: dict[str, object]) -> None:
-    effects = gathering().step(h.Peeked("node1", 1, 9, False, view(record(), **known)))
-    assert effects[0] == h.KillImage()
-    assert isinstance(effects[1], h.Refuse) and "rolled back" in effects[1].reason
+    effects = gathering().step(events.Peeked("node1", 1, 9, False, view(record(), **known)))
+    assert effects[0] == effects.KillImage()
+    assert isinstance(effects[1], effects.Refuse) and "rolled back" in effects[1].reason
 
 
 def test_lost_node_stays_in_sync_until_requests_wait_for_it() -> None:
     holder = serving()
-    assert holder.step(h.ReplicaDown("node2", blocking=False)) == []
-    assert holder.step(h.Tick(100.0)) == []
-    (change,) = changes(holder.step(h.ReplicaBlocking("node2")))
+    assert holder.step(events.ReplicaDown("node2", blocking=False)) == []
+    assert holder.step(events.Tick(100.0)) == []
+    (change,) = changes(holder.step(events.ReplicaBlocking("node2")))
     assert change.after.stale == {0: {"node2": 1}}
 
 
@@ -176,30 +179,32 @@ def test_requests_that_waited_once_do_not_count_after_the_return() -> None:
     """A node blocked requests while it joined; later its connection broke with nothing waiting, and
     it was left behind."""
     holder = serving()
-    holder.step(h.ReplicaBlocking("node2"))
-    assert holder.step(h.ReplicaDown("node2", blocking=False)) == []
+    holder.step(events.ReplicaBlocking("node2"))
+    assert holder.step(events.ReplicaDown("node2", blocking=False)) == []
 
 
 def test_second_loss_waits_for_the_quorum() -> None:
     holder = serving(record(generation=2, stale={0: {"node3": 1}}))
-    assert holder.step(h.ReplicaDown("node2", blocking=True)) == []
-    assert holder.step(h.Tick(100.0)) == []
+    assert holder.step(events.ReplicaDown("node2", blocking=True)) == []
+    assert holder.step(events.Tick(100.0)) == []
 
 
 def test_delayed_change_is_asked_for_again() -> None:
     holder = serving()
-    (change,) = changes(holder.step(h.ReplicaDown("node2", blocking=True)))
-    assert holder.step(h.MembershipDelayed()) == []
-    assert holder.step(h.Tick(h.RETRY_S)) == [change]
-    assert holder.step(h.MembershipChanged(change.after))[0] == h.Reconfigure(change.after)
+    (change,) = changes(holder.step(events.ReplicaDown("node2", blocking=True)))
+    assert holder.step(events.MembershipDelayed()) == []
+    assert holder.step(events.Tick(h.RETRY_S)) == [change]
+    assert holder.step(events.MembershipChanged(change.after))[0] == effects.Reconfigure(
+        change.after
+    )
 
 
 def test_same_instance_resumes_and_another_is_levelled() -> None:
     holder = serving()
-    holder.step(h.ReplicaDown("node2", blocking=False))
-    assert holder.step(peeked("node2", serial=2)) == [h.Admit(("node2",), True, (2,))]
-    holder.step(h.ReplicaDown("node2", blocking=False))
-    assert holder.step(peeked("node2", 2, serial=3)) == [h.Admit(("node2",), False, (3,))]
+    holder.step(events.ReplicaDown("node2", blocking=False))
+    assert holder.step(peeked("node2", serial=2)) == [effects.Admit(("node2",), True, (2,))]
+    holder.step(events.ReplicaDown("node2", blocking=False))
+    assert holder.step(peeked("node2", 2, serial=3)) == [effects.Admit(("node2",), False, (3,))]
 
 
 def test_one_admission_at_a_time() -> None:
@@ -207,25 +212,25 @@ def test_one_admission_at_a_time() -> None:
     connection broke, and it resumed unlevelled."""
     holder = serving()
     for node in ("node2", "node3"):
-        holder.step(h.ReplicaDown(node, blocking=False))
-    assert holder.step(peeked("node2", 2)) == [h.Admit(("node2",), False, (1,))]
+        holder.step(events.ReplicaDown(node, blocking=False))
+    assert holder.step(peeked("node2", 2)) == [effects.Admit(("node2",), False, (1,))]
     assert holder.step(peeked("node3", 2)) == []
-    assert holder.step(h.Admitted()) == [h.Admit(("node3",), False, (1,))]
+    assert holder.step(events.Admitted()) == [effects.Admit(("node3",), False, (1,))]
 
 
 def test_failed_admission_asks_all_again_and_counts_none_as_lost() -> None:
     holder = serving()
-    holder.step(h.ReplicaDown("node2", blocking=True))
+    holder.step(events.ReplicaDown("node2", blocking=True))
     holder = serving()
-    holder.step(h.ReplicaDown("node2", blocking=False))
+    holder.step(events.ReplicaDown("node2", blocking=False))
     holder.step(peeked("node2", 2))
-    holder.step(h.ReplicaBlocking("node2"))
-    assert holder.step(h.AdmitFailed("node1")) == [h.Peek("node2")]
-    assert holder.step(peeked("node2", 2, serial=5)) == [h.Admit(("node2",), False, (5,))]
+    holder.step(events.ReplicaBlocking("node2"))
+    assert holder.step(events.AdmitFailed("node1")) == [effects.Peek("node2")]
+    assert holder.step(peeked("node2", 2, serial=5)) == [effects.Admit(("node2",), False, (5,))]
 
 
 def test_node_that_fails_requests_is_left_behind() -> None:
-    (change,) = changes(serving().step(h.ReplicaFailed("node2", "no_space")))
+    (change,) = changes(serving().step(events.ReplicaFailed("node2", "no_space")))
     assert change.after.stale == {0: {"node2": 1}}
 
 
@@ -235,26 +240,26 @@ def test_node_that_failed_once_counts_as_well_again() -> None:
     holder = serving()
     holder.paused = True
     for node in NODES:
-        assert holder.step(h.ReplicaFailed(node, "no_space")) == []
+        assert holder.step(events.ReplicaFailed(node, "no_space")) == []
     holder.paused = False
-    assert holder.step(h.Tick(h.FAILING_S + 1)) == []
-    (change,) = changes(holder.step(h.ReplicaDown("node3", blocking=True)))
+    assert holder.step(events.Tick(h.FAILING_S + 1)) == []
+    (change,) = changes(holder.step(events.ReplicaDown("node3", blocking=True)))
     assert change.after.stale == {0: {"node3": 1}}
 
 
-@pytest.mark.parametrize("event", [h.Fenced("node1"), h.Lost("another holder")])
-def test_another_holder_ends_it(event: h.Event) -> None:
+@pytest.mark.parametrize("event", [events.Fenced("node1"), events.Lost("another holder")])
+def test_another_holder_ends_it(event: events.Event) -> None:
     effects = serving().step(event)
-    assert effects[0] == h.KillImage() and effects[-1] == h.Release(record(), False)
+    assert effects[0] == effects.KillImage() and effects[-1] == effects.Release(record(), False)
 
 
 def test_change_that_comes_after_giving_up_changes_nothing() -> None:
     holder = serving()
-    (change,) = changes(holder.step(h.ReplicaDown("node2", blocking=True)))
-    holder.step(h.Lost("another holder"))
-    assert holder.step(h.MembershipDelayed()) == holder.step(h.Tick(50.0)) == []
-    assert holder.step(h.MembershipChanged(change.after)) == []
-    assert holder.step(h.Released()) == [h.Forget()]
+    (change,) = changes(holder.step(events.ReplicaDown("node2", blocking=True)))
+    holder.step(events.Lost("another holder"))
+    assert holder.step(events.MembershipDelayed()) == holder.step(events.Tick(50.0)) == []
+    assert holder.step(events.MembershipChanged(change.after)) == []
+    assert holder.step(events.Released()) == [effects.Forget()]
 
 
 class Histories(RuleBasedStateMachine):
@@ -269,18 +274,18 @@ class Histories(RuleBasedStateMachine):
         self.waiting: set[str] = set()
         self.joining: set[str] = set()
         self.up: set[str] = set()
-        self.asked: h.ChangeMembership | None = None
+        self.asked: effects.ChangeMembership | None = None
         self.serial = 0
 
-    def tell(self, event: h.Event) -> None:
+    def tell(self, event: events.Event) -> None:
         for effect in self.holder.step(event):
             self.carry_out(effect)
 
-    def carry_out(self, effect: h.Effect) -> None:
+    def carry_out(self, effect: effects.Effect) -> None:
         ours = self.holder.record
         assert ours is not None
         match effect:
-            case h.Admit(nodes, resume):
+            case effects.Admit(nodes, resume):
                 assert set(nodes) <= ours.membership.all_in_sync(), "a stale node is let in"
                 let_in = set(nodes) & self.waiting
                 self.waiting -= let_in
@@ -289,16 +294,16 @@ class Histories(RuleBasedStateMachine):
                 else:
                     assert not self.joining, "one admission at a time"
                     self.joining = let_in
-            case h.ChangeMembership(_, after):
+            case effects.ChangeMembership(_, after):
                 assert self.asked in (None, effect), "one proposal at a time"
                 assert len(after.membership.in_sync(0)) >= 2, "below the quorum"
                 self.asked = effect
-            case h.Reconfigure(new):
+            case effects.Reconfigure(new):
                 left = set(NODES) - new.membership.all_in_sync()
                 self.waiting |= (self.up | self.joining) & left
                 self.up -= left
                 self.joining -= left
-            case h.Peek(node):
+            case effects.Peek(node):
                 if node in self.waiting:
                     self.peek(node)
 
@@ -310,7 +315,7 @@ class Histories(RuleBasedStateMachine):
     def fail_admission(self, node: str) -> None:
         self.waiting |= self.joining & self.connected
         self.joining = set()
-        self.tell(h.AdmitFailed(node))
+        self.tell(events.AdmitFailed(node))
 
     @rule(node=st.sampled_from(NODES), restarted=st.booleans())
     def come(self, node: str, restarted: bool) -> None:
@@ -328,17 +333,17 @@ class Histories(RuleBasedStateMachine):
             self.up.discard(node)
             if took_part and self.joining:
                 self.fail_admission(node)
-            self.tell(h.ReplicaDown(node, blocking))
+            self.tell(events.ReplicaDown(node, blocking))
 
     @rule(node=st.sampled_from(NODES))
     def block(self, node: str) -> None:
         if node not in self.up:
-            self.tell(h.ReplicaBlocking(node))
+            self.tell(events.ReplicaBlocking(node))
 
     @rule(node=st.sampled_from(NODES))
     def fail(self, node: str) -> None:
         if node in self.up:
-            self.tell(h.ReplicaFailed(node, "io"))
+            self.tell(events.ReplicaFailed(node, "io"))
 
     @precondition(lambda self: self.joining)
     @rule(level=st.booleans(), node=st.sampled_from(NODES))
@@ -346,7 +351,7 @@ class Histories(RuleBasedStateMachine):
         if level:
             self.up |= self.joining
             self.joining = set()
-            self.tell(h.Admitted())
+            self.tell(events.Admitted())
         else:
             self.fail_admission(node)
 
@@ -357,10 +362,10 @@ class Histories(RuleBasedStateMachine):
         assert asked is not None
         if taken:
             self.asked = None
-            self.tell(h.MembershipChanged(asked.after))
-            self.tell(h.Stored(asked.after.generation))
+            self.tell(events.MembershipChanged(asked.after))
+            self.tell(events.Stored(asked.after.generation))
         else:
-            self.tell(h.MembershipDelayed())
+            self.tell(events.MembershipDelayed())
 
     @rule(pause_s=st.floats(0.05, 4.0))
     def tick(self, pause_s: float) -> None:
@@ -368,7 +373,7 @@ class Histories(RuleBasedStateMachine):
         # The limit of an open is a rule of its own; here histories go on.
         if not opening or self.now_s + pause_s < h.OPEN_LIMIT_S - 10:
             self.now_s += pause_s
-        self.tell(h.Tick(self.now_s))
+        self.tell(events.Tick(self.now_s))
 
     @invariant()
     def who_is_up_is_in_sync(self) -> None:
@@ -387,15 +392,15 @@ class Histories(RuleBasedStateMachine):
             if self.asked is not None:
                 self.answer(True)
             self.now_s += 0.1
-            self.tell(h.Tick(self.now_s))
+            self.tell(events.Tick(self.now_s))
         assert self.holder.phase is Phase.SERVING, self.holder
         assert not self.holder.missing(), self.holder
         ours = self.holder.record
         assert ours is not None and self.up == ours.membership.all_in_sync()
         standings = {n: self.holder.nodes[n].standing for n in self.up}
         assert set(standings.values()) == {Standing.UP}
-        assert self.holder.step(h.Close()) == [h.CloseImage()]
-        assert self.holder.step(h.Closed(True)) == [h.Release(ours, True)]
+        assert self.holder.step(events.Close()) == [effects.CloseImage()]
+        assert self.holder.step(events.Closed(True)) == [effects.Release(ours, True)]
 
 
 TestHistories = Histories.TestCase

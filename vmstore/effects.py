@@ -1,0 +1,87 @@
+"""What the holder of an image wants done, in the order in which it says so."""
+
+from dataclasses import dataclass
+
+from etcd.records import ImageRecord
+
+
+@dataclass(frozen=True, slots=True)
+class OpenImage:
+    """Have the engine connect the image to its nodes, by this record."""
+
+    record: ImageRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Let these nodes in; `resume`: the instances that were in before.
+
+    `serials` are those of the answers they were judged by.
+    """
+
+    nodes: tuple[str, ...]
+    resume: bool
+    serials: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Peek:
+    """Ask a connected node for its record again."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeMembership:
+    """Have etcd take `after` in place of `before`, under our lease."""
+
+    before: ImageRecord
+    after: ImageRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Reconfigure:
+    """Have the engine go by this record."""
+
+    record: ImageRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    """The image is open: let waiting clients in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Tell waiting clients why not."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CloseImage:
+    """Have the engine flush, clear and let go."""
+
+
+@dataclass(frozen=True, slots=True)
+class KillImage:
+    """Have the engine fail everything at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Give the lease back."""
+
+    record: ImageRecord
+    clean: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """The end: drop the image from the engine, and this state machine."""
+
+
+Effect = (
+    OpenImage | Admit | Peek | ChangeMembership | Reconfigure | Serve | Refuse | CloseImage
+    | KillImage | Release | Forget
+)  # fmt: skip

@@ -1,0 +1,145 @@
+"""What the holder of an image hears: of nodes, of etcd, of clients, of time."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from etcd.records import ImageRecord
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseTaken:
+    """etcd has the lease key and this record, whose epoch is ours."""
+
+    record: ImageRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Peeked:
+    """A connected node told its record of the image, and which instance of which store it is."""
+
+    node: str
+    instance: int
+    flush_number: int
+    deleted: bool
+    record: "NodeRecordView | None"
+    serial: int = 0
+    """Names this answer when the node is admitted."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRecordView:
+    """What a node holds of an image's record, and what it heard of its peers' flushes."""
+
+    epoch: int
+    holder: str
+    generation: int
+    digest: bytes
+    peers: Mapping[str, int]
+    dirty: int = 0
+    """Number of shards in the node's dirty map."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaDown:
+    """The connection to a node is gone. `blocking`: requests wait for it."""
+
+    node: str
+    blocking: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaBlocking:
+    """Requests wait for a node that does not serve."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaFailed:
+    """A node cannot do what it is asked (no space, a failing disk)."""
+
+    node: str
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The nodes asked for by `Admit` serve."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdmitFailed:
+    """A node was lost, or failed, on the way; all that were asked for wait to be admitted again."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """All nodes in sync of the changed sets hold this generation."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """A node refused us for a later holder or membership."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipChanged:
+    """etcd took the proposal."""
+
+    record: ImageRecord
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipDelayed:
+    """etcd did not answer; nothing is known to have changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The lease or the record is another's now."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """The last client has left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The engine has let go."""
+
+    clean: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The lease key is gone, or will end by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """The image could not be taken: unknown, in use, etcd not reachable."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Seconds on a clock that only grows."""
+
+    now_s: float
+
+
+Event = (
+    LeaseTaken | Peeked | ReplicaDown | ReplicaBlocking | ReplicaFailed | Admitted | AdmitFailed
+    | Stored | Fenced | MembershipChanged | MembershipDelayed | Lost | Close | Closed | Released
+    | Fail | Tick
+)  # fmt: skip
