@@ -25,8 +25,9 @@ from shard.errors import HciError
 from shard.ids import image_id
 from vmstore.catalog import Catalog
 from vmstore.errors import OtherCluster, UnknownImage
-from vmstore.exports import Exports, OpenImage
+from vmstore.exports import Exports
 from vmstore.holder import Phase
+from vmstore.serving import OpenImage
 
 log = structlog.get_logger()
 

@@ -1,0 +1,561 @@
+"""`Serving`: drives one `Holder` for each image that is open, between the engine and etcd.
+
+One thread decides: it takes the engine's events, the outcomes of etcd calls (made by a few workers,
+one at a time for each image) and ticks, in the order in which they come, and never waits for
+anything. Another only carries the engine's events over. No request of a client passes here.
+"""
+
+import queue
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from engine import Gateway
+from etcd.errors import EtcdError
+from etcd.lease import Session
+from etcd.records import ImageRecord
+from shard.digest import membership_digest
+from shard.errors import HciError
+from shard.ids import ImageId
+from vmstore import effects, events
+from vmstore.catalog import Catalog
+from vmstore.errors import InUse, LeaseLost, RecordChanged
+from vmstore.events import NodeRecordView
+from vmstore.holder import Holder, Phase
+from vmstore.holding import Held
+from vmstore.names import ImageName
+from vmstore.stored import Stored
+
+log = structlog.get_logger()
+
+TICK_S = 0.1
+WORKERS = 8
+TAKE_ATTEMPTS = 5
+"""Times a lease is asked for while the record changes under our eyes."""
+RELEASE_RETRY_S = 1.0
+"""Until etcd is asked again to take a lease back, or to give one that has lapsed."""
+STOP_S = 20.0
+"""How long a graceful stop waits for images to flush and close."""
+
+
+@dataclass(slots=True)
+class OpenImage:
+    """An image that is open, opening or closing."""
+
+    image: ImageId
+    name: ImageName
+    channel: int
+    holder: Holder
+    held: Held | None = None
+    node_names: tuple[str, ...] = ()
+    waiting: list[tuple[int, ImageName]] = field(default_factory=list)
+    """Clients that are answered when it is open."""
+    users: set[int] = field(default_factory=set)
+    pins: "list[Future[OpenImage]]" = field(default_factory=list)
+    """Users inside this process that wait; once served they count as users."""
+    zeroed: "Future[None] | None" = None
+    last_trouble: str = ""
+
+
+class Serving(ABC):
+    """Holds images of one cluster open in one engine.
+
+    `lease` makes an etcd lease session, given what to call when it is lost and renewed.
+    """
+
+    def __init__(
+        self,
+        engine: Gateway,
+        catalog: Catalog,
+        *,
+        gateway: str,
+        holder: str,
+        local_node: Callable[[], str | None],
+        lease: Callable[[Callable[[], None], Callable[[float], None]], Session],
+    ) -> None:
+        self._engine = engine
+        self._catalog = catalog
+        self._gateway = gateway
+        self._holder_id = holder
+        self._local_node = local_node
+        self._new_lease = lease
+        self._lease: Session | None = None
+        self._images: dict[ImageId, OpenImage] = {}
+        self._by_channel: dict[int, OpenImage] = {}
+        self._next_channel = 1
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="exports-etcd")
+        self._threads: list[threading.Thread] = []
+        self._stopping = False
+        self.failed: Callable[[str], None] = lambda _why: None
+
+    def start(self) -> None:
+        """Take an etcd lease and begin. Raises EtcdUnavailable."""
+        self._lease = self._new_lease(self._lease_lost, self._lease_renewed).start()
+        for name, run in (("exports", self._decide), ("exports-events", self._carry)):
+            thread = threading.Thread(target=run, name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def stop(self) -> None:
+        """Send clients away, close all images, give the leases back."""
+        done = threading.Event()
+        self._queue.put(lambda: self._begin_stop(done))
+        done.wait(STOP_S)
+        self._queue.put(None)
+        for thread in self._threads:
+            thread.join(timeout=2)
+        self._workers.shutdown(wait=True, cancel_futures=True)
+        if self._lease is not None:
+            self._lease.close()
+
+    def snapshot(self) -> list[OpenImage]:
+        """Return the open images as they are now. For any thread."""
+        return list(self._images.values())
+
+    # Threads
+
+    def _carry(self) -> None:
+        while True:
+            try:
+                event = self._engine.next_event(200)
+            except RuntimeError as error:
+                if not self._stopping:
+                    self.failed(str(error))
+                return
+            if event is not None:
+                self._queue.put(lambda event=event: self._on_engine(event))  # type: ignore[misc]
+
+    def _decide(self) -> None:
+        next_tick_s = time.monotonic() + TICK_S
+        while True:
+            try:
+                work = self._queue.get(timeout=max(0.0, next_tick_s - time.monotonic()))
+            except queue.Empty:
+                work = _nothing
+            if work is None:
+                return
+            try:
+                work()
+                if time.monotonic() >= next_tick_s:
+                    next_tick_s = time.monotonic() + TICK_S
+                    self._tick()
+            except Exception:
+                # A defect. Going on would risk wrong answers; the supervisor starts us again.
+                log.exception("exports_failed")
+                self.failed("a defect in the gateway's decisions; see the log")
+                raise
+
+    def _tick(self) -> None:
+        for image in list(self._images.values()):
+            self._step(image, events.Tick(time.monotonic()))
+
+    def _after(self, pause_s: float, work: Callable[[], None]) -> None:
+        """Have the deciding thread do something later."""
+        timer = threading.Timer(pause_s, lambda: self._queue.put(work))
+        timer.daemon = True
+        timer.start()
+
+    def _later(
+        self,
+        call: Callable[[], Any],
+        then: Callable[[Any], None],
+        failed: Callable[[HciError], None],
+    ) -> None:
+        """Make an etcd call in a worker; its outcome comes back to the deciding thread."""
+
+        def work() -> None:
+            try:
+                result = call()
+            except HciError as error:
+                self._queue.put(lambda error=error: failed(error))  # type: ignore[misc]
+            except Exception as error:
+                log.exception("etcd_call_failed")
+                why = HciError(f"internal error: {error!r}")
+                self._queue.put(lambda: failed(why))
+            else:
+                self._queue.put(lambda: then(result))
+
+        if not self._stopping or self._images:
+            self._workers.submit(work)
+
+    # Images
+
+    def _use(self, name: ImageName, found: Stored[ImageRecord]) -> OpenImage:
+        """Return the open image, or begin to open it."""
+        image = self._images.get(found.record.id)
+        if image is not None:
+            return image
+        channel = self._next_channel
+        self._next_channel += 1
+        image = OpenImage(
+            image=found.record.id,
+            name=name,
+            channel=channel,
+            holder=Holder(holder=self._holder_id, now_s=time.monotonic()),
+        )
+        self._images[image.image] = image
+        self._by_channel[channel] = image
+        self._take_lease(image)
+        return image
+
+    def _take_lease(self, image: OpenImage) -> None:
+        def taken(held: Held) -> None:
+            image.held = held
+            log.info("image_taken", image=str(image.name), epoch=held.record.epoch)
+            self._step(image, events.LeaseTaken(held.record))
+            self._taken(image)
+
+        def failed(error: HciError) -> None:
+            log.info("image_refused", image=str(image.name), why=str(error))
+            self._step(image, events.Fail(str(error)))
+
+        self._later(lambda: self._try_to_take(image), taken, failed)
+
+    def _try_to_take(self, image: OpenImage) -> Held:
+        assert self._lease is not None
+        for attempt in range(TAKE_ATTEMPTS):
+            stored = self._catalog.image(image.image)
+            lease = self._catalog.lease_of(image.image)
+            # A lease of this gateway is that of a former process: we hold its lock, so it is dead.
+            mine = lease is not None and lease.record.gateway == self._gateway
+            try:
+                return self._catalog.take_lease(
+                    stored,
+                    gateway=self._gateway,
+                    holder=self._holder_id,
+                    etcd_lease=self._lease.lease,
+                    instead_of=lease if mine else None,
+                )
+            except InUse as error:
+                raise InUse(str(image.name), error.gateway) from error
+            except RecordChanged:
+                if attempt + 1 == TAKE_ATTEMPTS:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def _step(self, image: OpenImage, event: events.Event) -> None:
+        """Have the image's holder decide, and carry out what it says."""
+        for effect in image.holder.step(event):
+            self._carry_out(image, effect)
+        trouble = image.holder.trouble
+        if trouble != image.last_trouble:
+            image.last_trouble = trouble
+            if trouble:
+                log.warning("image_trouble", image=str(image.name), why=trouble)
+
+    def _carry_out(self, image: OpenImage, effect: effects.Effect) -> None:
+        match effect:
+            case effects.OpenImage(record):
+                self._open_in_engine(image, record)
+            case effects.Admit(nodes, resume, serials):
+                indexes = [image.node_names.index(node) for node in nodes]
+                named = list(zip(indexes, serials, strict=True))
+                self._engine.admit(image.channel, named, resume=resume)
+            case effects.Peek(node):
+                self._engine.peek(image.channel, image.node_names.index(node))
+            case effects.ChangeMembership(_, after):
+                self._change_membership(image, after)
+            case effects.Reconfigure(record):
+                self._reconfigure(image, record)
+            case effects.Serve():
+                log.info("image_opened", image=str(image.name), epoch=self._epoch(image))
+                self._opened(image)
+            case effects.Refuse(reason):
+                self._refused(image, reason)
+            case effects.CloseImage():
+                self._engine.close(image.channel)
+            case effects.KillImage():
+                self._engine.kill(image.channel)
+            case effects.Release(_, clean):
+                self._release(image, clean)
+            case effects.Forget():
+                self._forget(image)
+
+    def _open_in_engine(self, image: OpenImage, record: ImageRecord) -> None:
+        names = dict.fromkeys(node for members in record.sets for node in members)
+        image.node_names = tuple(names)
+        local = self._local_node()
+        self._engine.open(
+            image.channel,
+            image=record.id,
+            size_bytes=record.size_bytes,
+            shard_bytes=record.shard_bytes,
+            placement_key=record.placement_key,
+            layers=[layer.id for layer in record.layers],
+            epoch=record.epoch,
+            holder=self._holder_id,
+            generation=record.generation,
+            digest=membership_digest(record.membership),
+            body=record.encode(),
+            nodes=list(image.node_names),
+            sets=[self._indexes(image, members) for members in record.sets],
+            in_sync=self._in_sync(image, record),
+            local=image.node_names.index(local) if local in names else None,
+        )
+        self._tell_deadline(image)
+
+    def _indexes(self, image: OpenImage, nodes: tuple[str, ...]) -> list[int]:
+        return [image.node_names.index(node) for node in nodes]
+
+    def _in_sync(self, image: OpenImage, record: ImageRecord) -> list[list[int]]:
+        membership = record.membership
+        sets = range(len(record.sets))
+        return [self._indexes(image, membership.in_sync(index)) for index in sets]
+
+    def _reconfigure(self, image: OpenImage, record: ImageRecord) -> None:
+        log.warning(
+            "membership_changed",
+            image=str(image.name),
+            generation=record.generation,
+            stale={str(index): dict(nodes) for index, nodes in record.stale.items()},
+        )
+        self._engine.reconfigure(
+            image.channel,
+            generation=record.generation,
+            digest=membership_digest(record.membership),
+            body=record.encode(),
+            in_sync=self._in_sync(image, record),
+        )
+
+    def _change_membership(self, image: OpenImage, after: ImageRecord) -> None:
+        assert image.held is not None
+        held = image.held
+
+        def change() -> Held:
+            try:
+                return self._catalog.change_membership(held, after.membership)
+            except RecordChanged:
+                # Perhaps by ourselves, in a call whose answer was lost.
+                found = self._catalog.image(image.image)
+                if found.record != after:
+                    raise
+                return Held(found, held.lease, held.etcd_lease)
+
+        def changed(new: Held) -> None:
+            image.held = new
+            self._step(image, events.MembershipChanged(new.record))
+
+        def failed(error: HciError) -> None:
+            if isinstance(error, EtcdError):
+                self._step(image, events.MembershipDelayed())
+            elif isinstance(error, LeaseLost) and error.gateway is None:
+                # It may merely have lapsed: it is taken again, or found to be another's.
+                self._step(image, events.MembershipDelayed())
+                self._retake(image)
+            else:
+                self._step(image, events.Lost(str(error)))
+
+        self._later(change, changed, failed)
+
+    def _release(self, image: OpenImage, clean: bool) -> None:
+        """Give the lease back, also where etcd is away for a while: we keep it alive meanwhile."""
+        assert image.held is not None
+        held = image.held
+
+        def release() -> None:
+            try:
+                self._catalog.release(held, clean=clean)
+            except RecordChanged:
+                # By ourselves, in a change whose answer was lost or came after all.
+                found = self._catalog.image(image.image)
+                own = (held.record.epoch, held.record.holder)
+                if (found.record.epoch, found.record.holder) != own:
+                    raise
+                self._catalog.release(Held(found, held.lease, held.etcd_lease), clean=False)
+
+        def released(_result: None) -> None:
+            log.info("image_released", image=str(image.name), clean=clean)
+            self._step(image, events.Released())
+
+        def failed(error: HciError) -> None:
+            log.warning("image_release_failed", image=str(image.name), why=str(error))
+            if isinstance(error, EtcdError):
+                self._after(RELEASE_RETRY_S, lambda: self._release(image, clean))
+            else:
+                # The lease is another's already, or the image is gone.
+                self._step(image, events.Released())
+
+        self._later(release, released, failed)
+
+    def _epoch(self, image: OpenImage) -> int:
+        assert image.held is not None
+        return image.held.record.epoch
+
+    def _forget(self, image: OpenImage) -> None:
+        self._engine.forget(image.channel)
+        del self._images[image.image]
+        del self._by_channel[image.channel]
+        self._forgotten(image)
+
+    # What users of the images do about it
+
+    @abstractmethod
+    def _taken(self, image: OpenImage) -> None:
+        """The lease is ours; the image is being opened."""
+
+    @abstractmethod
+    def _opened(self, image: OpenImage) -> None:
+        """The image serves: let in who waits."""
+
+    @abstractmethod
+    def _refused(self, image: OpenImage, reason: str) -> None:
+        """The image cannot be opened, or is served no longer."""
+
+    @abstractmethod
+    def _forgotten(self, image: OpenImage) -> None:
+        """The image is closed, and may be opened anew."""
+
+    @abstractmethod
+    def _on_client(self, event: dict[str, Any]) -> None:
+        """An NBD client asks for something, or is gone."""
+
+    # The engine's events
+
+    def _on_engine(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind in ("asked", "client_gone"):
+            self._on_client(event)
+        elif kind == "link_up":
+            log.info("node_connected", node=event["name"], instance=event["start_counter"])
+        elif kind == "link_down":
+            log.warning("node_disconnected", node=event["node"], why=event["why"])
+        else:
+            image = self._by_channel.get(event["channel"])
+            if image is not None:
+                self._on_image(image, kind, event)
+
+    def _on_image(self, image: OpenImage, kind: str, event: dict[str, Any]) -> None:
+        if kind == "zeroed":
+            if image.zeroed is not None and event["done"]:
+                image.zeroed.set_result(None)
+            elif image.zeroed is not None:
+                image.zeroed.set_exception(HciError(f"image {image.name} could not be cut off"))
+            return
+        node = image.node_names[event["node"]] if "node" in event else ""
+        match kind:
+            case "peeked":
+                self._step(image, _peeked(node, event))
+            case "replica_down":
+                log.warning("replica_lost", image=str(image.name), node=node)
+                self._step(image, events.ReplicaDown(node, event["blocking"]))
+            case "replica_blocking":
+                self._step(image, events.ReplicaBlocking(node))
+            case "replica_failed":
+                self._step(image, events.ReplicaFailed(node, event["status"]))
+            case "bad_block":
+                log.error("bitrot_found", image=str(image.name), node=node, shard=event["shard"],
+                          block=event["block"])  # fmt: skip
+            case "admitted":
+                log.info("replicas_level", image=str(image.name), shards=event["levelled_shards"],
+                         copied_bytes=event["copied_bytes"])  # fmt: skip
+                self._step(image, events.Admitted())
+            case "admit_failed":
+                log.warning("admit_failed", image=str(image.name), node=node, why=event["status"])
+                self._step(image, events.AdmitFailed(node))
+            case "stored":
+                self._step(image, events.Stored(event["generation"]))
+            case "fenced":
+                self._step(image, events.Fenced(node))
+            case "closed":
+                self._step(image, events.Closed(event["clean"]))
+
+    # The etcd lease
+
+    def _lease_renewed(self, _deadline_s: float) -> None:
+        self._queue.put(self._tell_deadlines)
+
+    def _tell_deadlines(self) -> None:
+        for image in self._images.values():
+            if image.holder.phase not in (Phase.TAKING, Phase.ENDED):
+                self._tell_deadline(image)
+
+    def _tell_deadline(self, image: OpenImage) -> None:
+        assert self._lease is not None
+        deadline_ns = int(max(0.0, self._lease.deadline_s) * 1e9)
+        self._engine.set_lease_deadline(image.channel, deadline_ns)
+
+    def _lease_lost(self) -> None:
+        self._queue.put(self._renew_lease)
+
+    def _renew_lease(self) -> None:
+        """The etcd lease is gone: take a new one, and again the images' leases that just lapsed."""
+        log.warning("etcd_lease_lost")
+
+        def again(session: Session) -> None:
+            self._lease = session
+            for image in list(self._images.values()):
+                self._retake(image)
+
+        def failed(_error: HciError) -> None:
+            self._after(1.0, self._renew_lease)
+
+        self._later(
+            lambda: self._new_lease(self._lease_lost, self._lease_renewed).start(), again, failed
+        )
+
+    def _retake(self, image: OpenImage) -> None:
+        if image.held is None or image.holder.phase in (Phase.RELEASING, Phase.ENDED):
+            return
+        assert self._lease is not None
+        held, lease = image.held, self._lease.lease
+
+        def taken(new: Held) -> None:
+            if image.held is not None:
+                image.held = Held(image.held.image, new.lease, new.etcd_lease)
+            self._tell_deadline(image)
+
+        def failed(error: HciError) -> None:
+            if isinstance(error, EtcdError | RecordChanged):
+                # Without it the next gateway that is asked would take the image from its guest.
+                self._after(RELEASE_RETRY_S, lambda: self._retake(image))
+            else:
+                self._step(image, events.Lost(str(error)))
+
+        self._later(lambda: self._catalog.retake_lease(held, lease), taken, failed)
+
+    # The end
+
+    def _begin_stop(self, done: threading.Event) -> None:
+        self._stopping = True
+        self._engine.stop_listening()
+        for image in list(self._images.values()):
+            image.waiting.clear()
+            self._engine.disconnect(image.channel)
+            self._step(image, events.Close())
+        self._wait_for_end(done)
+
+    def _wait_for_end(self, done: threading.Event) -> None:
+        if not self._images:
+            done.set()
+            return
+        self._after(TICK_S, lambda: self._wait_for_end(done))
+
+
+def _nothing() -> None:
+    """Time has passed."""
+
+
+def _peeked(node: str, event: dict[str, Any]) -> events.Peeked:
+    record = event["record"]
+    view = None
+    flush_number = 0
+    if record is not None:
+        flush_number = record["flush_number"]
+        view = NodeRecordView(
+            epoch=record["epoch"],
+            holder=record["holder"],
+            generation=record["generation"],
+            digest=record["digest"],
+            peers=dict(record["peers"]),
+            dirty=record["dirty"],
+        )
+    return events.Peeked(
+        node, event["start_counter"], flush_number, event["deleted"], view, event["serial"]
+    )
