@@ -11,7 +11,8 @@ from etcd.records import ImageRecord, Layer
 from shard.digest import membership_digest
 from shard.ids import ImageId
 from shard.membership import Policy
-from vmstore import effects, events
+from vmstore import effects as wanted
+from vmstore import events
 from vmstore import holder as h
 from vmstore.holder import Holder, Phase, Standing
 
@@ -59,7 +60,7 @@ def peeked(
 def gathering(ours: ImageRecord | None = None) -> Holder:
     holder = Holder(holder=ME, now_s=0.0)
     ours = ours or record()
-    assert holder.step(events.LeaseTaken(ours)) == [effects.OpenImage(ours)]
+    assert holder.step(events.LeaseTaken(ours)) == [wanted.OpenImage(ours)]
     return holder
 
 
@@ -68,34 +69,34 @@ def serving(ours: ImageRecord | None = None) -> Holder:
     for node in NODES:
         if node in holder.record.membership.all_in_sync():  # type: ignore[union-attr]
             holder.step(peeked(node))
-    assert effects.Serve() in holder.step(events.Admitted())
+    assert wanted.Serve() in holder.step(events.Admitted())
     return holder
 
 
-def changes(effects: list[effects.Effect]) -> list[effects.ChangeMembership]:
-    return [effect for effect in effects if isinstance(effect, effects.ChangeMembership)]
+def changes(effects: list[wanted.Effect]) -> list[wanted.ChangeMembership]:
+    return [effect for effect in effects if isinstance(effect, wanted.ChangeMembership)]
 
 
 def test_phases_from_lease_to_end() -> None:
     holder = gathering()
     assert holder.step(peeked("node1")) == holder.step(peeked("node2")) == []
-    assert holder.step(peeked("node3", serial=7)) == [effects.Admit(NODES, False, (1, 1, 7))]
+    assert holder.step(peeked("node3", serial=7)) == [wanted.Admit(NODES, False, (1, 1, 7))]
     assert holder.phase is Phase.JOINING
-    assert holder.step(events.Admitted()) == [effects.Serve()]
-    assert holder.step(events.Close()) == [effects.CloseImage()]
-    assert holder.step(events.Closed(True)) == [effects.Release(record(), True)]
-    assert holder.step(events.Released()) == [effects.Forget()]
+    assert holder.step(events.Admitted()) == [wanted.Serve()]
+    assert holder.step(events.Close()) == [wanted.CloseImage()]
+    assert holder.step(events.Closed(True)) == [wanted.Release(record(), True)]
+    assert holder.step(events.Released()) == [wanted.Forget()]
     assert holder.phase is Phase.ENDED
 
 
 def test_lease_that_cannot_be_taken_refuses() -> None:
     holder = Holder(holder=ME, now_s=0.0)
-    assert holder.step(events.Fail("in use")) == [effects.Refuse("in use"), effects.Forget()]
+    assert holder.step(events.Fail("in use")) == [wanted.Refuse("in use"), wanted.Forget()]
 
 
 def test_close_while_opening_gives_the_lease_back_unclean() -> None:
     effects = gathering().step(events.Close())
-    assert effects[0] == effects.KillImage() and effects[-1] == effects.Release(record(), False)
+    assert effects[0] == wanted.KillImage() and effects[-1] == wanted.Release(record(), False)
 
 
 def test_close_while_taking_the_lease_is_asked_again_by_the_driver() -> None:
@@ -106,7 +107,7 @@ def test_close_while_taking_the_lease_is_asked_again_by_the_driver() -> None:
     holder.step(events.LeaseTaken(record()))
     for node in NODES:
         holder.step(peeked(node))
-    assert holder.step(events.Admitted()) == [effects.Serve()]
+    assert holder.step(events.Admitted()) == [wanted.Serve()]
     assert holder.phase is Phase.SERVING
 
 
@@ -119,8 +120,8 @@ def test_absent_node_is_left_behind_after_the_grace_and_not_before() -> None:
     assert change.after.stale == {0: {"node3": 1}}
     effects = holder.step(events.MembershipChanged(change.after))
     assert effects == [
-        effects.Reconfigure(change.after),
-        effects.Admit(("node1", "node2"), False, (1, 1)),
+        wanted.Reconfigure(change.after),
+        wanted.Admit(("node1", "node2"), False, (1, 1)),
     ]
 
 
@@ -129,7 +130,7 @@ def test_one_node_alone_waits_and_is_refused_at_the_limit() -> None:
     holder.step(peeked("node1"))
     assert holder.step(events.Tick(h.GRACE_S + 1)) == []
     effects = holder.step(events.Tick(h.OPEN_LIMIT_S + 1))
-    assert isinstance(effects[1], effects.Refuse) and "node2, node3" in effects[1].reason
+    assert isinstance(effects[1], wanted.Refuse) and "node2, node3" in effects[1].reason
 
 
 def test_emptied_disk_is_stale_since_zero_without_grace() -> None:
@@ -147,7 +148,7 @@ def test_first_open_that_was_cut_short_opens_again() -> None:
     holder.step(events.Peeked("node1", 1, 0, False, view(record(), dirty=0)))
     holder.step(events.Peeked("node2", 1, 0, False, None, 2))
     effects = holder.step(events.Peeked("node3", 1, 0, False, None, 3))
-    assert effects == [effects.Admit(NODES, False, (0, 2, 3))]
+    assert effects == [wanted.Admit(NODES, False, (0, 2, 3))]
 
 
 def test_store_behind_what_a_peer_was_told_is_stale_since_zero() -> None:
@@ -163,8 +164,8 @@ def test_store_behind_what_a_peer_was_told_is_stale_since_zero() -> None:
 )
 def test_node_with_a_later_record_stops_the_open(known: dict[str, object]) -> None:
     effects = gathering().step(events.Peeked("node1", 1, 9, False, view(record(), **known)))
-    assert effects[0] == effects.KillImage()
-    assert isinstance(effects[1], effects.Refuse) and "rolled back" in effects[1].reason
+    assert effects[0] == wanted.KillImage()
+    assert isinstance(effects[1], wanted.Refuse) and "rolled back" in effects[1].reason
 
 
 def test_lost_node_stays_in_sync_until_requests_wait_for_it() -> None:
@@ -194,7 +195,7 @@ def test_delayed_change_is_asked_for_again() -> None:
     (change,) = changes(holder.step(events.ReplicaDown("node2", blocking=True)))
     assert holder.step(events.MembershipDelayed()) == []
     assert holder.step(events.Tick(h.RETRY_S)) == [change]
-    assert holder.step(events.MembershipChanged(change.after))[0] == effects.Reconfigure(
+    assert holder.step(events.MembershipChanged(change.after))[0] == wanted.Reconfigure(
         change.after
     )
 
@@ -202,9 +203,9 @@ def test_delayed_change_is_asked_for_again() -> None:
 def test_same_instance_resumes_and_another_is_levelled() -> None:
     holder = serving()
     holder.step(events.ReplicaDown("node2", blocking=False))
-    assert holder.step(peeked("node2", serial=2)) == [effects.Admit(("node2",), True, (2,))]
+    assert holder.step(peeked("node2", serial=2)) == [wanted.Admit(("node2",), True, (2,))]
     holder.step(events.ReplicaDown("node2", blocking=False))
-    assert holder.step(peeked("node2", 2, serial=3)) == [effects.Admit(("node2",), False, (3,))]
+    assert holder.step(peeked("node2", 2, serial=3)) == [wanted.Admit(("node2",), False, (3,))]
 
 
 def test_one_admission_at_a_time() -> None:
@@ -213,9 +214,9 @@ def test_one_admission_at_a_time() -> None:
     holder = serving()
     for node in ("node2", "node3"):
         holder.step(events.ReplicaDown(node, blocking=False))
-    assert holder.step(peeked("node2", 2)) == [effects.Admit(("node2",), False, (1,))]
+    assert holder.step(peeked("node2", 2)) == [wanted.Admit(("node2",), False, (1,))]
     assert holder.step(peeked("node3", 2)) == []
-    assert holder.step(events.Admitted()) == [effects.Admit(("node3",), False, (1,))]
+    assert holder.step(events.Admitted()) == [wanted.Admit(("node3",), False, (1,))]
 
 
 def test_failed_admission_asks_all_again_and_counts_none_as_lost() -> None:
@@ -225,8 +226,8 @@ def test_failed_admission_asks_all_again_and_counts_none_as_lost() -> None:
     holder.step(events.ReplicaDown("node2", blocking=False))
     holder.step(peeked("node2", 2))
     holder.step(events.ReplicaBlocking("node2"))
-    assert holder.step(events.AdmitFailed("node1")) == [effects.Peek("node2")]
-    assert holder.step(peeked("node2", 2, serial=5)) == [effects.Admit(("node2",), False, (5,))]
+    assert holder.step(events.AdmitFailed("node1")) == [wanted.Peek("node2")]
+    assert holder.step(peeked("node2", 2, serial=5)) == [wanted.Admit(("node2",), False, (5,))]
 
 
 def test_node_that_fails_requests_is_left_behind() -> None:
@@ -250,7 +251,7 @@ def test_node_that_failed_once_counts_as_well_again() -> None:
 @pytest.mark.parametrize("event", [events.Fenced("node1"), events.Lost("another holder")])
 def test_another_holder_ends_it(event: events.Event) -> None:
     effects = serving().step(event)
-    assert effects[0] == effects.KillImage() and effects[-1] == effects.Release(record(), False)
+    assert effects[0] == wanted.KillImage() and effects[-1] == wanted.Release(record(), False)
 
 
 def test_change_that_comes_after_giving_up_changes_nothing() -> None:
@@ -259,7 +260,7 @@ def test_change_that_comes_after_giving_up_changes_nothing() -> None:
     holder.step(events.Lost("another holder"))
     assert holder.step(events.MembershipDelayed()) == holder.step(events.Tick(50.0)) == []
     assert holder.step(events.MembershipChanged(change.after)) == []
-    assert holder.step(events.Released()) == [effects.Forget()]
+    assert holder.step(events.Released()) == [wanted.Forget()]
 
 
 class Histories(RuleBasedStateMachine):
@@ -274,18 +275,18 @@ class Histories(RuleBasedStateMachine):
         self.waiting: set[str] = set()
         self.joining: set[str] = set()
         self.up: set[str] = set()
-        self.asked: effects.ChangeMembership | None = None
+        self.asked: wanted.ChangeMembership | None = None
         self.serial = 0
 
     def tell(self, event: events.Event) -> None:
         for effect in self.holder.step(event):
             self.carry_out(effect)
 
-    def carry_out(self, effect: effects.Effect) -> None:
+    def carry_out(self, effect: wanted.Effect) -> None:
         ours = self.holder.record
         assert ours is not None
         match effect:
-            case effects.Admit(nodes, resume):
+            case wanted.Admit(nodes, resume):
                 assert set(nodes) <= ours.membership.all_in_sync(), "a stale node is let in"
                 let_in = set(nodes) & self.waiting
                 self.waiting -= let_in
@@ -294,16 +295,16 @@ class Histories(RuleBasedStateMachine):
                 else:
                     assert not self.joining, "one admission at a time"
                     self.joining = let_in
-            case effects.ChangeMembership(_, after):
+            case wanted.ChangeMembership(_, after):
                 assert self.asked in (None, effect), "one proposal at a time"
                 assert len(after.membership.in_sync(0)) >= 2, "below the quorum"
                 self.asked = effect
-            case effects.Reconfigure(new):
+            case wanted.Reconfigure(new):
                 left = set(NODES) - new.membership.all_in_sync()
                 self.waiting |= (self.up | self.joining) & left
                 self.up -= left
                 self.joining -= left
-            case effects.Peek(node):
+            case wanted.Peek(node):
                 if node in self.waiting:
                     self.peek(node)
 
@@ -399,8 +400,8 @@ class Histories(RuleBasedStateMachine):
         assert ours is not None and self.up == ours.membership.all_in_sync()
         standings = {n: self.holder.nodes[n].standing for n in self.up}
         assert set(standings.values()) == {Standing.UP}
-        assert self.holder.step(events.Close()) == [effects.CloseImage()]
-        assert self.holder.step(events.Closed(True)) == [effects.Release(ours, True)]
+        assert self.holder.step(events.Close()) == [wanted.CloseImage()]
+        assert self.holder.step(events.Closed(True)) == [wanted.Release(ours, True)]
 
 
 TestHistories = Histories.TestCase
