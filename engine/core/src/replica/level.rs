@@ -14,6 +14,7 @@
 //! another. In a replica set without a node that is `Up` all in-sync nodes join, or none does: one that
 //! is away may have answered what they have lost.
 
+use super::compare::{Comparison, CopyRun};
 use super::image::{ImageIo, Replica, ReplicaState};
 use super::replies::BadReply;
 use super::{Event, NodeIndex, NodeMask};
@@ -25,7 +26,7 @@ use crate::wire::messages::{
     BlocksReply, Copy, DIRTY_ENTRIES_MAX, DirtyFrom, DirtyReply, Flush, Head, Level, Number,
     ShardRange,
 };
-use crate::wire::{Frame, PAYLOAD_BYTES_MAX, Status, kind};
+use crate::wire::{Frame, Status, kind};
 use bytes::Bytes;
 use slab::Slab;
 use std::collections::{BTreeSet, VecDeque};
@@ -34,7 +35,6 @@ const LEVEL_TAG: u64 = 1 << 63;
 /// Shards compared at once, and fetches in flight for one shard: enough to fill the wire.
 const SHARDS_AT_ONCE: usize = 4;
 const FETCHES_AT_ONCE: usize = 2;
-const BLOCKS_PER_COPY: u32 = (PAYLOAD_BYTES_MAX / BLOCK_BYTES as usize) as u32;
 
 /// What a frame in flight was for.
 #[derive(Clone, Debug)]
@@ -47,24 +47,10 @@ enum Ask {
     Level,
 }
 
-/// Blocks that `targets` get from `source`; without one they are bad on every replica that counts,
-/// and are marked so.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct CopyRun {
-    source: Option<NodeIndex>,
-    targets: NodeMask,
-    first_block: u32,
-    blocks: u32,
-}
-
 struct Job {
     layer: LayerId,
     shard: u64,
-    /// Members of the shard's set that never went away; empty: reconcile by tag.
-    trusted: NodeMask,
-    /// Members that may be written.
-    joiners: NodeMask,
-    summaries: Vec<(NodeIndex, BlocksReply)>,
+    compared: Comparison,
     summaries_missing: u32,
     runs: VecDeque<CopyRun>,
     in_flight: u32,
@@ -317,9 +303,7 @@ impl ImageIo {
         let job = leveller.jobs.insert(Job {
             layer,
             shard,
-            trusted: members.without(joiners),
-            joiners,
-            summaries: Vec::new(),
+            compared: Comparison::new(members.without(joiners), joiners),
             summaries_missing: members.0.count_ones(),
             runs: VecDeque::new(),
             in_flight: 0,
@@ -345,11 +329,11 @@ impl ImageIo {
         }
         let Some(leveller) = &mut self.leveller else { return Ok(()) };
         let job = &mut leveller.jobs[job_id];
-        job.summaries.push((node, reply));
+        let blocks = reply.blocks.len() as u32;
+        job.compared.add(node, reply.blocks);
         job.summaries_missing -= 1;
         if job.summaries_missing == 0 {
-            let all = 0..job.summaries[0].1.blocks.len() as u32;
-            job.runs = job.copy_runs(all);
+            job.runs = job.compared.copy_runs(0..blocks);
             self.pump_job(job_id);
         }
         Ok(())
@@ -396,17 +380,15 @@ impl ImageIo {
     fn rotten_source(&mut self, node: NodeIndex, job_id: usize, run: CopyRun, block: u32) {
         let Some(leveller) = &mut self.leveller else { return };
         let job = &mut leveller.jobs[job_id];
-        let (layer_shard, in_run) = (job.shard, block.wrapping_sub(run.first_block) < run.blocks);
-        let summary = job.summaries.iter_mut().find(|(other, _)| *other == node);
-        let known = summary.and_then(|(_, reply)| reply.blocks.get_mut(block as usize));
-        match known.filter(|known| in_run && known.0 != Block::Bad) {
-            Some(known) => known.0 = Block::Bad,
+        let shard = job.shard;
+        let in_run = block.wrapping_sub(run.first_block) < run.blocks;
+        if !in_run || !job.compared.found_rotten(node, block) {
             // The same word twice, or of a block that was not asked for.
-            None => return self.end_admission(node, Status::BadBlock),
+            return self.end_admission(node, Status::BadBlock);
         }
-        let again = job.copy_runs(run.first_block..run.first_block + run.blocks);
+        let again = job.compared.copy_runs(run.first_block..run.first_block + run.blocks);
         job.runs.extend(again);
-        self.event(Event::BadBlock { node, shard: layer_shard, block });
+        self.event(Event::BadBlock { node, shard, block });
         self.job_step(job_id);
     }
 
@@ -518,53 +500,5 @@ fn verify_fetch(reply: &BlocksReply, run: &CopyRun, payload: &Bytes) -> Result<(
     match (chunks.next(), chunks.remainder().is_empty()) {
         (None, true) => Ok(()),
         _ => Err(BadReply("a fetch longer than its block list")),
-    }
-}
-
-impl Job {
-    /// Who gives which of the blocks in `range` to whom.
-    fn copy_runs(&self, range: std::ops::Range<u32>) -> VecDeque<CopyRun> {
-        let mut runs: VecDeque<CopyRun> = VecDeque::new();
-        for index in range {
-            let Some((source, targets)) = self.judge(index as usize) else { continue };
-            match runs.back_mut() {
-                Some(run)
-                    if run.first_block + run.blocks == index
-                        && (run.source, run.targets) == (source, targets)
-                        && run.blocks < BLOCKS_PER_COPY =>
-                {
-                    run.blocks += 1;
-                }
-                _ => runs.push_back(CopyRun { source, targets, first_block: index, blocks: 1 }),
-            }
-        }
-        runs
-    }
-
-    /// The winner of one block and who has to be given it; none: nothing to do.
-    fn judge(&self, index: usize) -> Option<(Option<NodeIndex>, NodeMask)> {
-        let of = |(node, reply): &(NodeIndex, BlocksReply)| {
-            let (block, tag) = reply.blocks[index];
-            (*node, block, tag)
-        };
-        let all = || self.summaries.iter().map(of);
-        let counts = |node| self.trusted.is_empty() || self.trusted.has(node);
-        let intact = all().filter(|(node, block, _)| counts(*node) && *block != Block::Bad);
-        // The first in placement order of those that tie; trusted ones do not go by tags.
-        let rank = |node: NodeIndex, tag: Tag| {
-            let tag = if self.trusted.is_empty() { tag } else { Tag::NONE };
-            (tag, std::cmp::Reverse(node))
-        };
-        let winner = intact.max_by_key(|(node, _, tag)| rank(*node, *tag));
-        let content = match (winner, self.trusted.is_empty()) {
-            (Some((_, content, _)), _) => content,
-            (None, true) => return None,
-            (None, false) => Block::Bad,
-        };
-        let differing = all().filter(|(_, block, _)| *block != content);
-        let targets =
-            differing.fold(NodeMask::EMPTY, |m, (node, _, _)| m.with(NodeMask::one(node)));
-        let targets = targets.and(self.joiners);
-        (!targets.is_empty()).then_some((winner.map(|(node, _, _)| node), targets))
     }
 }

@@ -18,6 +18,7 @@
 //!
 //! What this module never does: choose who is in sync, or raise an epoch or a generation.
 
+mod compare;
 mod image;
 mod level;
 mod link;

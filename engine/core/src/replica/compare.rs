@@ -1,0 +1,190 @@
+//! What replicas hold of one shard, compared block by block: who gives which blocks to whom. Pure.
+//!
+//! | trusted replicas (never went away) | the winner of a block | who is given it |
+//! | --- | --- | --- |
+//! | one or more has it intact | the first of them | joining nodes that differ |
+//! | all have it rotten | none | joining nodes with an older one: it is marked bad there |
+//! | there are none: reconcile | the highest tag that is intact, the first where tags tie | who differs |
+//!
+//! A rotten block never wins, and nobody but a joining node is ever written.
+
+use super::{NodeIndex, NodeMask};
+use crate::content::Block;
+use crate::geometry::{BLOCK_BYTES, Tag};
+use crate::wire::PAYLOAD_BYTES_MAX;
+use std::cmp::Reverse;
+use std::collections::VecDeque;
+use std::ops::Range;
+
+const BLOCKS_PER_COPY: u32 = (PAYLOAD_BYTES_MAX / BLOCK_BYTES as usize) as u32;
+
+/// Blocks that `targets` get from `source`; without one they are bad on every replica that counts,
+/// and are marked so.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct CopyRun {
+    pub source: Option<NodeIndex>,
+    pub targets: NodeMask,
+    pub first_block: u32,
+    pub blocks: u32,
+}
+
+/// The summaries of one shard.
+pub(super) struct Comparison {
+    trusted: NodeMask,
+    joiners: NodeMask,
+    summaries: Vec<(NodeIndex, Vec<(Block, Tag)>)>,
+}
+
+impl Comparison {
+    /// `trusted`: members that never went away; `joiners`: those that may be written.
+    pub(super) fn new(trusted: NodeMask, joiners: NodeMask) -> Comparison {
+        assert!(trusted.and(joiners).is_empty(), "who joins is not trusted");
+        Comparison { trusted, joiners, summaries: Vec::new() }
+    }
+
+    /// Adds what a member holds; all summaries have the same length.
+    pub(super) fn add(&mut self, node: NodeIndex, blocks: Vec<(Block, Tag)>) {
+        self.summaries.push((node, blocks));
+    }
+
+    /// A block turned out rotten when it was read. False: that was known, or it is none of them.
+    pub(super) fn found_rotten(&mut self, node: NodeIndex, block: u32) -> bool {
+        let summary = self.summaries.iter_mut().find(|(other, _)| *other == node);
+        let known = summary.and_then(|(_, blocks)| blocks.get_mut(block as usize));
+        match known.filter(|known| known.0 != Block::Bad) {
+            Some(known) => {
+                known.0 = Block::Bad;
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Who gives which of the blocks in `range` to whom.
+    pub(super) fn copy_runs(&self, range: Range<u32>) -> VecDeque<CopyRun> {
+        let mut runs: VecDeque<CopyRun> = VecDeque::new();
+        for index in range {
+            let (source, targets) = self.judge(index as usize);
+            if targets.is_empty() {
+                continue;
+            }
+            match runs.back_mut() {
+                Some(run)
+                    if run.first_block + run.blocks == index
+                        && (run.source, run.targets) == (source, targets)
+                        && run.blocks < BLOCKS_PER_COPY =>
+                {
+                    run.blocks += 1;
+                }
+                _ => runs.push_back(CopyRun { source, targets, first_block: index, blocks: 1 }),
+            }
+        }
+        runs
+    }
+
+    /// The winner of one block and who has to be given it.
+    fn judge(&self, index: usize) -> (Option<NodeIndex>, NodeMask) {
+        let all = || self.summaries.iter().map(|(node, blocks)| (*node, blocks[index]));
+        let reconcile = self.trusted.is_empty();
+        let counts = |node| reconcile || self.trusted.has(node);
+        let intact = all().filter(|(node, (block, _))| counts(*node) && *block != Block::Bad);
+        let rank = |node, tag| (if reconcile { tag } else { Tag::NONE }, Reverse(node));
+        let winner = intact.max_by_key(|(node, (_, tag))| rank(*node, *tag));
+        let newest = all().filter(|(node, _)| counts(*node)).map(|(_, (_, tag))| tag).max();
+        let differs = |block: Block, tag: Tag| match winner {
+            Some((_, (content, _))) => block != content,
+            // One that is no older than the rotten ones is all there is left: it stays.
+            None => !reconcile && block != Block::Bad && Some(tag) < newest,
+        };
+        let targets = all().filter(|(_, (block, tag))| differs(*block, *tag));
+        let targets =
+            targets.fold(NodeMask::EMPTY, |mask, (node, _)| mask.with(NodeMask::one(node)));
+        (winner.map(|(node, _)| node), targets.and(self.joiners))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: NodeIndex = 0;
+    const B: NodeIndex = 1;
+    const C: NodeIndex = 2;
+
+    fn tag(sequence: u64) -> Tag {
+        Tag { epoch: 1, sequence }
+    }
+
+    fn mask(nodes: &[NodeIndex]) -> NodeMask {
+        nodes.iter().fold(NodeMask::EMPTY, |mask, node| mask.with(NodeMask::one(*node)))
+    }
+
+    fn compared(
+        trusted: &[NodeIndex],
+        joiners: &[NodeIndex],
+        blocks: &[(NodeIndex, Block, Tag)],
+    ) -> Vec<CopyRun> {
+        let mut comparison = Comparison::new(mask(trusted), mask(joiners));
+        blocks.iter().for_each(|(node, block, tag)| comparison.add(*node, vec![(*block, *tag)]));
+        comparison.copy_runs(0..1).into()
+    }
+
+    fn run(source: Option<NodeIndex>, targets: &[NodeIndex]) -> Vec<CopyRun> {
+        vec![CopyRun { source, targets: mask(targets), first_block: 0, blocks: 1 }]
+    }
+
+    #[test]
+    fn reconcile_gives_the_highest_tag_to_who_differs() {
+        let blocks =
+            [(A, Block::Data(1), tag(4)), (B, Block::Data(2), tag(5)), (C, Block::Data(2), tag(5))];
+        assert_eq!(compared(&[], &[A, B, C], &blocks), run(Some(B), &[A]));
+    }
+
+    #[test]
+    fn reconcile_never_lets_rot_win_whatever_its_tag() {
+        let blocks = [
+            (A, Block::Bad, tag(9)),
+            (B, Block::Data(2), Tag::NONE),
+            (C, Block::Data(2), Tag::NONE),
+        ];
+        assert_eq!(compared(&[], &[A, B, C], &blocks), run(Some(B), &[A]));
+        let all_bad = [(A, Block::Bad, tag(9)), (B, Block::Bad, Tag::NONE)];
+        assert_eq!(compared(&[], &[A, B], &all_bad), []);
+    }
+
+    #[test]
+    fn trusted_content_wins_over_any_tag_and_only_joiners_are_written() {
+        let blocks =
+            [(A, Block::Data(1), tag(4)), (B, Block::Data(2), tag(5)), (C, Block::Data(3), tag(9))];
+        assert_eq!(compared(&[A, B], &[C], &blocks), run(Some(A), &[C]));
+    }
+
+    #[test]
+    fn another_trusted_replica_stands_in_for_a_rotten_one() {
+        let blocks =
+            [(A, Block::Bad, tag(4)), (B, Block::Data(2), tag(4)), (C, Block::Zero, Tag::NONE)];
+        assert_eq!(compared(&[A, B], &[C], &blocks), run(Some(B), &[C]));
+    }
+
+    #[test]
+    fn rot_on_all_that_is_trusted_marks_only_an_older_block_bad() {
+        let older = [(A, Block::Bad, tag(4)), (C, Block::Data(3), tag(3))];
+        assert_eq!(compared(&[A], &[C], &older), run(None, &[C]));
+        let level = [(A, Block::Bad, tag(4)), (C, Block::Data(3), tag(4))];
+        assert_eq!(compared(&[A], &[C], &level), []);
+    }
+
+    #[test]
+    fn a_block_found_rotten_is_judged_again_and_told_once() {
+        let mut comparison = Comparison::new(mask(&[A, B]), mask(&[C]));
+        comparison.add(A, vec![(Block::Data(1), tag(1)); 3]);
+        comparison.add(B, vec![(Block::Data(1), tag(1)); 3]);
+        comparison.add(C, vec![(Block::Absent, Tag::NONE); 3]);
+        assert_eq!(comparison.copy_runs(0..3).len(), 1);
+        assert!(comparison.found_rotten(A, 1));
+        assert!(!comparison.found_rotten(A, 1));
+        assert!(!comparison.found_rotten(A, 3));
+        let sources: Vec<_> = comparison.copy_runs(0..3).iter().map(|run| run.source).collect();
+        assert_eq!(sources, [Some(A), Some(B), Some(A)]);
+    }
+}
