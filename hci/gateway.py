@@ -82,6 +82,7 @@ class GatewayDaemon:
             holder=self.holder,
             local_node=lambda: self._local_node,
             lease=self._lease,
+            heal_limits=config.heal,
         )
         self.exports.failed = ending.fail
 

@@ -18,6 +18,7 @@ from shard.ids import ImageId
 from vmstore import events
 from vmstore.catalog import Catalog
 from vmstore.errors import InUse, ShrinkRefused, UnknownImage, UnknownPool
+from vmstore.healing import HealLimits
 from vmstore.holder import OPEN_LIMIT_S, Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName, parse_image_name
@@ -40,9 +41,16 @@ class Exports(Serving):
         holder: str,
         local_node: Callable[[], str | None],
         lease: Callable[[Callable[[], None], Callable[[float], None]], Session],
+        heal_limits: HealLimits,
     ) -> None:
         super().__init__(
-            engine, catalog, gateway=gateway, holder=holder, local_node=local_node, lease=lease
+            engine,
+            catalog,
+            gateway=gateway,
+            holder=holder,
+            local_node=local_node,
+            lease=lease,
+            heal_limits=heal_limits,
         )
         self._client_image: dict[int, ImageId] = {}
         self._gone: set[int] = set()
@@ -95,7 +103,7 @@ class Exports(Serving):
         def stored(new: Held) -> None:
             image.held = new
             image.holder.record = new.record
-            self._engine.resize(image.channel, size_bytes)
+            self._engine.resize(image.channel, size_bytes, new.record.encode())
             go_on()
             resized.set_result(None)
 

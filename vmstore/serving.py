@@ -27,6 +27,7 @@ from vmstore import effects, events
 from vmstore.catalog import Catalog
 from vmstore.errors import InUse, LeaseLost, RecordChanged
 from vmstore.events import NodeRecordView
+from vmstore.healing import HealLimits
 from vmstore.holder import Holder, Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName
@@ -78,6 +79,7 @@ class Serving(ABC):
         holder: str,
         local_node: Callable[[], str | None],
         lease: Callable[[Callable[[], None], Callable[[float], None]], Session],
+        heal_limits: HealLimits,
     ) -> None:
         self._engine = engine
         self._catalog = catalog
@@ -85,6 +87,7 @@ class Serving(ABC):
         self._holder_id = holder
         self._local_node = local_node
         self._new_lease = lease
+        self._heal_limits = heal_limits
         self._lease: Session | None = None
         self._images: dict[ImageId, OpenImage] = {}
         self._by_channel: dict[int, OpenImage] = {}
@@ -260,6 +263,10 @@ class Serving(ABC):
                 self._engine.admit(image.channel, named, resume=resume)
             case effects.Peek(node):
                 self._engine.peek(image.channel, image.node_names.index(node))
+            case effects.Heal():
+                self._heal(image, effect)
+            case effects.EndHeal(attempt):
+                self._engine.end_heal(image.channel, attempt)
             case effects.ChangeMembership(_, after):
                 self._change_membership(image, after)
             case effects.Reconfigure(record):
@@ -322,6 +329,18 @@ class Serving(ABC):
             digest=membership_digest(record.membership),
             body=record.encode(),
             in_sync=self._in_sync(image, record),
+        )
+
+    def _heal(self, image: OpenImage, heal: effects.Heal) -> None:
+        log.info("heal_begins", image=str(image.name), node=heal.node, since=dict(heal.sets))
+        self._engine.heal(
+            image.channel,
+            node=image.node_names.index(heal.node),
+            serial=heal.serial,
+            attempt=heal.attempt,
+            sets=list(heal.sets),
+            bytes_per_second=self._heal_limits.bytes_per_second,
+            shards_at_once=self._heal_limits.shards_at_once,
         )
 
     def _change_membership(self, image: OpenImage, after: ImageRecord) -> None:
@@ -459,6 +478,12 @@ class Serving(ABC):
             case "admit_failed":
                 log.warning("admit_failed", image=str(image.name), node=node, why=event["status"])
                 self._step(image, events.AdmitFailed(node))
+            case "healed":
+                log.info("node_healed", image=str(image.name), node=node)
+                self._step(image, events.Healed(node, event["attempt"]))
+            case "heal_failed":
+                log.warning("heal_failed", image=str(image.name), node=node, why=event["status"])
+                self._step(image, events.HealFailed(node, event["attempt"], event["status"]))
             case "stored":
                 self._step(image, events.Stored(event["generation"]))
             case "fenced":

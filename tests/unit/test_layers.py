@@ -28,7 +28,9 @@ PURE = (
     "etcd/records.py",
     "vmstore/effects.py",
     "vmstore/events.py",
+    "vmstore/healing.py",
     "vmstore/holder.py",
+    "vmstore/judging.py",
     "vmstore/names.py",
 )
 """Code that decides, and so can be run by a simulator. A module listed here may not exist yet."""

@@ -314,8 +314,12 @@ impl ImageIo {
     /// A node that is in sync nowhere any more: nothing is asked of it until policy admits it again.
     fn let_go(&mut self, node: NodeIndex) {
         self.replica(node).served = None;
-        let connected = self.replica(node).state != ReplicaState::Down;
-        let state = if connected { ReplicaState::Waiting } else { ReplicaState::Down };
+        let state = match self.replica(node).state {
+            // Its answer is on its way, and tells policy that it is there.
+            ReplicaState::Peeking => ReplicaState::Peeking,
+            ReplicaState::Down => ReplicaState::Down,
+            _ => ReplicaState::Waiting,
+        };
         self.abandon(node, state, Status::StaleGeneration);
     }
 
