@@ -79,7 +79,7 @@ class Gateway:
         """Make a stale node level (`healed`, or `heal_failed`).
 
         `serial` is that of its last `peeked`, `attempt` is given back in the events, `sets` says
-        since which generation the node is stale in which replica sets. 0 bytes per second: no limit.
+        since which generation the node is stale in which replica sets. 0 bytes: no limit.
         """
 
     def end_heal(self, channel: int, attempt: int) -> None:

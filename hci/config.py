@@ -10,7 +10,7 @@ import re
 import socket
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -125,7 +125,7 @@ class Config:
     nodes: Mapping[str, NodeConfig]
     gateways: Mapping[str, GatewayConfig]
     dev: DevConfig | None
-    heal: HealLimits = HealLimits()
+    heal: HealLimits = field(default_factory=HealLimits)
 
     def node(self, name: str) -> NodeConfig:
         """Return the node's section. Raises ConfigError where the file has none."""

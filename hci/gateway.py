@@ -4,7 +4,9 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import structlog
@@ -202,6 +204,15 @@ class GatewayDaemon:
             socket=node.socket if local else None,
         )
 
+    def heals(self) -> dict[int, dict[str, Any]]:
+        """Return how far the heals under way are, by channel."""
+        try:
+            images = self.engine.snapshot()["images"]
+        except RuntimeError:
+            # Stopped, or about to be.
+            return {}
+        return {image["channel"]: image["heal"] for image in images if image["heal"] is not None}
+
     def state(self) -> "pb.GatewayStatus.State.ValueType":
         """Return the gateway's state."""
         if self.ending.due:
@@ -219,6 +230,7 @@ class GatewayControl(GatewayControlServicer):
         self, request: pb.GatewayStatusRequest, context: grpc.ServicerContext
     ) -> pb.GatewayStatus:
         gateway = self._gateway
+        heals = gateway.heals()
         return pb.GatewayStatus(
             name=gateway.own.name,
             holder_id=gateway.holder,
@@ -226,8 +238,23 @@ class GatewayControl(GatewayControlServicer):
             state=gateway.state(),
             trouble=gateway.trouble,
             version=VERSION,
-            images=[_image_status(image) for image in gateway.exports.snapshot()],
+            images=[
+                _image_status(image, _progress(image, heals.get(image.channel), gateway.exports))
+                for image in gateway.exports.snapshot()
+            ],
             counters={"pid": os.getpid()},
+            finished_heals=[
+                pb.FinishedHeal(
+                    image_id=heal.image,
+                    name=heal.name,
+                    node=heal.node,
+                    copied_bytes=heal.bytes_done,
+                    bytes_per_second=heal.bytes_per_second,
+                    bad_blocks=heal.bad_blocks,
+                    finished_at=heal.finished_at or 0.0,
+                )
+                for heal in gateway.exports.heal_log.finished()
+            ],
         )
 
     def Resize(self, request: pb.ResizeRequest, context: grpc.ServicerContext) -> pb.ResizeReply:
@@ -243,7 +270,25 @@ class GatewayControl(GatewayControlServicer):
         return pb.ResizeReply(size_bytes=request.size_bytes)
 
 
-def _image_status(image: OpenImage) -> pb.OpenImage:
+def _progress(
+    image: OpenImage, heal: dict[str, Any] | None, exports: Exports
+) -> pb.Progress | None:
+    begun = exports.heal_log.under_way(image.image)
+    if heal is None or begun is None:
+        return None
+    seconds = max(0.1, time.monotonic() - begun.begun_s)
+    return pb.Progress(
+        node=heal["node"],
+        shards_done=heal["shards_done"],
+        shards_total=heal["shards_done"] + heal["shards_left"],
+        copied_bytes=heal["bytes_done"],
+        bytes_left=heal["bytes_left"],
+        bytes_per_second=int(heal["bytes_done"] / seconds),
+        bad_blocks=heal["bad_blocks"],
+    )
+
+
+def _image_status(image: OpenImage, heal: pb.Progress | None) -> pb.OpenImage:
     holder, record = image.holder, image.holder.record
     status = pb.OpenImage(
         image_id=image.image,
@@ -251,6 +296,7 @@ def _image_status(image: OpenImage) -> pb.OpenImage:
         state=_STATES[holder.phase],
         trouble=holder.trouble,
         clients=sum(1 for user in image.users if user > 0),
+        heal=heal,
     )
     if record is None:
         return status

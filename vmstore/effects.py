@@ -99,6 +99,6 @@ class Forget:
 
 
 Effect = (
-    OpenImage | Admit | Peek | Heal | EndHeal | ChangeMembership | Reconfigure | Serve | Refuse | CloseImage
-    | KillImage | Release | Forget
+    OpenImage | Admit | Peek | Heal | EndHeal | ChangeMembership | Reconfigure | Serve | Refuse
+    | CloseImage | KillImage | Release | Forget
 )  # fmt: skip

@@ -157,6 +157,6 @@ class Tick:
 
 Event = (
     LeaseTaken | Peeked | ReplicaDown | ReplicaBlocking | ReplicaFailed | Admitted | AdmitFailed
-    | Healed | HealFailed | Stored | Fenced | MembershipChanged | MembershipDelayed | Lost | Close | Closed | Released
-    | Fail | Tick
+    | Healed | HealFailed | Stored | Fenced | MembershipChanged | MembershipDelayed | Lost | Close
+    | Closed | Released | Fail | Tick
 )  # fmt: skip

@@ -17,7 +17,7 @@ from shard.membership import Membership
 
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
-"""What keeps a heal from ending (a full disk, a source that fails) lasts minutes; a try costs little."""
+"""What keeps a heal from ending (a full disk, a failing source) lasts minutes; tries are cheap."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -284,7 +284,7 @@ class Holder:
     # Going on
 
     def _go_on(self) -> list[Effect]:
-        """Do what can be done now: leave lost nodes behind, let returned ones in, heal stale ones."""
+        """Leave lost nodes behind, let returned ones in, heal stale ones, as far as it goes now."""
         if self.record is None or self.phase in (Phase.TAKING, Phase.RELEASING, Phase.ENDED):
             return []
         if self.proposal is not None or self.paused:
@@ -405,7 +405,8 @@ class Holder:
 
         One admission at a time: its outcome is that of all nodes that join. In each of its sets a
         node that joins needs one that is up, to be made equal to, or every other one that is in
-        sync beside it: one that is away may have answered what this one has lost.
+        sync beside it: one that is away may have answered what this one has lost. So may a healed
+        one of which is not yet known whether the record takes it in.
         """
         assert self.record is not None
         membership = self.record.membership
@@ -422,7 +423,8 @@ class Holder:
             for index in range(len(membership.sets)):
                 in_sync = set(membership.in_sync(index))
                 up = any(self.nodes[name].standing is Standing.UP for name in in_sync)
-                if not up and not in_sync <= join:
+                undecided = index in self.heals.to_take_in()
+                if not up and (undecided or not in_sync <= join):
                     unfounded |= in_sync & join
             if not unfounded:
                 break

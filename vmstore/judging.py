@@ -23,8 +23,7 @@ def problem_of(peeked: Peeked, ours: ImageRecord) -> str | None:
         or (view.epoch == ours.epoch and view.holder != ours.holder)
         or view.generation > ours.generation
         or (
-            view.generation == ours.generation
-            and view.digest != membership_digest(ours.membership)
+            view.generation == ours.generation and view.digest != membership_digest(ours.membership)
         )
     )
     if later and peeked.node in ours.membership.all_in_sync():
@@ -53,6 +52,5 @@ def emptied(known: Iterable[Peeked]) -> set[str]:
     return {
         peeked.node
         for peeked in known
-        if (peeked.record is None and written)
-        or peeked.flush_number < claims.get(peeked.node, 0)
+        if (peeked.record is None and written) or peeked.flush_number < claims.get(peeked.node, 0)
     }

@@ -31,6 +31,7 @@ from vmstore.healing import HealLimits
 from vmstore.holder import Holder, Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName
+from vmstore.progress import HealLog
 from vmstore.stored import Stored
 
 log = structlog.get_logger()
@@ -88,6 +89,7 @@ class Serving(ABC):
         self._local_node = local_node
         self._new_lease = lease
         self._heal_limits = heal_limits
+        self.heal_log = HealLog()
         self._lease: Session | None = None
         self._images: dict[ImageId, OpenImage] = {}
         self._by_channel: dict[int, OpenImage] = {}
@@ -267,6 +269,7 @@ class Serving(ABC):
                 self._heal(image, effect)
             case effects.EndHeal(attempt):
                 self._engine.end_heal(image.channel, attempt)
+                self.heal_log.ends(image.image)
             case effects.ChangeMembership(_, after):
                 self._change_membership(image, after)
             case effects.Reconfigure(record):
@@ -317,6 +320,8 @@ class Serving(ABC):
         return [self._indexes(image, membership.in_sync(index)) for index in sets]
 
     def _reconfigure(self, image: OpenImage, record: ImageRecord) -> None:
+        if image.holder.heals.now is None:
+            self.heal_log.taken_in(image.image, time.time())
         log.warning(
             "membership_changed",
             image=str(image.name),
@@ -332,6 +337,7 @@ class Serving(ABC):
         )
 
     def _heal(self, image: OpenImage, heal: effects.Heal) -> None:
+        self.heal_log.begins(image.image, str(image.name), heal.node, time.monotonic())
         log.info("heal_begins", image=str(image.name), node=heal.node, since=dict(heal.sets))
         self._engine.heal(
             image.channel,
@@ -409,6 +415,7 @@ class Serving(ABC):
 
     def _forget(self, image: OpenImage) -> None:
         self._engine.forget(image.channel)
+        self.heal_log.ends(image.image)
         del self._images[image.image]
         del self._by_channel[image.channel]
         self._forgotten(image)
@@ -479,10 +486,15 @@ class Serving(ABC):
                 log.warning("admit_failed", image=str(image.name), node=node, why=event["status"])
                 self._step(image, events.AdmitFailed(node))
             case "healed":
-                log.info("node_healed", image=str(image.name), node=node)
+                log.info("node_healed", image=str(image.name), node=node,
+                         copied_bytes=event["copied_bytes"],
+                         bad_blocks=event["bad_blocks"])  # fmt: skip
+                self.heal_log.level(image.image, event["copied_bytes"], event["bad_blocks"],
+                                    time.monotonic())  # fmt: skip
                 self._step(image, events.Healed(node, event["attempt"]))
             case "heal_failed":
                 log.warning("heal_failed", image=str(image.name), node=node, why=event["status"])
+                self.heal_log.ends(image.image)
                 self._step(image, events.HealFailed(node, event["attempt"], event["status"]))
             case "stored":
                 self._step(image, events.Stored(event["generation"]))

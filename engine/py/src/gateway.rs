@@ -380,10 +380,12 @@ fn put_image_event(py: Python<'_>, dict: &Bound<'_, PyDict>, event: Event) -> Py
             dict.set_item("node", node)?;
             dict.set_item("status", format!("{status:?}"))
         }
-        Event::Healed { node, attempt } => {
+        Event::Healed { node, attempt, copied_bytes, bad_blocks } => {
             dict.set_item("event", "healed")?;
             dict.set_item("node", node)?;
-            dict.set_item("attempt", attempt)
+            dict.set_item("attempt", attempt)?;
+            dict.set_item("copied_bytes", copied_bytes)?;
+            dict.set_item("bad_blocks", bad_blocks)
         }
         Event::HealFailed { node, attempt, status } => {
             dict.set_item("event", "heal_failed")?;

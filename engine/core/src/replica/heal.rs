@@ -19,7 +19,9 @@
 //!
 //! A node that is lost before `Settled` ends the heal, and nobody waits for it any more. A source that is
 //! lost has what was under way begun again with those that are left; each of them knows all that the
-//! node missed, because whoever joins takes over tags along with content (`compare`).
+//! node missed, because whoever joins takes over tags along with content (`compare`). When the last one
+//! is lost the heal ends. Where that happens to a settled node, those who come back wait until it is
+//! known whether it is in sync: if so it is the one that they are made equal to.
 
 use super::asks::Asks;
 use super::copier::Copier;
@@ -193,6 +195,22 @@ impl ImageIo {
             heal.list.insert(shard);
         }
         NodeMask::EMPTY
+    }
+
+    /// Whether each healed set has a node in sync that is up. One at least was up all the time that the
+    /// heal goes on, or what is level with it would not be with the others.
+    pub(super) fn has_sources(&self) -> bool {
+        let up = self.up();
+        self.heal.as_ref().is_some_and(|heal| {
+            heal.spec.sets.iter().all(|(set, _)| !self.sets[*set].in_sync.and(up).is_empty())
+        })
+    }
+
+    /// The healed node whose membership is being decided, where no node of a set of its was up all the
+    /// time: the others must not agree on anything without it, should it turn out to be in sync.
+    pub(super) fn undecided(&self) -> Option<NodeIndex> {
+        let heal = self.heal.as_ref().filter(|heal| heal.stage == Stage::Settled)?;
+        (!self.has_sources()).then_some(heal.spec.node)
     }
 
     /// Who takes part in clients' flushes beside the nodes in sync.

@@ -74,7 +74,7 @@ impl ImageIo {
                 self.ask_written(source, above, (0, 0));
             }
         }
-        if sets.iter().any(|(set, _)| self.sets[*set].in_sync.and(up).is_empty()) {
+        if !self.has_sources() {
             return self.fail_heal(Status::Io);
         }
         if sets.iter().any(|(_, since)| *since == 0) {
@@ -378,12 +378,19 @@ impl ImageIo {
         let Some(heal) = &mut self.heal else { return };
         heal.stage = Stage::Settled;
         let (node, attempt) = (heal.spec.node, heal.spec.attempt);
-        self.event(Event::Healed { node, attempt });
+        let (copied_bytes, bad_blocks) = (heal.copier.copied_bytes, heal.copier.bad_blocks);
+        self.event(Event::Healed { node, attempt, copied_bytes, bad_blocks });
     }
 
     /// A source may be lost: what was under way is begun again with those that are left.
+    ///
+    /// Without any, the heal ends: those who come back are made equal with each other, and what they
+    /// agree on may be other than what the node was given.
     pub(super) fn restart_heal(&mut self) {
         let Some(heal) = &self.heal else { return };
+        if !self.has_sources() {
+            return self.fail_heal_unless_settled(Status::Io);
+        }
         match heal.stage {
             Stage::Entering | Stage::Settled => {}
             Stage::Listing => self.begin_listing(),

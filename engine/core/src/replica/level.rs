@@ -79,7 +79,7 @@ impl ImageIo {
             let absent = set.in_sync.without(participants).first();
             absent.filter(|_| joins && !founded)
         });
-        if let Some(absent) = unfounded {
+        if let Some(absent) = unfounded.or(self.undecided()) {
             return self.end_admission(absent, Status::Io);
         }
         let asks = Asks::new(self.next_serial());

@@ -149,7 +149,7 @@ pub enum Event {
     AdmitFailed { node: NodeIndex, status: Status },
     /// A stale node is level, durably, and gets what is written. Until policy says what became of it
     /// (`reconfigure` that takes it in, or `end_heal`), nothing is answered that it lacks.
-    Healed { node: NodeIndex, attempt: u64 },
+    Healed { node: NodeIndex, attempt: u64, copied_bytes: u64, bad_blocks: u64 },
     /// A heal has ended early; the node is as stale as before. `node` is the one that was healed.
     HealFailed { node: NodeIndex, attempt: u64, status: Status },
     /// All in-sync nodes of the changed sets hold this generation.
