@@ -62,6 +62,7 @@ fn check_head(frame: Frame) {
         REPLY_TO_SUMMARY | REPLY_TO_FETCH => check::<BlocksReply>(head),
         kind::COPY => check::<Copy>(head),
         kind::LEVEL => check::<Level>(head),
+        kind::WRITTEN => check::<WrittenAbove>(head),
         _ => {}
     }
 }

@@ -16,7 +16,7 @@
 use super::asks::Asks;
 use super::compare::Comparison;
 use super::copier::{Copier, CopyAsk, CopyStamp};
-use super::image::{ImageIo, Purpose, Replica, ReplicaState};
+use super::image::{ImageIo, Purpose, Replica, ReplicaState, RequestKind};
 use super::replies::BadReply;
 use super::{Event, NodeIndex, NodeMask};
 use crate::geometry::{BLOCK_BYTES, LayerId};
@@ -92,7 +92,20 @@ impl ImageIo {
             copier: Copier::default(),
             stage: Stage::Comparing,
         });
+        self.ask_again(joiners);
         participants.iter().for_each(|node| self.ask_dirty(node, 0));
+    }
+
+    /// Changes in flight that a former instance of a joiner had answered may be lost with its memory, and
+    /// be on nobody that it is levelled with yet: it is sent them once more, when it is up.
+    fn ask_again(&mut self, joiners: NodeMask) {
+        for (_, part) in self.parts.iter_mut() {
+            if matches!(part.kind, RequestKind::Write | RequestKind::Zero) {
+                let again = joiners.and(self.sets[part.set as usize].in_sync);
+                part.waiting = part.waiting.with(again);
+                part.sent = part.sent.without(again);
+            }
+        }
     }
 
     /// Nodes that are being admitted and do not resume.
