@@ -153,7 +153,10 @@ def test_heal_that_is_interrupted_goes_on(cluster: DevCluster, killed: str, tmp_
                 cluster.kill("node2")
                 fill(session, 2, blocks=blocks, every=2)
                 cluster.run("node2")
-                until("a heal is under way", lambda: [h for h in heals(cluster, "creeps") if h["bytes_done"]])
+                until(
+                    "a heal is under way",
+                    lambda: [h for h in heals(cluster, "creeps") if h["bytes_done"]],
+                )
                 assert cluster.health() == "healing"
                 cluster.kill(killed)
                 session.call("write", 5 * RUN_BLOCKS, 1, 3)

@@ -8,9 +8,8 @@ use hci_engine_core::geometry::{ImageId, Tag};
 use hci_engine_core::wire::codec::Fields;
 use hci_engine_core::wire::messages::{
     Attach, BlocksReply, Copy, DirtyEntry, DirtyFrom, DirtyReply, Flush, Head, Hello, HelloReply,
-    Io, Level, Number, Peek, PeekReply, RecordHead, Session, ShardRange, WrittenAbove, WrittenReply, put_blocks,
-    take_blocks,
-    take_write,
+    Io, Level, Number, Peek, PeekReply, RecordHead, Session, ShardRange, WrittenAbove,
+    WrittenReply, put_blocks, take_blocks, take_write,
 };
 use hci_engine_core::wire::{
     Frame, FrameReader, Prefix, REPLY, Status, WireError, encode, flag, kind,

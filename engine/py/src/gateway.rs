@@ -12,6 +12,7 @@ use hci_engine_core::wire::messages::HelloReply;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
+use std::collections::HashMap;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::Duration;
 
@@ -268,6 +269,8 @@ impl Gateway {
             item.set_item("replicas", image.replicas)?;
             let heal = image.heal.map(|heal| heal_dict(py, heal)).transpose()?;
             item.set_item("heal", heal)?;
+
+            item.set_item("counters", HashMap::from(image.counters.named()))?;
             images.push(item);
         }
         result.set_item("images", images)?;

@@ -2,6 +2,8 @@
 
 use crate::replica::HealState;
 
+use crate::nbd::Counters;
+
 /// A link to a node.
 #[derive(Clone, Debug)]
 pub struct LinkSnapshot {
@@ -28,6 +30,8 @@ pub struct ImageSnapshot {
     /// Name and state of each node.
     pub replicas: Vec<(String, String)>,
     pub heal: Option<HealState>,
+
+    pub counters: Counters,
 }
 
 #[derive(Clone, Debug, Default)]

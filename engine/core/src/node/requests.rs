@@ -5,14 +5,13 @@ use super::sessions::{Session, Sessions};
 use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, ShardKey, Tag};
 use crate::store::{
-    BlockState, CopyBlock, RecordHead, Stamp, Store, StoreError, WRITTEN_PER_PAGE,
-    WriteOp, WrittenCursor,
+    BlockState, CopyBlock, RecordHead, Stamp, Store, StoreError, WRITTEN_PER_PAGE, WriteOp,
+    WrittenCursor,
 };
 use crate::wire::codec::Short;
 use crate::wire::messages::{
     self, Attach, BlocksReply, Copy, DIRTY_ENTRIES_MAX, DirtyEntry, DirtyFrom, DirtyReply, Flush,
-    Head, Io, Level, Peek, PeekReply, ShardRange, WRITTEN_SHARDS_MAX, WrittenAbove,
-    WrittenReply,
+    Head, Io, Level, Peek, PeekReply, ShardRange, WRITTEN_SHARDS_MAX, WrittenAbove, WrittenReply,
 };
 use crate::wire::{Frame, PAYLOAD_BYTES_MAX, Status, flag, kind};
 use bytes::{BufMut, Bytes, BytesMut};

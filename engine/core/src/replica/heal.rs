@@ -190,7 +190,10 @@ impl ImageIo {
         if heal.is_level(shard) {
             return heal.node();
         }
-        assert!(heal.stage <= Stage::Copying, "from the last shard on every change goes to the node");
+        assert!(
+            heal.stage <= Stage::Copying,
+            "from the last shard on every change goes to the node"
+        );
         if heal.stage == Stage::Listing {
             heal.list.insert(shard);
         }

@@ -453,4 +453,3 @@ impl ImageIo {
         heal.refilled_ns = now_ns;
     }
 }
-

@@ -20,9 +20,7 @@ use super::image::{ImageIo, Purpose, Replica, ReplicaState, RequestKind};
 use super::replies::BadReply;
 use super::{Event, NodeIndex, NodeMask};
 use crate::geometry::{BLOCK_BYTES, LayerId};
-use crate::wire::messages::{
-    DIRTY_ENTRIES_MAX, DirtyFrom, DirtyReply, Flush, Head, Level, Number,
-};
+use crate::wire::messages::{DIRTY_ENTRIES_MAX, DirtyFrom, DirtyReply, Flush, Head, Level, Number};
 use crate::wire::{Frame, Status, kind};
 use bytes::Bytes;
 use std::collections::{BTreeSet, VecDeque};

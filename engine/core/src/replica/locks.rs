@@ -30,10 +30,7 @@ pub enum Mode {
 
 impl Mode {
     fn excludes(self, other: Mode) -> bool {
-        !matches!(
-            (self, other),
-            (Mode::Read, Mode::Read | Mode::Pause) | (Mode::Pause, Mode::Read)
-        )
+        !matches!((self, other), (Mode::Read, Mode::Read | Mode::Pause) | (Mode::Pause, Mode::Read))
     }
 
     fn holds(self) -> bool {

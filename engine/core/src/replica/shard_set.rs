@@ -46,7 +46,8 @@ impl ShardSet {
 
     /// The first shard from `from` on.
     pub fn next(&self, from: u64) -> Option<u64> {
-        let in_word = self.words.get(&(from / 64)).map_or(0, |word| word & (u64::MAX << (from % 64)));
+        let in_word =
+            self.words.get(&(from / 64)).map_or(0, |word| word & (u64::MAX << (from % 64)));
         let (word, bits) = match in_word {
             0 => self.words.range((from / 64).checked_add(1)?..).next().map(|(w, b)| (*w, *b))?,
             bits => (from / 64, bits),

@@ -561,12 +561,7 @@ impl Head for WrittenAbove {
         out.put_u64_le(self.shard);
     }
     fn take_fields(f: &mut Fields) -> Result<Self, Short> {
-        Ok(WrittenAbove {
-            epoch: f.u64()?,
-            generation: f.u64()?,
-            place: f.u32()?,
-            shard: f.u64()?,
-        })
+        Ok(WrittenAbove { epoch: f.u64()?, generation: f.u64()?, place: f.u32()?, shard: f.u64()? })
     }
 }
 

@@ -141,9 +141,9 @@ impl Policy {
 
     fn begin_heal(&mut self, io: &mut ImageIo) {
         let nodes = 0..self.standing.len() as NodeIndex;
-        let stale = nodes.filter(|node| !self.record.in_sync.has(*node)).find(|node| {
-            self.standing[usize::from(*node)] == Standing::Waiting
-        });
+        let stale = nodes
+            .filter(|node| !self.record.in_sync.has(*node))
+            .find(|node| self.standing[usize::from(*node)] == Standing::Waiting);
         let Some(node) = stale.filter(|_| self.serving && self.heal.is_none()) else { return };
         let index = usize::from(node);
         self.attempts += 1;
