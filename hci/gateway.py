@@ -1,6 +1,7 @@
 """The gateway's daemon: listens for NBD clients, keeps links to the nodes, answers `hci`."""
 
 import os
+import random
 import secrets
 import socket
 import threading
@@ -25,6 +26,7 @@ from hci.control_pb2_grpc import GatewayControlServicer, add_GatewayControlServi
 from hci.errors import DaemonError
 from shard.errors import HciError
 from shard.ids import image_id
+from vmstore.caretaker import Caretaker
 from vmstore.catalog import Catalog
 from vmstore.errors import OtherCluster, UnknownImage
 from vmstore.exports import Exports
@@ -87,6 +89,9 @@ class GatewayDaemon:
             heal_limits=config.heal,
         )
         self.exports.failed = ending.fail
+        self.caretaker = Caretaker(
+            self.catalog, self.exports.maintain, self.exports.maintained, random.SystemRandom()
+        )
 
     def run(self) -> None:
         """Serve until it is time to end."""
@@ -164,6 +169,7 @@ class GatewayDaemon:
                 self.catalog.init_cluster(self.config.cluster.id)
                 self.exports.start()
                 self.etcd.watch(keys.NODES, self._on_nodes)
+                self.caretaker.watch()
                 self._link_nodes()
             except OtherCluster as error:
                 raise DaemonError(str(error)) from error
@@ -181,6 +187,7 @@ class GatewayDaemon:
         self._nodes_changed.set()
 
     def _look_after(self) -> None:
+        self.caretaker.look(time.monotonic())
         if not self._nodes_changed.is_set():
             return
         self._nodes_changed.clear()

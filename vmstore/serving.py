@@ -55,6 +55,9 @@ class OpenImage:
     channel: int
     holder: Holder
     held: Held | None = None
+    maintenance: bool = False
+    """Open to be healed, for no client: the next gateway that is asked may take it over."""
+    claiming: bool = False
     node_names: tuple[str, ...] = ()
     waiting: list[tuple[int, ImageName]] = field(default_factory=list)
     """Clients that are answered when it is open."""
@@ -192,7 +195,9 @@ class Serving(ABC):
 
     # Images
 
-    def _use(self, name: ImageName, found: Stored[ImageRecord]) -> OpenImage:
+    def _use(
+        self, name: ImageName, found: Stored[ImageRecord], *, maintenance: bool = False
+    ) -> OpenImage:
         """Return the open image, or begin to open it."""
         image = self._images.get(found.record.id)
         if image is not None:
@@ -204,6 +209,7 @@ class Serving(ABC):
             name=name,
             channel=channel,
             holder=Holder(holder=self._holder_id, now_s=time.monotonic()),
+            maintenance=maintenance,
         )
         self._images[image.image] = image
         self._by_channel[channel] = image
@@ -230,13 +236,16 @@ class Serving(ABC):
             lease = self._catalog.lease_of(image.image)
             # A lease of this gateway is that of a former process: we hold its lock, so it is dead.
             mine = lease is not None and lease.record.gateway == self._gateway
+            # One for maintenance yields, but not to another such.
+            yields = lease is not None and lease.record.maintenance and not image.maintenance
             try:
                 return self._catalog.take_lease(
                     stored,
                     gateway=self._gateway,
                     holder=self._holder_id,
                     etcd_lease=self._lease.lease,
-                    instead_of=lease if mine else None,
+                    instead_of=lease if mine or yields else None,
+                    maintenance=image.maintenance,
                 )
             except InUse as error:
                 raise InUse(str(image.name), error.gateway) from error

@@ -186,7 +186,7 @@ impl Cluster {
         );
     }
 
-    fn deliver_request(&mut self, node: usize) {
+    pub fn deliver_request(&mut self, node: usize) {
         let link = &mut self.links[node];
         if link.up
             && self.nodes[node].takes(link.connection)
@@ -208,7 +208,7 @@ impl Cluster {
         }
     }
 
-    fn deliver_answer(&mut self, node: usize) {
+    pub fn deliver_answer(&mut self, node: usize) {
         let Some((connection, frame)) = self.nodes[node].answers.pop_front() else { return };
         let link = &self.links[node];
         if link.up && link.connection == connection {
@@ -225,7 +225,7 @@ impl Cluster {
         }
     }
 
-    fn take_proposal(&mut self) {
+    pub fn take_proposal(&mut self) {
         self.policy.proposal_taken(&mut self.io);
         self.carry_out();
     }
@@ -312,7 +312,7 @@ impl Cluster {
         self.carry_out();
     }
 
-    fn zero(&mut self, first: usize, sectors: usize) {
+    pub fn zero(&mut self, first: usize, sectors: usize) {
         let token = self.token(Asked::Change { durable: false });
         self.oracle.write_begins(first, sectors, (token.cookie, 0), self.now);
         let flags = if self.random.chance(50) { flag::KEEP_ALLOCATED } else { 0 };
