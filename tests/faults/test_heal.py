@@ -29,6 +29,11 @@ def heals(cluster: DevCluster, image: str) -> list[dict[str, Any]]:
     return [line for line in listed if line["image"] == f"{POOL}/{image}"]
 
 
+def copies(cluster: DevCluster, image: str) -> bool:
+    """Whether a heal of the image has come so far that there is something to disturb."""
+    return any(line["bytes_done"] > 0 for line in heals(cluster, image))
+
+
 def stale(cluster: DevCluster, image: str) -> list[str]:
     return [entry["node"] for entry in cluster.info(image)["stale"]]
 
@@ -52,10 +57,11 @@ def fill(session: NbdSession, version: int, *, blocks: int, every: int = 1) -> N
 
 
 @contextlib.contextmanager
-def slow_heal(cluster: DevCluster) -> Iterator[None]:
+def slow_heal(cluster: DevCluster, rate: str = "2M") -> Iterator[None]:
     """Heals creep, so that there is time to disturb them."""
     before = cluster.config.read_text()
-    cluster.config.write_text(before + '\n[heal]\nbytes_per_second = "4M"\nshards_at_once = 1\n')
+    limits = f'\n[heal]\nbytes_per_second = "{rate}"\nshards_at_once = 1\n'
+    cluster.config.write_text(before + limits)
     cluster.kill("gateway1")
     cluster.run("gateway1")
     try:
@@ -153,14 +159,12 @@ def test_heal_that_is_interrupted_goes_on(cluster: DevCluster, killed: str, tmp_
                 cluster.kill("node2")
                 fill(session, 2, blocks=blocks, every=2)
                 cluster.run("node2")
-                until(
-                    "a heal is under way",
-                    lambda: [h for h in heals(cluster, "creeps") if h["bytes_done"]],
-                )
+                until("a heal is under way", lambda: copies(cluster, "creeps"))
                 assert cluster.health() == "healing"
                 cluster.kill(killed)
-                session.call("write", 5 * RUN_BLOCKS, 1, 3)
+                waiting = session.submit("write", 5 * RUN_BLOCKS, 1, 3)
                 cluster.run(killed)
+                assert waiting.result(timeout=HEAL_TIMEOUT_S) == []
                 await_in_sync(cluster, "creeps")
                 cluster.kill("node1")
                 for first in range(0, blocks, RUN_BLOCKS):
@@ -185,3 +189,65 @@ def test_node_that_missed_next_to_nothing_is_in_sync_at_once(cluster: DevCluster
         await_in_sync(cluster, "brief")
         (done,) = heals(cluster, "brief")
         assert done["bytes_done"] <= 2 * BLOCK_BYTES
+
+
+def stale_and_closed(cluster: DevCluster, image: str) -> None:
+    """Makes an image that node2 is stale for, filled with 2 in its first half, and leaves it."""
+    blocks = (32 << 20) // BLOCK_BYTES
+    cluster.create(image, "32M")
+    with NbdSession(cluster.url(image), 1) as session:
+        fill(session, 1, blocks=blocks)
+        cluster.kill("node2")
+        fill(session, 2, blocks=blocks // 2)
+    until("the image is closed", lambda: cluster.info(image)["clean"])
+    assert stale(cluster, image) == ["node2"]
+
+
+def test_image_that_nobody_has_open_is_healed(cluster: DevCluster) -> None:
+    stale_and_closed(cluster, "closed")
+    cluster.run("node2")
+    await_in_sync(cluster, "closed")
+    cluster.await_health("ok")
+    until("it is closed again", lambda: cluster.info("closed")["clean"])
+    assert cluster.check("closed")["equal"]
+    with NbdSession(cluster.url("closed"), 1) as session:
+        cluster.kill("node1")
+        half = (16 << 20) // BLOCK_BYTES
+        for first in range(0, 2 * half, RUN_BLOCKS):
+            version = 2 if first < half else 1
+            assert session.call("read", first, RUN_BLOCKS) == [version] * RUN_BLOCKS
+
+
+def test_image_that_is_healed_closed_opens_at_once(cluster: DevCluster) -> None:
+    """Whoever wants it does not wait for the heal, which goes on while it is open."""
+    with slow_heal(cluster, "1M"):
+        stale_and_closed(cluster, "wanted")
+        cluster.run("node2")
+        until("a heal is under way", lambda: copies(cluster, "wanted"))
+        with NbdSession(cluster.url("wanted"), 1) as session:
+            session.call("write", 0, RUN_BLOCKS, 3)
+            session.call("flush")
+            assert session.call("read", 0, RUN_BLOCKS) == [3] * RUN_BLOCKS
+            assert stale(cluster, "wanted") == ["node2"]
+            await_in_sync(cluster, "wanted")
+        assert cluster.check("wanted")["equal"]
+
+
+def test_another_gateway_takes_an_image_from_its_heal() -> None:
+    with DevCluster(gateways=2) as two:
+        with slow_heal(two, "1M"):
+            stale_and_closed(two, "taken")
+            two.kill("gateway2")
+            two.run("node2")
+            until("a heal is under way", lambda: copies(two, "taken"))
+            two.run("gateway2")
+            with NbdSession(two.url_at("gateway2", "taken"), 1) as session:
+                session.call("write", 0, RUN_BLOCKS, 3)
+                session.call("flush")
+                assert session.call("read", 0, RUN_BLOCKS) == [3] * RUN_BLOCKS
+                await_in_sync(two, "taken")
+                two.kill("node1")
+                assert session.call("read", 0, RUN_BLOCKS) == [3] * RUN_BLOCKS
+            two.run("node1")
+            await_in_sync(two, "taken")
+            assert two.check("taken")["equal"]

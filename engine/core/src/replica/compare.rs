@@ -12,6 +12,7 @@
 //! block durably. Whoever joins has to know of that as well, or it could not tell a third node, which
 //! lost the block in a power cut, that it has to be healed.
 
+use super::defect::{Defect, planted};
 use super::{NodeIndex, NodeMask};
 use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, Tag};
@@ -105,7 +106,8 @@ impl Comparison {
         let newest = all().filter(|(node, _)| counts(*node)).map(|(_, (_, tag))| tag).max();
         let differs = |block: Block, tag: Tag| match winner {
             Some((_, (content, winning))) => {
-                block != content || (tag != winning && winning != Tag::NONE)
+                let tag_left = tag != winning && winning != Tag::NONE;
+                block != content || tag_left && !planted(Defect::TagsLeft)
             }
             None if self.stale => block != Block::Bad,
             // One that is no older than the rotten ones is all there is left: it stays.

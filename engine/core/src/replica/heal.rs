@@ -25,6 +25,7 @@
 
 use super::asks::Asks;
 use super::copier::Copier;
+use super::defect::{Defect, planted};
 use super::heal_shards::{Ask, Job};
 use super::image::{ImageIo, Phase, Purpose, ReplicaState, RequestKind};
 use super::shard_set::ShardSet;
@@ -194,7 +195,7 @@ impl ImageIo {
             heal.stage <= Stage::Copying,
             "from the last shard on every change goes to the node"
         );
-        if heal.stage == Stage::Listing {
+        if heal.stage == Stage::Listing && !planted(Defect::MissedWhileListing) {
             heal.list.insert(shard);
         }
         NodeMask::EMPTY
@@ -204,6 +205,9 @@ impl ImageIo {
     /// heal goes on, or what is level with it would not be with the others.
     pub(super) fn has_sources(&self) -> bool {
         let up = self.up();
+        if planted(Defect::SourcesForgotten) {
+            return true;
+        }
         self.heal.as_ref().is_some_and(|heal| {
             heal.spec.sets.iter().all(|(set, _)| !self.sets[*set].in_sync.and(up).is_empty())
         })
@@ -224,7 +228,8 @@ impl ImageIo {
 
     /// Whose answers are waited for, where they were asked for, although it is not in sync.
     pub(super) fn healing(&self) -> NodeMask {
-        self.heal.as_ref().map_or(NodeMask::EMPTY, Heal::node)
+        let heal = self.heal.as_ref().filter(|_| !planted(Defect::AnsweredWithoutHealed));
+        heal.map_or(NodeMask::EMPTY, Heal::node)
     }
 
     pub(super) fn is_entering_heal(&self, node: NodeIndex) -> bool {
@@ -257,6 +262,8 @@ impl ImageIo {
     pub(super) fn fail_heal_unless_settled(&mut self, status: Status) {
         if self.heal.as_ref().is_some_and(|heal| heal.stage < Stage::Settled) {
             self.fail_heal(status);
+        } else if planted(Defect::OutcomeForgotten) {
+            self.drop_heal();
         }
     }
 

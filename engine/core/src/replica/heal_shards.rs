@@ -7,6 +7,7 @@
 use super::asks::Asks;
 use super::compare::Comparison;
 use super::copier::CopyAsk;
+use super::defect::{Defect, planted};
 use super::heal::Stage;
 use super::image::{ImageIo, RequestKind};
 use super::replies::BadReply;
@@ -63,7 +64,7 @@ impl ImageIo {
         // Changes in flight do not go to the node.
         for (_, part) in self.parts.iter() {
             let changes = matches!(part.kind, RequestKind::Write | RequestKind::Zero);
-            if changes && heal.heals(part.set as usize) {
+            if changes && heal.heals(part.set as usize) && !planted(Defect::MissedInFlight) {
                 heal.list.insert(part.shard);
             }
         }
@@ -285,6 +286,7 @@ impl ImageIo {
         let Some(heal) = &mut self.heal else { return };
         let Some(index) = heal.jobs.iter().position(|job| job.shard == shard) else { return };
         match heal.jobs[index].pass {
+            Pass::Bulk if planted(Defect::NoPause) => _ = heal.jobs.swap_remove(index),
             Pass::Bulk => self.pause_shard(index),
             Pass::Pausing => unreachable!("a pass that waits compares nothing"),
             Pass::Paused => {
@@ -349,6 +351,10 @@ impl ImageIo {
             proof: Vec::new(),
         };
         let put = |out: &mut BytesMut| flush.put(out);
+        let flushing = match planted(Defect::NoSync) {
+            true => flushing.without(self.healing()),
+            false => flushing,
+        };
         self.ask_healing(flushing, Ask::Flush, kind::FLUSH, &Bytes::new(), put);
     }
 

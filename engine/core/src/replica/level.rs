@@ -16,6 +16,7 @@
 use super::asks::Asks;
 use super::compare::Comparison;
 use super::copier::{Copier, CopyAsk, CopyStamp};
+use super::defect::{Defect, planted};
 use super::image::{ImageIo, Purpose, Replica, ReplicaState, RequestKind};
 use super::replies::BadReply;
 use super::{Event, NodeIndex, NodeMask};
@@ -97,6 +98,9 @@ impl ImageIo {
     /// Changes in flight that a former instance of a joiner had answered may be lost with its memory, and
     /// be on nobody that it is levelled with yet: it is sent them once more, when it is up.
     fn ask_again(&mut self, joiners: NodeMask) {
+        if planted(Defect::NotAskedAgain) {
+            return;
+        }
         for (_, part) in self.parts.iter_mut() {
             if matches!(part.kind, RequestKind::Write | RequestKind::Zero) {
                 let again = joiners.and(self.sets[part.set as usize].in_sync);

@@ -23,6 +23,7 @@
 mod asks;
 mod compare;
 mod copier;
+mod defect;
 mod heal;
 mod heal_shards;
 mod image;

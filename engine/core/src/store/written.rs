@@ -18,7 +18,7 @@ use super::{Store, StoreError};
 pub const WRITTEN_PER_PAGE: usize = 8192;
 /// Shard files and folders that one page looks into at most.
 const FILES_PER_PAGE: usize = 64;
-const FOLDERS_PER_PAGE: u32 = 64;
+const FOLDERS_PER_PAGE: u32 = 256;
 /// Folders that a layer's shard files are spread over.
 const FOLDERS: u32 = 256;
 

@@ -2,6 +2,7 @@
 //! tries so many of each kind.
 
 use super::cluster::{Cluster, Faults};
+use crate::replica::defect::{Defect, plant};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 const ROUNDS: u64 = 100;
@@ -27,15 +28,17 @@ fn run(faults: Faults) {
             resume_unwind(panic);
         });
     }
+    println!("{faults:?}: {healed} nodes were healed in {count} histories");
     assert!(healed > 0 || count < ROUNDS, "no node was healed in {count} histories");
 }
 
-/// Gives how many nodes were healed in it.
+/// Gives how many nodes were healed in it while things went wrong.
 fn history(seed: u64, faults: Faults) -> u64 {
     let mut cluster = Cluster::new(seed, faults);
     for _ in 0..STEPS {
         cluster.step(true);
     }
+    let healed = cluster.healed();
     cluster.settle();
     cluster.check_replicas(false);
     cluster.read_everything();
@@ -46,7 +49,40 @@ fn history(seed: u64, faults: Faults) -> u64 {
     cluster.settle();
     assert_eq!(cluster.closed, Some(true), "with all replicas there, the end is clean");
     cluster.check_replicas(true);
-    cluster.healed()
+    healed
+}
+
+/// Each rule is broken in turn, and noticed within so many histories of the kinds above.
+#[test]
+fn broken_rules_of_heal_are_noticed() {
+    const HISTORIES: u64 = 600;
+    let defects = [
+        Defect::MissedWhileListing,
+        Defect::MissedInFlight,
+        Defect::NoPause,
+        Defect::AnsweredWithoutHealed,
+        Defect::OutcomeForgotten,
+        Defect::SourcesForgotten,
+        Defect::NoSync,
+        Defect::TagsLeft,
+        Defect::NotAskedAgain,
+    ];
+    let unnoticed: Vec<Defect> = defects
+        .into_iter()
+        .filter(|defect| {
+            plant(Some(*defect));
+            let kinds = [Faults::Kills, Faults::GuardedPowerCuts, Faults::PowerCuts];
+            let noticed = (1..=HISTORIES).find(|seed| {
+                kinds.iter().any(|faults| {
+                    catch_unwind(AssertUnwindSafe(|| history(*seed, *faults))).is_err()
+                })
+            });
+            plant(None);
+            println!("{defect:?}: noticed by seed {noticed:?}");
+            noticed.is_none()
+        })
+        .collect();
+    assert_eq!(unnoticed, [], "rules that may be broken unnoticed");
 }
 
 #[test]

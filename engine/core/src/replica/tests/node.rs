@@ -141,6 +141,10 @@ impl SimNode {
         }
     }
 
+    pub fn waits_for_sync(&self) -> bool {
+        !self.waiters.is_empty()
+    }
+
     pub fn is_idle(&self) -> bool {
         self.waiters.is_empty() && self.parked.is_empty() && self.answers.is_empty()
     }
