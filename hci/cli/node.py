@@ -10,7 +10,7 @@ from hci.cli.output import AsJson
 from hci.config import Config
 from hci.errors import ConfigError, Unsupported
 
-app = typer.Typer(help="Storage nodes.", no_args_is_help=True)
+app = typer.Typer(help="Storage nodes.", no_args_is_help=True, add_completion=False)
 
 Name = Annotated[
     str | None, typer.Option(help="Which section of the configuration; not needed if it has one.")

@@ -8,7 +8,7 @@ from hci.cli import output, session
 from hci.cli.output import AsJson
 from hci.survey import Health, Survey, survey
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()
