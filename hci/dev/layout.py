@@ -29,7 +29,7 @@ def new_config(
 
     `taken` are ports that it must not have; see `hci.dev.ports`.
     """
-    ports = choose(2 + 2 * nodes + 2 * gateways, taken)
+    ports = choose(2 + 3 * nodes + 3 * gateways, taken)
     return render(_sections(folder, nodes, gateways, pool, ports))
 
 
@@ -96,6 +96,7 @@ def _sections(
             "control": endpoint(),
             "socket": str(run_dir / f"node{number}.sock"),
             "host": f"host{number}",
+            "metrics": endpoint(),
         }
     for number in range(1, gateways + 1):
         sections[f"gateway.gateway{number}"] = {
@@ -104,6 +105,7 @@ def _sections(
             "nbd_socket": str(run_dir / f"gateway{number}" / "nbd.sock"),
             "nbd_listen": endpoint(),
             "run_dir": str(run_dir / f"gateway{number}"),
+            "metrics": endpoint(),
         }
     return sections
 
