@@ -25,32 +25,31 @@ STATUS_WRONG_NODE = 4
 
 
 @pytest.fixture(scope="module")
-def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevCluster]:
+def busy(shared: DevCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevCluster]:
     """A cluster whose image `busy` is written and verified while the tests run."""
-    with DevCluster() as cluster:
-        cluster.create("busy", "64M")
-        load = subprocess.Popen(
-            [
-                *("fio", "--name=busy", "--ioengine=nbd", f"--uri={cluster.url('busy')}"),
-                *("--rw=randwrite", "--bs=4k", "--size=32m", "--iodepth=4", "--verify=crc32c"),
-                *("--verify_fatal=1", "--fsync=16", "--rate=1m,32m"),
-            ],
-            cwd=tmp_path_factory.mktemp("fio"),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        try:
-            yield cluster
-            assert load.poll() is None, "the load ended too early to prove anything"
-            said = load.communicate(timeout=120)[0]
-            assert load.returncode == 0, said
-            assert cluster.health() == "ok"
-            assert cluster.check("busy")["equal"]
-        finally:
-            load.kill()
-            load.wait()
+    shared.create("busy", "64M")
+    load = subprocess.Popen(
+        [
+            *("fio", "--name=busy", "--ioengine=nbd", f"--uri={shared.url('busy')}"),
+            *("--rw=randwrite", "--bs=4k", "--size=32m", "--iodepth=4", "--verify=crc32c"),
+            *("--verify_fatal=1", "--fsync=16", "--rate=1m,32m"),
+        ],
+        cwd=tmp_path_factory.mktemp("fio"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield shared
+        assert load.poll() is None, "the load ended too early to prove anything"
+        said = load.communicate(timeout=120)[0]
+        assert load.returncode == 0, said
+        assert shared.health() == "ok"
+        assert shared.check("busy")["equal"]
+    finally:
+        load.kill()
+        load.wait()
 
 
 def connect(cluster: DevCluster, node: str = "node1") -> socket.socket:
