@@ -97,7 +97,9 @@ class MembershipChanged:
 
 @dataclass(frozen=True, slots=True)
 class MembershipDelayed:
-    """etcd did not answer; nothing is known to have changed."""
+    """The change waits for what `why` says; nothing is known to have changed."""
+
+    why: str = "etcd does not answer"
 
 
 @dataclass(frozen=True, slots=True)

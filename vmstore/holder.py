@@ -166,9 +166,9 @@ class Holder:
                 return []
             case MembershipChanged(record):
                 return self._on_changed(record)
-            case MembershipDelayed():
+            case MembershipDelayed(why):
                 self.retry_at_s = self.now_s + RETRY_S
-                self.trouble = "etcd does not answer: a change of membership waits"
+                self.trouble = f"a change of membership waits: {why}"
                 return []
             case Peeked():
                 return self._on_peeked(event)
@@ -454,7 +454,8 @@ class Holder:
         return [*again, *self._go_on()]
 
     def _on_changed(self, record: ImageRecord) -> list[Effect]:
-        assert self.proposal is not None and record == self.proposal, "one change at a time"
+        assert self.proposal is not None, "one change at a time"
+        assert record.membership == self.proposal.membership, "it is the one that was proposed"
         self.record, self.proposal = record, None
         in_sync = record.membership.all_in_sync()
         self.blocking &= in_sync
