@@ -143,6 +143,16 @@ class Record:
                 continue  # A file that was being written when the process ended.
         return sorted(found)
 
+    def damaged(self) -> list[str]:
+        """Read all votes; return what is wrong with those that cannot be used."""
+        problems = []
+        for image in self.images():
+            try:
+                self.read(image)
+            except RecordDamaged as error:
+                problems.append(str(error))
+        return problems
+
     def _guarded(self, change: Callable[[], None]) -> None:
         with self._failing:
             if self._failure:

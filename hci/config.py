@@ -99,6 +99,18 @@ class GatewayConfig:
 
 
 @dataclass(frozen=True)
+class ArbiterConfig:
+    """A thin arbiter, on a host that is none of the nodes it decides on."""
+
+    name: str
+    data_dir: Path
+    """A few files; what they hold must outlive the host's other disks no less than etcd's data."""
+    listen: Endpoint
+    """Where gateways ask for votes, and `hci` how it is."""
+    host: str
+
+
+@dataclass(frozen=True)
 class DevConfig:
     """What `hci dev` needs to know besides the members."""
 
@@ -120,6 +132,7 @@ class Config:
     cluster: ClusterConfig
     nodes: Mapping[str, NodeConfig]
     gateways: Mapping[str, GatewayConfig]
+    arbiters: Mapping[str, ArbiterConfig]
     dev: DevConfig | None
 
     def node(self, name: str) -> NodeConfig:
@@ -129,6 +142,10 @@ class Config:
     def gateway(self, name: str) -> GatewayConfig:
         """Return the gateway's section. Raises ConfigError where the file has none."""
         return self._member("gateway", self.gateways, name)
+
+    def arbiter(self, name: str) -> ArbiterConfig:
+        """Return the arbiter's section. Raises ConfigError where the file has none."""
+        return self._member("arbiter", self.arbiters, name)
 
     def _member(self, kind: str, members: Mapping[str, T], name: str) -> T:
         if name not in members:
@@ -181,9 +198,10 @@ def parse(text: str, path: Path) -> Config:
     cluster = _cluster(top.table("cluster"))
     nodes = {name: _node(name, table) for name, table in top.members("node").items()}
     gateways = {name: _gateway(name, table) for name, table in top.members("gateway").items()}
+    arbiters = {name: _arbiter(name, table) for name, table in top.members("arbiter").items()}
     dev = _dev(top.table("dev")) if top.has("dev") else None
     top.finish()
-    return Config(path, cluster, nodes, gateways, dev)
+    return Config(path, cluster, nodes, gateways, arbiters, dev)
 
 
 def _cluster(table: "_Table") -> ClusterConfig:
@@ -221,6 +239,17 @@ def _gateway(name: str, table: "_Table") -> GatewayConfig:
     )
     table.finish()
     return gateway
+
+
+def _arbiter(name: str, table: "_Table") -> ArbiterConfig:
+    arbiter = ArbiterConfig(
+        name=name,
+        data_dir=table.take("data_dir", _path),
+        listen=table.take("listen", _endpoint),
+        host=table.take("host", _label, socket.gethostname()),
+    )
+    table.finish()
+    return arbiter
 
 
 def _dev(table: "_Table") -> DevConfig:

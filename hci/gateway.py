@@ -15,7 +15,7 @@ from etcd.client import EtcdClient
 from etcd.errors import EtcdError
 from etcd.interface import Notice
 from etcd.lease import Session
-from etcd.records import NodeRecord
+from etcd.records import ImageRecord, NodeRecord
 from hci import control, daemon
 from hci import control_pb2 as pb
 from hci.config import Config, GatewayConfig
@@ -258,7 +258,21 @@ def _image_status(image: OpenImage) -> pb.OpenImage:
     for index in range(len(record.sets)):
         status.in_sync.add(replica_set=index, nodes=membership.in_sync(index))
     stalled_by = holder.stalled_by()
+    if holder.phase is Phase.SERVING and holder.trouble and _leaves_behind(record, holder.proposal):
+        # Its writes are answered once etcd and the arbiter have taken the change.
+        status.state = pb.OpenImage.STATE_READS_ONLY
     if holder.phase is Phase.SERVING and stalled_by:
         status.state = pb.OpenImage.STATE_READS_ONLY
         status.trouble = status.trouble or f"writes wait for {', '.join(stalled_by)}"
     return status
+
+
+def _leaves_behind(record: ImageRecord, proposal: ImageRecord | None) -> bool:
+    """Whether a proposed change takes out a node, on which writes wait."""
+    if proposal is None:
+        return False
+    before, after = record.membership, proposal.membership
+    return any(
+        not set(before.in_sync(index)) <= set(after.in_sync(index))
+        for index in range(len(record.sets))
+    )

@@ -17,6 +17,7 @@ HciError
     ├── ForeignArbiter            an arbiter's name stands for another durable record
     ├── ArbiterRolledBack         an arbiter's record is older than what the cluster saw of it
     ├── ArbiterNotFilled          a new arbiter does not grant yet
+    ├── BadReplacement            an arbiter cannot take the place of that one
     ├── ReplaceRefused            replacing an arbiter now could lose what only it knows
     ├── UnknownPool
     ├── UnknownImage
@@ -186,6 +187,10 @@ class ArbiterNotFilled(VmstoreError):
             f"arbiter {arbiter} is not filled for pool {pool} yet; where `hci arbiter replace` "
             "was interrupted, run it again"
         )
+
+
+class BadReplacement(VmstoreError):
+    """An arbiter cannot take the place of another one; the text says why."""
 
 
 class ReplaceRefused(VmstoreError):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from hci.cli import dev, gateway, image, node, pool, status
+from hci.cli import arbiter, dev, gateway, image, node, pool, status
 from hci.cli.session import Session
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app.add_typer(image.app, name="image")
 app.add_typer(pool.app, name="pool")
 app.add_typer(node.app, name="node")
 app.add_typer(gateway.app, name="gateway")
+app.add_typer(arbiter.app, name="arbiter")
 app.add_typer(dev.app, name="dev")
 
 

@@ -29,9 +29,13 @@ _PORTS = range(20000, 32000)
 stopped cluster finds its ports free when it starts again."""
 
 
-def new_config(folder: Path, nodes: int, gateways: int, pool: str) -> str:
+ARBITER = "arbiter"
+"""Name of the thin arbiter, where a cluster has one."""
+
+
+def new_config(folder: Path, nodes: int, gateways: int, pool: str, *, arbiter: bool = False) -> str:
     """Return the text of the configuration of a new cluster in `folder`. Writes nothing."""
-    return render(_sections(folder, nodes, gateways, pool))
+    return render(_sections(folder, nodes, gateways, pool, arbiter))
 
 
 def render(sections: Mapping[str, Mapping[str, Any]]) -> str:
@@ -63,10 +67,12 @@ def make_run_dir(path: Path) -> None:
         raise DevError(f"{path} belongs to somebody else; remove it, then start again")
 
 
-def _sections(folder: Path, nodes: int, gateways: int, pool: str) -> dict[str, dict[str, Any]]:
+def _sections(
+    folder: Path, nodes: int, gateways: int, pool: str, arbiter: bool
+) -> dict[str, dict[str, Any]]:
     cluster_id = secrets.token_hex(16)
     run_dir = _run_dir_base() / f"hci-dev-{cluster_id[:10]}"
-    ports = iter(free_ports(2 + 2 * nodes + 2 * gateways))
+    ports = iter(free_ports(2 + 2 * nodes + 2 * gateways + arbiter))
 
     def endpoint() -> str:
         return str(Endpoint(LOOPBACK, next(ports)))
@@ -96,6 +102,12 @@ def _sections(folder: Path, nodes: int, gateways: int, pool: str) -> dict[str, d
             "nbd_socket": str(run_dir / f"gateway{number}" / "nbd.sock"),
             "nbd_listen": endpoint(),
             "run_dir": str(run_dir / f"gateway{number}"),
+        }
+    if arbiter:
+        sections[f"arbiter.{ARBITER}"] = {
+            "data_dir": str(folder / ARBITER),
+            "listen": endpoint(),
+            "host": f"host{max(nodes, gateways) + 1}",
         }
     return sections
 
