@@ -227,7 +227,7 @@ def _judge_pools(found: Survey) -> Iterator[Problem]:
         if pool.arbiter is not None and not pool.filled:
             yield Problem(
                 Health.DEGRADED,
-                f"pool {pool.name}: its new arbiter {pool.arbiter} is not filled and grants nothing",
+                f"pool {pool.name}: its arbiter {pool.arbiter} is not filled and grants nothing",
                 "run the interrupted `hci arbiter replace` again",
             )
         for index, members in enumerate(found.placements[pool.name].sets):

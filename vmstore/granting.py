@@ -25,7 +25,7 @@ from typing import Any
 
 from arbiter.errors import ArbiterBehind, ArbiterFailed, ArbiterUnreachable, OtherArbiter
 from arbiter.statement import Statement
-from etcd.errors import EtcdError
+from etcd.errors import EtcdError, EtcdUnavailable
 from etcd.records import ArbiterRecord, Grant, ImageRecord, PoolRecord
 from shard.errors import HciError
 from shard.ids import ImageId
@@ -99,34 +99,39 @@ Step = Look | Prepare | Commit | Confirm
 Steps = Generator[Step, Any, Held]
 
 
-def change(held: Held, after: ImageRecord) -> Steps:
+@dataclass(slots=True)
+class Progress:
+    """How far a change came: unless it is `maybe_taken` etcd surely holds nothing of it."""
+
+    maybe_taken: bool = False
+
+
+def change(held: Held, after: ImageRecord, progress: Progress) -> Steps:
     """Take the image from the record that is held to `after`; return what is held then.
 
-    Errors that `may_pass` leave it open whether etcd took it: begin again with the same arguments.
+    After an error that `may_pass` the same change may be asked for again, and must be where
+    `progress` says that etcd may have taken it.
     """
     if not after.policy.has_arbiter:
-        return (yield from _without_arbiter(held, after))
+        return (yield from _without_arbiter(held, after, progress))
     found, arbiter = yield from _look(held)
     for _ in range(COMMIT_ATTEMPTS):
         if is_same_but_for_grant(found.image.record, after):
             # Taken before: in a call whose answer was lost, or that ended before it was confirmed.
+            progress.maybe_taken = True
             held = replace(held, image=found.image)
             break
         counted = _changes_known(held.record, arbiter)
         known, wanted = statement(held.record), statement(after)
         changes = yield Prepare(arbiter, held.record.id, counted, known, wanted)
         assert isinstance(changes, int), "a grant counts the changes"
+        grant = Grant(arbiter=arbiter.id, changes=changes)
         try:
-            taken = yield Commit(
-                held, after, Grant(arbiter=arbiter.id, changes=changes), found.pool
-            )
+            held = yield from _commit(Commit(held, after, grant, found.pool), progress)
+            break
         except RecordChanged:
             # By ourselves, unheard, or the pool has another arbiter now: that one is asked.
             found, arbiter = yield from _look(held)
-            continue
-        assert isinstance(taken, Held), "a commit gives what is held"
-        held = taken
-        break
     else:
         raise RecordChanged(f"image {held.record.id} or its pool")
     yield from _confirm(held, arbiter)
@@ -173,9 +178,22 @@ def is_same_but_for_grant(found: ImageRecord, wanted: ImageRecord) -> bool:
     return replace(found, grant=None) == replace(wanted, grant=None)
 
 
-def _without_arbiter(held: Held, after: ImageRecord) -> Steps:
+def _commit(commit: Commit, progress: Progress) -> Steps:
     try:
-        taken = yield Commit(held, after, None, None)
+        taken = yield commit
+    except EtcdUnavailable:
+        raise
+    except HciError:
+        progress.maybe_taken = True
+        raise
+    progress.maybe_taken = True
+    assert isinstance(taken, Held), "a commit gives what is held"
+    return taken
+
+
+def _without_arbiter(held: Held, after: ImageRecord, progress: Progress) -> Steps:
+    try:
+        return (yield from _commit(Commit(held, after, None, None), progress))
     except RecordChanged:
         # Perhaps by ourselves, in a call whose answer was lost.
         found = yield Look(held.record.id, held.record.pool)
@@ -183,8 +201,6 @@ def _without_arbiter(held: Held, after: ImageRecord) -> Steps:
         if found.image.record != after:
             raise
         return replace(held, image=found.image)
-    assert isinstance(taken, Held), "a commit gives what is held"
-    return taken
 
 
 def _look(held: Held) -> Generator[Step, Any, tuple[Found, ArbiterRecord]]:

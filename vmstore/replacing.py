@@ -12,7 +12,7 @@ the same command goes on where it was. The new arbiter knows only what etcd says
 right: with a node missing nothing else could tell that etcd was put back to an older state.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 from arbiter import arbiter_pb2 as pb
@@ -40,9 +40,12 @@ def replace_arbiter(
     new: str,
     voter: Callable[[ArbiterRecord], Voter],
     *,
+    up: Callable[[], Set[str]],
     force: bool = False,
 ) -> Replaced:
-    """Have the arbiter `new` vote wherever `old` did; `voter` asks an arbiter.
+    """Have the arbiter `new` vote wherever `old` did.
+
+    `voter` asks an arbiter, and `up` tells which nodes answer now.
 
     Raises UnknownArbiter, ArbiterRetired, BadReplacement, ReplaceRefused, and what asking the new
     arbiter raises: where it cannot be reached nothing has changed.
@@ -57,7 +60,7 @@ def replace_arbiter(
     if old not in arbiters or (arbiters[old].retired and not begun):
         catalog.arbiter(old)
     if not force:
-        _check_data_nodes(catalog, old, [*wanted, *begun])
+        _check_data_nodes(catalog, old, [*wanted, *begun], up())
     asked = voter(target.record)
     told = 0
     for pool in [*wanted, *begun]:
@@ -81,13 +84,14 @@ def _pools_of(catalog: Catalog, arbiters: set[str]) -> list[Stored[PoolRecord]]:
     return [catalog.pool(name) for name in sorted(names)]
 
 
-def _check_data_nodes(catalog: Catalog, old: str, pools: list[Stored[PoolRecord]]) -> None:
+def _check_data_nodes(
+    catalog: Catalog, old: str, pools: list[Stored[PoolRecord]], up: Set[str]
+) -> None:
     """Raise ReplaceRefused where a node is missing or stale that could contradict etcd."""
-    alive = catalog.alive()
     for pool in pools:
         name = pool.record.name
         placed = {node for nodes in catalog.placement(name).record.sets for node in nodes}
-        missing = sorted(placed - alive.keys())
+        missing = sorted(placed - up)
         if missing:
             raise ReplaceRefused(old, f"{', '.join(missing)} of pool {name} is not running")
         for entry in catalog.images(name):

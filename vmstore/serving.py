@@ -372,6 +372,7 @@ class Serving(ABC):
     def _change_membership(self, image: OpenImage, after: ImageRecord) -> None:
         assert image.held is not None
         held = image.held
+        progress = granting.Progress()
 
         def changed(new: Held) -> None:
             image.held = new
@@ -379,7 +380,7 @@ class Serving(ABC):
 
         def failed(error: HciError) -> None:
             if granting.may_pass(error):
-                self._step(image, events.MembershipDelayed(str(error)))
+                self._step(image, events.MembershipDelayed(str(error), progress.maybe_taken))
             elif isinstance(error, LeaseLost) and error.gateway is None:
                 # It may merely have lapsed: it is taken again, or found to be another's.
                 self._step(image, events.MembershipDelayed(str(error)))
@@ -387,7 +388,8 @@ class Serving(ABC):
             else:
                 self._step(image, events.Lost(str(error)))
 
-        self._later(lambda: self._granter.run(granting.change(held, after)), changed, failed)
+        steps = granting.change(held, after, progress)
+        self._later(lambda: self._granter.run(steps), changed, failed)
 
     def _release(self, image: OpenImage, clean: bool) -> None:
         """Give the lease back, also where etcd is away for a while: we keep it alive meanwhile."""

@@ -71,9 +71,14 @@ def replace(
         replacing.check_candidate(record, client.status())
         return client
 
+    here = session.of(context)
+
+    def up() -> set[str]:
+        return {node.name for node in survey.nodes(here.config) if node.state == "up"}
+
     try:
-        with session.of(context).catalog() as records:
-            done = replacing.replace_arbiter(records, old, new, voter, force=force)
+        with here.catalog() as records:
+            done = replacing.replace_arbiter(records, old, new, voter, up=up, force=force)
     finally:
         for client in clients:
             client.close()

@@ -58,6 +58,19 @@ def stale(cluster: DevCluster, image: str) -> list[str]:
     return [entry["node"] for entry in cluster.info(image)["stale"]]
 
 
+def refuse(cluster: DevCluster, image: str, why: str) -> None:
+    """Asserts that an image is not opened, and that the gateway says why.
+
+    libnbd does not hand on the server's words, so they are looked for in the gateway's log.
+    """
+    log = Path(cluster.members()["gateway1"]["log"])
+    former = log.stat().st_size
+    with pytest.raises(NbdError):
+        NbdSession(cluster.url(image), 0)
+    said = log.read_bytes()[former:].decode()
+    assert why in said, said
+
+
 def trouble(cluster: DevCluster) -> str:
     problems = cluster.json("status")["problems"]
     return "\n".join(f"{each['what']} {each['advice']}" for each in problems)
@@ -162,13 +175,11 @@ def test_node_that_was_left_behind_is_not_believed_alone(pair: DevCluster) -> No
     pair.kill("node2")
     pair.run("node1")
     pair.await_nodes("up", "node1")
-    with pytest.raises(NbdError, match="node2"):
-        NbdSession(pair.url("left"), 5)
+    refuse(pair, "left", "waited 20 s for node2")
     pair.run("node2")
     pair.await_nodes("up", "node2")
     with NbdSession(pair.url("left"), 5) as session:
         assert session.call("read", 0, 16) == [2] * 16
-    assert stale(pair, "left") == ["node1"]
 
 
 def test_degraded_image_is_opened_only_with_the_arbiter(pair: DevCluster) -> None:
@@ -178,8 +189,7 @@ def test_degraded_image_is_opened_only_with_the_arbiter(pair: DevCluster) -> Non
         pair.kill("node1")
         session.call("write", 0, 16, 2)
     pair.kill("arbiter")
-    with pytest.raises(NbdError, match="arbiter arbiter does not answer"):
-        NbdSession(pair.url("degraded"), 6)
+    refuse(pair, "degraded", "arbiter arbiter does not answer")
     pair.run("arbiter")
     with NbdSession(pair.url("degraded"), 6) as session:
         assert session.call("read", 0, 16) == [2] * 16
@@ -221,33 +231,32 @@ def _move(etcd: list[str], address: str) -> None:
         client.close()
 
 
-def test_etcd_put_back_does_not_bring_a_stale_node_back(pair: DevCluster) -> None:
+def test_etcd_put_back_does_not_bring_a_stale_node_back() -> None:
     """etcd forgets that a node was left behind; the arbiter does not."""
-    pair.create("rolled", "16M")
-    members = pair.members()
-    data, kept = Path(members["etcd"]["data_dir"]), pair.directory / "etcd-kept"
-    with NbdSession(pair.url("rolled"), 8) as session:
-        session.call("write", 0, 16, 1)
-        session.call("flush")
-    _await_closed(pair, "rolled")
-    pair.kill("etcd")
-    shutil.copytree(data, kept)
-    pair.run("etcd")
-    with NbdSession(pair.url("rolled"), 8) as session:
-        session.call("write", 0, 16, 2)
-        pair.kill("node1")
-        session.call("write", 0, 16, 3)
-        session.call("flush")
-    _await_closed(pair, "rolled")
-    pair.kill("all")
-    shutil.rmtree(data)
-    kept.rename(data)
-    for member in ("etcd", "arbiter", "node1", "gateway1"):
-        pair.run(member)
-    assert stale(pair, "rolled") == [], "etcd was put back to before node1 was left behind"
-    with pytest.raises(NbdError, match="etcd lost history"):
-        NbdSession(pair.url("rolled"), 8)
-    # The cluster's records are wrong from here on: it is thrown away.
+    with DevCluster(nodes=2, arbiter=True) as cluster:
+        cluster.create("rolled", "16M")
+        data = Path(cluster.members()["etcd"]["data_dir"])
+        kept = cluster.directory / "etcd-kept"
+        with NbdSession(cluster.url("rolled"), 8) as session:
+            session.call("write", 0, 16, 1)
+            session.call("flush")
+        _await_closed(cluster, "rolled")
+        cluster.kill("etcd")
+        shutil.copytree(data, kept)
+        cluster.run("etcd")
+        with NbdSession(cluster.url("rolled"), 8) as session:
+            cluster.kill("node1")
+            session.call("write", 0, 16, 2)
+            session.call("flush")
+        _await_closed(cluster, "rolled")
+        cluster.kill("all")
+        shutil.rmtree(data)
+        kept.rename(data)
+        for member in ("etcd", "arbiter", "node1", "gateway1"):
+            cluster.run(member)
+        assert stale(cluster, "rolled") == [], "etcd is back before node1 was left behind"
+        refuse(cluster, "rolled", "a later change of the nodes in sync is confirmed")
+        refuse(cluster, "rolled", "etcd lost history")
 
 
 def _await_closed(cluster: DevCluster, image: str) -> None:
@@ -277,6 +286,7 @@ def test_arbiter_that_lost_its_disk_is_refused_and_replaced(tmp_path: Path) -> N
             assert "node1" in held.stderr
             assert "--force" in held.stderr
             cluster.run("node1")
+            cluster.await_nodes("up", "node1")
             said = cluster.hci("arbiter", "replace", "arbiter", "arbiter2")
             assert "arbiter2 votes for vms, told of 1 images; arbiter is retired" in said
             assert [each["name"] for each in cluster.json("arbiter", "ls")] == ["arbiter2"]
