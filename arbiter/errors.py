@@ -13,8 +13,6 @@ HciError
         └── RecordBusy          another process uses it
 """
 
-from pathlib import Path
-
 from arbiter.vote import Refusal
 from shard.errors import HciError
 
@@ -85,7 +83,7 @@ class RecordError(ArbiterError):
 class ForeignRecord(RecordError):
     """The data directory holds the record of another arbiter or cluster."""
 
-    def __init__(self, data_dir: Path, what: str, expected: str, found: str) -> None:
+    def __init__(self, data_dir: str, what: str, expected: str, found: str) -> None:
         super().__init__(
             f"{data_dir} holds the record of {what} {found}, the configuration says {expected}; "
             "correct data_dir, or use an empty one under a new name"
@@ -95,7 +93,7 @@ class ForeignRecord(RecordError):
 class RecordDamaged(RecordError):
     """A file of the record is torn, or does not match its digest, or lacks its like."""
 
-    def __init__(self, path: Path, detail: str) -> None:
+    def __init__(self, path: str, detail: str) -> None:
         self.path = path
         super().__init__(
             f"{path} is damaged ({detail}) and is not believed; start an arbiter with an empty "
@@ -106,5 +104,5 @@ class RecordDamaged(RecordError):
 class RecordBusy(RecordError):
     """Another process uses the data directory."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: str) -> None:
         super().__init__(f"another process uses {data_dir}: stop it first")

@@ -116,7 +116,7 @@ class Record:
                 _number(fields["changes"]), tuple(_vote_of(vote) for vote in fields["votes"])
             )
         except (KeyError, TypeError, ValueError, AssertionError, HciError) as error:
-            raise RecordDamaged(path, str(error)) from error
+            raise RecordDamaged(str(path), str(error)) from error
         return found
 
     def store(self, image: ImageId, votes: ImageVotes) -> None:
@@ -169,7 +169,7 @@ class Record:
         fields = self._read(path)
         if fields is None:
             if self._votes.exists() and any(self._votes.iterdir()):
-                raise RecordDamaged(path, "it is missing, though there are votes")
+                raise RecordDamaged(str(path), "it is missing, though there are votes")
             return None
         try:
             found = Identity(
@@ -179,11 +179,11 @@ class Record:
                 _number(fields["start_counter"]),
             )
         except (KeyError, TypeError, ValueError, HciError) as error:
-            raise RecordDamaged(path, str(error)) from error
+            raise RecordDamaged(str(path), str(error)) from error
         if found.cluster != cluster:
-            raise ForeignRecord(self._dir, "cluster", cluster, found.cluster)
+            raise ForeignRecord(str(self._dir), "cluster", cluster, found.cluster)
         if found.name != name:
-            raise ForeignRecord(self._dir, "arbiter", name, found.name)
+            raise ForeignRecord(str(self._dir), "arbiter", name, found.name)
         return found
 
     def _read(self, path: Path) -> dict[str, Any] | None:
@@ -194,18 +194,18 @@ class Record:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise RecordDamaged(path, error.strerror or str(error)) from error
+            raise RecordDamaged(str(path), error.strerror or str(error)) from error
         told, newline, body = content.partition(b"\n")
         if not newline or not body.endswith(b"\n") or len(content) > FILE_BYTES_MAX:
-            raise RecordDamaged(path, "it is cut off")
+            raise RecordDamaged(str(path), "it is cut off")
         if told != digest([body]).hex().encode():
-            raise RecordDamaged(path, "its digest is another")
+            raise RecordDamaged(str(path), "its digest is another")
         try:
             fields = json.loads(body)
         except ValueError as error:
-            raise RecordDamaged(path, "it is not JSON") from error
+            raise RecordDamaged(str(path), "it is not JSON") from error
         if not isinstance(fields, dict) or fields.get("v") != VERSION:
-            raise RecordDamaged(path, "it is of a version this program does not know")
+            raise RecordDamaged(str(path), "it is of a version this program does not know")
         return fields
 
     def _write(self, path: Path, fields: dict[str, Any]) -> None:
@@ -232,7 +232,7 @@ def _lock(data_dir: Path) -> IO[bytes]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
-        raise RecordBusy(data_dir) from None
+        raise RecordBusy(str(data_dir)) from None
     return lock
 
 

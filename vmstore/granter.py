@@ -1,4 +1,4 @@
-"""`Granter`: makes the steps of `vmstore.granting`, one after the other, waiting for each."""
+"""`Granter`: makes the steps of `vmstore.granting`, each by asking etcd or an arbiter."""
 
 from typing import Protocol
 
@@ -6,7 +6,7 @@ from arbiter.client import Voter
 from arbiter.voting import Addressee
 from etcd.records import ArbiterRecord
 from vmstore.arbiters import ArbiterRecords
-from vmstore.granting import Commit, Confirm, Found, Look, Prepare, Step, Steps
+from vmstore.granting import Commit, Confirm, Found, Look, Prepare, Step
 from vmstore.holding import Held
 
 
@@ -18,30 +18,14 @@ class Voters(Protocol):
 
 
 class Granter:
-    """Carries changes of membership through. Safe to use from several threads."""
+    """Makes the steps of changes of membership. Safe to use from several threads."""
 
     def __init__(self, records: ArbiterRecords, voters: Voters) -> None:
         self._records = records
         self._voters = voters
 
-    def run(self, steps: Steps) -> Held:
-        """Make all steps; return what is held then. Raises what the steps raise, see there."""
-        try:
-            step = next(steps)
-            while True:
-                try:
-                    result = self.make(step)
-                except Exception as error:  # noqa: BLE001 - the procedure decides what it means
-                    step = steps.throw(error)
-                else:
-                    step = steps.send(result)
-        except StopIteration as end:
-            held = end.value
-            assert isinstance(held, Held), "a procedure returns what is held"
-            return held
-
     def make(self, step: Step) -> Found | Held | int:
-        """Make one step; return its result."""
+        """Make one step, waiting for it; return its result. Raises what it met."""
         match step:
             case Look(image, pool):
                 return self._look(step)

@@ -192,6 +192,30 @@ class Serving(ABC):
         if not self._stopping or self._images:
             self._workers.submit(work)
 
+    def _carry_through(
+        self,
+        steps: granting.Steps,
+        then: Callable[[Held], None],
+        failed: Callable[[HciError], None],
+    ) -> None:
+        """Make the steps of a procedure in workers, one at a time."""
+
+        def go_on(advance: Callable[[], granting.Step]) -> None:
+            try:
+                step = advance()
+            except StopIteration as end:
+                then(end.value)
+            except HciError as error:
+                failed(error)
+            else:
+                self._later(
+                    lambda: self._granter.make(step),
+                    lambda result: go_on(lambda: steps.send(result)),
+                    lambda error: go_on(lambda: steps.throw(error)),
+                )
+
+        go_on(lambda: next(steps))
+
     # Images
 
     def _use(self, name: ImageName, found: Stored[ImageRecord]) -> OpenImage:
@@ -252,7 +276,7 @@ class Serving(ABC):
             else:
                 self._give_back(image, held, str(error))
 
-        self._later(lambda: self._granter.run(granting.opening(held)), confirmed, failed)
+        self._carry_through(granting.opening(held), confirmed, failed)
 
     def _give_back(self, image: OpenImage, held: Held, why: str) -> None:
         """End an open that came to nothing; where etcd is away the lease ends with ours."""
@@ -388,8 +412,7 @@ class Serving(ABC):
             else:
                 self._step(image, events.Lost(str(error)))
 
-        steps = granting.change(held, after, progress)
-        self._later(lambda: self._granter.run(steps), changed, failed)
+        self._carry_through(granting.change(held, after, progress), changed, failed)
 
     def _release(self, image: OpenImage, clean: bool) -> None:
         """Give the lease back, also where etcd is away for a while: we keep it alive meanwhile."""
