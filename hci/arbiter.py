@@ -21,7 +21,7 @@ from etcd.errors import EtcdError
 from etcd.interface import Notice, Reread
 from etcd.lease import Session
 from etcd.records import ArbiterRecord
-from hci import daemon
+from hci import daemon, metrics
 from hci.config import ArbiterConfig, Config
 from hci.errors import DaemonError
 from shard.ids import ImageId, image_id
@@ -86,9 +86,10 @@ class ArbiterDaemon:
                      version=VERSION)  # fmt: skip
             for problem in self._damaged:
                 log.error("votes_damaged", arbiter=own.name, why=problem)
-            self._look_after()
-            while not self.ending.wait(POLL_S):
+            with metrics.served(f"arbiter {own.name}", own.metrics, self._samples):
                 self._look_after()
+                while not self.ending.wait(POLL_S):
+                    self._look_after()
         finally:
             server.stop(grace=STOP_GRACE_S).wait()
             if self._session is not None:
@@ -112,6 +113,19 @@ class ArbiterDaemon:
             data_dir=str(self.own.data_dir),
             counters={**self.voting.counters(), "pid": os.getpid()},
         )
+
+    def _samples(self) -> metrics.Samples:
+        """Return the arbiter's metrics."""
+        gauge, counter = metrics.gauge, metrics.counter
+        works = int(not self.record.failure)
+        yield gauge("hci_arbiter_up", "1: it votes; 0: its disk has failed.", works)
+        yield gauge("hci_arbiter_registered", "1: known in etcd as there.", int(self.registered))
+        yield gauge("hci_arbiter_images", "Images whose votes it keeps.", len(self.record.images()))
+        yield gauge("hci_arbiter_damaged_images", "Images whose votes were damaged when it "
+                    "started.", len(self._damaged))  # fmt: skip
+        votes = {(verdict,): count for verdict, count in self.voting.counters().items()}
+        yield counter("hci_arbiter_votes_total", "Requests of holders, by how they ended.",
+                      votes, ["verdict"])  # fmt: skip
 
     def _state(self) -> "pb.ArbiterStatus.State.ValueType":
         if self.record.failure:

@@ -72,7 +72,7 @@ def _sections(
 ) -> dict[str, dict[str, Any]]:
     cluster_id = secrets.token_hex(16)
     run_dir = _run_dir_base() / f"hci-dev-{cluster_id[:10]}"
-    ports = iter(free_ports(2 + 2 * nodes + 2 * gateways + arbiter))
+    ports = iter(free_ports(2 + 3 * nodes + 3 * gateways + 2 * arbiter))
 
     def endpoint() -> str:
         return str(Endpoint(LOOPBACK, next(ports)))
@@ -94,6 +94,7 @@ def _sections(
             "control": endpoint(),
             "socket": str(run_dir / f"node{number}.sock"),
             "host": f"host{number}",
+            "metrics": endpoint(),
         }
     for number in range(1, gateways + 1):
         sections[f"gateway.gateway{number}"] = {
@@ -102,11 +103,13 @@ def _sections(
             "nbd_socket": str(run_dir / f"gateway{number}" / "nbd.sock"),
             "nbd_listen": endpoint(),
             "run_dir": str(run_dir / f"gateway{number}"),
+            "metrics": endpoint(),
         }
     if arbiter:
         sections[f"arbiter.{ARBITER}"] = {
             "data_dir": str(folder / ARBITER),
             "listen": endpoint(),
+            "metrics": endpoint(),
             "host": f"host{max(nodes, gateways) + 1}",
         }
     return sections

@@ -10,6 +10,7 @@ use hci_engine_core::wire::messages::HelloReply;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
+use std::collections::HashMap;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::Duration;
 
@@ -243,6 +244,7 @@ impl Gateway {
             item.set_item("generation", image.generation)?;
             item.set_item("requests_in_flight", image.requests_in_flight)?;
             item.set_item("replicas", image.replicas)?;
+            item.set_item("counters", HashMap::from(image.counters.named()))?;
             images.push(item);
         }
         result.set_item("images", images)?;

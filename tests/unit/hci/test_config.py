@@ -35,6 +35,7 @@ run_dir = "/run/hci"
 data_dir = "/srv/witness"
 listen = "127.0.0.1:7401"
 host = "far"
+metrics = "127.0.0.1:9703"
 """
 
 SMALL = """

@@ -5,7 +5,7 @@ use super::{Command, EventQueue, GatewayEvent};
 use crate::geometry::BLOCK_BYTES;
 use crate::io::{Filled, Poller, Ready, Stream, Waker, boottime_ns};
 use crate::nbd::serve::{Client, Need};
-use crate::nbd::{Answer, Limits};
+use crate::nbd::{Answer, Counters, Limits};
 use crate::replica::{
     Event, ImageIo, Instance, Link, LinkEvent, LinkTarget, NodeIndex, OpenSpec, Outcome, Output,
     Token,
@@ -38,6 +38,7 @@ struct OpenImage {
     /// Index of the link to each of its nodes.
     links: Vec<Option<usize>>,
     zeroing: Option<Zeroing>,
+    counters: Counters,
     touched: bool,
 }
 
@@ -349,7 +350,9 @@ impl EventLoop {
                 io.link_up(node as NodeIndex, instance_of(&link.hello));
             }
         }
-        self.images.insert(channel, OpenImage { io, links, zeroing: None, touched: false });
+        let counters = Counters::default();
+        let image = OpenImage { io, links, zeroing: None, counters, touched: false };
+        self.images.insert(channel, image);
         self.touch(channel);
     }
 
@@ -390,7 +393,7 @@ impl EventLoop {
                         let index = (token.client & 0xffff_ffff) as usize;
                         let client = self.clients.get_mut(index);
                         if let Some(client) = client.filter(|client| client.id == token.client) {
-                            client.reply(token.cookie, outcome);
+                            client.reply(token.cookie, outcome, &mut image.counters);
                             if clients.last() != Some(&index) {
                                 clients.push(index);
                             }
@@ -538,6 +541,7 @@ impl EventLoop {
             generation: image.io.spec().generation,
             requests_in_flight: image.io.requests_in_flight(),
             replicas: image.io.replica_states(),
+            counters: image.counters.clone(),
         });
         Snapshot { links: links.collect(), clients: clients.collect(), images: images.collect() }
     }

@@ -5,7 +5,7 @@
 //! its connection is not read, so that one greedy client cannot take all memory.
 
 use super::{
-    Answer, Command, Errno, Handshake, Limits, Parsed, ProtocolError, Query, Request,
+    Answer, Command, Counters, Errno, Handshake, Limits, Parsed, ProtocolError, Query, Request,
     RequestReader, Session, Step, block_status, check, done, error, read,
 };
 use crate::geometry::BLOCK_BYTES;
@@ -241,8 +241,9 @@ impl Client {
     }
 
     /// Replies to the request that `cookie` of a token names.
-    pub fn reply(&mut self, cookie: u64, outcome: Outcome) {
+    pub fn reply(&mut self, cookie: u64, outcome: Outcome, counters: &mut Counters) {
         let Some(request) = self.in_flight.try_remove(cookie as usize) else { return };
+        counters.answered(&request, &outcome);
         if matches!(request.command, Command::Read | Command::Write) {
             self.in_flight_bytes -= u64::from(request.length);
         }

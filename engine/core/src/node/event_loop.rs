@@ -4,7 +4,7 @@
 use super::jobs::{Done, Jobs};
 use super::requests::{Outcome, Requests, Scratch};
 use super::sessions::Sessions;
-use super::{Command, Failure, Identity, NodeStatus, ReadShard};
+use super::{Command, Counters, Failure, Identity, NodeStatus, ReadShard};
 use crate::geometry::BLOCK_BYTES;
 use crate::io::{Filled, Poller, Ready, Sink, Stream, Waker, boottime_ns};
 use crate::store::{Store, StoreError};
@@ -29,6 +29,8 @@ const TICK: Duration = Duration::from_millis(500);
 /// A gateway whose request waits for room in the log hears this often that the node is there: its
 /// pings wait behind the request.
 const SIGN_OF_LIFE_NS: u64 = 1_000_000_000;
+/// After a checkpoint that found no space the next one waits, unless something else frees some.
+const NO_SPACE_PAUSE_NS: u64 = 1_000_000_000;
 /// A peer that has not greeted by then is sent away.
 const GREETING_NS: u64 = 5_000_000_000;
 
@@ -69,6 +71,9 @@ pub(super) struct EventLoop {
     deletes: Vec<(u64, mpsc::Sender<Result<(), StoreError>>)>,
     syncing: bool,
     checkpointing: bool,
+    /// No checkpoint begins before this time.
+    checkpoint_after_ns: u64,
+    counters: Counters,
     signed_ns: u64,
     touched: Vec<usize>,
 }
@@ -102,6 +107,8 @@ impl EventLoop {
             deletes: Vec::new(),
             syncing: false,
             checkpointing: false,
+            checkpoint_after_ns: 0,
+            counters: Counters::default(),
             signed_ns: 0,
             touched: Vec::new(),
         })
@@ -231,7 +238,9 @@ impl EventLoop {
             scratch: &mut self.scratch,
             connection,
         };
-        match requests.handle(&frame) {
+        let outcome = requests.handle(&frame);
+        self.counters.request(&frame, &outcome);
+        match outcome {
             Outcome::Answer { status, head, payload } => {
                 self.answer(index, Prefix::reply(&frame, status), &head, payload);
             }
@@ -318,6 +327,7 @@ impl EventLoop {
             }
         }
         if !self.checkpointing
+            && (self.checkpoint_after_ns == 0 || boottime_ns() >= self.checkpoint_after_ns)
             && let Some(job) = self.store.begin_checkpoint(false)?
         {
             self.checkpointing = true;
@@ -366,14 +376,22 @@ impl EventLoop {
         match done {
             Done::Sync(done) => {
                 self.syncing = false;
+                self.counters.syncs += 1;
                 self.store.finish_sync(done)?;
                 self.answer_durable();
             }
             Done::Checkpoint(done) => {
                 self.checkpointing = false;
                 match self.store.finish_checkpoint(*done) {
+                    Ok(()) => {
+                        self.counters.checkpoints += 1;
+                        self.checkpoint_after_ns = 0;
+                    }
                     // All is in the log still; the next checkpoint tries again.
-                    Ok(()) | Err(StoreError::NoSpace) => {}
+                    Err(StoreError::NoSpace) => {
+                        self.counters.checkpoints_without_space += 1;
+                        self.checkpoint_after_ns = boottime_ns() + NO_SPACE_PAUSE_NS;
+                    }
                     Err(error) => return Err(error),
                 }
                 self.unpark();
@@ -515,6 +533,7 @@ impl EventLoop {
             flush_number: self.store.flush_number(),
             log_bytes: self.store.log_bytes(),
             dirty_shards: images.iter().map(|id| self.store.dirty(id).count() as u64).sum(),
+            counters: self.counters.clone(),
         }
     }
 
