@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import time
 import tomllib
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import TimeoutError as StillWaiting
 from dataclasses import replace
@@ -71,6 +73,12 @@ def refuse(cluster: DevCluster, image: str, why: str) -> None:
     assert why in said, said
 
 
+def metrics(cluster: DevCluster) -> str:
+    address = tomllib.loads(cluster.config.read_text())["arbiter"]["arbiter"]["metrics"]
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        return str(answer.read(), "utf-8")
+
+
 def trouble(cluster: DevCluster) -> str:
     problems = cluster.json("status")["problems"]
     return "\n".join(f"{each['what']} {each['advice']}" for each in problems)
@@ -133,6 +141,10 @@ def test_writes_stall_without_arbiter_and_node_and_resume_when_the_arbiter_is_ba
         session.call("flush")
         assert session.call("read", 0, 32) == [2] * 16 + [1] * 16
     assert stale(pair, "stall") == ["node1"]
+    pattern = r'^hci_arbiter_votes_total{verdict="granted"} (\S+)'
+    granted = re.search(pattern, metrics(pair), re.MULTILINE)
+    assert granted is not None
+    assert float(granted[1]) >= 2, "prepared and confirmed"
 
 
 def test_writes_that_wait_for_the_arbiter_resume_when_the_node_is_back(pair: DevCluster) -> None:
@@ -262,6 +274,7 @@ def test_arbiter_that_lost_its_disk_is_refused_and_replaced(tmp_path: Path) -> N
         with NbdSession(cluster.url("moved"), 9) as session:
             session.call("write", 0, 16, 1)
             cluster.kill("arbiter")
+            assert "holds the record of cluster" in _serve_as_another_clusters(cluster)
             data = Path(cluster.members()["arbiter"]["data_dir"])
             shutil.rmtree(data)
             refused = cluster.try_hci("dev", "run", "arbiter")
@@ -287,6 +300,16 @@ def test_arbiter_that_lost_its_disk_is_refused_and_replaced(tmp_path: Path) -> N
             assert session.call("read", 0, 16) == [3] * 16
             gone = cluster.try_hci("arbiter", "replace", "arbiter", "arbiter2")
             assert "arbiter arbiter was replaced" in gone.stderr
+
+
+def _serve_as_another_clusters(cluster: DevCluster) -> str:
+    """What an arbiter says whose data_dir is that of another cluster's."""
+    text = cluster.config.read_text()
+    other = cluster.directory / "other.toml"
+    other.write_text(text.replace(tomllib.loads(text)["cluster"]["id"], "d" * 32))
+    refused = cluster.try_hci("--config", str(other), "arbiter", "serve", timeout_s=20)
+    assert refused.returncode == 1
+    return refused.stderr
 
 
 def _configure_another(cluster: DevCluster) -> None:
