@@ -16,6 +16,9 @@ class Voters(Protocol):
     def at(self, name: str, address: str) -> Voter:
         """Return the arbiter that has this name and address."""
 
+    def close(self) -> None:
+        """End all connections."""
+
 
 class Granter:
     """Makes the steps of changes of membership. Safe to use from several threads."""

@@ -28,7 +28,7 @@ from vmstore import effects, events, granting
 from vmstore.catalog import Catalog
 from vmstore.errors import InUse, LeaseLost, RecordChanged
 from vmstore.events import NodeRecordView
-from vmstore.granter import Granter
+from vmstore.granter import Granter, Voters
 from vmstore.holder import OPEN_LIMIT_S, Holder, Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName
@@ -70,7 +70,8 @@ class OpenImage:
 class Serving(ABC):
     """Holds images of one cluster open in one engine.
 
-    `lease` makes an etcd lease session, given what to call when it is lost and renewed.
+    `lease` makes an etcd lease session, given what to call when it is lost and renewed. `voters` is
+    where arbiters are asked, over gRPC unless given.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Serving(ABC):
         holder: str,
         local_node: Callable[[], str | None],
         lease: Callable[[Callable[[], None], Callable[[float], None]], Session],
+        voters: Voters | None = None,
     ) -> None:
         self._engine = engine
         self._catalog = catalog
@@ -89,8 +91,8 @@ class Serving(ABC):
         self._holder_id = holder
         self._local_node = local_node
         self._new_lease = lease
-        self._arbiters = Arbiters()
-        self._granter = Granter(catalog, self._arbiters)
+        self._voters = voters or Arbiters()
+        self._granter = Granter(catalog, self._voters)
         self._lease: Session | None = None
         self._images: dict[ImageId, OpenImage] = {}
         self._by_channel: dict[int, OpenImage] = {}
@@ -120,7 +122,7 @@ class Serving(ABC):
         self._workers.shutdown(wait=True, cancel_futures=True)
         if self._lease is not None:
             self._lease.close()
-        self._arbiters.close()
+        self._voters.close()
 
     def snapshot(self) -> list[OpenImage]:
         """Return the open images as they are now. For any thread."""
