@@ -281,13 +281,18 @@ class Serving(ABC):
         self._carry_through(granting.opening(held), confirmed, failed)
 
     def _give_back(self, image: OpenImage, held: Held, why: str) -> None:
-        """End an open that came to nothing; where etcd is away the lease ends with ours."""
+        """End an open that came to nothing, and let others have the lease."""
+        log.info("image_refused", image=str(image.name), why=why)
+        self._step(image, events.Fail(why))
+        self._let_go(held)
 
-        def ended(_outcome: object) -> None:
-            log.info("image_refused", image=str(image.name), why=why)
-            self._step(image, events.Fail(why))
+    def _let_go(self, held: Held) -> None:
+        def failed(error: HciError) -> None:
+            # Any other error says that the lease is another's, or ours anew.
+            if isinstance(error, EtcdError):
+                self._after(RELEASE_RETRY_S, lambda: self._let_go(held))
 
-        self._later(lambda: self._catalog.release(held, clean=False), ended, ended)
+        self._later(lambda: self._catalog.release(held, clean=False), _nothing_to_do, failed)
 
     def _try_to_take(self, image: OpenImage) -> Held:
         assert self._lease is not None
@@ -602,6 +607,10 @@ class Serving(ABC):
 
 def _nothing() -> None:
     """Time has passed."""
+
+
+def _nothing_to_do(_result: object) -> None:
+    """It is done."""
 
 
 def _peeked(node: str, event: dict[str, Any]) -> events.Peeked:
