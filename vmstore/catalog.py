@@ -31,6 +31,7 @@ from shard.placement import (
     Candidate,
     FailureDomain,
     choose_replica_sets,
+    spread_candidates,
     suggested_replica_sets,
 )
 from vmstore.arbiters import ArbiterRecords
@@ -156,7 +157,7 @@ class Catalog(ArbiterRecords):
         if arbiter is not None and not policy.has_arbiter:
             raise ArbiterNotNeeded(policy.value, arbiter)
         voter = self.arbiter(arbiter) if arbiter is not None else None
-        candidates = self._candidates()
+        candidates = spread_candidates(self._candidates(), failure_domain)
         count = replica_sets or suggested_replica_sets(len(candidates), policy.members)
         record = PoolRecord(
             name=name,
