@@ -13,7 +13,11 @@ from hci.cli.output import AsJson
 from hci.errors import Unsupported
 from vmstore import replacing
 
-app = typer.Typer(help="Thin arbiters: witnesses for pools on two nodes.", no_args_is_help=True)
+app = typer.Typer(
+    help="Thin arbiters: witnesses for pools on two nodes.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 
 
 @app.command("ls")

@@ -1,6 +1,8 @@
-"""When a member that was started may be called healthy, and what to say where it is not."""
+"""When a member that was started may be called healthy, and what to say where it is not.
 
-import http.client
+What speaks to members is imported where it is used: the members start meanwhile.
+"""
+
 import json
 import subprocess
 import time
@@ -8,11 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arbiter import arbiter_pb2 as arbiter_pb
-from hci import control_pb2 as pb
 from hci.config import Config, Endpoint
-from hci.connect import arbiter_client, catalog
-from hci.control import GatewayClient, NodeClient
 from hci.dev import process
 from hci.errors import ControlError, DevError
 from shard.errors import HciError
@@ -59,12 +57,16 @@ def wait_for_socket(path: Path, started: "subprocess.Popen[bytes]", log: Path) -
 
 def ensure_cluster(config: Config) -> None:
     """Make the cluster's record, unless it is there. Raises OtherCluster where another's is."""
+    from hci.connect import catalog
+
     with catalog(config) as records:
         records.init_cluster(config.cluster.id)
 
 
 def ensure_pool(config: Config) -> None:
     """Create the cluster's pool, unless it is there."""
+    from hci.connect import catalog
+
     assert config.dev is not None, "only a dev cluster has a pool of its own"
     with catalog(config) as records:
         if config.dev.pool in records.pools():
@@ -115,6 +117,8 @@ def _check(config: Config, member: "Member") -> None:
 
 
 def _check_etcd(endpoint: Endpoint) -> None:
+    import http.client
+
     connection = http.client.HTTPConnection(endpoint.host, endpoint.port, timeout=_ASK_S)
     try:
         connection.request("GET", "/health")
@@ -128,6 +132,10 @@ def _check_etcd(endpoint: Endpoint) -> None:
 
 
 def _check_node(config: Config, name: str) -> None:
+    from hci import control_pb2 as pb
+    from hci.connect import catalog
+    from hci.control import NodeClient
+
     with NodeClient(name, config.node(name).control, deadline_s=_ASK_S) as client:
         status = client.status()
     if status.cluster_id != config.cluster.id:
@@ -140,15 +148,21 @@ def _check_node(config: Config, name: str) -> None:
 
 
 def _check_arbiter(config: Config, name: str) -> None:
+    from arbiter import arbiter_pb2 as pb
+    from hci.connect import arbiter_client
+
     with arbiter_client(name, config.arbiter(name).listen, deadline_s=_ASK_S) as client:
         status = client.status()
     if (status.cluster_id, status.name) != (config.cluster.id, name):
         raise ControlError("another arbiter answers", name, client.address)
-    if status.state != arbiter_pb.ArbiterStatus.STATE_SERVING:
+    if status.state != pb.ArbiterStatus.STATE_SERVING:
         raise _NotYet(status.trouble or "it is starting")
 
 
 def _check_gateway(config: Config, name: str) -> None:
+    from hci import control_pb2 as pb
+    from hci.control import GatewayClient
+
     with GatewayClient(name, config.gateway(name).control, deadline_s=_ASK_S) as client:
         status = client.status()
     if status.state != pb.GatewayStatus.STATE_SERVING:

@@ -31,7 +31,7 @@ RESUME_S = 30.0
 
 
 @pytest.fixture(scope="module")
-def _kept() -> Iterator[list[DevCluster]]:
+def _pairs() -> Iterator[list[DevCluster]]:
     kept: list[DevCluster] = []
     yield kept
     for left in kept:
@@ -40,19 +40,19 @@ def _kept() -> Iterator[list[DevCluster]]:
 
 
 @pytest.fixture
-def pair(_kept: list[DevCluster]) -> Iterator[DevCluster]:
+def pair(_pairs: list[DevCluster]) -> Iterator[DevCluster]:
     """A healthy cluster of two nodes, an arbiter and a gateway, handed on to the next test."""
-    if not _kept:
+    if not _pairs:
         started = DevCluster(nodes=2, arbiter=True)
-        _kept.append(started)
+        _pairs.append(started)
         started.start()
-    cluster = _kept[0]
+    cluster = _pairs[0]
     try:
         yield cluster
         cluster.mend()
     except BaseException:
         cluster.print_logs()
-        _kept.pop().close()
+        _pairs.pop().close()
         raise
 
 

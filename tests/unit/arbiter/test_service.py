@@ -24,7 +24,7 @@ from arbiter.server import CannotListen, serve
 from arbiter.statement import Statement
 from arbiter.vote import Refusal
 from arbiter.voting import Addressee, Voting
-from hci.dev import layout
+from hci.dev import ports
 from shard.ids import ImageId, image_id
 
 IMAGE = image_id("1" * 32)
@@ -40,7 +40,7 @@ class Running:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.address = f"127.0.0.1:{layout.free_ports(1)[0]}"
+        self.address = f"127.0.0.1:{ports.choose(1, ())[0]}"
         self.start()
 
     def start(self) -> None:
