@@ -15,7 +15,7 @@ from etcd.client import EtcdClient
 from etcd.errors import EtcdError
 from etcd.interface import Notice
 from etcd.lease import Session
-from etcd.records import ImageRecord, NodeRecord
+from etcd.records import NodeRecord
 from hci import control, daemon, metrics
 from hci import control_pb2 as pb
 from hci.config import Config, GatewayConfig
@@ -26,7 +26,7 @@ from shard.ids import image_id
 from vmstore.catalog import Catalog
 from vmstore.errors import OtherCluster, UnknownImage
 from vmstore.exports import Exports
-from vmstore.holder import Phase
+from vmstore.holder import Holder, Phase
 from vmstore.serving import OpenImage
 
 log = structlog.get_logger()
@@ -307,7 +307,7 @@ def _image_status(image: OpenImage) -> pb.OpenImage:
     for index in range(len(record.sets)):
         status.in_sync.add(replica_set=index, nodes=membership.in_sync(index))
     stalled_by = holder.stalled_by()
-    if holder.phase is Phase.SERVING and holder.trouble and _leaves_behind(record, holder.proposal):
+    if holder.phase is Phase.SERVING and holder.trouble and _waits_for_a_change(holder):
         # Its writes are answered once etcd and the arbiter have taken the change.
         status.state = pb.OpenImage.STATE_READS_ONLY
     if holder.phase is Phase.SERVING and stalled_by:
@@ -316,12 +316,7 @@ def _image_status(image: OpenImage) -> pb.OpenImage:
     return status
 
 
-def _leaves_behind(record: ImageRecord, proposal: ImageRecord | None) -> bool:
-    """Whether a proposed change takes out a node, on which writes wait."""
-    if proposal is None:
-        return False
-    before, after = record.membership, proposal.membership
-    return any(
-        not set(before.in_sync(index)) <= set(after.in_sync(index))
-        for index in range(len(record.sets))
-    )
+def _waits_for_a_change(holder: Holder) -> bool:
+    """Whether a node is missing that etcd, or the arbiter, has not let the image leave behind."""
+    delayed = holder.proposal is not None or holder.retry_at_s is not None
+    return delayed and bool(holder.missing())

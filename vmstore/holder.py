@@ -503,6 +503,7 @@ class Holder:
             away = sorted(n for n in self.nodes if self.nodes[n].standing is Standing.AWAY)
             nodes = ", ".join(away) or "its nodes"
             reason = f"waited {OPEN_LIMIT_S:.0f} s for {nodes}: too few replicas in sync are there"
+            reason += f"; {self.trouble}" if self.trouble else ""
             return self._give_up(reason)
         return self._go_on()
 
