@@ -18,6 +18,7 @@ from shard.ids import ImageId
 from vmstore import events
 from vmstore.catalog import Catalog
 from vmstore.errors import InUse, ShrinkRefused, UnknownImage, UnknownPool
+from vmstore.granter import Voters
 from vmstore.holder import OPEN_LIMIT_S, Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName, parse_image_name
@@ -40,9 +41,16 @@ class Exports(Serving):
         holder: str,
         local_node: Callable[[], str | None],
         lease: Callable[[Callable[[], None], Callable[[float], None]], Session],
+        voters: Voters | None = None,
     ) -> None:
         super().__init__(
-            engine, catalog, gateway=gateway, holder=holder, local_node=local_node, lease=lease
+            engine,
+            catalog,
+            gateway=gateway,
+            holder=holder,
+            local_node=local_node,
+            lease=lease,
+            voters=voters,
         )
         self._client_image: dict[int, ImageId] = {}
         self._gone: set[int] = set()
