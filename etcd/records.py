@@ -271,14 +271,23 @@ class NameRecord(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseRecord(Record):
-    """Who may change an image. `holder` is the random id of that gateway's process."""
+    """Who may change an image. `holder` is the random id of that gateway's process.
+
+    A lease for `maintenance` serves no client: who is asked for the image takes it over.
+    """
 
     gateway: str
     holder: str
     epoch: int
+    maintenance: bool = False
 
     def _fields(self) -> dict[str, Json]:
-        return {"gateway": self.gateway, "holder": self.holder, "epoch": self.epoch}
+        return {
+            "gateway": self.gateway,
+            "holder": self.holder,
+            "epoch": self.epoch,
+            **({"maintenance": True} if self.maintenance else {}),
+        }
 
     @classmethod
     def _take(cls, fields: Fields) -> Self:
@@ -286,6 +295,7 @@ class LeaseRecord(Record):
             gateway=fields.text("gateway", _not_empty),
             holder=fields.text("holder", holder_id),
             epoch=fields.number("epoch", 1),
+            maintenance=fields.flag("maintenance"),
             extra=fields.rest(),
         )
 

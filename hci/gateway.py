@@ -1,10 +1,13 @@
 """The gateway's daemon: listens for NBD clients, keeps links to the nodes, answers `hci`."""
 
 import os
+import random
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import structlog
@@ -23,6 +26,7 @@ from hci.control_pb2_grpc import GatewayControlServicer, add_GatewayControlServi
 from hci.errors import DaemonError
 from shard.errors import HciError
 from shard.ids import image_id
+from vmstore.caretaker import Caretaker
 from vmstore.catalog import Catalog
 from vmstore.errors import OtherCluster, UnknownImage
 from vmstore.exports import Exports
@@ -82,8 +86,12 @@ class GatewayDaemon:
             holder=self.holder,
             local_node=lambda: self._local_node,
             lease=self._lease,
+            heal_limits=config.heal,
         )
         self.exports.failed = ending.fail
+        self.caretaker = Caretaker(
+            self.catalog, self.exports.maintain, self.exports.maintained, random.SystemRandom()
+        )
 
     def run(self) -> None:
         """Serve until it is time to end."""
@@ -161,6 +169,7 @@ class GatewayDaemon:
                 self.catalog.init_cluster(self.config.cluster.id)
                 self.exports.start()
                 self.etcd.watch(keys.NODES, self._on_nodes)
+                self.caretaker.watch()
                 self._link_nodes()
             except OtherCluster as error:
                 raise DaemonError(str(error)) from error
@@ -178,6 +187,7 @@ class GatewayDaemon:
         self._nodes_changed.set()
 
     def _look_after(self) -> None:
+        self.caretaker.look(time.monotonic())
         if not self._nodes_changed.is_set():
             return
         self._nodes_changed.clear()
@@ -206,6 +216,15 @@ class GatewayDaemon:
             address=daemon.numeric(node.address),
             socket=node.socket if local else None,
         )
+
+    def heals(self) -> dict[int, dict[str, Any]]:
+        """Return how far the heals under way are, by channel."""
+        try:
+            images = self.engine.snapshot()["images"]
+        except RuntimeError:
+            # Stopped, or about to be.
+            return {}
+        return {image["channel"]: image["heal"] for image in images if image["heal"] is not None}
 
     def _samples(self) -> metrics.Samples:
         """Return the gateway's metrics."""
@@ -242,6 +261,15 @@ class GatewayDaemon:
         }
         yield counter("hci_image_requests_total", "Clients' requests answered since the image was "
                       "opened.", kinds, ["image", "kind"])  # fmt: skip
+        heals = {
+            (name, found["heal"]["node"]): found["heal"] for name, found in asked if found["heal"]
+        }
+        yield gauge("hci_heal_bytes_left", "Of the heals under way, estimated.",
+                    {who: heal["bytes_left"] for who, heal in heals.items()},
+                    ["image", "node"])  # fmt: skip
+        yield gauge("hci_heal_bytes_done", "Copied by the heals under way.",
+                    {who: heal["bytes_done"] for who, heal in heals.items()},
+                    ["image", "node"])  # fmt: skip
         moved = {
             (name, direction): found["counters"][f"{direction}_bytes"]
             for name, found in asked
@@ -267,6 +295,7 @@ class GatewayControl(GatewayControlServicer):
         self, request: pb.GatewayStatusRequest, context: grpc.ServicerContext
     ) -> pb.GatewayStatus:
         gateway = self._gateway
+        heals = gateway.heals()
         return pb.GatewayStatus(
             name=gateway.own.name,
             holder_id=gateway.holder,
@@ -274,8 +303,23 @@ class GatewayControl(GatewayControlServicer):
             state=gateway.state(),
             trouble=gateway.trouble,
             version=VERSION,
-            images=[_image_status(image) for image in gateway.exports.snapshot()],
+            images=[
+                _image_status(image, _progress(image, heals.get(image.channel), gateway.exports))
+                for image in gateway.exports.snapshot()
+            ],
             counters={"pid": os.getpid()},
+            finished_heals=[
+                pb.FinishedHeal(
+                    image_id=heal.image,
+                    name=heal.name,
+                    node=heal.node,
+                    copied_bytes=heal.bytes_done,
+                    bytes_per_second=heal.bytes_per_second,
+                    bad_blocks=heal.bad_blocks,
+                    finished_at=heal.finished_at or 0.0,
+                )
+                for heal in gateway.exports.heal_log.finished()
+            ],
         )
 
     def Resize(self, request: pb.ResizeRequest, context: grpc.ServicerContext) -> pb.ResizeReply:
@@ -291,7 +335,25 @@ class GatewayControl(GatewayControlServicer):
         return pb.ResizeReply(size_bytes=request.size_bytes)
 
 
-def _image_status(image: OpenImage) -> pb.OpenImage:
+def _progress(
+    image: OpenImage, heal: dict[str, Any] | None, exports: Exports
+) -> pb.Progress | None:
+    begun = exports.heal_log.under_way(image.image)
+    if heal is None or begun is None:
+        return None
+    seconds = max(0.1, time.monotonic() - begun.begun_s)
+    return pb.Progress(
+        node=heal["node"],
+        shards_done=heal["shards_done"],
+        shards_total=heal["shards_done"] + heal["shards_left"],
+        copied_bytes=heal["bytes_done"],
+        bytes_left=heal["bytes_left"],
+        bytes_per_second=int(heal["bytes_done"] / seconds),
+        bad_blocks=heal["bad_blocks"],
+    )
+
+
+def _image_status(image: OpenImage, heal: pb.Progress | None = None) -> pb.OpenImage:
     holder, record = image.holder, image.holder.record
     status = pb.OpenImage(
         image_id=image.image,
@@ -299,6 +361,7 @@ def _image_status(image: OpenImage) -> pb.OpenImage:
         state=_STATES[holder.phase],
         trouble=holder.trouble,
         clients=sum(1 for user in image.users if user > 0),
+        heal=heal,
     )
     if record is None:
         return status

@@ -58,6 +58,7 @@ class GatewayView:
     host: str
     trouble: str
     images: Sequence[pb.OpenImage] = ()
+    finished_heals: Sequence[pb.FinishedHeal] = ()
 
 
 @dataclass(frozen=True)
@@ -211,9 +212,13 @@ def _judge_arbiters(found: Survey) -> Iterator[Problem]:
 
 def _judge_open(image: pb.OpenImage) -> Iterator[Problem]:
     told = f": {image.trouble}" if image.trouble else ""
-    if image.state == pb.OpenImage.STATE_OPENING or image.HasField("heal"):
-        done = f"{image.heal.shards_done} of {image.heal.shards_total} shards"
-        yield Problem(Health.HEALING, f"replicas of {image.name} are made equal, {done}", "wait")
+    if image.HasField("heal"):
+        heal = image.heal
+        left = f"{heal.shards_total - heal.shards_done} of {heal.shards_total} shards"
+        what = f"{heal.node} is healed for {image.name}, {left} to go"
+        yield Problem(Health.HEALING, what, "wait; `hci heal status` tells how long")
+    if image.state == pb.OpenImage.STATE_OPENING:
+        yield Problem(Health.HEALING, f"replicas of {image.name} are made equal", "wait")
     elif image.state == pb.OpenImage.STATE_READS_ONLY:
         what = f"writes to {image.name} wait{told}"
         yield Problem(Health.UNAVAILABLE, what, "bring its nodes back; writes resume by themselves")
@@ -247,11 +252,7 @@ def _judge_pools(found: Survey) -> Iterator[Problem]:
 def _judge_images(found: Survey) -> Iterator[Problem]:
     up = {node.name for node in found.nodes if node.state == "up"}
     voting = {pool for arbiter in found.arbiters if arbiter.state == "up" for pool in arbiter.pools}
-    stale: dict[str, list[str]] = {}
     for name, record in found.images.items():
-        for nodes_since in record.stale.values():
-            for node in nodes_since:
-                stale.setdefault(node, []).append(name)
         for index, members in enumerate(record.sets):
             in_sync = [node for node in members if node not in record.stale.get(index, {})]
             if members and sum(node in up for node in in_sync) < record.policy.quorum:
@@ -267,13 +268,36 @@ def _judge_images(found: Survey) -> Iterator[Problem]:
                     f"image {name}: {missing} and the arbiter are away: writes wait",
                     f"start the arbiter or {missing}; writes resume by themselves",
                 )
+    yield from _judge_stale(found, up)
+
+
+def _judge_stale(found: Survey, up: set[str]) -> Iterator[Problem]:
+    """A stale node that runs is healed by whatever gateway runs; another one needs a person."""
+    stale: dict[str, list[str]] = {}
+    for name, record in found.images.items():
+        for nodes_since in record.stale.values():
+            for node in nodes_since:
+                stale.setdefault(node, []).append(name)
+    images = [image for gateway in found.gateways for image in gateway.images]
+    healed = {(image.heal.node, image.name) for image in images if image.HasField("heal")}
+    trouble = {image.name: image.trouble for image in images if image.trouble}
+    healer = any(gateway.state == "up" for gateway in found.gateways)
     for node, names in sorted(stale.items()):
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        yield Problem(
-            Health.DEGRADED,
-            f"{node} is stale for {shown}",
-            f"it missed writes and is not read; the other copies serve until {node} is healed",
-        )
+        waiting = [name for name in dict.fromkeys(names) if (node, name) not in healed]
+        if not waiting:
+            continue
+        shown = ", ".join(waiting[:3])
+        shown += f" and {len(waiting) - 3} more" if len(waiting) > 3 else ""
+        what = f"{node} is stale for {shown}"
+        why = next((trouble[name] for name in waiting if name in trouble), "")
+        if node not in up:
+            yield Problem(Health.DEGRADED, what, f"it missed writes and is not read; start {node}")
+        elif why:
+            yield Problem(Health.DEGRADED, what, f"{why}; it is tried again by itself")
+        elif not healer:
+            yield Problem(Health.DEGRADED, what, "start a gateway: it heals the node")
+        else:
+            yield Problem(Health.HEALING, what, "wait: it is healed by itself")
 
 
 def _nodes(
@@ -370,7 +394,16 @@ def _gateways(config: Config) -> list[GatewayView]:
             with GatewayClient(name, section.control, deadline_s=ASK_DEADLINE_S) as client:
                 status = client.status()
             state = _GATEWAY_STATES[status.state]
-            found.append(GatewayView(name, state, section.host, status.trouble, status.images))
+            found.append(
+                GatewayView(
+                    name,
+                    state,
+                    section.host,
+                    status.trouble,
+                    status.images,
+                    status.finished_heals,
+                )
+            )
         except ControlError as error:
             found.append(GatewayView(name, "down", section.host, str(error)))
     return found

@@ -267,15 +267,19 @@ class Catalog(ArbiterRecords):
     def delete_image(self, name: ImageName) -> TombstoneRecord:
         """Delete an image that nobody has open. Raises UnknownPool, UnknownImage, InUse."""
         name_item, image = self._find(name)
-        self._check_not_in_use(name, image.record.id)
+        lease = self.lease_of(image.record.id)
+        if lease is not None and not lease.record.maintenance:
+            raise InUse(str(name), lease.record.gateway)
         tombstone = TombstoneRecord(id=image.record.id, generation=image.record.generation)
         put = Put(tombstone.key, tombstone.encode())
         compares = [
             *name_item.unchanged,
             *image.unchanged,
-            KeyAbsent(keys.lease(image.record.id)),
+            *((KeyAbsent(keys.lease(image.record.id)),) if lease is None else lease.unchanged),
         ]
         operations: list[Operation] = [Delete(name_item.key), Delete(image.key), put]
+        if lease is not None:
+            operations.append(Delete(lease.key))
         if commit(self._etcd, compares, operations, put_found(self._etcd, put)) is None:
             self._check_not_in_use(name, image.record.id)
             raise RecordChanged(f"image {name}")

@@ -75,6 +75,23 @@ class AdmitFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Healed:
+    """A stale node is level, and gets what is written; the record may take it in."""
+
+    node: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class HealFailed:
+    """A heal has ended early; the node is as stale as before."""
+
+    node: str
+    attempt: int
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
     """All nodes in sync of the changed sets hold this generation."""
 
@@ -147,6 +164,6 @@ class Tick:
 
 Event = (
     LeaseTaken | Peeked | ReplicaDown | ReplicaBlocking | ReplicaFailed | Admitted | AdmitFailed
-    | Stored | Fenced | MembershipChanged | MembershipDelayed | Lost | Close | Closed | Released
-    | Fail | Tick
+    | Healed | HealFailed | Stored | Fenced | MembershipChanged | MembershipDelayed | Lost | Close
+    | Closed | Released | Fail | Tick
 )  # fmt: skip

@@ -7,7 +7,10 @@ this happens on the deciding thread of `Serving`, but for what says otherwise.
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
+
+import structlog
 
 from engine import Gateway
 from etcd.errors import EtcdError
@@ -17,16 +20,31 @@ from shard.errors import HciError
 from shard.ids import ImageId
 from vmstore import events
 from vmstore.catalog import Catalog
-from vmstore.errors import InUse, ShrinkRefused, UnknownImage, UnknownPool
+from vmstore.errors import InUse, LeaseLost, ShrinkRefused, UnknownImage, UnknownPool
 from vmstore.granter import Voters
+from vmstore.healing import HealLimits
 from vmstore.holder import OPEN_LIMIT_S, Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName, parse_image_name
-from vmstore.serving import TICK_S, OpenImage, Serving
+from vmstore.serving import RELEASE_RETRY_S, TICK_S, OpenImage, Serving
 from vmstore.stored import Stored
+
+log = structlog.get_logger()
 
 ZERO_LIMIT_S = 600.0
 """How long a shrink may take to discard what it cuts off; a hang detector."""
+
+
+PATIENCE_S = 10.0
+"""How long an image that was opened to be healed stays open while no heal is under way."""
+
+
+@dataclass(slots=True)
+class _Care:
+    """An image that is open for maintenance; `pin` stands for a client."""
+
+    pin: int
+    idle_since_s: float
 
 
 class Exports(Serving):
@@ -41,6 +59,7 @@ class Exports(Serving):
         holder: str,
         local_node: Callable[[], str | None],
         lease: Callable[[Callable[[], None], Callable[[float], None]], Session],
+        heal_limits: HealLimits,
         voters: Voters | None = None,
     ) -> None:
         super().__init__(
@@ -51,10 +70,12 @@ class Exports(Serving):
             local_node=local_node,
             lease=lease,
             voters=voters,
+            heal_limits=heal_limits,
         )
         self._client_image: dict[int, ImageId] = {}
         self._gone: set[int] = set()
         self._next_pin = -1
+        self._cared_for: dict[ImageId, _Care] = {}
 
     # For the control service: any thread
 
@@ -71,6 +92,14 @@ class Exports(Serving):
             self._resize(opened.result(timeout=OPEN_LIMIT_S + 10), size_bytes, force)
         finally:
             self._queue.put(lambda: self._client_left(pin))
+
+    def maintain(self, name: ImageName) -> None:
+        """Open an image that nobody has open, to heal it, until it is or somebody wants it."""
+        self._queue.put(lambda: self._care_for(name))
+
+    def maintained(self) -> int:
+        """Return how many images are open for that."""
+        return len(self._cared_for)
 
     def _take_pin(self) -> int:
         self._next_pin -= 1
@@ -103,7 +132,7 @@ class Exports(Serving):
         def stored(new: Held) -> None:
             image.held = new
             image.holder.record = new.record
-            self._engine.resize(image.channel, size_bytes)
+            self._engine.resize(image.channel, size_bytes, new.record.encode())
             go_on()
             resized.set_result(None)
 
@@ -159,10 +188,11 @@ class Exports(Serving):
             self._let_in_or_wait(image, client, name)
 
     def _let_in_or_wait(self, image: OpenImage, client: int, name: ImageName) -> None:
-        if image.holder.phase is Phase.SERVING:
+        if image.holder.phase is Phase.SERVING and not image.maintenance:
             self._let_in(image, client, name)
         else:
             image.waiting.append((client, name))
+            self._claim(image)
 
     def _let_in(self, image: OpenImage, client: int, name: ImageName) -> None:
         assert image.held is not None
@@ -207,12 +237,80 @@ class Exports(Serving):
             image = self._use(name, stored)
             self._client_image[pin] = image.image
             image.users.add(pin)
-            if image.holder.phase is Phase.SERVING:
+            if image.holder.phase is Phase.SERVING and not image.maintenance:
                 opened.set_result(image)
             else:
                 image.pins.append(opened)
+                self._claim(image)
 
         self._later(lambda: self._catalog.find(name), found, opened.set_exception)
+
+    # Maintenance
+
+    def _care_for(self, name: ImageName) -> None:
+        def found(stored: Stored[ImageRecord]) -> None:
+            if stored.record.id in self._images or self._stopping:
+                return
+            pin = self._take_pin()
+            image = self._use(name, stored, maintenance=True)
+            image.users.add(pin)
+            self._client_image[pin] = image.image
+            self._cared_for[image.image] = _Care(pin, time.monotonic())
+
+        self._later(lambda: self._catalog.find(name), found, lambda _error: None)
+
+    def _tick(self) -> None:
+        super()._tick()
+        for image_id, care in list(self._cared_for.items()):
+            image = self._images.get(image_id)
+            if image is None:
+                del self._cared_for[image_id]
+                continue
+            if image.holder.heals.now is not None or image.holder.phase is not Phase.SERVING:
+                care.idle_since_s = time.monotonic()
+            record = image.holder.record
+            healed = record is not None and not record.stale
+            idle = time.monotonic() - care.idle_since_s > PATIENCE_S
+            if healed or idle or not image.maintenance:
+                del self._cared_for[image_id]
+                self._client_left(care.pin)
+
+    def _claim(self, image: OpenImage) -> None:
+        """Keep an image that was opened for maintenance: a client wants it."""
+        current = self._images.get(image.image) is image
+        if not (current and image.maintenance) or image.claiming:
+            return
+        if image.holder.phase is not Phase.SERVING:
+            # It is claimed when it serves.
+            return
+        if image.holder.proposal is not None or image.holder.paused:
+            self._after(TICK_S, lambda: self._claim(image))
+            return
+        assert image.held is not None
+        held = image.held
+        # Another change under the same lease would fail for the lease's new value.
+        image.holder.paused = image.claiming = True
+
+        def claimed(new: Held) -> None:
+            image.held = new
+            image.maintenance = False
+            log.info("image_claimed", image=str(image.name))
+            go_on()
+            self._opened(image)
+
+        def failed(error: HciError) -> None:
+            go_on()
+            lapsed = isinstance(error, LeaseLost) and error.gateway is None
+            if isinstance(error, EtcdError) or lapsed:
+                self._after(RELEASE_RETRY_S, lambda: self._claim(image))
+            else:
+                self._step(image, events.Lost(str(error)))
+
+        def go_on() -> None:
+            image.holder.paused = image.claiming = False
+            self._step(image, events.Tick(time.monotonic()))
+
+        self._later(lambda: self._catalog.claim(held), claimed, failed)
 
     # Images
 
@@ -221,6 +319,10 @@ class Exports(Serving):
             self._step(image, events.Close())
 
     def _opened(self, image: OpenImage) -> None:
+        if image.maintenance:
+            if image.waiting or image.pins:
+                self._claim(image)
+            return
         waiting, image.waiting = image.waiting, []
         for client, name in waiting:
             self._let_in(image, client, name)

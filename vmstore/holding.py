@@ -60,6 +60,11 @@ class Holding:
     def __init__(self, etcd: Etcd) -> None:
         self._etcd = etcd
 
+    @property
+    def etcd(self) -> Etcd:
+        """Where the records are."""
+        return self._etcd
+
     def lease_of(self, image: ImageId) -> Stored[LeaseRecord] | None:
         """Return who has an image's lease, or None where nobody has."""
         return read(self._etcd, LeaseRecord, keys.lease(image))
@@ -79,17 +84,21 @@ class Holding:
         holder: str,
         etcd_lease: int,
         instead_of: Stored[LeaseRecord] | None = None,
+        maintenance: bool = False,
     ) -> Held:
         """Take an image's lease for the process `holder`: the epoch rises and `clean` goes.
 
         `instead_of` is a lease that the caller may replace: that of a former process of the same
-        gateway, which is surely dead. Raises InUse where another one has the lease, and
+        gateway, which is surely dead, or one for maintenance, whose holder the epoch fences. With
+        `maintenance` the lease is such a one itself. Raises InUse where another has the lease, and
         RecordChanged where the record is no longer `image`. `clean` of the record that was read
         says whether the last holder ended well; that of the result is always false.
         """
         before = image.record
         record = replace(before, epoch=before.epoch + 1, holder=holder, clean=False)
-        lease = LeaseRecord(gateway=gateway, holder=holder, epoch=record.epoch)
+        lease = LeaseRecord(
+            gateway=gateway, holder=holder, epoch=record.epoch, maintenance=maintenance
+        )
         lease_key = keys.lease(before.id)
         free: tuple[Compare, ...] = (KeyAbsent(lease_key),)
         if instead_of is not None:
@@ -108,6 +117,16 @@ class Holding:
                 raise InUse(f"image {before.id}", current.record.gateway)
             raise RecordChanged(f"image {before.id}")
         return Held(Stored(image.key, record, image_put.value, revision), lease, etcd_lease)
+
+    def claim(self, held: Held) -> Held:
+        """Make a lease for maintenance one that nobody takes over: a client wants the image."""
+        lease = replace(held.lease, maintenance=False)
+        if lease == held.lease:
+            return held
+        put = Put(keys.lease(held.record.id), lease.encode(), held.etcd_lease)
+        if commit(self._etcd, self._holds(held), [put], self._lease_found(put)) is None:
+            self._explain(held)
+        return replace(held, lease=lease)
 
     def retake_lease(self, held: Held, etcd_lease: int) -> Held:
         """Take a lease that merely lapsed again, under a new etcd lease and the same epoch.

@@ -29,9 +29,11 @@ from vmstore.catalog import Catalog
 from vmstore.errors import InUse, LeaseLost, RecordChanged
 from vmstore.events import NodeRecordView
 from vmstore.granter import Granter, Voters
+from vmstore.healing import HealLimits
 from vmstore.holder import OPEN_LIMIT_S, Holder, Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName
+from vmstore.progress import HealLog
 from vmstore.stored import Stored
 
 log = structlog.get_logger()
@@ -57,6 +59,9 @@ class OpenImage:
     channel: int
     holder: Holder
     held: Held | None = None
+    maintenance: bool = False
+    """Open to be healed, for no client: the next gateway that is asked may take it over."""
+    claiming: bool = False
     node_names: tuple[str, ...] = ()
     waiting: list[tuple[int, ImageName]] = field(default_factory=list)
     """Clients that are answered when it is open."""
@@ -83,6 +88,7 @@ class Serving(ABC):
         holder: str,
         local_node: Callable[[], str | None],
         lease: Callable[[Callable[[], None], Callable[[float], None]], Session],
+        heal_limits: HealLimits,
         voters: Voters | None = None,
     ) -> None:
         self._engine = engine
@@ -93,6 +99,8 @@ class Serving(ABC):
         self._new_lease = lease
         self._voters = voters or Arbiters()
         self._granter = Granter(catalog, self._voters)
+        self._heal_limits = heal_limits
+        self.heal_log = HealLog()
         self._lease: Session | None = None
         self._images: dict[ImageId, OpenImage] = {}
         self._by_channel: dict[int, OpenImage] = {}
@@ -222,7 +230,9 @@ class Serving(ABC):
 
     # Images
 
-    def _use(self, name: ImageName, found: Stored[ImageRecord]) -> OpenImage:
+    def _use(
+        self, name: ImageName, found: Stored[ImageRecord], *, maintenance: bool = False
+    ) -> OpenImage:
         """Return the open image, or begin to open it."""
         image = self._images.get(found.record.id)
         if image is not None:
@@ -234,6 +244,7 @@ class Serving(ABC):
             name=name,
             channel=channel,
             holder=Holder(holder=self._holder_id, now_s=time.monotonic()),
+            maintenance=maintenance,
         )
         self._images[image.image] = image
         self._by_channel[channel] = image
@@ -303,13 +314,16 @@ class Serving(ABC):
             lease = self._catalog.lease_of(image.image)
             # A lease of this gateway is that of a former process: we hold its lock, so it is dead.
             mine = lease is not None and lease.record.gateway == self._gateway
+            # One for maintenance yields, but not to another such.
+            yields = lease is not None and lease.record.maintenance and not image.maintenance
             try:
                 return self._catalog.take_lease(
                     stored,
                     gateway=self._gateway,
                     holder=self._holder_id,
                     etcd_lease=self._lease.lease,
-                    instead_of=lease if mine else None,
+                    instead_of=lease if mine or yields else None,
+                    maintenance=image.maintenance,
                 )
             except InUse as error:
                 raise InUse(str(image.name), error.gateway) from error
@@ -338,6 +352,11 @@ class Serving(ABC):
                 self._engine.admit(image.channel, named, resume=resume)
             case effects.Peek(node):
                 self._engine.peek(image.channel, image.node_names.index(node))
+            case effects.Heal():
+                self._heal(image, effect)
+            case effects.EndHeal(attempt):
+                self._engine.end_heal(image.channel, attempt)
+                self.heal_log.ends(image.image)
             case effects.ChangeMembership(_, after):
                 self._change_membership(image, after)
             case effects.Reconfigure(record):
@@ -388,6 +407,8 @@ class Serving(ABC):
         return [self._indexes(image, membership.in_sync(index)) for index in sets]
 
     def _reconfigure(self, image: OpenImage, record: ImageRecord) -> None:
+        if image.holder.heals.now is None:
+            self.heal_log.taken_in(image.image, time.time())
         log.warning(
             "membership_changed",
             image=str(image.name),
@@ -400,6 +421,19 @@ class Serving(ABC):
             digest=membership_digest(record.membership),
             body=record.encode(),
             in_sync=self._in_sync(image, record),
+        )
+
+    def _heal(self, image: OpenImage, heal: effects.Heal) -> None:
+        self.heal_log.begins(image.image, str(image.name), heal.node, time.monotonic())
+        log.info("heal_begins", image=str(image.name), node=heal.node, since=dict(heal.sets))
+        self._engine.heal(
+            image.channel,
+            node=image.node_names.index(heal.node),
+            serial=heal.serial,
+            attempt=heal.attempt,
+            sets=list(heal.sets),
+            bytes_per_second=self._heal_limits.bytes_per_second,
+            shards_at_once=self._heal_limits.shards_at_once,
         )
 
     def _change_membership(self, image: OpenImage, after: ImageRecord) -> None:
@@ -459,6 +493,7 @@ class Serving(ABC):
 
     def _forget(self, image: OpenImage) -> None:
         self._engine.forget(image.channel)
+        self.heal_log.ends(image.image)
         del self._images[image.image]
         del self._by_channel[image.channel]
         self._forgotten(image)
@@ -528,6 +563,17 @@ class Serving(ABC):
             case "admit_failed":
                 log.warning("admit_failed", image=str(image.name), node=node, why=event["status"])
                 self._step(image, events.AdmitFailed(node))
+            case "healed":
+                log.info("node_healed", image=str(image.name), node=node,
+                         copied_bytes=event["copied_bytes"],
+                         bad_blocks=event["bad_blocks"])  # fmt: skip
+                self.heal_log.level(image.image, event["copied_bytes"], event["bad_blocks"],
+                                    time.monotonic())  # fmt: skip
+                self._step(image, events.Healed(node, event["attempt"]))
+            case "heal_failed":
+                log.warning("heal_failed", image=str(image.name), node=node, why=event["status"])
+                self.heal_log.ends(image.image)
+                self._step(image, events.HealFailed(node, event["attempt"], event["status"]))
             case "stored":
                 self._step(image, events.Stored(event["generation"]))
             case "fenced":

@@ -32,8 +32,10 @@ PURE = (
     "vmstore/errors.py",
     "vmstore/events.py",
     "vmstore/granting.py",
+    "vmstore/healing.py",
     "vmstore/holder.py",
     "vmstore/holding.py",
+    "vmstore/judging.py",
     "vmstore/names.py",
     "vmstore/stored.py",
 )

@@ -139,6 +139,12 @@ GOLDEN: list[tuple[Record, str]] = [
 ]
 
 
+def test_lease_for_maintenance_says_so_and_any_other_does_not() -> None:
+    lease = LeaseRecord(gateway="gateway1", holder=HOLDER, epoch=3, maintenance=True)
+    assert b'"maintenance":true' in lease.encode()
+    assert LeaseRecord.decode("k", lease.encode()) == lease
+
+
 @pytest.mark.parametrize(("record", "text"), GOLDEN)
 def test_record_has_its_golden_json(record: Record, text: str) -> None:
     assert record.encode().decode() == text

@@ -117,6 +117,12 @@ def opened(state: "pb.OpenImage.State.ValueType") -> GatewayView:
     return GatewayView("gateway1", "up", "h", "", [pb.OpenImage(name="vms/a", state=state)])
 
 
+def healing(trouble: str, heal: pb.Progress | None = None) -> GatewayView:
+    serving = pb.OpenImage.STATE_SERVING
+    image = pb.OpenImage(name="vms/a", state=serving, trouble=trouble, heal=heal)
+    return GatewayView("gateway1", "up", "h", "", [image])
+
+
 def test_cluster_without_problems_is_ok() -> None:
     assert WELL.problems == []
     assert WELL.health is Health.OK
@@ -142,8 +148,35 @@ def test_cluster_without_problems_is_ok() -> None:
         ),
         (
             replace(WELL, images={"vms/a": image(stale={0: {"node3": 1}}, generation=2)}),
+            Health.HEALING,
+            "node3 is stale for vms/a wait: it is healed by itself",
+        ),
+        (
+            replace(
+                WELL,
+                nodes=(node("node1"), node("node2"), node("node3", "down")),
+                images={"vms/a": image(stale={0: {"node3": 1}}, generation=2)},
+            ),
             Health.DEGRADED,
-            "node3 is stale for vms/a",
+            "node3 is stale for vms/a it missed writes and is not read; start node3",
+        ),
+        (
+            replace(
+                WELL,
+                gateways=(healing("the heal of node3 ended early: NoSpace"),),
+                images={"vms/a": image(stale={0: {"node3": 1}}, generation=2)},
+            ),
+            Health.DEGRADED,
+            "node3 is stale for vms/a the heal of node3 ended early: NoSpace",
+        ),
+        (
+            replace(
+                WELL,
+                gateways=(healing("", pb.Progress(node="node3", shards_done=3, shards_total=7)),),
+                images={"vms/a": image(stale={0: {"node3": 1}}, generation=2)},
+            ),
+            Health.HEALING,
+            "node3 is healed for vms/a, 4 of 7 shards to go",
         ),
         (
             replace(
