@@ -106,6 +106,19 @@ class GatewayConfig:
 
 
 @dataclass(frozen=True)
+class ArbiterConfig:
+    """A thin arbiter, on a host that is none of the nodes it decides on."""
+
+    name: str
+    data_dir: Path
+    """A few files; what they hold must outlive the host's other disks no less than etcd's data."""
+    listen: Endpoint
+    """Where gateways ask for votes, and `hci` how it is."""
+    host: str
+    metrics: Endpoint | None
+
+
+@dataclass(frozen=True)
 class DevConfig:
     """What `hci dev` needs to know besides the members."""
 
@@ -127,6 +140,7 @@ class Config:
     cluster: ClusterConfig
     nodes: Mapping[str, NodeConfig]
     gateways: Mapping[str, GatewayConfig]
+    arbiters: Mapping[str, ArbiterConfig]
     dev: DevConfig | None
     heal: HealLimits = field(default_factory=HealLimits)
 
@@ -137,6 +151,10 @@ class Config:
     def gateway(self, name: str) -> GatewayConfig:
         """Return the gateway's section. Raises ConfigError where the file has none."""
         return self._member("gateway", self.gateways, name)
+
+    def arbiter(self, name: str) -> ArbiterConfig:
+        """Return the arbiter's section. Raises ConfigError where the file has none."""
+        return self._member("arbiter", self.arbiters, name)
 
     def _member(self, kind: str, members: Mapping[str, T], name: str) -> T:
         if name not in members:
@@ -189,10 +207,11 @@ def parse(text: str, path: Path) -> Config:
     cluster = _cluster(top.table("cluster"))
     nodes = {name: _node(name, table) for name, table in top.members("node").items()}
     gateways = {name: _gateway(name, table) for name, table in top.members("gateway").items()}
+    arbiters = {name: _arbiter(name, table) for name, table in top.members("arbiter").items()}
     dev = _dev(top.table("dev")) if top.has("dev") else None
     heal = _heal(top.table("heal")) if top.has("heal") else HealLimits()
     top.finish()
-    return Config(path, cluster, nodes, gateways, dev, heal)
+    return Config(path, cluster, nodes, gateways, arbiters, dev, heal)
 
 
 def _cluster(table: "_Table") -> ClusterConfig:
@@ -242,6 +261,18 @@ def _gateway(name: str, table: "_Table") -> GatewayConfig:
     )
     table.finish()
     return gateway
+
+
+def _arbiter(name: str, table: "_Table") -> ArbiterConfig:
+    arbiter = ArbiterConfig(
+        name=name,
+        data_dir=table.take("data_dir", _path),
+        listen=table.take("listen", _endpoint),
+        host=table.take("host", _label, socket.gethostname()),
+        metrics=table.take("metrics", _endpoint, None),
+    )
+    table.finish()
+    return arbiter
 
 
 def _dev(table: "_Table") -> DevConfig:

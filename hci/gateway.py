@@ -30,7 +30,7 @@ from vmstore.caretaker import Caretaker
 from vmstore.catalog import Catalog
 from vmstore.errors import OtherCluster, UnknownImage
 from vmstore.exports import Exports
-from vmstore.holder import Phase
+from vmstore.holder import Holder, Phase
 from vmstore.serving import OpenImage
 
 log = structlog.get_logger()
@@ -370,7 +370,16 @@ def _image_status(image: OpenImage, heal: pb.Progress | None = None) -> pb.OpenI
     for index in range(len(record.sets)):
         status.in_sync.add(replica_set=index, nodes=membership.in_sync(index))
     stalled_by = holder.stalled_by()
+    if holder.phase is Phase.SERVING and holder.trouble and _waits_for_a_change(holder):
+        # Its writes are answered once etcd and the arbiter have taken the change.
+        status.state = pb.OpenImage.STATE_READS_ONLY
     if holder.phase is Phase.SERVING and stalled_by:
         status.state = pb.OpenImage.STATE_READS_ONLY
         status.trouble = status.trouble or f"writes wait for {', '.join(stalled_by)}"
     return status
+
+
+def _waits_for_a_change(holder: Holder) -> bool:
+    """Whether a node is missing that etcd, or the arbiter, has not let the image leave behind."""
+    delayed = holder.proposal is not None or holder.retry_at_s is not None
+    return delayed and bool(holder.missing())

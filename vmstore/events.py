@@ -114,7 +114,14 @@ class MembershipChanged:
 
 @dataclass(frozen=True, slots=True)
 class MembershipDelayed:
-    """etcd did not answer; nothing is known to have changed."""
+    """The change waits for what `why` says.
+
+    Unless it is `maybe_taken` it surely did not come to etcd: another one may be proposed instead,
+    or none where the node that was lost is back.
+    """
+
+    why: str = "etcd does not answer"
+    maybe_taken: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from shard.ids import ImageId
 from vmstore import events
 from vmstore.catalog import Catalog
 from vmstore.errors import InUse, LeaseLost, ShrinkRefused, UnknownImage, UnknownPool
+from vmstore.granter import Voters
 from vmstore.healing import HealLimits
 from vmstore.holder import OPEN_LIMIT_S, Phase
 from vmstore.holding import Held
@@ -59,6 +60,7 @@ class Exports(Serving):
         local_node: Callable[[], str | None],
         lease: Callable[[Callable[[], None], Callable[[float], None]], Session],
         heal_limits: HealLimits,
+        voters: Voters | None = None,
     ) -> None:
         super().__init__(
             engine,
@@ -67,6 +69,7 @@ class Exports(Serving):
             holder=holder,
             local_node=local_node,
             lease=lease,
+            voters=voters,
             heal_limits=heal_limits,
         )
         self._client_image: dict[int, ImageId] = {}

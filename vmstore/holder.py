@@ -135,6 +135,8 @@ class Holder:
     nodes: dict[str, _Node] = field(default_factory=dict)
     emptied: set[str] = field(default_factory=set)
     blocking: set[str] = field(default_factory=set)
+    undecided: bool = False
+    """Whether etcd may have taken the proposal: then it is made until its outcome is known."""
     heals: Heals = field(default_factory=Heals)
     storing: bool = False
     paused: bool = False
@@ -177,10 +179,8 @@ class Holder:
                 return []
             case MembershipChanged(record):
                 return self._on_changed(record)
-            case MembershipDelayed():
-                self.retry_at_s = self.now_s + RETRY_S
-                self.trouble = "etcd does not answer: a change of membership waits"
-                return []
+            case MembershipDelayed(why, maybe_taken):
+                return self._on_delayed(why, maybe_taken)
             case Peeked():
                 return self._on_peeked(event)
             case ReplicaDown(node, blocking):
@@ -303,6 +303,8 @@ class Holder:
         assert self.record is not None
         membership = self.record.membership
         lost = {name for name in membership.all_in_sync() if self._is_lost(name)}
+        if self.retry_at_s is not None:
+            return None
         if not lost or not self._is_due(lost):
             lost = set()
         if self.storing and not lost & self.blocking:
@@ -503,8 +505,9 @@ class Holder:
         return [*again, *self._go_on()]
 
     def _on_changed(self, record: ImageRecord) -> list[Effect]:
-        assert self.proposal is not None and record == self.proposal, "one change at a time"
-        self.record, self.proposal = record, None
+        assert self.proposal is not None, "one change at a time"
+        assert record.membership == self.proposal.membership, "it is the one that was proposed"
+        self.record, self.proposal, self.undecided = record, None, False
         self._on_taken_in(record)
         in_sync = record.membership.all_in_sync()
         self.blocking &= in_sync
@@ -519,6 +522,16 @@ class Holder:
         self.trouble = ""
         return [Reconfigure(record), *self._go_on()]
 
+    def _on_delayed(self, why: str, maybe_taken: bool) -> list[Effect]:
+        """Keep a proposal that etcd may have taken; forget another one and decide anew later."""
+        self.retry_at_s = self.now_s + RETRY_S
+        self.trouble = f"a change of membership waits: {why}"
+        self.undecided = self.undecided or maybe_taken
+        if self.undecided:
+            return []
+        self.proposal = None
+        return self._go_on()
+
     def _on_tick(self) -> list[Effect]:
         if self.phase is Phase.ENDED:
             return []
@@ -527,6 +540,10 @@ class Holder:
             if self.record is not None and self.proposal is not None:
                 # The same proposal again: found in etcd as our own, it counts as taken.
                 return [ChangeMembership(self.record, self.proposal)]
+            going_on = self._go_on()
+            if self.proposal is None:
+                self.trouble = ""
+            return going_on
         for name, node in self.nodes.items():
             if node.failed_at_s is not None and not self._is_failing(node):
                 # It does what it is asked again, or it would have failed since.
@@ -538,6 +555,7 @@ class Holder:
             away = sorted(n for n in self.nodes if self.nodes[n].standing is Standing.AWAY)
             nodes = ", ".join(away) or "its nodes"
             reason = f"waited {OPEN_LIMIT_S:.0f} s for {nodes}: too few replicas in sync are there"
+            reason += f"; {self.trouble}" if self.trouble else ""
             return self._give_up(reason)
         return self._go_on()
 

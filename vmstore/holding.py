@@ -5,7 +5,7 @@ replaced changes nothing. Taking the lease, raising the epoch and marking the im
 transaction; the caller has every in-sync node store the epoch before its first I/O.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -20,7 +20,7 @@ from etcd.interface import (
     Put,
     ValueEquals,
 )
-from etcd.records import ImageRecord, LeaseRecord
+from etcd.records import Grant, ImageRecord, LeaseRecord
 from shard.geometry import check_image_size
 from shard.ids import ImageId
 from shard.membership import Membership, check_successor
@@ -145,13 +145,27 @@ class Holding:
             self._explain(held, lease_may_be_gone=True)
         return replace(held, etcd_lease=etcd_lease)
 
-    def change_membership(self, held: Held, membership: Membership) -> Held:
-        """Store a proposed membership, one generation above the held record's."""
+    def change_membership(
+        self,
+        held: Held,
+        membership: Membership,
+        *,
+        grant: Grant | None = None,
+        as_long_as: Sequence[Compare] = (),
+    ) -> Held:
+        """Store a proposed membership, one generation above the held record's.
+
+        `grant` is the arbiter's, where it was asked, and `as_long_as` what must not have changed
+        since: then RecordChanged too.
+        """
         check_successor(held.record.membership, membership)
-        return self._change(
-            held,
-            replace(held.record, generation=membership.generation, stale=membership.stale),
+        record = replace(
+            held.record,
+            generation=membership.generation,
+            stale=membership.stale,
+            grant=grant or held.record.grant,
         )
+        return self._change(held, record, as_long_as)
 
     def resize(self, held: Held, size_bytes: int, *, force: bool = False) -> Held:
         """Store a new size. Before a shrink the caller discards what is cut off.
@@ -183,9 +197,10 @@ class Holding:
         if commit(self._etcd, self._holds(held), operations, found) is None:
             self._explain(held)
 
-    def _change(self, held: Held, record: ImageRecord) -> Held:
+    def _change(self, held: Held, record: ImageRecord, as_long_as: Sequence[Compare] = ()) -> Held:
         put = Put(held.image.key, record.encode())
-        revision = commit(self._etcd, self._holds(held), [put], put_found(self._etcd, put))
+        compares = [*self._holds(held), *as_long_as]
+        revision = commit(self._etcd, compares, [put], put_found(self._etcd, put))
         if revision is None:
             self._explain(held)
         return replace(held, image=Stored(put.key, record, put.value, revision))

@@ -16,6 +16,7 @@ from typing import Any
 
 import structlog
 
+from arbiter.client import Arbiters
 from engine import Gateway
 from etcd.errors import EtcdError
 from etcd.lease import Session
@@ -23,12 +24,13 @@ from etcd.records import ImageRecord
 from shard.digest import membership_digest
 from shard.errors import HciError
 from shard.ids import ImageId
-from vmstore import effects, events
+from vmstore import effects, events, granting
 from vmstore.catalog import Catalog
 from vmstore.errors import InUse, LeaseLost, RecordChanged
 from vmstore.events import NodeRecordView
+from vmstore.granter import Granter, Voters
 from vmstore.healing import HealLimits
-from vmstore.holder import Holder, Phase
+from vmstore.holder import OPEN_LIMIT_S, Holder, Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName
 from vmstore.progress import HealLog
@@ -40,6 +42,8 @@ TICK_S = 0.1
 WORKERS = 8
 TAKE_ATTEMPTS = 5
 """Times a lease is asked for while the record changes under our eyes."""
+CONFIRM_RETRY_S = 0.5
+"""Until an arbiter is asked again to confirm what etcd holds of an image that is being opened."""
 RELEASE_RETRY_S = 1.0
 """Until etcd is asked again to take a lease back, or to give one that has lapsed."""
 STOP_S = 20.0
@@ -71,7 +75,8 @@ class OpenImage:
 class Serving(ABC):
     """Holds images of one cluster open in one engine.
 
-    `lease` makes an etcd lease session, given what to call when it is lost and renewed.
+    `lease` makes an etcd lease session, given what to call when it is lost and renewed. `voters` is
+    where arbiters are asked, over gRPC unless given.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class Serving(ABC):
         local_node: Callable[[], str | None],
         lease: Callable[[Callable[[], None], Callable[[float], None]], Session],
         heal_limits: HealLimits,
+        voters: Voters | None = None,
     ) -> None:
         self._engine = engine
         self._catalog = catalog
@@ -91,6 +97,8 @@ class Serving(ABC):
         self._holder_id = holder
         self._local_node = local_node
         self._new_lease = lease
+        self._voters = voters or Arbiters()
+        self._granter = Granter(catalog, self._voters)
         self._heal_limits = heal_limits
         self.heal_log = HealLog()
         self._lease: Session | None = None
@@ -101,6 +109,7 @@ class Serving(ABC):
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="exports-etcd")
         self._threads: list[threading.Thread] = []
         self._stopping = False
+        self._closed = False
         self.failed: Callable[[str], None] = lambda _why: None
 
     def start(self) -> None:
@@ -116,12 +125,14 @@ class Serving(ABC):
         done = threading.Event()
         self._queue.put(lambda: self._begin_stop(done))
         done.wait(STOP_S)
+        self._closed = True
         self._queue.put(None)
         for thread in self._threads:
             thread.join(timeout=2)
         self._workers.shutdown(wait=True, cancel_futures=True)
         if self._lease is not None:
             self._lease.close()
+        self._voters.close()
 
     def snapshot(self) -> list[OpenImage]:
         """Return the open images as they are now. For any thread."""
@@ -130,7 +141,7 @@ class Serving(ABC):
     # Threads
 
     def _carry(self) -> None:
-        while True:
+        while not self._closed:
             try:
                 event = self._engine.next_event(200)
             except RuntimeError as error:
@@ -193,6 +204,30 @@ class Serving(ABC):
         if not self._stopping or self._images:
             self._workers.submit(work)
 
+    def _carry_through(
+        self,
+        steps: granting.Steps,
+        then: Callable[[Held], None],
+        failed: Callable[[HciError], None],
+    ) -> None:
+        """Make the steps of a procedure in workers, one at a time."""
+
+        def go_on(advance: Callable[[], granting.Step]) -> None:
+            try:
+                step = advance()
+            except StopIteration as end:
+                then(end.value)
+            except HciError as error:
+                failed(error)
+            else:
+                self._later(
+                    lambda: self._granter.make(step),
+                    lambda result: go_on(lambda: steps.send(result)),
+                    lambda error: go_on(lambda: steps.throw(error)),
+                )
+
+        go_on(lambda: next(steps))
+
     # Images
 
     def _use(
@@ -218,16 +253,59 @@ class Serving(ABC):
 
     def _take_lease(self, image: OpenImage) -> None:
         def taken(held: Held) -> None:
-            image.held = held
             log.info("image_taken", image=str(image.name), epoch=held.record.epoch)
-            self._step(image, events.LeaseTaken(held.record))
-            self._taken(image)
+            if granting.needs_arbiter_to_open(held.record):
+                self._confirm(image, held, time.monotonic() + OPEN_LIMIT_S)
+            else:
+                self._begin(image, held)
 
         def failed(error: HciError) -> None:
             log.info("image_refused", image=str(image.name), why=str(error))
             self._step(image, events.Fail(str(error)))
 
         self._later(lambda: self._try_to_take(image), taken, failed)
+
+    def _begin(self, image: OpenImage, held: Held) -> None:
+        image.held = held
+        self._step(image, events.LeaseTaken(held.record))
+        self._taken(image)
+
+    def _confirm(self, image: OpenImage, held: Held, give_up_s: float) -> None:
+        """Have the arbiter confirm what etcd holds, then begin; no request is served before."""
+
+        def confirmed(held: Held) -> None:
+            assert self._lease is not None
+            if self._lease.lost or self._lease.lease != held.etcd_lease:
+                self._give_back(image, held, "its lease ended while the arbiter was asked")
+                return
+            image.holder.trouble = ""
+            self._begin(image, held)
+
+        def failed(error: HciError) -> None:
+            wanted = bool(image.users or image.waiting or image.pins) and not self._stopping
+            if wanted and granting.may_pass(error) and time.monotonic() < give_up_s:
+                if not image.holder.trouble:
+                    log.warning("open_waits", image=str(image.name), why=str(error))
+                image.holder.trouble = str(error)
+                self._after(CONFIRM_RETRY_S, lambda: self._confirm(image, held, give_up_s))
+            else:
+                self._give_back(image, held, str(error))
+
+        self._carry_through(granting.opening(held), confirmed, failed)
+
+    def _give_back(self, image: OpenImage, held: Held, why: str) -> None:
+        """End an open that came to nothing, and let others have the lease."""
+        log.info("image_refused", image=str(image.name), why=why)
+        self._step(image, events.Fail(why))
+        self._let_go(held)
+
+    def _let_go(self, held: Held) -> None:
+        def failed(error: HciError) -> None:
+            # Any other error says that the lease is another's, or ours anew.
+            if isinstance(error, EtcdError):
+                self._after(RELEASE_RETRY_S, lambda: self._let_go(held))
+
+        self._later(lambda: self._catalog.release(held, clean=False), _nothing_to_do, failed)
 
     def _try_to_take(self, image: OpenImage) -> Held:
         assert self._lease is not None
@@ -361,32 +439,23 @@ class Serving(ABC):
     def _change_membership(self, image: OpenImage, after: ImageRecord) -> None:
         assert image.held is not None
         held = image.held
-
-        def change() -> Held:
-            try:
-                return self._catalog.change_membership(held, after.membership)
-            except RecordChanged:
-                # Perhaps by ourselves, in a call whose answer was lost.
-                found = self._catalog.image(image.image)
-                if found.record != after:
-                    raise
-                return Held(found, held.lease, held.etcd_lease)
+        progress = granting.Progress()
 
         def changed(new: Held) -> None:
             image.held = new
             self._step(image, events.MembershipChanged(new.record))
 
         def failed(error: HciError) -> None:
-            if isinstance(error, EtcdError):
-                self._step(image, events.MembershipDelayed())
+            if granting.may_pass(error):
+                self._step(image, events.MembershipDelayed(str(error), progress.maybe_taken))
             elif isinstance(error, LeaseLost) and error.gateway is None:
                 # It may merely have lapsed: it is taken again, or found to be another's.
-                self._step(image, events.MembershipDelayed())
+                self._step(image, events.MembershipDelayed(str(error)))
                 self._retake(image)
             else:
                 self._step(image, events.Lost(str(error)))
 
-        self._later(change, changed, failed)
+        self._carry_through(granting.change(held, after, progress), changed, failed)
 
     def _release(self, image: OpenImage, clean: bool) -> None:
         """Give the lease back, also where etcd is away for a while: we keep it alive meanwhile."""
@@ -586,6 +655,10 @@ class Serving(ABC):
 
 def _nothing() -> None:
     """Time has passed."""
+
+
+def _nothing_to_do(_result: object) -> None:
+    """It is done."""
 
 
 def _peeked(node: str, event: dict[str, Any]) -> events.Peeked:

@@ -6,7 +6,7 @@ import pytest
 
 from etcd.records import ImageRecord, Layer, PlacementRecord, PoolRecord
 from hci import control_pb2 as pb
-from hci.survey import GatewayView, Health, NodeView, Survey
+from hci.survey import ArbiterView, GatewayView, Health, NodeView, Survey
 from shard.ids import image_id
 from shard.membership import Policy
 from shard.placement import FailureDomain
@@ -50,6 +50,67 @@ WELL = Survey(
     images={"vms/a": image()},
     is_dev=True,
 )
+
+
+PAIR = replace(
+    WELL,
+    nodes=(node("node1"), node("node2")),
+    pools={
+        "vms": replace(WELL.pools["vms"], policy=Policy.THIN_ARBITER, arbiter="witness"),
+    },
+    placements={"vms": PlacementRecord(pool="vms", version=1, sets=(("node1", "node2"),))},
+    images={"vms/a": image(policy=Policy.THIN_ARBITER, sets=(("node1", "node2"),))},
+    arbiters=(ArbiterView("witness", "up", "far", "far:1", "f" * 32, ("vms",), 1, ""),),
+)
+
+
+def witness(state: str, trouble: str = "") -> ArbiterView:
+    return replace(PAIR.arbiters[0], state=state, trouble=trouble)
+
+
+@pytest.mark.parametrize(
+    ("found", "health", "told"),
+    [
+        (PAIR, Health.OK, ""),
+        (
+            replace(PAIR, arbiters=(witness("down"),)),
+            Health.DEGRADED,
+            "without it writes stall as soon as a node is lost",
+        ),
+        (
+            replace(PAIR, arbiters=(witness("down"),)),
+            Health.DEGRADED,
+            "start it: `hci dev run witness`; if it is lost for good: `hci arbiter replace`",
+        ),
+        (replace(PAIR, arbiters=(witness("starting"),)), Health.HEALING, "wait"),
+        (
+            replace(PAIR, arbiters=(witness("up", "votes/x is damaged"),)),
+            Health.DEGRADED,
+            "hci arbiter replace witness NEW",
+        ),
+        (
+            replace(PAIR, nodes=(node("node1"), node("node2", "down"))),
+            Health.DEGRADED,
+            "hci dev run node2",
+        ),
+        (
+            replace(
+                PAIR, nodes=(node("node1"), node("node2", "down")), arbiters=(witness("down"),)
+            ),
+            Health.UNAVAILABLE,
+            "image vms/a: node2 and the arbiter are away: writes wait",
+        ),
+        (
+            replace(PAIR, pools={"vms": replace(PAIR.pools["vms"], filled=False)}),
+            Health.DEGRADED,
+            "run the interrupted `hci arbiter replace` again",
+        ),
+    ],
+)
+def test_pair_with_an_arbiter_says_how_it_is(found: Survey, health: Health, told: str) -> None:
+    assert found.health is health
+    said = " ".join(f"{each.what} {each.advice}" for each in found.problems)
+    assert told in said
 
 
 def opened(state: "pb.OpenImage.State.ValueType") -> GatewayView:

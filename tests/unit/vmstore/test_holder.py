@@ -201,6 +201,31 @@ def test_delayed_change_is_asked_for_again() -> None:
     )
 
 
+def test_delayed_change_that_never_came_to_etcd_is_withdrawn_when_the_node_is_back() -> None:
+    """A pair without its arbiter lost a node, which came back: two of three were there, and yet
+    writes waited, for a change that nobody needed any more."""
+    holder = serving()
+    (change,) = changes(holder.step(events.ReplicaDown("node2", blocking=True)))
+    assert holder.step(events.MembershipDelayed("no arbiter", maybe_taken=False)) == []
+    assert holder.trouble == "a change of membership waits: no arbiter"
+    assert holder.step(events.Tick(h.RETRY_S / 2)) == []
+    assert holder.step(events.Tick(h.RETRY_S)) == [change], "while the node is away"
+    holder.step(events.MembershipDelayed("no arbiter", maybe_taken=False))
+    assert holder.step(peeked("node2", serial=2)) == [wanted.Admit(("node2",), True, (2,))]
+    assert holder.step(events.Tick(3 * h.RETRY_S)) == []
+    assert holder.trouble == ""
+
+
+def test_delayed_change_that_etcd_may_have_taken_is_not_withdrawn() -> None:
+    holder = serving()
+    (change,) = changes(holder.step(events.ReplicaDown("node2", blocking=True)))
+    holder.step(events.MembershipDelayed("lost answer", maybe_taken=True))
+    assert holder.step(events.Tick(h.RETRY_S)) == [change]
+    holder.step(events.MembershipDelayed("no arbiter", maybe_taken=False))
+    assert holder.step(peeked("node2", serial=2)) == []
+    assert holder.step(events.Tick(2 * h.RETRY_S)) == [change]
+
+
 def test_same_instance_resumes_and_another_is_levelled() -> None:
     holder = serving()
     holder.step(events.ReplicaDown("node2", blocking=False))
@@ -369,6 +394,7 @@ class Histories(RuleBasedStateMachine):
         self.joining: set[str] = set()
         self.up: set[str] = set()
         self.asked: wanted.ChangeMembership | None = None
+        self.undecided = False
         self.heal: wanted.Heal | None = None
         self.healed = False
         self.serial = 0
@@ -489,16 +515,19 @@ class Histories(RuleBasedStateMachine):
             self.fail_admission(node)
 
     @precondition(lambda self: self.asked is not None)
-    @rule(taken=st.booleans())
-    def answer(self, taken: bool) -> None:
+    @rule(taken=st.booleans(), maybe_taken=st.booleans())
+    def answer(self, taken: bool, maybe_taken: bool) -> None:
         asked = self.asked
         assert asked is not None
         if taken:
-            self.asked = None
+            self.asked, self.undecided = None, False
             self.tell(events.MembershipChanged(asked.after))
             self.tell(events.Stored(asked.after.generation))
         else:
-            self.tell(events.MembershipDelayed())
+            self.undecided = self.undecided or maybe_taken
+            if not self.undecided:
+                self.asked = None
+            self.tell(events.MembershipDelayed("it waits", maybe_taken))
 
     @rule(pause_s=st.floats(0.05, 4.0))
     def tick(self, pause_s: float) -> None:
@@ -523,7 +552,7 @@ class Histories(RuleBasedStateMachine):
             if self.joining:
                 self.join(True, "node1")
             if self.asked is not None:
-                self.answer(True)
+                self.answer(True, False)
             if self.heal is not None and not self.healed:
                 self.heal_ends(True)
             self.now_s += 0.1 if step < 100 else 1.0
