@@ -6,8 +6,6 @@
 pub(super) enum Defect {
     /// What is written while the list is made does not go on it.
     MissedWhileListing,
-    /// Nor what is in flight when that begins.
-    MissedInFlight,
     /// Shards count as level after the pass beside the clients' writes.
     NoPause,
     /// Changes are answered without the node that is healed.
