@@ -1,7 +1,6 @@
 //! Rules that tests break on purpose, to see that they would notice.
 
 /// A rule that is not kept.
-#[cfg_attr(not(test), expect(dead_code, reason = "only tests plant defects"))]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Defect {
     /// What is written while the list is made does not go on it.

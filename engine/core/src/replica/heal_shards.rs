@@ -64,7 +64,7 @@ impl ImageIo {
         // Changes in flight do not go to the node.
         for (_, part) in self.parts.iter() {
             let changes = matches!(part.kind, RequestKind::Write | RequestKind::Zero);
-            if changes && heal.heals(part.set as usize) && !planted(Defect::MissedInFlight) {
+            if changes && heal.heals(part.set as usize) {
                 heal.list.insert(part.shard);
             }
         }

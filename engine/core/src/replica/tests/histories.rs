@@ -58,7 +58,6 @@ fn broken_rules_of_heal_are_noticed() {
     const HISTORIES: u64 = 600;
     let defects = [
         Defect::MissedWhileListing,
-        Defect::MissedInFlight,
         Defect::NoPause,
         Defect::AnsweredWithoutHealed,
         Defect::OutcomeForgotten,
