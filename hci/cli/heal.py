@@ -10,7 +10,12 @@ from hci.cli import output, session
 from hci.cli.output import AsJson
 from hci.survey import Survey, survey
 
-app = typer.Typer(help="Heals: making stale nodes level.", no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+
+@app.callback()
+def group() -> None:
+    """Heals: making stale nodes level, which happens by itself."""
 
 
 @app.command()

@@ -304,6 +304,8 @@ impl ImageIo {
 
     fn heal_taken_in(&mut self) {
         let Some(heal) = self.heal.take() else { return };
+        // Soon its peers hear of its flush number, and it clears what it was given.
+        self.flush_soon();
         let replica = self.replica(heal.spec.node);
         // Also where its connection broke meanwhile: it has all that was answered.
         replica.served = heal.instance;

@@ -81,6 +81,11 @@ impl ImageIo {
         self.enter(id, kind, offset, length);
     }
 
+    /// Has a flush follow with the next tick.
+    pub(super) fn flush_soon(&mut self) {
+        self.bytes_since_flush = self.bytes_since_flush.max(SELF_FLUSH_BYTES);
+    }
+
     /// A flush that no client asked for.
     pub(super) fn submit_own_flush(&mut self) {
         let id = self.own_request(RequestKind::Flush, 0, 0);

@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from etcd.interface import Put
 from etcd.memory import MemoryEtcd
 from etcd.records import ArbiterRecord, NodeRecord
 from hci import cli, connect
@@ -75,6 +77,18 @@ def test_help_lists_what_there_is(hci: Run, arguments: tuple[str, ...]) -> None:
     assert "--install-completion" not in printed
     for word in {0: app.MODULES, 1: ("start", "kill"), 2: ("--format",)}[len(arguments)]:
         assert word in printed
+
+
+@pytest.mark.usefixtures("etcd")
+def test_heal_status_lists_stale_nodes(hci: Run, etcd: MemoryEtcd) -> None:
+    """A group of one command was taken for that command."""
+    image = Catalog(etcd).create_image(ImageName("vms", "web"), 1 << 30)
+    stale = replace(image.record, generation=2, stale={0: {"node3": 1}})
+    etcd.transaction([], [Put(image.key, stale.encode())])
+    status, printed, _ = hci("heal", "status", "--json")
+    (line,) = json.loads(printed)["images"]
+    assert status == 0
+    assert (line["image"], line["node"], line["state"]) == ("vms/web", "node3", "stale")
 
 
 def test_command_with_a_typing_error_is_answered_with_the_right_one(hci: Run) -> None:

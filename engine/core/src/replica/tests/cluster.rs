@@ -431,6 +431,12 @@ impl Cluster {
         self.links[node].late.clear();
     }
 
+    /// A node comes back with a disk that is empty.
+    pub fn replace_disk(&mut self, node: usize) {
+        self.restart_node(node, false);
+        self.nodes[node] = SimNode::new(node);
+    }
+
     /// The holder dies; another opens the image.
     pub fn restart_gateway(&mut self) {
         for link in &mut self.links {

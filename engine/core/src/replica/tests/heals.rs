@@ -61,6 +61,19 @@ fn node_that_was_left_behind_gets_what_it_missed() {
     equal_everywhere(with_a_stale_node(Faults::Kills, |cluster| cluster.write(3, 9)));
 }
 
+/// A node came back with an empty disk, and with one on which is what nobody ever had.
+#[test]
+fn node_with_another_disk_is_healed_whole() {
+    let mut cluster = with_a_stale_node(Faults::Kills, |cluster| cluster.write(3, 9));
+    cluster.replace_disk(2);
+    cluster.policy.record.since[2] = 0;
+    equal_everywhere(cluster);
+    let mut cluster = with_a_stale_node(Faults::Kills, |cluster| cluster.write(3, 9));
+    cluster.nodes[2].scribble();
+    cluster.policy.record.since[2] = 0;
+    equal_everywhere(cluster);
+}
+
 /// The shards came back with the node.
 #[test]
 fn shard_that_was_discarded_while_a_node_was_away_does_not_come_back_with_it() {

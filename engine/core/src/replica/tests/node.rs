@@ -2,11 +2,13 @@
 //! node's own request handling. What its event loop does in batches (append, sync, answer, checkpoint)
 //! happens here one step at a time, when the history says so.
 
+use crate::checksum::crc32c;
+use crate::geometry::{BLOCK_BYTES, ImageId, ShardKey, Tag};
 use crate::node::requests::{Outcome, Requests, Scratch};
 use crate::node::sessions::Sessions;
 use crate::replica::Instance;
 use crate::store::simulated::SimDisk;
-use crate::store::{Store, StoreConfig};
+use crate::store::{BlockState, CopyBlock, Store, StoreConfig};
 use crate::wire::messages::{Head, Number};
 use crate::wire::{Frame, REPLY, Status};
 use bytes::{Bytes, BytesMut};
@@ -74,6 +76,20 @@ impl SimNode {
         self.parked.clear();
         self.answers.clear();
         self.open();
+    }
+
+    /// Content of a former life appears in a shard that nobody else has, and nothing is dirty.
+    pub fn scribble(&mut self) {
+        let image = ImageId([0xA1; 16]);
+        let key = ShardKey { image, layer: 1, shard: 7 };
+        let crc = crc32c(&[0xE5; BLOCK_BYTES as usize]);
+        let blocks: Vec<CopyBlock> = (0..2)
+            .map(|block| CopyBlock { block, state: BlockState::Data, tag: Tag::NONE, crc })
+            .collect();
+        let store = self.store.as_mut().expect("a node that runs");
+        let content = Bytes::from(vec![0xE5; 2 * BLOCK_BYTES as usize]);
+        store.copy(&key, &blocks, content, 1).expect("a copy");
+        store.append().expect("the log takes a batch");
     }
 
     /// Takes the next frame of a connection; false: the connection waits for room in the log.
