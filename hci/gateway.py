@@ -27,6 +27,7 @@ from vmstore.catalog import Catalog
 from vmstore.errors import OtherCluster, UnknownImage
 from vmstore.exports import Exports
 from vmstore.holder import Phase
+from vmstore.served import Served
 from vmstore.serving import OpenImage
 
 log = structlog.get_logger()
@@ -82,6 +83,7 @@ class GatewayDaemon:
             holder=self.holder,
             local_node=lambda: self._local_node,
             lease=self._lease,
+            served=Served(self.holder, path=own.run_dir / "served.json", boot=daemon.boot_id()),
         )
         self.exports.failed = ending.fail
 

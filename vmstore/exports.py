@@ -17,11 +17,12 @@ from shard.errors import HciError
 from shard.ids import ImageId
 from vmstore import events
 from vmstore.catalog import Catalog
-from vmstore.errors import InUse, ShrinkRefused, UnknownImage, UnknownPool
+from vmstore.errors import ClientBarred, InUse, ShrinkRefused, UnknownImage, UnknownPool
 from vmstore.holder import OPEN_LIMIT_S, Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName, parse_image_name
-from vmstore.serving import TICK_S, OpenImage, Serving
+from vmstore.served import Served
+from vmstore.serving import TICK_S, OpenImage, Serving, nothing_more
 from vmstore.stored import Stored
 
 ZERO_LIMIT_S = 600.0
@@ -40,11 +41,20 @@ class Exports(Serving):
         holder: str,
         local_node: Callable[[], str | None],
         lease: Callable[[Callable[[], None], Callable[[float], None]], Session],
+        served: Served | None = None,
     ) -> None:
         super().__init__(
-            engine, catalog, gateway=gateway, holder=holder, local_node=local_node, lease=lease
+            engine,
+            catalog,
+            gateway=gateway,
+            holder=holder,
+            local_node=local_node,
+            lease=lease,
+            served=served,
         )
         self._client_image: dict[int, ImageId] = {}
+        self._peers: dict[int, str] = {}
+        """The processes of clients, where they are known."""
         self._gone: set[int] = set()
         self._next_pin = -1
 
@@ -113,6 +123,9 @@ class Exports(Serving):
 
     def _on_client(self, event: dict[str, Any]) -> None:
         if event["event"] == "asked":
+            peer = event.get("peer")
+            if peer is not None:
+                self._peers[event["client"]] = peer
             self._on_asked(event["client"], event["query"], event["name"])
         else:
             self._client_left(event["client"])
@@ -146,6 +159,11 @@ class Exports(Serving):
         elif self._stopping:
             self._engine.answer_error(client, "unavailable", "the gateway is stopping; try again")
         else:
+            try:
+                self._served.check(name, self._peers.get(client), found.record)
+            except ClientBarred as error:
+                self._refuse(client, error)
+                return
             image = self._use(name, found)
             self._client_image[client] = image.image
             self._let_in_or_wait(image, client, name)
@@ -157,9 +175,35 @@ class Exports(Serving):
             image.waiting.append((client, name))
 
     def _let_in(self, image: OpenImage, client: int, name: ImageName) -> None:
+        """Let a client in, once it is written down whom it belongs to."""
         assert image.held is not None
         image.users.add(client)
+        peer, record = self._peers.get(client), image.held.record
+        if peer is None or self._served.is_served(peer, record):
+            self._written_down(image, client, name)
+            return
+        self._later(
+            lambda: self._served.admit(name, peer, record),
+            lambda _written: self._written_down(image, client, name),
+            lambda error: self._turn_away(image, client, "refused", str(error)),
+        )
+
+    def _written_down(self, image: OpenImage, client: int, name: ImageName) -> None:
+        if client not in image.users:
+            return
+        if image.holder.phase is not Phase.SERVING:
+            why = f"{name} was closed meanwhile; connect again"
+            self._turn_away(image, client, "unavailable", why)
+            return
+        assert image.held is not None
         self._answer(client, name, image.held.record, image.channel)
+
+    def _turn_away(self, image: OpenImage, client: int, kind: str, why: str) -> None:
+        if client in image.users:
+            image.users.discard(client)
+            self._client_image.pop(client, None)
+            self._engine.answer_error(client, kind, why)
+            self._close_if_unused(image)
 
     def _answer(
         self, client: int, name: ImageName, record: ImageRecord, channel: int | None
@@ -178,6 +222,7 @@ class Exports(Serving):
         self._engine.answer_error(client, kind, str(error))
 
     def _client_left(self, client: int) -> None:
+        peer = self._peers.pop(client, None)
         image_id = self._client_image.pop(client, None)
         image = self._images.get(image_id) if image_id is not None else None
         if image is None:
@@ -186,9 +231,22 @@ class Exports(Serving):
                 if len(self._gone) > 10_000:
                     self._gone.clear()
             return
-        image.users.discard(client)
+        if client in image.users:
+            image.users.discard(client)
+            self._process_left(image, peer)
         image.waiting = [waiter for waiter in image.waiting if waiter[0] != client]
         self._close_if_unused(image)
+
+    def _process_left(self, image: OpenImage, peer: str | None) -> None:
+        """A process that left a serving image by itself has nothing unanswered to send again.
+
+        One that we sent away, be it for a restart, comes back with all of it.
+        """
+        others = {self._peers.get(user) for user in image.users}
+        serves = image.holder.phase is Phase.SERVING and not self._stopping
+        if peer is not None and peer not in others and serves:
+            self._served.left(image.image, peer)
+            self._later(self._served.save, nothing_more, nothing_more)
 
     def _close_if_unused(self, image: OpenImage) -> None:
         if not image.users and not image.waiting and not image.pins:

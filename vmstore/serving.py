@@ -30,6 +30,7 @@ from vmstore.events import NodeRecordView
 from vmstore.holder import Holder, Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName
+from vmstore.served import Served
 from vmstore.stored import Stored
 
 log = structlog.get_logger()
@@ -66,7 +67,8 @@ class OpenImage:
 class Serving(ABC):
     """Holds images of one cluster open in one engine.
 
-    `lease` makes an etcd lease session, given what to call when it is lost and renewed.
+    `lease` makes an etcd lease session, given what to call when it is lost and renewed. `served`
+    knows the clients of former processes of this gateway.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Serving(ABC):
         holder: str,
         local_node: Callable[[], str | None],
         lease: Callable[[Callable[[], None], Callable[[float], None]], Session],
+        served: Served | None = None,
     ) -> None:
         self._engine = engine
         self._catalog = catalog
@@ -85,6 +88,7 @@ class Serving(ABC):
         self._holder_id = holder
         self._local_node = local_node
         self._new_lease = lease
+        self._served = served or Served(holder)
         self._lease: Session | None = None
         self._images: dict[ImageId, OpenImage] = {}
         self._by_channel: dict[int, OpenImage] = {}
@@ -226,13 +230,15 @@ class Serving(ABC):
             # A lease of this gateway is that of a former process: we hold its lock, so it is dead.
             mine = lease is not None and lease.record.gateway == self._gateway
             try:
-                return self._catalog.take_lease(
+                held = self._catalog.take_lease(
                     stored,
                     gateway=self._gateway,
                     holder=self._holder_id,
                     etcd_lease=self._lease.lease,
                     instead_of=lease if mine else None,
                 )
+                self._served.taken(stored.record, held.record)
+                return held
             except InUse as error:
                 raise InUse(str(image.name), error.gateway) from error
             except RecordChanged:
@@ -242,6 +248,9 @@ class Serving(ABC):
 
     def _step(self, image: OpenImage, event: events.Event) -> None:
         """Have the image's holder decide, and carry out what it says."""
+        if isinstance(event, events.Lost | events.Fenced):
+            self._served.lost(image.image)
+            self._later(self._served.save, nothing_more, nothing_more)
         for effect in image.holder.step(event):
             self._carry_out(image, effect)
         trouble = image.holder.trouble
@@ -540,6 +549,10 @@ class Serving(ABC):
 
 def _nothing() -> None:
     """Time has passed."""
+
+
+def nothing_more(_outcome: object) -> None:
+    """Whatever came of it was logged."""
 
 
 def _peeked(node: str, event: dict[str, Any]) -> events.Peeked:

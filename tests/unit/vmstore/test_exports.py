@@ -1,0 +1,71 @@
+"""`Exports`: who is let in, with an etcd in memory and an engine that the test speaks for."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.unit.vmstore.gateway import ScriptedGateway, scripted_gateway
+from vmstore.errors import ClientBarred
+from vmstore.served import Served
+
+GUEST, OTHER = "10:111", "20:222"
+
+
+@pytest.fixture
+def gateway() -> Iterator[ScriptedGateway]:
+    served = Served("a1" * 16, lives=lambda _peer: True)
+    with scripted_gateway(served=served) as started:
+        yield started
+
+
+def test_guest_of_a_lost_image_is_not_let_in_again(gateway: ScriptedGateway) -> None:
+    # A gateway that was stopped past its lease went on: it killed the image that another one had
+    # taken and closed, the client reconnected, the image was opened anew for it, and what it had
+    # been given no answer to was written over the other guest's data.
+    gateway.connect(1, GUEST)
+    assert gateway.answer(1)[0] == "export"
+    channel = gateway.answer(1)[1]
+    theirs = gateway.give_to_another_gateway()
+    gateway.engine.emit("fenced", channel=channel, node=0)
+    gateway.until(lambda: gateway.open_images == 0, "the image is not let go")
+    gateway.leave(1)
+    gateway.connect(2, GUEST)
+    kind, (code, why) = gateway.answer(2)
+    assert (kind, code) == ("error", "refused")
+    assert "end this process" in why
+    assert gateway.record == theirs, "nothing was opened for it"
+    gateway.connect(3, OTHER)
+    assert gateway.answer(3)[0] == "export"
+    gateway.connect(4, GUEST)
+    assert gateway.answer(4)[0] == "error", "nor while the image is open"
+
+
+def test_client_that_left_by_itself_comes_back_after_another_gateway(
+    gateway: ScriptedGateway,
+) -> None:
+    gateway.connect(1, GUEST)
+    assert gateway.answer(1)[0] == "export"
+    gateway.leave(1)
+    gateway.until(lambda: gateway.open_images == 0, "the image is not closed")
+    gateway.give_to_another_gateway()
+    gateway.connect(2, GUEST)
+    assert gateway.answer(2)[0] == "export"
+
+
+def test_guest_that_a_stop_sent_away_is_remembered(tmp_path: Path) -> None:
+    # Its unanswered requests come with it, to a successor that must know what happened meanwhile.
+    def served(holder: str) -> Served:
+        return Served(holder, path=tmp_path / "served.json", lives=lambda _peer: True)
+
+    with scripted_gateway(served=served("a1" * 16)) as gateway:
+        gateway.connect(1, GUEST)
+        assert gateway.answer(1)[0] == "export"
+        gateway.exports.stop()
+        gateway.leave(1)
+        held = gateway.record
+    successor = served("a2" * 16)
+    successor.check(gateway.name, GUEST, held)
+    with pytest.raises(ClientBarred):
+        successor.check(gateway.name, GUEST, replace(held, epoch=2, holder="ef" * 16))
