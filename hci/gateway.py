@@ -27,6 +27,7 @@ from vmstore.catalog import Catalog
 from vmstore.errors import OtherCluster, UnknownImage
 from vmstore.exports import Exports
 from vmstore.holder import Phase
+from vmstore.resizing import RESIZE_LIMIT_S
 from vmstore.served import Served
 from vmstore.serving import OpenImage
 
@@ -289,7 +290,10 @@ class GatewayControl(GatewayControlServicer):
         try:
             self._gateway.exports.resize(names[0], request.size_bytes, force=request.force)
         except TimeoutError as error:
-            raise HciError(f"image {names[0]} did not open in time; see `hci status`") from error
+            raise HciError(
+                f"image {names[0]} is still being resized after {RESIZE_LIMIT_S:.0f} s, and that "
+                "goes on; `hci image info` says when it has its new size"
+            ) from error
         return pb.ResizeReply(size_bytes=request.size_bytes)
 
 

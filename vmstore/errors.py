@@ -16,6 +16,7 @@ HciError
     ├── ImageExists
     ├── ShrinkRefused             a smaller size without being forced
     ├── InUse                     a gateway has the image open
+    ├── BeingResized              another change of the image's size is under way
     ├── ClientBarred              the image was another gateway's since this client had it
     └── Conflict                  a transaction lost against another one
         ├── RecordChanged         read again and decide anew
@@ -152,6 +153,14 @@ class InUse(VmstoreError):
         super().__init__(
             f"{image} is in use on gateway {gateway}; stop the guest or tool that has it open there"
         )
+
+
+class BeingResized(VmstoreError):
+    """Another change of an image's size is under way."""
+
+    def __init__(self, image: str) -> None:
+        self.image = image
+        super().__init__(f"{image} is being resized already; try again when that is done")
 
 
 class ClientBarred(VmstoreError):

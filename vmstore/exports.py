@@ -1,12 +1,10 @@
-"""`Exports`: who uses the images that a gateway serves: NBD clients, and the control service.
+"""`Exports`: the NBD clients of the images that a gateway serves.
 
 The first client that asks for an image has it opened, the last that leaves has it closed. All of
 this happens on the deciding thread of `Serving`, but for what says otherwise.
 """
 
-import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 from engine import Gateway
@@ -17,19 +15,16 @@ from shard.errors import HciError
 from shard.ids import ImageId
 from vmstore import events
 from vmstore.catalog import Catalog
-from vmstore.errors import ClientBarred, InUse, ShrinkRefused, UnknownImage, UnknownPool
-from vmstore.holder import OPEN_LIMIT_S, Phase
-from vmstore.holding import Held
+from vmstore.errors import BeingResized, ClientBarred, UnknownImage, UnknownPool
+from vmstore.holder import Phase
 from vmstore.names import ImageName, parse_image_name
+from vmstore.resizing import Resizing
 from vmstore.served import Served
-from vmstore.serving import TICK_S, OpenImage, Serving, nothing_more
+from vmstore.serving import OpenImage, nothing_more
 from vmstore.stored import Stored
 
-ZERO_LIMIT_S = 600.0
-"""How long a shrink may take to discard what it cuts off; a hang detector."""
 
-
-class Exports(Serving):
+class Exports(Resizing):
     """Serves the images of one cluster to NBD clients of one engine; see `Serving`."""
 
     def __init__(
@@ -56,68 +51,6 @@ class Exports(Serving):
         self._peers: dict[int, str] = {}
         """The processes of clients, where they are known."""
         self._gone: set[int] = set()
-        self._next_pin = -1
-
-    # For the control service: any thread
-
-    def resize(self, name: ImageName, size_bytes: int, *, force: bool) -> None:
-        """Change the size of an image, opening it for that where it is closed.
-
-        Raises InUse where clients have it open and it would shrink, ShrinkRefused, and what an
-        open raises.
-        """
-        opened: Future[OpenImage] = Future()
-        pin = self._take_pin()
-        self._queue.put(lambda: self._pin(name, pin, opened))
-        try:
-            self._resize(opened.result(timeout=OPEN_LIMIT_S + 10), size_bytes, force)
-        finally:
-            self._queue.put(lambda: self._client_left(pin))
-
-    def _take_pin(self) -> int:
-        self._next_pin -= 1
-        return self._next_pin
-
-    def _resize(self, image: OpenImage, size_bytes: int, force: bool) -> None:
-        assert image.held is not None
-        former_bytes = image.held.record.size_bytes
-        if size_bytes < former_bytes:
-            if any(user > 0 for user in image.users):
-                raise InUse(str(image.name), self._gateway)
-            if not force:
-                raise ShrinkRefused(str(image.name), former_bytes, size_bytes)
-            image.zeroed = Future()
-            self._engine.zero(image.channel, size_bytes, former_bytes - size_bytes)
-            image.zeroed.result(timeout=ZERO_LIMIT_S)
-        resized: Future[None] = Future()
-        self._queue.put(lambda: self._store_size(image, size_bytes, resized))
-        resized.result(timeout=OPEN_LIMIT_S)
-
-    def _store_size(self, image: OpenImage, size_bytes: int, resized: "Future[None]") -> None:
-        """Store a new size; no change of membership is under way meanwhile."""
-        if image.holder.proposal is not None or image.holder.paused:
-            self._after(TICK_S, lambda: self._store_size(image, size_bytes, resized))
-            return
-        assert image.held is not None
-        held = image.held
-        image.holder.paused = True
-
-        def stored(new: Held) -> None:
-            image.held = new
-            image.holder.record = new.record
-            self._engine.resize(image.channel, size_bytes)
-            go_on()
-            resized.set_result(None)
-
-        def failed(error: HciError) -> None:
-            go_on()
-            resized.set_exception(error)
-
-        def go_on() -> None:
-            image.holder.paused = False
-            self._step(image, events.Tick(time.monotonic()))
-
-        self._later(lambda: self._catalog.resize(held, size_bytes, force=True), stored, failed)
 
     # Clients
 
@@ -169,7 +102,10 @@ class Exports(Serving):
             self._let_in_or_wait(image, client, name)
 
     def _let_in_or_wait(self, image: OpenImage, client: int, name: ImageName) -> None:
-        if image.holder.phase is Phase.SERVING:
+        if image.resize is not None and image.resize.shrinks:
+            self._client_image.pop(client, None)
+            self._refuse(client, BeingResized(str(name)))
+        elif image.holder.phase is Phase.SERVING:
             self._let_in(image, client, name)
         else:
             image.waiting.append((client, name))
@@ -226,10 +162,9 @@ class Exports(Serving):
         image_id = self._client_image.pop(client, None)
         image = self._images.get(image_id) if image_id is not None else None
         if image is None:
-            if client > 0:
-                self._gone.add(client)
-                if len(self._gone) > 10_000:
-                    self._gone.clear()
+            self._gone.add(client)
+            if len(self._gone) > 10_000:
+                self._gone.clear()
             return
         if client in image.users:
             image.users.discard(client)
@@ -249,20 +184,8 @@ class Exports(Serving):
             self._later(self._served.save, nothing_more, nothing_more)
 
     def _close_if_unused(self, image: OpenImage) -> None:
-        if not image.users and not image.waiting and not image.pins:
+        if not image.users and not image.waiting:
             self._step(image, events.Close())
-
-    def _pin(self, name: ImageName, pin: int, opened: "Future[OpenImage]") -> None:
-        def found(stored: Stored[ImageRecord]) -> None:
-            image = self._use(name, stored)
-            self._client_image[pin] = image.image
-            image.users.add(pin)
-            if image.holder.phase is Phase.SERVING:
-                opened.set_result(image)
-            else:
-                image.pins.append(opened)
-
-        self._later(lambda: self._catalog.find(name), found, opened.set_exception)
 
     # Images
 
@@ -274,9 +197,7 @@ class Exports(Serving):
         waiting, image.waiting = image.waiting, []
         for client, name in waiting:
             self._let_in(image, client, name)
-        pins, image.pins = image.pins, []
-        for opened in pins:
-            opened.set_result(image)
+        self._begin_resize(image)
         self._close_if_unused(image)
 
     def _refused(self, image: OpenImage, reason: str) -> None:
@@ -284,9 +205,7 @@ class Exports(Serving):
         for client, _name in waiting:
             self._client_image.pop(client, None)
             self._engine.answer_error(client, "refused", reason)
-        pins, image.pins = image.pins, []
-        for opened in pins:
-            opened.set_exception(HciError(reason))
+        self._end_resize(image, HciError(reason))
 
     def _forgotten(self, image: OpenImage) -> None:
         # Clients that came while it was closing open it anew.
@@ -294,6 +213,4 @@ class Exports(Serving):
         for client, name in waiting:
             self._client_image.pop(client, None)
             self._on_asked(client, "go", str(name))
-        pins, image.pins = image.pins, []
-        for opened in pins:
-            opened.set_exception(HciError(f"image {image.name} was closing; try again"))
+        self._end_resize(image, HciError(f"image {image.name} was closed; try again"))

@@ -10,9 +10,9 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -32,6 +32,9 @@ from vmstore.holding import Held
 from vmstore.names import ImageName
 from vmstore.served import Served
 from vmstore.stored import Stored
+
+if TYPE_CHECKING:
+    from vmstore.resizing import Resize
 
 log = structlog.get_logger()
 
@@ -58,9 +61,10 @@ class OpenImage:
     waiting: list[tuple[int, ImageName]] = field(default_factory=list)
     """Clients that are answered when it is open."""
     users: set[int] = field(default_factory=set)
-    pins: "list[Future[OpenImage]]" = field(default_factory=list)
-    """Users inside this process that wait; once served they count as users."""
-    zeroed: "Future[None] | None" = None
+    resize: "Resize | None" = None
+    """A change of its size that is under way."""
+    late: dict[int, float] = field(default_factory=dict)
+    """Since when clients wait for it to be closed."""
     last_trouble: str = ""
 
 
@@ -422,6 +426,10 @@ class Serving(ABC):
         """The image is closed, and may be opened anew."""
 
     @abstractmethod
+    def _zeroed(self, image: OpenImage, done: bool) -> None:
+        """What was asked to be zeroed is, or cannot be."""
+
+    @abstractmethod
     def _on_client(self, event: dict[str, Any]) -> None:
         """An NBD client asks for something, or is gone."""
 
@@ -442,10 +450,7 @@ class Serving(ABC):
 
     def _on_image(self, image: OpenImage, kind: str, event: dict[str, Any]) -> None:
         if kind == "zeroed":
-            if image.zeroed is not None and event["done"]:
-                image.zeroed.set_result(None)
-            elif image.zeroed is not None:
-                image.zeroed.set_exception(HciError(f"image {image.name} could not be cut off"))
+            self._zeroed(image, event["done"])
             return
         node = image.node_names[event["node"]] if "node" in event else ""
         match kind:

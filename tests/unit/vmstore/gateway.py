@@ -97,6 +97,7 @@ class ScriptedGateway:
         self.name: ImageName = parse_image_name("vms/a")
         self.sessions: list[Session] = []
         self.failures: list[str] = []
+        self.stopped = False
         self.holder = "a1" * 16
         self.exports = Exports(
             self.engine,  # type: ignore[arg-type]
@@ -158,6 +159,12 @@ class ScriptedGateway:
         self.catalog.release(held, clean=True)
         return self.record
 
+    def stop(self) -> None:
+        """Stop it, as for a restart."""
+        if not self.stopped:
+            self.stopped = True
+            self.exports.stop()
+
     @property
     def open_images(self) -> int:
         return len(self.exports.snapshot())
@@ -189,6 +196,6 @@ def scripted_gateway(**values: Any) -> Iterator[ScriptedGateway]:
         gateway.engine.closes = True
         for image in gateway.exports.snapshot():
             gateway.engine.emit("closed", channel=image.channel, clean=True)
-        gateway.exports.stop()
+        gateway.stop()
         for session in gateway.sessions:
             session.close()

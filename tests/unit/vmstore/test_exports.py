@@ -62,7 +62,7 @@ def test_guest_that_a_stop_sent_away_is_remembered(tmp_path: Path) -> None:
     with scripted_gateway(served=served("a1" * 16)) as gateway:
         gateway.connect(1, GUEST)
         assert gateway.answer(1)[0] == "export"
-        gateway.exports.stop()
+        gateway.stop()
         gateway.leave(1)
         held = gateway.record
     successor = served("a2" * 16)
