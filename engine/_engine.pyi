@@ -153,7 +153,8 @@ class Node:
 
     def status(self) -> dict[str, Any]:
         """Return capacity_bytes, free_bytes, images, connections, flush_number, log_bytes,
-        dirty_shards, and `counters`: what was done since the start, by name."""
+        dirty_shards, `no_space`: the last checkpoint found the disk full, and `counters`: what was
+        done since the start, by name."""
 
     def failure(self) -> str | None:
         """Return why the node has ended by itself, None while it runs."""

@@ -30,6 +30,7 @@ from vmstore.errors import ForeignStore, OtherCluster, StoreBehind, UnknownImage
 log = structlog.get_logger()
 
 POLL_S = 0.5
+_FULL = "the disk is full: writes are refused until there is room"
 RETRY_S = 1.0
 
 
@@ -199,6 +200,8 @@ def node_samples(status: dict[str, Any], failure: str | None, registered: bool) 
     yield gauge("hci_node_images", "Images with data or a record here.", status["images"])
     yield gauge("hci_node_connections", "Data connections open now.", status["connections"])
     yield gauge("hci_node_log_bytes", "Of the write-ahead log in use.", status["log_bytes"])
+    yield gauge("hci_node_full", "1: the disk is full, writes are refused.",
+                int(status["no_space"]))  # fmt: skip
     yield gauge("hci_node_dirty_shards", "Shards in the dirty maps.", status["dirty_shards"])
     kinds = {(kind,): counts[kind] for kind in ("reads", "writes", "zeroes", "flushes")}
     yield counter("hci_node_requests_total", "Requests answered.", kinds, ["kind"])
@@ -229,7 +232,7 @@ class NodeControl(NodeControlServicer):
         return pb.NodeStatus(
             name=node.own.name,
             state=node.state(),
-            trouble=node.engine.failure() or node.trouble,
+            trouble=node.engine.failure() or node.trouble or (_FULL if status["no_space"] else ""),
             version=VERSION,
             cluster_id=node.config.cluster.id,
             store_id=node.engine.store_id,

@@ -141,6 +141,9 @@ def _judge_nodes(found: Survey) -> Iterator[Problem]:
             where = "" if found.is_dev else f" on {node.host}"
             what = f"{node.name} on {node.host} is {node.state}{told}"
             yield Problem(Health.DEGRADED, what, f"start it{where}: `{start}`")
+        elif node.trouble:
+            what = f"{node.name} on {node.host}: {node.trouble}"
+            yield Problem(Health.DEGRADED, what, f"see to it, and to the log of {node.name}")
 
 
 def _judge_gateways(found: Survey) -> Iterator[Problem]:

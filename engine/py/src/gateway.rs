@@ -267,7 +267,7 @@ fn mask(nodes: &[u8]) -> PyResult<NodeMask> {
 fn event_dict(py: Python<'_>, event: GatewayEvent) -> PyResult<Bound<'_, PyDict>> {
     let dict = PyDict::new(py);
     match event {
-        GatewayEvent::Asked { client, query } => {
+        GatewayEvent::Asked { client, peer, query } => {
             let (query, name) = match query {
                 Query::List => ("list", None),
                 Query::Info { name } => ("info", Some(name)),
@@ -276,6 +276,7 @@ fn event_dict(py: Python<'_>, event: GatewayEvent) -> PyResult<Bound<'_, PyDict>
             };
             dict.set_item("event", "asked")?;
             dict.set_item("client", client)?;
+            dict.set_item("peer", peer)?;
             dict.set_item("query", query)?;
             dict.set_item("name", name)?;
         }

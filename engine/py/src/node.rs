@@ -121,6 +121,7 @@ impl Node {
         dict.set_item("flush_number", status.flush_number)?;
         dict.set_item("log_bytes", status.log_bytes)?;
         dict.set_item("dirty_shards", status.dirty_shards)?;
+        dict.set_item("no_space", status.no_space)?;
         dict.set_item("counters", HashMap::from(status.counters.named()))?;
         Ok(dict)
     }

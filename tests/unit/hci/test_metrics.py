@@ -19,6 +19,7 @@ STATUS = {
     "flush_number": 4,
     "log_bytes": 5,
     "dirty_shards": 6,
+    "no_space": False,
     "counters": {
         "reads": 1,
         "read_bytes": 4096,

@@ -6,7 +6,7 @@ use super::requests::{Outcome, Requests, Scratch};
 use super::sessions::Sessions;
 use super::{Command, Counters, Failure, Identity, NodeStatus, ReadShard};
 use crate::geometry::BLOCK_BYTES;
-use crate::io::{Filled, Poller, Ready, Sink, Stream, Waker, boottime_ns};
+use crate::io::{Filled, Poller, Ready, Sink, Stream, Waker, boottime_ns, tune_accepted};
 use crate::store::{Store, StoreError};
 use crate::wire::messages::{Head, Hello, HelloReply, Number};
 use crate::wire::{Frame, FrameReader, Prefix, REPLY, Status, VERSION, encode, kind};
@@ -55,10 +55,11 @@ pub(super) struct EventLoop {
     poller: Poller,
     waker: Waker,
     commands: mpsc::Receiver<Command>,
+    /// Before the store: dropped first, so that no job works in a folder whose lock is free again.
+    jobs: Jobs,
     store: Store,
     identity: Identity,
     failure: Failure,
-    jobs: Jobs,
     listeners: Vec<OwnedFd>,
     connections: Slab<Connection>,
     serial: u64,
@@ -167,8 +168,7 @@ impl EventLoop {
             if self.connections.len() >= CONNECTIONS_MAX {
                 continue;
             }
-            // Fails on unix sockets, where there is nothing to delay.
-            let _ = rustix::net::sockopt::set_tcp_nodelay(&fd, true);
+            tune_accepted(&fd);
             let entry = self.connections.vacant_entry();
             let token = CONNECTION | entry.key() as u64;
             let stream = Stream::new(fd);
@@ -391,6 +391,7 @@ impl EventLoop {
                     Err(StoreError::NoSpace) => {
                         self.counters.checkpoints_without_space += 1;
                         self.checkpoint_after_ns = boottime_ns() + NO_SPACE_PAUSE_NS;
+                        self.refuse_parked();
                     }
                     Err(error) => return Err(error),
                 }
@@ -398,6 +399,19 @@ impl EventLoop {
             }
         }
         Ok(())
+    }
+
+    /// There is no room to be had: whoever waits for it hears so, and may go on without this node.
+    fn refuse_parked(&mut self) {
+        let parked = self.connections.iter_mut().filter_map(|(index, connection)| {
+            connection.parked.take().map(|frame| (index, Prefix::reply(&frame, Status::NoSpace)))
+        });
+        let parked: Vec<(usize, Prefix)> = parked.collect();
+        for (index, prefix) in parked {
+            self.counters.refused += 1;
+            self.answer(index, prefix, &[], Bytes::new());
+            self.take_frames(index);
+        }
     }
 
     /// Requests that waited for room go on.
@@ -534,6 +548,7 @@ impl EventLoop {
             log_bytes: self.store.log_bytes(),
             dirty_shards: images.iter().map(|id| self.store.dirty(id).count() as u64).sum(),
             counters: self.counters.clone(),
+            no_space: self.checkpoint_after_ns != 0,
         }
     }
 

@@ -40,6 +40,8 @@ pub struct NodeStatus {
     pub log_bytes: u64,
     pub dirty_shards: u64,
     pub counters: Counters,
+    /// The last checkpoint found the disk full.
+    pub no_space: bool,
 }
 
 pub(crate) enum Command {

@@ -374,6 +374,11 @@ impl ImageIo {
         if running && (due || self.bytes_since_flush >= SELF_FLUSH_BYTES) {
             self.submit_own_flush();
         }
+        self.send_unsent();
+    }
+
+    /// Sends again what a replica that is up failed, or was not asked.
+    pub(super) fn send_unsent(&mut self) {
         let up = self.up();
         let again: Vec<usize> = self
             .parts

@@ -293,3 +293,30 @@ fn segments_whose_blocks_were_all_overwritten_are_freed_without_a_copy() {
     assert_eq!(rig.content(0, 0, 5), [vec![199; 4 * BLOCK], vec![0; BLOCK]].concat());
     assert_eq!(rig.content(1, 0, 1), vec![99; BLOCK]);
 }
+
+#[test]
+fn discard_of_a_shard_that_holds_nothing_leaves_no_trace() {
+    let mut rig = Rig::new();
+    let discard = |rig: &mut Rig, shard, layers: &[u32], keep| {
+        let op = WriteOp { image: IMAGE, layers, shard, offset: 0, stamp: rig.stamp };
+        rig.store.zero(&op, SHARD_BYTES, keep).expect("a discard")
+    };
+    rig.store.append().expect("append");
+    let before = rig.store.log_bytes();
+    for shard in 0..10_000 {
+        discard(&mut rig, shard, &[1], false);
+    }
+    rig.store.append().expect("append");
+    assert_eq!((rig.dirty(), rig.store.log_bytes()), (vec![], before));
+    // Under a parent, or to keep the space, there is something to remember.
+    discard(&mut rig, 3, &[2, 1], false);
+    discard(&mut rig, 4, &[1], true);
+    rig.fill(5, 0, 1, 9);
+    discard(&mut rig, 5, &[1], false);
+    assert_eq!(rig.dirty(), [3, 4, 5]);
+    assert_eq!(rig.content(5, 0, 1), vec![0; BLOCK]);
+    rig.fill(6, 0, 1, 9);
+    rig.checkpoint();
+    discard(&mut rig, 6, &[1], false);
+    assert_eq!(rig.content(6, 0, 1), vec![0; BLOCK], "what is in a file is discarded");
+}
