@@ -26,7 +26,7 @@ from shard.ids import image_id
 from vmstore.catalog import Catalog
 from vmstore.errors import OtherCluster, UnknownImage
 from vmstore.exports import Exports
-from vmstore.holder import Phase
+from vmstore.holder import Phase, closing_waits_for
 from vmstore.resizing import RESIZE_LIMIT_S
 from vmstore.served import Served
 from vmstore.serving import OpenImage
@@ -316,4 +316,6 @@ def _image_status(image: OpenImage) -> pb.OpenImage:
     if holder.phase is Phase.SERVING and stalled_by:
         status.state = pb.OpenImage.STATE_READS_ONLY
         status.trouble = status.trouble or f"writes wait for {', '.join(stalled_by)}"
+    if holder.phase is Phase.CLOSING and stalled_by:
+        status.trouble = f"it waits {closing_waits_for(holder)}"
     return status

@@ -167,6 +167,9 @@ def _judge_open(image: pb.OpenImage) -> Iterator[Problem]:
     elif image.state == pb.OpenImage.STATE_READS_ONLY:
         what = f"writes to {image.name} wait{told}"
         yield Problem(Health.UNAVAILABLE, what, "bring its nodes back; writes resume by themselves")
+    elif image.state == pb.OpenImage.STATE_CLOSING and image.trouble:
+        what = f"{image.name} cannot be closed{told}"
+        yield Problem(Health.UNAVAILABLE, what, "bring them back; it opens again after that")
     elif image.state == pb.OpenImage.STATE_STALLED:
         what = f"{image.name} is stalled{told}"
         yield Problem(

@@ -4,6 +4,7 @@ The first client that asks for an image has it opened, the last that leaves has 
 this happens on the deciding thread of `Serving`, but for what says otherwise.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from shard.ids import ImageId
 from vmstore import events
 from vmstore.catalog import Catalog
 from vmstore.errors import BeingResized, ClientBarred, UnknownImage, UnknownPool
-from vmstore.holder import Phase
+from vmstore.holder import OPEN_LIMIT_S, Phase, closing_waits_for
 from vmstore.names import ImageName, parse_image_name
 from vmstore.resizing import Resizing
 from vmstore.served import Served
@@ -186,6 +187,31 @@ class Exports(Resizing):
     def _close_if_unused(self, image: OpenImage) -> None:
         if not image.users and not image.waiting:
             self._step(image, events.Close())
+
+    def _tick(self) -> None:
+        super()._tick()
+        for image in list(self._images.values()):
+            self._refuse_late(image, time.monotonic())
+
+    def _refuse_late(self, image: OpenImage, now_s: float) -> None:
+        """Tell clients that wait for an image to be closed what that waits for.
+
+        Those that wait for it to be opened hear it from its holder.
+        """
+        if image.holder.phase not in (Phase.CLOSING, Phase.RELEASING):
+            return
+        image.late = {client: image.late.get(client, now_s) for client, _name in image.waiting}
+        late = {client for client, since_s in image.late.items() if now_s - since_s > OPEN_LIMIT_S}
+        if not late:
+            return
+        image.waiting = [waiter for waiter in image.waiting if waiter[0] not in late]
+        why = (
+            f"{image.name} is being closed for who had it before, and waited "
+            f"{OPEN_LIMIT_S:.0f} s {closing_waits_for(image.holder)}; it opens after that"
+        )
+        for client in late:
+            self._client_image.pop(client, None)
+            self._engine.answer_error(client, "refused", why)
 
     # Images
 

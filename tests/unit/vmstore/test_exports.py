@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.unit.vmstore.gateway import ScriptedGateway, scripted_gateway
+from vmstore import exports
 from vmstore.errors import ClientBarred
+from vmstore.holder import Phase
 from vmstore.served import Served
 
 GUEST, OTHER = "10:111", "20:222"
@@ -69,3 +71,30 @@ def test_guest_that_a_stop_sent_away_is_remembered(tmp_path: Path) -> None:
     successor.check(gateway.name, GUEST, held)
     with pytest.raises(ClientBarred):
         successor.check(gateway.name, GUEST, replace(held, epoch=2, holder="ef" * 16))
+
+
+def test_client_of_an_image_that_cannot_be_closed_hears_why(
+    gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two nodes were down, the last client left with writes that were not flushed, and the next
+    # client waited without a word until its own patience ended.
+    monkeypatch.setattr(exports, "OPEN_LIMIT_S", 0.3)
+    gateway.engine.closes = False
+    gateway.connect(1)
+    channel = gateway.answer(1)[1]
+    gateway.leave(1)
+    gateway.until(
+        lambda: gateway.exports.snapshot()[0].holder.phase is Phase.CLOSING, "it does not close"
+    )
+    for index in (0, 1):
+        gateway.engine.emit("replica_down", channel=channel, node=index, blocking=True)
+    gateway.connect(2)
+    kind, (code, why) = gateway.answer(2)
+    assert (kind, code) == ("error", "refused")
+    assert "is being closed" in why
+    assert gateway.exports.snapshot()[0].holder.stalled_by()[0] in why
+    # Once it is closed the next one is let in.
+    gateway.engine.emit("closed", channel=channel, clean=False)
+    gateway.until(lambda: gateway.open_images == 0, "it does not close")
+    gateway.connect(3)
+    assert gateway.answer(3)[0] == "export"
