@@ -313,6 +313,10 @@ class Serving(ABC):
             local=image.node_names.index(local) if local in names else None,
         )
         self._tell_deadline(image)
+        assert image.held is not None and self._lease is not None
+        if image.held.etcd_lease != self._lease.lease:
+            # Taken on a session that ended before we heard of it: nobody else takes it again.
+            self._retake(image)
 
     def _indexes(self, image: OpenImage, nodes: tuple[str, ...]) -> list[int]:
         return [image.node_names.index(node) for node in nodes]
@@ -491,7 +495,14 @@ class Serving(ABC):
                 self._tell_deadline(image)
 
     def _tell_deadline(self, image: OpenImage) -> None:
+        """Tell the engine how long an image's lease certainly lives, if it lives on our session.
+
+        After the session's end the images' leases are taken again one by one; until its own is, an
+        image has the deadline that it had.
+        """
         assert self._lease is not None
+        if image.held is None or image.held.etcd_lease != self._lease.lease:
+            return
         deadline_ns = int(max(0.0, self._lease.deadline_s) * 1e9)
         self._engine.set_lease_deadline(image.channel, deadline_ns)
 
