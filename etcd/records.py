@@ -221,14 +221,20 @@ class NameRecord(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseRecord(Record):
-    """Who may change an image. `holder` is the random id of that gateway's process."""
+    """Who may change an image. `holder` is the random id of that gateway's process.
+
+    `lock` tells the lock file that the process holds from all others, on whichever host: only who
+    holds the same one knows that the process is dead. None in leases of older versions.
+    """
 
     gateway: str
     holder: str
     epoch: int
+    lock: str | None = None
 
     def _fields(self) -> dict[str, Json]:
-        return {"gateway": self.gateway, "holder": self.holder, "epoch": self.epoch}
+        lock: dict[str, Json] = {} if self.lock is None else {"lock": self.lock}
+        return {"gateway": self.gateway, "holder": self.holder, "epoch": self.epoch, **lock}
 
     @classmethod
     def _take(cls, fields: Fields) -> Self:
@@ -236,6 +242,7 @@ class LeaseRecord(Record):
             gateway=fields.text("gateway", _not_empty),
             holder=fields.text("holder", holder_id),
             epoch=fields.number("epoch", 1),
+            lock=fields.text("lock", _not_empty) if fields.has("lock") else None,
             extra=fields.rest(),
         )
 

@@ -80,6 +80,12 @@ def take_lock(path: Path) -> IO[bytes]:
             return file
 
 
+def lock_id(lock: IO[bytes]) -> str:
+    """Return what tells a lock file that is held from all others, on all hosts."""
+    status = os.fstat(lock.fileno())
+    return f"{boot_id()}:{status.st_dev}:{status.st_ino}"
+
+
 def boot_id() -> str:
     """Return the kernel's id of this boot, 32 hex digits."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")

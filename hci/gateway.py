@@ -56,7 +56,7 @@ def serve(config: Config, name: str) -> None:
     # Held until this process dies: its leases may be taken over by whoever gets it next.
     lock = daemon.take_lock(own.run_dir / "gateway.lock")
     try:
-        GatewayDaemon(config, own, ending).run()
+        GatewayDaemon(config, own, ending, daemon.lock_id(lock)).run()
     finally:
         lock.close()
     ending.raise_failure()
@@ -65,7 +65,9 @@ def serve(config: Config, name: str) -> None:
 class GatewayDaemon:
     """One gateway."""
 
-    def __init__(self, config: Config, own: GatewayConfig, ending: daemon.Ending) -> None:
+    def __init__(
+        self, config: Config, own: GatewayConfig, ending: daemon.Ending, lock: str
+    ) -> None:
         self.config = config
         self.own = own
         self.ending = ending
@@ -85,6 +87,7 @@ class GatewayDaemon:
             local_node=lambda: self._local_node,
             lease=self._lease,
             served=Served(self.holder, path=own.run_dir / "served.json", boot=daemon.boot_id()),
+            lock=lock,
         )
         self.exports.failed = ending.fail
 

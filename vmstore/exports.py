@@ -38,6 +38,7 @@ class Exports(Resizing):
         local_node: Callable[[], str | None],
         lease: Callable[[Callable[[], None], Callable[[float], None]], Session],
         served: Served | None = None,
+        lock: str | None = None,
     ) -> None:
         super().__init__(
             engine,
@@ -47,6 +48,7 @@ class Exports(Resizing):
             local_node=local_node,
             lease=lease,
             served=served,
+            lock=lock,
         )
         self._client_image: dict[int, ImageId] = {}
         self._peers: dict[int, str] = {}

@@ -78,18 +78,20 @@ class Holding:
         gateway: str,
         holder: str,
         etcd_lease: int,
+        lock: str | None = None,
         instead_of: Stored[LeaseRecord] | None = None,
     ) -> Held:
         """Take an image's lease for the process `holder`: the epoch rises and `clean` goes.
 
-        `instead_of` is a lease that the caller may replace: that of a former process of the same
-        gateway, which is surely dead. Raises InUse where another one has the lease, and
-        RecordChanged where the record is no longer `image`. `clean` of the record that was read
-        says whether the last holder ended well; that of the result is always false.
+        `lock` names the lock file that the process holds. `instead_of` is a lease that the caller
+        may replace: that of a former process of the same gateway, which is surely dead. Raises
+        InUse where another one has the lease, and RecordChanged where the record is no longer
+        `image`. `clean` of the record that was read says whether the last holder ended well; that
+        of the result is always false.
         """
         before = image.record
         record = replace(before, epoch=before.epoch + 1, holder=holder, clean=False)
-        lease = LeaseRecord(gateway=gateway, holder=holder, epoch=record.epoch)
+        lease = LeaseRecord(gateway=gateway, holder=holder, epoch=record.epoch, lock=lock)
         lease_key = keys.lease(before.id)
         free: tuple[Compare, ...] = (KeyAbsent(lease_key),)
         if instead_of is not None:

@@ -19,7 +19,7 @@ import structlog
 from engine import Gateway
 from etcd.errors import EtcdError
 from etcd.lease import Session
-from etcd.records import ImageRecord
+from etcd.records import ImageRecord, LeaseRecord
 from shard.digest import membership_digest
 from shard.errors import HciError
 from shard.ids import ImageId
@@ -72,7 +72,8 @@ class Serving(ABC):
     """Holds images of one cluster open in one engine.
 
     `lease` makes an etcd lease session, given what to call when it is lost and renewed. `served`
-    knows the clients of former processes of this gateway.
+    knows the clients of former processes of this gateway. `lock` names the lock file that this
+    process holds until it dies: leases under the same one are those of its dead predecessors.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Serving(ABC):
         local_node: Callable[[], str | None],
         lease: Callable[[Callable[[], None], Callable[[float], None]], Session],
         served: Served | None = None,
+        lock: str | None = None,
     ) -> None:
         self._engine = engine
         self._catalog = catalog
@@ -92,6 +94,7 @@ class Serving(ABC):
         self._holder_id = holder
         self._local_node = local_node
         self._new_lease = lease
+        self._lock = lock
         self._served = served or Served(holder)
         self._lease: Session | None = None
         self._images: dict[ImageId, OpenImage] = {}
@@ -231,24 +234,34 @@ class Serving(ABC):
         for attempt in range(TAKE_ATTEMPTS):
             stored = self._catalog.image(image.image)
             lease = self._catalog.lease_of(image.image)
-            # A lease of this gateway is that of a former process: we hold its lock, so it is dead.
-            mine = lease is not None and lease.record.gateway == self._gateway
+            mine = lease is not None and self._is_of_the_dead(lease.record)
             try:
                 held = self._catalog.take_lease(
                     stored,
                     gateway=self._gateway,
                     holder=self._holder_id,
                     etcd_lease=self._lease.lease,
+                    lock=self._lock,
                     instead_of=lease if mine else None,
                 )
                 self._served.taken(stored.record, held.record)
                 return held
             except InUse as error:
-                raise InUse(str(image.name), error.gateway) from error
+                other = error.gateway
+                if other == self._gateway:
+                    other += " (another one of this name, or this one before its host restarted)"
+                raise InUse(str(image.name), other) from error
             except RecordChanged:
                 if attempt + 1 == TAKE_ATTEMPTS:
                     raise
         raise AssertionError("the last attempt returns or raises")
+
+    def _is_of_the_dead(self, lease: LeaseRecord) -> bool:
+        """Whether a lease is that of a former process of ours: we hold its lock, so it is dead.
+
+        The name alone does not say so: two hosts may have been given the same one.
+        """
+        return lease.gateway == self._gateway and lease.lock in (None, self._lock)
 
     def _step(self, image: OpenImage, event: events.Event) -> None:
         """Have the image's holder decide, and carry out what it says."""

@@ -145,6 +145,16 @@ class ScriptedGateway:
             assert time.monotonic() < deadline, what
             time.sleep(0.01)
 
+    def leave_lease(self, *, lock: str | None) -> None:
+        """Another process of a gateway of this name has the image, or died with it."""
+        self.catalog.take_lease(
+            self.catalog.find(self.name),
+            gateway="gateway1",
+            holder="d1" * 16,
+            etcd_lease=self.etcd.grant_lease(1000),
+            lock=lock,
+        )
+
     def give_to_another_gateway(self) -> ImageRecord:
         """Another gateway takes the image over, as it may once our lease has ended."""
         lease = self.catalog.lease_of(self.record.id)

@@ -137,3 +137,26 @@ def test_deadline_moves_on_only_where_the_lease_was_taken_again(gateway: Scripte
     (told_channel, deadline_ns), _ = gateway.engine.named("set_lease_deadline")[-1]
     assert told_channel == channel
     assert deadline_ns == int(gateway.sessions[1].deadline_s * 1e9)
+
+
+@pytest.mark.parametrize(
+    ("lock", "taken_over"),
+    [("boot1:8:17", True), (None, True), ("boot1:8:18", False), ("boot2:8:17", False)],
+)
+def test_lease_of_the_same_name_is_taken_over_only_under_the_same_lock(
+    lock: str | None, taken_over: bool
+) -> None:
+    # Two hosts had been given the same name for their gateways, and each took the other's leases
+    # for those of its own dead predecessor: two holders threw each other out for ever.
+    with scripted_gateway(lock="boot1:8:17") as gateway:
+        gateway.leave_lease(lock=lock)
+        gateway.connect(1)
+        kind, told = gateway.answer(1)
+        assert kind == ("export" if taken_over else "error")
+        lease = gateway.lease_of_image()
+        assert lease is not None
+        assert (lease.holder == gateway.holder) is taken_over
+        if not taken_over:
+            assert "in use on gateway gateway1 (another one of this name" in told[1]
+        else:
+            assert lease.lock == "boot1:8:17"
