@@ -21,7 +21,7 @@ from hci import control_pb2 as pb
 from hci.config import Config, NodeConfig
 from hci.control_pb2_grpc import NodeControlServicer, add_NodeControlServicer_to_server
 from hci.errors import DaemonError
-from shard.digest import digest
+from shard.digest import UNREADABLE, digest
 from shard.errors import HciError
 from shard.ids import ImageId, image_id
 from vmstore.catalog import Catalog
@@ -268,6 +268,13 @@ class NodeControl(NodeControlServicer):
                 content = self._node.engine.read_shard(record.id, layers, shard)
             except ValueError as error:
                 context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+            except RuntimeError as error:
+                if self._node.engine.failure() is not None:
+                    raise
+                log.error("shard_unreadable", node=self._node.own.name, image=record.id,
+                          shard=shard, why=str(error))  # fmt: skip
+                yield pb.ShardDigest(shard=shard, blake3=UNREADABLE)
+                continue
             if content is not None:
                 yield pb.ShardDigest(shard=shard, blake3=digest([content]))
 

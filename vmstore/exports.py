@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import structlog
+
 from engine import Gateway
 from etcd.errors import EtcdError
 from etcd.lease import Session
@@ -23,6 +25,8 @@ from vmstore.resizing import Resizing
 from vmstore.served import Served
 from vmstore.serving import OpenImage, nothing_more
 from vmstore.stored import Stored
+
+log = structlog.get_logger()
 
 
 class Exports(Resizing):
@@ -98,6 +102,7 @@ class Exports(Resizing):
             try:
                 self._served.check(name, self._peers.get(client), found.record)
             except ClientBarred as error:
+                log.warning("client_refused", image=str(name), process=self._peers[client])
                 self._refuse(client, error)
                 return
             image = self._use(name, found)

@@ -47,7 +47,7 @@ def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevCluster]:
             said = load.communicate(timeout=120)[0]
             assert load.returncode == 0, said
             assert cluster.health() == "ok"
-            assert cluster.check("busy")["equal"]
+            cluster.must_be_equal("busy")
         finally:
             load.kill()
             load.wait()
