@@ -98,7 +98,7 @@ def resize(
     """Change the size of an image; a guest that has it open sees it after it reconnects."""
     here = session.of(context)
     size_bytes = geometry.parse_size(size)
-    with here.catalog() as records:
+    with here.catalog() as records, output.waiting(f"resizing {name}"):
         images.resize(here.config, records, parse_image_name(name), size_bytes, force=force)
     typer.echo(f"{name} has {geometry.format_size(size_bytes)} now")
 
