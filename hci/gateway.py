@@ -34,7 +34,6 @@ from vmstore.serving import OpenImage
 log = structlog.get_logger()
 
 POLL_S = 0.5
-RETRY_S = 1.0
 BACKLOG = 128
 
 _STATES = {
@@ -162,23 +161,27 @@ class GatewayDaemon:
 
     def _wait_for_etcd(self) -> bool:
         """Begin as soon as etcd answers; return False if told to end before."""
-        while not self.ending.due:
-            try:
-                self.catalog.init_cluster(self.config.cluster.id)
-                self.exports.start()
-                self.etcd.watch(keys.NODES, self._on_nodes)
-                self._link_nodes()
-            except OtherCluster as error:
-                raise DaemonError(str(error)) from error
-            except EtcdError as error:
-                if not self.trouble:
-                    log.warning("start_waits", gateway=self.own.name, why=str(error))
-                self.trouble = str(error)
-                self.ending.wait(RETRY_S)
-            else:
-                self.trouble = ""
-                return True
-        return False
+        steps = (
+            lambda: self.catalog.init_cluster(self.config.cluster.id),
+            self.exports.start,
+            lambda: self.etcd.watch(keys.NODES, self._on_nodes),
+            self._link_nodes,
+        )
+        try:
+            taken = daemon.take_steps(steps, self.ending, self._start_waits)
+        except OtherCluster as error:
+            raise DaemonError(str(error)) from error
+        if taken < len(steps):
+            if taken > steps.index(self.exports.start):
+                self.exports.stop()
+            return False
+        self.trouble = ""
+        return True
+
+    def _start_waits(self, error: EtcdError) -> None:
+        if not self.trouble:
+            log.warning("start_waits", gateway=self.own.name, why=str(error))
+        self.trouble = str(error)
 
     def _on_nodes(self, _notice: Notice) -> None:
         self._nodes_changed.set()
