@@ -25,7 +25,7 @@ from shard.digest import UNREADABLE, digest
 from shard.errors import HciError
 from shard.ids import ImageId, image_id
 from vmstore.catalog import Catalog
-from vmstore.errors import ForeignStore, OtherCluster, StoreBehind, UnknownImage
+from vmstore.errors import ForeignStore, OtherCluster, RecordChanged, StoreBehind, UnknownImage
 
 log = structlog.get_logger()
 
@@ -55,6 +55,7 @@ class NodeDaemon:
         self.etcd = EtcdClient([str(endpoint) for endpoint in config.cluster.etcd])
         self.catalog = Catalog(self.etcd)
         self._session: Session | None = None
+        self._watching = False
         self._session_lost = threading.Event()
 
     def run(self) -> None:
@@ -132,7 +133,9 @@ class NodeDaemon:
         """Say in etcd who and where we are, and that we are alive; try again where it is away."""
         try:
             self.catalog.init_cluster(self.config.cluster.id)
-            session = Session(self.etcd, on_lost=self._session_lost.set)
+            if self._session is not None:
+                self._session.close()
+            self._session = session = Session(self.etcd, on_lost=self._session_lost.set)
             status = self.engine.status()
             record = NodeRecord(
                 name=self.own.name,
@@ -147,12 +150,15 @@ class NodeDaemon:
                 start_counter=self.engine.start_counter,
             )
             self.catalog.announce_node(record, session.lease)
-            self._session = session.start()
-            self.etcd.watch(keys.TOMBSTONES, self._on_tombstones)
+            session.start()
+            if not self._watching:
+                # It outlives the session: what is missed while etcd is away is read again.
+                self.etcd.watch(keys.TOMBSTONES, self._on_tombstones)
+                self._watching = True
             self._bury_all()
         except (OtherCluster, ForeignStore, StoreBehind) as error:
             self.ending.fail(str(error))
-        except EtcdError as error:
+        except (EtcdError, RecordChanged) as error:
             if not self.trouble:
                 log.warning("registration_waits", node=self.own.name, why=str(error))
             self.trouble = str(error)
