@@ -227,7 +227,7 @@ class DevCluster:
         with _sigint_ignored():
             with contextlib.suppress(OSError, subprocess.SubprocessError):
                 if self.config.exists():
-                    self.try_hci("dev", "stop", timeout_s=30)
+                    self.try_hci("dev", "stop", timeout_s=60)
             for pid in self.processes():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

@@ -19,9 +19,11 @@ from hci.config import Config, DevConfig, Endpoint
 from hci.dev import health, holder, layout, process
 from hci.dev.process import Process
 from hci.errors import ConfigError, DevError
+from vmstore.serving import STOP_S
 
-STOP_GRACE_S = 20.0
-"""A gateway flushes its images and a node makes a checkpoint before they end."""
+STOP_GRACE_S = STOP_S + 10.0
+"""A gateway flushes its images, for so long at most, and a node makes a checkpoint before they end;
+what comes before and after that takes a few seconds more."""
 
 HOLDER = "holder"
 
