@@ -10,7 +10,6 @@ from concurrent import futures
 from typing import Any, Self, TypeVar
 
 import grpc
-import structlog
 
 from hci import control_pb2 as pb
 from hci.config import Endpoint
@@ -208,6 +207,8 @@ def _fail(error: Exception, context: grpc.ServicerContext) -> None:
     """Log an error that nobody foresaw, unless it is the servicer's own `abort`."""
     if context.code() is not None:  # type: ignore[attr-defined]
         raise error
+    import structlog  # Only a daemon logs; a client starts quicker without.
+
     structlog.get_logger().exception("control_call_failed")
     context.abort(grpc.StatusCode.INTERNAL, "an internal error, which its log describes")
 

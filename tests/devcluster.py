@@ -1,7 +1,8 @@
 """A development cluster of its own, driven only through the command line as a person would.
 
 Owns one temporary folder with the whole cluster in it and promises to leave nothing of it behind:
-not a file, not a process. Never imports the product: what is tested here is what users touch.
+not a file, not a process, also where this process is killed. Never imports the product: what is
+tested here is what users touch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
+
+from tests import reaper
 
 POOL = "vms"
 COMMAND_TIMEOUT_S = 120.0
@@ -52,6 +55,7 @@ class DevCluster:
         self._own_directory = directory is None
         # Short, since a Unix socket's path has at most 107 bytes.
         self.directory = directory or Path(tempfile.mkdtemp(prefix="hci-"))
+        reaper.watch(self.directory, remove=self._own_directory)
         self.config = self.directory / "hci.toml"
         self.nodes = [f"node{number + 1}" for number in range(nodes)]
         self.gateways = [f"gateway{number + 1}" for number in range(gateways)]
@@ -233,6 +237,7 @@ class DevCluster:
                     os.kill(pid, signal.SIGKILL)
             if self._own_directory:
                 shutil.rmtree(self.directory, ignore_errors=True)
+            reaper.forget(self.directory)
 
     def processes(self) -> list[int]:
         """Every process whose command line or environment names this cluster's folder."""

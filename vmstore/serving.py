@@ -104,6 +104,7 @@ class Serving(ABC):
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="exports-etcd")
         self._threads: list[threading.Thread] = []
         self._stopping = False
+        self._closed = False
         self.failed: Callable[[str], None] = lambda _why: None
 
     def start(self) -> None:
@@ -119,6 +120,7 @@ class Serving(ABC):
         done = threading.Event()
         self._queue.put(lambda: self._begin_stop(done))
         done.wait(STOP_S)
+        self._closed = True
         self._queue.put(None)
         for thread in self._threads:
             thread.join(timeout=2)
@@ -133,7 +135,7 @@ class Serving(ABC):
     # Threads
 
     def _carry(self) -> None:
-        while True:
+        while not self._closed:
             try:
                 event = self._engine.next_event(200)
             except RuntimeError as error:

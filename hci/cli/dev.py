@@ -12,7 +12,9 @@ from hci.dev import cluster, layout
 from hci.dev.cluster import DevCluster
 from hci.errors import ConfigError, DevError
 
-app = typer.Typer(help="A cluster on this machine, for development.", no_args_is_help=True)
+app = typer.Typer(
+    help="A cluster on this machine, for development.", no_args_is_help=True, add_completion=False
+)
 
 Who = Annotated[str, typer.Argument(metavar="MEMBER|all", help="etcd, node1, gateway1, … or all.")]
 

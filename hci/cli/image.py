@@ -15,7 +15,9 @@ from vmstore import check as replicas
 from vmstore import transfer
 from vmstore.names import parse_image_name
 
-app = typer.Typer(help="Images: virtual disks, named POOL/NAME.", no_args_is_help=True)
+app = typer.Typer(
+    help="Images: virtual disks, named POOL/NAME.", no_args_is_help=True, add_completion=False
+)
 
 Image = Annotated[str, typer.Argument(metavar="POOL/NAME")]
 Size = Annotated[str, typer.Argument(help="As qemu-img takes it: 10G, 512M, 1.5T, bytes.")]

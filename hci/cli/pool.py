@@ -11,7 +11,9 @@ from shard import geometry
 from shard.membership import Policy
 from shard.placement import FailureDomain
 
-app = typer.Typer(help="Pools: policy for their images.", no_args_is_help=True)
+app = typer.Typer(
+    help="Pools: policy for their images.", no_args_is_help=True, add_completion=False
+)
 
 
 @app.command()

@@ -8,7 +8,10 @@ from hci.cli import output, session
 from hci.cli.output import AsJson
 from hci.survey import Health, Survey, survey
 
+app = typer.Typer(add_completion=False)
 
+
+@app.command()
 def show(context: typer.Context, as_json: AsJson = False) -> None:
     """Say in one screen whether all is well and, if not, what to do."""
     config = session.of(context).config

@@ -1,6 +1,8 @@
-"""When a member that was started may be called healthy, and what to say where it is not."""
+"""When a member that was started may be called healthy, and what to say where it is not.
 
-import http.client
+What speaks to members is imported where it is used: the members start meanwhile.
+"""
+
 import json
 import subprocess
 import time
@@ -8,10 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hci import control_pb2 as pb
 from hci.config import Config, Endpoint
-from hci.connect import catalog
-from hci.control import GatewayClient, NodeClient
 from hci.dev import process
 from hci.errors import ControlError, DevError
 from shard.errors import HciError
@@ -57,12 +56,16 @@ def wait_for_socket(path: Path, started: "subprocess.Popen[bytes]", log: Path) -
 
 def ensure_cluster(config: Config) -> None:
     """Make the cluster's record, unless it is there. Raises OtherCluster where another's is."""
+    from hci.connect import catalog
+
     with catalog(config) as records:
         records.init_cluster(config.cluster.id)
 
 
 def ensure_pool(config: Config) -> None:
     """Create the cluster's pool, unless it is there."""
+    from hci.connect import catalog
+
     assert config.dev is not None, "only a dev cluster has a pool of its own"
     with catalog(config) as records:
         if config.dev.pool not in records.pools():
@@ -108,6 +111,8 @@ def _check(config: Config, member: "Member") -> None:
 
 
 def _check_etcd(endpoint: Endpoint) -> None:
+    import http.client
+
     connection = http.client.HTTPConnection(endpoint.host, endpoint.port, timeout=_ASK_S)
     try:
         connection.request("GET", "/health")
@@ -121,6 +126,10 @@ def _check_etcd(endpoint: Endpoint) -> None:
 
 
 def _check_node(config: Config, name: str) -> None:
+    from hci import control_pb2 as pb
+    from hci.connect import catalog
+    from hci.control import NodeClient
+
     with NodeClient(name, config.node(name).control, deadline_s=_ASK_S) as client:
         status = client.status()
     if status.cluster_id != config.cluster.id:
@@ -133,6 +142,9 @@ def _check_node(config: Config, name: str) -> None:
 
 
 def _check_gateway(config: Config, name: str) -> None:
+    from hci import control_pb2 as pb
+    from hci.control import GatewayClient
+
     with GatewayClient(name, config.gateway(name).control, deadline_s=_ASK_S) as client:
         status = client.status()
     if status.state != pb.GatewayStatus.STATE_SERVING:

@@ -5,20 +5,12 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.devcluster import POOL, DevCluster
 from tests.faults.load import SIZE_MIB, VerifyingFio
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[DevCluster]:
-    """One cluster for all tests of this module, each with images of its own."""
-    with DevCluster() as started:
-        yield started
 
 
 def run(*command: str) -> str:

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,6 @@ DISK_BYTES = 4 << 30
 DATA_BYTES = 96 << 20
 # Log, checksums and partly filled shards come on top of the data itself.
 SLACK_BYTES = 48 << 20
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[DevCluster]:
-    """One cluster for all tests of this module, each with images of its own."""
-    with DevCluster() as started:
-        yield started
 
 
 def test_sparse_qcow2_of_gigabytes_imported_and_exported_is_equal_and_thin(

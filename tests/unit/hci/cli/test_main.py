@@ -1,6 +1,8 @@
 """The command line: what it prints, and how it ends when it cannot."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from etcd.memory import MemoryEtcd
 from etcd.records import NodeRecord
 from hci import cli, connect
+from hci.cli import app
 from hci.dev import layout
 from vmstore.catalog import Catalog
 from vmstore.names import ImageName
@@ -63,6 +66,26 @@ def test_version_is_that_of_the_engine(hci: Run) -> None:
     status, printed, _ = hci("--version")
     assert status == 0
     assert printed.startswith("hci 0.")
+
+
+@pytest.mark.parametrize("arguments", [(), ("dev",), ("image", "import")])
+def test_help_lists_what_there_is(hci: Run, arguments: tuple[str, ...]) -> None:
+    status, printed, _ = hci(*arguments, "--help")
+    assert status == 0
+    assert "--install-completion" not in printed
+    for word in {0: app.MODULES, 1: ("start", "kill"), 2: ("--format",)}[len(arguments)]:
+        assert word in printed
+
+
+def test_command_with_a_typing_error_is_answered_with_the_right_one(hci: Run) -> None:
+    assert "Did you mean 'status'" in hci("statsu")[2]
+
+
+def test_dev_commands_that_ask_nobody_do_not_load_what_asks(tmp_path: Path) -> None:
+    """gRPC alone takes as long to import as all that `hci dev kill` does."""
+    program = "import sys, hci.cli.app, hci.cli.dev; print({'grpc', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hci import config
-from hci.dev import layout
+from hci.dev import layout, ports
 
 
 def parsed(folder: Path, nodes: int = 3, gateways: int = 2) -> config.Config:
@@ -54,8 +54,8 @@ def test_two_new_configs_share_no_run_folder() -> None:
 def test_port_in_use_is_not_free() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        assert not layout.port_is_free(config.Endpoint("127.0.0.1", port))
-    assert layout.port_is_free(config.Endpoint("127.0.0.1", port))
+        assert not ports.is_free(config.Endpoint("127.0.0.1", port))
+    assert ports.is_free(config.Endpoint("127.0.0.1", port))
 
 
 def test_write_replaces_a_file_whole(tmp_path: Path) -> None:
