@@ -21,6 +21,7 @@ from hci import control_pb2 as pb
 from hci.config import Config, NodeConfig
 from hci.control_pb2_grpc import NodeControlServicer, add_NodeControlServicer_to_server
 from hci.errors import DaemonError
+from hci.usage import FolderUsage
 from shard.digest import UNREADABLE, digest
 from shard.errors import HciError
 from shard.ids import ImageId, image_id
@@ -52,6 +53,7 @@ class NodeDaemon:
         self.registered = False
         self.trouble = ""
         self.engine = self._open_store()
+        self.usage = FolderUsage(own.data_dir)
         self.etcd = EtcdClient([str(endpoint) for endpoint in config.cluster.etcd])
         self.catalog = Catalog(self.etcd)
         self._session: Session | None = None
@@ -244,7 +246,7 @@ class NodeControl(NodeControlServicer):
             store_id=node.engine.store_id,
             start_counter=node.engine.start_counter,
             capacity_bytes=status["capacity_bytes"],
-            used_bytes=status["capacity_bytes"] - status["free_bytes"],
+            used_bytes=node.usage.count() or 0,
             images=status["images"],
             connections=status["connections"],
             counters={

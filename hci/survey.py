@@ -249,7 +249,7 @@ def _node(
         address=record.address if record else str(here.listen) if here else "",
         data_dir=(status.data_dir if status else "") or (str(here.data_dir) if here else None),
         capacity_bytes=status.capacity_bytes if status else _capacity(record),
-        used_bytes=status.used_bytes if status else None,
+        used_bytes=(status.used_bytes or None) if status else None,
         trouble=trouble,
     )
 
