@@ -93,6 +93,10 @@ class Fields:
             self._fail(name, "is not true or false")
         return value
 
+    def flag(self, name: str) -> bool:
+        """Return true or false; a field that is not there is false, and is not written."""
+        return self.boolean(name) if name in self._left else False
+
     def items(self, name: str) -> list[Json]:
         """Return a list."""
         value = self._take(name)

@@ -51,12 +51,20 @@ class DevCluster:
     `directory` given: the folder is the caller's and stays, stopped.
     """
 
-    def __init__(self, *, nodes: int = 3, gateways: int = 1, directory: Path | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        nodes: int = 3,
+        gateways: int = 1,
+        arbiter: bool = False,
+        directory: Path | None = None,
+    ) -> None:
         self._own_directory = directory is None
         # Short, since a Unix socket's path has at most 107 bytes.
         self.directory = directory or Path(tempfile.mkdtemp(prefix="hci-"))
         reaper.watch(self.directory, remove=self._own_directory)
         self.config = self.directory / "hci.toml"
+        self.arbiter = arbiter
         self.nodes = [f"node{number + 1}" for number in range(nodes)]
         self.gateways = [f"gateway{number + 1}" for number in range(gateways)]
 
@@ -120,6 +128,7 @@ class DevCluster:
         self.hci(
             *("dev", "start", str(self.directory)),
             *("--nodes", str(len(self.nodes)), "--gateways", str(len(self.gateways))),
+            *(("--arbiter",) if self.arbiter else ()),
         )
 
     def kill(self, member: str) -> None:

@@ -6,6 +6,7 @@ this happens on the deciding thread of `Serving`, but for what says otherwise.
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -18,15 +19,29 @@ from shard.errors import HciError
 from shard.ids import ImageId
 from vmstore import events
 from vmstore.catalog import Catalog
-from vmstore.errors import BeingResized, ClientBarred, UnknownImage, UnknownPool
+from vmstore.errors import BeingResized, ClientBarred, LeaseLost, UnknownImage, UnknownPool
+from vmstore.granter import Voters
+from vmstore.healing import HealLimits
 from vmstore.holder import OPEN_LIMIT_S, Phase, closing_waits_for
+from vmstore.holding import Held
 from vmstore.names import ImageName, parse_image_name
-from vmstore.resizing import Resizing
+from vmstore.resizing import RESIZER, Resizing
 from vmstore.served import Served
-from vmstore.serving import OpenImage, nothing_more
+from vmstore.serving import RELEASE_RETRY_S, TICK_S, OpenImage, nothing_more
 from vmstore.stored import Stored
 
 log = structlog.get_logger()
+
+PATIENCE_S = 10.0
+"""How long an image that was opened to be healed stays open while no heal is under way."""
+
+
+@dataclass(slots=True)
+class _Care:
+    """An image that is open for maintenance; `pin` stands for a client."""
+
+    pin: int
+    idle_since_s: float
 
 
 class Exports(Resizing):
@@ -41,6 +56,8 @@ class Exports(Resizing):
         holder: str,
         local_node: Callable[[], str | None],
         lease: Callable[[Callable[[], None], Callable[[float], None]], Session],
+        heal_limits: HealLimits,
+        voters: Voters | None = None,
         served: Served | None = None,
         lock: str | None = None,
     ) -> None:
@@ -51,6 +68,8 @@ class Exports(Resizing):
             holder=holder,
             local_node=local_node,
             lease=lease,
+            voters=voters,
+            heal_limits=heal_limits,
             served=served,
             lock=lock,
         )
@@ -58,6 +77,22 @@ class Exports(Resizing):
         self._peers: dict[int, str] = {}
         """The processes of clients, where they are known."""
         self._gone: set[int] = set()
+        self._next_pin = RESIZER
+        self._cared_for: dict[ImageId, _Care] = {}
+
+    # For the caretaker: any thread
+
+    def maintain(self, name: ImageName) -> None:
+        """Open an image that nobody has open, to heal it, until it is or somebody wants it."""
+        self._queue.put(lambda: self._care_for(name))
+
+    def maintained(self) -> int:
+        """Return how many images are open for that."""
+        return len(self._cared_for)
+
+    def _take_pin(self) -> int:
+        self._next_pin -= 1
+        return self._next_pin
 
     # Clients
 
@@ -113,10 +148,11 @@ class Exports(Resizing):
         if image.resize is not None and image.resize.shrinks:
             self._client_image.pop(client, None)
             self._refuse(client, BeingResized(str(name)))
-        elif image.holder.phase is Phase.SERVING:
+        elif image.holder.phase is Phase.SERVING and not image.maintenance:
             self._let_in(image, client, name)
         else:
             image.waiting.append((client, name))
+            self._claim(image)
 
     def _let_in(self, image: OpenImage, client: int, name: ImageName) -> None:
         """Let a client in, once it is written down whom it belongs to."""
@@ -170,9 +206,10 @@ class Exports(Resizing):
         image_id = self._client_image.pop(client, None)
         image = self._images.get(image_id) if image_id is not None else None
         if image is None:
-            self._gone.add(client)
-            if len(self._gone) > 10_000:
-                self._gone.clear()
+            if client > 0:
+                self._gone.add(client)
+                if len(self._gone) > 10_000:
+                    self._gone.clear()
             return
         if client in image.users:
             image.users.discard(client)
@@ -195,11 +232,6 @@ class Exports(Resizing):
         if not image.users and not image.waiting:
             self._step(image, events.Close())
 
-    def _tick(self) -> None:
-        super()._tick()
-        for image in list(self._images.values()):
-            self._refuse_late(image, time.monotonic())
-
     def _refuse_late(self, image: OpenImage, now_s: float) -> None:
         """Tell clients that wait for an image to be closed what that waits for.
 
@@ -220,6 +252,81 @@ class Exports(Resizing):
             self._client_image.pop(client, None)
             self._engine.answer_error(client, "refused", why)
 
+    # Maintenance
+
+    def _care_for(self, name: ImageName) -> None:
+        def found(stored: Stored[ImageRecord]) -> None:
+            if stored.record.id in self._images or self._stopping:
+                return
+            pin = self._take_pin()
+            image = self._use(name, stored, maintenance=True)
+            image.users.add(pin)
+            self._client_image[pin] = image.image
+            self._cared_for[image.image] = _Care(pin, time.monotonic())
+
+        self._later(lambda: self._catalog.find(name), found, lambda _error: None)
+
+    def _tick(self) -> None:
+        super()._tick()
+        for image_id, care in list(self._cared_for.items()):
+            image = self._images.get(image_id)
+            if image is None:
+                del self._cared_for[image_id]
+                continue
+            if image.holder.heals.now is not None or image.holder.phase is not Phase.SERVING:
+                care.idle_since_s = time.monotonic()
+            record = image.holder.record
+            healed = record is not None and not record.stale
+            idle = time.monotonic() - care.idle_since_s > PATIENCE_S
+            if healed or idle or not image.maintenance:
+                del self._cared_for[image_id]
+                self._client_left(care.pin)
+        for image in list(self._images.values()):
+            self._refuse_late(image, time.monotonic())
+
+    def _claim(self, image: OpenImage) -> None:
+        """Keep an image that was opened for maintenance: a client wants it."""
+        current = self._images.get(image.image) is image
+        if not (current and image.maintenance) or image.claiming:
+            return
+        if image.holder.phase is not Phase.SERVING:
+            # It is claimed when it serves.
+            return
+        if image.holder.proposal is not None or image.holder.paused:
+            self._after(TICK_S, lambda: self._claim(image))
+            return
+        assert image.held is not None
+        held = image.held
+        # Another change under the same lease would fail for the lease's new value.
+        image.holder.paused = image.claiming = True
+
+        def claim() -> Held:
+            new = self._catalog.claim(held)
+            self._served.taken(held.record, new.record)
+            return new
+
+        def claimed(new: Held) -> None:
+            image.held = new
+            image.holder.record = new.record
+            image.maintenance = False
+            log.info("image_claimed", image=str(image.name))
+            go_on()
+            self._opened(image)
+
+        def failed(error: HciError) -> None:
+            go_on()
+            lapsed = isinstance(error, LeaseLost) and error.gateway is None
+            if isinstance(error, EtcdError) or lapsed:
+                self._after(RELEASE_RETRY_S, lambda: self._claim(image))
+            else:
+                self._step(image, events.Lost(str(error)))
+
+        def go_on() -> None:
+            image.holder.paused = image.claiming = False
+            self._step(image, events.Tick(time.monotonic()))
+
+        self._later(claim, claimed, failed)
+
     # Images
 
     def _taken(self, image: OpenImage) -> None:
@@ -227,6 +334,10 @@ class Exports(Resizing):
             self._step(image, events.Close())
 
     def _opened(self, image: OpenImage) -> None:
+        if image.maintenance:
+            if image.waiting or image.resize is not None:
+                self._claim(image)
+            return
         waiting, image.waiting = image.waiting, []
         for client, name in waiting:
             self._let_in(image, client, name)

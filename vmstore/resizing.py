@@ -51,6 +51,10 @@ class Resizing(Serving):
     def _close_if_unused(self, image: OpenImage) -> None:
         """Close the image if nobody uses it any more."""
 
+    @abstractmethod
+    def _claim(self, image: OpenImage) -> None:
+        """Keep an image that was opened for maintenance; it is opened anew for who waits."""
+
     # For the control service: any thread
 
     def resize(self, name: ImageName, size_bytes: int, *, force: bool) -> None:
@@ -85,7 +89,9 @@ class Resizing(Serving):
             else:
                 image.resize = resize
                 image.users.add(RESIZER)
-                if image.holder.phase is Phase.SERVING:
+                if image.maintenance:
+                    self._claim(image)
+                elif image.holder.phase is Phase.SERVING:
                     self._begin_resize(image)
 
         if self._stopping:
@@ -139,7 +145,7 @@ class Resizing(Serving):
         def stored(new: Held) -> None:
             image.held = new
             image.holder.record = new.record
-            self._engine.resize(image.channel, size_bytes)
+            self._engine.resize(image.channel, size_bytes, new.record.encode())
             go_on()
             self._end_resize(image, None)
 

@@ -1,9 +1,10 @@
 """`Served`: which client processes a gateway serves which image, and which it never serves again.
 
 An NBD client that reconnects sends again what it got no answer to. Where another gateway had the
-image meanwhile, that would overwrite what was written there: a client is let in again only as long
-as no other holder came between. A client is told by its process, such as "1234:567890": its id and
-when it began, in the kernel's ticks since boot. Nothing is known of a client over TCP.
+image for clients meanwhile, that would overwrite what they wrote: a client is let in again only as
+long as none did. A lease for maintenance does not count, it changes nothing that clients wrote. A
+client is told by its process, such as "1234:567890": its id and when it began, in the kernel's
+ticks since boot. Nothing is known of a client over TCP.
 
     a process is   by                                                until
     served         admit: written down before the client is let in   it leaves in order, or ends
@@ -42,7 +43,7 @@ HOLDERS_MAX = 64
 
 @dataclass(slots=True)
 class _Image:
-    """What is known of one image: the epoch and holder in which it was last ours."""
+    """What is known of one image: the epoch and holder in which it was ours for clients last."""
 
     epoch: int
     holder: str
@@ -50,14 +51,17 @@ class _Image:
     barred: set[str] = field(default_factory=set)
 
     def only_ours_until(self, record: ImageRecord, ours: Collection[str]) -> bool:
-        """Whether nobody else has held the image up to what its record says now.
+        """Whether nobody else has had the image for clients, up to what its record says now.
 
         One epoch may be ours that was never written down: that of a process which was killed
         between taking the lease and writing. More are taken for another's.
         """
-        if record.epoch == self.epoch:
-            return record.holder == self.holder
-        return record.epoch == self.epoch + 1 and record.holder in ours
+        last = record.last_use
+        if last is None:
+            return False
+        if last.epoch == self.epoch:
+            return last.holder == self.holder
+        return last.epoch == self.epoch + 1 and last.holder in ours
 
 
 class Served:
@@ -102,15 +106,16 @@ class Served:
                 raise ClientBarred(str(name))
 
     def taken(self, before: ImageRecord, now: ImageRecord) -> None:
-        """Note that the lease was taken: `before` is the record that it was taken by."""
+        """Note that the lease was taken or claimed: `before` is the record that it was taken by."""
         with self._lock:
             known = self._images.get(now.id)
             if known is None:
                 return
             if not known.only_ours_until(before, self._holders):
                 self._bar(now.id, known)
-            assert now.holder is not None, "an epoch has a holder"
-            known.epoch, known.holder = now.epoch, now.holder
+            last = now.last_use
+            if last is not None:
+                known.epoch, known.holder = last.epoch, last.holder
         self.save()
 
     def is_served(self, peer: str | None, record: ImageRecord) -> bool:
@@ -123,6 +128,7 @@ class Served:
                 known is not None
                 and peer in known.served
                 and (known.epoch, known.holder) == (record.epoch, record.holder)
+                and record.used is None
             )
 
     def admit(self, name: ImageName, peer: str, record: ImageRecord) -> None:
@@ -130,7 +136,7 @@ class Served:
 
         Raises ClientBarred, and HciError where it cannot be written: the client is not let in.
         """
-        assert record.holder is not None, "an epoch has a holder"
+        assert record.holder is not None and record.used is None, "we have it for clients"
         with self._lock:
             known = self._images.setdefault(record.id, _Image(record.epoch, record.holder))
             if peer in known.barred:

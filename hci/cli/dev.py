@@ -16,7 +16,9 @@ app = typer.Typer(
     help="A cluster on this machine, for development.", no_args_is_help=True, add_completion=False
 )
 
-Who = Annotated[str, typer.Argument(metavar="MEMBER|all", help="etcd, node1, gateway1, … or all.")]
+Who = Annotated[
+    str, typer.Argument(metavar="MEMBER|all", help="etcd, node1, gateway1, arbiter, … or all.")
+]
 
 Folder = Annotated[
     Path | None,
@@ -44,11 +46,15 @@ def start(
         int | None,
         typer.Option(min=1, max=layout.MEMBERS_MAX, help=f"By default {cluster.GATEWAYS}."),
     ] = None,
+    arbiter: Annotated[
+        bool,
+        typer.Option("--arbiter", help="With a thin arbiter, for which two nodes do."),
+    ] = False,
     pool: Annotated[str, typer.Option(help="Created with the cluster.")] = "vms",
 ) -> None:
     """Start a cluster, a new one or one that was stopped; return when it is healthy."""
     chosen = (_one(folder, directory) or _folder(session.of(context).given)).absolute()
-    found = cluster.open_or_make(chosen, nodes, gateways, pool)
+    found = cluster.open_or_make(chosen, nodes, gateways, pool, arbiter=arbiter)
     found.start()
     members = ", ".join(member.name for member in found.members)
     typer.echo(f"cluster in {chosen} is running: {members}")

@@ -44,7 +44,8 @@ def show(
     """List the images, of one pool or of all."""
     with session.of(context).catalog() as records:
         found = records.images(pool)
-        holders = {image: lease.gateway for image, lease in records.leases().items()}
+        leases = records.leases().items()
+        holders = {image: lease.gateway for image, lease in leases if not lease.maintenance}
     rows = [
         (str(each.name), each.image.record, holders.get(each.image.record.id)) for each in found
     ]

@@ -144,6 +144,8 @@ class DevCluster:
         for gateway in self.config.gateways.values():
             ports = (gateway.control, gateway.nbd_listen)
             yield member(gateway.name, "gateway", gateway.run_dir, *ports)
+        for arbiter in self.config.arbiters.values():
+            yield member(arbiter.name, "arbiter", arbiter.data_dir, arbiter.listen)
 
     def _state(self, member: Member) -> MemberState:
         recorded = process.read(self._record(member.name))
@@ -168,7 +170,7 @@ class DevCluster:
         holder_started = None
         if any(member.kind == "gateway" for member in members):
             holder_started = self._start_holder()
-        for kind in ("etcd", "node", "gateway"):
+        for kind in reversed(KINDS):
             of_kind = [member for member in members if member.kind == kind]
             if kind == "gateway" and holder_started is not None:
                 log = self.dev.log_dir / f"{HOLDER}.log"
@@ -273,28 +275,46 @@ class DevCluster:
             yield
 
 
-KINDS = ("gateway", "node", "etcd")
+KINDS = ("gateway", "node", "arbiter", "etcd")
 """In the order in which they stop."""
 
 NODES = 3
 """As many as a pool of three replicas needs."""
 
+NODES_WITH_ARBITER = 2
+"""As many as a pool with a thin arbiter needs."""
+
 GATEWAYS = 1
 
 
-def open_or_make(folder: Path, nodes: int | None, gateways: int | None, pool: str) -> DevCluster:
-    """Return the cluster of a folder; where there is none, lay a new one out there."""
+def open_or_make(
+    folder: Path, nodes: int | None, gateways: int | None, pool: str, *, arbiter: bool = False
+) -> DevCluster:
+    """Return the cluster of a folder; where there is none, lay a new one out there.
+
+    With `arbiter` it has a thin arbiter and its pool that policy.
+    """
     path = folder / layout.CONFIG_NAME
     with ports.listed(layout.clusters_dir(), path) as taken:
         if not path.exists():
-            if nodes is not None and nodes < NODES:
+            needed = NODES_WITH_ARBITER if arbiter else NODES
+            if nodes is not None and nodes < needed:
+                advice = "" if arbiter else "; two nodes do with --arbiter"
                 raise DevError(
-                    f"the pool {pool} keeps {NODES} copies, so a cluster has {NODES} nodes or more"
+                    f"the pool {pool} keeps {needed} copies, so a cluster has {needed} nodes "
+                    f"or more{advice}"
                 )
             _make_folder(folder)
-            text = layout.new_config(folder, nodes or NODES, gateways or GATEWAYS, pool, taken)
+            text = layout.new_config(
+                folder, nodes or needed, gateways or GATEWAYS, pool, taken, arbiter=arbiter
+            )
             layout.write(path, text)
     cluster = DevCluster(configuration.load(path))
+    if arbiter and not cluster.config.arbiters:
+        raise DevError(
+            f"the cluster in {folder} has no arbiter; leave --arbiter out, "
+            "or start another cluster in another folder"
+        )
     for what, wanted, there in (
         ("nodes", nodes, len(cluster.config.nodes)),
         ("gateways", gateways, len(cluster.config.gateways)),

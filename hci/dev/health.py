@@ -14,6 +14,7 @@ from hci.config import Config, Endpoint
 from hci.dev import process
 from hci.errors import ControlError, DevError
 from shard.errors import HciError
+from shard.membership import Policy
 
 if TYPE_CHECKING:
     from hci.dev.cluster import Member
@@ -68,8 +69,11 @@ def ensure_pool(config: Config) -> None:
 
     assert config.dev is not None, "only a dev cluster has a pool of its own"
     with catalog(config) as records:
-        if config.dev.pool not in records.pools():
-            records.create_pool(config.dev.pool)
+        if config.dev.pool in records.pools():
+            return
+        arbiter = next(iter(config.arbiters), None)
+        policy = Policy.REPLICA_3 if arbiter is None else Policy.THIN_ARBITER
+        records.create_pool(config.dev.pool, policy=policy, arbiter=arbiter)
 
 
 def _wait_for(
@@ -104,6 +108,8 @@ def _check(config: Config, member: "Member") -> None:
             _check_etcd(config.cluster.etcd[0])
         elif member.kind == "node":
             _check_node(config, member.name)
+        elif member.kind == "arbiter":
+            _check_arbiter(config, member.name)
         else:
             _check_gateway(config, member.name)
     except HciError as error:
@@ -139,6 +145,18 @@ def _check_node(config: Config, name: str) -> None:
     with catalog(config) as records:
         if name not in records.alive():
             raise _NotYet("it is not registered in etcd")
+
+
+def _check_arbiter(config: Config, name: str) -> None:
+    from arbiter import arbiter_pb2 as pb
+    from hci.connect import arbiter_client
+
+    with arbiter_client(name, config.arbiter(name).listen, deadline_s=_ASK_S) as client:
+        status = client.status()
+    if (status.cluster_id, status.name) != (config.cluster.id, name):
+        raise ControlError("another arbiter answers", name, client.address)
+    if status.state != pb.ArbiterStatus.STATE_SERVING:
+        raise _NotYet(status.trouble or "it is starting")
 
 
 def _check_gateway(config: Config, name: str) -> None:

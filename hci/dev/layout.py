@@ -22,15 +22,25 @@ MEMBERS_MAX = 64
 """Nodes, or gateways, of one cluster on one machine."""
 
 
+ARBITER = "arbiter"
+"""Name of the thin arbiter, where a cluster has one."""
+
+
 def new_config(
-    folder: Path, nodes: int, gateways: int, pool: str, taken: Collection[int] = ()
+    folder: Path,
+    nodes: int,
+    gateways: int,
+    pool: str,
+    taken: Collection[int] = (),
+    *,
+    arbiter: bool = False,
 ) -> str:
     """Return the text of the configuration of a new cluster in `folder`. Writes nothing.
 
     `taken` are ports that it must not have; see `hci.dev.ports`.
     """
-    ports = choose(2 + 3 * nodes + 3 * gateways, taken)
-    return render(_sections(folder, nodes, gateways, pool, ports))
+    ports = choose(2 + 3 * nodes + 3 * gateways + 2 * arbiter, taken)
+    return render(_sections(folder, nodes, gateways, pool, ports, arbiter))
 
 
 def clusters_dir() -> Path:
@@ -70,7 +80,7 @@ def make_run_dir(path: Path) -> None:
 
 
 def _sections(
-    folder: Path, nodes: int, gateways: int, pool: str, chosen: Sequence[int]
+    folder: Path, nodes: int, gateways: int, pool: str, chosen: Sequence[int], arbiter: bool
 ) -> dict[str, dict[str, Any]]:
     cluster_id = secrets.token_hex(16)
     run_dir = _run_dir_base() / f"hci-dev-{cluster_id[:10]}"
@@ -106,6 +116,13 @@ def _sections(
             "nbd_listen": endpoint(),
             "run_dir": str(run_dir / f"gateway{number}"),
             "metrics": endpoint(),
+        }
+    if arbiter:
+        sections[f"arbiter.{ARBITER}"] = {
+            "data_dir": str(folder / ARBITER),
+            "listen": endpoint(),
+            "metrics": endpoint(),
+            "host": f"host{max(nodes, gateways) + 1}",
         }
     return sections
 

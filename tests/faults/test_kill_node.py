@@ -31,7 +31,6 @@ def test_node_killed_under_fio_verify_gives_no_error(cluster: DevCluster, tmp_pa
         cluster.run(victim)
         cluster.await_nodes("up", victim)
         cluster.must_be_equal(image)
-        # A stale node is healed by a later release: here each round starts with a fresh image.
         cluster.remove(image)
 
 

@@ -14,6 +14,7 @@ from etcd.memory import MemoryEtcd
 from etcd.records import ImageRecord, LeaseRecord, NodeRecord
 from vmstore.catalog import Catalog
 from vmstore.exports import Exports
+from vmstore.healing import HealLimits
 from vmstore.names import ImageName, parse_image_name
 
 NODES = ("node1", "node2", "node3")
@@ -106,6 +107,7 @@ class ScriptedGateway:
             holder=self.holder,
             local_node=lambda: None,
             lease=self._lease,
+            heal_limits=HealLimits(),
             **values,
         )
         self.exports.failed = self.failures.append
@@ -155,7 +157,7 @@ class ScriptedGateway:
             lock=lock,
         )
 
-    def give_to_another_gateway(self) -> ImageRecord:
+    def give_to_another_gateway(self, *, maintenance: bool = False) -> ImageRecord:
         """Another gateway takes the image over, as it may once our lease has ended."""
         lease = self.catalog.lease_of(self.record.id)
         if lease is not None:
@@ -165,6 +167,7 @@ class ScriptedGateway:
             gateway="gateway2",
             holder="ef" * 16,
             etcd_lease=self.etcd.grant_lease(10),
+            maintenance=maintenance,
         )
         self.catalog.release(held, clean=True)
         return self.record

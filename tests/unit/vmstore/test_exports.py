@@ -160,3 +160,30 @@ def test_lease_of_the_same_name_is_taken_over_only_under_the_same_lock(
             assert "in use on gateway gateway1 (another one of this name" in told[1]
         else:
             assert lease.lock == "boot1:8:17"
+
+
+def test_guest_comes_back_to_an_image_that_was_healed_elsewhere_meanwhile(tmp_path: Path) -> None:
+    served = Served("a1" * 16, path=tmp_path / "served.json", lives=lambda _peer: True)
+    with scripted_gateway(served=served) as gateway:
+        gateway.connect(1, GUEST)
+        assert gateway.answer(1)[0] == "export"
+        image = gateway.exports.snapshot()[0]
+        # Our process dies here: what follows is another one's, with the same file.
+        gateway.stop()
+        healed = gateway.give_to_another_gateway(maintenance=True)
+    assert healed.last_use is not None
+    assert (healed.epoch, healed.last_use.epoch) == (2, 1)
+    assert image.image == healed.id
+    successor = Served("a2" * 16, path=tmp_path / "served.json", lives=lambda _peer: True)
+    successor.check(gateway.name, GUEST, healed)
+
+
+def test_image_that_is_claimed_from_maintenance_is_known_as_used(gateway: ScriptedGateway) -> None:
+    gateway.exports.maintain(gateway.name)
+    gateway.until(lambda: gateway.record.epoch == 1, "it is not opened")
+    gateway.connect(1, GUEST)
+    assert gateway.answer(1)[0] == "export"
+    assert gateway.record.used is None
+    lease = gateway.lease_of_image()
+    assert lease is not None
+    assert not lease.maintenance

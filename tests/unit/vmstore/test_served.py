@@ -176,3 +176,21 @@ def test_process_lives_by_id_and_start() -> None:
     assert not process_lives(f"{os.getpid()}:{int(after_name[19]) + 1}")
     assert not process_lives("4194399:1")
     assert process_lives("what a newer engine says")
+
+
+def test_maintenance_elsewhere_bars_nobody_unless_it_was_claimed_for_clients(host: Host) -> None:
+    # A gateway was restarted while another one healed the image: nothing of the guest's was
+    # overwritten, and it must go on.
+    served = host.gateway(FIRST)
+    held = take(served, record(0, None), FIRST)
+    served.admit(NAME, GUEST, held)
+    healed = replace(held, epoch=2, holder=ELSEWHERE, used=held.last_use)
+    served = host.gateway(SECOND)
+    served.check(NAME, GUEST, healed)
+    claimed = replace(healed, used=None)
+    with pytest.raises(ClientBarred):
+        served.check(NAME, GUEST, claimed)
+    mine = replace(healed, epoch=3, holder=SECOND, used=None)
+    served.taken(healed, mine)
+    served.admit(NAME, GUEST, mine)
+    assert host.gateway(THIRD).check(NAME, GUEST, mine) is None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from etcd.memory import MemoryEtcd
-from etcd.records import NodeRecord
+from etcd.records import ArbiterRecord, NodeRecord
 from hci import cli, connect
 from hci.cli import app
 from hci.dev import layout
@@ -123,6 +123,14 @@ def test_wrong_usage_ends_with_2(hci: Run, arguments: tuple[str, ...]) -> None:
         (("pool", "create", "b", "--shard-size", "3M"), "is not a shard size: use 1M, 2M"),
         (("pool", "create", "b", "--failure-domain", "zone"), "needs 3 nodes on different zones"),
         (("pool", "create", "b", "--replica-sets", "0"), "1 to 1024 replica sets, not 0"),
+        (("pool", "create", "b", "--policy", "thin-arbiter"), "needs an arbiter: name one with"),
+        (
+            ("pool", "create", "b", "--policy", "thin-arbiter", "--arbiter", "w"),
+            "there is no arbiter w; `hci arbiter ls`",
+        ),
+        (("pool", "create", "b", "--arbiter", "w"), "replica-3 has no arbiter: leave w out"),
+        (("arbiter", "replace", "v", "w"), "there is no arbiter w"),
+        (("arbiter", "serve"), "say which arbiter with --name (known: none)"),
         (("dev", "kill", "node9"), "no member 'node9' in"),
         (("dev", "kill", "node1"), "node1 is not running; see `hci dev status`"),
         (("dev", "run", "node1"), "node1 needs etcd, which is not running: `hci dev run etcd`"),
@@ -240,7 +248,10 @@ def test_dev_start_in_a_folder_of_something_else_is_refused(hci: Run, tmp_path: 
     assert "is not empty and holds no cluster" in hci("dev", "start", str(other))[2]
     assert "has 3 nodes, not 4" in hci("dev", "start", str(tmp_path), "--nodes", "4")[2]
     few = tmp_path / "few"
-    assert "has 3 nodes or more" in hci("dev", "start", str(few), "--nodes", "2")[2]
+    refused = hci("dev", "start", str(few), "--nodes", "2")[2]
+    assert "has 3 nodes or more; two nodes do with --arbiter" in refused
+    refused = hci("dev", "start", str(few), "--nodes", "1", "--arbiter")[2]
+    assert "has 2 nodes or more" in refused
     assert not few.exists()
 
 
@@ -270,3 +281,25 @@ def test_dev_commands_take_the_folder_that_start_took(
     status, _, complaint = hci("dev", "kill", "node1", "--dir", str(tmp_path))
     assert (status, complaint) == (1, "hci: node1 is not running; see `hci dev status`\n")
     assert hci("dev", "stop", str(tmp_path))[0] == 0
+
+
+def test_dev_cluster_without_an_arbiter_gets_none_later(hci: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    (folder / "hci.toml").write_text(layout.new_config(folder, 3, 1, "vms"))
+    status, _, complaint = hci("dev", "start", str(folder), "--arbiter")
+    assert status == 1
+    assert "has no arbiter; leave --arbiter out" in complaint
+
+
+def test_arbiters_are_listed_with_their_pools(hci: Run, etcd: MemoryEtcd) -> None:
+    assert hci("arbiter", "ls")[1] == "no arbiters are registered\n"
+    record = ArbiterRecord(
+        name="witness", id="f" * 32, address="127.0.0.1:1", host="far", start_counter=1
+    )
+    Catalog(etcd).announce_arbiter(record, etcd.grant_lease(60))
+    assert hci("pool", "create", "p", "--policy", "thin-arbiter", "--arbiter", "witness")[0] == 0
+    (listed,) = json.loads(hci("arbiter", "ls", "--json")[1])
+    assert (listed["name"], listed["state"], listed["pools"]) == ("witness", "down", ["p"])
+    pools = {pool["name"]: pool["arbiter"] for pool in json.loads(hci("pool", "ls", "--json")[1])}
+    assert pools == {"p": "witness", "vms": None}

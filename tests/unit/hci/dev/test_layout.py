@@ -22,6 +22,15 @@ def test_new_config_has_all_members_each_on_a_host_of_its_own() -> None:
     assert found.nodes["node2"].data_dir == Path("/srv/cluster/node2")
 
 
+def test_new_config_with_an_arbiter_has_it_on_a_host_of_its_own() -> None:
+    text = layout.new_config(Path("/srv/c"), 2, 1, "vms", arbiter=True)
+    found = config.parse(text, Path("/srv/c/hci.toml"))
+    assert list(found.arbiters) == ["arbiter"]
+    arbiter = found.arbiter("arbiter")
+    assert (arbiter.host, arbiter.data_dir) == ("host3", Path("/srv/c/arbiter"))
+    assert parsed(Path("/srv/c")).arbiters == {}
+
+
 def test_new_config_gives_every_listener_a_port_of_its_own() -> None:
     found = parsed(Path("/srv/cluster"))
     assert found.dev is not None

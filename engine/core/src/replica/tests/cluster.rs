@@ -66,6 +66,8 @@ pub struct Cluster {
     forgetful: [bool; NODES],
     opened: bool,
     pub closed: Option<bool>,
+    /// Stale nodes that former holders took in.
+    healed: u64,
 }
 
 fn spec(record: Stored) -> OpenSpec {
@@ -93,7 +95,8 @@ fn spec(record: Stored) -> OpenSpec {
 
 impl Cluster {
     pub fn new(seed: u64, faults: Faults) -> Cluster {
-        let record = Stored { epoch: 1, generation: 1, in_sync: NodeMask((1 << NODES) - 1) };
+        let in_sync = NodeMask((1 << NODES) - 1);
+        let record = Stored { epoch: 1, generation: 1, in_sync, since: [0; 8] };
         let mut cluster = Cluster {
             random: Seeded::new(seed),
             now: 1,
@@ -111,6 +114,7 @@ impl Cluster {
             forgetful: [false; NODES],
             opened: false,
             closed: None,
+            healed: 0,
         };
         (0..NODES).for_each(|node| cluster.connect(node));
         cluster
@@ -165,7 +169,8 @@ impl Cluster {
                 && self.io.requests_in_flight() == 0
                 && self.nodes.iter().all(SimNode::is_idle)
                 && self.links.iter().all(|l| l.to_node.is_empty() && l.late.is_empty());
-            if idle && (self.closed.is_some() || (self.io.is_running() && self.policy.all_up())) {
+            let whole = self.policy.all_up() && self.policy.record.in_sync.0 == (1 << NODES) - 1;
+            if idle && (self.closed.is_some() || (self.io.is_running() && whole)) {
                 return;
             }
         }
@@ -181,7 +186,7 @@ impl Cluster {
         );
     }
 
-    fn deliver_request(&mut self, node: usize) {
+    pub fn deliver_request(&mut self, node: usize) {
         let link = &mut self.links[node];
         if link.up
             && self.nodes[node].takes(link.connection)
@@ -203,7 +208,7 @@ impl Cluster {
         }
     }
 
-    fn deliver_answer(&mut self, node: usize) {
+    pub fn deliver_answer(&mut self, node: usize) {
         let Some((connection, frame)) = self.nodes[node].answers.pop_front() else { return };
         let link = &self.links[node];
         if link.up && link.connection == connection {
@@ -220,7 +225,7 @@ impl Cluster {
         }
     }
 
-    fn take_proposal(&mut self) {
+    pub fn take_proposal(&mut self) {
         self.policy.proposal_taken(&mut self.io);
         self.carry_out();
     }
@@ -307,7 +312,7 @@ impl Cluster {
         self.carry_out();
     }
 
-    fn zero(&mut self, first: usize, sectors: usize) {
+    pub fn zero(&mut self, first: usize, sectors: usize) {
         let token = self.token(Asked::Change { durable: false });
         self.oracle.write_begins(first, sectors, (token.cookie, 0), self.now);
         let flags = if self.random.chance(50) { flag::KEEP_ALLOCATED } else { 0 };
@@ -418,6 +423,7 @@ impl Cluster {
             record = proposal;
         }
         record.epoch += 1;
+        self.healed += self.policy.healed;
         self.io = ImageIo::new(spec(record));
         self.policy = Policy::new(record, NODES);
         self.events.clear();
@@ -428,6 +434,11 @@ impl Cluster {
     }
 
     // The end
+
+    /// Stale nodes that were taken in, by any holder.
+    pub fn healed(&self) -> u64 {
+        self.healed + self.policy.healed
+    }
 
     /// Asserts that the in-sync replicas hold the same, and that nothing is dirty any more.
     pub fn check_replicas(&mut self, clean: bool) {

@@ -19,16 +19,19 @@ fn run(faults: Faults) {
         Some(seed) => seed..seed + 1,
         None => 1..number("HCI_SIM_ROUNDS").unwrap_or(ROUNDS) + 1,
     };
+    let (mut healed, count) = (0, seeds.end - seeds.start);
     for seed in seeds {
         let outcome = catch_unwind(AssertUnwindSafe(|| history(seed, faults)));
-        if let Err(panic) = outcome {
+        healed += outcome.unwrap_or_else(|panic| {
             eprintln!("{faults:?}: HCI_SIM_SEED={seed} replays this");
             resume_unwind(panic);
-        }
+        });
     }
+    assert!(healed > 0 || count < ROUNDS, "no node was healed in {count} histories");
 }
 
-fn history(seed: u64, faults: Faults) {
+/// Gives how many nodes were healed in it.
+fn history(seed: u64, faults: Faults) -> u64 {
     let mut cluster = Cluster::new(seed, faults);
     for _ in 0..STEPS {
         cluster.step(true);
@@ -43,6 +46,7 @@ fn history(seed: u64, faults: Faults) {
     cluster.settle();
     assert_eq!(cluster.closed, Some(true), "with all replicas there, the end is clean");
     cluster.check_replicas(true);
+    cluster.healed()
 }
 
 #[test]

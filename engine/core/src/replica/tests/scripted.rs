@@ -48,7 +48,7 @@ fn a_dirty_map_out_of_order_ends_the_connection() {
 fn a_request_past_a_new_end_fails_alone() {
     let mut cluster = Cluster::new(1, Faults::Kills);
     cluster.settle();
-    cluster.io.resize(4096);
+    cluster.io.resize(4096, Bytes::new());
     let token = Token { client: 1, cookie: 77 };
     cluster.io.read(token, 4096, 512);
     let outcome = Outcome::Failed(IoError::Io);
