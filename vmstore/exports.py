@@ -116,7 +116,7 @@ class Exports(Resizing):
         try:
             image_name = parse_image_name(name or "")
         except HciError as error:
-            self._engine.answer_error(client, "unknown", str(error))
+            self._say_no(client, "unknown", str(error))
             return
         opens = query in ("go", "export_name")
         self._later(
@@ -132,12 +132,11 @@ class Exports(Resizing):
         if not opens:
             self._answer(client, name, found.record, None)
         elif self._stopping:
-            self._engine.answer_error(client, "unavailable", "the gateway is stopping; try again")
+            self._say_no(client, "unavailable", "the gateway is stopping; try again")
         else:
             try:
                 self._served.check(name, self._peers.get(client), found.record)
             except ClientBarred as error:
-                log.warning("client_refused", image=str(name), process=self._peers[client])
                 self._refuse(client, error)
                 return
             image = self._use(name, found)
@@ -182,7 +181,7 @@ class Exports(Resizing):
         if client in image.users:
             image.users.discard(client)
             self._client_image.pop(client, None)
-            self._engine.answer_error(client, kind, why)
+            self._say_no(client, kind, why)
             self._close_if_unused(image)
 
     def _answer(
@@ -199,7 +198,13 @@ class Exports(Resizing):
             kind = "unavailable"
         else:
             kind = "refused"
-        self._engine.answer_error(client, kind, str(error))
+        self._say_no(client, kind, str(error))
+
+    def _say_no(self, client: int, kind: str, why: str) -> None:
+        """Refuse a client. Logged as well: not every client shows its user what a server says."""
+        if kind != "unknown":
+            log.warning("client_refused", why=why, process=self._peers.get(client, "unknown"))
+        self._engine.answer_error(client, kind, why)
 
     def _client_left(self, client: int) -> None:
         peer = self._peers.pop(client, None)
@@ -250,7 +255,7 @@ class Exports(Resizing):
         )
         for client in late:
             self._client_image.pop(client, None)
-            self._engine.answer_error(client, "refused", why)
+            self._say_no(client, "refused", why)
 
     # Maintenance
 
@@ -348,7 +353,7 @@ class Exports(Resizing):
         waiting, image.waiting = image.waiting, []
         for client, _name in waiting:
             self._client_image.pop(client, None)
-            self._engine.answer_error(client, "refused", reason)
+            self._say_no(client, "refused", reason)
         self._end_resize(image, HciError(reason))
 
     def _forgotten(self, image: OpenImage) -> None:
