@@ -290,6 +290,16 @@ impl ImageIo {
         self.sets.iter().fold(NodeMask::EMPTY, |mask, set| mask.with(set.in_sync))
     }
 
+    /// Nodes that are in sync in every set that they are a member of: only their dirty maps may be
+    /// cleared by sequence. What another one has of a set that it is stale in waits for its heal.
+    pub(super) fn in_sync_everywhere(&self) -> NodeMask {
+        let stale = self
+            .sets
+            .iter()
+            .fold(NodeMask::EMPTY, |mask, set| mask.with(set.members.without(set.in_sync)));
+        self.in_sync_anywhere().without(stale)
+    }
+
     pub(super) fn up(&self) -> NodeMask {
         self.nodes_in(|state| state == ReplicaState::Up)
     }

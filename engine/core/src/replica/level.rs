@@ -319,10 +319,12 @@ impl ImageIo {
             clear_sequence: 0,
             proof: self.flush_numbers(participants),
         };
-        self.send(participants, kind::CLEAR, 0, 0, &Bytes::new(), |out| clear.put(out));
+        let cleared = participants.and(self.in_sync_everywhere());
+        self.send(cleared, kind::CLEAR, 0, 0, &Bytes::new(), |out| clear.put(out));
     }
 
-    /// Tells all who took part that the shards are level, a bounded number at a time.
+    /// Tells all who took part that the shards are level, a bounded number at a time. A node that is stale
+    /// in a shard's set was not made level there: it keeps what it knows, for its heal.
     fn mark_level(&mut self) {
         let Some(leveller) = &mut self.leveller else { return };
         let mut shards = Vec::new();
@@ -334,8 +336,15 @@ impl ImageIo {
         }
         self.levelled_shards += shards.len() as u64;
         let Some(participants) = self.leveller.as_ref().map(|l| l.participants) else { return };
-        let level = Level { epoch: self.spec.epoch, shards };
-        self.ask(participants, Ask::Level, kind::LEVEL, &Bytes::new(), |out| level.put(out));
+        for node in participants.iter() {
+            let geometry = self.spec.geometry;
+            let in_sync =
+                |shard: &u64| self.sets[geometry.replica_set_of(*shard) as usize].in_sync.has(node);
+            let shards = shards.iter().copied().filter(in_sync).collect();
+            let level = Level { epoch: self.spec.epoch, shards };
+            let node = NodeMask::one(node);
+            self.ask(node, Ask::Level, kind::LEVEL, &Bytes::new(), |out| level.put(out));
+        }
     }
 
     fn finish_levelling(&mut self) {

@@ -280,6 +280,7 @@ impl ImageIo {
             }
         }
         self.store_told = false;
+        self.clear.pending = self.clear.pending.and(self.in_sync_everywhere());
         self.heal_reconfigured();
         for node in before.without(self.in_sync_anywhere()).iter() {
             self.let_go(node);

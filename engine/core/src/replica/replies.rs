@@ -76,7 +76,9 @@ impl ImageIo {
             Status::StaleEpoch | Status::Deleted => self.fence(node, status),
             // Asked under a generation of before, while the new record was on its way.
             Status::StaleGeneration | Status::BadChecksum => {}
-            Status::DirtyFull => self.make_room_in_dirty_maps(),
+            Status::DirtyFull if self.in_sync_everywhere().has(node) => {
+                self.make_room_in_dirty_maps();
+            }
             status if self.is_only_healed_by(id, node) => self.fail_heal(status),
             status => self.event(Event::ReplicaFailed { node, status }),
         }
@@ -118,7 +120,7 @@ impl ImageIo {
         if sequence > self.clear.sequence {
             let in_sync = self.in_sync_anywhere();
             let proof = self.flush_numbers(in_sync);
-            self.clear = Clear { sequence, proof, pending: in_sync };
+            self.clear = Clear { sequence, proof, pending: self.in_sync_everywhere() };
         }
         if self.dirty_full {
             self.dirty_full = false;
