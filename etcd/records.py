@@ -273,12 +273,15 @@ class NameRecord(Record):
 class LeaseRecord(Record):
     """Who may change an image. `holder` is the random id of that gateway's process.
 
-    A lease for `maintenance` serves no client: who is asked for the image takes it over.
+    `lock` tells the lock file that the process holds from all others, on whichever host: only who
+    holds the same one knows that the process is dead. None in leases of older versions. A lease for
+    `maintenance` serves no client: who is asked for the image takes it over.
     """
 
     gateway: str
     holder: str
     epoch: int
+    lock: str | None = None
     maintenance: bool = False
 
     def _fields(self) -> dict[str, Json]:
@@ -286,6 +289,7 @@ class LeaseRecord(Record):
             "gateway": self.gateway,
             "holder": self.holder,
             "epoch": self.epoch,
+            **({} if self.lock is None else {"lock": self.lock}),
             **({"maintenance": True} if self.maintenance else {}),
         }
 
@@ -295,6 +299,7 @@ class LeaseRecord(Record):
             gateway=fields.text("gateway", _not_empty),
             holder=fields.text("holder", holder_id),
             epoch=fields.number("epoch", 1),
+            lock=fields.text("lock", _not_empty) if fields.has("lock") else None,
             maintenance=fields.flag("maintenance"),
             extra=fields.rest(),
         )
@@ -380,6 +385,25 @@ class Grant(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Use(Record):
+    """Who had an image for clients, in which epoch."""
+
+    epoch: int
+    holder: str
+
+    def _fields(self) -> dict[str, Json]:
+        return {"epoch": self.epoch, "holder": self.holder}
+
+    @classmethod
+    def _take(cls, fields: Fields) -> Self:
+        return cls(
+            epoch=fields.number("epoch", 1),
+            holder=fields.text("holder", holder_id),
+            extra=fields.rest(),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRecord(Record):
     """An image: its size and layers, where its data lives, who writes it, and who is in sync.
 
@@ -387,6 +411,7 @@ class ImageRecord(Record):
     alone tells a node or a gateway all it needs. `layers` begins with the top one. `holder` is the
     process that has or had the current epoch, None before the first. `clean` says that the last
     holder gave its lease back with nothing in flight. `grant` is None until an arbiter was asked.
+    `used` is who had the image for clients last, where the leases since were for maintenance only.
     """
 
     id: ImageId
@@ -405,6 +430,14 @@ class ImageRecord(Record):
     clean: bool = True
     stale: Stale = field(default_factory=dict)
     grant: Grant | None = None
+    used: Use | None = None
+
+    @property
+    def last_use(self) -> Use | None:
+        """Who has or had the image for clients last; None where nobody had it yet."""
+        if self.used is not None or self.holder is None:
+            return self.used
+        return Use(epoch=self.epoch, holder=self.holder)
 
     @property
     def key(self) -> str:
@@ -438,6 +471,8 @@ class ImageRecord(Record):
         granted: dict[str, Json] = {}
         if self.grant is not None:
             granted["grant"] = {**self.grant.extra, **self.grant._fields()}
+        if self.used is not None:
+            granted["used"] = {**self.used.extra, **self.used._fields()}
         return {
             **granted,
             "id": self.id,
@@ -481,6 +516,7 @@ class ImageRecord(Record):
             clean=fields.boolean("clean"),
             stale=_stale(fields),
             grant=_grant(fields),
+            used=_used(fields),
             extra=fields.rest(),
         )
         problem = _problem_of_image(record)
@@ -524,6 +560,12 @@ def _grant(fields: Fields) -> Grant | None:
     if not fields.has("grant"):
         return None
     return Grant._take(fields.within("grant", fields.mapping("grant")))
+
+
+def _used(fields: Fields) -> Use | None:
+    if not fields.has("used"):
+        return None
+    return Use._take(fields.within("used", fields.mapping("used")))
 
 
 def _image_bytes(fields: Fields) -> int:

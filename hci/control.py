@@ -26,6 +26,9 @@ DEADLINE_S = 5.0
 DIGEST_DEADLINE_S = 600.0
 """For reading a range of shards whole."""
 
+RESIZE_DEADLINE_S = 690.0
+"""For a resize: above what a gateway lets its caller wait, so that it is the gateway that tells."""
+
 SERVER_THREADS = 8
 """Calls served at once. They are few and short, digests aside."""
 
@@ -61,9 +64,9 @@ class _Client:
         """End the connection; calls under way fail."""
         self._channel.close()
 
-    def _call(self, method: Callable[..., T], request: Any) -> T:
+    def _call(self, method: Callable[..., T], request: Any, deadline_s: float | None = None) -> T:
         try:
-            return method(request, timeout=self._deadline_s)
+            return method(request, timeout=deadline_s or self._deadline_s)
         except grpc.RpcError as error:
             raise self._translated(error) from error
 
@@ -127,7 +130,7 @@ class GatewayClient(_Client):
     def resize(self, image: ImageId, size_bytes: int, *, force: bool) -> int:
         """Change the size of an image that no other gateway holds; return the size it has now."""
         request = pb.ResizeRequest(image_id=image, size_bytes=size_bytes, force=force)
-        return self._call(self._stub.Resize, request).size_bytes
+        return self._call(self._stub.Resize, request, RESIZE_DEADLINE_S).size_bytes
 
 
 def server(daemon: str, address: Endpoint, register: Callable[[grpc.Server], None]) -> grpc.Server:

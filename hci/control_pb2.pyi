@@ -111,7 +111,9 @@ class NodeStatus(_message.Message):
     start_counter: _builtins.int
     """Grows at each start."""
     capacity_bytes: _builtins.int
+    """Of the file system that the store is on."""
     used_bytes: _builtins.int
+    """By the store's own files; 0 where they are not counted yet."""
     images: _builtins.int
     """Images with data or a record here."""
     connections: _builtins.int
@@ -239,7 +241,9 @@ class ShardDigest(_message.Message):
     BLAKE3_FIELD_NUMBER: _builtins.int
     shard: _builtins.int
     blake3: _builtins.bytes
-    """32 bytes of BLAKE3 over the whole shard, holes as zeroes."""
+    """32 bytes of BLAKE3 over the whole shard, holes as zeroes. Empty where the node has the shard and
+    cannot read it: it is damaged.
+    """
     def __init__(
         self,
         *,

@@ -30,13 +30,14 @@ from vmstore.caretaker import Caretaker
 from vmstore.catalog import Catalog
 from vmstore.errors import OtherCluster, UnknownImage
 from vmstore.exports import Exports
-from vmstore.holder import Holder, Phase
+from vmstore.holder import Holder, Phase, closing_waits_for
+from vmstore.resizing import RESIZE_LIMIT_S
+from vmstore.served import Served
 from vmstore.serving import OpenImage
 
 log = structlog.get_logger()
 
 POLL_S = 0.5
-RETRY_S = 1.0
 BACKLOG = 128
 
 _STATES = {
@@ -58,7 +59,7 @@ def serve(config: Config, name: str) -> None:
     # Held until this process dies: its leases may be taken over by whoever gets it next.
     lock = daemon.take_lock(own.run_dir / "gateway.lock")
     try:
-        GatewayDaemon(config, own, ending).run()
+        GatewayDaemon(config, own, ending, daemon.lock_id(lock)).run()
     finally:
         lock.close()
     ending.raise_failure()
@@ -67,7 +68,9 @@ def serve(config: Config, name: str) -> None:
 class GatewayDaemon:
     """One gateway."""
 
-    def __init__(self, config: Config, own: GatewayConfig, ending: daemon.Ending) -> None:
+    def __init__(
+        self, config: Config, own: GatewayConfig, ending: daemon.Ending, lock: str
+    ) -> None:
         self.config = config
         self.own = own
         self.ending = ending
@@ -86,6 +89,8 @@ class GatewayDaemon:
             holder=self.holder,
             local_node=lambda: self._local_node,
             lease=self._lease,
+            served=Served(self.holder, path=own.run_dir / "served.json", boot=daemon.boot_id()),
+            lock=lock,
             heal_limits=config.heal,
         )
         self.exports.failed = ending.fail
@@ -164,24 +169,28 @@ class GatewayDaemon:
 
     def _wait_for_etcd(self) -> bool:
         """Begin as soon as etcd answers; return False if told to end before."""
-        while not self.ending.due:
-            try:
-                self.catalog.init_cluster(self.config.cluster.id)
-                self.exports.start()
-                self.etcd.watch(keys.NODES, self._on_nodes)
-                self.caretaker.watch()
-                self._link_nodes()
-            except OtherCluster as error:
-                raise DaemonError(str(error)) from error
-            except EtcdError as error:
-                if not self.trouble:
-                    log.warning("start_waits", gateway=self.own.name, why=str(error))
-                self.trouble = str(error)
-                self.ending.wait(RETRY_S)
-            else:
-                self.trouble = ""
-                return True
-        return False
+        steps = (
+            lambda: self.catalog.init_cluster(self.config.cluster.id),
+            self.exports.start,
+            lambda: self.etcd.watch(keys.NODES, self._on_nodes),
+            self.caretaker.watch,
+            self._link_nodes,
+        )
+        try:
+            taken = daemon.take_steps(steps, self.ending, self._start_waits)
+        except OtherCluster as error:
+            raise DaemonError(str(error)) from error
+        if taken < len(steps):
+            if taken > steps.index(self.exports.start):
+                self.exports.stop()
+            return False
+        self.trouble = ""
+        return True
+
+    def _start_waits(self, error: EtcdError) -> None:
+        if not self.trouble:
+            log.warning("start_waits", gateway=self.own.name, why=str(error))
+        self.trouble = str(error)
 
     def _on_nodes(self, _notice: Notice) -> None:
         self._nodes_changed.set()
@@ -331,7 +340,10 @@ class GatewayControl(GatewayControlServicer):
         try:
             self._gateway.exports.resize(names[0], request.size_bytes, force=request.force)
         except TimeoutError as error:
-            raise HciError(f"image {names[0]} did not open in time; see `hci status`") from error
+            raise HciError(
+                f"image {names[0]} is still being resized after {RESIZE_LIMIT_S:.0f} s, and that "
+                "goes on; `hci image info` says when it has its new size"
+            ) from error
         return pb.ResizeReply(size_bytes=request.size_bytes)
 
 
@@ -376,6 +388,8 @@ def _image_status(image: OpenImage, heal: pb.Progress | None = None) -> pb.OpenI
     if holder.phase is Phase.SERVING and stalled_by:
         status.state = pb.OpenImage.STATE_READS_ONLY
         status.trouble = status.trouble or f"writes wait for {', '.join(stalled_by)}"
+    if holder.phase is Phase.CLOSING and stalled_by:
+        status.trouble = f"it waits {closing_waits_for(holder)}"
     return status
 
 

@@ -222,6 +222,9 @@ def _judge_open(image: pb.OpenImage) -> Iterator[Problem]:
     elif image.state == pb.OpenImage.STATE_READS_ONLY:
         what = f"writes to {image.name} wait{told}"
         yield Problem(Health.UNAVAILABLE, what, "bring its nodes back; writes resume by themselves")
+    elif image.state == pb.OpenImage.STATE_CLOSING and image.trouble:
+        what = f"{image.name} cannot be closed{told}"
+        yield Problem(Health.UNAVAILABLE, what, "bring them back; it opens again after that")
     elif image.state == pb.OpenImage.STATE_STALLED:
         what = f"{image.name} is stalled{told}"
         yield Problem(
@@ -334,7 +337,7 @@ def _node(
         address=record.address if record else str(here.listen) if here else "",
         data_dir=(status.data_dir if status else "") or (str(here.data_dir) if here else None),
         capacity_bytes=status.capacity_bytes if status else _capacity(record),
-        used_bytes=status.used_bytes if status else None,
+        used_bytes=(status.used_bytes or None) if status else None,
         trouble=trouble,
     )
 

@@ -190,6 +190,23 @@ class DevCluster:
         answer: dict[str, Any] = json.loads(done.stdout)
         return answer
 
+    def must_be_equal(self, image: str) -> None:
+        """Asserts that `hci image check` compared all nodes in sync, and found them equal.
+
+        A node that was just started answers a moment later.
+        """
+        deadline = time.monotonic() + HEALTH_TIMEOUT_S
+        while (report := self.check(image))["missing"] and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert report["equal"], report
+        info = self.info(image)
+        stale = {(entry["replica_set"], entry["node"]) for entry in info["stale"]}
+        in_sync = [
+            [node for node in nodes if (index, node) not in stale]
+            for index, nodes in enumerate(info["replica_sets"])
+        ]
+        assert report["compared"] == in_sync, report
+
     def url(self, image: str) -> str:
         """The image's NBD URI as `hci image url` prints it."""
         return self.hci("image", "url", f"{POOL}/{image}").strip()
@@ -223,7 +240,7 @@ class DevCluster:
         with _sigint_ignored():
             with contextlib.suppress(OSError, subprocess.SubprocessError):
                 if self.config.exists():
-                    self.try_hci("dev", "stop", timeout_s=30)
+                    self.try_hci("dev", "stop", timeout_s=60)
             for pid in self.processes():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

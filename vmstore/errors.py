@@ -25,6 +25,8 @@ HciError
     ├── ImageExists
     ├── ShrinkRefused             a smaller size without being forced
     ├── InUse                     a gateway has the image open
+    ├── BeingResized              another change of the image's size is under way
+    ├── ClientBarred              the image was another gateway's since this client had it
     └── Conflict                  a transaction lost against another one
         ├── RecordChanged         read again and decide anew
         ├── LeaseLost             the lease is another's or gone: stop serving
@@ -258,6 +260,25 @@ class InUse(VmstoreError):
         self.gateway = gateway
         super().__init__(
             f"{image} is in use on gateway {gateway}; stop the guest or tool that has it open there"
+        )
+
+
+class BeingResized(VmstoreError):
+    """Another change of an image's size is under way."""
+
+    def __init__(self, image: str) -> None:
+        self.image = image
+        super().__init__(f"{image} is being resized already; try again when that is done")
+
+
+class ClientBarred(VmstoreError):
+    """A process had the image open before another gateway did, and must not have it again."""
+
+    def __init__(self, image: str) -> None:
+        self.image = image
+        super().__init__(
+            f"{image} was open on another gateway after this process had it open here, and what "
+            "it may still send must not overwrite that; end this process and start it anew"
         )
 
 

@@ -584,3 +584,13 @@ class Holder:
         if self.proposal is not None:
             assert self.proposal.generation == self.record.generation + 1, "one step at a time"
             assert self.proposal.epoch == self.record.epoch, "epochs change with the lease only"
+
+
+def closing_waits_for(holder: Holder) -> str:
+    """Say what an image that is being closed waits for, as the end of a sentence."""
+    nodes = holder.stalled_by() if holder.phase is Phase.CLOSING else []
+    if nodes:
+        return f"for {', '.join(nodes)}, without which its last writes cannot be flushed"
+    if holder.phase is Phase.CLOSING:
+        return "for its last writes to be flushed"
+    return "for etcd to take its lease back"

@@ -83,21 +83,29 @@ class Holding:
         gateway: str,
         holder: str,
         etcd_lease: int,
+        lock: str | None = None,
         instead_of: Stored[LeaseRecord] | None = None,
         maintenance: bool = False,
     ) -> Held:
         """Take an image's lease for the process `holder`: the epoch rises and `clean` goes.
 
-        `instead_of` is a lease that the caller may replace: that of a former process of the same
-        gateway, which is surely dead, or one for maintenance, whose holder the epoch fences. With
-        `maintenance` the lease is such a one itself. Raises InUse where another has the lease, and
-        RecordChanged where the record is no longer `image`. `clean` of the record that was read
-        says whether the last holder ended well; that of the result is always false.
+        `lock` names the lock file that the process holds. `instead_of` is a lease that the caller
+        may replace: that of a former process of the same gateway, which is surely dead, or one for
+        maintenance, whose holder the epoch fences. With `maintenance` the lease is such a one
+        itself, and the record keeps who had the image for clients before. Raises InUse where
+        another has the lease, and RecordChanged where the record is no longer `image`. `clean` of
+        the record that was read says whether the last holder ended well; that of the result is
+        always false.
         """
         before = image.record
-        record = replace(before, epoch=before.epoch + 1, holder=holder, clean=False)
+        used = before.last_use if maintenance else None
+        record = replace(before, epoch=before.epoch + 1, holder=holder, clean=False, used=used)
         lease = LeaseRecord(
-            gateway=gateway, holder=holder, epoch=record.epoch, maintenance=maintenance
+            gateway=gateway,
+            holder=holder,
+            epoch=record.epoch,
+            lock=lock,
+            maintenance=maintenance,
         )
         lease_key = keys.lease(before.id)
         free: tuple[Compare, ...] = (KeyAbsent(lease_key),)
@@ -119,14 +127,21 @@ class Holding:
         return Held(Stored(image.key, record, image_put.value, revision), lease, etcd_lease)
 
     def claim(self, held: Held) -> Held:
-        """Make a lease for maintenance one that nobody takes over: a client wants the image."""
+        """Make a lease for maintenance one that nobody takes over: a client wants the image.
+
+        From now on the record says that the holder has the image for clients.
+        """
         lease = replace(held.lease, maintenance=False)
         if lease == held.lease:
             return held
         put = Put(keys.lease(held.record.id), lease.encode(), held.etcd_lease)
-        if commit(self._etcd, self._holds(held), [put], self._lease_found(put)) is None:
+        record = replace(held.record, used=None)
+        image_put = Put(held.image.key, record.encode())
+        revision = commit(self._etcd, self._holds(held), [put, image_put], self._lease_found(put))
+        if revision is None:
             self._explain(held)
-        return replace(held, lease=lease)
+        stored = Stored(image_put.key, record, image_put.value, revision)
+        return replace(held, image=stored, lease=lease)
 
     def retake_lease(self, held: Held, etcd_lease: int) -> Held:
         """Take a lease that merely lapsed again, under a new etcd lease and the same epoch.

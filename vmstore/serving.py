@@ -10,9 +10,9 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -20,7 +20,7 @@ from arbiter.client import Arbiters
 from engine import Gateway
 from etcd.errors import EtcdError
 from etcd.lease import Session
-from etcd.records import ImageRecord
+from etcd.records import ImageRecord, LeaseRecord
 from shard.digest import membership_digest
 from shard.errors import HciError
 from shard.ids import ImageId
@@ -34,7 +34,11 @@ from vmstore.holder import OPEN_LIMIT_S, Holder, Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName
 from vmstore.progress import HealLog
+from vmstore.served import Served
 from vmstore.stored import Stored
+
+if TYPE_CHECKING:
+    from vmstore.resizing import Resize
 
 log = structlog.get_logger()
 
@@ -66,9 +70,10 @@ class OpenImage:
     waiting: list[tuple[int, ImageName]] = field(default_factory=list)
     """Clients that are answered when it is open."""
     users: set[int] = field(default_factory=set)
-    pins: "list[Future[OpenImage]]" = field(default_factory=list)
-    """Users inside this process that wait; once served they count as users."""
-    zeroed: "Future[None] | None" = None
+    resize: "Resize | None" = None
+    """A change of its size that is under way."""
+    late: dict[int, float] = field(default_factory=dict)
+    """Since when clients wait for it to be closed."""
     last_trouble: str = ""
 
 
@@ -76,7 +81,9 @@ class Serving(ABC):
     """Holds images of one cluster open in one engine.
 
     `lease` makes an etcd lease session, given what to call when it is lost and renewed. `voters` is
-    where arbiters are asked, over gRPC unless given.
+    where arbiters are asked, over gRPC unless given. `served` knows the clients of former processes
+    of this gateway. `lock` names the lock file that this process holds until it dies: leases under
+    the same one are those of its dead predecessors.
     """
 
     def __init__(
@@ -90,6 +97,8 @@ class Serving(ABC):
         lease: Callable[[Callable[[], None], Callable[[float], None]], Session],
         heal_limits: HealLimits,
         voters: Voters | None = None,
+        served: Served | None = None,
+        lock: str | None = None,
     ) -> None:
         self._engine = engine
         self._catalog = catalog
@@ -97,6 +106,8 @@ class Serving(ABC):
         self._holder_id = holder
         self._local_node = local_node
         self._new_lease = lease
+        self._lock = lock
+        self._served = served or Served(holder)
         self._voters = voters or Arbiters()
         self._granter = Granter(catalog, self._voters)
         self._heal_limits = heal_limits
@@ -282,7 +293,7 @@ class Serving(ABC):
             self._begin(image, held)
 
         def failed(error: HciError) -> None:
-            wanted = bool(image.users or image.waiting or image.pins) and not self._stopping
+            wanted = bool(image.users or image.waiting) and not self._stopping
             if wanted and granting.may_pass(error) and time.monotonic() < give_up_s:
                 if not image.holder.trouble:
                     log.warning("open_waits", image=str(image.name), why=str(error))
@@ -305,35 +316,50 @@ class Serving(ABC):
             if isinstance(error, EtcdError):
                 self._after(RELEASE_RETRY_S, lambda: self._let_go(held))
 
-        self._later(lambda: self._catalog.release(held, clean=False), _nothing_to_do, failed)
+        self._later(lambda: self._catalog.release(held, clean=False), nothing_more, failed)
 
     def _try_to_take(self, image: OpenImage) -> Held:
         assert self._lease is not None
         for attempt in range(TAKE_ATTEMPTS):
             stored = self._catalog.image(image.image)
             lease = self._catalog.lease_of(image.image)
-            # A lease of this gateway is that of a former process: we hold its lock, so it is dead.
-            mine = lease is not None and lease.record.gateway == self._gateway
+            mine = lease is not None and self._is_of_the_dead(lease.record)
             # One for maintenance yields, but not to another such.
             yields = lease is not None and lease.record.maintenance and not image.maintenance
             try:
-                return self._catalog.take_lease(
+                held = self._catalog.take_lease(
                     stored,
                     gateway=self._gateway,
                     holder=self._holder_id,
                     etcd_lease=self._lease.lease,
+                    lock=self._lock,
                     instead_of=lease if mine or yields else None,
                     maintenance=image.maintenance,
                 )
+                self._served.taken(stored.record, held.record)
+                return held
             except InUse as error:
-                raise InUse(str(image.name), error.gateway) from error
+                other = error.gateway
+                if other == self._gateway:
+                    other += " (another one of this name, or this one before its host restarted)"
+                raise InUse(str(image.name), other) from error
             except RecordChanged:
                 if attempt + 1 == TAKE_ATTEMPTS:
                     raise
         raise AssertionError("the last attempt returns or raises")
 
+    def _is_of_the_dead(self, lease: LeaseRecord) -> bool:
+        """Whether a lease is that of a former process of ours: we hold its lock, so it is dead.
+
+        The name alone does not say so: two hosts may have been given the same one.
+        """
+        return lease.gateway == self._gateway and lease.lock in (None, self._lock)
+
     def _step(self, image: OpenImage, event: events.Event) -> None:
         """Have the image's holder decide, and carry out what it says."""
+        if isinstance(event, events.Lost | events.Fenced):
+            self._served.lost(image.image)
+            self._later(self._served.save, nothing_more, nothing_more)
         for effect in image.holder.step(event):
             self._carry_out(image, effect)
         trouble = image.holder.trouble
@@ -397,6 +423,10 @@ class Serving(ABC):
             local=image.node_names.index(local) if local in names else None,
         )
         self._tell_deadline(image)
+        assert image.held is not None and self._lease is not None
+        if image.held.etcd_lease != self._lease.lease:
+            # Taken on a session that ended before we heard of it: nobody else takes it again.
+            self._retake(image)
 
     def _indexes(self, image: OpenImage, nodes: tuple[str, ...]) -> list[int]:
         return [image.node_names.index(node) for node in nodes]
@@ -518,6 +548,10 @@ class Serving(ABC):
         """The image is closed, and may be opened anew."""
 
     @abstractmethod
+    def _zeroed(self, image: OpenImage, done: bool) -> None:
+        """What was asked to be zeroed is, or cannot be."""
+
+    @abstractmethod
     def _on_client(self, event: dict[str, Any]) -> None:
         """An NBD client asks for something, or is gone."""
 
@@ -538,10 +572,7 @@ class Serving(ABC):
 
     def _on_image(self, image: OpenImage, kind: str, event: dict[str, Any]) -> None:
         if kind == "zeroed":
-            if image.zeroed is not None and event["done"]:
-                image.zeroed.set_result(None)
-            elif image.zeroed is not None:
-                image.zeroed.set_exception(HciError(f"image {image.name} could not be cut off"))
+            self._zeroed(image, event["done"])
             return
         node = image.node_names[event["node"]] if "node" in event else ""
         match kind:
@@ -593,7 +624,14 @@ class Serving(ABC):
                 self._tell_deadline(image)
 
     def _tell_deadline(self, image: OpenImage) -> None:
+        """Tell the engine how long an image's lease certainly lives, if it lives on our session.
+
+        After the session's end the images' leases are taken again one by one; until its own is, an
+        image has the deadline that it had.
+        """
         assert self._lease is not None
+        if image.held is None or image.held.etcd_lease != self._lease.lease:
+            return
         deadline_ns = int(max(0.0, self._lease.deadline_s) * 1e9)
         self._engine.set_lease_deadline(image.channel, deadline_ns)
 
@@ -658,8 +696,8 @@ def _nothing() -> None:
     """Time has passed."""
 
 
-def _nothing_to_do(_result: object) -> None:
-    """It is done."""
+def nothing_more(_outcome: object) -> None:
+    """Whatever came of it was logged."""
 
 
 def _peeked(node: str, event: dict[str, Any]) -> events.Peeked:

@@ -66,6 +66,18 @@ def size(size_bytes: int | None) -> str | None:
 
 
 @contextmanager
+def waiting(title: str) -> Iterator[None]:
+    """Show a person that something goes on whose end nobody can tell."""
+    if not sys.stdout.isatty():
+        yield
+        return
+    from rich.text import Text
+
+    with console().status(Text(title)):
+        yield
+
+
+@contextmanager
 def progress(title: str) -> Iterator[Callable[[float], None]]:
     """Give a function to call with the part that is done, from 0 to 1."""
     if not sys.stdout.isatty():

@@ -20,8 +20,9 @@ from hci.dev import health, holder, layout, ports, process
 from hci.dev.process import Process
 from hci.errors import ConfigError, DevError
 
-STOP_GRACE_S = 20.0
-"""A gateway flushes its images and a node makes a checkpoint before they end."""
+STOP_GRACE_S = 30.0
+"""A gateway flushes its images and a node makes a checkpoint before they end. More than a gateway
+waits for its images (`vmstore.serving.STOP_S`), by what it does before and after that."""
 
 HOLDER = "holder"
 

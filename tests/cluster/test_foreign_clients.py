@@ -100,7 +100,7 @@ def test_fio_verify_with_fsync_passes(shared: DevCluster, tmp_path: Path) -> Non
     shared.create("fio", f"{SIZE_MIB}M")
     with VerifyingFio(shared.url("fio"), 11, tmp_path) as fio:
         fio.finish()
-    assert shared.check("fio")["equal"]
+    shared.must_be_equal("fio")
 
 
 def test_many_images_at_once_through_one_gateway_do_not_mix(shared: DevCluster) -> None:

@@ -40,7 +40,7 @@ def busy(shared: DevCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             enough.set()
         load.result()
     assert shared.health() == "ok"
-    assert shared.check("busy")["equal"]
+    shared.must_be_equal("busy")
 
 
 def write_and_verify(

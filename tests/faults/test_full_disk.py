@@ -59,4 +59,4 @@ def test_a_full_disk_leaves_its_node_behind_and_writes_go_on(small_disk: DevClus
     status = cluster.json("status")
     assert status["health"] == "degraded"
     assert "disk is full" in str(status)
-    assert cluster.check("web")["equal"]
+    cluster.must_be_equal("web")

@@ -95,7 +95,7 @@ def test_node_killed_under_fio_verify_is_healed_and_serves_alone(
             fio.finish()
         cluster.run(other)
         cluster.await_health("ok")
-        assert cluster.check(image)["equal"]
+        cluster.must_be_equal(image)
         cluster.remove(image)
 
 
@@ -126,7 +126,7 @@ def test_healed_node_gives_what_it_missed(cluster: DevCluster) -> None:
         assert writer.error is None
         assert writer.verify(session) == []
     cluster.await_health("ok")
-    assert cluster.check("missed")["equal"]
+    cluster.must_be_equal("missed")
 
 
 def test_only_what_differs_travels(cluster: DevCluster) -> None:
@@ -144,7 +144,7 @@ def test_only_what_differs_travels(cluster: DevCluster) -> None:
         assert done["node"] == "node2" and done["finished_at"] is not None
         differ_bytes = (128 << 20) // 8
         assert differ_bytes <= done["bytes_done"] <= 1.1 * differ_bytes
-    assert cluster.check("little")["equal"]
+    cluster.must_be_equal("little")
 
 
 @pytest.mark.parametrize("killed", ["node2", "node3", "gateway1"])
@@ -175,7 +175,7 @@ def test_heal_that_is_interrupted_goes_on(cluster: DevCluster, killed: str, tmp_
                     assert session.call("read", first, RUN_BLOCKS) == wanted
         cluster.run("node1")
         await_in_sync(cluster, "creeps")
-        assert cluster.check("creeps")["equal"]
+        cluster.must_be_equal("creeps")
 
 
 def test_node_that_missed_next_to_nothing_is_in_sync_at_once(cluster: DevCluster) -> None:

@@ -81,7 +81,6 @@ def verify_twice(cluster: DevCluster, image: str, writer: FlushedWriter, seed: i
     cluster.await_health("ok", "healing")
     with NbdSession(cluster.url(image), seed) as session:
         assert writer.verify(session) == []
-    verdict = cluster.check(image)
-    assert verdict["equal"], verdict
+    cluster.must_be_equal(image)
     with NbdSession(cluster.url(image), seed) as session:
         assert writer.verify(session) == []

@@ -187,7 +187,7 @@ def test_node_that_was_left_behind_is_not_believed_alone(pair: DevCluster) -> No
     pair.kill("node2")
     pair.run("node1")
     pair.await_nodes("up", "node1")
-    refuse(pair, "left", "waited 20 s for node2")
+    refuse(pair, "left", "node2")
     pair.run("node2")
     pair.await_nodes("up", "node2")
     with NbdSession(pair.url("left"), 5) as session:
@@ -200,7 +200,10 @@ def test_degraded_image_is_opened_only_with_the_arbiter(pair: DevCluster) -> Non
         session.call("write", 0, 16, 1)
         pair.kill("node1")
         session.call("write", 0, 16, 2)
+    # A gateway that granted itself the image goes on with it; a new one has to ask.
+    pair.kill("gateway1")
     pair.kill("arbiter")
+    pair.run("gateway1")
     refuse(pair, "degraded", "arbiter arbiter does not answer")
     pair.run("arbiter")
     with NbdSession(pair.url("degraded"), 6) as session:
@@ -265,7 +268,7 @@ def test_etcd_put_back_does_not_bring_a_stale_node_back() -> None:
         for member in ("etcd", "arbiter", "node1", "gateway1"):
             cluster.run(member)
         assert stale(cluster, "rolled") == [], "etcd is back before node1 was left behind"
-        refuse(cluster, "rolled", "a later change of the nodes in sync is confirmed")
+        refuse(cluster, "rolled", "etcd lost history")
 
 
 def test_arbiter_that_lost_its_disk_is_refused_and_replaced(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_writes_wait_while_two_nodes_are_down_and_resume_when_one_is_back(
         session.call("flush")
         assert session.call("read", 0, 64) == [3] * 16 + [2] * 16 + [1] * 32
         assert [entry["node"] for entry in cluster.info("quorum")["stale"]] == ["node2"]
-    assert cluster.check("quorum")["equal"]
+    cluster.must_be_equal("quorum")
     with NbdSession(cluster.url("quorum"), 5) as session:
         assert session.call("read", 0, 64) == [3] * 16 + [2] * 16 + [1] * 32
 

@@ -1,6 +1,7 @@
 """The control services: errors that a person can act on, from both ends."""
 
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,8 +22,11 @@ from hci.dev import ports
 from hci.errors import ConfigError, Refused, Unreachable
 from shard.errors import HciError
 from shard.ids import image_id
+from vmstore.resizing import RESIZE_LIMIT_S
 
 IMAGE = image_id("ab" * 16)
+SLOW_BYTES = 1 << 20
+SHORT_DEADLINE_S = 0.3
 
 
 class Node(NodeControlServicer):
@@ -44,6 +48,9 @@ class Node(NodeControlServicer):
 
 class Gateway(GatewayControlServicer):
     def Resize(self, request: Any, context: Any) -> pb.ResizeReply:  # noqa: N802
+        if request.size_bytes == SLOW_BYTES:
+            time.sleep(3 * SHORT_DEADLINE_S)
+            return pb.ResizeReply(size_bytes=SLOW_BYTES)
         if not request.force:
             raise HciError("vms/a would shrink; use --force")
         raise RuntimeError("a slip")
@@ -124,3 +131,10 @@ def test_daemon_that_is_silent_is_given_up_at_the_deadline() -> None:
 def test_server_on_a_port_in_use_says_which(address: Endpoint) -> None:
     with pytest.raises(ConfigError, match=f"node2 cannot listen at {address}: another program"):
         control.server("node2", address, lambda _server: None)
+
+
+def test_resize_is_waited_for_longer_than_the_gateway_takes(address: Endpoint) -> None:
+    # A shrink that took longer than other calls was reported as failed while it went on.
+    with GatewayClient("gateway1", address, deadline_s=SHORT_DEADLINE_S) as gateway:
+        assert gateway.resize(IMAGE, SLOW_BYTES, force=True) == SLOW_BYTES
+    assert control.RESIZE_DEADLINE_S > RESIZE_LIMIT_S

@@ -113,8 +113,9 @@ def test_pair_with_an_arbiter_says_how_it_is(found: Survey, health: Health, told
     assert told in said
 
 
-def opened(state: "pb.OpenImage.State.ValueType") -> GatewayView:
-    return GatewayView("gateway1", "up", "h", "", [pb.OpenImage(name="vms/a", state=state)])
+def opened(state: "pb.OpenImage.State.ValueType", trouble: str = "") -> GatewayView:
+    image = pb.OpenImage(name="vms/a", state=state, trouble=trouble)
+    return GatewayView("gateway1", "up", "h", "", [image])
 
 
 def healing(trouble: str, heal: pb.Progress | None = None) -> GatewayView:
@@ -206,6 +207,11 @@ def test_cluster_without_problems_is_ok() -> None:
             replace(WELL, gateways=(opened(pb.OpenImage.STATE_READS_ONLY),)),
             Health.UNAVAILABLE,
             "writes to vms/a wait",
+        ),
+        (
+            replace(WELL, gateways=(opened(pb.OpenImage.STATE_CLOSING, "it waits for node2"),)),
+            Health.UNAVAILABLE,
+            "vms/a cannot be closed: it waits for node2",
         ),
         (
             replace(WELL, gateways=(opened(pb.OpenImage.STATE_STALLED),)),

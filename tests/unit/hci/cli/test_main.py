@@ -117,6 +117,8 @@ def test_wrong_usage_ends_with_2(hci: Run, arguments: tuple[str, ...]) -> None:
     [
         (("image", "create", "vms/a", "0"), "size of an image is zero"),
         (("image", "create", "vms/a", "ten"), "'ten' is not a size"),
+        (("image", "create", "vms/a", "-5"), "'-5' is negative; sizes and counts are not"),
+        (("image", "resize", "vms/there", "-1G"), "'-1G' is negative"),
         (("image", "create", "vms/a", "257T"), "beyond the limit of an image, 256 TiB"),
         (("image", "create", "vms/a", "1000"), "not a multiple of 512; the next larger is 1024"),
         (("image", "create", "vms", "1G"), "names no image: write POOL/NAME"),
@@ -146,6 +148,11 @@ def test_wrong_usage_ends_with_2(hci: Run, arguments: tuple[str, ...]) -> None:
         (("dev", "kill", "node9"), "no member 'node9' in"),
         (("dev", "kill", "node1"), "node1 is not running; see `hci dev status`"),
         (("dev", "run", "node1"), "node1 needs etcd, which is not running: `hci dev run etcd`"),
+        (("dev", "stop", "--dir", "/none"), "/none holds no cluster; `hci dev start /none` makes"),
+        (("dev", "status", "/none"), "/none holds no cluster"),
+        (("dev", "kill", "node1", "--dir", "/none"), "/none holds no cluster"),
+        (("dev", "run", "all", "--dir", "/none"), "/none holds no cluster"),
+        (("dev", "start", "/one", "--dir", "/two"), "/one and --dir /two are two folders"),
         (("status", "--config", "/none.toml"), "/none.toml: cannot be read: No such file"),
     ],
 )
@@ -274,6 +281,20 @@ def test_dev_start_in_a_folder_of_something_else_is_refused(hci: Run, tmp_path: 
 )
 def test_config_may_stand_anywhere(written: list[str], understood: list[str]) -> None:
     assert cli.config_first(written) == understood
+
+
+def test_dev_commands_take_the_folder_that_start_took(
+    hci: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Only `start` took it: to stop that cluster one had to know of HCI_CONFIG.
+    monkeypatch.delenv("HCI_CONFIG")
+    for arguments in (("status", str(tmp_path)), ("status", "--dir", str(tmp_path))):
+        status, printed, _ = hci("dev", *arguments, "--json")
+        assert status == 0
+        assert json.loads(printed)["dir"] == str(tmp_path)
+    status, _, complaint = hci("dev", "kill", "node1", "--dir", str(tmp_path))
+    assert (status, complaint) == (1, "hci: node1 is not running; see `hci dev status`\n")
+    assert hci("dev", "stop", str(tmp_path))[0] == 0
 
 
 def test_dev_cluster_without_an_arbiter_gets_none_later(hci: Run, tmp_path: Path) -> None:
