@@ -75,11 +75,13 @@ class Gateway:
         sets: list[tuple[int, int]],
         bytes_per_second: int,
         shards_at_once: int,
+        share_percent: int,
     ) -> None:
         """Make a stale node level (`healed`, or `heal_failed`).
 
         `serial` is that of its last `peeked`, `attempt` is given back in the events, `sets` says
         since which generation the node is stale in which replica sets. 0 bytes: no limit.
+        While clients ask for something it works `share_percent` of the time.
         """
 
     def end_heal(self, channel: int, attempt: int) -> None:

@@ -228,6 +228,7 @@ def _heal(table: "_Table") -> HealLimits:
     limits = HealLimits(
         bytes_per_second=table.take("bytes_per_second", _rate, usual.bytes_per_second),
         shards_at_once=table.take("shards_at_once", _shards_at_once, usual.shards_at_once),
+        share_percent=table.take("share_percent", _percent, usual.share_percent),
     )
     table.finish()
     return limits
@@ -407,6 +408,12 @@ def _rate(value: Any) -> int:
 def _shards_at_once(value: Any) -> int:
     if type(value) is not int or not 1 <= value <= 64:
         raise ValueError("must be a number from 1 to 64")
+    return value
+
+
+def _percent(value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= 100:
+        raise ValueError("must be a number from 1 to 100")
     return value
 
 

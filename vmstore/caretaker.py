@@ -30,7 +30,7 @@ NOTICED_S = (0.2, 1.5)
 POLL_S = (20.0, 40.0)
 """Between looks without a notice; they find what a notice was lost of, or what failed before."""
 
-FIRST_PAUSE_S = 15.0
+FIRST_PAUSE_S = 5.0
 LONGEST_PAUSE_S = 600.0
 """Until an image is tried again that was opened and not healed: each try raises its epoch."""
 
@@ -108,6 +108,7 @@ class Caretaker:
     def _begin(self, found: Sequence[ImageEntry], now_s: float) -> None:
         known = {entry.image.record.id for entry in found}
         self._tries = {image: tries for image, tries in self._tries.items() if image in known}
+        self._not_before_s = {i: s for i, s in self._not_before_s.items() if i in known}
         due = [e for e in found if self._not_before_s.get(e.image.record.id, now_s) <= now_s]
         self._chance.shuffle(due)
         for entry in due[: max(0, AT_ONCE - self._busy())]:
@@ -116,5 +117,7 @@ class Caretaker:
             pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(tries - 1, 16))
             self._not_before_s[image] = now_s + pause_s
             self._maintain(entry.name)
+        # Those under way are found leased by then, or to be tried again.
+        self._due_s = min([self._due_s, *self._not_before_s.values()])
         if len(due) > AT_ONCE:
             self._noticed.set()

@@ -31,6 +31,8 @@ class HealLimits:
     bytes_per_second: int = 128 << 20
     """0: as fast as it goes."""
     shards_at_once: int = 4
+    share_percent: int = 25
+    """Of the time, while guests want something: they keep the rest, and the budget is 70 %."""
 
 
 @dataclass(slots=True)

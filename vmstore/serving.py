@@ -464,6 +464,7 @@ class Serving(ABC):
             sets=list(heal.sets),
             bytes_per_second=self._heal_limits.bytes_per_second,
             shards_at_once=self._heal_limits.shards_at_once,
+            share_percent=self._heal_limits.share_percent,
         )
 
     def _change_membership(self, image: OpenImage, after: ImageRecord) -> None:

@@ -148,7 +148,8 @@ impl Gateway {
     }
 
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
-    #[pyo3(signature = (channel, *, node, serial, attempt, sets, bytes_per_second, shards_at_once))]
+    #[pyo3(signature = (channel, *, node, serial, attempt, sets, bytes_per_second, shards_at_once,
+                        share_percent))]
     fn heal(
         &self,
         channel: u32,
@@ -158,8 +159,9 @@ impl Gateway {
         sets: Vec<(usize, u64)>,
         bytes_per_second: u64,
         shards_at_once: usize,
+        share_percent: u64,
     ) -> PyResult<()> {
-        let limits = HealLimits { bytes_per_second, shards_at_once };
+        let limits = HealLimits { bytes_per_second, shards_at_once, share_percent };
         let spec = HealSpec { node, serial, attempt, sets, limits };
         self.order(Command::Heal { channel, spec })
     }

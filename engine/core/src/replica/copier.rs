@@ -19,6 +19,8 @@ use std::collections::VecDeque;
 
 /// Fetches in flight for one shard: enough to fill the wire.
 const FETCHES_AT_ONCE: usize = 2;
+/// Blocks of a fetch beside clients: no request of theirs waits long behind it.
+const NARROW_BLOCKS: u32 = 64;
 
 /// What a frame in flight was for.
 #[derive(Clone, Debug)]
@@ -97,8 +99,11 @@ pub(super) struct Copier {
     /// Data that was copied, and blocks that no replica has intact.
     pub copied_bytes: u64,
     pub bad_blocks: u64,
-    /// Bytes that limited jobs may still fetch.
+    /// Bytes that limited jobs may still fetch; `held`: none for now.
     pub allowance_bytes: i64,
+    pub held: bool,
+    /// Clients want the nodes too: one small fetch at a time.
+    pub narrow: bool,
 }
 
 impl Copier {
@@ -200,21 +205,32 @@ impl Copier {
     /// Keeps fetches in flight; true: the job was the last to have nothing left, and is gone.
     fn pump(&mut self, job_id: usize, stamp: CopyStamp) -> bool {
         loop {
-            let allowed = self.allowance_bytes > 0;
+            let allowed = self.allowance_bytes > 0 && !self.held;
+            let narrow = self.narrow;
             let job = &mut self.jobs[job_id];
-            if job.summaries_missing > 0 || job.in_flight as usize >= FETCHES_AT_ONCE {
+            let at_once = if job.limited && narrow { 1 } else { FETCHES_AT_ONCE };
+            if job.summaries_missing > 0 || job.in_flight as usize >= at_once {
                 return false;
             }
             if !job.runs.is_empty() && job.limited && !allowed {
                 return false;
             }
-            let Some(run) = job.runs.pop_front() else {
+            let Some(mut run) = job.runs.pop_front() else {
                 let done = job.in_flight == 0;
                 if done {
                     self.jobs.remove(job_id);
                 }
                 return done;
             };
+            if narrow && run.blocks > NARROW_BLOCKS {
+                let rest = CopyRun {
+                    first_block: run.first_block + NARROW_BLOCKS,
+                    blocks: run.blocks - NARROW_BLOCKS,
+                    ..run
+                };
+                job.runs.push_front(rest);
+                run.blocks = NARROW_BLOCKS;
+            }
             let (layer, shard) = (job.layer, job.shard);
             let (first_block, blocks) = (run.first_block, run.blocks);
             match run.source {

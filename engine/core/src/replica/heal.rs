@@ -38,6 +38,8 @@ pub struct HealLimits {
     /// 0: as fast as it goes.
     pub bytes_per_second: u64,
     pub shards_at_once: usize,
+    /// The part of the time that it may have something under way while clients ask for something.
+    pub share_percent: u64,
 }
 
 /// A heal as policy orders it.
@@ -91,6 +93,9 @@ pub(super) struct Heal {
     pub marked_to: Option<u64>,
     pub shards_done: u64,
     pub refilled_ns: u64,
+    /// Time that it may still use beside clients, and when that was last reckoned.
+    pub credit_ns: i64,
+    pub credited_ns: u64,
 }
 
 impl Heal {
@@ -140,6 +145,8 @@ impl ImageIo {
             marked_to: None,
             shards_done: 0,
             refilled_ns: self.now_ns,
+            credit_ns: 0,
+            credited_ns: self.now_ns,
             spec,
         });
         if is_up {

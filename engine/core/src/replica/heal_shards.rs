@@ -21,6 +21,11 @@ use crate::wire::{Frame, PAYLOAD_BYTES_MAX, Status, kind};
 use bytes::{Bytes, BytesMut};
 
 const SECOND_NS: u64 = 1_000_000_000;
+/// Without a client's request for so long a heal need not yield.
+const GUESTS_GONE_NS: u64 = SECOND_NS / 4;
+/// Most time that a heal saves up, or owes, beside clients.
+const CREDIT_NS: i64 = 20_000_000;
+const DEBT_NS: i64 = 500_000_000;
 
 /// What a frame in flight was for.
 #[derive(Clone, Debug)]
@@ -222,7 +227,11 @@ impl ImageIo {
             match heal.stage {
                 Stage::Listing if idle => heal.stage = Stage::Copying,
                 Stage::Copying => {
-                    if heal.jobs.len() >= heal.spec.limits.shards_at_once.max(1) {
+                    let at_once = match heal.copier.narrow {
+                        true => 1,
+                        false => heal.spec.limits.shards_at_once.max(1),
+                    };
+                    if heal.jobs.len() >= at_once || heal.copier.held {
                         return;
                     }
                     match heal.list.pop_first() {
@@ -439,10 +448,33 @@ impl ImageIo {
         if let Some(heal) = &mut self.heal {
             heal.copier.pump_all(stamp);
             self.send_heal_orders();
+            self.go_on_healing();
         }
     }
 
+    /// Whether the heal waits until it may use some time again.
+    pub(super) fn is_heal_held(&self) -> bool {
+        self.heal.as_ref().is_some_and(|heal| heal.copier.held)
+    }
+
+    /// Beside clients a heal works a part of the time only, and in small pieces: whatever it takes of the
+    /// hosts while it does, they have the rest of the time to themselves.
+    fn reckon_share(&mut self) {
+        let now_ns = self.now_ns;
+        let guests = now_ns.saturating_sub(self.asked_ns) < GUESTS_GONE_NS;
+        let Some(heal) = &mut self.heal else { return };
+        let share = heal.spec.limits.share_percent;
+        let passed_ns = now_ns.saturating_sub(heal.credited_ns).min(SECOND_NS) as i64;
+        let used_ns = if heal.asks.is_empty() { 0 } else { passed_ns };
+        let earned_ns = passed_ns * share.min(100) as i64 / 100;
+        heal.credited_ns = now_ns;
+        heal.credit_ns = (heal.credit_ns + earned_ns - used_ns).clamp(-DEBT_NS, CREDIT_NS);
+        heal.copier.narrow = guests && share < 100;
+        heal.copier.held = heal.copier.narrow && heal.credit_ns <= 0;
+    }
+
     fn refill_heal(&mut self) {
+        self.reckon_share();
         let now_ns = self.now_ns;
         let Some(heal) = &mut self.heal else { return };
         let rate = heal.spec.limits.bytes_per_second;

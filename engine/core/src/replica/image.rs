@@ -185,6 +185,8 @@ pub struct ImageIo {
     /// Time after which reads need the nodes' word that this is still the holder, and now.
     pub(super) lease_deadline_ns: u64,
     pub(super) now_ns: u64,
+    /// When a client last asked for something.
+    pub(super) asked_ns: u64,
     pub(super) read_turn: u8,
     pub(super) arena: BytesMut,
     pub outputs: VecDeque<Output>,
@@ -234,6 +236,7 @@ impl ImageIo {
             dirty_full: false,
             lease_deadline_ns: u64::MAX,
             now_ns: 0,
+            asked_ns: 0,
             read_turn: 0,
             arena: BytesMut::with_capacity(64 * 1024),
             outputs: VecDeque::new(),

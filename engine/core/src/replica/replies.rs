@@ -28,6 +28,9 @@ impl ImageIo {
             self.take_level(node, frame.clone())?;
             return self.take_heal(node, frame);
         }
+        if self.is_heal_held() {
+            self.pace();
+        }
         match frame.kind & !REPLY {
             kind::WRITE | kind::ZERO | kind::FLUSH | kind::CONFIRM => self.count(node, frame),
             kind::READ | kind::STATUS => self.take_read(node, frame),

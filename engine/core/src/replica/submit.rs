@@ -65,6 +65,7 @@ impl ImageIo {
             let outcome = Outcome::Failed(error);
             return self.outputs.push_back(Output::Answer { token, outcome });
         }
+        self.asked_ns = self.now_ns;
         let request = Request {
             token: Some(token),
             kind,

@@ -126,6 +126,7 @@ impl Cluster {
     /// Does one thing. `faults`: something may go wrong.
     pub fn step(&mut self, faults: bool) {
         self.now += 1;
+        self.io.set_now(self.now * 1_000_000);
         let node = self.random.below(NODES as u64) as usize;
         let burst = 1 + self.random.below(3);
         match self.random.below(100) {

@@ -155,7 +155,7 @@ impl Policy {
             serial: self.serial[index],
             attempt,
             sets: vec![(0, self.record.since[index])],
-            limits: HealLimits { bytes_per_second: 0, shards_at_once: 2 },
+            limits: HealLimits { bytes_per_second: 0, shards_at_once: 2, share_percent: 100 },
         });
     }
 
