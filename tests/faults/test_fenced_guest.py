@@ -18,6 +18,9 @@ __all__ = ["two"]
 # Time for the old guest's client to reconnect a few times, and to send again what it may.
 RECONNECTING_S = 6.0
 
+# Until the first refusal: a hang detector.
+REFUSED_S = 30.0
+
 
 def test_guest_of_a_fenced_gateway_never_writes_again(two: DevCluster, tmp_path: Path) -> None:
     # The gateway killed and forgot the image that it had lost. The other one had closed it by
@@ -76,12 +79,19 @@ def await_closed(cluster: DevCluster, image: str) -> None:
 
 def must_stay_barred(cluster: DevCluster, old: NbdSession, *late: Future[list[int]]) -> None:
     """No write is answered well: it waits for a reconnect, or ends with an error."""
-    # QEMU's client reconnects when it is asked for something.
-    writes = (*late, old.submit("write", 0, 64, 4))
+    log = Path(cluster.members()["gateway1"]["log"])
+    deadline = time.monotonic() + REFUSED_S
+    writes = [*late]
+    while "client_refused" not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()[-2000:]
+        # QEMU's client reconnects when it is asked for something, but not for what still came over
+        # the connection that it had.
+        if all(write.done() for write in writes):
+            writes.append(old.submit("write", 0, 64, 4))
+        time.sleep(0.2)
+    writes.append(old.submit("write", 0, 64, 5))
     time.sleep(RECONNECTING_S)
     for write in writes:
         if write.done():
             with pytest.raises(NbdError):
                 write.result()
-    log = Path(cluster.members()["gateway1"]["log"]).read_text()
-    assert "client_refused" in log, log[-2000:]
