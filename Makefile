@@ -50,8 +50,9 @@ fix: setup ## Repair what `check` can repair by itself, and write the generated 
 	cargo fmt --manifest-path engine/Cargo.toml --all
 	$(PYTHON) .ci/generate.py
 
-sim: setup ## The simulations (SEED=n replays one, ROUNDS=n tries that many)
-	HCI_SIM_SEED=$(SEED) HCI_SIM_ROUNDS=$(ROUNDS) $(PYTHON) -m pytest tests/sim $(PYTEST_FLAGS)
+sim: setup ## The engine's simulated histories (SEED=n replays one, ROUNDS=n tries that many)
+	HCI_SIM_SEED=$(SEED) HCI_SIM_ROUNDS=$(ROUNDS) cargo test --quiet $(CARGO_FLAGS) \
+	    --package hci-engine-core --lib replica::tests::histories
 
 bench: setup ## Measure against nbdkit and, where installed, Gluster; table and bench/results/
 	@$(PYTHON) -m bench
