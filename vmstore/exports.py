@@ -4,7 +4,6 @@ The first client that asks for an image has it opened, the last that leaves has 
 this happens on the deciding thread of `Serving`, but for what says otherwise.
 """
 
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -17,11 +16,12 @@ from shard.errors import HciError
 from shard.ids import ImageId
 from vmstore import events
 from vmstore.catalog import Catalog
+from vmstore.deciding import TICK_S, Deciding
 from vmstore.errors import InUse, ShrinkRefused, UnknownImage, UnknownPool
 from vmstore.holder import OPEN_LIMIT_S, Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName, parse_image_name
-from vmstore.serving import TICK_S, OpenImage, Serving
+from vmstore.serving import OpenImage, Serving
 from vmstore.stored import Stored
 
 ZERO_LIMIT_S = 600.0
@@ -40,9 +40,16 @@ class Exports(Serving):
         holder: str,
         local_node: Callable[[], str | None],
         lease: Callable[[Callable[[], None], Callable[[float], None]], Session],
+        deciding: Deciding | None = None,
     ) -> None:
         super().__init__(
-            engine, catalog, gateway=gateway, holder=holder, local_node=local_node, lease=lease
+            engine,
+            catalog,
+            gateway=gateway,
+            holder=holder,
+            local_node=local_node,
+            lease=lease,
+            deciding=deciding,
         )
         self._client_image: dict[int, ImageId] = {}
         self._gone: set[int] = set()
@@ -58,11 +65,11 @@ class Exports(Serving):
         """
         opened: Future[OpenImage] = Future()
         pin = self._take_pin()
-        self._queue.put(lambda: self._pin(name, pin, opened))
+        self._deciding.put(lambda: self._pin(name, pin, opened))
         try:
             self._resize(opened.result(timeout=OPEN_LIMIT_S + 10), size_bytes, force)
         finally:
-            self._queue.put(lambda: self._client_left(pin))
+            self._deciding.put(lambda: self._client_left(pin))
 
     def _take_pin(self) -> int:
         self._next_pin -= 1
@@ -80,13 +87,13 @@ class Exports(Serving):
             self._engine.zero(image.channel, size_bytes, former_bytes - size_bytes)
             image.zeroed.result(timeout=ZERO_LIMIT_S)
         resized: Future[None] = Future()
-        self._queue.put(lambda: self._store_size(image, size_bytes, resized))
+        self._deciding.put(lambda: self._store_size(image, size_bytes, resized))
         resized.result(timeout=OPEN_LIMIT_S)
 
     def _store_size(self, image: OpenImage, size_bytes: int, resized: "Future[None]") -> None:
         """Store a new size; no change of membership is under way meanwhile."""
         if image.holder.proposal is not None or image.holder.paused:
-            self._after(TICK_S, lambda: self._store_size(image, size_bytes, resized))
+            self._deciding.after(TICK_S, lambda: self._store_size(image, size_bytes, resized))
             return
         assert image.held is not None
         held = image.held
@@ -105,7 +112,7 @@ class Exports(Serving):
 
         def go_on() -> None:
             image.holder.paused = False
-            self._step(image, events.Tick(time.monotonic()))
+            self._step(image, events.Tick(self._deciding.now_s()))
 
         self._later(lambda: self._catalog.resize(held, size_bytes, force=True), stored, failed)
 

@@ -12,5 +12,7 @@ pub mod io;
 pub mod nbd;
 pub mod node;
 pub mod replica;
+#[cfg(any(test, feature = "simulation"))]
+pub mod simulation;
 pub mod store;
 pub mod wire;

@@ -126,6 +126,15 @@ pub(super) struct Part {
     pub clear_sequence: u64,
 }
 
+/// How much waits in an image: clients' requests, their parts, and sequences from the first one that is
+/// not answered on.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Queues {
+    pub requests: usize,
+    pub parts: usize,
+    pub unanswered: usize,
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Phase {
     Opening,
@@ -242,6 +251,15 @@ impl ImageIo {
         self.requests.len()
     }
 
+    /// How much waits here.
+    pub fn queues(&self) -> Queues {
+        Queues {
+            requests: self.requests.len(),
+            parts: self.parts.len(),
+            unanswered: self.window.len(),
+        }
+    }
+
     /// State of each replica, for people.
     pub fn replica_states(&self) -> Vec<(String, String)> {
         let name = |r: &Replica| (r.name.clone(), format!("{:?}", r.state).to_lowercase());
@@ -266,7 +284,8 @@ impl ImageIo {
         self.sets.iter().fold(NodeMask::EMPTY, |mask, set| mask.with(set.in_sync))
     }
 
-    pub(super) fn up(&self) -> NodeMask {
+    /// Replicas that serve.
+    pub fn up(&self) -> NodeMask {
         let up = |mask: NodeMask, (index, replica): (usize, &Replica)| match replica.state {
             ReplicaState::Up => mask.with(NodeMask::one(index as NodeIndex)),
             _ => mask,

@@ -29,7 +29,7 @@ mod submit;
 #[cfg(test)]
 mod tests;
 
-pub use image::{ImageIo, OpenSpec, SetSpec};
+pub use image::{ImageIo, OpenSpec, Queues, SetSpec};
 pub use link::{Link, LinkEvent, LinkTarget};
 
 use crate::content::Run;

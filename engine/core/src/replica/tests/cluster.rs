@@ -204,7 +204,7 @@ impl Cluster {
     }
 
     fn deliver_answer(&mut self, node: usize) {
-        let Some((connection, frame)) = self.nodes[node].answers.pop_front() else { return };
+        let Some((connection, frame)) = self.nodes[node].run().answers.pop_front() else { return };
         let link = &self.links[node];
         if link.up && link.connection == connection {
             let taken = self.io.receive(node as NodeIndex, frame);
@@ -434,7 +434,7 @@ impl Cluster {
         let in_sync = self.policy.record.in_sync;
         let mut contents = Vec::new();
         for node in in_sync.iter() {
-            let store = self.nodes[usize::from(node)].store.as_mut().expect("it runs");
+            let store = &mut self.nodes[usize::from(node)].run().store;
             let last_block = SHARD_BYTES / BLOCK_BYTES;
             let mut content = Vec::new();
             for (shard, first) in [(0, last_block - 2), (1, 0)] {
