@@ -178,6 +178,12 @@ impl Simulation {
         Ok(())
     }
 
+    fn reset(&self, gateway: usize, node: usize) -> PyResult<()> {
+        drop(self.at_node(node)?);
+        self.at_gateway(gateway)?.reset(gateway, node);
+        Ok(())
+    }
+
     fn set_path(&self, gateway: usize, node: usize, to_node: bool, open: bool) -> PyResult<()> {
         drop(self.at_node(node)?);
         let way = if to_node { Way::ToNode } else { Way::ToGateway };

@@ -238,6 +238,15 @@ impl World {
         }
     }
 
+    /// Breaks the connection between a gateway and a node, if there is one.
+    pub fn reset(&mut self, gateway: usize, node: usize) {
+        let links = &self.gateways[gateway].links;
+        let state = links.iter().find(|link| link.node == node).map(|link| link.state);
+        if let Some(LinkState::Ready { connection, .. }) = state {
+            self.end_link(gateway, connection, "reset");
+        }
+    }
+
     /// The gateway gives a connection up.
     fn end_link(&mut self, gateway: usize, connection: u64, why: &str) {
         let retry_at_ns = self.now_ns + RETRY_NS;
