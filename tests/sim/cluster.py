@@ -223,7 +223,7 @@ class Cluster:
         if process is not None:
             self.clock.end(process.process)
             self.nodes[node] = None
-        self.say(f"{self.names[node]} ends: {why}{' (power)' if power else ''}")
+        self.say(f"{self.names[node]} ends: {why}{' (memory lost)' if power else ''}")
         if power:
             self._node_power_lost()
         if self.supervised:

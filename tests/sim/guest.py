@@ -123,6 +123,8 @@ class Guest:
         gateway = self._gateway
         if self.life is not Life.CONNECTING or gateway is None or not gateway.process.alive:
             return
+        if self._client in gateway.engine.guests:
+            return
         if not gateway.started:
             self._shared.clock.after(0.1, self._connect)
             return

@@ -94,14 +94,18 @@ class Outcome:
 class History:
     """Plays one seed."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, frames: bool = False) -> None:
         self.seed = seed
+        self._frames = frames
         self.chance = random.Random(f"history {seed}")  # noqa: S311
         self.kind = KINDS[seed % len(KINDS)]
         self.cluster = Cluster(self.chance.getrandbits(63), self.chance.choice(self.kind.shapes))
+        if frames:
+            self.cluster.world.tell_all()
         self.pause_s = self.chance.choice((0.6, 2.0, 5.0))
         self.length_s = self.chance.uniform(10, 45)
         self._over = False
+        self._leaving = False
 
     def play(self) -> Outcome:
         """Run it to its end; a violation is in the outcome."""
@@ -120,6 +124,10 @@ class History:
                 if process is not None:
                     cluster.clock.end(process.process)
         outcome.lines = cluster.lines
+        if self._frames:
+            told = cluster.world.take_told()
+            outcome.lines += [f"{at_ns / 1e9:10.4f} {words}" for at_ns, words in told]
+            outcome.lines.sort(key=lambda line: float(line[:10]))
         outcome.steps = cluster.steps
         outcome.answers = sum(guest.answers for guest in cluster.guests)
         outcome.reads = cluster.oracle.reads
@@ -147,6 +155,8 @@ class History:
 
     def _keep_guests(self) -> None:
         """Whoever keeps guests running boots one where none runs."""
+        if self._leaving:
+            return
         cluster = self.cluster
         wanted = (Life.CONNECTING, Life.RUNNING)
         if not any(guest.life in wanted for guest in cluster.guests):
@@ -206,9 +216,9 @@ class History:
     def _leave_cleanly(self) -> None:
         """The last guest leaves: the image closes clean, and replicas are equal throughout."""
         cluster = self.cluster
+        self._leaving = True
         for guest in cluster.guests:
             guest.stop()
-        self._over = True
 
         def closed() -> bool:
             record = cluster.record

@@ -14,7 +14,7 @@ def main() -> int:
     failed = 0
     begun = time.monotonic()
     for seed in range(first, first + count):
-        history = History(seed)
+        history = History(seed, frames="-f" in sys.argv)
         outcome = history.play()
         if outcome.error is not None:
             failed += 1

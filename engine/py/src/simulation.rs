@@ -78,6 +78,16 @@ impl Simulation {
         self.world().trace()
     }
 
+    /// Keeps what is delivered, in words, from now on.
+    fn tell_all(&self) {
+        self.world().tell_all();
+    }
+
+    /// [(when, what)]: what was delivered since the last time.
+    fn take_told(&self) -> Vec<(u64, String)> {
+        self.world().take_told()
+    }
+
     /// Lets time pass until something happens, at most until `until_ns`.
     fn run<'py>(&self, py: Python<'py>, until_ns: u64) -> PyResult<Option<Bound<'py, PyTuple>>> {
         let happened = self.world().run(until_ns);

@@ -477,6 +477,7 @@ impl ImageIo {
         let Some(leveller) = self.leveller.take() else { return };
         let levelled_shards = std::mem::take(&mut self.levelled_shards);
         self.run_if_opening();
+        self.ask_again(leveller.joiners);
         self.go_up(leveller.joiners);
         let copied_bytes = leveller.copied_bytes;
         self.event(Event::Admitted { levelled_shards, copied_bytes });

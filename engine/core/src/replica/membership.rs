@@ -206,6 +206,18 @@ impl ImageIo {
         Ok(())
     }
 
+    /// What the former instances of `nodes` answered does not count for writes that others still owe an
+    /// answer to: with their power they may have lost it, and nobody else may have it to be levelled from.
+    pub(super) fn ask_again(&mut self, nodes: NodeMask) {
+        for (_, part) in self.parts.iter_mut() {
+            if matches!(part.kind, RequestKind::Write | RequestKind::Zero) {
+                let again = nodes.and(self.sets[part.set as usize].in_sync);
+                part.waiting = part.waiting.with(again);
+                part.sent = part.sent.without(again);
+            }
+        }
+    }
+
     /// `nodes` serve from now on: what they missed is sent again in sequence order.
     pub(super) fn go_up(&mut self, nodes: NodeMask) {
         for node in nodes.iter() {

@@ -13,6 +13,7 @@ mod network;
 mod node;
 mod nodes;
 mod probe;
+mod telling;
 mod world;
 
 pub use gateways::{Answered, GuestRequest};

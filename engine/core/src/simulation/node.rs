@@ -211,23 +211,18 @@ impl NodeRun {
         Ok(self.checkpoint.is_some())
     }
 
-    /// Does the checkpoint that has begun. Gives the connections that waited for room.
+    /// Does the checkpoint that has begun. Gives what waited for room, to be taken again.
     ///
     /// # Errors
     /// The store has failed.
-    pub fn finish_checkpoint(&mut self) -> Result<Vec<u64>, StoreError> {
+    pub fn finish_checkpoint(&mut self) -> Result<Vec<(u64, Frame)>, StoreError> {
         let Some(job) = self.checkpoint.take() else { return Ok(Vec::new()) };
         match self.store.finish_checkpoint(job.run()) {
             // All is in the log still; the next checkpoint tries again.
             Ok(()) | Err(StoreError::NoSpace) => {}
             Err(error) => return Err(error),
         }
-        let mut connections = Vec::new();
-        for (connection, frame) in std::mem::take(&mut self.parked) {
-            self.take(connection, frame)?;
-            connections.push(connection);
-        }
-        Ok(connections)
+        Ok(std::mem::take(&mut self.parked).into())
     }
 
     pub fn is_idle(&self) -> bool {

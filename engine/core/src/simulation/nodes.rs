@@ -60,9 +60,8 @@ impl World {
             let crash = slot.armed.take().filter(|_| slot.sim.disk.has_crashed());
             let power = (crash == Some(Crash::PowerCut)).then(|| self.random.number());
             self.nodes[node].sim.stop(power);
-            if power.is_some() {
-                self.remembers.retain(|(other, _)| *other != node);
-            }
+            // A sync of the opening may have failed, too.
+            self.remembers.retain(|(other, _)| *other != node);
             return Err(error);
         }
         let run = slot.run;
@@ -210,8 +209,11 @@ impl World {
             Action::SyncDone { .. } => self.with_run(node, |run| run.finish_sync()),
             _ => {
                 let mut parked = Vec::new();
-                self.with_run(node, |run| run.finish_checkpoint().map(|ids| parked = ids));
-                parked.into_iter().for_each(|id| self.go_on(id, Way::ToNode));
+                self.with_run(node, |run| run.finish_checkpoint().map(|frames| parked = frames));
+                for (id, frame) in parked {
+                    self.node_takes(node, id, frame);
+                    self.go_on(id, Way::ToNode);
+                }
             }
         }
         self.settle_node(node);
@@ -228,12 +230,18 @@ impl World {
         let slot = &mut self.nodes[node];
         let Some(run) = &mut slot.sim.run else { return };
         let done = act(run);
+        let io_failed = done == Err(StoreError::Failed { errno: Errno::IO });
         let crashed = slot.sim.disk.has_crashed();
         let Some(why) = done.err().map(|e| e.to_string()).or(crashed.then(String::new)) else {
             return;
         };
         let power = crashed && slot.armed == Some(Crash::PowerCut);
         self.stop_node(node, power);
+        if io_failed {
+            // The kernel gives up what a failed sync left.
+            self.remembers.retain(|(other, _)| *other != node);
+        }
+        let power = power || io_failed;
         let why = if crashed { "in the midst of what it did".to_owned() } else { why };
         self.happenings.push_back(Happening::NodeEnded { node, power, why });
     }

@@ -35,7 +35,7 @@ pub enum Happening {
     Event { gateway: usize, event: GatewayEvent },
     /// For a guest.
     Answer { gateway: usize, client: u64, cookie: u64, answered: Answered },
-    /// A node's process has ended by itself. `power`: it lost what was not synced.
+    /// A node's process has ended by itself. `power`: it may have lost what was not synced.
     NodeEnded { node: usize, power: bool, why: String },
 }
 
@@ -57,6 +57,8 @@ pub struct World {
     /// Nodes that were level with their peers on an image, and have kept their power since.
     pub(super) remembers: BTreeSet<(usize, ImageId)>,
     trace: u64,
+    /// What was delivered, in words, where somebody wants to read it.
+    told: Option<Vec<(u64, String)>>,
 }
 
 #[derive(Clone, Copy)]
@@ -85,6 +87,7 @@ impl World {
             applied: BTreeMap::new(),
             remembers: BTreeSet::new(),
             trace: 0xcbf2_9ce4_8422_2325,
+            told: None,
         }
     }
 
@@ -95,6 +98,16 @@ impl World {
     /// A digest of everything that was delivered so far, in order.
     pub fn trace(&self) -> u64 {
         self.trace
+    }
+
+    /// Keeps what is delivered, in words, from now on.
+    pub fn tell_all(&mut self) {
+        self.told = Some(Vec::new());
+    }
+
+    /// Takes out what was delivered since the last time: when, and what.
+    pub fn take_told(&mut self) -> Vec<(u64, String)> {
+        self.told.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     pub(super) fn note(&mut self, words: [u64; 3]) {
@@ -235,6 +248,13 @@ impl World {
             Item::Close => (1005, 0),
         };
         self.note([self.now_ns, id << 16 | kind << 1 | u64::from(way == Way::ToNode), tag]);
+        if let Some(told) = &mut self.told {
+            let words = super::telling::told(&item, way);
+            if !words.is_empty() {
+                let node = &self.nodes[node].sim.name;
+                told.push((self.now_ns, format!("  gate-{gateway} {id} {node} {words}")));
+            }
+        }
         match way {
             Way::ToNode => self.node_receives(id, item),
             Way::ToGateway => self.gateway_receives(id, item),

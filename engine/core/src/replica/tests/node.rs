@@ -57,7 +57,9 @@ impl SimNode {
     pub fn checkpoint(&mut self) {
         let parked = self.run().parked().next().is_some();
         self.run().begin_checkpoint(parked).expect("it begins");
-        self.run().finish_checkpoint().expect("a checkpoint succeeds");
+        for (connection, frame) in self.run().finish_checkpoint().expect("a checkpoint succeeds") {
+            self.take(connection, frame);
+        }
     }
 
     pub fn is_idle(&self) -> bool {
