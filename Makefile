@@ -12,9 +12,11 @@ TESTS ?= tests
 PYTEST_FLAGS ?=
 SEED ?=
 ROUNDS ?=
+FRAMES ?=
 IMAGE ?=
+HOURS ?= 8
 
-.PHONY: help setup build demo test check fix sim bench wheel clean
+.PHONY: help setup build demo test check fix sim soak bench wheel clean
 
 help: ## List what there is
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) \
@@ -39,7 +41,8 @@ check: setup ## Format, lint, types, stubs, layers: under 90 s warm
 	$(PYTHON) -m mypy.stubtest --mypy-config-file pyproject.toml engine._engine
 	$(PYTHON) -m pytest --quiet tests/unit/test_layers.py
 	cargo fmt --manifest-path engine/Cargo.toml --all --check
-	cargo clippy --quiet $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
+	cargo clippy --quiet $(CARGO_FLAGS) --workspace --all-targets \
+	    --features simulation -- -D warnings
 
 fix: setup ## Repair what `check` can repair by itself, and write the generated code anew
 	$(PYTHON) -m ruff check --fix-only .
@@ -47,8 +50,12 @@ fix: setup ## Repair what `check` can repair by itself, and write the generated 
 	cargo fmt --manifest-path engine/Cargo.toml --all
 	$(PYTHON) .ci/generate.py
 
-sim: setup ## The simulations (SEED=n replays one, ROUNDS=n tries that many)
-	HCI_SIM_SEED=$(SEED) HCI_SIM_ROUNDS=$(ROUNDS) $(PYTHON) -m pytest tests/sim $(PYTEST_FLAGS)
+sim: setup ## The simulator (SEED=n replays a history and prints it, FRAMES=1 with each frame; ROUNDS=n)
+	@HCI_SIM_SEED=$(SEED) HCI_SIM_ROUNDS=$(ROUNDS) HCI_SIM_FRAMES=$(FRAMES) \
+	    $(PYTHON) -m pytest $(if $(SEED)$(ROUNDS),-s tests/sim/test_histories.py,tests/sim) $(PYTEST_FLAGS)
+
+soak: setup ## Simulated histories from a seed by chance, for HOURS=8
+	@$(PYTHON) -m tests.sim.many --chance --hours $(HOURS)
 
 bench: setup ## Measure against nbdkit and, where installed, Gluster; table and bench/results/
 	@$(PYTHON) -m bench

@@ -1,4 +1,4 @@
-"""The simulated cluster: its parts, what may be done to them, and what is checked after each step."""
+"""The simulated cluster: its parts, what may be done to them, and what is checked on the way."""
 
 from __future__ import annotations
 
@@ -45,15 +45,13 @@ class Cluster:
 
     def __init__(self, seed: int, shape: Shape) -> None:
         self.shape = shape
-        self.chance = random.Random(seed)  # noqa: S311
+        self.chance = random.Random(seed)
         self.clock = Clock()
         self.lines: list[str] = []
         names = [f"node-{index}" for index in range(shape.nodes)]
         self.names = names
-        self.world = Simulation(
-            self.chance.getrandbits(63), nodes=names, gateways=shape.gateways
-        )
-        self.state = State(self.clock, random.Random(self.chance.getrandbits(63)))  # noqa: S311
+        self.world = Simulation(self.chance.getrandbits(63), nodes=names, gateways=shape.gateways)
+        self.state = State(self.clock, random.Random(self.chance.getrandbits(63)))
         self.state.on_change = self._etcd_changed
         self.node_paths = [Path() for _ in names]
         self.gateway_paths = [Path() for _ in range(shape.gateways)]
@@ -159,7 +157,7 @@ class Cluster:
         shared = Shared(
             clock=self.clock,
             world=self.world,
-            chance=random.Random(self.chance.getrandbits(63)),  # noqa: S311
+            chance=random.Random(self.chance.getrandbits(63)),
             oracle=self.oracle,
             regions=tuple(self._regions()),
             say=self.say,

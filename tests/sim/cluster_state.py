@@ -110,9 +110,7 @@ class Door:
         """See `etcd.interface.Etcd`."""
         return self._ask(lambda etcd: etcd.revoke_lease(lease))
 
-    def watch(
-        self, prefix: str, on_notice: OnNotice, from_revision: int | None = None
-    ) -> Watch:
+    def watch(self, prefix: str, on_notice: OnNotice, from_revision: int | None = None) -> Watch:
         """See `etcd.interface.Etcd`; notices wait while the way back is cut."""
         waiting: list[Notice] = []
 

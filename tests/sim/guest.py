@@ -130,9 +130,7 @@ class Guest:
             return
         self._client = self._shared.next_number()
         gateway.engine.guests[self._client] = self
-        gateway.hear(
-            {"event": "asked", "client": self._client, "query": "go", "name": self._image}
-        )
+        gateway.hear({"event": "asked", "client": self._client, "query": "go", "name": self._image})
 
     # What the gateway says
 

@@ -1,10 +1,11 @@
 """What reads may return, sector by sector: the last answered write or one in flight, never older.
 
-    a write is          known to be there                        known to be gone
-    in flight           once a read has returned it              never
-    answered            yes, unless all who held it lost power   when a later one is known to be there
-    an orphan (its      once a read has returned it              as answered ones; it is settled when
-    gateway ended)                                               the next holder serves
+    a write is     known to be there                        known to be gone
+    in flight      once a read has returned it              never
+    answered       yes, unless all who held it lost power   when a later one is known to be there
+    an orphan      once a read has returned it              as answered ones
+
+An orphan's gateway has ended; it has happened or never will when the next holder serves.
 
 A write supersedes another where it began after the other had ended, or where a read returned it
 when the other had ended. A power cut of the last in-sync node that remembers puts every write that
@@ -28,6 +29,7 @@ class Violation(AssertionError):
 class Written:
     """One write, as one sector knows it."""
 
+    sector: int
     stamp: int
     begun: float
     epoch: int
@@ -59,14 +61,14 @@ class Oracle:
     def _history(self, sector: int) -> list[Written]:
         found = self._sectors.get(sector)
         if found is None:
-            found = self._sectors[sector] = [_nothing()]
+            found = self._sectors[sector] = [_nothing(sector)]
         return found
 
     def begin(self, token: int, first: int, count: int, stamp: int, epoch: int, now: float) -> None:
         """A write (or zeroing: stamp 0) is sent."""
         change = _Change(range(first, first + count), [])
         for sector in change.sectors:
-            entry = Written(stamp, now, epoch)
+            entry = Written(sector, stamp, now, epoch)
             self._history(sector).append(entry)
             change.entries.append(entry)
         self._open[token] = change
@@ -104,7 +106,7 @@ class Oracle:
         self._open.pop(token, None)
 
     def settle(self, epoch: int, now: float) -> None:
-        """A holder of this epoch serves: what earlier ones had in flight has happened or never will."""
+        """A holder of this epoch serves: what earlier ones sent has happened, or never will."""
         for history in self._sectors.values():
             for entry in history:
                 if entry.ended is None and entry.epoch < epoch:
@@ -121,7 +123,7 @@ class Oracle:
                 entry.durable = True
         done = set(map(id, covered))
         self._unflushed = [entry for entry in self._unflushed if id(entry) not in done]
-        for sector in self._sectors:
+        for sector in {entry.sector for entry in covered}:
             self._prune(sector)
 
     def memory_lost(self, concerns: Callable[[int], bool]) -> None:
@@ -137,6 +139,8 @@ class Oracle:
         self.reads += 1
         for sector, stamp in enumerate(stamps, first):
             history = self._history(sector)
+            if len(history) == 1 and history[0].stamp == stamp:
+                continue
             same = [w for w in history if w.stamp == stamp and w.begun <= now]
             possible = [w for w in same if not self._is_gone(w, begun)]
             if not possible:
@@ -173,13 +177,13 @@ class Oracle:
         self._prune(sector)
 
 
-def _nothing() -> Written:
+def _nothing(sector: int) -> Written:
     """Return what a new image holds."""
-    return Written(0, -1.0, 0, ended=-1.0, answered=True, sure=True, durable=True)
+    return Written(sector, 0, -1.0, 0, ended=-1.0, answered=True, sure=True, durable=True)
 
 
 def _told(entry: Written) -> str:
     state = "answered" if entry.answered else "in flight" if entry.ended is None else "orphan"
     flags = (" sure" if entry.sure else " in doubt") + (" durable" if entry.durable else "")
-    ended = "" if entry.ended is None else f"–{entry.ended:.4f}"
+    ended = "" if entry.ended is None else f"-{entry.ended:.4f}"
     return f"{entry.stamp:x} {state} {entry.begun:.4f}{ended} epoch {entry.epoch}{flags}"

@@ -1,5 +1,7 @@
-"""The daemons of the simulated cluster: what `hci node serve` and `hci gateway serve` do, each on the
-product's own policy, with the engine's simulation in place of the engine and no sockets or threads.
+"""The daemons of the simulated cluster: what `hci node serve` and `hci gateway serve` do.
+
+Each runs the product's own policy, with the engine's simulation in place of the engine, and without
+sockets or threads.
 """
 
 from __future__ import annotations

@@ -1,32 +1,22 @@
-"""Plays histories: `python -m tests.sim.run FIRST COUNT`."""
+"""Plays one history and prints it: `python -m tests.sim.run SEED [--frames]`."""
 
 from __future__ import annotations
 
+import argparse
 import sys
-import time
-import traceback
 
 from tests.sim.history import History
 
 
 def main() -> int:
-    first, count = int(sys.argv[1]), int(sys.argv[2])
-    failed = 0
-    begun = time.monotonic()
-    for seed in range(first, first + count):
-        history = History(seed, frames="-f" in sys.argv)
-        outcome = history.play()
-        if outcome.error is not None:
-            failed += 1
-            print(f"seed {seed} {outcome.kind}: {type(outcome.error).__name__}: {str(outcome.error)[:300]}")
-            if count == 1:
-                print(outcome.text())
-                traceback.print_exception(outcome.error)
-        elif count == 1:
-            print(outcome.text())
-    took = time.monotonic() - begun
-    print(f"{count} histories, {failed} failed, {took / count * 1000:.0f} ms each")
-    return bool(failed)
+    """Play the seed; what it printed is the same each time."""
+    parser = argparse.ArgumentParser(prog="python -m tests.sim.run", description=__doc__)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--frames", action="store_true", help="print each frame that is delivered")
+    options = parser.parse_args()
+    outcome = History(options.seed, frames=options.frames).play()
+    print(outcome.text())
+    return 0 if outcome.error is None else 1
 
 
 if __name__ == "__main__":

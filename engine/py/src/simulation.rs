@@ -51,6 +51,9 @@ impl Simulation {
     }
 }
 
+/// Epoch, holder, generation, digest.
+type RecordTuple = (u64, String, u64, [u8; 32]);
+
 fn span(min_ns: u64, max_ns: u64) -> PyResult<Span> {
     match min_ns <= max_ns {
         true => Ok(Span { min_ns, max_ns }),
@@ -194,10 +197,10 @@ impl Simulation {
         Ok(())
     }
 
-    fn set_path(&self, gateway: usize, node: usize, to_node: bool, open: bool) -> PyResult<()> {
+    fn set_path(&self, gateway: usize, node: usize, to_node: bool, passable: bool) -> PyResult<()> {
         drop(self.at_node(node)?);
         let way = if to_node { Way::ToNode } else { Way::ToGateway };
-        self.at_gateway(gateway)?.set_path(gateway, node, way, open);
+        self.at_gateway(gateway)?.set_path(gateway, node, way, passable);
         Ok(())
     }
 
@@ -314,7 +317,6 @@ impl Simulation {
 
     // Guests
 
-    #[expect(clippy::too_many_arguments, reason = "a request and whose it is")]
     fn read(
         &self,
         gateway: usize,
@@ -366,11 +368,7 @@ impl Simulation {
     // What is looked at
 
     /// (epoch, holder, generation, digest) of the record on a running node.
-    fn node_record(
-        &self,
-        node: usize,
-        image: &str,
-    ) -> PyResult<Option<(u64, String, u64, [u8; 32])>> {
+    fn node_record(&self, node: usize, image: &str) -> PyResult<Option<RecordTuple>> {
         let record = self.at_node(node)?.node_record(node, &parse_id(image)?);
         Ok(record.map(|head| (head.epoch, hex(&head.holder), head.generation, head.digest)))
     }
@@ -423,7 +421,7 @@ impl Simulation {
 fn happening_tuple(py: Python<'_>, happening: Happening) -> PyResult<Bound<'_, PyTuple>> {
     match happening {
         Happening::Event { gateway, event } => {
-            let event: Bound<'_, PyDict> = event_dict(py, event)?;
+            let event: Bound<'_, PyDict> = event_dict(py, *event)?;
             ("event", gateway, event).into_pyobject(py)
         }
         Happening::Answer { gateway, client, cookie, answered } => {

@@ -152,7 +152,7 @@ impl World {
         }
         match action {
             Action::Tell { .. } => {
-                if let Some(event) = slot.events.pop_front() {
+                if let Some(event) = slot.events.pop_front().map(Box::new) {
                     self.happenings.push_back(Happening::Event { gateway, event });
                 }
             }

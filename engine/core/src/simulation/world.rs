@@ -32,7 +32,7 @@ pub(super) enum Action {
 #[derive(Debug)]
 pub enum Happening {
     /// For the policy of a gateway.
-    Event { gateway: usize, event: GatewayEvent },
+    Event { gateway: usize, event: Box<GatewayEvent> },
     /// For a guest.
     Answer { gateway: usize, client: u64, cookie: u64, answered: Answered },
     /// A node's process has ended by itself. `power`: it may have lost what was not synced.
@@ -157,13 +157,13 @@ impl World {
     // The network
 
     /// Opens or blocks one way between a gateway and a node.
-    pub fn set_path(&mut self, gateway: usize, node: usize, way: Way, open: bool) {
+    pub fn set_path(&mut self, gateway: usize, node: usize, way: Way, passable: bool) {
         let path = &mut self.paths[gateway][node];
         match way {
-            Way::ToNode => path.to_node_open = open,
-            Way::ToGateway => path.to_gateway_open = open,
+            Way::ToNode => path.to_node_open = passable,
+            Way::ToGateway => path.to_gateway_open = passable,
         }
-        if open {
+        if passable {
             self.go_on_between(Some(gateway), Some(node));
         }
     }
