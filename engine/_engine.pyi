@@ -151,9 +151,10 @@ class Node:
     def usage(self, image: str) -> int:
         """Return the physical bytes that an image takes."""
 
-    def status(self) -> dict[str, int]:
-        """Return capacity_bytes, free_bytes, images, connections, flush_number, log_bytes and
-        dirty_shards."""
+    def status(self) -> dict[str, Any]:
+        """Return capacity_bytes, free_bytes, images, connections, flush_number, log_bytes,
+        dirty_shards, `no_space`: the last checkpoint found the disk full, and `counters`: what was
+        done since the start, by name."""
 
     def failure(self) -> str | None:
         """Return why the node has ended by itself, None while it runs."""

@@ -83,6 +83,8 @@ class NodeConfig:
     host: str
     zone: str
     log_bytes: int
+    metrics: Endpoint | None
+    """Where Prometheus asks; None: nowhere."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class GatewayConfig:
     nbd_listen: Endpoint | None
     run_dir: Path
     """Sockets and the lock that only this gateway's death frees; need not survive a reboot."""
+    metrics: Endpoint | None
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,7 @@ def _node(name: str, table: "_Table") -> NodeConfig:
         host=table.take("host", _label, socket.gethostname()),
         zone=table.take("zone", _label, DEFAULT_ZONE),
         log_bytes=table.take("log_bytes", _log_bytes, DEFAULT_LOG_BYTES),
+        metrics=table.take("metrics", _endpoint, None),
     )
     table.finish()
     return node
@@ -218,6 +222,7 @@ def _gateway(name: str, table: "_Table") -> GatewayConfig:
         nbd_socket=table.take("nbd_socket", _socket_path),
         nbd_listen=table.take("nbd_listen", _endpoint, None),
         run_dir=table.take("run_dir", _path),
+        metrics=table.take("metrics", _endpoint, None),
     )
     table.finish()
     return gateway

@@ -16,7 +16,7 @@ from etcd.errors import EtcdError
 from etcd.interface import Notice
 from etcd.lease import Session
 from etcd.records import NodeRecord
-from hci import control, daemon
+from hci import control, daemon, metrics
 from hci import control_pb2 as pb
 from hci.config import Config, GatewayConfig
 from hci.control_pb2_grpc import GatewayControlServicer, add_GatewayControlServicer_to_server
@@ -95,20 +95,26 @@ class GatewayDaemon:
         )
         try:
             sockets = self._sockets()
-            if self._wait_for_etcd():
-                for listening in sockets:
-                    self.engine.listen(listening.detach())
-                self.serving = True
-                log.info("gateway_started", gateway=own.name, holder=self.holder,
-                         socket=str(own.nbd_socket), version=VERSION)  # fmt: skip
-                while not self.ending.wait(POLL_S):
-                    self._look_after()
-                self.exports.stop()
+            with metrics.served(f"gateway {own.name}", own.metrics, self._samples):
+                self._serve(sockets)
         finally:
             server.stop(grace=1).wait()
             self.engine.stop()
             self.etcd.close()
             log.info("gateway_stopped", gateway=own.name)
+
+    def _serve(self, sockets: list[socket.socket]) -> None:
+        if not self._wait_for_etcd():
+            return
+        for listening in sockets:
+            self.engine.listen(listening.detach())
+        self.serving = True
+        own = self.own
+        log.info("gateway_started", gateway=own.name, holder=self.holder,
+                 socket=str(own.nbd_socket), version=VERSION)  # fmt: skip
+        while not self.ending.wait(POLL_S):
+            self._look_after()
+        self.exports.stop()
 
     def _lease(self, on_lost: Callable[[], None], on_renewed: Callable[[float], None]) -> Session:
         return Session(self.etcd, on_lost=on_lost, on_renewed=on_renewed)
@@ -200,6 +206,49 @@ class GatewayDaemon:
             address=daemon.numeric(node.address),
             socket=node.socket if local else None,
         )
+
+    def _samples(self) -> metrics.Samples:
+        """Return the gateway's metrics."""
+        seen = self.engine.snapshot()
+        of_engine = {image["channel"]: image for image in seen["images"]}
+        gauge, counter = metrics.gauge, metrics.counter
+        yield gauge("hci_gateway_up", "1: serves; 0: is starting or stopping.", int(self.serving))
+        yield gauge("hci_gateway_clients", "NBD connections open now.", len(seen["clients"]))
+        links = {(node,): int(ready) for node, ready in seen["links"]}
+        yield gauge("hci_gateway_link_up", "1: the node answers.", links, ["node"])
+        images = [(str(image.name), image) for image in self.exports.snapshot()]
+        states = {(name,): float(_image_status(image).state) for name, image in images}
+        yield gauge("hci_image_state", "1 opening, 2 serving, 3 writes wait, 4 stalled, 5 closing.",
+                    states, ["image"])  # fmt: skip
+        stale: dict[tuple[str, ...], float] = {}
+        generations: dict[tuple[str, ...], float] = {}
+        for name, image in images:
+            record = image.holder.record
+            if record is not None:
+                generations[(name,)] = record.generation
+                nodes = [node for of_set in record.stale.values() for node in of_set]
+                stale.update({(name, node): nodes.count(node) for node in nodes})
+        yield gauge("hci_image_generation", "Grows with each change of the nodes in sync.",
+                    generations, ["image"])  # fmt: skip
+        yield gauge("hci_image_stale", "Replica sets in which the node is stale.",
+                    stale, ["image", "node"])  # fmt: skip
+        asked = [(n, of_engine[i.channel]) for n, i in images if i.channel in of_engine]
+        waiting = {(name,): found["requests_in_flight"] for name, found in asked}
+        yield gauge("hci_image_requests_in_flight", "Requests under way.", waiting, ["image"])
+        kinds = {
+            (name, kind): found["counters"][kind]
+            for name, found in asked
+            for kind in ("reads", "writes", "zeroes", "flushes", "failures")
+        }
+        yield counter("hci_image_requests_total", "Clients' requests answered since the image was "
+                      "opened.", kinds, ["image", "kind"])  # fmt: skip
+        moved = {
+            (name, direction): found["counters"][f"{direction}_bytes"]
+            for name, found in asked
+            for direction in ("read", "written")
+        }
+        yield counter("hci_image_bytes_total", "Clients' data since the image was opened.",
+                      moved, ["image", "direction"])  # fmt: skip
 
     def state(self) -> "pb.GatewayStatus.State.ValueType":
         """Return the gateway's state."""

@@ -4,6 +4,7 @@ import os
 import secrets
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import structlog
@@ -15,7 +16,7 @@ from etcd.errors import EtcdError
 from etcd.interface import Notice, Reread
 from etcd.lease import Session
 from etcd.records import ImageRecord, NodeRecord
-from hci import control, daemon
+from hci import control, daemon, metrics
 from hci import control_pb2 as pb
 from hci.config import Config, NodeConfig
 from hci.control_pb2_grpc import NodeControlServicer, add_NodeControlServicer_to_server
@@ -29,6 +30,7 @@ from vmstore.errors import ForeignStore, OtherCluster, StoreBehind, UnknownImage
 log = structlog.get_logger()
 
 POLL_S = 0.5
+_FULL = "the disk is full: writes are refused until there is room"
 RETRY_S = 1.0
 
 
@@ -69,11 +71,12 @@ class NodeDaemon:
             raise
         try:
             self._listen()
-            log.info("node_started", node=own.name, instance=engine.start_counter,
-                     listen=str(own.listen), version=VERSION)  # fmt: skip
-            self._look_after()
-            while not self.ending.wait(POLL_S):
+            with metrics.served(f"node {own.name}", own.metrics, self._samples):
+                log.info("node_started", node=own.name, instance=engine.start_counter,
+                         listen=str(own.listen), version=VERSION)  # fmt: skip
                 self._look_after()
+                while not self.ending.wait(POLL_S):
+                    self._look_after()
         finally:
             server.stop(grace=1).wait()
             if self._session is not None:
@@ -175,6 +178,9 @@ class NodeDaemon:
         except (RuntimeError, TimeoutError) as error:
             log.error("delete_failed", node=self.own.name, image=image, why=str(error))
 
+    def _samples(self) -> metrics.Samples:
+        return node_samples(self.engine.status(), self.engine.failure(), self.registered)
+
     def state(self) -> "pb.NodeStatus.State.ValueType":
         """Return the node's state."""
         if self.engine.failure() is not None:
@@ -182,6 +188,36 @@ class NodeDaemon:
         if self.ending.due:
             return pb.NodeStatus.STATE_STOPPING
         return pb.NodeStatus.STATE_SERVING if self.registered else pb.NodeStatus.STATE_STARTING
+
+
+def node_samples(status: dict[str, Any], failure: str | None, registered: bool) -> metrics.Samples:
+    """Return a node's metrics, from the engine's `status`."""
+    gauge, counter, counts = metrics.gauge, metrics.counter, status["counters"]
+    yield gauge("hci_node_up", "1: the store works; 0: it has failed.", int(failure is None))
+    yield gauge("hci_node_registered", "1: known in etcd as alive.", int(registered))
+    yield gauge("hci_node_capacity_bytes", "Of the store's file system.", status["capacity_bytes"])
+    yield gauge("hci_node_free_bytes", "Of the store's file system.", status["free_bytes"])
+    yield gauge("hci_node_images", "Images with data or a record here.", status["images"])
+    yield gauge("hci_node_connections", "Data connections open now.", status["connections"])
+    yield gauge("hci_node_log_bytes", "Of the write-ahead log in use.", status["log_bytes"])
+    yield gauge("hci_node_full", "1: the disk is full, writes are refused.",
+                int(status["no_space"]))  # fmt: skip
+    yield gauge("hci_node_dirty_shards", "Shards in the dirty maps.", status["dirty_shards"])
+    kinds = {(kind,): counts[kind] for kind in ("reads", "writes", "zeroes", "flushes")}
+    yield counter("hci_node_requests_total", "Requests answered.", kinds, ["kind"])
+    moved = {("read",): counts["read_bytes"], ("written",): counts["written_bytes"]}
+    yield counter("hci_node_bytes_total", "Data of requests answered.", moved, ["direction"])
+    yield counter("hci_node_copied_bytes_total", "Taken from other replicas by heal and "
+                  "reconcile.", counts["copied_bytes"])  # fmt: skip
+    yield counter("hci_node_refused_total", "Requests answered with an error.", counts["refused"])
+    yield counter("hci_node_bad_blocks_total", "Requests that met a block which does not match "
+                  "its checksum.", counts["bad_blocks"])  # fmt: skip
+    yield counter("hci_node_syncs_total", "Syncs of the log.", counts["syncs"])
+    ended = {
+        ("done",): counts["checkpoints"],
+        ("no_space",): counts["checkpoints_without_space"],
+    }
+    yield counter("hci_node_checkpoints_total", "Checkpoints, by how they ended.", ended, ["end"])
 
 
 class NodeControl(NodeControlServicer):
@@ -196,7 +232,7 @@ class NodeControl(NodeControlServicer):
         return pb.NodeStatus(
             name=node.own.name,
             state=node.state(),
-            trouble=node.engine.failure() or node.trouble,
+            trouble=node.engine.failure() or node.trouble or (_FULL if status["no_space"] else ""),
             version=VERSION,
             cluster_id=node.config.cluster.id,
             store_id=node.engine.store_id,
@@ -209,6 +245,7 @@ class NodeControl(NodeControlServicer):
                 "flush_number": status["flush_number"],
                 "log_bytes": status["log_bytes"],
                 "dirty_shards": status["dirty_shards"],
+                **status["counters"],
                 "pid": os.getpid(),
             },
             data_dir=str(node.own.data_dir),

@@ -10,12 +10,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import zip_longest
 
 from shard.errors import TooFewDomains
 from shard.ids import ImageId
 
 ReplicaSet = tuple[str, ...]
 """The ordered names of the nodes that hold a group of shards."""
+
+NODES_MAX = 64
+"""Nodes over which one pool spreads: the engine counts an image's nodes in one word."""
 
 _MASK_64 = (1 << 64) - 1
 _FNV_OFFSET = 0xCBF29CE484222325
@@ -51,6 +55,17 @@ class Candidate:
             FailureDomain.HOST: self.host,
             FailureDomain.ZONE: self.zone,
         }[failure_domain]
+
+
+def spread_candidates(
+    candidates: Iterable[Candidate], failure_domain: FailureDomain = FailureDomain.HOST
+) -> list[Candidate]:
+    """Return at most NODES_MAX of the nodes: the heaviest of each domain, domain by domain."""
+    of_domain: dict[str, list[Candidate]] = {}
+    for node in sorted(candidates, key=lambda node: (-node.weight, node.name)):
+        of_domain.setdefault(node.domain(failure_domain), []).append(node)
+    rounds = zip_longest(*of_domain.values())
+    return [node for nodes in rounds for node in nodes if node is not None][:NODES_MAX]
 
 
 def suggested_replica_sets(candidates: int, members: int) -> int:

@@ -30,6 +30,7 @@ from shard.placement import (
     Candidate,
     FailureDomain,
     choose_replica_sets,
+    spread_candidates,
     suggested_replica_sets,
 )
 from vmstore.errors import (
@@ -148,7 +149,7 @@ class Catalog(Holding):
             raise BadValue(f"a pool has 1 to {REPLICA_SETS_MAX} replica sets, not {replica_sets}")
         if policy.has_arbiter:
             raise NoArbiter(policy.value)
-        candidates = self._candidates()
+        candidates = spread_candidates(self._candidates(), failure_domain)
         count = replica_sets or suggested_replica_sets(len(candidates), policy.members)
         record = PoolRecord(
             name=name,

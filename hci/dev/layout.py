@@ -66,7 +66,7 @@ def make_run_dir(path: Path) -> None:
 def _sections(folder: Path, nodes: int, gateways: int, pool: str) -> dict[str, dict[str, Any]]:
     cluster_id = secrets.token_hex(16)
     run_dir = _run_dir_base() / f"hci-dev-{cluster_id[:10]}"
-    ports = iter(free_ports(2 + 2 * nodes + 2 * gateways))
+    ports = iter(free_ports(2 + 3 * nodes + 3 * gateways))
 
     def endpoint() -> str:
         return str(Endpoint(LOOPBACK, next(ports)))
@@ -88,6 +88,7 @@ def _sections(folder: Path, nodes: int, gateways: int, pool: str) -> dict[str, d
             "control": endpoint(),
             "socket": str(run_dir / f"node{number}.sock"),
             "host": f"host{number}",
+            "metrics": endpoint(),
         }
     for number in range(1, gateways + 1):
         sections[f"gateway.gateway{number}"] = {
@@ -96,6 +97,7 @@ def _sections(folder: Path, nodes: int, gateways: int, pool: str) -> dict[str, d
             "nbd_socket": str(run_dir / f"gateway{number}" / "nbd.sock"),
             "nbd_listen": endpoint(),
             "run_dir": str(run_dir / f"gateway{number}"),
+            "metrics": endpoint(),
         }
     return sections
 

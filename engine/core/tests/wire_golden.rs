@@ -496,12 +496,13 @@ fn statuses_have_their_numbers() {
         NoSpace,
         Io,
         Deleted,
+        DirtyFull,
     ];
     for (number, status) in specified.into_iter().enumerate() {
         assert_eq!(status as u16, number as u16);
         assert_eq!(Status::from_wire(number as u16), Some(status));
     }
-    assert_eq!(Status::from_wire(14), None);
+    assert_eq!(Status::from_wire(15), None);
 }
 
 #[test]

@@ -10,6 +10,7 @@ use hci_engine_core::wire::messages::HelloReply;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
+use std::collections::HashMap;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::time::Duration;
 
@@ -234,6 +235,7 @@ impl Gateway {
             item.set_item("generation", image.generation)?;
             item.set_item("requests_in_flight", image.requests_in_flight)?;
             item.set_item("replicas", image.replicas)?;
+            item.set_item("counters", HashMap::from(image.counters.named()))?;
             images.push(item);
         }
         result.set_item("images", images)?;
@@ -304,7 +306,7 @@ pub(crate) fn mask(nodes: &[u8]) -> PyResult<NodeMask> {
 pub(crate) fn event_dict(py: Python<'_>, event: GatewayEvent) -> PyResult<Bound<'_, PyDict>> {
     let dict = PyDict::new(py);
     match event {
-        GatewayEvent::Asked { client, query } => {
+        GatewayEvent::Asked { client, peer, query } => {
             let (query, name) = match query {
                 Query::List => ("list", None),
                 Query::Info { name } => ("info", Some(name)),
@@ -313,6 +315,7 @@ pub(crate) fn event_dict(py: Python<'_>, event: GatewayEvent) -> PyResult<Bound<
             };
             dict.set_item("event", "asked")?;
             dict.set_item("client", client)?;
+            dict.set_item("peer", peer)?;
             dict.set_item("query", query)?;
             dict.set_item("name", name)?;
         }

@@ -8,6 +8,7 @@ use hci_engine_core::store::{Store, StoreConfig, StoreError};
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTimeoutError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -120,6 +121,8 @@ impl Node {
         dict.set_item("flush_number", status.flush_number)?;
         dict.set_item("log_bytes", status.log_bytes)?;
         dict.set_item("dirty_shards", status.dirty_shards)?;
+        dict.set_item("no_space", status.no_space)?;
+        dict.set_item("counters", HashMap::from(status.counters.named()))?;
         Ok(dict)
     }
 

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from shard.errors import TooFewDomains
 from shard.ids import ImageId
 from shard.placement import (
+    NODES_MAX,
     Candidate,
     FailureDomain,
     choose_replica_sets,
     replica_set_index,
     replica_set_of,
+    spread_candidates,
     suggested_replica_sets,
 )
 
@@ -40,6 +42,16 @@ def test_failure_domain_node_allows_one_host() -> None:
         nodes(3, per_host=3), replica_sets=1, members=3, failure_domain=FailureDomain.NODE
     )
     assert len(set(chosen[0])) == 3
+
+
+def test_a_pool_spreads_over_no_more_nodes_than_the_engine_counts() -> None:
+    """An image over 66 nodes ended every gateway that opened it."""
+    many = spread_candidates(nodes(66, per_host=33))
+    assert len(many) == NODES_MAX
+    assert Counter(node.host for node in many) == {"host0": 32, "host1": 32}
+    assert spread_candidates(nodes(5)) == nodes(5)
+    heavy = Candidate("big", "host0", weight=9)
+    assert spread_candidates([*nodes(66, per_host=33), heavy])[0] == heavy
 
 
 def test_order_of_candidates_does_not_matter() -> None:

@@ -3,9 +3,9 @@
 use super::snapshot::{ClientSnapshot, ImageSnapshot, LinkSnapshot, Snapshot};
 use super::{Command, EventQueue, GatewayEvent};
 use crate::geometry::BLOCK_BYTES;
-use crate::io::{Filled, Poller, Ready, Stream, Waker, boottime_ns};
+use crate::io::{Filled, Poller, Ready, Stream, Waker, boottime_ns, peer_process, tune_accepted};
 use crate::nbd::serve::{Client, Need};
-use crate::nbd::{Answer, Limits};
+use crate::nbd::{Answer, Counters, Limits};
 use crate::replica::{
     Event, ImageIo, Instance, Link, LinkEvent, LinkTarget, NodeIndex, OpenSpec, Outcome, Output,
     Token,
@@ -38,6 +38,7 @@ struct OpenImage {
     /// Index of the link to each of its nodes.
     links: Vec<Option<usize>>,
     zeroing: Option<Zeroing>,
+    counters: Counters,
     touched: bool,
 }
 
@@ -137,13 +138,13 @@ impl EventLoop {
             if self.clients.len() >= CLIENTS_MAX {
                 continue;
             }
-            // Fails on unix sockets, where there is nothing to delay.
-            let _ = rustix::net::sockopt::set_tcp_nodelay(&fd, true);
+            tune_accepted(&fd);
+            let peer = peer_process(&fd);
             let entry = self.clients.vacant_entry();
             let index = entry.key();
             self.client_serial += 1;
             let id = self.client_serial << 32 | index as u64;
-            let client = Client::new(Stream::new(fd), id, &self.limits, self.now_ns);
+            let client = Client::new(Stream::new(fd), id, peer, &self.limits, self.now_ns);
             if self.poller.add(client.stream.fd(), CLIENT | index as u64, false).is_ok() {
                 entry.insert(client);
                 self.flush_client(index);
@@ -192,7 +193,10 @@ impl EventLoop {
         };
         match need {
             Err(_) | Ok(Need::End) => return self.end_client(index),
-            Ok(Need::Ask(query)) => self.events.push(GatewayEvent::Asked { client: id, query }),
+            Ok(Need::Ask(query)) => {
+                let peer = client.peer.clone();
+                self.events.push(GatewayEvent::Asked { client: id, peer, query });
+            }
             Ok(Need::Nothing) => {}
         }
         self.serve_client(index);
@@ -243,7 +247,10 @@ impl EventLoop {
         let answered = self.clients[index].answer(answer, channel, self.now_ns);
         match answered {
             Err(_) | Ok(Need::End) => self.end_client(index),
-            Ok(Need::Ask(query)) => self.events.push(GatewayEvent::Asked { client: id, query }),
+            Ok(Need::Ask(query)) => {
+                let peer = self.clients[index].peer.clone();
+                self.events.push(GatewayEvent::Asked { client: id, peer, query });
+            }
             Ok(Need::Nothing) => self.process_client(index),
         }
     }
@@ -349,7 +356,9 @@ impl EventLoop {
                 io.link_up(node as NodeIndex, instance_of(&link.hello));
             }
         }
-        self.images.insert(channel, OpenImage { io, links, zeroing: None, touched: false });
+        let counters = Counters::default();
+        let image = OpenImage { io, links, zeroing: None, counters, touched: false };
+        self.images.insert(channel, image);
         self.touch(channel);
     }
 
@@ -390,7 +399,7 @@ impl EventLoop {
                         let index = (token.client & 0xffff_ffff) as usize;
                         let client = self.clients.get_mut(index);
                         if let Some(client) = client.filter(|client| client.id == token.client) {
-                            client.reply(token.cookie, outcome);
+                            client.reply(token.cookie, outcome, &mut image.counters);
                             if clients.last() != Some(&index) {
                                 clients.push(index);
                             }
@@ -457,7 +466,7 @@ impl EventLoop {
                 }
                 Command::Close { channel } => self.with_image(channel, ImageIo::close),
                 Command::Kill { channel } => self.with_image(channel, ImageIo::kill),
-                Command::Forget { channel } => drop(self.images.remove(&channel)),
+                Command::Forget { channel } => self.forget(channel),
                 Command::StopListening => self.listeners.clear(),
                 Command::Disconnect { channel } => self.disconnect(channel),
                 Command::Resize { channel, size_bytes } => {
@@ -483,6 +492,19 @@ impl EventLoop {
             panic!("a listening socket cannot be polled: {error}");
         }
         self.listeners.push(fd);
+    }
+
+    /// Lets an image go when all that it still had to say is said; its clients leave with it.
+    fn forget(&mut self, channel: u32) {
+        self.settle();
+        self.images.remove(&channel);
+        let served = |client: &Client| client.channel() == Some(channel);
+        let clients = self.clients.iter().filter(|(_, client)| served(client));
+        let clients: Vec<usize> = clients.map(|(index, _)| index).collect();
+        for index in clients {
+            self.clients[index].leave();
+            self.flush_client(index);
+        }
     }
 
     fn disconnect(&mut self, channel: u32) {
@@ -538,6 +560,7 @@ impl EventLoop {
             generation: image.io.spec().generation,
             requests_in_flight: image.io.requests_in_flight(),
             replicas: image.io.replica_states(),
+            counters: image.counters.clone(),
         });
         Snapshot { links: links.collect(), clients: clients.collect(), images: images.collect() }
     }

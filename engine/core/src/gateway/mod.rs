@@ -94,6 +94,8 @@ pub enum GatewayEvent {
     /// A client's handshake needs an answer.
     Asked {
         client: u64,
+        /// See `io::peer_process`.
+        peer: Option<String>,
         query: Query,
     },
     /// A client that was served from `channel`, or had a query under way, is gone.

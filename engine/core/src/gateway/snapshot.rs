@@ -1,5 +1,7 @@
 //! What the gateway looks like at one moment, for people and tests.
 
+use crate::nbd::Counters;
+
 /// A link to a node.
 #[derive(Clone, Debug)]
 pub struct LinkSnapshot {
@@ -25,6 +27,7 @@ pub struct ImageSnapshot {
     pub requests_in_flight: usize,
     /// Name and state of each node.
     pub replicas: Vec<(String, String)>,
+    pub counters: Counters,
 }
 
 #[derive(Clone, Debug, Default)]

@@ -2,10 +2,12 @@
 //! plain reads and writes; `docs/decisions/` says why.
 
 mod outgoing;
+mod peer;
 mod poller;
 mod stream;
 
 pub use outgoing::{Outgoing, Sink};
+pub use peer::{peer_process, tune_accepted};
 pub use poller::{Poller, Ready, Waker};
 pub use stream::{Address, Filled, Stream, listen_tcp, listen_unix};
 

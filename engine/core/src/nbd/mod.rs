@@ -12,6 +12,7 @@
 //! The specification is the NBD project's `doc/proto.md`; section names in comments are its own.
 
 pub mod constants;
+mod counters;
 mod errors;
 mod handshake;
 mod options;
@@ -19,6 +20,7 @@ mod reply;
 mod request;
 pub mod serve;
 
+pub use counters::Counters;
 pub use errors::{Errno, ProtocolError};
 pub use handshake::{Answer, Handshake, Query, Step};
 pub use reply::{Extent, block_status, done, error, read};

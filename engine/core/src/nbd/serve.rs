@@ -5,7 +5,7 @@
 //! its connection is not read, so that one greedy client cannot take all memory.
 
 use super::{
-    Answer, Command, Errno, Handshake, Limits, Parsed, ProtocolError, Query, Request,
+    Answer, Command, Counters, Errno, Handshake, Limits, Parsed, ProtocolError, Query, Request,
     RequestReader, Session, Step, block_status, check, done, error, read,
 };
 use crate::geometry::BLOCK_BYTES;
@@ -61,6 +61,8 @@ pub struct Client {
     pub stream: Stream,
     /// Who this is in tokens and events; never reused.
     pub id: u64,
+    /// The process that connected, where the socket tells (`io::peer_process`).
+    pub peer: Option<String>,
     phase: Phase,
     in_flight: Slab<Request>,
     in_flight_bytes: u64,
@@ -68,14 +70,21 @@ pub struct Client {
 }
 
 impl Client {
-    pub fn new(stream: Stream, id: u64, limits: &Limits, now_ns: u64) -> Client {
+    pub fn new(
+        stream: Stream,
+        id: u64,
+        peer: Option<String>,
+        limits: &Limits,
+        now_ns: u64,
+    ) -> Client {
         let mut handshake = Handshake::new(limits);
         let mut greeting = BytesMut::new();
         handshake.greeting(&mut greeting);
         let phase = Phase::Handshake { handshake, deadline_ns: now_ns + HANDSHAKE_NS };
         let in_flight = Slab::new();
+        let (in_flight_bytes, last_channel) = (0, None);
         let mut client =
-            Client { stream, id, phase, in_flight, in_flight_bytes: 0, last_channel: None };
+            Client { stream, id, peer, phase, in_flight, in_flight_bytes, last_channel };
         client.stream.output().data(greeting.freeze());
         client
     }
@@ -233,7 +242,8 @@ impl Client {
         }
     }
 
-    fn leave(&mut self) {
+    /// Takes no more requests; when what is in flight is answered the connection ends.
+    pub fn leave(&mut self) {
         let phase = std::mem::replace(&mut self.phase, Phase::Leaving { session: None });
         if let Phase::Serving { session, .. } = phase {
             self.phase = Phase::Leaving { session: Some(session) };
@@ -241,8 +251,9 @@ impl Client {
     }
 
     /// Replies to the request that `cookie` of a token names.
-    pub fn reply(&mut self, cookie: u64, outcome: Outcome) {
+    pub fn reply(&mut self, cookie: u64, outcome: Outcome, counters: &mut Counters) {
         let Some(request) = self.in_flight.try_remove(cookie as usize) else { return };
+        counters.answered(&request, &outcome);
         if matches!(request.command, Command::Read | Command::Write) {
             self.in_flight_bytes -= u64::from(request.length);
         }

@@ -4,9 +4,9 @@
 use super::jobs::{Done, Jobs};
 use super::requests::{Outcome, Requests, Scratch};
 use super::sessions::Sessions;
-use super::{Command, Failure, Identity, NodeStatus, ReadShard};
+use super::{Command, Counters, Failure, Identity, NodeStatus, ReadShard};
 use crate::geometry::BLOCK_BYTES;
-use crate::io::{Filled, Poller, Ready, Sink, Stream, Waker, boottime_ns};
+use crate::io::{Filled, Poller, Ready, Sink, Stream, Waker, boottime_ns, tune_accepted};
 use crate::store::{Store, StoreError};
 use crate::wire::messages::{Head, Hello, HelloReply, Number};
 use crate::wire::{Frame, FrameReader, Prefix, REPLY, Status, VERSION, encode, kind};
@@ -29,6 +29,8 @@ const TICK: Duration = Duration::from_millis(500);
 /// A gateway whose request waits for room in the log hears this often that the node is there: its
 /// pings wait behind the request.
 const SIGN_OF_LIFE_NS: u64 = 1_000_000_000;
+/// After a checkpoint that found no space the next one waits, unless something else frees some.
+const NO_SPACE_PAUSE_NS: u64 = 1_000_000_000;
 /// A peer that has not greeted by then is sent away.
 const GREETING_NS: u64 = 5_000_000_000;
 
@@ -53,10 +55,11 @@ pub(super) struct EventLoop {
     poller: Poller,
     waker: Waker,
     commands: mpsc::Receiver<Command>,
+    /// Before the store: dropped first, so that no job works in a folder whose lock is free again.
+    jobs: Jobs,
     store: Store,
     identity: Identity,
     failure: Failure,
-    jobs: Jobs,
     listeners: Vec<OwnedFd>,
     connections: Slab<Connection>,
     serial: u64,
@@ -69,6 +72,9 @@ pub(super) struct EventLoop {
     deletes: Vec<(u64, mpsc::Sender<Result<(), StoreError>>)>,
     syncing: bool,
     checkpointing: bool,
+    /// No checkpoint begins before this time.
+    checkpoint_after_ns: u64,
+    counters: Counters,
     signed_ns: u64,
     touched: Vec<usize>,
 }
@@ -102,6 +108,8 @@ impl EventLoop {
             deletes: Vec::new(),
             syncing: false,
             checkpointing: false,
+            checkpoint_after_ns: 0,
+            counters: Counters::default(),
             signed_ns: 0,
             touched: Vec::new(),
         })
@@ -160,8 +168,7 @@ impl EventLoop {
             if self.connections.len() >= CONNECTIONS_MAX {
                 continue;
             }
-            // Fails on unix sockets, where there is nothing to delay.
-            let _ = rustix::net::sockopt::set_tcp_nodelay(&fd, true);
+            tune_accepted(&fd);
             let entry = self.connections.vacant_entry();
             let token = CONNECTION | entry.key() as u64;
             let stream = Stream::new(fd);
@@ -231,7 +238,9 @@ impl EventLoop {
             scratch: &mut self.scratch,
             connection,
         };
-        match requests.handle(&frame) {
+        let outcome = requests.handle(&frame);
+        self.counters.request(&frame, &outcome);
+        match outcome {
             Outcome::Answer { status, head, payload } => {
                 self.answer(index, Prefix::reply(&frame, status), &head, payload);
             }
@@ -318,6 +327,7 @@ impl EventLoop {
             }
         }
         if !self.checkpointing
+            && (self.checkpoint_after_ns == 0 || boottime_ns() >= self.checkpoint_after_ns)
             && let Some(job) = self.store.begin_checkpoint(false)?
         {
             self.checkpointing = true;
@@ -366,20 +376,42 @@ impl EventLoop {
         match done {
             Done::Sync(done) => {
                 self.syncing = false;
+                self.counters.syncs += 1;
                 self.store.finish_sync(done)?;
                 self.answer_durable();
             }
             Done::Checkpoint(done) => {
                 self.checkpointing = false;
                 match self.store.finish_checkpoint(*done) {
+                    Ok(()) => {
+                        self.counters.checkpoints += 1;
+                        self.checkpoint_after_ns = 0;
+                    }
                     // All is in the log still; the next checkpoint tries again.
-                    Ok(()) | Err(StoreError::NoSpace) => {}
+                    Err(StoreError::NoSpace) => {
+                        self.counters.checkpoints_without_space += 1;
+                        self.checkpoint_after_ns = boottime_ns() + NO_SPACE_PAUSE_NS;
+                        self.refuse_parked();
+                    }
                     Err(error) => return Err(error),
                 }
                 self.unpark();
             }
         }
         Ok(())
+    }
+
+    /// There is no room to be had: whoever waits for it hears so, and may go on without this node.
+    fn refuse_parked(&mut self) {
+        let parked = self.connections.iter_mut().filter_map(|(index, connection)| {
+            connection.parked.take().map(|frame| (index, Prefix::reply(&frame, Status::NoSpace)))
+        });
+        let parked: Vec<(usize, Prefix)> = parked.collect();
+        for (index, prefix) in parked {
+            self.counters.refused += 1;
+            self.answer(index, prefix, &[], Bytes::new());
+            self.take_frames(index);
+        }
     }
 
     /// Requests that waited for room go on.
@@ -515,6 +547,8 @@ impl EventLoop {
             flush_number: self.store.flush_number(),
             log_bytes: self.store.log_bytes(),
             dirty_shards: images.iter().map(|id| self.store.dirty(id).count() as u64).sum(),
+            counters: self.counters.clone(),
+            no_space: self.checkpoint_after_ns != 0,
         }
     }
 

@@ -5,6 +5,7 @@ use crate::io::Waker;
 use crate::store::{CheckpointDone, CheckpointJob, SyncDone, SyncJob};
 use std::io;
 use std::sync::mpsc;
+use std::thread::JoinHandle;
 
 /// A job that is done.
 pub(super) enum Done {
@@ -12,33 +13,47 @@ pub(super) enum Done {
     Checkpoint(Box<CheckpointDone>),
 }
 
-/// The two threads. They end when this is dropped.
+/// The two threads. Dropping this waits until they have ended what they are at.
 pub(super) struct Jobs {
-    syncs: mpsc::Sender<SyncJob>,
-    checkpoints: mpsc::Sender<CheckpointJob>,
+    syncs: Option<mpsc::Sender<SyncJob>>,
+    checkpoints: Option<mpsc::Sender<CheckpointJob>>,
     done: mpsc::Receiver<Done>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl Jobs {
     pub(super) fn start(waker: &Waker) -> io::Result<Jobs> {
         let (finished, done) = mpsc::channel();
         let run = |job: SyncJob| Done::Sync(job.run());
-        let syncs = spawn("node-sync", waker.clone(), finished.clone(), run)?;
+        let (syncs, sync) = spawn("node-sync", waker.clone(), finished.clone(), run)?;
         let run = |job: CheckpointJob| Done::Checkpoint(Box::new(job.run()));
-        let checkpoints = spawn("node-checkpoint", waker.clone(), finished, run)?;
-        Ok(Jobs { syncs, checkpoints, done })
+        let (checkpoints, checkpoint) = spawn("node-checkpoint", waker.clone(), finished, run)?;
+        let threads = vec![sync, checkpoint];
+        Ok(Jobs { syncs: Some(syncs), checkpoints: Some(checkpoints), done, threads })
     }
 
     pub(super) fn sync(&self, job: SyncJob) {
-        self.syncs.send(job).expect("the thread lives as long as its sender");
+        let sent = self.syncs.as_ref().is_some_and(|syncs| syncs.send(job).is_ok());
+        assert!(sent, "the thread lives as long as its sender");
     }
 
     pub(super) fn checkpoint(&self, job: CheckpointJob) {
-        self.checkpoints.send(job).expect("the thread lives as long as its sender");
+        let sent = self.checkpoints.as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
+        assert!(sent, "the thread lives as long as its sender");
     }
 
     pub(super) fn finished(&self) -> Option<Done> {
         self.done.try_recv().ok()
+    }
+}
+
+impl Drop for Jobs {
+    fn drop(&mut self) {
+        (self.syncs, self.checkpoints) = (None, None);
+        for thread in self.threads.drain(..) {
+            // A panic of the thread was printed where it happened.
+            let _ = thread.join();
+        }
     }
 }
 
@@ -47,7 +62,7 @@ fn spawn<J: Send + 'static>(
     waker: Waker,
     finished: mpsc::Sender<Done>,
     run: impl Fn(J) -> Done + Send + 'static,
-) -> io::Result<mpsc::Sender<J>> {
+) -> io::Result<(mpsc::Sender<J>, JoinHandle<()>)> {
     let (jobs, received) = mpsc::channel::<J>();
     let work = move || {
         for job in received {
@@ -57,6 +72,6 @@ fn spawn<J: Send + 'static>(
             waker.wake();
         }
     };
-    std::thread::Builder::new().name(name.into()).spawn(work)?;
-    Ok(jobs)
+    let thread = std::thread::Builder::new().name(name.into()).spawn(work)?;
+    Ok((jobs, thread))
 }

@@ -2,10 +2,13 @@
 //! gateways, and two helper threads that sync the log and checkpoint it. Python orders through
 //! `NodeHandle` and is on no request's way.
 
+mod counters;
 mod event_loop;
 mod jobs;
 pub(crate) mod requests;
 pub(crate) mod sessions;
+
+pub use counters::Counters;
 
 use crate::geometry::{ImageId, LayerId};
 use crate::io::{Poller, Waker};
@@ -36,6 +39,9 @@ pub struct NodeStatus {
     pub flush_number: u64,
     pub log_bytes: u64,
     pub dirty_shards: u64,
+    pub counters: Counters,
+    /// The last checkpoint found the disk full.
+    pub no_space: bool,
 }
 
 pub(crate) enum Command {

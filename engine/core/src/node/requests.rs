@@ -73,7 +73,8 @@ impl From<StoreError> for Refused {
             }
             StoreError::EpochLower { .. } => Status::StaleEpoch,
             StoreError::Deleted { .. } => Status::Deleted,
-            StoreError::NoSpace | StoreError::DirtyFull => Status::NoSpace,
+            StoreError::NoSpace => Status::NoSpace,
+            StoreError::DirtyFull => Status::DirtyFull,
             StoreError::OutOfRange | StoreError::TooLarge => Status::Malformed,
             _ => Status::Io,
         })

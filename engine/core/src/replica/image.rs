@@ -173,6 +173,8 @@ pub struct ImageIo {
     pub(super) bytes_since_flush: u64,
     pub(super) ticks_since_flush: u32,
     pub(super) store_told: bool,
+    /// A node has no room in its dirty map: a flush of our own is under way, a clear follows it.
+    pub(super) dirty_full: bool,
     /// Time after which reads need the nodes' word that this is still the holder, and now.
     pub(super) lease_deadline_ns: u64,
     pub(super) now_ns: u64,
@@ -221,6 +223,7 @@ impl ImageIo {
             bytes_since_flush: 0,
             ticks_since_flush: 0,
             store_told: true,
+            dirty_full: false,
             lease_deadline_ns: u64::MAX,
             now_ns: 0,
             read_turn: 0,

@@ -77,6 +77,7 @@ impl ImageIo {
             Status::StaleEpoch | Status::Deleted => self.fence(node, status),
             // Asked under a generation of before, while the new record was on its way.
             Status::StaleGeneration | Status::BadChecksum => {}
+            Status::DirtyFull => self.make_room_in_dirty_maps(),
             status => self.event(Event::ReplicaFailed { node, status }),
         }
     }
@@ -111,12 +112,26 @@ impl ImageIo {
 
     /// All in-sync nodes hold everything up to `sequence` durably: it may be cleared.
     fn flush_done(&mut self, sequence: u64) {
-        if sequence <= self.clear.sequence {
-            return;
+        if sequence > self.clear.sequence {
+            let in_sync = self.in_sync_anywhere();
+            let proof = self.flush_numbers(in_sync);
+            self.clear = Clear { sequence, proof, pending: in_sync };
         }
-        let in_sync = self.in_sync_anywhere();
-        let proof = self.flush_numbers(in_sync);
-        self.clear = Clear { sequence, proof, pending: in_sync };
+        if self.dirty_full {
+            self.dirty_full = false;
+            let up = self.up();
+            self.send_clear(self.clear.pending.and(up));
+            self.send_unsent();
+        }
+    }
+
+    /// A node can take no more dirty shards: what is answered is flushed and cleared, then the node
+    /// is asked again. It is not failing.
+    fn make_room_in_dirty_maps(&mut self) {
+        if !self.dirty_full {
+            self.dirty_full = true;
+            self.submit_own_flush();
+        }
     }
 
     /// The last flush of each of `nodes` that was answered, by name.

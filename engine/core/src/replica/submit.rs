@@ -13,6 +13,8 @@ use bytes::{BufMut, Bytes, BytesMut};
 /// map stays short and a reconcile after an unclean end is quick.
 const SELF_FLUSH_BYTES: u64 = 256 << 20;
 const SELF_FLUSH_TICKS: u32 = 30;
+/// Writes are cut to this: what a node takes in, verifies and logs in one go stays in a core's cache.
+const WRITE_BYTES_MAX: u64 = 256 << 10;
 
 impl ImageIo {
     /// A read of `length` bytes; answered with runs.
@@ -142,7 +144,8 @@ impl ImageIo {
     fn pieces(&self, offset: u64, length: u32, kind: RequestKind) -> Vec<Piece> {
         let shard_bytes = u64::from(self.spec.geometry.shard_bytes);
         let step = match kind {
-            RequestKind::Read | RequestKind::Write => shard_bytes.min(PAYLOAD_BYTES_MAX as u64),
+            RequestKind::Write => shard_bytes.min(WRITE_BYTES_MAX),
+            RequestKind::Read => shard_bytes.min(PAYLOAD_BYTES_MAX as u64),
             _ => shard_bytes,
         };
         let mut pieces = Vec::with_capacity(1);
@@ -371,6 +374,11 @@ impl ImageIo {
         if running && (due || self.bytes_since_flush >= SELF_FLUSH_BYTES) {
             self.submit_own_flush();
         }
+        self.send_unsent();
+    }
+
+    /// Sends again what a replica that is up failed, or was not asked.
+    pub(super) fn send_unsent(&mut self) {
         let up = self.up();
         let again: Vec<usize> = self
             .parts

@@ -142,8 +142,15 @@ impl Store {
     /// them: a shard's metadata is then written once for many segments.
     fn plan_shards(&mut self, segment: u32) -> Vec<ShardPlan> {
         let mut plans = Vec::new();
-        let shards = self.state.index.iter();
-        for (key, shard) in shards.filter(|(_, shard)| shard.oldest_segment <= segment) {
+        let candidates = self.state.index.iter_mut();
+        for (key, shard) in candidates.filter(|(_, shard)| shard.oldest_segment <= segment) {
+            // What is in the file of an unsettled shard may rest on any record that the log has of it.
+            if !self.unsettled.contains(key) {
+                shard.tighten();
+            }
+            if shard.oldest_segment > segment {
+                continue;
+            }
             // Without its record an image's blocks are of no use; recovery has reported that.
             let Some(record) = self.state.images.get(&key.image) else { continue };
             let shard_bytes = record.head.shard_bytes;

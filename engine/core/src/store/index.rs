@@ -83,8 +83,11 @@ pub struct ShardIndex {
     pub generation: u64,
     /// Place of the last record about the shard.
     pub last: Place,
-    /// No run, nor a generation that is not settled, is in an older segment.
+    /// No run, nor a generation that is not settled, is in an older segment. A lower bound: what is
+    /// overwritten does not raise it, `tighten` does.
     pub oldest_segment: u32,
+    /// Segment of the last record with the highest generation.
+    generation_segment: u32,
     runs: BTreeMap<u32, Run>,
 }
 
@@ -145,9 +148,17 @@ impl ShardIndex {
         }
     }
 
-    /// Drops runs before `upto`: a checkpoint has put them into the shard file.
+    /// Raises `oldest_segment` to what it is now that older records may have been overwritten.
+    pub fn tighten(&mut self) {
+        let segments = self.runs.values().map(|run| run.place.segment);
+        let oldest = segments.fold(self.generation_segment, u32::min);
+        self.oldest_segment = self.oldest_segment.max(oldest);
+    }
+
+    /// Drops runs before `upto`: a checkpoint has put them into the shard file, and its generation.
     fn retire(&mut self, upto: Place) {
         self.runs.retain(|_, run| run.place >= upto);
+        self.generation_segment = self.generation_segment.max(upto.segment);
         let segments = self.runs.values().map(|run| run.place.segment);
         self.oldest_segment = segments.min().unwrap_or(self.last.segment);
     }
@@ -170,7 +181,10 @@ impl Index {
             oldest_segment: place.segment,
             ..ShardIndex::default()
         });
-        shard.generation = shard.generation.max(generation);
+        if generation >= shard.generation {
+            shard.generation = generation;
+            shard.generation_segment = place.segment;
+        }
         shard.last = place;
         shard
     }
@@ -193,5 +207,9 @@ impl Index {
 
     pub fn iter(&self) -> impl Iterator<Item = (&ShardKey, &ShardIndex)> {
         self.shards.iter()
+    }
+
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (&ShardKey, &mut ShardIndex)> {
+        self.shards.iter_mut()
     }
 }

@@ -284,7 +284,11 @@ impl Store {
     }
 
     /// The shard file's metadata, kept in memory.
-    fn meta(&mut self, key: &ShardKey, shard_bytes: u32) -> Result<Arc<ShardMeta>, StoreError> {
+    pub(super) fn meta(
+        &mut self,
+        key: &ShardKey,
+        shard_bytes: u32,
+    ) -> Result<Arc<ShardMeta>, StoreError> {
         if let Some(meta) = self.metas.get(key) {
             return Ok(Arc::clone(meta));
         }

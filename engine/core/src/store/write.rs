@@ -59,6 +59,7 @@ impl Store {
         payload: Bytes,
     ) -> Result<u64, StoreError> {
         let shard_bytes = self.admit(op)?;
+        self.check_dirty_room(&op.image, op.shard)?;
         let span = Span::new(op.offset, payload.len(), shard_bytes)?;
         verify(&span, crcs, &payload)?;
         let last = span.blocks - 1;
@@ -97,6 +98,10 @@ impl Store {
     ) -> Result<u64, StoreError> {
         let shard_bytes = self.admit(op)?;
         let span = Span::new(op.offset, length as usize, shard_bytes)?;
+        if !keep_allocated && self.holds_nothing(op, shard_bytes)? {
+            return Ok(self.log.next_lsn() - 1);
+        }
+        self.check_dirty_room(&op.image, op.shard)?;
         let last = span.blocks - 1;
         let mut edges: [Option<(u32, Bytes)>; 2] = [None, None];
         for (edge, index) in edges.iter_mut().zip([0, last]) {
@@ -176,6 +181,14 @@ impl Store {
         Ok(self.log.next_lsn() - 1)
     }
 
+    /// Whether nothing was ever written to the op's shard, so that a discard changes nothing. (An image
+    /// with parents has other layers to hide.)
+    fn holds_nothing(&mut self, op: &WriteOp<'_>, shard_bytes: u32) -> Result<bool, StoreError> {
+        let key = op.key();
+        let fresh = op.layers.len() == 1 && self.state.index.get(&key).is_none();
+        Ok(fresh && self.meta(&key, shard_bytes)?.version == 0)
+    }
+
     /// Whether the change may be made at all; gives the shard size.
     fn admit(&self, op: &WriteOp<'_>) -> Result<u32, StoreError> {
         self.check()?;
@@ -186,7 +199,6 @@ impl Store {
         if op.stamp.epoch < head.epoch {
             return Err(StoreError::EpochLower { stored: Box::new(*head) });
         }
-        self.check_dirty_room(&op.image, op.shard)?;
         Ok(head.shard_bytes)
     }
 

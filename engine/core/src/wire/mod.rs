@@ -86,12 +86,14 @@ pub enum Status {
     Io = 12,
     /// The image was deleted here.
     Deleted = 13,
+    /// Too many dirty shards: flush, clear, ask again.
+    DirtyFull = 14,
 }
 
 impl Status {
     pub fn from_wire(value: u16) -> Option<Status> {
         use Status::*;
-        const ALL: [Status; 14] = [
+        const ALL: [Status; 15] = [
             Ok,
             Malformed,
             Version,
@@ -106,6 +108,7 @@ impl Status {
             NoSpace,
             Io,
             Deleted,
+            DirtyFull,
         ];
         ALL.get(usize::from(value)).copied()
     }

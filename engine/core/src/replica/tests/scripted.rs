@@ -2,9 +2,9 @@
 
 use super::cluster::{Cluster, Faults};
 use crate::geometry::Tag;
-use crate::replica::{IoError, Outcome, Output, Token};
+use crate::replica::{Event, IoError, Outcome, Output, Token};
 use crate::wire::messages::{DirtyEntry, DirtyReply, Head};
-use crate::wire::{Frame, REPLY, kind};
+use crate::wire::{Frame, REPLY, Status, kind};
 use bytes::{Bytes, BytesMut};
 
 fn dirty_reply(to: &Frame, shards: &[u64]) -> Frame {
@@ -55,4 +55,22 @@ fn a_request_past_a_new_end_fails_alone() {
     assert!(cluster.io.outputs.iter().any(|output| {
         matches!(output, Output::Answer { token: t, outcome: o } if *t == token && *o == outcome)
     }));
+}
+
+/// A guest discarded a whole big disk; the nodes' dirty maps were full, the first node to say so was left
+/// behind as if its disk had failed, and every image after it lost that node too.
+#[test]
+fn a_full_dirty_map_is_flushed_and_cleared_and_the_node_asked_again() {
+    let mut cluster = Cluster::new(1, Faults::Kills);
+    cluster.settle();
+    cluster.write(0, 8);
+    let (node, frame) = cluster.intercept(kind::WRITE).expect("it goes to all nodes");
+    let refusal = Frame { kind: frame.kind | REPLY, status: Status::DirtyFull, ..frame };
+    let refusal = Frame { head: Bytes::new(), payload: Bytes::new(), ..refusal };
+    assert_eq!(cluster.io.receive(node, refusal), Ok(()));
+    let failed = |output: &Output| matches!(output, Output::Event(Event::ReplicaFailed { .. }));
+    assert!(!cluster.io.outputs.iter().any(failed), "a node with much to remember works");
+    cluster.settle();
+    assert!(cluster.policy.record.in_sync.has(node), "nobody was left behind");
+    cluster.check_replicas(false);
 }

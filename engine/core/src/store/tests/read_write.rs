@@ -2,6 +2,8 @@
 
 use super::rig::*;
 use crate::geometry::{BLOCK_BYTES, Tag};
+use crate::store::disk::Errno;
+use crate::store::shard_file::shard_path;
 use crate::store::{BlockState, CopyBlock, StoreError, WriteOp};
 use bytes::Bytes;
 
@@ -266,4 +268,55 @@ fn checkpoint_without_space_leaves_everything_in_the_log_and_succeeds_later() {
     rig.checkpoint();
     (0..8).for_each(|s| assert_eq!(rig.content(s, 0, 2), vec![s as u8 + 1; 2 * BLOCK]));
     assert_eq!(rig.store.log_resident_bytes(&IMAGE), 0);
+}
+
+#[test]
+fn segments_whose_blocks_were_all_overwritten_are_freed_without_a_copy() {
+    let mut rig = Rig::new();
+    rig.fill(1, 0, 1, 99);
+    let mut checkpoints = 0;
+    for byte in 0..200 {
+        rig.fill(0, 0, 4, byte);
+        rig.sync();
+        if let Some(job) = rig.store.begin_checkpoint(false).expect("a checkpoint begins") {
+            rig.store.finish_checkpoint(job.run()).expect("a checkpoint succeeds");
+            checkpoints += 1;
+        }
+    }
+    // 3 MiB went through a log of 512 KiB.
+    assert!(checkpoints > 3, "the log was used several times over");
+    let disk = rig.disk.run();
+    let file = |shard| disk.open(&shard_path(&Rig::key(shard))).err();
+    assert_eq!(file(0), Some(Errno::NOENT), "what lives in the log stays there");
+    assert_eq!(file(1), None, "what nobody overwrote is in its file");
+    let (mut rig, _) = rig.power_cut(1);
+    assert_eq!(rig.content(0, 0, 5), [vec![199; 4 * BLOCK], vec![0; BLOCK]].concat());
+    assert_eq!(rig.content(1, 0, 1), vec![99; BLOCK]);
+}
+
+#[test]
+fn discard_of_a_shard_that_holds_nothing_leaves_no_trace() {
+    let mut rig = Rig::new();
+    let discard = |rig: &mut Rig, shard, layers: &[u32], keep| {
+        let op = WriteOp { image: IMAGE, layers, shard, offset: 0, stamp: rig.stamp };
+        rig.store.zero(&op, SHARD_BYTES, keep).expect("a discard")
+    };
+    rig.store.append().expect("append");
+    let before = rig.store.log_bytes();
+    for shard in 0..10_000 {
+        discard(&mut rig, shard, &[1], false);
+    }
+    rig.store.append().expect("append");
+    assert_eq!((rig.dirty(), rig.store.log_bytes()), (vec![], before));
+    // Under a parent, or to keep the space, there is something to remember.
+    discard(&mut rig, 3, &[2, 1], false);
+    discard(&mut rig, 4, &[1], true);
+    rig.fill(5, 0, 1, 9);
+    discard(&mut rig, 5, &[1], false);
+    assert_eq!(rig.dirty(), [3, 4, 5]);
+    assert_eq!(rig.content(5, 0, 1), vec![0; BLOCK]);
+    rig.fill(6, 0, 1, 9);
+    rig.checkpoint();
+    discard(&mut rig, 6, &[1], false);
+    assert_eq!(rig.content(6, 0, 1), vec![0; BLOCK], "what is in a file is discarded");
 }
