@@ -191,6 +191,7 @@ class Guest:
         for token, asked in self._asked.items():
             if asked.kind in ("write", "zero"):
                 self._shared.oracle.orphan(token)
+            self._shared.oracle.read_ends(token)
         self._asked.clear()
 
     # What it does
@@ -227,6 +228,7 @@ class Guest:
     def read(self, first: int, sectors: int) -> None:
         """Read some sectors."""
         token = self._begin("read", first, sectors)
+        self._shared.oracle.read_begins(token, self._shared.clock.now_s)
         self._send(token, "read", first, sectors)
 
     def write(self, first: int, sectors: int) -> None:
@@ -276,9 +278,11 @@ class Guest:
         if how == "shutdown":
             if asked.kind in ("write", "zero"):
                 shared.oracle.orphan(token)
+            shared.oracle.read_ends(token)
             self.fail("its image is gone")
             return
         if how == "failed":
+            shared.oracle.read_ends(token)
             assert asked.kind == "read" and shared.may_fail(), f"a {asked.kind} failed with EIO"
             return
         self.answers += 1
@@ -287,6 +291,7 @@ class Guest:
         if asked.kind == "read":
             assert stamps is not None and len(stamps) == asked.sectors, "a whole answer"
             shared.oracle.check_read(asked.first, stamps, asked.begun, now)
+            shared.oracle.read_ends(token)
         elif asked.kind == "flush":
             shared.oracle.flushed(asked.covered or [])
         else:

@@ -56,6 +56,7 @@ class Oracle:
         self._size = sectors
         self._open: dict[int, _Change] = {}
         self._unflushed: list[Written] = []
+        self._reading: dict[int, float] = {}
         self.reads = 0
 
     def _history(self, sector: int) -> list[Written]:
@@ -94,11 +95,27 @@ class Oracle:
         self._prune(sector)
 
     def _prune(self, sector: int) -> None:
+        """Forget what no read, of those under way or to come, may return."""
         history = self._sectors[sector]
-        if len(history) > 1:
-            self._sectors[sector] = [
-                w for w in history if not any(n.durable and n.sure for n in w.superseded_by)
-            ]
+        if len(history) < 2:
+            return
+        oldest_read = min(self._reading.values(), default=float("inf"))
+
+        def is_over(entry: Written) -> bool:
+            return any(
+                n.durable and n.sure and n.ended is not None and n.ended < oldest_read
+                for n in entry.superseded_by
+            )
+
+        self._sectors[sector] = [entry for entry in history if not is_over(entry)]
+
+    def read_begins(self, token: int, now: float) -> None:
+        """A read is sent."""
+        self._reading[token] = now
+
+    def read_ends(self, token: int) -> None:
+        """It is answered and judged, or never will be."""
+        self._reading.pop(token, None)
 
     def orphan(self, token: int) -> None:
         """Its sender will never hear of it; `settle` ends it."""
