@@ -171,7 +171,17 @@ class Simulation:
     not exist. What policy orders is as in `Gateway`, with the gateway first.
     """
 
-    def __new__(cls, seed: int, *, nodes: list[str], gateways: int) -> Simulation: ...
+    def __new__(
+        cls, seed: int, *, nodes: list[str], gateways: int, log_bytes: int, segment_bytes: int
+    ) -> Simulation: ...
+    @staticmethod
+    def break_rules(names: list[str]) -> None:
+        """Have this thread break these rules of the protocol, and keep all others."""
+
+    @staticmethod
+    def rules() -> list[str]:
+        """Return the names of all rules that can be broken (`engine/core/src/rules.rs`)."""
+
     @property
     def now_ns(self) -> int: ...
     @property

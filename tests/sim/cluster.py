@@ -38,6 +38,8 @@ class Shape:
     gateways: int = 2
     replica_sets: int = 1
     shards: int = 3
+    log_bytes: int = 1 << 20
+    segment_bytes: int = 64 << 10
 
 
 class Cluster:
@@ -50,7 +52,13 @@ class Cluster:
         self.lines: list[str] = []
         names = [f"node-{index}" for index in range(shape.nodes)]
         self.names = names
-        self.world = Simulation(self.chance.getrandbits(63), nodes=names, gateways=shape.gateways)
+        self.world = Simulation(
+            self.chance.getrandbits(63),
+            nodes=names,
+            gateways=shape.gateways,
+            log_bytes=shape.log_bytes,
+            segment_bytes=shape.segment_bytes,
+        )
         self.state = State(self.clock, random.Random(self.chance.getrandbits(63)))
         self.state.on_change = self._etcd_changed
         self.node_paths = [Path() for _ in names]
@@ -59,7 +67,7 @@ class Cluster:
         self.gateways: list[SimGateway | None] = [None] * shape.gateways
         self.guests: list[Guest] = []
         self._numbers = itertools.count(1)
-        self.oracle = Oracle(shape.shards * SHARD_BYTES // SECTOR_BYTES)
+        self.oracle = Oracle(SHARD_BYTES // SECTOR_BYTES)
         self.image: ImageId = ImageId("")
         self.record: ImageRecord | None = None
         """As etcd has it."""
@@ -68,6 +76,9 @@ class Cluster:
         self.refused: set[int] = set()
         """Nodes that may not register, and wait for a person."""
         self.damaged = False
+        """Blocks rot: a read may fail."""
+        self.rolled_back = False
+        """etcd was restored: its records may be lower than they were."""
         self._served_epoch = 0
         self._recorded: dict[int, tuple[int, int]] = {}
         self.steps = 0
@@ -359,8 +370,6 @@ class Cluster:
             self.say(f"etcd: generation {record.generation}, stale {_plain(record.stale)}")
             self._node_power_lost()
 
-    rolled_back = False
-
     def _answered(self, asked: Any, gateway: int) -> None:
         """Judge an answer by who has it. Raises Violation."""
         if asked.kind != "write":
@@ -369,7 +378,7 @@ class Cluster:
         assert record is not None
         process = self.gateways[gateway]
         applied = dict(self.world.take_applied(asked.stamp))
-        if asked.epoch != record.epoch or process is None:
+        if asked.epoch != record.epoch or process is None or self.rolled_back:
             return
         first = asked.first * SECTOR_BYTES // SHARD_BYTES
         last = ((asked.first + asked.sectors) * SECTOR_BYTES - 1) // SHARD_BYTES

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from tests.sim.cluster import Cluster, Shape
+from etcd.memory import Backup
+from tests.sim.cluster import BLOCK_BYTES, SHARD_BYTES, Cluster, Shape
 from tests.sim.guest import Life
 from tests.sim.oracle import Violation
+from tests.sim.processes import SimNode
 
 SETTLE_S = 90.0
 """Until everything works again after the last fault: opening takes 20 s at most, leases 10."""
@@ -29,7 +31,12 @@ class Kind:
         Shape(nodes=4, gateways=3, replica_sets=2),
         Shape(nodes=5, gateways=2, replica_sets=3, shards=4),
     )
+    may_stall: bool = False
+    """It may end with writes that wait for a heal, or for a person."""
 
+
+SMALL_LOG = Shape(log_bytes=256 << 10)
+"""Soon full: checkpoints put the data into shard files all the time."""
 
 KINDS = (
     Kind("kills", {"kill_node": 6, "kill_gateway": 3, "crash_node": 2, "reset": 3}),
@@ -55,6 +62,22 @@ KINDS = (
         "disks",
         {"slow_disk": 3, "full_disk": 3, "fail_sync": 2, "crash_node": 3, "cut_node": 2,
          "kill_gateway": 1},
+    ),
+    Kind(
+        "rot",
+        {"rot": 8, "kill_node": 4, "cut_node": 2, "kill_gateway": 2, "cut_host": 1},
+        (SMALL_LOG,),
+    ),
+    Kind(
+        "swapped",
+        {"snapshot": 6, "roll_back": 6, "kill_node": 2, "kill_gateway": 3, "cut_node": 1},
+        may_stall=True,
+    ),
+    Kind(
+        "restored",
+        {"back_up": 4, "restore_etcd": 3, "second": 3, "cut_host": 2, "kill_gateway": 3,
+         "kill_node": 4, "pause_gateway": 2},
+        may_stall=True,
     ),
     Kind(
         "everything",
@@ -105,6 +128,10 @@ class History:
         self.length_s = self.chance.uniform(10, 45)
         self._over = False
         self._leaving = False
+        self._victim = self.chance.randrange(self.cluster.shape.nodes)
+        """The one node whose disk may rot, or be swapped."""
+        self._snapshot_of: SimNode | None = None
+        self._backup: Backup | None = None
 
     def play(self) -> Outcome:
         """Run it to its end; a violation is in the outcome."""
@@ -114,7 +141,9 @@ class History:
         structlog.configure(processors=[self._logged], cache_logger_on_first_use=False)
         try:
             self._play()
-        except Exception as error:  # noqa: BLE001 (of whatever kind: a defect is what we look for)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 (a panic of the engine is no `Exception`)
             outcome.error = error
             cluster.say(f"VIOLATION: {type(error).__name__}: {error}")
         finally:
@@ -192,6 +221,9 @@ class History:
         for guest in cluster.guests:
             guest.busy = False
         if not cluster.run_for(SETTLE_S, cluster.all_level):
+            if self.kind.may_stall:
+                cluster.say(f"stalled, as it may: {self._stuck()}")
+                return
             raise Violation(f"stuck: {self._stuck()}")
         cluster.say("all is level")
         self._read_everything()
@@ -390,3 +422,43 @@ class History:
         node = self._node()
         self.cluster.say(f"a sync of {self.cluster.names[node]} will fail")
         self.cluster.world.fail_sync(node, self.chance.randrange(3))
+
+    def _rot(self) -> None:
+        """A byte of a block that is used changes on one node's disk."""
+        world, near = self.cluster.world, 2 * BLOCK_BYTES
+        place = self.chance.choice((0, SHARD_BYTES - near)) + self.chance.randrange(near)
+        found = world.corrupt(self._victim, self.chance.randrange(100), place)
+        if found is not None:
+            self.cluster.damaged = True
+            self.cluster.say(f"{self.cluster.names[self._victim]}: rot in {found}")
+
+    def _snapshot(self) -> None:
+        """Somebody takes a snapshot of a node's disk."""
+        node = self.cluster.nodes[self._victim]
+        if node is not None:
+            self._snapshot_of = node
+            self.cluster.world.snapshot_disk(self._victim)
+            self.cluster.say(f"a snapshot of {node.name}'s disk is taken")
+
+    def _roll_back(self) -> None:
+        """… and puts it back, within the same run of the node: its start counter tells nothing."""
+        cluster, victim = self.cluster, self._victim
+        if self._snapshot_of is None or cluster.nodes[victim] is not self._snapshot_of:
+            return
+        self._snapshot_of = None
+        cluster.stop_node(victim, power=False)
+        cluster.world.restore_disk(victim)
+        cluster.say(f"{cluster.names[victim]}: the disk's snapshot is put back")
+        cluster.start_node(victim)
+
+    def _back_up(self) -> None:
+        """Somebody backs etcd up."""
+        self._backup = self.cluster.state.memory.backup()
+        self.cluster.say("etcd is backed up")
+
+    def _restore_etcd(self) -> None:
+        """… and restores the backup."""
+        if self._backup is not None:
+            self.cluster.say("etcd is restored from the backup")
+            self.cluster.rolled_back = True
+            self.cluster.state.memory.restore(self._backup)

@@ -33,12 +33,16 @@ class Written:
     stamp: int
     begun: float
     epoch: int
+    wide: bool = False
+    """One of several parts of its request, which go to shards of their own."""
     ended: float | None = None
     """Answered, or settled as an orphan."""
     answered: bool = False
     sure: bool = False
     """It is, or was, surely there: answered, or seen by a read."""
     durable: bool = False
+    shaken: bool = False
+    """Memory was lost while it was in flight, when part of it may have been all done."""
     superseded_by: list[Written] = field(default_factory=list)
 
 
@@ -51,9 +55,9 @@ class _Change:
 class Oracle:
     """All that guests did to one image."""
 
-    def __init__(self, sectors: int) -> None:
+    def __init__(self, shard_sectors: int) -> None:
         self._sectors: dict[int, list[Written]] = {}
-        self._size = sectors
+        self._shard_sectors = shard_sectors
         self._open: dict[int, _Change] = {}
         self._unflushed: list[Written] = []
         self._reading: dict[int, float] = {}
@@ -68,8 +72,9 @@ class Oracle:
     def begin(self, token: int, first: int, count: int, stamp: int, epoch: int, now: float) -> None:
         """A write (or zeroing: stamp 0) is sent."""
         change = _Change(range(first, first + count), [])
+        wide = first // self._shard_sectors != (first + count - 1) // self._shard_sectors
         for sector in change.sectors:
-            entry = Written(sector, stamp, now, epoch)
+            entry = Written(sector, stamp, now, epoch, wide)
             self._history(sector).append(entry)
             change.entries.append(entry)
         self._open[token] = change
@@ -79,10 +84,10 @@ class Oracle:
         change = self._open.pop(token)
         for sector, entry in zip(change.sectors, change.entries, strict=True):
             entry.ended = now if entry.ended is None else entry.ended
-            entry.answered = entry.sure = True
+            entry.answered, entry.sure = True, not entry.shaken or durable
             if durable:
                 entry.durable = True
-            else:
+            elif entry.sure:
                 self._unflushed.append(entry)
             self._supersede(sector, entry)
 
@@ -149,6 +154,7 @@ class Oracle:
             if concerns(sector):
                 for entry in history:
                     entry.sure &= entry.durable
+                    entry.shaken |= entry.ended is None and entry.wide
         self._unflushed = [entry for entry in self._unflushed if entry.sure]
 
     def check_read(self, first: int, stamps: list[int], begun: float, now: float) -> None:

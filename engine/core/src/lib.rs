@@ -12,6 +12,7 @@ pub mod io;
 pub mod nbd;
 pub mod node;
 pub mod replica;
+pub mod rules;
 #[cfg(any(test, feature = "simulation"))]
 pub mod simulation;
 pub mod store;

@@ -4,7 +4,8 @@
 use crate::gateway::{event_dict, mask, open_spec};
 use crate::ids::{hex, parse_id};
 use hci_engine_core::replica::Token;
-use hci_engine_core::simulation::{Answered, GuestRequest, Happening, Span, Way, World};
+use hci_engine_core::rules::{Rule, break_rules};
+use hci_engine_core::simulation::{Answered, GuestRequest, Happening, LogSize, Span, Way, World};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
@@ -64,10 +65,34 @@ fn span(min_ns: u64, max_ns: u64) -> PyResult<Span> {
 #[pymethods]
 impl Simulation {
     #[new]
-    #[pyo3(signature = (seed, *, nodes, gateways))]
-    fn new(seed: u64, nodes: Vec<String>, gateways: usize) -> Self {
-        let world = Mutex::new(World::new(seed, &nodes, gateways));
+    #[pyo3(signature = (seed, *, nodes, gateways, log_bytes, segment_bytes))]
+    fn new(
+        seed: u64,
+        nodes: Vec<String>,
+        gateways: usize,
+        log_bytes: u64,
+        segment_bytes: u32,
+    ) -> Self {
+        let log = LogSize { log_bytes, segment_bytes };
+        let world = Mutex::new(World::new(seed, &nodes, gateways, log));
         Simulation { world, nodes: nodes.len(), gateways }
+    }
+
+    /// Has this thread break these rules of the protocol (`engine/core/src/rules.rs`), by name.
+    #[staticmethod]
+    fn break_rules(names: Vec<String>) -> PyResult<()> {
+        let find = |name: &String| {
+            let rule = Rule::ALL.into_iter().find(|rule| format!("{rule:?}") == *name);
+            rule.ok_or_else(|| PyValueError::new_err(format!("no rule {name}")))
+        };
+        break_rules(&names.iter().map(find).collect::<PyResult<Vec<_>>>()?);
+        Ok(())
+    }
+
+    /// The names of all rules that can be broken.
+    #[staticmethod]
+    fn rules() -> Vec<String> {
+        Rule::ALL.iter().map(|rule| format!("{rule:?}")).collect()
     }
 
     #[getter]

@@ -21,6 +21,7 @@ use super::{Event, NodeIndex, NodeMask};
 use crate::checksum::crc32c;
 use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, LayerId, Tag};
+use crate::rules::{Rule, broken};
 use crate::wire::codec::Fields;
 use crate::wire::messages::{
     BlocksReply, Copy, DIRTY_ENTRIES_MAX, DirtyFrom, DirtyReply, Flush, Head, Level, Number,
@@ -95,7 +96,7 @@ impl ImageIo {
             let absent = set.in_sync.without(participants).first();
             absent.filter(|_| joins && !founded)
         });
-        if let Some(absent) = unfounded {
+        if let Some(absent) = unfounded.filter(|_| !broken(Rule::AllInSyncLevelled)) {
             return self.end_admission(absent, Status::Io);
         }
         self.serial = (self.serial + 1) & 0x7fff_ffff;
@@ -276,6 +277,9 @@ impl ImageIo {
         match leveller.stage {
             Stage::Comparing => {
                 leveller.stage = Stage::Flushing;
+                if broken(Rule::LevelIsDurable) {
+                    return self.go_on();
+                }
                 self.flush_participants();
             }
             Stage::Flushing => {

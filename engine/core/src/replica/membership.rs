@@ -4,6 +4,7 @@ use super::image::{ImageIo, Phase, Replica, ReplicaState, RequestKind};
 use super::replies::BadReply;
 use super::{Event, Instance, NodeIndex, NodeMask, PeekedRecord};
 use crate::geometry::ImageId;
+use crate::rules::{Rule, broken};
 use crate::wire::messages::{Attach, Head, Peek, PeekReply};
 use crate::wire::{Frame, Status, kind};
 use bytes::Bytes;
@@ -209,6 +210,9 @@ impl ImageIo {
     /// What the former instances of `nodes` answered does not count for writes that others still owe an
     /// answer to: with their power they may have lost it, and nobody else may have it to be levelled from.
     pub(super) fn ask_again(&mut self, nodes: NodeMask) {
+        if broken(Rule::UnansweredAskedAgain) {
+            return;
+        }
         for (_, part) in self.parts.iter_mut() {
             if matches!(part.kind, RequestKind::Write | RequestKind::Zero) {
                 let again = nodes.and(self.sets[part.set as usize].in_sync);

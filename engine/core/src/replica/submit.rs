@@ -5,6 +5,7 @@ use super::image::{ImageIo, Part, Phase, ReplicaState, Request, RequestKind};
 use super::{Event, IoError, NodeIndex, NodeMask, Outcome, Output, Token};
 use crate::checksum::block_checksums;
 use crate::geometry::BLOCK_BYTES;
+use crate::rules::{Rule, broken};
 use crate::wire::messages::{Flush, Head, Io};
 use crate::wire::{PAYLOAD_BYTES_MAX, kind};
 use bytes::{BufMut, Bytes, BytesMut};
@@ -309,12 +310,16 @@ impl ImageIo {
         let id = self.new_part(request, 0, RequestKind::Flush, nowhere, 0, Bytes::new());
         let needed = self.in_sync_anywhere().iter().filter(|node| {
             let replica = &self.replicas[usize::from(*node)];
-            replica.flushed_mark != Some(replica.write_mark)
+            let first = replica.flushed_mark.is_none() && !broken(Rule::FirstFlushGoesToAll);
+            first || replica.flushed_mark.unwrap_or(0) != replica.write_mark
         });
         let waiting = needed.fold(NodeMask::EMPTY, |mask, node| mask.with(NodeMask::one(node)));
         self.bytes_since_flush = 0;
         self.ticks_since_flush = 0;
-        let clear_sequence = self.answered_through();
+        let clear_sequence = match broken(Rule::ClearIsAnswered) {
+            true => self.next_sequence - 1,
+            false => self.answered_through(),
+        };
         let part = &mut self.parts[id];
         part.waiting = waiting;
         part.clear_sequence = clear_sequence;

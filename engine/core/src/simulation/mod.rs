@@ -18,5 +18,5 @@ mod world;
 
 pub use gateways::{Answered, GuestRequest};
 pub use network::Way;
-pub use node::{NodeRun, SimNode};
+pub use node::{LogSize, NodeRun, SimNode};
 pub use world::{Happening, Span, World};

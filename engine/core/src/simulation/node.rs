@@ -13,8 +13,19 @@ use bytes::{Bytes, BytesMut};
 use std::collections::VecDeque;
 
 const CLUSTER: [u8; 16] = [1; 16];
-const LOG_BYTES: u64 = 1 << 20;
-const SEGMENT_BYTES: u32 = 64 << 10;
+
+/// Sizes of a store's log. The smaller, the more often it is checkpointed.
+#[derive(Clone, Copy, Debug)]
+pub struct LogSize {
+    pub log_bytes: u64,
+    pub segment_bytes: u32,
+}
+
+impl Default for LogSize {
+    fn default() -> LogSize {
+        LogSize { log_bytes: 1 << 20, segment_bytes: 64 << 10 }
+    }
+}
 
 /// An answer that waits for a sync.
 struct Waiter {
@@ -47,15 +58,16 @@ pub struct SimNode {
     pub run: Option<NodeRun>,
     /// Names the store if a new one is made.
     store_id: [u8; 16],
+    log: LogSize,
 }
 
 impl SimNode {
-    pub fn new(name: &str) -> SimNode {
+    pub fn new(name: &str, log: LogSize) -> SimNode {
         let mut store_id = [2; 16];
         let bytes = name.as_bytes();
         let length = bytes.len().min(16);
         store_id[..length].copy_from_slice(&bytes[..length]);
-        SimNode { name: name.to_owned(), disk: SimDisk::new(), run: None, store_id }
+        SimNode { name: name.to_owned(), disk: SimDisk::new(), run: None, store_id, log }
     }
 
     /// Starts a process.
@@ -64,10 +76,14 @@ impl SimNode {
     /// The store cannot be opened.
     pub fn start(&mut self) -> Result<Instance, StoreError> {
         let config = StoreConfig {
-            segment_bytes: Some(SEGMENT_BYTES),
-            ..StoreConfig::new(CLUSTER, &self.name, self.store_id, LOG_BYTES)
+            segment_bytes: Some(self.log.segment_bytes),
+            ..StoreConfig::new(CLUSTER, &self.name, self.store_id, self.log.log_bytes)
         };
-        let (store, _) = Store::open(self.disk.run(), &config)?;
+        let (store, recovery) = Store::open(self.disk.run(), &config)?;
+        if recovery.damaged {
+            // As the daemon: a person has to look at it.
+            return Err(StoreError::Corrupt { file: "the log".to_owned() });
+        }
         let run = NodeRun {
             store,
             sessions: Sessions::default(),

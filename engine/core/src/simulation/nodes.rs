@@ -1,7 +1,7 @@
 //! The nodes of the simulated cluster: their processes, and what they do with what arrives.
 
 use super::network::{Item, Way};
-use super::node::{NodeRun, SimNode};
+use super::node::{LogSize, NodeRun, SimNode};
 use super::world::{Action, Happening, MILLISECOND_NS, Span, World};
 use crate::geometry::ImageId;
 use crate::replica::Instance;
@@ -31,9 +31,9 @@ pub(super) struct Node {
 }
 
 impl Node {
-    pub fn new(name: &str) -> Node {
+    pub fn new(name: &str, log: LogSize) -> Node {
         Node {
-            sim: SimNode::new(name),
+            sim: SimNode::new(name, log),
             run: 0,
             paused: false,
             boot: 1,
@@ -169,6 +169,7 @@ impl World {
         assert!(slot.sim.run.is_none(), "a disk is changed while its node is off");
         let Some(disk) = slot.snapshot.take() else { return false };
         slot.sim.replace_disk(disk);
+        self.remembers.retain(|(other, _)| *other != node);
         true
     }
 
@@ -176,7 +177,7 @@ impl World {
     pub fn corrupt(&mut self, node: usize, file: u64, place: u64) -> Option<(String, u64)> {
         let disk = &self.nodes[node].sim.disk;
         let shards: Vec<String> =
-            disk.paths().into_iter().filter(|path| path.starts_with("images/")).collect();
+            disk.paths().into_iter().filter(|path| is_shard_file(path)).collect();
         let path = shards.get((file % shards.len().max(1) as u64) as usize)?;
         disk.corrupt(path, place).then(|| (path.clone(), place))
     }
@@ -339,6 +340,10 @@ impl World {
             *self.applied.entry(key).or_default() |= 1 << node;
         }
     }
+}
+
+fn is_shard_file(path: &str) -> bool {
+    path.starts_with("images/") && !path.ends_with("/record")
 }
 
 /// The stamp that a write carries, and the shard that it goes to.

@@ -2,6 +2,7 @@
 
 use super::gateways::{Answered, Gateway};
 use super::network::{Connection, Item, Way};
+use super::node::LogSize;
 use super::nodes::Node;
 use crate::gateway::GatewayEvent;
 use crate::geometry::ImageId;
@@ -70,7 +71,7 @@ struct Path {
 
 impl World {
     /// A cluster of these nodes, all off, and so many gateways, all off.
-    pub fn new(seed: u64, nodes: &[String], gateways: usize) -> World {
+    pub fn new(seed: u64, nodes: &[String], gateways: usize, log: LogSize) -> World {
         let latency = Span { min_ns: MILLISECOND_NS / 20, max_ns: MILLISECOND_NS };
         let path = Path { latency, to_node_open: true, to_gateway_open: true };
         World {
@@ -78,7 +79,7 @@ impl World {
             random: Seeded::new(seed),
             due: BTreeMap::new(),
             serial: 0,
-            nodes: nodes.iter().map(|name| Node::new(name)).collect(),
+            nodes: nodes.iter().map(|name| Node::new(name, log)).collect(),
             gateways: (0..gateways).map(|_| Gateway::default()).collect(),
             connections: BTreeMap::new(),
             connection_serial: 0,

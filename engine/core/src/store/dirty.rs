@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use crate::geometry::{ImageId, LayerId, Tag};
+use crate::rules::{Rule, broken};
 
 use super::encoding::{Reader, push_u32, push_u64, put_text};
 use super::index::KeyMap;
@@ -159,7 +160,8 @@ impl DirtyMaps {
             let known = map.peers.entry(name.clone()).or_insert(0);
             *known = (*known).max(*flush_number);
         }
-        self.drop_where(image, |_, entry| !entry.sticky && entry.last <= tag)
+        let keeps = |entry: &DirtyEntry| entry.sticky && !broken(Rule::StickyUntilLevel);
+        self.drop_where(image, |_, entry| !keeps(entry) && entry.last <= tag)
     }
 
     /// The shards are level on all in-sync nodes, durably. Entries written to since they became

@@ -10,7 +10,7 @@ pub struct SimNode {
 
 impl SimNode {
     pub fn new(index: usize) -> SimNode {
-        let mut inner = simulation::SimNode::new(&format!("node{}", index + 1));
+        let mut inner = simulation::SimNode::new(&format!("node{}", index + 1), Default::default());
         inner.start().expect("the store opens");
         SimNode { inner }
     }
