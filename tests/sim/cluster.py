@@ -25,6 +25,9 @@ from vmstore.names import ImageName
 
 SHARD_BYTES = 1 << 20
 BLOCK_BYTES = 4096
+QUORUM = 2
+"""Of three."""
+
 POOL = "vms"
 IMAGE = "disk"
 IMAGE_NAME = f"{POOL}/{IMAGE}"
@@ -203,7 +206,7 @@ class Cluster:
             store_id, counter = self.world.start_node(node)
         except RuntimeError as error:
             self.say(f"{self.names[node]} cannot start: {error}")
-            self._node_power_lost()
+            self.judge_memory()
             self._restart_later(node)
             return
         self.say(f"{self.names[node]} starts, instance {counter}")
@@ -234,7 +237,7 @@ class Cluster:
             self.nodes[node] = None
         self.say(f"{self.names[node]} ends: {why}{' (memory lost)' if power else ''}")
         if power:
-            self._node_power_lost()
+            self.judge_memory()
         if self.supervised:
             self._restart_later(node)
 
@@ -262,7 +265,7 @@ class Cluster:
             self.clock.go_on(process.process)
             self.say(f"{self.names[node]} goes on")
 
-    def _node_power_lost(self) -> None:
+    def judge_memory(self) -> None:
         """Find out whether unflushed writes may be gone."""
         if self.record is None:
             return
@@ -368,7 +371,7 @@ class Cluster:
                 raise Violation(f"an equal record differs: {former} and {record}")
         if former is not None and record.stale != former.stale:
             self.say(f"etcd: generation {record.generation}, stale {_plain(record.stale)}")
-            self._node_power_lost()
+            self.judge_memory()
 
     def _answered(self, asked: Any, gateway: int) -> None:
         """Judge an answer by who has it. Raises Violation."""
@@ -391,7 +394,7 @@ class Cluster:
                     f"a write to shard {shard} was answered with {have}; "
                     f"in sync are {list(in_sync)}, generation {record.generation}"
                 )
-            if len(set(have) & set(record.sets[replica_set])) < record.policy.quorum:
+            if len(set(have) & set(record.sets[replica_set])) < QUORUM:
                 raise Violation(f"a write to shard {shard} was answered below quorum: {have}")
 
     def check(self) -> None:

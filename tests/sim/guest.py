@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from tests.sim.processes import SimGateway
 
 IN_FLIGHT_MAX = 8
+CHANGES_IN_FLIGHT_MAX = 5
+"""What waits for a lost node must not keep a guest from reading."""
 SECTORS_MAX = 20
 
 
@@ -201,8 +203,10 @@ class Guest:
         if self.life in (Life.OFF, Life.FAILED):
             self._working = False
             return
-        if self.life is Life.RUNNING and self.busy and len(self._asked) < IN_FLIGHT_MAX:
-            self.ask()
+        burst = shared.chance.randrange(2, 6) if shared.chance.random() < 0.2 else 1
+        for _ in range(burst):
+            if self.life is Life.RUNNING and self.busy and len(self._asked) < IN_FLIGHT_MAX:
+                self.ask()
         shared.clock.after(shared.chance.expovariate(1 / self.pause_s), self._work)
 
     def ask(self) -> None:
@@ -216,7 +220,8 @@ class Guest:
             first, sectors = first // 8 * 8, 8 * (1 + chance.randrange(2))
             sectors = min(sectors, region.stop - first)
         draw = chance.random()
-        if draw < 0.35:
+        changes = sum(asked.kind != "read" for asked in self._asked.values())
+        if draw < 0.35 or changes >= CHANGES_IN_FLIGHT_MAX:
             self.read(first, sectors)
         elif draw < 0.8:
             self.write(first, sectors)

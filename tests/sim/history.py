@@ -51,7 +51,7 @@ KINDS = (
     Kind(
         "holders",
         {"pause_gateway": 5, "second": 4, "cut_host": 2, "kill_gateway": 2, "cut_etcd": 3,
-         "partition": 2},
+         "partition": 2, "split": 4},
     ),
     Kind(
         "etcd",
@@ -279,6 +279,8 @@ class History:
             )
 
         if not cluster.run_for(30.0, closed):
+            if self.kind.may_stall:
+                return
             raise Violation(f"the image does not close clean: {self._stuck()}")
         cluster.check_all_replicas()
 
@@ -355,6 +357,19 @@ class History:
                 self._cut_path(gateway, node, ways, length_s)
         if self.chance.random() < 0.5:
             self._cut_etcd_of(self.cluster.gateway_paths[gateway], f"gate-{gateway}", length_s)
+
+    def _split(self) -> None:
+        """A host is alone with its node; its guest is started elsewhere once the lease is over."""
+        cluster, alone = self.cluster, self._gateway()
+        length_s = self.chance.choice((8.0, 16.0, 24.0))
+        for gateway in range(cluster.shape.gateways):
+            for node in range(cluster.shape.nodes):
+                if (gateway == alone) != (node == alone):
+                    self._cut_path(gateway, node, "both", length_s)
+        self._cut_etcd_of(cluster.gateway_paths[alone], f"gate-{alone}", length_s)
+        self._cut_etcd_of(cluster.node_paths[alone], cluster.names[alone], length_s)
+        other = (alone + 1) % cluster.shape.gateways
+        cluster.clock.after(1.0, lambda: cluster.boot(other))
 
     def _reset(self) -> None:
         """A connection breaks; short enough for nobody to notice more than that."""
@@ -448,6 +463,7 @@ class History:
         self._snapshot_of = None
         cluster.stop_node(victim, power=False)
         cluster.world.restore_disk(victim)
+        cluster.judge_memory()
         cluster.say(f"{cluster.names[victim]}: the disk's snapshot is put back")
         cluster.start_node(victim)
 

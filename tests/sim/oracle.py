@@ -37,6 +37,8 @@ class Written:
     """One of several parts of its request, which go to shards of their own."""
     ended: float | None = None
     """Answered, or settled as an orphan."""
+    known: float = float("inf")
+    """Since when it is known to be there: answered, or seen by a read."""
     answered: bool = False
     sure: bool = False
     """It is, or was, surely there: answered, or seen by a read."""
@@ -84,6 +86,7 @@ class Oracle:
         change = self._open.pop(token)
         for sector, entry in zip(change.sectors, change.entries, strict=True):
             entry.ended = now if entry.ended is None else entry.ended
+            entry.known = min(entry.known, now)
             entry.answered, entry.sure = True, not entry.shaken or durable
             if durable:
                 entry.durable = True
@@ -107,10 +110,7 @@ class Oracle:
         oldest_read = min(self._reading.values(), default=float("inf"))
 
         def is_over(entry: Written) -> bool:
-            return any(
-                n.durable and n.sure and n.ended is not None and n.ended < oldest_read
-                for n in entry.superseded_by
-            )
+            return any(n.durable and n.sure and n.known < oldest_read for n in entry.superseded_by)
 
         self._sectors[sector] = [entry for entry in history if not is_over(entry)]
 
@@ -173,20 +173,15 @@ class Oracle:
                     f"its history: {[_told(w) for w in history]}"
                 )
             if len(possible) == 1:
-                self._seen(sector, possible[0], begun)
+                self._seen(sector, possible[0], begun, now)
 
     def _is_gone(self, entry: Written, begun: float) -> bool:
         """Whether a write that is surely there, from before the read, has replaced it."""
-        return any(
-            newer.sure and newer.ended is not None and newer.ended < begun
-            for newer in entry.superseded_by
-        )
+        return any(newer.sure and newer.known < begun for newer in entry.superseded_by)
 
-    def _seen(self, sector: int, entry: Written, begun: float) -> None:
-        if entry.ended is None:
-            # In flight still: it may be overtaken by none that ended, which is all that is known.
-            return
+    def _seen(self, sector: int, entry: Written, begun: float, now: float) -> None:
         entry.sure = True
+        entry.known = min(entry.known, now)
         if not entry.durable and all(entry is not other for other in self._unflushed):
             self._unflushed.append(entry)
         for other in self._sectors[sector]:
@@ -202,7 +197,9 @@ class Oracle:
 
 def _nothing(sector: int) -> Written:
     """Return what a new image holds."""
-    return Written(sector, 0, -1.0, 0, ended=-1.0, answered=True, sure=True, durable=True)
+    return Written(
+        sector, 0, -1.0, 0, ended=-1.0, known=-1.0, answered=True, sure=True, durable=True
+    )
 
 
 def _told(entry: Written) -> str:

@@ -11,6 +11,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 pub(super) const MILLISECOND_NS: u64 = 1_000_000;
 
+const LATE_NS: u64 = 3000 * MILLISECOND_NS;
+
 /// Something takes at least and at most so long.
 #[derive(Clone, Copy, Debug)]
 pub struct Span {
@@ -183,8 +185,22 @@ impl World {
             .map(|(id, _)| *id)
             .collect();
         for id in concerned {
+            self.go_on_after_a_while(id);
             self.go_on(id, Way::ToNode);
             self.go_on(id, Way::ToGateway);
+        }
+    }
+
+    /// What a sender has given up is resent by its kernel, ever more seldom: it arrives late.
+    fn go_on_after_a_while(&mut self, id: u64) {
+        let late_ns = self.within(Span { min_ns: 0, max_ns: LATE_NS });
+        let at_ns = self.now_ns + late_ns;
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        let pipe = connection.pipe(Way::ToNode);
+        let waits = !pipe.scheduled && !pipe.is_empty();
+        if waits && !connection.gateway_open {
+            connection.to_node.scheduled = true;
+            self.schedule(at_ns, Action::Deliver { connection: id, way: Way::ToNode });
         }
     }
 

@@ -1,0 +1,191 @@
+"""Rules of the protocol, each broken on purpose: the simulator must notice.
+
+A rule of the engine is broken by its name (`engine/core/src/rules.rs`), one of policy by a function
+put in place of another. `within` says in how many random histories of its kind the defect is found
+at the latest; `python -m tests.sim.defects` shows how many it takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from engine._engine import Simulation
+from shard.membership import Policy
+from tests.sim.history import KINDS, History, Outcome
+from vmstore.effects import Effect, Reconfigure
+from vmstore.holder import Holder
+from vmstore.serving import Serving
+
+
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """A broken rule, and where it is looked for."""
+
+    name: str
+    history: str
+    """Which of the design's histories its rule closes, or which invariant it keeps."""
+    kind: str
+    within: int
+    rules: tuple[str, ...] = ()
+    patch: Callable[[], Any] | None = None
+
+
+def _quorum_of_one() -> Any:
+    return mock.patch.object(Policy, "quorum", property(lambda _policy: 1))
+
+
+def _acknowledge_first() -> Any:
+    """A membership counts before etcd took it."""
+    on_changed = Holder._go_on
+
+    def go_on(holder: Holder) -> list[Effect]:
+        effects = on_changed(holder)
+        proposal = holder.proposal
+        if proposal is not None and proposal.generation not in asked.get(id(holder), set()):
+            asked.setdefault(id(holder), set()).add(proposal.generation)
+            return [*effects, Reconfigure(proposal)]
+        return effects
+
+    asked: dict[int, set[int]] = {}
+    return mock.patch.object(Holder, "_go_on", go_on)
+
+
+def _believe_any_disk() -> Any:
+    return mock.patch.object(Holder, "_judge_disks", return_value=None)
+
+
+def _believe_etcd() -> Any:
+    return mock.patch.object(Holder, "_problem_of", return_value=None)
+
+
+def _never_reconcile() -> Any:
+    """Who came back waits for one that stayed, also where none did."""
+    may_join = Holder._may_join
+
+    def patched(holder: Holder, join: set[str]) -> bool:
+        served = any(node.served_as is not None for node in holder.nodes.values())
+        return may_join(holder, join) and (holder._somebody_is_up() or not served)
+
+    return mock.patch.object(Holder, "_may_join", patched)
+
+
+def _lease_for_ever() -> Any:
+    """The engine is never told when the lease ends."""
+    return mock.patch.object(Serving, "_tell_deadline", return_value=None)
+
+
+def _all_sets_or_none() -> Any:
+    """A set that must wait for its nodes has all others wait, too."""
+    import vmstore.holder as module
+    from shard.membership import Change, Wait, lose
+
+    def patched(*arguments: Any) -> Any:
+        plan = lose(*arguments)
+        return Wait(plan.waiting) if isinstance(plan, Change) and plan.waiting else plan
+
+    return mock.patch.object(module, "lose", patched)
+
+
+DEFECTS = (
+    Defect("all in sync answer", "invariant 5", "kills", 5, ("AllInSyncAnswer",)),
+    Defect("quorum", "invariant 5", "kills", 40, patch=_quorum_of_one),
+    Defect("membership before acknowledgement", "invariant 5", "etcd", 60,
+           patch=_acknowledge_first),
+    Defect("clears name what is answered", "3: cleared too early", "power", 200,
+           ("ClearIsAnswered",)),
+    Defect("sticky after a restart", "3: cleared too early", "power", 200,
+           ("StickyAfterRestart",)),
+    Defect("sticky until levelled", "3: cleared too early", "power", 200, ("StickyUntilLevel",)),
+    Defect("reconcile where nobody stayed", "4: all nodes killed", "kills", 40,
+           patch=_never_reconcile),
+    Defect("levelled means durable", "5: copies that are not synced", "power", 200,
+           ("LevelIsDurable",)),
+    Defect("all in sync are levelled, or none", "4: all nodes killed", "power", 200,
+           ("AllInSyncLevelled",)),
+    Defect("reads past the lease are confirmed", "6: a holder cut off", "holders", 100,
+           ("ReadsAreConfirmed",)),
+    Defect("the engine knows the lease's end", "6: a holder cut off", "holders", 100,
+           patch=_lease_for_ever),
+    Defect("equal records agree", "7: etcd restored", "restored", 300, ("EqualRecordsAgree",),
+           patch=_believe_etcd),
+    Defect("records grow", "7: etcd restored", "restored", 300, ("RecordsGrow",),
+           patch=_believe_etcd),
+    Defect("sessions", "14: late frames", "network", 200, ("SessionIsCurrent",)),
+    Defect("epochs at the nodes", "14: late frames", "holders", 200,
+           ("EpochIsCurrent", "SessionIsCurrent")),
+    Defect("a failed sync ends the store", "15: a failed sync", "disks", 200,
+           ("FailedSyncEnds",)),
+    Defect("flush numbers", "16: a disk is rolled back", "swapped", 100,
+           patch=_believe_any_disk),
+    Defect("block locks", "17: two writes share a block", "network", 60,
+           ("WritesShareNoBlock",)),
+    Defect("reads are verified", "17: rot; invariant 6", "rot", 60, ("ReadsAreVerified",)),
+    Defect("a winner for each block", "18: reconcile by shard", "kills", 100,
+           ("WinnerPerBlock",)),
+    Defect("reads wait for writes", "21: a write that vanishes", "kills", 60,
+           ("ReadsWaitForWrites",)),
+    Defect("a flush is durable", "invariant 1", "power", 60, ("FlushIsDurable",)),
+    Defect("a first flush goes to all", "invariant 1", "power", 300, ("FirstFlushGoesToAll",)),
+    Defect("unanswered writes are asked again", "invariant 2", "power", 200,
+           ("UnansweredAskedAgain",)),
+    Defect("stored before the answer", "invariant 4", "kills", 200, ("StoredBeforeAnswer",)),
+)  # fmt: skip
+
+
+@contextmanager
+def planted(defect: Defect) -> Iterator[None]:
+    """Break the rule in this thread."""
+    Simulation.break_rules(list(defect.rules))
+    try:
+        if defect.patch is None:
+            yield
+        else:
+            with defect.patch():
+                yield
+    finally:
+        Simulation.break_rules([])
+
+
+def seeds(kind: str) -> Iterator[int]:
+    """The seeds of a kind of histories."""
+    index = next(i for i, known in enumerate(KINDS) if known.name == kind)
+    while True:
+        yield index
+        index += len(KINDS)
+
+
+def catch(defect: Defect, within: int) -> tuple[int, Outcome | None]:
+    """Return how many histories it takes to notice a defect, and the one that did."""
+    source = seeds(defect.kind)
+    for count in range(1, within + 1):
+        with planted(defect):
+            outcome = History(next(source)).play()
+        if outcome.error is not None:
+            return count, outcome
+    return within, None
+
+
+def main() -> int:
+    """Show how many histories each defect takes."""
+    parser = argparse.ArgumentParser(prog="python -m tests.sim.defects", description=__doc__)
+    parser.add_argument("names", nargs="*", help="only those whose name has one of these in it")
+    parser.add_argument("--within", type=int, default=300)
+    options = parser.parse_args()
+    for defect in DEFECTS:
+        if options.names and not any(name in defect.name for name in options.names):
+            continue
+        count, outcome = catch(defect, options.within)
+        why = "NOT CAUGHT" if outcome is None else f"{str(outcome.error)[:110]}"
+        print(f"{count:4} (within {defect.within:3}) {defect.name} [{defect.kind}]: {why}",
+              flush=True)  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
