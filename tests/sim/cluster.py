@@ -16,7 +16,7 @@ from shard.ids import ImageId, image_id_from_bytes
 from shard.placement import FailureDomain, replica_set_index
 from tests.sim.clock import SECOND_NS, Clock, Process
 from tests.sim.cluster_state import Door, Path, State
-from tests.sim.guest import Guest, Life, Shared
+from tests.sim.guest import IN_FLIGHT_MAX, Guest, Life, Shared
 from tests.sim.oracle import SECTOR_BYTES, Oracle, Violation
 from tests.sim.processes import SimGateway, SimNode
 from vmstore.catalog import Catalog
@@ -190,9 +190,9 @@ class Cluster:
             yield image_id_from_bytes(self.chance.randbytes(16))
 
     def _regions(self) -> Iterator[range]:
-        """Two blocks on either side of each shard's end."""
+        """Blocks on either side of each shard's end: few, which are fought for, or many."""
         per_shard = SHARD_BYTES // SECTOR_BYTES
-        near = 2 * BLOCK_BYTES // SECTOR_BYTES
+        near = self.chance.choice((2, 2, 8, 24)) * BLOCK_BYTES // SECTOR_BYTES
         for shard in range(1, self.shape.shards):
             yield range(shard * per_shard - near, shard * per_shard + near)
 
@@ -469,7 +469,7 @@ class Cluster:
                 continue
             for image in process.exports.snapshot():
                 requests, parts, _ = self.world.queues(process.index, image.channel)
-                if requests > 2 * 8 * len(self.guests) or parts > 4 * requests + 4:
+                if requests > 2 * IN_FLIGHT_MAX * len(self.guests) or parts > 4 * requests + 4:
                     raise Violation(f"{process.name} has {requests} requests in {parts} parts")
 
     # The end

@@ -19,7 +19,7 @@ from tests.sim.oracle import Oracle, Written
 if TYPE_CHECKING:
     from tests.sim.processes import SimGateway
 
-IN_FLIGHT_MAX = 8
+IN_FLIGHT_MAX = 12
 CHANGES_IN_FLIGHT_MAX = 5
 """What waits for a lost node must not keep a guest from reading."""
 SECTORS_MAX = 20
