@@ -185,6 +185,13 @@ class Cluster:
         sets = [",".join(members) for members in self.record.sets]
         self.say(f"image {self.image[:8]} on {sets}")
 
+    def delete_image(self) -> None:
+        """Delete the image, as an operator."""
+        operator = Process("operator")
+        catalog = Catalog(Door(self.state, Path(), operator))
+        self.clock.start(operator, lambda: catalog.delete_image(ImageName(POOL, IMAGE)))
+        self.run_for(1.0)
+
     def _ids(self) -> Iterator[ImageId]:
         while True:
             yield image_id_from_bytes(self.chance.randbytes(16))
@@ -192,7 +199,7 @@ class Cluster:
     def _regions(self) -> Iterator[range]:
         """Blocks on either side of each shard's end: few, which are fought for, or many."""
         per_shard = SHARD_BYTES // SECTOR_BYTES
-        near = self.chance.choice((2, 2, 8, 24)) * BLOCK_BYTES // SECTOR_BYTES
+        near = self.chance.choice((1, 2, 2, 16)) * BLOCK_BYTES // SECTOR_BYTES
         for shard in range(1, self.shape.shards):
             yield range(shard * per_shard - near, shard * per_shard + near)
 
@@ -277,9 +284,10 @@ class Cluster:
                 lost.add(index)
         if lost:
             per_shard = SHARD_BYTES // SECTOR_BYTES
-            self.oracle.memory_lost(lambda sector: self._set_of(sector // per_shard) in lost)
+            self.oracle.memory_lost(lambda sector: self.set_of(sector // per_shard) in lost)
 
-    def _set_of(self, shard: int) -> int:
+    def set_of(self, shard: int) -> int:
+        """Return the replica set of a shard."""
         assert self.record is not None
         return replica_set_index(self.record.placement_key, shard, len(self.record.sets))
 
@@ -386,7 +394,7 @@ class Cluster:
         first = asked.first * SECTOR_BYTES // SHARD_BYTES
         last = ((asked.first + asked.sectors) * SECTOR_BYTES - 1) // SHARD_BYTES
         for shard in range(first, last + 1):
-            replica_set = self._set_of(shard)
+            replica_set = self.set_of(shard)
             in_sync = record.membership.in_sync(replica_set)
             have = [n for i, n in enumerate(self.names) if applied.get(shard, 0) >> i & 1]
             if not set(in_sync) <= set(have):
@@ -426,7 +434,7 @@ class Cluster:
             return
         layers = [layer.id for layer in record.layers]
         for shard in range(self.shape.shards):
-            replica_set = self._set_of(shard)
+            replica_set = self.set_of(shard)
             holders = [self.names.index(n) for n in record.membership.in_sync(replica_set)]
             running = [n for n in holders if self.nodes[n] is not None and self._is_up(n)]
             if any(shard in self.world.dirty(n, self.image) for n in running):
@@ -447,7 +455,7 @@ class Cluster:
         assert record is not None
         layers = [layer.id for layer in record.layers]
         for shard in range(self.shape.shards):
-            in_sync = record.membership.in_sync(self._set_of(shard))
+            in_sync = record.membership.in_sync(self.set_of(shard))
             nodes = [self.names.index(name) for name in in_sync]
             digests = [self.world.shard_digests(n, self.image, layers, shard) for n in nodes]
             self._compare(shard, nodes, [d for d in digests if d is not None])

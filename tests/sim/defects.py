@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -139,17 +139,20 @@ DEFECTS = (
 
 
 @contextmanager
-def planted(defect: Defect) -> Iterator[None]:
-    """Break the rule in this thread."""
-    Simulation.break_rules(list(defect.rules))
+def breaking(*rules: str) -> Iterator[None]:
+    """Break rules of the engine in this thread."""
+    Simulation.break_rules(list(rules))
     try:
-        if defect.patch is None:
-            yield
-        else:
-            with defect.patch():
-                yield
+        yield
     finally:
         Simulation.break_rules([])
+
+
+@contextmanager
+def planted(defect: Defect) -> Iterator[None]:
+    """Break what the defect breaks."""
+    with breaking(*defect.rules), defect.patch() if defect.patch else nullcontext():
+        yield
 
 
 def seeds(kind: str) -> Iterator[int]:

@@ -67,6 +67,8 @@ KINDS = (
         "rot",
         {"rot": 8, "kill_node": 4, "cut_node": 2, "kill_gateway": 2, "cut_host": 1},
         (SMALL_LOG,),
+        # Part of a rotten block cannot be written before it is repaired, which is not built.
+        may_stall=True,
     ),
     Kind(
         "swapped",
@@ -361,7 +363,10 @@ class History:
     def _split(self) -> None:
         """A host is alone with its node; its guest is started elsewhere once the lease is over."""
         cluster, alone = self.cluster, self._gateway()
-        length_s = self.chance.choice((8.0, 16.0, 24.0))
+        serving = [host for host, guest in enumerate(cluster.guests) if guest.life is Life.RUNNING]
+        if serving and self.chance.random() < 0.8:
+            alone = serving[0]
+        length_s = self.chance.choice((8.0, 20.0, 30.0))
         for gateway in range(cluster.shape.gateways):
             for node in range(cluster.shape.nodes):
                 if (gateway == alone) != (node == alone):
