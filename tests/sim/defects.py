@@ -16,11 +16,11 @@ from typing import Any
 from unittest import mock
 
 from engine._engine import Simulation
+from etcd.records import ImageRecord
 from shard.membership import Policy
 from tests.sim.history import KINDS, History, Outcome
-from vmstore.effects import Effect, Reconfigure
 from vmstore.holder import Holder
-from vmstore.serving import Serving
+from vmstore.serving import OpenImage, Serving
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +42,24 @@ def _quorum_of_one() -> Any:
 
 def _acknowledge_first() -> Any:
     """A membership counts before etcd took it."""
-    on_changed = Holder._go_on
+    change, reconfigure = Serving._change_membership, Serving._reconfigure
 
-    def go_on(holder: Holder) -> list[Effect]:
-        effects = on_changed(holder)
-        proposal = holder.proposal
-        if proposal is not None and proposal.generation not in asked.get(id(holder), set()):
-            asked.setdefault(id(holder), set()).add(proposal.generation)
-            return [*effects, Reconfigure(proposal)]
-        return effects
+    def change_first(serving: Serving, image: OpenImage, after: ImageRecord) -> None:
+        if image.holder.retry_at_s is None and after.generation not in counted(image):
+            counted(image).add(after.generation)
+            reconfigure(serving, image, after)
+        change(serving, image, after)
 
-    asked: dict[int, set[int]] = {}
-    return mock.patch.object(Holder, "_go_on", go_on)
+    def not_again(serving: Serving, image: OpenImage, record: ImageRecord) -> None:
+        if record.generation not in counted(image):
+            reconfigure(serving, image, record)
+
+    generations: dict[int, set[int]] = {}
+
+    def counted(image: OpenImage) -> set[int]:
+        return generations.setdefault(id(image), set())
+
+    return mock.patch.multiple(Serving, _change_membership=change_first, _reconfigure=not_again)
 
 
 def _believe_any_disk() -> Any:
@@ -126,7 +132,7 @@ DEFECTS = (
     Defect("block locks", "17: two writes share a block", "network", 60,
            ("WritesShareNoBlock",)),
     Defect("reads are verified", "17: rot; invariant 6", "rot", 60, ("ReadsAreVerified",)),
-    Defect("a winner for each block", "18: reconcile by shard", "kills", 100,
+    Defect("a winner for each block", "18: reconcile by shard", "power", 100,
            ("WinnerPerBlock",)),
     Defect("reads wait for writes", "21: a write that vanishes", "kills", 60,
            ("ReadsWaitForWrites",)),
