@@ -86,62 +86,53 @@ def _lease_for_ever() -> Any:
     return mock.patch.object(Serving, "_tell_deadline", return_value=None)
 
 
-def _all_sets_or_none() -> Any:
-    """A set that must wait for its nodes has all others wait, too."""
-    import vmstore.holder as module
-    from shard.membership import Change, Wait, lose
-
-    def patched(*arguments: Any) -> Any:
-        plan = lose(*arguments)
-        return Wait(plan.waiting) if isinstance(plan, Change) and plan.waiting else plan
-
-    return mock.patch.object(module, "lose", patched)
-
-
 DEFECTS = (
     Defect("all in sync answer", "invariant 5", "kills", 5, ("AllInSyncAnswer",)),
-    Defect("quorum", "invariant 5", "kills", 40, patch=_quorum_of_one),
-    Defect("membership before acknowledgement", "invariant 5", "etcd", 60,
+    Defect("quorum", "invariant 5", "kills", 5, patch=_quorum_of_one),
+    Defect("membership before acknowledgement", "invariant 5", "etcd", 20,
            patch=_acknowledge_first),
-    Defect("clears name what is answered", "3: cleared too early", "power", 200,
-           ("ClearIsAnswered",)),
-    Defect("sticky after a restart", "3: cleared too early", "power", 200,
-           ("StickyAfterRestart",)),
-    Defect("sticky until levelled", "3: cleared too early", "power", 200, ("StickyUntilLevel",)),
-    Defect("reconcile where nobody stayed", "4: all nodes killed", "kills", 40,
+    Defect("reconcile where nobody stayed", "4: all nodes killed", "kills", 10,
            patch=_never_reconcile),
-    Defect("levelled means durable", "5: copies that are not synced", "power", 200,
-           ("LevelIsDurable",)),
-    Defect("all in sync are levelled, or none", "4: all nodes killed", "power", 200,
-           ("AllInSyncLevelled",)),
-    Defect("reads past the lease are confirmed", "6: a holder cut off", "holders", 100,
+    Defect("reads past the lease are confirmed", "6: a holder cut off", "holders", 60,
            ("ReadsAreConfirmed",)),
-    Defect("the engine knows the lease's end", "6: a holder cut off", "holders", 100,
+    Defect("the engine knows the lease's end", "6: a holder cut off", "holders", 60,
            patch=_lease_for_ever),
-    Defect("equal records agree", "7: etcd restored", "restored", 300, ("EqualRecordsAgree",),
+    Defect("records grow", "7: etcd restored", "restored", 30, ("RecordsGrow",),
            patch=_believe_etcd),
-    Defect("records grow", "7: etcd restored", "restored", 300, ("RecordsGrow",),
-           patch=_believe_etcd),
-    Defect("sessions", "14: late frames", "network", 200, ("SessionIsCurrent",)),
-    Defect("epochs at the nodes", "14: late frames", "holders", 200,
+    Defect("sessions", "14: late frames", "network", 40, ("SessionIsCurrent",)),
+    Defect("epochs at the nodes", "14: late frames", "holders", 150,
            ("EpochIsCurrent", "SessionIsCurrent")),
-    Defect("a failed sync ends the store", "15: a failed sync", "disks", 200,
+    Defect("a failed sync ends the store", "15: a failed sync", "disks", 10,
            ("FailedSyncEnds",)),
     Defect("flush numbers", "16: a disk is rolled back", "swapped", 100,
            patch=_believe_any_disk),
-    Defect("block locks", "17: two writes share a block", "network", 60,
-           ("WritesShareNoBlock",)),
-    Defect("reads are verified", "17: rot; invariant 6", "rot", 60, ("ReadsAreVerified",)),
-    Defect("a winner for each block", "18: reconcile by shard", "power", 100,
-           ("WinnerPerBlock",)),
+    Defect("reads are verified", "17: rot; invariant 6", "rot", 20, ("ReadsAreVerified",)),
     Defect("reads wait for writes", "21: a write that vanishes", "kills", 60,
            ("ReadsWaitForWrites",)),
-    Defect("a flush is durable", "invariant 1", "power", 60, ("FlushIsDurable",)),
-    Defect("a first flush goes to all", "invariant 1", "power", 300, ("FirstFlushGoesToAll",)),
-    Defect("unanswered writes are asked again", "invariant 2", "power", 200,
+    Defect("a flush is durable", "invariant 1", "power", 40, ("FlushIsDurable",)),
+    Defect("unanswered writes are asked again", "invariant 2", "power", 30,
            ("UnansweredAskedAgain",)),
-    Defect("stored before the answer", "invariant 4", "kills", 200, ("StoredBeforeAnswer",)),
 )  # fmt: skip
+
+CANDIDATES = (
+    Defect("equal records agree", "7: etcd restored", "restored", 0, ("EqualRecordsAgree",),
+           patch=_believe_etcd),
+    Defect("clears name what is answered", "3: cleared too early", "disks", 0,
+           ("ClearIsAnswered",)),
+    Defect("sticky after a restart", "3: cleared too early", "power", 0,
+           ("StickyAfterRestart",)),
+    Defect("sticky until levelled", "3: cleared too early", "power", 0, ("StickyUntilLevel",)),
+    Defect("all in sync are levelled, or none", "4: all nodes killed", "power", 0,
+           ("AllInSyncLevelled",)),
+    Defect("levelled means durable", "5: copies that are not synced", "power", 0,
+           ("LevelIsDurable",)),
+    Defect("block locks", "17: two writes share a block", "disks", 0, ("WritesShareNoBlock",)),
+    Defect("a winner for each block", "18: reconcile by shard", "power", 0,
+           ("WinnerPerBlock",)),
+    Defect("a first flush goes to all", "invariant 1", "power", 0, ("FirstFlushGoesToAll",)),
+    Defect("stored before the answer", "invariant 4", "kills", 0, ("StoredBeforeAnswer",)),
+)  # fmt: skip
+"""Rules whose loss few or no histories notice so far: another rule stands behind each of them."""
 
 
 @contextmanager
@@ -186,7 +177,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="only those whose name has one of these in it")
     parser.add_argument("--within", type=int, default=300)
     options = parser.parse_args()
-    for defect in DEFECTS:
+    for defect in (*DEFECTS, *CANDIDATES):
         if options.names and not any(name in defect.name for name in options.names):
             continue
         count, outcome = catch(defect, options.within)
