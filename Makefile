@@ -10,6 +10,10 @@ PYTHON := .venv/bin/python
 CARGO_FLAGS := --manifest-path engine/Cargo.toml --locked
 TESTS ?= tests
 PYTEST_FLAGS ?=
+# Tests side by side. Most of what they do is to wait, so more than there are cores; where there are
+# many cores, the disk is what they share.
+WORKERS ?= 4
+SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 SEED ?=
 ROUNDS ?=
 FRAMES ?=
@@ -30,9 +34,8 @@ build: setup ## The same: everything needed to run `.venv/bin/hci`
 demo: setup ## Boot a guest from a replicated image and kill a node under it (IMAGE=some.qcow2: your own)
 	@$(PYTHON) -m tests.e2e.demo $(if $(IMAGE),--image $(IMAGE))
 
-test: setup ## All tests (TESTS=tests/unit for a part, PYTEST_FLAGS="-k name")
-	cargo test --quiet $(CARGO_FLAGS) --package hci-engine-core
-	$(PYTHON) -m pytest $(TESTS) $(PYTEST_FLAGS)
+test: setup ## All tests (TESTS=tests/unit for a part, PYTEST_FLAGS="-k name", WORKERS=0 in turn)
+	$(PYTHON) -m pytest $(SIDE_BY_SIDE) $(TESTS) $(PYTEST_FLAGS)
 
 check: setup ## Format, lint, types, stubs, layers: under 90 s warm
 	$(PYTHON) -m ruff format --check .

@@ -59,6 +59,7 @@ class Refusal(Enum):
     OLDER_GENERATION = "a later change of the nodes in sync is confirmed"
     GENERATION_OF_TWO_SETS = "another set of nodes is confirmed with the same generation"
     STALE_SET = "all nodes of the set are stale by the confirmed one"
+    OTHER_SETS = "the image has another number of replica sets here"
 
 
 Answer = Refusal | None

@@ -65,11 +65,33 @@ class Gateway:
     ) -> None:
         """Go by a new record; `stored` tells that the nodes in sync hold it."""
 
+    def heal(
+        self,
+        channel: int,
+        *,
+        node: int,
+        serial: int,
+        attempt: int,
+        sets: list[tuple[int, int]],
+        bytes_per_second: int,
+        shards_at_once: int,
+        share_percent: int,
+    ) -> None:
+        """Make a stale node level (`healed`, or `heal_failed`).
+
+        `serial` is that of its last `peeked`, `attempt` is given back in the events, `sets` says
+        since which generation the node is stale in which replica sets. 0 bytes: no limit.
+        While clients ask for something it works `share_percent` of the time.
+        """
+
+    def end_heal(self, channel: int, attempt: int) -> None:
+        """Give that heal up; the node stays stale."""
+
     def set_lease_deadline(self, channel: int, deadline_ns: int) -> None:
         """Past this time of CLOCK_BOOTTIME reads need the nodes' word for our epoch."""
 
-    def resize(self, channel: int, size_bytes: int) -> None:
-        """Show the new size to clients that connect from now on."""
+    def resize(self, channel: int, size_bytes: int, body: bytes) -> None:
+        """Show the new size to clients that connect from now on; the nodes keep the record."""
 
     def zero(self, channel: int, offset: int, length: int) -> None:
         """Make a range read as zeroes (`zeroed`)."""
@@ -283,7 +305,21 @@ class Simulation:
         in_sync: list[list[int]],
     ) -> None: ...
     def set_lease_deadline(self, gateway: int, channel: int, deadline_ns: int) -> None: ...
-    def resize(self, gateway: int, channel: int, size_bytes: int) -> None: ...
+    def heal(
+        self,
+        gateway: int,
+        channel: int,
+        *,
+        node: int,
+        serial: int,
+        attempt: int,
+        sets: list[tuple[int, int]],
+        bytes_per_second: int,
+        shards_at_once: int,
+        share_percent: int,
+    ) -> None: ...
+    def end_heal(self, gateway: int, channel: int, attempt: int) -> None: ...
+    def resize(self, gateway: int, channel: int, size_bytes: int, body: bytes) -> None: ...
     def close(self, gateway: int, channel: int) -> None: ...
     def kill(self, gateway: int, channel: int) -> None: ...
     def forget(self, gateway: int, channel: int) -> None: ...

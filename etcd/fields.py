@@ -61,6 +61,10 @@ class Fields:
         """Return the fields not taken: those of a newer version, to be written back unchanged."""
         return self._left
 
+    def has(self, name: str) -> bool:
+        """Whether a field stands in the record and was not taken yet."""
+        return name in self._left
+
     def text(self, name: str, check: Callable[[str], _T]) -> _T:
         """Return a string that passes `check`, which raises BadValue."""
         value = self._take(name)
@@ -88,6 +92,10 @@ class Fields:
         if not isinstance(value, bool):
             self._fail(name, "is not true or false")
         return value
+
+    def flag(self, name: str) -> bool:
+        """Return true or false; a field that is not there is false, and is not written."""
+        return self.boolean(name) if name in self._left else False
 
     def items(self, name: str) -> list[Json]:
         """Return a list."""

@@ -4,10 +4,11 @@
     /hci/nodes/NAME             NodeRecord        /hci/images/ID         ImageRecord
     /hci/alive/NAME             AliveRecord       /hci/leases/ID         LeaseRecord
     /hci/pools/NAME             PoolRecord        /hci/tombstones/ID     TombstoneRecord
-    /hci/placement/POOL         PlacementRecord   /hci/arbiters/ID
+    /hci/placement/POOL         PlacementRecord   /hci/arbiters/NAME     ArbiterRecord
+                                                  /hci/voting/NAME       AliveRecord
 
-`alive` and `leases` keys are bound to etcd leases. An image's NAME is a UTF-8 path and may
-contain slashes; pools, nodes and ids never do.
+`alive`, `voting` and `leases` keys are bound to etcd leases. An image's NAME is a UTF-8 path and
+may contain slashes; pools, nodes, arbiters and ids never do.
 """
 
 from shard.ids import ImageId
@@ -23,6 +24,7 @@ IMAGES = PREFIX + "images/"
 LEASES = PREFIX + "leases/"
 TOMBSTONES = PREFIX + "tombstones/"
 ARBITERS = PREFIX + "arbiters/"
+VOTING = PREFIX + "voting/"
 
 
 def node(name: str) -> str:
@@ -77,6 +79,11 @@ def tombstone(image_id: ImageId) -> str:
     return TOMBSTONES + image_id
 
 
-def arbiter(arbiter_id: str) -> str:
+def arbiter(name: str) -> str:
     """Return the key of a thin arbiter's record."""
-    return ARBITERS + arbiter_id
+    return ARBITERS + name
+
+
+def voting(name: str) -> str:
+    """Return the key that exists while a thin arbiter runs."""
+    return VOTING + name

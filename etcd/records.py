@@ -128,7 +128,7 @@ class NodeRecord(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AliveRecord(Record):
-    """Exists while a node runs; the counter tells its instances apart."""
+    """Exists while a node or an arbiter runs; the counter tells its instances apart."""
 
     start_counter: int
 
@@ -141,8 +141,54 @@ class AliveRecord(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ArbiterRecord(Record):
+    """A thin arbiter: where it is reached, which durable record it runs on.
+
+    `retired`: another one took its place, and it votes no more.
+    """
+
+    name: str
+    id: str
+    address: str
+    host: str
+    start_counter: int
+    retired: bool = False
+
+    @property
+    def key(self) -> str:
+        """Where the record stands."""
+        return keys.arbiter(self.name)
+
+    def _fields(self) -> dict[str, Json]:
+        return {
+            "name": self.name,
+            "id": self.id,
+            "address": self.address,
+            "host": self.host,
+            "start_counter": self.start_counter,
+            "retired": self.retired,
+        }
+
+    @classmethod
+    def _take(cls, fields: Fields) -> Self:
+        return cls(
+            name=fields.text("name", node_name),
+            id=fields.text("id", holder_id),
+            address=fields.text("address", _not_empty),
+            host=fields.text("host", _not_empty),
+            start_counter=fields.number("start_counter", 1),
+            retired=fields.boolean("retired"),
+            extra=fields.rest(),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PoolRecord(Record):
-    """A pool: the policy of its images."""
+    """A pool: the policy of its images.
+
+    `arbiter` is the name of the thin arbiter that grants their changes of membership. It grants
+    none while it is not `filled`: it has still to hear what etcd holds of the pool's images.
+    """
 
     name: str
     policy: Policy
@@ -150,6 +196,7 @@ class PoolRecord(Record):
     replica_sets: int
     failure_domain: FailureDomain
     arbiter: str | None = None
+    filled: bool = True
 
     @property
     def key(self) -> str:
@@ -157,7 +204,9 @@ class PoolRecord(Record):
         return keys.pool(self.name)
 
     def _fields(self) -> dict[str, Json]:
+        filled: dict[str, Json] = {} if self.filled else {"arbiter_filled": False}
         return {
+            **filled,
             "name": self.name,
             "policy": self.policy.value,
             "shard_bytes": self.shard_bytes,
@@ -174,7 +223,8 @@ class PoolRecord(Record):
             shard_bytes=_shard_bytes(fields),
             replica_sets=fields.number("replica_sets", 1),
             failure_domain=fields.text("failure_domain", _failure_domain),
-            arbiter=fields.optional_text("arbiter", _not_empty),
+            arbiter=fields.optional_text("arbiter", node_name),
+            filled=not fields.has("arbiter_filled") or fields.boolean("arbiter_filled"),
             extra=fields.rest(),
         )
 
@@ -221,14 +271,27 @@ class NameRecord(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseRecord(Record):
-    """Who may change an image. `holder` is the random id of that gateway's process."""
+    """Who may change an image. `holder` is the random id of that gateway's process.
+
+    `lock` tells the lock file that the process holds from all others, on whichever host: only who
+    holds the same one knows that the process is dead. None in leases of older versions. A lease for
+    `maintenance` serves no client: who is asked for the image takes it over.
+    """
 
     gateway: str
     holder: str
     epoch: int
+    lock: str | None = None
+    maintenance: bool = False
 
     def _fields(self) -> dict[str, Json]:
-        return {"gateway": self.gateway, "holder": self.holder, "epoch": self.epoch}
+        return {
+            "gateway": self.gateway,
+            "holder": self.holder,
+            "epoch": self.epoch,
+            **({} if self.lock is None else {"lock": self.lock}),
+            **({"maintenance": True} if self.maintenance else {}),
+        }
 
     @classmethod
     def _take(cls, fields: Fields) -> Self:
@@ -236,6 +299,8 @@ class LeaseRecord(Record):
             gateway=fields.text("gateway", _not_empty),
             holder=fields.text("holder", holder_id),
             epoch=fields.number("epoch", 1),
+            lock=fields.text("lock", _not_empty) if fields.has("lock") else None,
+            maintenance=fields.flag("maintenance"),
             extra=fields.rest(),
         )
 
@@ -298,13 +363,55 @@ class Snapshot(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Grant(Record):
+    """Which arbiter granted an image's last change, and how often the votes had changed by then.
+
+    Nodes keep it with the record. An arbiter that counts less has lost what it knew.
+    """
+
+    arbiter: str
+    changes: int
+
+    def _fields(self) -> dict[str, Json]:
+        return {"arbiter": self.arbiter, "changes": self.changes}
+
+    @classmethod
+    def _take(cls, fields: Fields) -> Self:
+        return cls(
+            arbiter=fields.text("arbiter", holder_id),
+            changes=fields.number("changes"),
+            extra=fields.rest(),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use(Record):
+    """Who had an image for clients, in which epoch."""
+
+    epoch: int
+    holder: str
+
+    def _fields(self) -> dict[str, Json]:
+        return {"epoch": self.epoch, "holder": self.holder}
+
+    @classmethod
+    def _take(cls, fields: Fields) -> Self:
+        return cls(
+            epoch=fields.number("epoch", 1),
+            holder=fields.text("holder", holder_id),
+            extra=fields.rest(),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRecord(Record):
     """An image: its size and layers, where its data lives, who writes it, and who is in sync.
 
     `sets` and `policy` repeat what the pool's record and placement version say, so that the record
     alone tells a node or a gateway all it needs. `layers` begins with the top one. `holder` is the
     process that has or had the current epoch, None before the first. `clean` says that the last
-    holder gave its lease back with nothing in flight.
+    holder gave its lease back with nothing in flight. `grant` is None until an arbiter was asked.
+    `used` is who had the image for clients last, where the leases since were for maintenance only.
     """
 
     id: ImageId
@@ -322,6 +429,15 @@ class ImageRecord(Record):
     generation: int = FIRST_GENERATION
     clean: bool = True
     stale: Stale = field(default_factory=dict)
+    grant: Grant | None = None
+    used: Use | None = None
+
+    @property
+    def last_use(self) -> Use | None:
+        """Who has or had the image for clients last; None where nobody had it yet."""
+        if self.used is not None or self.holder is None:
+            return self.used
+        return Use(epoch=self.epoch, holder=self.holder)
 
     @property
     def key(self) -> str:
@@ -352,7 +468,13 @@ class ImageRecord(Record):
         stale: dict[str, Json] = {
             str(index): dict(nodes) for index, nodes in self.membership.stale.items()
         }
+        granted: dict[str, Json] = {}
+        if self.grant is not None:
+            granted["grant"] = {**self.grant.extra, **self.grant._fields()}
+        if self.used is not None:
+            granted["used"] = {**self.used.extra, **self.used._fields()}
         return {
+            **granted,
             "id": self.id,
             "pool": self.pool,
             "policy": self.policy.value,
@@ -393,6 +515,8 @@ class ImageRecord(Record):
             generation=fields.number("generation", FIRST_GENERATION),
             clean=fields.boolean("clean"),
             stale=_stale(fields),
+            grant=_grant(fields),
+            used=_used(fields),
             extra=fields.rest(),
         )
         problem = _problem_of_image(record)
@@ -430,6 +554,18 @@ def _stale(fields: Fields) -> Stale:
             fields.fail("stale", f"{index[:20]!r} is no index of a replica set")
         stale[int(index)] = fields.numbers("stale", nodes)
     return stale
+
+
+def _grant(fields: Fields) -> Grant | None:
+    if not fields.has("grant"):
+        return None
+    return Grant._take(fields.within("grant", fields.mapping("grant")))
+
+
+def _used(fields: Fields) -> Use | None:
+    if not fields.has("used"):
+        return None
+    return Use._take(fields.within("used", fields.mapping("used")))
 
 
 def _image_bytes(fields: Fields) -> int:

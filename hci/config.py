@@ -10,13 +10,14 @@ import re
 import socket
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from hci.errors import ConfigError
 from shard import geometry, ids
 from shard.errors import HciError
+from vmstore.healing import HealLimits
 
 T = TypeVar("T")
 
@@ -32,6 +33,9 @@ Its segments are created as they are needed."""
 
 SMALLEST_LOG_BYTES = 16 << 20
 """Below this a few of the largest requests (32 MiB, cut into shards) would fill the log at once."""
+
+SLOWEST_HEAL = 1 << 20
+"""Slower heals would hold a fetch back for more than a second."""
 
 LONGEST_SOCKET_PATH = 107
 """Bytes that fit into `sun_path` beside its final NUL (unix(7))."""
@@ -102,6 +106,19 @@ class GatewayConfig:
 
 
 @dataclass(frozen=True)
+class ArbiterConfig:
+    """A thin arbiter, on a host that is none of the nodes it decides on."""
+
+    name: str
+    data_dir: Path
+    """A few files; what they hold must outlive the host's other disks no less than etcd's data."""
+    listen: Endpoint
+    """Where gateways ask for votes, and `hci` how it is."""
+    host: str
+    metrics: Endpoint | None
+
+
+@dataclass(frozen=True)
 class DevConfig:
     """What `hci dev` needs to know besides the members."""
 
@@ -117,13 +134,15 @@ class DevConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """The whole file."""
+    """The whole file. `heal` is how much of the hosts a heal may take."""
 
     path: Path
     cluster: ClusterConfig
     nodes: Mapping[str, NodeConfig]
     gateways: Mapping[str, GatewayConfig]
+    arbiters: Mapping[str, ArbiterConfig]
     dev: DevConfig | None
+    heal: HealLimits = field(default_factory=HealLimits)
 
     def node(self, name: str) -> NodeConfig:
         """Return the node's section. Raises ConfigError where the file has none."""
@@ -132,6 +151,10 @@ class Config:
     def gateway(self, name: str) -> GatewayConfig:
         """Return the gateway's section. Raises ConfigError where the file has none."""
         return self._member("gateway", self.gateways, name)
+
+    def arbiter(self, name: str) -> ArbiterConfig:
+        """Return the arbiter's section. Raises ConfigError where the file has none."""
+        return self._member("arbiter", self.arbiters, name)
 
     def _member(self, kind: str, members: Mapping[str, T], name: str) -> T:
         if name not in members:
@@ -184,9 +207,11 @@ def parse(text: str, path: Path) -> Config:
     cluster = _cluster(top.table("cluster"))
     nodes = {name: _node(name, table) for name, table in top.members("node").items()}
     gateways = {name: _gateway(name, table) for name, table in top.members("gateway").items()}
+    arbiters = {name: _arbiter(name, table) for name, table in top.members("arbiter").items()}
     dev = _dev(top.table("dev")) if top.has("dev") else None
+    heal = _heal(top.table("heal")) if top.has("heal") else HealLimits()
     top.finish()
-    return Config(path, cluster, nodes, gateways, dev)
+    return Config(path, cluster, nodes, gateways, arbiters, dev, heal)
 
 
 def _cluster(table: "_Table") -> ClusterConfig:
@@ -196,6 +221,17 @@ def _cluster(table: "_Table") -> ClusterConfig:
     )
     table.finish()
     return cluster
+
+
+def _heal(table: "_Table") -> HealLimits:
+    usual = HealLimits()
+    limits = HealLimits(
+        bytes_per_second=table.take("bytes_per_second", _rate, usual.bytes_per_second),
+        shards_at_once=table.take("shards_at_once", _shards_at_once, usual.shards_at_once),
+        share_percent=table.take("share_percent", _percent, usual.share_percent),
+    )
+    table.finish()
+    return limits
 
 
 def _node(name: str, table: "_Table") -> NodeConfig:
@@ -226,6 +262,18 @@ def _gateway(name: str, table: "_Table") -> GatewayConfig:
     )
     table.finish()
     return gateway
+
+
+def _arbiter(name: str, table: "_Table") -> ArbiterConfig:
+    arbiter = ArbiterConfig(
+        name=name,
+        data_dir=table.take("data_dir", _path),
+        listen=table.take("listen", _endpoint),
+        host=table.take("host", _label, socket.gethostname()),
+        metrics=table.take("metrics", _endpoint, None),
+    )
+    table.finish()
+    return arbiter
 
 
 def _dev(table: "_Table") -> DevConfig:
@@ -348,6 +396,25 @@ def _log_bytes(value: Any) -> int:
     if size_bytes < SMALLEST_LOG_BYTES or size_bytes % 4096:
         raise ValueError("must be at least 16M, in whole blocks of 4096 bytes")
     return size_bytes
+
+
+def _rate(value: Any) -> int:
+    bytes_per_second = value if type(value) is int else geometry.parse_size(_text(value))
+    if bytes_per_second != 0 and bytes_per_second < SLOWEST_HEAL:
+        raise ValueError("must be at least 1M each second, or 0 for no limit")
+    return bytes_per_second
+
+
+def _shards_at_once(value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= 64:
+        raise ValueError("must be a number from 1 to 64")
+    return value
+
+
+def _percent(value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= 100:
+        raise ValueError("must be a number from 1 to 100")
+    return value
 
 
 def _pool(value: Any) -> str:

@@ -1,10 +1,11 @@
-"""From a configuration to the cluster's catalogue in etcd."""
+"""From a configuration to the cluster's catalogue in etcd, and to its arbiters."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from arbiter.client import ArbiterClient
 from etcd.client import EtcdClient
-from hci.config import Config
+from hci.config import Config, Endpoint
 from vmstore.catalog import Catalog
 
 
@@ -17,5 +18,20 @@ def catalog(config: Config) -> Iterator[Catalog]:
     client = EtcdClient([str(endpoint) for endpoint in config.cluster.etcd])
     try:
         yield Catalog(client)
+    finally:
+        client.close()
+
+
+@contextmanager
+def arbiter_client(
+    name: str, address: Endpoint | str, *, deadline_s: float
+) -> Iterator[ArbiterClient]:
+    """Give a client of an arbiter; its connection ends with the block.
+
+    Calls on it raise `arbiter.errors.ArbiterUnreachable` where it does not answer.
+    """
+    client = ArbiterClient(name, str(address), deadline_s=deadline_s)
+    try:
+        yield client
     finally:
         client.close()

@@ -10,7 +10,6 @@ from concurrent import futures
 from typing import Any, Self, TypeVar
 
 import grpc
-import structlog
 
 from hci import control_pb2 as pb
 from hci.config import Endpoint
@@ -26,6 +25,9 @@ DEADLINE_S = 5.0
 
 DIGEST_DEADLINE_S = 600.0
 """For reading a range of shards whole."""
+
+RESIZE_DEADLINE_S = 690.0
+"""For a resize: above what a gateway lets its caller wait, so that it is the gateway that tells."""
 
 SERVER_THREADS = 8
 """Calls served at once. They are few and short, digests aside."""
@@ -62,9 +64,9 @@ class _Client:
         """End the connection; calls under way fail."""
         self._channel.close()
 
-    def _call(self, method: Callable[..., T], request: Any) -> T:
+    def _call(self, method: Callable[..., T], request: Any, deadline_s: float | None = None) -> T:
         try:
-            return method(request, timeout=self._deadline_s)
+            return method(request, timeout=deadline_s or self._deadline_s)
         except grpc.RpcError as error:
             raise self._translated(error) from error
 
@@ -128,7 +130,7 @@ class GatewayClient(_Client):
     def resize(self, image: ImageId, size_bytes: int, *, force: bool) -> int:
         """Change the size of an image that no other gateway holds; return the size it has now."""
         request = pb.ResizeRequest(image_id=image, size_bytes=size_bytes, force=force)
-        return self._call(self._stub.Resize, request).size_bytes
+        return self._call(self._stub.Resize, request, RESIZE_DEADLINE_S).size_bytes
 
 
 def server(daemon: str, address: Endpoint, register: Callable[[grpc.Server], None]) -> grpc.Server:
@@ -205,6 +207,8 @@ def _fail(error: Exception, context: grpc.ServicerContext) -> None:
     """Log an error that nobody foresaw, unless it is the servicer's own `abort`."""
     if context.code() is not None:  # type: ignore[attr-defined]
         raise error
+    import structlog  # Only a daemon logs; a client starts quicker without.
+
     structlog.get_logger().exception("control_call_failed")
     context.abort(grpc.StatusCode.INTERNAL, "an internal error, which its log describes")
 

@@ -111,7 +111,9 @@ class NodeStatus(_message.Message):
     start_counter: _builtins.int
     """Grows at each start."""
     capacity_bytes: _builtins.int
+    """Of the file system that the store is on."""
     used_bytes: _builtins.int
+    """By the store's own files; 0 where they are not counted yet."""
     images: _builtins.int
     """Images with data or a record here."""
     connections: _builtins.int
@@ -239,7 +241,9 @@ class ShardDigest(_message.Message):
     BLAKE3_FIELD_NUMBER: _builtins.int
     shard: _builtins.int
     blake3: _builtins.bytes
-    """32 bytes of BLAKE3 over the whole shard, holes as zeroes."""
+    """32 bytes of BLAKE3 over the whole shard, holes as zeroes. Empty where the node has the shard and
+    cannot read it: it is damaged.
+    """
     def __init__(
         self,
         *,
@@ -360,6 +364,7 @@ class GatewayStatus(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     IMAGES_FIELD_NUMBER: _builtins.int
     COUNTERS_FIELD_NUMBER: _builtins.int
+    FINISHED_HEALS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     holder_id: _builtins.str
     """32 hex digits, as in the leases of its images."""
@@ -372,6 +377,10 @@ class GatewayStatus(_message.Message):
     def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___OpenImage]: ...
     @_builtins.property
     def counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    @_builtins.property
+    def finished_heals(self) -> _containers.RepeatedCompositeFieldContainer[Global___FinishedHeal]:
+        """The last heals that ended well, the latest last."""
+
     def __init__(
         self,
         *,
@@ -383,10 +392,11 @@ class GatewayStatus(_message.Message):
         version: _builtins.str = ...,
         images: _abc.Iterable[Global___OpenImage] | None = ...,
         counters: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        finished_heals: _abc.Iterable[Global___FinishedHeal] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "holder_id", b"holder_id", "host", b"host", "images", b"images", "name", b"name", "state", b"state", "trouble", b"trouble", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "finished_heals", b"finished_heals", "holder_id", b"holder_id", "host", b"host", "images", b"images", "name", b"name", "state", b"state", "trouble", b"trouble", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -525,23 +535,79 @@ class Progress(_message.Message):
     SHARDS_DONE_FIELD_NUMBER: _builtins.int
     SHARDS_TOTAL_FIELD_NUMBER: _builtins.int
     COPIED_BYTES_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    BYTES_LEFT_FIELD_NUMBER: _builtins.int
+    BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    BAD_BLOCKS_FIELD_NUMBER: _builtins.int
     shards_done: _builtins.int
     shards_total: _builtins.int
     copied_bytes: _builtins.int
+    node: _builtins.str
+    """The stale node that is healed."""
+    bytes_left: _builtins.int
+    """An estimate, from what the shards so far took."""
+    bytes_per_second: _builtins.int
+    """Since the heal began."""
+    bad_blocks: _builtins.int
+    """Blocks that no replica had intact."""
     def __init__(
         self,
         *,
         shards_done: _builtins.int = ...,
         shards_total: _builtins.int = ...,
         copied_bytes: _builtins.int = ...,
+        node: _builtins.str = ...,
+        bytes_left: _builtins.int = ...,
+        bytes_per_second: _builtins.int = ...,
+        bad_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["copied_bytes", b"copied_bytes", "shards_done", b"shards_done", "shards_total", b"shards_total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_blocks", b"bad_blocks", "bytes_left", b"bytes_left", "bytes_per_second", b"bytes_per_second", "copied_bytes", b"copied_bytes", "node", b"node", "shards_done", b"shards_done", "shards_total", b"shards_total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Progress: _TypeAlias = Progress  # noqa: Y015
+
+@_typing.final
+class FinishedHeal(_message.Message):
+    """A heal that ended well."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    COPIED_BYTES_FIELD_NUMBER: _builtins.int
+    BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    BAD_BLOCKS_FIELD_NUMBER: _builtins.int
+    FINISHED_AT_FIELD_NUMBER: _builtins.int
+    image_id: _builtins.str
+    name: _builtins.str
+    node: _builtins.str
+    copied_bytes: _builtins.int
+    bytes_per_second: _builtins.int
+    bad_blocks: _builtins.int
+    finished_at: _builtins.float
+    """Seconds since 1970."""
+    def __init__(
+        self,
+        *,
+        image_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        node: _builtins.str = ...,
+        copied_bytes: _builtins.int = ...,
+        bytes_per_second: _builtins.int = ...,
+        bad_blocks: _builtins.int = ...,
+        finished_at: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_blocks", b"bad_blocks", "bytes_per_second", b"bytes_per_second", "copied_bytes", b"copied_bytes", "finished_at", b"finished_at", "image_id", b"image_id", "name", b"name", "node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FinishedHeal: _TypeAlias = FinishedHeal  # noqa: Y015
 
 @_typing.final
 class ResizeRequest(_message.Message):

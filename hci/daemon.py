@@ -8,13 +8,18 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
 import structlog
 
+from etcd.errors import EtcdError
 from hci.config import Endpoint
 from hci.errors import DaemonError
+
+RETRY_S = 1.0
+"""Until etcd is asked again by a daemon that starts."""
 
 LOCK_WAIT_S = 10.0
 """How long a new process waits for its predecessor to end and free the lock."""
@@ -78,6 +83,32 @@ def take_lock(path: Path) -> IO[bytes]:
             time.sleep(0.05)
         else:
             return file
+
+
+def take_steps(
+    steps: Sequence[Callable[[], object]], ending: Ending, waits: Callable[[EtcdError], None]
+) -> int:
+    """Take steps in order, each again until etcd answers it; return how many were taken.
+
+    None is taken twice: what one began goes on while the next one waits. Fewer than all are taken
+    where it is time to end before. `waits` hears why one has to be tried again.
+    """
+    taken = 0
+    while taken < len(steps) and not ending.due:
+        try:
+            steps[taken]()
+        except EtcdError as error:
+            waits(error)
+            ending.wait(RETRY_S)
+        else:
+            taken += 1
+    return taken
+
+
+def lock_id(lock: IO[bytes]) -> str:
+    """Return what tells a lock file that is held from all others, on all hosts."""
+    status = os.fstat(lock.fileno())
+    return f"{boot_id()}:{status.st_dev}:{status.st_ino}"
 
 
 def boot_id() -> str:

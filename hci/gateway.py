@@ -1,10 +1,13 @@
 """The gateway's daemon: listens for NBD clients, keeps links to the nodes, answers `hci`."""
 
 import os
+import random
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import structlog
@@ -23,16 +26,18 @@ from hci.control_pb2_grpc import GatewayControlServicer, add_GatewayControlServi
 from hci.errors import DaemonError
 from shard.errors import HciError
 from shard.ids import image_id
+from vmstore.caretaker import Caretaker
 from vmstore.catalog import Catalog
 from vmstore.errors import OtherCluster, UnknownImage
 from vmstore.exports import Exports
-from vmstore.holder import Phase
+from vmstore.holder import Holder, Phase, closing_waits_for
+from vmstore.resizing import RESIZE_LIMIT_S
+from vmstore.served import Served
 from vmstore.serving import OpenImage
 
 log = structlog.get_logger()
 
 POLL_S = 0.5
-RETRY_S = 1.0
 BACKLOG = 128
 
 _STATES = {
@@ -54,7 +59,7 @@ def serve(config: Config, name: str) -> None:
     # Held until this process dies: its leases may be taken over by whoever gets it next.
     lock = daemon.take_lock(own.run_dir / "gateway.lock")
     try:
-        GatewayDaemon(config, own, ending).run()
+        GatewayDaemon(config, own, ending, daemon.lock_id(lock)).run()
     finally:
         lock.close()
     ending.raise_failure()
@@ -63,7 +68,9 @@ def serve(config: Config, name: str) -> None:
 class GatewayDaemon:
     """One gateway."""
 
-    def __init__(self, config: Config, own: GatewayConfig, ending: daemon.Ending) -> None:
+    def __init__(
+        self, config: Config, own: GatewayConfig, ending: daemon.Ending, lock: str
+    ) -> None:
         self.config = config
         self.own = own
         self.ending = ending
@@ -82,8 +89,14 @@ class GatewayDaemon:
             holder=self.holder,
             local_node=lambda: self._local_node,
             lease=self._lease,
+            served=Served(self.holder, path=own.run_dir / "served.json", boot=daemon.boot_id()),
+            lock=lock,
+            heal_limits=config.heal,
         )
         self.exports.failed = ending.fail
+        self.caretaker = Caretaker(
+            self.catalog, self.exports.maintain, self.exports.maintained, random.SystemRandom()
+        )
 
     def run(self) -> None:
         """Serve until it is time to end."""
@@ -156,28 +169,34 @@ class GatewayDaemon:
 
     def _wait_for_etcd(self) -> bool:
         """Begin as soon as etcd answers; return False if told to end before."""
-        while not self.ending.due:
-            try:
-                self.catalog.init_cluster(self.config.cluster.id)
-                self.exports.start()
-                self.etcd.watch(keys.NODES, self._on_nodes)
-                self._link_nodes()
-            except OtherCluster as error:
-                raise DaemonError(str(error)) from error
-            except EtcdError as error:
-                if not self.trouble:
-                    log.warning("start_waits", gateway=self.own.name, why=str(error))
-                self.trouble = str(error)
-                self.ending.wait(RETRY_S)
-            else:
-                self.trouble = ""
-                return True
-        return False
+        steps = (
+            lambda: self.catalog.init_cluster(self.config.cluster.id),
+            self.exports.start,
+            lambda: self.etcd.watch(keys.NODES, self._on_nodes),
+            self.caretaker.watch,
+            self._link_nodes,
+        )
+        try:
+            taken = daemon.take_steps(steps, self.ending, self._start_waits)
+        except OtherCluster as error:
+            raise DaemonError(str(error)) from error
+        if taken < len(steps):
+            if taken > steps.index(self.exports.start):
+                self.exports.stop()
+            return False
+        self.trouble = ""
+        return True
+
+    def _start_waits(self, error: EtcdError) -> None:
+        if not self.trouble:
+            log.warning("start_waits", gateway=self.own.name, why=str(error))
+        self.trouble = str(error)
 
     def _on_nodes(self, _notice: Notice) -> None:
         self._nodes_changed.set()
 
     def _look_after(self) -> None:
+        self.caretaker.look(time.monotonic())
         if not self._nodes_changed.is_set():
             return
         self._nodes_changed.clear()
@@ -206,6 +225,15 @@ class GatewayDaemon:
             address=daemon.numeric(node.address),
             socket=node.socket if local else None,
         )
+
+    def heals(self) -> dict[int, dict[str, Any]]:
+        """Return how far the heals under way are, by channel."""
+        try:
+            images = self.engine.snapshot()["images"]
+        except RuntimeError:
+            # Stopped, or about to be.
+            return {}
+        return {image["channel"]: image["heal"] for image in images if image["heal"] is not None}
 
     def _samples(self) -> metrics.Samples:
         """Return the gateway's metrics."""
@@ -242,6 +270,15 @@ class GatewayDaemon:
         }
         yield counter("hci_image_requests_total", "Clients' requests answered since the image was "
                       "opened.", kinds, ["image", "kind"])  # fmt: skip
+        heals = {
+            (name, found["heal"]["node"]): found["heal"] for name, found in asked if found["heal"]
+        }
+        yield gauge("hci_heal_bytes_left", "Of the heals under way, estimated.",
+                    {who: heal["bytes_left"] for who, heal in heals.items()},
+                    ["image", "node"])  # fmt: skip
+        yield gauge("hci_heal_bytes_done", "Copied by the heals under way.",
+                    {who: heal["bytes_done"] for who, heal in heals.items()},
+                    ["image", "node"])  # fmt: skip
         moved = {
             (name, direction): found["counters"][f"{direction}_bytes"]
             for name, found in asked
@@ -267,6 +304,7 @@ class GatewayControl(GatewayControlServicer):
         self, request: pb.GatewayStatusRequest, context: grpc.ServicerContext
     ) -> pb.GatewayStatus:
         gateway = self._gateway
+        heals = gateway.heals()
         return pb.GatewayStatus(
             name=gateway.own.name,
             holder_id=gateway.holder,
@@ -274,8 +312,23 @@ class GatewayControl(GatewayControlServicer):
             state=gateway.state(),
             trouble=gateway.trouble,
             version=VERSION,
-            images=[_image_status(image) for image in gateway.exports.snapshot()],
+            images=[
+                _image_status(image, _progress(image, heals.get(image.channel), gateway.exports))
+                for image in gateway.exports.snapshot()
+            ],
             counters={"pid": os.getpid()},
+            finished_heals=[
+                pb.FinishedHeal(
+                    image_id=heal.image,
+                    name=heal.name,
+                    node=heal.node,
+                    copied_bytes=heal.bytes_done,
+                    bytes_per_second=heal.bytes_per_second,
+                    bad_blocks=heal.bad_blocks,
+                    finished_at=heal.finished_at or 0.0,
+                )
+                for heal in gateway.exports.heal_log.finished()
+            ],
         )
 
     def Resize(self, request: pb.ResizeRequest, context: grpc.ServicerContext) -> pb.ResizeReply:
@@ -287,11 +340,32 @@ class GatewayControl(GatewayControlServicer):
         try:
             self._gateway.exports.resize(names[0], request.size_bytes, force=request.force)
         except TimeoutError as error:
-            raise HciError(f"image {names[0]} did not open in time; see `hci status`") from error
+            raise HciError(
+                f"image {names[0]} is still being resized after {RESIZE_LIMIT_S:.0f} s, and that "
+                "goes on; `hci image info` says when it has its new size"
+            ) from error
         return pb.ResizeReply(size_bytes=request.size_bytes)
 
 
-def _image_status(image: OpenImage) -> pb.OpenImage:
+def _progress(
+    image: OpenImage, heal: dict[str, Any] | None, exports: Exports
+) -> pb.Progress | None:
+    begun = exports.heal_log.under_way(image.image)
+    if heal is None or begun is None:
+        return None
+    seconds = max(0.1, time.monotonic() - begun.begun_s)
+    return pb.Progress(
+        node=heal["node"],
+        shards_done=heal["shards_done"],
+        shards_total=heal["shards_done"] + heal["shards_left"],
+        copied_bytes=heal["bytes_done"],
+        bytes_left=heal["bytes_left"],
+        bytes_per_second=int(heal["bytes_done"] / seconds),
+        bad_blocks=heal["bad_blocks"],
+    )
+
+
+def _image_status(image: OpenImage, heal: pb.Progress | None = None) -> pb.OpenImage:
     holder, record = image.holder, image.holder.record
     status = pb.OpenImage(
         image_id=image.image,
@@ -299,6 +373,7 @@ def _image_status(image: OpenImage) -> pb.OpenImage:
         state=_STATES[holder.phase],
         trouble=holder.trouble,
         clients=sum(1 for user in image.users if user > 0),
+        heal=heal,
     )
     if record is None:
         return status
@@ -307,7 +382,18 @@ def _image_status(image: OpenImage) -> pb.OpenImage:
     for index in range(len(record.sets)):
         status.in_sync.add(replica_set=index, nodes=membership.in_sync(index))
     stalled_by = holder.stalled_by()
+    if holder.phase is Phase.SERVING and holder.trouble and _waits_for_a_change(holder):
+        # Its writes are answered once etcd and the arbiter have taken the change.
+        status.state = pb.OpenImage.STATE_READS_ONLY
     if holder.phase is Phase.SERVING and stalled_by:
         status.state = pb.OpenImage.STATE_READS_ONLY
         status.trouble = status.trouble or f"writes wait for {', '.join(stalled_by)}"
+    if holder.phase is Phase.CLOSING and stalled_by:
+        status.trouble = f"it waits {closing_waits_for(holder)}"
     return status
+
+
+def _waits_for_a_change(holder: Holder) -> bool:
+    """Whether a node is missing that etcd, or the arbiter, has not let the image leave behind."""
+    delayed = holder.proposal is not None or holder.retry_at_s is not None
+    return delayed and bool(holder.missing())

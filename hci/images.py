@@ -34,9 +34,9 @@ def used_bytes(record: ImageRecord, nodes: Mapping[str, NodeRecord]) -> dict[str
 
 
 def holder_of(records: Catalog, image: ImageId) -> str | None:
-    """Return the name of the gateway that has the image open, or None."""
+    """Return the name of the gateway that has the image open for a client, or None."""
     lease = records.lease_of(image)
-    return lease.record.gateway if lease is not None else None
+    return lease.record.gateway if lease is not None and not lease.record.maintenance else None
 
 
 def gateway_for(config: Config, preferred: str | None) -> GatewayConfig:
@@ -100,7 +100,7 @@ def resize(
     if size_bytes < record.size_bytes and not force:
         raise ShrinkRefused(str(name), record.size_bytes, size_bytes)
     holder = holder_of(records, record.id)
-    if holder is None and size_bytes >= record.size_bytes:
+    if records.lease_of(record.id) is None and size_bytes >= record.size_bytes:
         records.grow_image(name, size_bytes)
         return
     if holder is not None and holder not in config.gateways:

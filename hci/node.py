@@ -21,11 +21,12 @@ from hci import control_pb2 as pb
 from hci.config import Config, NodeConfig
 from hci.control_pb2_grpc import NodeControlServicer, add_NodeControlServicer_to_server
 from hci.errors import DaemonError
-from shard.digest import digest
+from hci.usage import FolderUsage
+from shard.digest import UNREADABLE, digest
 from shard.errors import HciError
 from shard.ids import ImageId, image_id
 from vmstore.catalog import Catalog
-from vmstore.errors import ForeignStore, OtherCluster, StoreBehind, UnknownImage
+from vmstore.errors import ForeignStore, OtherCluster, RecordChanged, StoreBehind, UnknownImage
 
 log = structlog.get_logger()
 
@@ -52,9 +53,11 @@ class NodeDaemon:
         self.registered = False
         self.trouble = ""
         self.engine = self._open_store()
+        self.usage = FolderUsage(own.data_dir)
         self.etcd = EtcdClient([str(endpoint) for endpoint in config.cluster.etcd])
         self.catalog = Catalog(self.etcd)
         self._session: Session | None = None
+        self._watching = False
         self._session_lost = threading.Event()
 
     def run(self) -> None:
@@ -132,7 +135,9 @@ class NodeDaemon:
         """Say in etcd who and where we are, and that we are alive; try again where it is away."""
         try:
             self.catalog.init_cluster(self.config.cluster.id)
-            session = Session(self.etcd, on_lost=self._session_lost.set)
+            if self._session is not None:
+                self._session.close()
+            self._session = session = Session(self.etcd, on_lost=self._session_lost.set)
             status = self.engine.status()
             record = NodeRecord(
                 name=self.own.name,
@@ -147,12 +152,15 @@ class NodeDaemon:
                 start_counter=self.engine.start_counter,
             )
             self.catalog.announce_node(record, session.lease)
-            self._session = session.start()
-            self.etcd.watch(keys.TOMBSTONES, self._on_tombstones)
+            session.start()
+            if not self._watching:
+                # It outlives the session: what is missed while etcd is away is read again.
+                self.etcd.watch(keys.TOMBSTONES, self._on_tombstones)
+                self._watching = True
             self._bury_all()
         except (OtherCluster, ForeignStore, StoreBehind) as error:
             self.ending.fail(str(error))
-        except EtcdError as error:
+        except (EtcdError, RecordChanged) as error:
             if not self.trouble:
                 log.warning("registration_waits", node=self.own.name, why=str(error))
             self.trouble = str(error)
@@ -238,7 +246,7 @@ class NodeControl(NodeControlServicer):
             store_id=node.engine.store_id,
             start_counter=node.engine.start_counter,
             capacity_bytes=status["capacity_bytes"],
-            used_bytes=status["capacity_bytes"] - status["free_bytes"],
+            used_bytes=node.usage.count() or 0,
             images=status["images"],
             connections=status["connections"],
             counters={
@@ -268,6 +276,13 @@ class NodeControl(NodeControlServicer):
                 content = self._node.engine.read_shard(record.id, layers, shard)
             except ValueError as error:
                 context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+            except RuntimeError as error:
+                if self._node.engine.failure() is not None:
+                    raise
+                log.error("shard_unreadable", node=self._node.own.name, image=record.id,
+                          shard=shard, why=str(error))  # fmt: skip
+                yield pb.ShardDigest(shard=shard, blake3=UNREADABLE)
+                continue
             if content is not None:
                 yield pb.ShardDigest(shard=shard, blake3=digest([content]))
 

@@ -8,11 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from arbiter import arbiter_pb2 as arbiter_pb
+from arbiter.errors import ArbiterError
 from etcd.errors import EtcdUnavailable
-from etcd.records import ImageRecord, NodeRecord, PlacementRecord, PoolRecord
+from etcd.records import ArbiterRecord, ImageRecord, NodeRecord, PlacementRecord, PoolRecord
 from hci import control_pb2 as pb
 from hci.config import Config
-from hci.connect import catalog
+from hci.connect import arbiter_client, catalog
 from hci.control import GatewayClient, NodeClient
 from hci.errors import ControlError
 
@@ -56,6 +58,21 @@ class GatewayView:
     host: str
     trouble: str
     images: Sequence[pb.OpenImage] = ()
+    finished_heals: Sequence[pb.FinishedHeal] = ()
+
+
+@dataclass(frozen=True)
+class ArbiterView:
+    """A thin arbiter by its record and by its own word; `pools` are those it votes for."""
+
+    name: str
+    state: str
+    host: str
+    address: str
+    id: str
+    pools: Sequence[str]
+    images: int | None
+    trouble: str
 
 
 @dataclass(frozen=True)
@@ -77,6 +94,7 @@ class Survey:
     pools: Mapping[str, PoolRecord] = field(default_factory=dict)
     placements: Mapping[str, PlacementRecord] = field(default_factory=dict)
     images: Mapping[str, ImageRecord] = field(default_factory=dict)
+    arbiters: Sequence[ArbiterView] = ()
     is_dev: bool = False
 
     @property
@@ -106,17 +124,27 @@ def survey(config: Config) -> Survey:
                 pools=pools,
                 placements={name: records.placement(name).record for name in pools},
                 images={str(entry.name): entry.image.record for entry in records.images()},
+                arbiters=_arbiters(config, records.arbiters(), pools),
                 is_dev=is_dev,
             )
     except EtcdUnavailable as error:
         nodes = _nodes(config, {}, None)
-        return Survey(etcd=str(error), nodes=nodes, gateways=gateways, is_dev=is_dev)
+        arbiters = _arbiters(config, {}, {})
+        return Survey(
+            etcd=str(error), nodes=nodes, gateways=gateways, arbiters=arbiters, is_dev=is_dev
+        )
 
 
 def nodes(config: Config) -> Sequence[NodeView]:
     """Every node that is registered or configured here. Raises EtcdUnavailable."""
     with catalog(config) as records:
         return _nodes(config, records.nodes(), records.alive())
+
+
+def arbiters(config: Config) -> Sequence[ArbiterView]:
+    """Every arbiter that is registered and was not replaced. Raises EtcdUnavailable."""
+    with catalog(config) as records:
+        return _arbiters(config, records.arbiters(), records.pools())
 
 
 def judge(found: Survey) -> Iterator[Problem]:
@@ -126,6 +154,7 @@ def judge(found: Survey) -> Iterator[Problem]:
         yield Problem(Health.UNAVAILABLE, found.etcd, advice)
     yield from _judge_nodes(found)
     yield from _judge_gateways(found)
+    yield from _judge_arbiters(found)
     yield from _judge_pools(found)
     yield from _judge_images(found)
 
@@ -141,6 +170,9 @@ def _judge_nodes(found: Survey) -> Iterator[Problem]:
             where = "" if found.is_dev else f" on {node.host}"
             what = f"{node.name} on {node.host} is {node.state}{told}"
             yield Problem(Health.DEGRADED, what, f"start it{where}: `{start}`")
+        elif node.trouble:
+            what = f"{node.name} on {node.host}: {node.trouble}"
+            yield Problem(Health.DEGRADED, what, f"see to it, and to the log of {node.name}")
 
 
 def _judge_gateways(found: Survey) -> Iterator[Problem]:
@@ -156,14 +188,43 @@ def _judge_gateways(found: Survey) -> Iterator[Problem]:
             yield from _judge_open(image)
 
 
+def _judge_arbiters(found: Survey) -> Iterator[Problem]:
+    for arbiter in found.arbiters:
+        if arbiter.state == "starting":
+            yield Problem(Health.HEALING, f"arbiter {arbiter.name} is starting", "wait")
+        elif arbiter.state != "up":
+            told = f" ({arbiter.trouble})" if arbiter.trouble and arbiter.state != "down" else ""
+            start = f"hci dev run {arbiter.name}" if found.is_dev else "systemctl start hci-arbiter"
+            where = "" if found.is_dev else f" on {arbiter.host}"
+            yield Problem(
+                Health.DEGRADED if arbiter.pools or found.etcd else Health.OK,
+                f"arbiter {arbiter.name} on {arbiter.host} is {arbiter.state}{told}: without it "
+                "writes stall as soon as a node is lost",
+                f"start it{where}: `{start}`; if it is lost for good: `hci arbiter replace`",
+            )
+        elif arbiter.trouble:
+            yield Problem(
+                Health.DEGRADED,
+                f"arbiter {arbiter.name}: {arbiter.trouble}",
+                f"start another one, then `hci arbiter replace {arbiter.name} NEW`",
+            )
+
+
 def _judge_open(image: pb.OpenImage) -> Iterator[Problem]:
     told = f": {image.trouble}" if image.trouble else ""
-    if image.state == pb.OpenImage.STATE_OPENING or image.HasField("heal"):
-        done = f"{image.heal.shards_done} of {image.heal.shards_total} shards"
-        yield Problem(Health.HEALING, f"replicas of {image.name} are made equal, {done}", "wait")
+    if image.HasField("heal"):
+        heal = image.heal
+        left = f"{heal.shards_total - heal.shards_done} of {heal.shards_total} shards"
+        what = f"{heal.node} is healed for {image.name}, {left} to go"
+        yield Problem(Health.HEALING, what, "wait; `hci heal status` tells how long")
+    if image.state == pb.OpenImage.STATE_OPENING:
+        yield Problem(Health.HEALING, f"replicas of {image.name} are made equal", "wait")
     elif image.state == pb.OpenImage.STATE_READS_ONLY:
         what = f"writes to {image.name} wait{told}"
         yield Problem(Health.UNAVAILABLE, what, "bring its nodes back; writes resume by themselves")
+    elif image.state == pb.OpenImage.STATE_CLOSING and image.trouble:
+        what = f"{image.name} cannot be closed{told}"
+        yield Problem(Health.UNAVAILABLE, what, "bring them back; it opens again after that")
     elif image.state == pb.OpenImage.STATE_STALLED:
         what = f"{image.name} is stalled{told}"
         yield Problem(
@@ -174,6 +235,12 @@ def _judge_open(image: pb.OpenImage) -> Iterator[Problem]:
 def _judge_pools(found: Survey) -> Iterator[Problem]:
     up = {node.name for node in found.nodes if node.state == "up"}
     for pool in found.pools.values():
+        if pool.arbiter is not None and not pool.filled:
+            yield Problem(
+                Health.DEGRADED,
+                f"pool {pool.name}: its arbiter {pool.arbiter} is not filled and grants nothing",
+                "run the interrupted `hci arbiter replace` again",
+            )
         for index, members in enumerate(found.placements[pool.name].sets):
             there = [name for name in members if name in up]
             if len(there) < pool.policy.quorum:
@@ -187,11 +254,8 @@ def _judge_pools(found: Survey) -> Iterator[Problem]:
 
 def _judge_images(found: Survey) -> Iterator[Problem]:
     up = {node.name for node in found.nodes if node.state == "up"}
-    stale: dict[str, list[str]] = {}
+    voting = {pool for arbiter in found.arbiters if arbiter.state == "up" for pool in arbiter.pools}
     for name, record in found.images.items():
-        for nodes_since in record.stale.values():
-            for node in nodes_since:
-                stale.setdefault(node, []).append(name)
         for index, members in enumerate(record.sets):
             in_sync = [node for node in members if node not in record.stale.get(index, {})]
             if members and sum(node in up for node in in_sync) < record.policy.quorum:
@@ -200,13 +264,43 @@ def _judge_images(found: Survey) -> Iterator[Problem]:
                     f"image {name}: of its nodes in sync ({', '.join(in_sync)}) too few are up",
                     "start them; writes resume by themselves",
                 )
+            elif record.policy.has_arbiter and record.pool not in voting and not set(in_sync) <= up:
+                missing = " and ".join(node for node in in_sync if node not in up)
+                yield Problem(
+                    Health.UNAVAILABLE,
+                    f"image {name}: {missing} and the arbiter are away: writes wait",
+                    f"start the arbiter or {missing}; writes resume by themselves",
+                )
+    yield from _judge_stale(found, up)
+
+
+def _judge_stale(found: Survey, up: set[str]) -> Iterator[Problem]:
+    """A stale node that runs is healed by whatever gateway runs; another one needs a person."""
+    stale: dict[str, list[str]] = {}
+    for name, record in found.images.items():
+        for nodes_since in record.stale.values():
+            for node in nodes_since:
+                stale.setdefault(node, []).append(name)
+    images = [image for gateway in found.gateways for image in gateway.images]
+    healed = {(image.heal.node, image.name) for image in images if image.HasField("heal")}
+    trouble = {image.name: image.trouble for image in images if image.trouble}
+    healer = any(gateway.state == "up" for gateway in found.gateways)
     for node, names in sorted(stale.items()):
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        yield Problem(
-            Health.DEGRADED,
-            f"{node} is stale for {shown}",
-            f"it missed writes and is not read; the other copies serve until {node} is healed",
-        )
+        waiting = [name for name in dict.fromkeys(names) if (node, name) not in healed]
+        if not waiting:
+            continue
+        shown = ", ".join(waiting[:3])
+        shown += f" and {len(waiting) - 3} more" if len(waiting) > 3 else ""
+        what = f"{node} is stale for {shown}"
+        why = next((trouble[name] for name in waiting if name in trouble), "")
+        if node not in up:
+            yield Problem(Health.DEGRADED, what, f"it missed writes and is not read; start {node}")
+        elif why:
+            yield Problem(Health.DEGRADED, what, f"{why}; it is tried again by itself")
+        elif not healer:
+            yield Problem(Health.DEGRADED, what, "start a gateway: it heals the node")
+        else:
+            yield Problem(Health.HEALING, what, "wait: it is healed by itself")
 
 
 def _nodes(
@@ -243,7 +337,51 @@ def _node(
         address=record.address if record else str(here.listen) if here else "",
         data_dir=(status.data_dir if status else "") or (str(here.data_dir) if here else None),
         capacity_bytes=status.capacity_bytes if status else _capacity(record),
-        used_bytes=status.used_bytes if status else None,
+        used_bytes=(status.used_bytes or None) if status else None,
+        trouble=trouble,
+    )
+
+
+def _arbiters(
+    config: Config, records: Mapping[str, ArbiterRecord], pools: Mapping[str, PoolRecord]
+) -> list[ArbiterView]:
+    known = {name: record for name, record in records.items() if not record.retired}
+    here = {name: own for name, own in config.arbiters.items() if name not in records}
+    names = sorted({*known, *here})
+    if not names:
+        return []
+
+    def look(name: str) -> ArbiterView:
+        votes_for = [pool.name for pool in pools.values() if pool.arbiter == name]
+        return _arbiter(config, name, known.get(name), sorted(votes_for))
+
+    with ThreadPoolExecutor(min(len(names), 32)) as pool:
+        return list(pool.map(look, names))
+
+
+def _arbiter(
+    config: Config, name: str, record: ArbiterRecord | None, pools: Sequence[str]
+) -> ArbiterView:
+    # A name comes from the records or from the configuration.
+    address = record.address if record is not None else str(config.arbiter(name).listen)
+    host = record.host if record is not None else config.arbiter(name).host
+    status, state, trouble = None, "down", ""
+    try:
+        with arbiter_client(name, address, deadline_s=ASK_DEADLINE_S) as client:
+            status = client.status()
+        state, trouble = _ARBITER_STATES[status.state], status.trouble
+        if record is not None and status.arbiter_id != record.id:
+            state, trouble = "failed", f"another arbiter, {status.name}, answers at {address}"
+    except ArbiterError as error:
+        trouble = str(error)
+    return ArbiterView(
+        name=name,
+        state=state,
+        host=host,
+        address=address,
+        id=record.id if record is not None else status.arbiter_id if status is not None else "",
+        pools=pools,
+        images=status.images if status is not None else None,
         trouble=trouble,
     )
 
@@ -259,7 +397,16 @@ def _gateways(config: Config) -> list[GatewayView]:
             with GatewayClient(name, section.control, deadline_s=ASK_DEADLINE_S) as client:
                 status = client.status()
             state = _GATEWAY_STATES[status.state]
-            found.append(GatewayView(name, state, section.host, status.trouble, status.images))
+            found.append(
+                GatewayView(
+                    name,
+                    state,
+                    section.host,
+                    status.trouble,
+                    status.images,
+                    status.finished_heals,
+                )
+            )
         except ControlError as error:
             found.append(GatewayView(name, "down", section.host, str(error)))
     return found
@@ -278,4 +425,12 @@ _GATEWAY_STATES = {
     pb.GatewayStatus.STATE_STARTING: "starting",
     pb.GatewayStatus.STATE_SERVING: "up",
     pb.GatewayStatus.STATE_STOPPING: "stopping",
+}
+
+_ARBITER_STATES = {
+    arbiter_pb.ArbiterStatus.STATE_UNSPECIFIED: "starting",
+    arbiter_pb.ArbiterStatus.STATE_STARTING: "starting",
+    arbiter_pb.ArbiterStatus.STATE_SERVING: "up",
+    arbiter_pb.ArbiterStatus.STATE_STOPPING: "stopping",
+    arbiter_pb.ArbiterStatus.STATE_FAILED: "failed",
 }

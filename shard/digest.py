@@ -15,16 +15,22 @@ from shard.membership import Membership
 
 DIGEST_BYTES = 32
 
+UNREADABLE = b""
+"""Reported in place of the digest of a shard that a node has and cannot read."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Difference:
     """A shard whose replicas are not equal, and the nodes that are not with the majority.
 
     Without a majority `nodes` names every node compared: none of them can be trusted by counting.
+    Those of `nodes` that cannot read the shard are in `unreadable` too; the majority is that of the
+    others.
     """
 
     shard: int
     nodes: tuple[str, ...]
+    unreadable: tuple[str, ...] = ()
 
 
 def digest(chunks: Iterable[bytes]) -> bytes:
@@ -44,17 +50,20 @@ def compare(digests: Mapping[str, Mapping[int, bytes]], zeroes: bytes) -> list[D
     """Return the shards on which nodes differ, in order of their index.
 
     `digests` is {node: {shard: digest}} as the nodes in sync of one replica set reported them. A
-    shard that a node did not report has no data there and counts with the digest `zeroes`.
+    shard that a node did not report has no data there and counts with the digest `zeroes`; one
+    that is UNREADABLE equals no other.
     """
     differences = []
     for shard in sorted({shard for reported in digests.values() for shard in reported}):
         found = {node: reported.get(shard, zeroes) for node, reported in digests.items()}
-        value, votes = Counter(found.values()).most_common(1)[0]
+        unreadable = tuple(sorted(node for node, value in found.items() if value == UNREADABLE))
+        readable = [value for value in found.values() if value != UNREADABLE]
+        value, votes = Counter(readable).most_common(1)[0] if readable else (UNREADABLE, 0)
         if votes == len(found):
             continue
-        majority = value if votes * 2 > len(found) else None
+        majority = value if votes * 2 > len(readable) else None
         nodes = tuple(sorted(node for node, value in found.items() if value != majority))
-        differences.append(Difference(shard, nodes))
+        differences.append(Difference(shard, nodes, unreadable))
     return differences
 
 

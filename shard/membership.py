@@ -121,8 +121,8 @@ def quorum_met(membership: Membership, index: int, reachable: Iterable[str] | No
 def lose(membership: Membership, lost: Iterable[str], emptied: Iterable[str] = ()) -> Plan:
     """Return how an image goes on without the nodes `lost`, which may be stale already.
 
-    Those of them that are `emptied` (their store is not the one that was in sync) are stale since
-    0: nothing on them is believed.
+    Nodes that are `emptied` (their store is not the one that was in sync) are stale since 0,
+    nothing on them is believed, also where they are stale already.
 
     A set loses all of its lost nodes or none: taking out some of them would not let a write be
     answered, and would narrow the choice when one of them comes back.
@@ -140,18 +140,21 @@ def open_plan(membership: Membership, reachable: Iterable[str]) -> Plan:
 
 
 def rejoin(
-    membership: Membership, healed: Mapping[int, Iterable[str]], lost: Iterable[str] = ()
+    membership: Membership,
+    healed: Mapping[int, Iterable[str]],
+    lost: Iterable[str] = (),
+    emptied: Iterable[str] = (),
 ) -> Plan:
     """Return the membership that takes in healed nodes, and takes out lost ones with it.
 
     `healed` is {replica set: nodes}, each stale there and level now; one that is lost again stays
     stale. One change does both, since a set at its quorum can let its missing node go only as the
-    healed one comes.
+    healed one comes. `emptied` as for `lose`.
     """
     taken_in = {index: frozenset(nodes) for index, nodes in healed.items() if nodes}
     for index, nodes in taken_in.items():
         assert nodes <= set(membership.stale.get(index, {})), "only a stale node rejoins"
-    return _change(membership, frozenset(lost), taken_in)
+    return _change(membership, frozenset(lost), taken_in, frozenset(emptied))
 
 
 def _change(
@@ -171,9 +174,12 @@ def _change(
         if missing and len(in_sync - missing) < policy.quorum:
             waiting[index] = missing
             missing = frozenset()
-        if taken_in or missing:
+        of_set = stale.get(index, {})
+        distrusted = {node for node in of_set if node in emptied and of_set[node] != 0} - taken_in
+        if taken_in or missing or distrusted:
             changed.add(index)
             of_set = stale.setdefault(index, {})
+            of_set.update(dict.fromkeys(distrusted, 0))
             for node in taken_in:
                 del of_set[node]
             since = {node: 0 if node in emptied else membership.generation for node in missing}

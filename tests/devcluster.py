@@ -1,7 +1,8 @@
 """A development cluster of its own, driven only through the command line as a person would.
 
 Owns one temporary folder with the whole cluster in it and promises to leave nothing of it behind:
-not a file, not a process. Never imports the product: what is tested here is what users touch.
+not a file, not a process, also where this process is killed. Never imports the product: what is
+tested here is what users touch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
+
+from tests import reaper
 
 POOL = "vms"
 COMMAND_TIMEOUT_S = 120.0
@@ -48,11 +51,20 @@ class DevCluster:
     `directory` given: the folder is the caller's and stays, stopped.
     """
 
-    def __init__(self, *, nodes: int = 3, gateways: int = 1, directory: Path | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        nodes: int = 3,
+        gateways: int = 1,
+        arbiter: bool = False,
+        directory: Path | None = None,
+    ) -> None:
         self._own_directory = directory is None
         # Short, since a Unix socket's path has at most 107 bytes.
         self.directory = directory or Path(tempfile.mkdtemp(prefix="hci-"))
+        reaper.watch(self.directory, remove=self._own_directory)
         self.config = self.directory / "hci.toml"
+        self.arbiter = arbiter
         self.nodes = [f"node{number + 1}" for number in range(nodes)]
         self.gateways = [f"gateway{number + 1}" for number in range(gateways)]
 
@@ -116,6 +128,7 @@ class DevCluster:
         self.hci(
             *("dev", "start", str(self.directory)),
             *("--nodes", str(len(self.nodes)), "--gateways", str(len(self.gateways))),
+            *(("--arbiter",) if self.arbiter else ()),
         )
 
     def kill(self, member: str) -> None:
@@ -177,6 +190,23 @@ class DevCluster:
         answer: dict[str, Any] = json.loads(done.stdout)
         return answer
 
+    def must_be_equal(self, image: str) -> None:
+        """Asserts that `hci image check` compared all nodes in sync, and found them equal.
+
+        A node that was just started answers a moment later.
+        """
+        deadline = time.monotonic() + HEALTH_TIMEOUT_S
+        while (report := self.check(image))["missing"] and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert report["equal"], report
+        info = self.info(image)
+        stale = {(entry["replica_set"], entry["node"]) for entry in info["stale"]}
+        in_sync = [
+            [node for node in nodes if (index, node) not in stale]
+            for index, nodes in enumerate(info["replica_sets"])
+        ]
+        assert report["compared"] == in_sync, report
+
     def url(self, image: str) -> str:
         """The image's NBD URI as `hci image url` prints it."""
         return self.hci("image", "url", f"{POOL}/{image}").strip()
@@ -210,12 +240,13 @@ class DevCluster:
         with _sigint_ignored():
             with contextlib.suppress(OSError, subprocess.SubprocessError):
                 if self.config.exists():
-                    self.try_hci("dev", "stop", timeout_s=30)
+                    self.try_hci("dev", "stop", timeout_s=60)
             for pid in self.processes():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             if self._own_directory:
                 shutil.rmtree(self.directory, ignore_errors=True)
+            reaper.forget(self.directory)
 
     def processes(self) -> list[int]:
         """Every process whose command line or environment names this cluster's folder."""

@@ -5,13 +5,14 @@ images; an id is drawn at random, never reused, and its tombstone stays for ever
 """
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from etcd import keys
 from etcd.interface import Compare, Delete, Etcd, KeyAbsent, Operation, Put
 from etcd.records import (
     AliveRecord,
+    ArbiterRecord,
     ClusterRecord,
     ImageRecord,
     Layer,
@@ -33,7 +34,10 @@ from shard.placement import (
     spread_candidates,
     suggested_replica_sets,
 )
+from vmstore.arbiters import ArbiterRecords
 from vmstore.errors import (
+    ArbiterBesideData,
+    ArbiterNotNeeded,
     ForeignStore,
     ImageExists,
     InUse,
@@ -48,7 +52,6 @@ from vmstore.errors import (
     UnknownImage,
     UnknownPool,
 )
-from vmstore.holding import Holding
 from vmstore.names import ImageName
 from vmstore.stored import R, Stored, commit, put_found, read, stored
 
@@ -70,7 +73,7 @@ def _random_image_id() -> ImageId:
     return image_id_from_bytes(secrets.token_bytes(16))
 
 
-class Catalog(Holding):
+class Catalog(ArbiterRecords):
     """Reads and changes the records of one cluster.
 
     All methods raise EtcdUnavailable (nothing changed: try again), changing ones also
@@ -137,18 +140,23 @@ class Catalog(Holding):
         shard_bytes: int = SHARD_BYTES_DEFAULT,
         replica_sets: int | None = None,
         failure_domain: FailureDomain = FailureDomain.HOST,
+        arbiter: str | None = None,
     ) -> PoolRecord:
         """Make a pool and place it on the nodes that are up.
 
-        Without `replica_sets`, as many as give each node a share. Raises BadValue for what breaks
-        a limit, PoolExists, TooFewNodes, NoArbiter.
+        Without `replica_sets`, as many as give each node a share. `arbiter` names the thin arbiter
+        of a policy that has one. Raises BadValue for what breaks a limit, PoolExists, TooFewNodes,
+        NoArbiter, ArbiterNotNeeded, UnknownArbiter, ArbiterRetired, ArbiterBesideData.
         """
         pool_name(name)
         check_shard_size(shard_bytes)
         if replica_sets is not None and not 1 <= replica_sets <= REPLICA_SETS_MAX:
             raise BadValue(f"a pool has 1 to {REPLICA_SETS_MAX} replica sets, not {replica_sets}")
-        if policy.has_arbiter:
+        if policy.has_arbiter and arbiter is None:
             raise NoArbiter(policy.value)
+        if arbiter is not None and not policy.has_arbiter:
+            raise ArbiterNotNeeded(policy.value, arbiter)
+        voter = self.arbiter(arbiter) if arbiter is not None else None
         candidates = spread_candidates(self._candidates(), failure_domain)
         count = replica_sets or suggested_replica_sets(len(candidates), policy.members)
         record = PoolRecord(
@@ -157,21 +165,18 @@ class Catalog(Holding):
             shard_bytes=shard_bytes,
             replica_sets=min(count, REPLICA_SETS_MAX),
             failure_domain=failure_domain,
+            arbiter=arbiter,
         )
         self._check_absent(record)
-        self._create_pool(record, self._place(record, candidates))
+        placement = self._place(record, candidates)
+        if voter is not None and failure_domain is not FailureDomain.NODE:
+            _check_apart(voter.record, placement, candidates)
+        self._create_pool(record, placement, voter.unchanged if voter is not None else ())
         return record
 
     def pools(self) -> dict[str, PoolRecord]:
         """Return all pools by name."""
         return {name: item.record for name, item in self._all(PoolRecord, keys.POOLS).items()}
-
-    def pool(self, name: str) -> Stored[PoolRecord]:
-        """Return a pool. Raises UnknownPool."""
-        found = read(self._etcd, PoolRecord, keys.pool(name))
-        if found is None:
-            raise UnknownPool(name)
-        return found
 
     def placement(self, pool: str) -> Stored[PlacementRecord]:
         """Return the current placement of a pool. Raises UnknownPool."""
@@ -262,15 +267,19 @@ class Catalog(Holding):
     def delete_image(self, name: ImageName) -> TombstoneRecord:
         """Delete an image that nobody has open. Raises UnknownPool, UnknownImage, InUse."""
         name_item, image = self._find(name)
-        self._check_not_in_use(name, image.record.id)
+        lease = self.lease_of(image.record.id)
+        if lease is not None and not lease.record.maintenance:
+            raise InUse(str(name), lease.record.gateway)
         tombstone = TombstoneRecord(id=image.record.id, generation=image.record.generation)
         put = Put(tombstone.key, tombstone.encode())
         compares = [
             *name_item.unchanged,
             *image.unchanged,
-            KeyAbsent(keys.lease(image.record.id)),
+            *((KeyAbsent(keys.lease(image.record.id)),) if lease is None else lease.unchanged),
         ]
         operations: list[Operation] = [Delete(name_item.key), Delete(image.key), put]
+        if lease is not None:
+            operations.append(Delete(lease.key))
         if commit(self._etcd, compares, operations, put_found(self._etcd, put)) is None:
             self._check_not_in_use(name, image.record.id)
             raise RecordChanged(f"image {name}")
@@ -333,9 +342,22 @@ class Catalog(Holding):
         if self._etcd.get(pool.key) is not None:
             raise PoolExists(pool.name)
 
-    def _create_pool(self, pool: PoolRecord, placement: PlacementRecord) -> None:
+    def _create_pool(
+        self, pool: PoolRecord, placement: PlacementRecord, as_long_as: Sequence[Compare]
+    ) -> None:
         put = Put(pool.key, pool.encode())
-        compares = [KeyAbsent(pool.key), KeyAbsent(placement.key)]
+        compares = [KeyAbsent(pool.key), KeyAbsent(placement.key), *as_long_as]
         operations = [put, Put(placement.key, placement.encode())]
         if commit(self._etcd, compares, operations, put_found(self._etcd, put)) is None:
-            raise PoolExists(pool.name)
+            self._check_absent(pool)
+            raise RecordChanged(f"arbiter {pool.arbiter}")
+
+
+def _check_apart(
+    arbiter: ArbiterRecord, placement: PlacementRecord, candidates: Sequence[Candidate]
+) -> None:
+    """Raise ArbiterBesideData where an arbiter shares its host with a node that it decides on."""
+    placed = {node for members in placement.sets for node in members}
+    for candidate in candidates:
+        if candidate.name in placed and candidate.host == arbiter.host:
+            raise ArbiterBesideData(arbiter.name, arbiter.host, candidate.name)

@@ -29,16 +29,23 @@ Digests = Callable[[Collection[str], int, int], Mapping[str, Mapping[int, bytes]
 
 @dataclass(frozen=True)
 class Report:
-    """The outcome. `compared` names the nodes per replica set: with fewer than two, nothing was."""
+    """The outcome. `compared` names the nodes per replica set, `missing` those in sync that are not
+    up."""
 
     shards: int
     compared: Sequence[Sequence[str]]
+    missing: Sequence[str]
     different: Sequence[Difference]
 
     @property
+    def not_compared(self) -> Sequence[int]:
+        """The replica sets with fewer than two nodes to compare."""
+        return [index for index, nodes in enumerate(self.compared) if len(nodes) < 2]
+
+    @property
     def equal(self) -> bool:
-        """Whether all replicas that were compared are equal."""
-        return not self.different
+        """Whether two replicas or more of each set were compared, and all of these are equal."""
+        return not self.different and not self.not_compared
 
 
 def compare(
@@ -58,6 +65,7 @@ def compare(
         tuple(node for node in nodes if node in there and node not in record.stale.get(index, {}))
         for index, nodes in enumerate(record.sets)
     ]
+    in_sync = record.membership.all_in_sync()
     shards = Geometry(record.size_bytes, record.shard_bytes).shards
     zeroes = digest.digest_of_zeroes(record.shard_bytes)
     batch = max(BATCH_SHARDS, -(-shards // BATCHES_MAX))
@@ -76,7 +84,7 @@ def compare(
             ]
         different += found
         progress((first + count) / shards)
-    return Report(shards, members, different)
+    return Report(shards, members, sorted(in_sync - there), different)
 
 
 def _differing(

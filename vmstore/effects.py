@@ -32,6 +32,23 @@ class Peek:
 
 
 @dataclass(frozen=True, slots=True)
+class Heal:
+    """Have the engine make a stale node level in `sets`: (replica set, stale since)."""
+
+    node: str
+    serial: int
+    attempt: int
+    sets: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EndHeal:
+    """The record does not take the node of this heal in: nobody waits for it."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
 class ChangeMembership:
     """Have etcd take `after` in place of `before`, under our lease."""
 
@@ -82,6 +99,6 @@ class Forget:
 
 
 Effect = (
-    OpenImage | Admit | Peek | ChangeMembership | Reconfigure | Serve | Refuse | CloseImage
-    | KillImage | Release | Forget
+    OpenImage | Admit | Peek | Heal | EndHeal | ChangeMembership | Reconfigure | Serve | Refuse
+    | CloseImage | KillImage | Release | Forget
 )  # fmt: skip

@@ -10,12 +10,23 @@ HciError
     ├── StoreBehind               a node's store is older than what the cluster saw of it
     ├── TooFewNodes               the policy needs more nodes than are up
     ├── NoArbiter                 the policy needs an arbiter
+    ├── ArbiterNotNeeded          the policy has none
+    ├── ArbiterBesideData         the arbiter would be lost together with a node
+    ├── UnknownArbiter
+    ├── ArbiterRetired            another took its place
+    ├── ForeignArbiter            an arbiter's name stands for another durable record
+    ├── ArbiterRolledBack         an arbiter's record is older than what the cluster saw of it
+    ├── ArbiterNotFilled          a new arbiter does not grant yet
+    ├── BadReplacement            an arbiter cannot take the place of that one
+    ├── ReplaceRefused            replacing an arbiter now could lose what only it knows
     ├── UnknownPool
     ├── UnknownImage
     ├── PoolExists
     ├── ImageExists
     ├── ShrinkRefused             a smaller size without being forced
     ├── InUse                     a gateway has the image open
+    ├── BeingResized              another change of the image's size is under way
+    ├── ClientBarred              the image was another gateway's since this client had it
     └── Conflict                  a transaction lost against another one
         ├── RecordChanged         read again and decide anew
         ├── LeaseLost             the lease is another's or gone: stop serving
@@ -94,7 +105,106 @@ class NoArbiter(VmstoreError):
 
     def __init__(self, policy: str) -> None:
         self.policy = policy
-        super().__init__(f"{policy} needs an arbiter, and none is registered; use replica-3")
+        super().__init__(
+            f"{policy} needs an arbiter: name one with --arbiter (`hci arbiter ls` lists them), "
+            "or use replica-3"
+        )
+
+
+class ArbiterNotNeeded(VmstoreError):
+    """An arbiter was named for a policy that has none."""
+
+    def __init__(self, policy: str, arbiter: str) -> None:
+        self.policy = policy
+        self.arbiter = arbiter
+        super().__init__(
+            f"{policy} has no arbiter: leave {arbiter} out, or choose --policy thin-arbiter"
+        )
+
+
+class ArbiterBesideData(VmstoreError):
+    """An arbiter on the host of a data node would be lost together with it."""
+
+    def __init__(self, arbiter: str, host: str, node: str) -> None:
+        self.arbiter = arbiter
+        self.node = node
+        super().__init__(
+            f"arbiter {arbiter} runs on {host}, as node {node} does: losing that host would lose "
+            "two of three votes; run the arbiter on a third host"
+        )
+
+
+class UnknownArbiter(VmstoreError):
+    """There is no such arbiter."""
+
+    def __init__(self, arbiter: str) -> None:
+        self.arbiter = arbiter
+        super().__init__(
+            f"there is no arbiter {arbiter}; `hci arbiter ls` lists what there is, "
+            "`hci arbiter serve` on its host registers one"
+        )
+
+
+class ArbiterRetired(VmstoreError):
+    """An arbiter that was replaced is asked for, or wants to come back."""
+
+    def __init__(self, arbiter: str) -> None:
+        self.arbiter = arbiter
+        super().__init__(
+            f"arbiter {arbiter} was replaced and votes no more; use an empty data_dir and "
+            "a new name for an arbiter that takes part"
+        )
+
+
+class ForeignArbiter(VmstoreError):
+    """An arbiter's name is registered with another durable record."""
+
+    def __init__(self, arbiter: str, registered: str, offered: str) -> None:
+        self.arbiter = arbiter
+        super().__init__(
+            f"arbiter {arbiter} is registered with the id {registered}, but its data_dir holds "
+            f"{offered}: it was emptied or is another's; correct data_dir, or give this one a new "
+            "name and use `hci arbiter replace`"
+        )
+
+
+class ArbiterRolledBack(VmstoreError):
+    """An arbiter's record was rolled back: its start counter is behind the registered one."""
+
+    def __init__(self, arbiter: str, registered: int, offered: int) -> None:
+        self.arbiter = arbiter
+        super().__init__(
+            f"the record of arbiter {arbiter} is from its start {offered}, the cluster saw start "
+            f"{registered}; an older copy of the disk was put back: use the current one, "
+            "or `hci arbiter replace`"
+        )
+
+
+class ArbiterNotFilled(VmstoreError):
+    """A new arbiter was not told all that etcd holds. Nothing is granted meanwhile."""
+
+    def __init__(self, arbiter: str, pool: str) -> None:
+        self.arbiter = arbiter
+        super().__init__(
+            f"arbiter {arbiter} is not filled for pool {pool} yet; where `hci arbiter replace` "
+            "was interrupted, run it again"
+        )
+
+
+class BadReplacement(VmstoreError):
+    """An arbiter cannot take the place of another one; the text says why."""
+
+
+class ReplaceRefused(VmstoreError):
+    """Replacing an arbiter is refused without being forced."""
+
+    def __init__(self, arbiter: str, why: str) -> None:
+        self.arbiter = arbiter
+        super().__init__(
+            f"arbiter {arbiter} is not replaced now: {why}. The new one would learn who is in sync "
+            "from etcd alone; if etcd was ever put back to an older copy, writes could be lost. "
+            "Bring the nodes back and heal them first, or use --force"
+        )
 
 
 class UnknownPool(VmstoreError):
@@ -150,6 +260,25 @@ class InUse(VmstoreError):
         self.gateway = gateway
         super().__init__(
             f"{image} is in use on gateway {gateway}; stop the guest or tool that has it open there"
+        )
+
+
+class BeingResized(VmstoreError):
+    """Another change of an image's size is under way."""
+
+    def __init__(self, image: str) -> None:
+        self.image = image
+        super().__init__(f"{image} is being resized already; try again when that is done")
+
+
+class ClientBarred(VmstoreError):
+    """A process had the image open before another gateway did, and must not have it again."""
+
+    def __init__(self, image: str) -> None:
+        self.image = image
+        super().__init__(
+            f"{image} was open on another gateway after this process had it open here, and what "
+            "it may still send must not overwrite that; end this process and start it anew"
         )
 
 

@@ -75,6 +75,23 @@ class AdmitFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Healed:
+    """A stale node is level, and gets what is written; the record may take it in."""
+
+    node: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class HealFailed:
+    """A heal has ended early; the node is as stale as before."""
+
+    node: str
+    attempt: int
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
     """All nodes in sync of the changed sets hold this generation."""
 
@@ -97,7 +114,14 @@ class MembershipChanged:
 
 @dataclass(frozen=True, slots=True)
 class MembershipDelayed:
-    """etcd did not answer; nothing is known to have changed."""
+    """The change waits for what `why` says.
+
+    Unless it is `maybe_taken` it surely did not come to etcd: another one may be proposed instead,
+    or none where the node that was lost is back.
+    """
+
+    why: str = "etcd does not answer"
+    maybe_taken: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +164,6 @@ class Tick:
 
 Event = (
     LeaseTaken | Peeked | ReplicaDown | ReplicaBlocking | ReplicaFailed | Admitted | AdmitFailed
-    | Stored | Fenced | MembershipChanged | MembershipDelayed | Lost | Close | Closed | Released
-    | Fail | Tick
+    | Healed | HealFailed | Stored | Fenced | MembershipChanged | MembershipDelayed | Lost | Close
+    | Closed | Released | Fail | Tick
 )  # fmt: skip

@@ -1,12 +1,14 @@
-"""`Exports`: who uses the images that a gateway serves: NBD clients, and the control service.
+"""`Exports`: the NBD clients of the images that a gateway serves.
 
 The first client that asks for an image has it opened, the last that leaves has it closed. All of
 this happens on the deciding thread of `Serving`, but for what says otherwise.
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
+
+import structlog
 
 from engine import Gateway
 from etcd.errors import EtcdError
@@ -17,18 +19,32 @@ from shard.ids import ImageId
 from vmstore import events
 from vmstore.catalog import Catalog
 from vmstore.deciding import TICK_S, Deciding
-from vmstore.errors import InUse, ShrinkRefused, UnknownImage, UnknownPool
-from vmstore.holder import OPEN_LIMIT_S, Phase
+from vmstore.errors import BeingResized, ClientBarred, LeaseLost, UnknownImage, UnknownPool
+from vmstore.granter import Voters
+from vmstore.healing import HealLimits
+from vmstore.holder import OPEN_LIMIT_S, Phase, closing_waits_for
 from vmstore.holding import Held
 from vmstore.names import ImageName, parse_image_name
-from vmstore.serving import OpenImage, Serving
+from vmstore.resizing import RESIZER, Resizing
+from vmstore.served import Served
+from vmstore.serving import RELEASE_RETRY_S, OpenImage, nothing_more
 from vmstore.stored import Stored
 
-ZERO_LIMIT_S = 600.0
-"""How long a shrink may take to discard what it cuts off; a hang detector."""
+log = structlog.get_logger()
+
+PATIENCE_S = 10.0
+"""How long an image that was opened to be healed stays open while no heal is under way."""
 
 
-class Exports(Serving):
+@dataclass(slots=True)
+class _Care:
+    """An image that is open for maintenance; `pin` stands for a client."""
+
+    pin: int
+    idle_since_s: float
+
+
+class Exports(Resizing):
     """Serves the images of one cluster to NBD clients of one engine; see `Serving`."""
 
     def __init__(
@@ -40,6 +56,10 @@ class Exports(Serving):
         holder: str,
         local_node: Callable[[], str | None],
         lease: Callable[[Callable[[], None], Callable[[float], None]], Session],
+        heal_limits: HealLimits,
+        voters: Voters | None = None,
+        served: Served | None = None,
+        lock: str | None = None,
         deciding: Deciding | None = None,
     ) -> None:
         super().__init__(
@@ -49,77 +69,40 @@ class Exports(Serving):
             holder=holder,
             local_node=local_node,
             lease=lease,
+            voters=voters,
+            heal_limits=heal_limits,
+            served=served,
+            lock=lock,
             deciding=deciding,
         )
         self._client_image: dict[int, ImageId] = {}
+        self._peers: dict[int, str] = {}
+        """The processes of clients, where they are known."""
         self._gone: set[int] = set()
-        self._next_pin = -1
+        self._next_pin = RESIZER
+        self._cared_for: dict[ImageId, _Care] = {}
 
-    # For the control service: any thread
+    # For the caretaker: any thread
 
-    def resize(self, name: ImageName, size_bytes: int, *, force: bool) -> None:
-        """Change the size of an image, opening it for that where it is closed.
+    def maintain(self, name: ImageName) -> None:
+        """Open an image that nobody has open, to heal it, until it is or somebody wants it."""
+        self._deciding.put(lambda: self._care_for(name))
 
-        Raises InUse where clients have it open and it would shrink, ShrinkRefused, and what an
-        open raises.
-        """
-        opened: Future[OpenImage] = Future()
-        pin = self._take_pin()
-        self._deciding.put(lambda: self._pin(name, pin, opened))
-        try:
-            self._resize(opened.result(timeout=OPEN_LIMIT_S + 10), size_bytes, force)
-        finally:
-            self._deciding.put(lambda: self._client_left(pin))
+    def maintained(self) -> int:
+        """Return how many images are open for that."""
+        return len(self._cared_for)
 
     def _take_pin(self) -> int:
         self._next_pin -= 1
         return self._next_pin
 
-    def _resize(self, image: OpenImage, size_bytes: int, force: bool) -> None:
-        assert image.held is not None
-        former_bytes = image.held.record.size_bytes
-        if size_bytes < former_bytes:
-            if any(user > 0 for user in image.users):
-                raise InUse(str(image.name), self._gateway)
-            if not force:
-                raise ShrinkRefused(str(image.name), former_bytes, size_bytes)
-            image.zeroed = Future()
-            self._engine.zero(image.channel, size_bytes, former_bytes - size_bytes)
-            image.zeroed.result(timeout=ZERO_LIMIT_S)
-        resized: Future[None] = Future()
-        self._deciding.put(lambda: self._store_size(image, size_bytes, resized))
-        resized.result(timeout=OPEN_LIMIT_S)
-
-    def _store_size(self, image: OpenImage, size_bytes: int, resized: "Future[None]") -> None:
-        """Store a new size; no change of membership is under way meanwhile."""
-        if image.holder.proposal is not None or image.holder.paused:
-            self._deciding.after(TICK_S, lambda: self._store_size(image, size_bytes, resized))
-            return
-        assert image.held is not None
-        held = image.held
-        image.holder.paused = True
-
-        def stored(new: Held) -> None:
-            image.held = new
-            image.holder.record = new.record
-            self._engine.resize(image.channel, size_bytes)
-            go_on()
-            resized.set_result(None)
-
-        def failed(error: HciError) -> None:
-            go_on()
-            resized.set_exception(error)
-
-        def go_on() -> None:
-            image.holder.paused = False
-            self._step(image, events.Tick(self._deciding.now_s()))
-
-        self._later(lambda: self._catalog.resize(held, size_bytes, force=True), stored, failed)
-
     # Clients
 
     def _on_client(self, event: dict[str, Any]) -> None:
         if event["event"] == "asked":
+            peer = event.get("peer")
+            if peer is not None:
+                self._peers[event["client"]] = peer
             self._on_asked(event["client"], event["query"], event["name"])
         else:
             self._client_left(event["client"])
@@ -135,7 +118,7 @@ class Exports(Serving):
         try:
             image_name = parse_image_name(name or "")
         except HciError as error:
-            self._engine.answer_error(client, "unknown", str(error))
+            self._say_no(client, "unknown", str(error))
             return
         opens = query in ("go", "export_name")
         self._later(
@@ -151,22 +134,57 @@ class Exports(Serving):
         if not opens:
             self._answer(client, name, found.record, None)
         elif self._stopping:
-            self._engine.answer_error(client, "unavailable", "the gateway is stopping; try again")
+            self._say_no(client, "unavailable", "the gateway is stopping; try again")
         else:
+            try:
+                self._served.check(name, self._peers.get(client), found.record)
+            except ClientBarred as error:
+                self._refuse(client, error)
+                return
             image = self._use(name, found)
             self._client_image[client] = image.image
             self._let_in_or_wait(image, client, name)
 
     def _let_in_or_wait(self, image: OpenImage, client: int, name: ImageName) -> None:
-        if image.holder.phase is Phase.SERVING:
+        if image.resize is not None and image.resize.shrinks:
+            self._client_image.pop(client, None)
+            self._refuse(client, BeingResized(str(name)))
+        elif image.holder.phase is Phase.SERVING and not image.maintenance:
             self._let_in(image, client, name)
         else:
             image.waiting.append((client, name))
+            self._claim(image)
 
     def _let_in(self, image: OpenImage, client: int, name: ImageName) -> None:
+        """Let a client in, once it is written down whom it belongs to."""
         assert image.held is not None
         image.users.add(client)
+        peer, record = self._peers.get(client), image.held.record
+        if peer is None or self._served.is_served(peer, record):
+            self._written_down(image, client, name)
+            return
+        self._later(
+            lambda: self._served.admit(name, peer, record),
+            lambda _written: self._written_down(image, client, name),
+            lambda error: self._turn_away(image, client, "refused", str(error)),
+        )
+
+    def _written_down(self, image: OpenImage, client: int, name: ImageName) -> None:
+        if client not in image.users:
+            return
+        if image.holder.phase is not Phase.SERVING:
+            why = f"{name} was closed meanwhile; connect again"
+            self._turn_away(image, client, "unavailable", why)
+            return
+        assert image.held is not None
         self._answer(client, name, image.held.record, image.channel)
+
+    def _turn_away(self, image: OpenImage, client: int, kind: str, why: str) -> None:
+        if client in image.users:
+            image.users.discard(client)
+            self._client_image.pop(client, None)
+            self._say_no(client, kind, why)
+            self._close_if_unused(image)
 
     def _answer(
         self, client: int, name: ImageName, record: ImageRecord, channel: int | None
@@ -182,9 +200,16 @@ class Exports(Serving):
             kind = "unavailable"
         else:
             kind = "refused"
-        self._engine.answer_error(client, kind, str(error))
+        self._say_no(client, kind, str(error))
+
+    def _say_no(self, client: int, kind: str, why: str) -> None:
+        """Refuse a client. Logged as well: not every client shows its user what a server says."""
+        if kind != "unknown":
+            log.warning("client_refused", why=why, process=self._peers.get(client, "unknown"))
+        self._engine.answer_error(client, kind, why)
 
     def _client_left(self, client: int) -> None:
+        peer = self._peers.pop(client, None)
         image_id = self._client_image.pop(client, None)
         image = self._images.get(image_id) if image_id is not None else None
         if image is None:
@@ -193,25 +218,121 @@ class Exports(Serving):
                 if len(self._gone) > 10_000:
                     self._gone.clear()
             return
-        image.users.discard(client)
+        if client in image.users:
+            image.users.discard(client)
+            self._process_left(image, peer)
         image.waiting = [waiter for waiter in image.waiting if waiter[0] != client]
         self._close_if_unused(image)
 
+    def _process_left(self, image: OpenImage, peer: str | None) -> None:
+        """A process that left a serving image by itself has nothing unanswered to send again.
+
+        One that we sent away, be it for a restart, comes back with all of it.
+        """
+        others = {self._peers.get(user) for user in image.users}
+        serves = image.holder.phase is Phase.SERVING and not self._stopping
+        if peer is not None and peer not in others and serves:
+            self._served.left(image.image, peer)
+            self._later(self._served.save, nothing_more, nothing_more)
+
     def _close_if_unused(self, image: OpenImage) -> None:
-        if not image.users and not image.waiting and not image.pins:
+        if not image.users and not image.waiting:
             self._step(image, events.Close())
 
-    def _pin(self, name: ImageName, pin: int, opened: "Future[OpenImage]") -> None:
-        def found(stored: Stored[ImageRecord]) -> None:
-            image = self._use(name, stored)
-            self._client_image[pin] = image.image
-            image.users.add(pin)
-            if image.holder.phase is Phase.SERVING:
-                opened.set_result(image)
-            else:
-                image.pins.append(opened)
+    def _refuse_late(self, image: OpenImage, now_s: float) -> None:
+        """Tell clients that wait for an image to be closed what that waits for.
 
-        self._later(lambda: self._catalog.find(name), found, opened.set_exception)
+        Those that wait for it to be opened hear it from its holder.
+        """
+        if image.holder.phase not in (Phase.CLOSING, Phase.RELEASING):
+            return
+        image.late = {client: image.late.get(client, now_s) for client, _name in image.waiting}
+        late = {client for client, since_s in image.late.items() if now_s - since_s > OPEN_LIMIT_S}
+        if not late:
+            return
+        image.waiting = [waiter for waiter in image.waiting if waiter[0] not in late]
+        why = (
+            f"{image.name} is being closed for who had it before, and waited "
+            f"{OPEN_LIMIT_S:.0f} s {closing_waits_for(image.holder)}; it opens after that"
+        )
+        for client in late:
+            self._client_image.pop(client, None)
+            self._say_no(client, "refused", why)
+
+    # Maintenance
+
+    def _care_for(self, name: ImageName) -> None:
+        def found(stored: Stored[ImageRecord]) -> None:
+            if stored.record.id in self._images or self._stopping:
+                return
+            pin = self._take_pin()
+            image = self._use(name, stored, maintenance=True)
+            image.users.add(pin)
+            self._client_image[pin] = image.image
+            self._cared_for[image.image] = _Care(pin, self._deciding.now_s())
+
+        self._later(lambda: self._catalog.find(name), found, lambda _error: None)
+
+    def _tick(self) -> None:
+        super()._tick()
+        for image_id, care in list(self._cared_for.items()):
+            image = self._images.get(image_id)
+            if image is None:
+                del self._cared_for[image_id]
+                continue
+            if image.holder.heals.now is not None or image.holder.phase is not Phase.SERVING:
+                care.idle_since_s = self._deciding.now_s()
+            record = image.holder.record
+            healed = record is not None and not record.stale
+            idle = self._deciding.now_s() - care.idle_since_s > PATIENCE_S
+            if healed or idle or not image.maintenance:
+                del self._cared_for[image_id]
+                self._client_left(care.pin)
+        for image in list(self._images.values()):
+            self._refuse_late(image, self._deciding.now_s())
+
+    def _claim(self, image: OpenImage) -> None:
+        """Keep an image that was opened for maintenance: a client wants it."""
+        current = self._images.get(image.image) is image
+        if not (current and image.maintenance) or image.claiming:
+            return
+        if image.holder.phase is not Phase.SERVING:
+            # It is claimed when it serves.
+            return
+        if image.holder.proposal is not None or image.holder.paused:
+            self._deciding.after(TICK_S, lambda: self._claim(image))
+            return
+        assert image.held is not None
+        held = image.held
+        # Another change under the same lease would fail for the lease's new value.
+        image.holder.paused = image.claiming = True
+
+        def claim() -> Held:
+            new = self._catalog.claim(held)
+            self._served.taken(held.record, new.record)
+            return new
+
+        def claimed(new: Held) -> None:
+            image.held = new
+            image.holder.record = new.record
+            image.maintenance = False
+            log.info("image_claimed", image=str(image.name))
+            go_on()
+            self._opened(image)
+
+        def failed(error: HciError) -> None:
+            go_on()
+            lapsed = isinstance(error, LeaseLost) and error.gateway is None
+            if isinstance(error, EtcdError) or lapsed:
+                self._deciding.after(RELEASE_RETRY_S, lambda: self._claim(image))
+            else:
+                self._step(image, events.Lost(str(error)))
+
+        def go_on() -> None:
+            image.holder.paused = image.claiming = False
+            self._step(image, events.Tick(self._deciding.now_s()))
+
+        self._later(claim, claimed, failed)
 
     # Images
 
@@ -220,22 +341,22 @@ class Exports(Serving):
             self._step(image, events.Close())
 
     def _opened(self, image: OpenImage) -> None:
+        if image.maintenance:
+            if image.waiting or image.resize is not None:
+                self._claim(image)
+            return
         waiting, image.waiting = image.waiting, []
         for client, name in waiting:
             self._let_in(image, client, name)
-        pins, image.pins = image.pins, []
-        for opened in pins:
-            opened.set_result(image)
+        self._begin_resize(image)
         self._close_if_unused(image)
 
     def _refused(self, image: OpenImage, reason: str) -> None:
         waiting, image.waiting = image.waiting, []
         for client, _name in waiting:
             self._client_image.pop(client, None)
-            self._engine.answer_error(client, "refused", reason)
-        pins, image.pins = image.pins, []
-        for opened in pins:
-            opened.set_exception(HciError(reason))
+            self._say_no(client, "refused", reason)
+        self._end_resize(image, HciError(reason))
 
     def _forgotten(self, image: OpenImage) -> None:
         # Clients that came while it was closing open it anew.
@@ -243,6 +364,4 @@ class Exports(Serving):
         for client, name in waiting:
             self._client_image.pop(client, None)
             self._on_asked(client, "go", str(name))
-        pins, image.pins = image.pins, []
-        for opened in pins:
-            opened.set_exception(HciError(f"image {image.name} was closing; try again"))
+        self._end_resize(image, HciError(f"image {image.name} was closed; try again"))

@@ -13,6 +13,9 @@ and brings the answers back as events. Time arrives as `Tick` events.
     any        another holder or record is known, the lease is gone           releasing
     taking     Fail: unknown, in use, etcd not reachable                      ended
 
+A stale node that is there is healed while the image serves (`healing`); the record takes it in when
+it is level, and lost ones out in the same change.
+
 One change of the record is under way at a time. A node in sync that is lost is left behind only
 where requests wait for it, and only by a change that etcd took first (membership before
 acknowledgement); where that would break the quorum it stays in sync, and its requests wait.
@@ -25,14 +28,15 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from etcd.records import ImageRecord
-from shard.digest import membership_digest
-from shard.membership import Change, Ready, Wait, lose
+from shard.membership import Change, Ready, Wait, lose, rejoin
 from vmstore.effects import (
     Admit,
     ChangeMembership,
     CloseImage,
     Effect,
+    EndHeal,
     Forget,
+    Heal,
     KillImage,
     OpenImage,
     Peek,
@@ -49,6 +53,8 @@ from vmstore.events import (
     Event,
     Fail,
     Fenced,
+    Healed,
+    HealFailed,
     LeaseTaken,
     Lost,
     MembershipChanged,
@@ -61,6 +67,8 @@ from vmstore.events import (
     Stored,
     Tick,
 )
+from vmstore.healing import Heals
+from vmstore.judging import emptied, problem_of
 
 GRACE_S = 3.0
 """How long a new holder waits for nodes in sync that do not answer before it goes on without them:
@@ -97,6 +105,8 @@ class Standing(Enum):
     """Connected, and asked for its record again."""
     WAITING = auto()
     JOINING = auto()
+    HEALING = auto()
+    """In sync nowhere, and being made level."""
     UP = auto()
 
 
@@ -125,6 +135,9 @@ class Holder:
     nodes: dict[str, _Node] = field(default_factory=dict)
     emptied: set[str] = field(default_factory=set)
     blocking: set[str] = field(default_factory=set)
+    undecided: bool = False
+    """Whether etcd may have taken the proposal: then it is made until its outcome is known."""
+    heals: Heals = field(default_factory=Heals)
     storing: bool = False
     paused: bool = False
     """Another change of the record is under way: none is proposed."""
@@ -166,10 +179,8 @@ class Holder:
                 return []
             case MembershipChanged(record):
                 return self._on_changed(record)
-            case MembershipDelayed():
-                self.retry_at_s = self.now_s + RETRY_S
-                self.trouble = "etcd does not answer: a change of membership waits"
-                return []
+            case MembershipDelayed(why, maybe_taken):
+                return self._on_delayed(why, maybe_taken)
             case Peeked():
                 return self._on_peeked(event)
             case ReplicaDown(node, blocking):
@@ -190,6 +201,13 @@ class Holder:
                 return self._on_admitted()
             case AdmitFailed(node):
                 return self._on_admit_failed(node)
+            case Healed(_, attempt):
+                self.heals.healed(attempt)
+                return self._go_on()
+            case HealFailed(node, attempt, status):
+                self.trouble = f"the heal of {node} ended early: {status}"
+                self._on_heal_failed(attempt)
+                return self._go_on()
             case Stored(generation):
                 if generation == self.record.generation:
                     self.storing = False
@@ -209,7 +227,9 @@ class Holder:
     def _on_close(self) -> list[Effect]:
         if self.phase is Phase.SERVING:
             self.phase = Phase.CLOSING
-            return [CloseImage()]
+            heal = self.heals.now
+            ended = self._end_heal(heal.attempt) if heal and self.proposal is None else []
+            return [*ended, CloseImage()]
         if self.phase in (Phase.GATHERING, Phase.JOINING):
             # Nothing was served: what was unclean before stays so.
             return self._give_up("no client waits any more")
@@ -238,59 +258,19 @@ class Holder:
         node = self.nodes[peeked.node]
         node.standing = Standing.WAITING
         node.instance = peeked.instance
-        problem = self._problem_of(peeked)
+        self.heals.came(peeked.node)
+        problem = problem_of(peeked, self.record)
         if problem is not None:
             return self._give_up(problem)
         node.peeked = peeked
         self._judge_disks()
         return self._go_on()
 
-    def _problem_of(self, peeked: Peeked) -> str | None:
-        """Return why the cluster's record cannot be trusted, if a node knows better."""
-        assert self.record is not None
-        if peeked.deleted:
-            return f"{peeked.node} holds a tombstone of this image: etcd was rolled back"
-        view, ours = peeked.record, self.record
-        if view is None:
-            return None
-        later = (
-            view.epoch > ours.epoch
-            or (view.epoch == ours.epoch and view.holder != self.holder)
-            or view.generation > ours.generation
-            or (
-                view.generation == ours.generation
-                and view.digest != membership_digest(ours.membership)
-            )
-        )
-        if later and peeked.node in ours.membership.all_in_sync():
-            return (
-                f"{peeked.node} holds a later record (epoch {view.epoch}, generation "
-                f"{view.generation}) than etcd (epoch {ours.epoch}, generation "
-                f"{ours.generation}): etcd was rolled back"
-            )
-        return None
-
     def _judge_disks(self) -> None:
-        """Find nodes whose store is not the one that was in sync: emptied, swapped, rolled back.
-
-        Without a record where others hold something, or with a flush number below what a peer was
-        told: everything on it is stale since 0. Who has neither dirty shards nor heard of a flush
-        holds nothing: an open of a new image that was cut short gave a record to some nodes only.
-        """
-        assert self.record is not None
         known = [node.peeked for node in self.nodes.values() if node.peeked is not None]
-        records = [peeked.record for peeked in known if peeked.record is not None]
-        written = any(record.dirty or record.peers for record in records)
-        claims: dict[str, int] = {}
-        for peeked in known:
-            for name, number in (peeked.record.peers if peeked.record else {}).items():
-                claims[name] = max(number, claims.get(name, 0))
-        for peeked in known:
-            forgot = peeked.record is None and written
-            rolled_back = peeked.flush_number < claims.get(peeked.node, 0)
-            standing = self.nodes[peeked.node].standing
-            if (forgot or rolled_back) and standing is Standing.WAITING:
-                self.emptied.add(peeked.node)
+        for name in emptied(known):
+            if self.nodes[name].standing is Standing.WAITING:
+                self.emptied.add(name)
 
     def _node_gone(self, name: str) -> None:
         node = self.nodes[name]
@@ -304,26 +284,32 @@ class Holder:
     # Going on
 
     def _go_on(self) -> list[Effect]:
-        """Do what can be done now: leave lost nodes behind, let returned ones in."""
+        """Leave lost nodes behind, let returned ones in, heal stale ones, as far as it goes now."""
         if self.record is None or self.phase in (Phase.TAKING, Phase.RELEASING, Phase.ENDED):
             return []
         if self.proposal is not None or self.paused:
             return []
-        change = self._leave_behind()
+        effects = self._give_up_heal()
+        change = self._change_membership()
         if change is not None:
-            return change
-        return self._let_in()
+            return [*effects, change]
+        return [*effects, *self._let_in(), *self._begin_heal()]
 
-    def _leave_behind(self) -> list[Effect] | None:
-        """Propose a membership without the nodes that are lost, where that is due and allowed."""
+    def _change_membership(self) -> Effect | None:
+        """Propose a membership without the nodes that are lost, where that is due and allowed.
+
+        It takes the healed node in as well.
+        """
         assert self.record is not None
-        in_sync = self.record.membership.all_in_sync()
-        lost = {name for name in in_sync if self._is_lost(name)}
-        if not lost or not self._is_due(lost):
+        membership = self.record.membership
+        lost = {name for name in membership.all_in_sync() if self._is_lost(name)}
+        if self.retry_at_s is not None:
             return None
+        if not lost or not self._is_due(lost):
+            lost = set()
         if self.storing and not lost & self.blocking:
             return None
-        plan = lose(self.record.membership, lost, self.emptied)
+        plan = rejoin(membership, self._to_take_in(), lost, self.emptied)
         match plan:
             case Ready() | Wait():
                 return None
@@ -331,7 +317,70 @@ class Holder:
                 self.proposal = replace(
                     self.record, generation=membership.generation, stale=membership.stale
                 )
-                return [ChangeMembership(self.record, self.proposal)]
+                return ChangeMembership(self.record, self.proposal)
+
+    # Heal
+
+    def _begin_heal(self) -> list[Effect]:
+        """Begin to heal a stale node that is there, unless one is being healed."""
+        assert self.record is not None
+        if self.phase is not Phase.SERVING:
+            return []
+        serving = {name for name, node in self.nodes.items() if node.standing is Standing.UP}
+        begun = self.heals.begin(
+            self.record.membership,
+            self._may_be_healed,
+            lambda name: self.nodes[name].instance,
+            serving,
+            self.now_s,
+        )
+        if begun is None:
+            return []
+        node = self.nodes[begun.node]
+        if node.standing is Standing.WAITING:
+            node.standing = Standing.HEALING
+        serial = node.peeked.serial if node.peeked is not None else 0
+        return [Heal(begun.node, serial, begun.attempt, tuple(sorted(begun.sets.items())))]
+
+    def _may_be_healed(self, name: str) -> bool:
+        node = self.nodes[name]
+        return node.standing in (Standing.WAITING, Standing.UP) and not self._is_failing(node)
+
+    def _to_take_in(self) -> dict[int, set[str]]:
+        return self.heals.to_take_in() if self.phase is Phase.SERVING else {}
+
+    def _give_up_heal(self) -> list[Effect]:
+        """Nobody waits for a node that is lost, unless it may have been taken in."""
+        heal = self.heals.now
+        if heal is None or not heal.healed:
+            return []
+        node = self.nodes[heal.node]
+        there = node.standing in (Standing.HEALING, Standing.UP) and not self._is_failing(node)
+        if there and self.phase is Phase.SERVING:
+            return []
+        return self._end_heal(heal.attempt)
+
+    def _end_heal(self, attempt: int) -> list[Effect]:
+        self._on_heal_failed(attempt)
+        return [EndHeal(attempt)]
+
+    def _on_heal_failed(self, attempt: int) -> None:
+        name = self.heals.failed(attempt, self.now_s)
+        if name is not None and self.nodes[name].standing is Standing.HEALING:
+            self.nodes[name].standing = Standing.WAITING
+
+    def _on_taken_in(self, record: ImageRecord) -> None:
+        """Count a healed node as up; where its connection broke, the same instance resumes."""
+        heal = self.heals.taken_in(record.membership)
+        if heal is None:
+            return
+        self.emptied.discard(heal.node)
+        node = self.nodes[heal.node]
+        node.served_as = heal.instance
+        if node.standing is Standing.HEALING:
+            node.standing = Standing.UP
+
+    # Who is lost
 
     def _is_lost(self, name: str) -> bool:
         node = self.nodes[name]
@@ -358,7 +407,8 @@ class Holder:
 
         One admission at a time: its outcome is that of all nodes that join. In each of its sets a
         node that joins needs one that is up, to be made equal to, or every other one that is in
-        sync beside it: one that is away may have answered what this one has lost.
+        sync beside it: one that is away may have answered what this one has lost. So may a healed
+        one of which is not yet known whether the record takes it in.
         """
         assert self.record is not None
         membership = self.record.membership
@@ -375,7 +425,8 @@ class Holder:
             for index in range(len(membership.sets)):
                 in_sync = set(membership.in_sync(index))
                 up = any(self.nodes[name].standing is Standing.UP for name in in_sync)
-                if not up and not in_sync <= join:
+                undecided = index in self.heals.to_take_in()
+                if not up and (undecided or not in_sync <= join):
                     unfounded |= in_sync & join
             if not unfounded:
                 break
@@ -454,8 +505,10 @@ class Holder:
         return [*again, *self._go_on()]
 
     def _on_changed(self, record: ImageRecord) -> list[Effect]:
-        assert self.proposal is not None and record == self.proposal, "one change at a time"
-        self.record, self.proposal = record, None
+        assert self.proposal is not None, "one change at a time"
+        assert record.membership == self.proposal.membership, "it is the one that was proposed"
+        self.record, self.proposal, self.undecided = record, None, False
+        self._on_taken_in(record)
         in_sync = record.membership.all_in_sync()
         self.blocking &= in_sync
         self.emptied &= in_sync
@@ -463,11 +516,21 @@ class Holder:
             if name not in in_sync:
                 node.failed_at_s = None
                 node.served_as = None
-                if node.standing is not Standing.AWAY:
+                if node.standing not in (Standing.AWAY, Standing.HEALING):
                     node.standing = Standing.WAITING
         self.storing = self.phase in (Phase.SERVING, Phase.CLOSING)
         self.trouble = ""
         return [Reconfigure(record), *self._go_on()]
+
+    def _on_delayed(self, why: str, maybe_taken: bool) -> list[Effect]:
+        """Keep a proposal that etcd may have taken; forget another one and decide anew later."""
+        self.retry_at_s = self.now_s + RETRY_S
+        self.trouble = f"a change of membership waits: {why}"
+        self.undecided = self.undecided or maybe_taken
+        if self.undecided:
+            return []
+        self.proposal = None
+        return self._go_on()
 
     def _on_tick(self) -> list[Effect]:
         if self.phase is Phase.ENDED:
@@ -477,6 +540,10 @@ class Holder:
             if self.record is not None and self.proposal is not None:
                 # The same proposal again: found in etcd as our own, it counts as taken.
                 return [ChangeMembership(self.record, self.proposal)]
+            going_on = self._go_on()
+            if self.proposal is None:
+                self.trouble = ""
+            return going_on
         for name, node in self.nodes.items():
             if node.failed_at_s is not None and not self._is_failing(node):
                 # It does what it is asked again, or it would have failed since.
@@ -488,6 +555,7 @@ class Holder:
             away = sorted(n for n in self.nodes if self.nodes[n].standing is Standing.AWAY)
             nodes = ", ".join(away) or "its nodes"
             reason = f"waited {OPEN_LIMIT_S:.0f} s for {nodes}: too few replicas in sync are there"
+            reason += f"; {self.trouble}" if self.trouble else ""
             return self._give_up(reason)
         return self._go_on()
 
@@ -516,3 +584,13 @@ class Holder:
         if self.proposal is not None:
             assert self.proposal.generation == self.record.generation + 1, "one step at a time"
             assert self.proposal.epoch == self.record.epoch, "epochs change with the lease only"
+
+
+def closing_waits_for(holder: Holder) -> str:
+    """Say what an image that is being closed waits for, as the end of a sentence."""
+    nodes = holder.stalled_by() if holder.phase is Phase.CLOSING else []
+    if nodes:
+        return f"for {', '.join(nodes)}, without which its last writes cannot be flushed"
+    if holder.phase is Phase.CLOSING:
+        return "for its last writes to be flushed"
+    return "for etcd to take its lease back"

@@ -5,7 +5,7 @@ replaced changes nothing. Taking the lease, raising the epoch and marking the im
 transaction; the caller has every in-sync node store the epoch before its first I/O.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -20,7 +20,7 @@ from etcd.interface import (
     Put,
     ValueEquals,
 )
-from etcd.records import ImageRecord, LeaseRecord
+from etcd.records import Grant, ImageRecord, LeaseRecord
 from shard.geometry import check_image_size
 from shard.ids import ImageId
 from shard.membership import Membership, check_successor
@@ -60,6 +60,11 @@ class Holding:
     def __init__(self, etcd: Etcd) -> None:
         self._etcd = etcd
 
+    @property
+    def etcd(self) -> Etcd:
+        """Where the records are."""
+        return self._etcd
+
     def lease_of(self, image: ImageId) -> Stored[LeaseRecord] | None:
         """Return who has an image's lease, or None where nobody has."""
         return read(self._etcd, LeaseRecord, keys.lease(image))
@@ -78,18 +83,30 @@ class Holding:
         gateway: str,
         holder: str,
         etcd_lease: int,
+        lock: str | None = None,
         instead_of: Stored[LeaseRecord] | None = None,
+        maintenance: bool = False,
     ) -> Held:
         """Take an image's lease for the process `holder`: the epoch rises and `clean` goes.
 
-        `instead_of` is a lease that the caller may replace: that of a former process of the same
-        gateway, which is surely dead. Raises InUse where another one has the lease, and
-        RecordChanged where the record is no longer `image`. `clean` of the record that was read
-        says whether the last holder ended well; that of the result is always false.
+        `lock` names the lock file that the process holds. `instead_of` is a lease that the caller
+        may replace: that of a former process of the same gateway, which is surely dead, or one for
+        maintenance, whose holder the epoch fences. With `maintenance` the lease is such a one
+        itself, and the record keeps who had the image for clients before. Raises InUse where
+        another has the lease, and RecordChanged where the record is no longer `image`. `clean` of
+        the record that was read says whether the last holder ended well; that of the result is
+        always false.
         """
         before = image.record
-        record = replace(before, epoch=before.epoch + 1, holder=holder, clean=False)
-        lease = LeaseRecord(gateway=gateway, holder=holder, epoch=record.epoch)
+        used = before.last_use if maintenance else None
+        record = replace(before, epoch=before.epoch + 1, holder=holder, clean=False, used=used)
+        lease = LeaseRecord(
+            gateway=gateway,
+            holder=holder,
+            epoch=record.epoch,
+            lock=lock,
+            maintenance=maintenance,
+        )
         lease_key = keys.lease(before.id)
         free: tuple[Compare, ...] = (KeyAbsent(lease_key),)
         if instead_of is not None:
@@ -109,6 +126,23 @@ class Holding:
             raise RecordChanged(f"image {before.id}")
         return Held(Stored(image.key, record, image_put.value, revision), lease, etcd_lease)
 
+    def claim(self, held: Held) -> Held:
+        """Make a lease for maintenance one that nobody takes over: a client wants the image.
+
+        From now on the record says that the holder has the image for clients.
+        """
+        lease = replace(held.lease, maintenance=False)
+        if lease == held.lease:
+            return held
+        put = Put(keys.lease(held.record.id), lease.encode(), held.etcd_lease)
+        record = replace(held.record, used=None)
+        image_put = Put(held.image.key, record.encode())
+        revision = commit(self._etcd, self._holds(held), [put, image_put], self._lease_found(put))
+        if revision is None:
+            self._explain(held)
+        stored = Stored(image_put.key, record, image_put.value, revision)
+        return replace(held, image=stored, lease=lease)
+
     def retake_lease(self, held: Held, etcd_lease: int) -> Held:
         """Take a lease that merely lapsed again, under a new etcd lease and the same epoch.
 
@@ -126,13 +160,27 @@ class Holding:
             self._explain(held, lease_may_be_gone=True)
         return replace(held, etcd_lease=etcd_lease)
 
-    def change_membership(self, held: Held, membership: Membership) -> Held:
-        """Store a proposed membership, one generation above the held record's."""
+    def change_membership(
+        self,
+        held: Held,
+        membership: Membership,
+        *,
+        grant: Grant | None = None,
+        as_long_as: Sequence[Compare] = (),
+    ) -> Held:
+        """Store a proposed membership, one generation above the held record's.
+
+        `grant` is the arbiter's, where it was asked, and `as_long_as` what must not have changed
+        since: then RecordChanged too.
+        """
         check_successor(held.record.membership, membership)
-        return self._change(
-            held,
-            replace(held.record, generation=membership.generation, stale=membership.stale),
+        record = replace(
+            held.record,
+            generation=membership.generation,
+            stale=membership.stale,
+            grant=grant or held.record.grant,
         )
+        return self._change(held, record, as_long_as)
 
     def resize(self, held: Held, size_bytes: int, *, force: bool = False) -> Held:
         """Store a new size. Before a shrink the caller discards what is cut off.
@@ -164,9 +212,10 @@ class Holding:
         if commit(self._etcd, self._holds(held), operations, found) is None:
             self._explain(held)
 
-    def _change(self, held: Held, record: ImageRecord) -> Held:
+    def _change(self, held: Held, record: ImageRecord, as_long_as: Sequence[Compare] = ()) -> Held:
         put = Put(held.image.key, record.encode())
-        revision = commit(self._etcd, self._holds(held), [put], put_found(self._etcd, put))
+        compares = [*self._holds(held), *as_long_as]
+        revision = commit(self._etcd, compares, [put], put_found(self._etcd, put))
         if revision is None:
             self._explain(held)
         return replace(held, image=Stored(put.key, record, put.value, revision))

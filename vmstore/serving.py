@@ -6,35 +6,45 @@ request of a client passes here.
 """
 
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from arbiter.client import Arbiters
 from engine import Gateway
 from etcd.errors import EtcdError
 from etcd.lease import Session
-from etcd.records import ImageRecord
+from etcd.records import ImageRecord, LeaseRecord
 from shard.digest import membership_digest
 from shard.errors import HciError
 from shard.ids import ImageId
-from vmstore import effects, events
+from vmstore import effects, events, granting
 from vmstore.catalog import Catalog
 from vmstore.deciding import TICK_S, Deciding, DecidingThread
 from vmstore.errors import InUse, LeaseLost, RecordChanged
 from vmstore.events import NodeRecordView
-from vmstore.holder import Holder, Phase
+from vmstore.granter import Granter, Voters
+from vmstore.healing import HealLimits
+from vmstore.holder import OPEN_LIMIT_S, Holder, Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName
+from vmstore.progress import HealLog
+from vmstore.served import Served
 from vmstore.stored import Stored
+
+if TYPE_CHECKING:
+    from vmstore.resizing import Resize
 
 log = structlog.get_logger()
 
 TAKE_ATTEMPTS = 5
 """Times a lease is asked for while the record changes under our eyes."""
+CONFIRM_RETRY_S = 0.5
+"""Until an arbiter is asked again to confirm what etcd holds of an image that is being opened."""
 RELEASE_RETRY_S = 1.0
 """Until etcd is asked again to take a lease back, or to give one that has lapsed."""
 STOP_S = 20.0
@@ -50,21 +60,28 @@ class OpenImage:
     channel: int
     holder: Holder
     held: Held | None = None
+    maintenance: bool = False
+    """Open to be healed, for no client: the next gateway that is asked may take it over."""
+    claiming: bool = False
     node_names: tuple[str, ...] = ()
     waiting: list[tuple[int, ImageName]] = field(default_factory=list)
     """Clients that are answered when it is open."""
     users: set[int] = field(default_factory=set)
-    pins: "list[Future[OpenImage]]" = field(default_factory=list)
-    """Users inside this process that wait; once served they count as users."""
-    zeroed: "Future[None] | None" = None
+    resize: "Resize | None" = None
+    """A change of its size that is under way."""
+    late: dict[int, float] = field(default_factory=dict)
+    """Since when clients wait for it to be closed."""
     last_trouble: str = ""
 
 
 class Serving(ABC):
     """Holds images of one cluster open in one engine.
 
-    `lease` makes an etcd lease session, given what to call when it is lost and renewed. `deciding`
-    is where decisions run, in threads of its own unless given.
+    `lease` makes an etcd lease session, given what to call when it is lost and renewed. `voters` is
+    where arbiters are asked, over gRPC unless given. `served` knows the clients of former processes
+    of this gateway. `lock` names the lock file that this process holds until it dies: leases under
+    the same one are those of its dead predecessors. `deciding` is where decisions run, in threads
+    of its own unless given.
     """
 
     def __init__(
@@ -76,6 +93,10 @@ class Serving(ABC):
         holder: str,
         local_node: Callable[[], str | None],
         lease: Callable[[Callable[[], None], Callable[[float], None]], Session],
+        heal_limits: HealLimits,
+        voters: Voters | None = None,
+        served: Served | None = None,
+        lock: str | None = None,
         deciding: Deciding | None = None,
     ) -> None:
         self._engine = engine
@@ -84,6 +105,12 @@ class Serving(ABC):
         self._holder_id = holder
         self._local_node = local_node
         self._new_lease = lease
+        self._lock = lock
+        self._served = served or Served(holder)
+        self._voters = voters or Arbiters()
+        self._granter = Granter(catalog, self._voters)
+        self._heal_limits = heal_limits
+        self.heal_log = HealLog()
         self._lease: Session | None = None
         self._images: dict[ImageId, OpenImage] = {}
         self._by_channel: dict[int, OpenImage] = {}
@@ -105,6 +132,7 @@ class Serving(ABC):
         self._deciding.stop()
         if self._lease is not None:
             self._lease.close()
+        self._voters.close()
 
     def snapshot(self) -> list[OpenImage]:
         """Return the open images as they are now. For any thread."""
@@ -124,9 +152,35 @@ class Serving(ABC):
         if not self._stopping or self._images:
             self._deciding.call(call, then, failed)
 
+    def _carry_through(
+        self,
+        steps: granting.Steps,
+        then: Callable[[Held], None],
+        failed: Callable[[HciError], None],
+    ) -> None:
+        """Make the steps of a procedure in workers, one at a time."""
+
+        def go_on(advance: Callable[[], granting.Step]) -> None:
+            try:
+                step = advance()
+            except StopIteration as end:
+                then(end.value)
+            except HciError as error:
+                failed(error)
+            else:
+                self._later(
+                    lambda: self._granter.make(step),
+                    lambda result: go_on(lambda: steps.send(result)),
+                    lambda error: go_on(lambda: steps.throw(error)),
+                )
+
+        go_on(lambda: next(steps))
+
     # Images
 
-    def _use(self, name: ImageName, found: Stored[ImageRecord]) -> OpenImage:
+    def _use(
+        self, name: ImageName, found: Stored[ImageRecord], *, maintenance: bool = False
+    ) -> OpenImage:
         """Return the open image, or begin to open it."""
         image = self._images.get(found.record.id)
         if image is not None:
@@ -138,6 +192,7 @@ class Serving(ABC):
             name=name,
             channel=channel,
             holder=Holder(holder=self._holder_id, now_s=self._deciding.now_s()),
+            maintenance=maintenance,
         )
         self._images[image.image] = image
         self._by_channel[channel] = image
@@ -146,10 +201,11 @@ class Serving(ABC):
 
     def _take_lease(self, image: OpenImage) -> None:
         def taken(held: Held) -> None:
-            image.held = held
             log.info("image_taken", image=str(image.name), epoch=held.record.epoch)
-            self._step(image, events.LeaseTaken(held.record))
-            self._taken(image)
+            if granting.needs_arbiter_to_open(held.record):
+                self._confirm(image, held, self._deciding.now_s() + OPEN_LIMIT_S)
+            else:
+                self._begin(image, held)
 
         def failed(error: HciError) -> None:
             log.info("image_refused", image=str(image.name), why=str(error))
@@ -157,30 +213,90 @@ class Serving(ABC):
 
         self._later(lambda: self._try_to_take(image), taken, failed)
 
+    def _begin(self, image: OpenImage, held: Held) -> None:
+        image.held = held
+        self._step(image, events.LeaseTaken(held.record))
+        self._taken(image)
+
+    def _confirm(self, image: OpenImage, held: Held, give_up_s: float) -> None:
+        """Have the arbiter confirm what etcd holds, then begin; no request is served before."""
+
+        def confirmed(held: Held) -> None:
+            assert self._lease is not None
+            if self._lease.lost or self._lease.lease != held.etcd_lease:
+                self._give_back(image, held, "its lease ended while the arbiter was asked")
+                return
+            image.holder.trouble = ""
+            self._begin(image, held)
+
+        def failed(error: HciError) -> None:
+            wanted = bool(image.users or image.waiting) and not self._stopping
+            if wanted and granting.may_pass(error) and self._deciding.now_s() < give_up_s:
+                if not image.holder.trouble:
+                    log.warning("open_waits", image=str(image.name), why=str(error))
+                image.holder.trouble = str(error)
+                self._deciding.after(CONFIRM_RETRY_S, lambda: self._confirm(image, held, give_up_s))
+            else:
+                self._give_back(image, held, str(error))
+
+        self._carry_through(granting.opening(held), confirmed, failed)
+
+    def _give_back(self, image: OpenImage, held: Held, why: str) -> None:
+        """End an open that came to nothing, and let others have the lease."""
+        log.info("image_refused", image=str(image.name), why=why)
+        self._step(image, events.Fail(why))
+        self._let_go(held)
+
+    def _let_go(self, held: Held) -> None:
+        def failed(error: HciError) -> None:
+            # Any other error says that the lease is another's, or ours anew.
+            if isinstance(error, EtcdError):
+                self._deciding.after(RELEASE_RETRY_S, lambda: self._let_go(held))
+
+        self._later(lambda: self._catalog.release(held, clean=False), nothing_more, failed)
+
     def _try_to_take(self, image: OpenImage) -> Held:
         assert self._lease is not None
         for attempt in range(TAKE_ATTEMPTS):
             stored = self._catalog.image(image.image)
             lease = self._catalog.lease_of(image.image)
-            # A lease of this gateway is that of a former process: we hold its lock, so it is dead.
-            mine = lease is not None and lease.record.gateway == self._gateway
+            mine = lease is not None and self._is_of_the_dead(lease.record)
+            # One for maintenance yields, but not to another such.
+            yields = lease is not None and lease.record.maintenance and not image.maintenance
             try:
-                return self._catalog.take_lease(
+                held = self._catalog.take_lease(
                     stored,
                     gateway=self._gateway,
                     holder=self._holder_id,
                     etcd_lease=self._lease.lease,
-                    instead_of=lease if mine else None,
+                    lock=self._lock,
+                    instead_of=lease if mine or yields else None,
+                    maintenance=image.maintenance,
                 )
+                self._served.taken(stored.record, held.record)
+                return held
             except InUse as error:
-                raise InUse(str(image.name), error.gateway) from error
+                other = error.gateway
+                if other == self._gateway:
+                    other += " (another one of this name, or this one before its host restarted)"
+                raise InUse(str(image.name), other) from error
             except RecordChanged:
                 if attempt + 1 == TAKE_ATTEMPTS:
                     raise
         raise AssertionError("the last attempt returns or raises")
 
+    def _is_of_the_dead(self, lease: LeaseRecord) -> bool:
+        """Whether a lease is that of a former process of ours: we hold its lock, so it is dead.
+
+        The name alone does not say so: two hosts may have been given the same one.
+        """
+        return lease.gateway == self._gateway and lease.lock in (None, self._lock)
+
     def _step(self, image: OpenImage, event: events.Event) -> None:
         """Have the image's holder decide, and carry out what it says."""
+        if isinstance(event, events.Lost | events.Fenced):
+            self._served.lost(image.image)
+            self._later(self._served.save, nothing_more, nothing_more)
         for effect in image.holder.step(event):
             self._carry_out(image, effect)
         trouble = image.holder.trouble
@@ -199,6 +315,11 @@ class Serving(ABC):
                 self._engine.admit(image.channel, named, resume=resume)
             case effects.Peek(node):
                 self._engine.peek(image.channel, image.node_names.index(node))
+            case effects.Heal():
+                self._heal(image, effect)
+            case effects.EndHeal(attempt):
+                self._engine.end_heal(image.channel, attempt)
+                self.heal_log.ends(image.image)
             case effects.ChangeMembership(_, after):
                 self._change_membership(image, after)
             case effects.Reconfigure(record):
@@ -239,6 +360,10 @@ class Serving(ABC):
             local=image.node_names.index(local) if local in names else None,
         )
         self._tell_deadline(image)
+        assert image.held is not None and self._lease is not None
+        if image.held.etcd_lease != self._lease.lease:
+            # Taken on a session that ended before we heard of it: nobody else takes it again.
+            self._retake(image)
 
     def _indexes(self, image: OpenImage, nodes: tuple[str, ...]) -> list[int]:
         return [image.node_names.index(node) for node in nodes]
@@ -249,6 +374,8 @@ class Serving(ABC):
         return [self._indexes(image, membership.in_sync(index)) for index in sets]
 
     def _reconfigure(self, image: OpenImage, record: ImageRecord) -> None:
+        if image.holder.heals.now is None:
+            self.heal_log.taken_in(image.image, time.time())
         log.warning(
             "membership_changed",
             image=str(image.name),
@@ -263,35 +390,40 @@ class Serving(ABC):
             in_sync=self._in_sync(image, record),
         )
 
+    def _heal(self, image: OpenImage, heal: effects.Heal) -> None:
+        self.heal_log.begins(image.image, str(image.name), heal.node, self._deciding.now_s())
+        log.info("heal_begins", image=str(image.name), node=heal.node, since=dict(heal.sets))
+        self._engine.heal(
+            image.channel,
+            node=image.node_names.index(heal.node),
+            serial=heal.serial,
+            attempt=heal.attempt,
+            sets=list(heal.sets),
+            bytes_per_second=self._heal_limits.bytes_per_second,
+            shards_at_once=self._heal_limits.shards_at_once,
+            share_percent=self._heal_limits.share_percent,
+        )
+
     def _change_membership(self, image: OpenImage, after: ImageRecord) -> None:
         assert image.held is not None
         held = image.held
-
-        def change() -> Held:
-            try:
-                return self._catalog.change_membership(held, after.membership)
-            except RecordChanged:
-                # Perhaps by ourselves, in a call whose answer was lost.
-                found = self._catalog.image(image.image)
-                if found.record != after:
-                    raise
-                return Held(found, held.lease, held.etcd_lease)
+        progress = granting.Progress()
 
         def changed(new: Held) -> None:
             image.held = new
             self._step(image, events.MembershipChanged(new.record))
 
         def failed(error: HciError) -> None:
-            if isinstance(error, EtcdError):
-                self._step(image, events.MembershipDelayed())
+            if granting.may_pass(error):
+                self._step(image, events.MembershipDelayed(str(error), progress.maybe_taken))
             elif isinstance(error, LeaseLost) and error.gateway is None:
                 # It may merely have lapsed: it is taken again, or found to be another's.
-                self._step(image, events.MembershipDelayed())
+                self._step(image, events.MembershipDelayed(str(error)))
                 self._retake(image)
             else:
                 self._step(image, events.Lost(str(error)))
 
-        self._later(change, changed, failed)
+        self._carry_through(granting.change(held, after, progress), changed, failed)
 
     def _release(self, image: OpenImage, clean: bool) -> None:
         """Give the lease back, also where etcd is away for a while: we keep it alive meanwhile."""
@@ -329,6 +461,7 @@ class Serving(ABC):
 
     def _forget(self, image: OpenImage) -> None:
         self._engine.forget(image.channel)
+        self.heal_log.ends(image.image)
         del self._images[image.image]
         del self._by_channel[image.channel]
         self._forgotten(image)
@@ -352,6 +485,10 @@ class Serving(ABC):
         """The image is closed, and may be opened anew."""
 
     @abstractmethod
+    def _zeroed(self, image: OpenImage, done: bool) -> None:
+        """What was asked to be zeroed is, or cannot be."""
+
+    @abstractmethod
     def _on_client(self, event: dict[str, Any]) -> None:
         """An NBD client asks for something, or is gone."""
 
@@ -372,10 +509,7 @@ class Serving(ABC):
 
     def _on_image(self, image: OpenImage, kind: str, event: dict[str, Any]) -> None:
         if kind == "zeroed":
-            if image.zeroed is not None and event["done"]:
-                image.zeroed.set_result(None)
-            elif image.zeroed is not None:
-                image.zeroed.set_exception(HciError(f"image {image.name} could not be cut off"))
+            self._zeroed(image, event["done"])
             return
         node = image.node_names[event["node"]] if "node" in event else ""
         match kind:
@@ -398,6 +532,17 @@ class Serving(ABC):
             case "admit_failed":
                 log.warning("admit_failed", image=str(image.name), node=node, why=event["status"])
                 self._step(image, events.AdmitFailed(node))
+            case "healed":
+                log.info("node_healed", image=str(image.name), node=node,
+                         copied_bytes=event["copied_bytes"],
+                         bad_blocks=event["bad_blocks"])  # fmt: skip
+                self.heal_log.level(image.image, event["copied_bytes"], event["bad_blocks"],
+                                    self._deciding.now_s())  # fmt: skip
+                self._step(image, events.Healed(node, event["attempt"]))
+            case "heal_failed":
+                log.warning("heal_failed", image=str(image.name), node=node, why=event["status"])
+                self.heal_log.ends(image.image)
+                self._step(image, events.HealFailed(node, event["attempt"], event["status"]))
             case "stored":
                 self._step(image, events.Stored(event["generation"]))
             case "fenced":
@@ -416,7 +561,14 @@ class Serving(ABC):
                 self._tell_deadline(image)
 
     def _tell_deadline(self, image: OpenImage) -> None:
+        """Tell the engine how long an image's lease certainly lives, if it lives on our session.
+
+        After the session's end the images' leases are taken again one by one; until its own is, an
+        image has the deadline that it had.
+        """
         assert self._lease is not None
+        if image.held is None or image.held.etcd_lease != self._lease.lease:
+            return
         deadline_ns = int(max(0.0, self._lease.deadline_s) * 1e9)
         self._engine.set_lease_deadline(image.channel, deadline_ns)
 
@@ -475,6 +627,10 @@ class Serving(ABC):
             done()
             return
         self._deciding.after(TICK_S, lambda: self._wait_for_end(done))
+
+
+def nothing_more(_outcome: object) -> None:
+    """Whatever came of it was logged."""
 
 
 def _peeked(node: str, event: dict[str, Any]) -> events.Peeked:

@@ -104,6 +104,7 @@ def export(
     kind = _checked(file_format or SUFFIXES.get(path.suffix.lower(), "raw"))
     if path.is_dir():
         raise TransferFailed(f"{path} is a folder; name a file")
+    _refuse_special(path)
     if path.exists() and not force:
         raise TransferFailed(f"{path} exists; remove it, or give --force to replace it")
     part = path.with_name(f".{path.name[:200]}.{os.getpid()}.part")
@@ -118,7 +119,18 @@ def export(
         part.unlink(missing_ok=True)
 
 
+def _refuse_special(path: Path) -> None:
+    """An export takes the place of what is there, so a device would be gone, not written."""
+    if path.exists() and not path.is_file():
+        raise TransferFailed(
+            f"{path} is a device, a pipe or a socket, and an export makes a file: name a file, "
+            "or write to a device with `qemu-img convert` from the address that "
+            "`hci image url` prints"
+        )
+
+
 def _put_in_place(part: Path, path: Path) -> None:
+    _refuse_special(path)
     try:
         _sync(part)
         part.replace(path)

@@ -5,13 +5,15 @@ usage is 2, an interrupt is 130. What a command prints for programs (`--json`) g
 """
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from types import FrameType
 from typing import NoReturn
 
-from shard.errors import HciError
+from shard.errors import BadValue, HciError
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -20,7 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         from hci.cli.app import app
 
-        app(config_first(sys.argv[1:] if arguments is None else arguments), prog_name="hci")
+        app(
+            checked(config_first(sys.argv[1:] if arguments is None else arguments)), prog_name="hci"
+        )
     except HciError as error:
         _fail(str(error), error)
     except OSError as error:
@@ -46,6 +50,18 @@ def config_first(arguments: Sequence[str]) -> list[str]:
         else:
             rest.append(argument)
     return found + rest
+
+
+def checked(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments; raises BadValue for a negative number, which no command takes.
+
+    The parser would take it for an option.
+    """
+    before_end = list(takewhile(lambda argument: argument != "--", arguments))
+    for argument in before_end:
+        if re.match(r"-\.?[0-9]", argument):
+            raise BadValue(f"{argument!r} is negative; sizes and counts are not")
+    return list(arguments)
 
 
 def _fail(message: str, error: Exception) -> NoReturn:

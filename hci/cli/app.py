@@ -1,26 +1,48 @@
-"""The command's root: options that stand before every command, and the groups."""
+"""The command's root: options that stand before every command, and what comes after them.
 
+The module of a command is imported when that command is asked for: imports are most of the time
+that `hci` takes, and none of them needs all.
+"""
+
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
-from hci.cli import dev, gateway, image, node, pool, status
 from hci.cli.session import Session
+
+MODULES = ("status", "image", "pool", "node", "gateway", "arbiter", "heal", "dev")
+"""Of this package, each with an `app`: a command or a group of them, called as its module is."""
+
+
+class OnDemand(TyperGroup):
+    """The commands of MODULES."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - the base has it
+        """Return the names of all commands, for help."""
+        return list(MODULES)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command, or None. An unknown name has all imported: one of them may be meant."""
+        for name in (cmd_name,) if cmd_name in MODULES else MODULES:
+            if name not in self.commands:
+                command = get_command(import_module(f"hci.cli.{name}").app)
+                command.name = name
+                self.add_command(command)
+        return super().get_command(ctx, cmd_name)
+
 
 app = typer.Typer(
     name="hci",
+    cls=OnDemand,
     help="Replicated block storage for virtual machines.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("status")(status.show)
-app.add_typer(image.app, name="image")
-app.add_typer(pool.app, name="pool")
-app.add_typer(node.app, name="node")
-app.add_typer(gateway.app, name="gateway")
-app.add_typer(dev.app, name="dev")
 
 
 def _version(asked: bool) -> None:

@@ -12,9 +12,20 @@ from hci.dev import cluster, layout
 from hci.dev.cluster import DevCluster
 from hci.errors import ConfigError, DevError
 
-app = typer.Typer(help="A cluster on this machine, for development.", no_args_is_help=True)
+app = typer.Typer(
+    help="A cluster on this machine, for development.", no_args_is_help=True, add_completion=False
+)
 
-Who = Annotated[str, typer.Argument(metavar="MEMBER|all", help="etcd, node1, gateway1, … or all.")]
+Who = Annotated[
+    str, typer.Argument(metavar="MEMBER|all", help="etcd, node1, gateway1, arbiter, … or all.")
+]
+
+Folder = Annotated[
+    Path | None,
+    typer.Option("--dir", metavar="DIR", help="The cluster's folder, as `hci dev start` took it."),
+]
+
+SameFolder = Annotated[Path | None, typer.Argument(metavar="DIR", help="The same as --dir.")]
 
 
 @app.command()
@@ -24,6 +35,9 @@ def start(
         Path | None,
         typer.Argument(metavar="DIR", help="Where all is kept; by default in your data folder."),
     ] = None,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", metavar="DIR", help="The same as DIR.")
+    ] = None,
     nodes: Annotated[
         int | None,
         typer.Option(min=1, max=layout.MEMBERS_MAX, help=f"By default {cluster.NODES}."),
@@ -32,22 +46,26 @@ def start(
         int | None,
         typer.Option(min=1, max=layout.MEMBERS_MAX, help=f"By default {cluster.GATEWAYS}."),
     ] = None,
+    arbiter: Annotated[
+        bool,
+        typer.Option("--arbiter", help="With a thin arbiter, for which two nodes do."),
+    ] = False,
     pool: Annotated[str, typer.Option(help="Created with the cluster.")] = "vms",
 ) -> None:
     """Start a cluster, a new one or one that was stopped; return when it is healthy."""
-    chosen = (folder or _folder(session.of(context).given)).absolute()
-    found = cluster.open_or_make(chosen, nodes, gateways, pool)
+    chosen = (_one(folder, directory) or _folder(session.of(context).given)).absolute()
+    found = cluster.open_or_make(chosen, nodes, gateways, pool, arbiter=arbiter)
     found.start()
     members = ", ".join(member.name for member in found.members)
     typer.echo(f"cluster in {chosen} is running: {members}")
-    if chosen != configuration.default_dev_dir().absolute():
+    if not _is_found(found.config.path):
         typer.echo(f"commands use it with:  export HCI_CONFIG={found.config.path}")
 
 
 @app.command()
-def stop(context: typer.Context) -> None:
+def stop(context: typer.Context, folder: SameFolder = None, directory: Folder = None) -> None:
     """Stop all members in good order."""
-    found = _cluster(context)
+    found = _cluster(context, _one(folder, directory))
     killed = found.stop()
     typer.echo(f"cluster in {found.folder} is stopped")
     if killed:
@@ -57,9 +75,14 @@ def stop(context: typer.Context) -> None:
 
 
 @app.command()
-def status(context: typer.Context, as_json: AsJson = False) -> None:
+def status(
+    context: typer.Context,
+    folder: SameFolder = None,
+    directory: Folder = None,
+    as_json: AsJson = False,
+) -> None:
     """List the members and how they are."""
-    found = _cluster(context)
+    found = _cluster(context, _one(folder, directory))
     states = found.states()
     if as_json:
         output.as_json({"dir": str(found.folder), "members": [_values(each) for each in states]})
@@ -72,21 +95,40 @@ def status(context: typer.Context, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def kill(context: typer.Context, member: Who) -> None:
+def kill(context: typer.Context, member: Who, directory: Folder = None) -> None:
     """Kill a member without warning (SIGKILL); nothing restarts it."""
-    for killed in _cluster(context).kill(member):
+    for killed in _cluster(context, directory).kill(member):
         typer.echo(f"killed {killed.name}")
 
 
 @app.command()
-def run(context: typer.Context, member: Who) -> None:
+def run(context: typer.Context, member: Who, directory: Folder = None) -> None:
     """Start a member that was killed or stopped; return when it is healthy."""
-    for started in _cluster(context).run(member):
+    for started in _cluster(context, directory).run(member):
         typer.echo(f"started {started.name}")
 
 
-def _cluster(context: typer.Context) -> DevCluster:
-    return DevCluster(session.of(context).config)
+def _cluster(context: typer.Context, folder: Path | None) -> DevCluster:
+    if folder is None:
+        return DevCluster(session.of(context).config)
+    path = folder.absolute() / layout.CONFIG_NAME
+    if not path.exists():
+        raise DevError(f"{folder} holds no cluster; `hci dev start {folder}` makes one there")
+    return DevCluster(configuration.load(path))
+
+
+def _one(folder: Path | None, directory: Path | None) -> Path | None:
+    if folder is not None and directory is not None and folder != directory:
+        raise DevError(f"{folder} and --dir {directory} are two folders; give one")
+    return folder or directory
+
+
+def _is_found(path: Path) -> bool:
+    """Whether commands that are told nothing use this configuration."""
+    try:
+        return configuration.find().absolute() == path
+    except ConfigError:
+        return False
 
 
 def _folder(given: Path | None) -> Path:

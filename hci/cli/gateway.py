@@ -6,7 +6,7 @@ from hci.cli import session
 from hci.cli.node import Name, only_or
 from hci.errors import Unsupported
 
-app = typer.Typer(help="Gateways.", no_args_is_help=True)
+app = typer.Typer(help="Gateways.", no_args_is_help=True, add_completion=False)
 
 
 @app.callback()

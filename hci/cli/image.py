@@ -1,5 +1,6 @@
 """`hci image`: create, list, look at, change, remove, import, export and check images."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,10 +11,13 @@ from hci import images
 from hci.cli import output, session
 from hci.cli.output import AsJson
 from shard import geometry
+from vmstore import check as replicas
 from vmstore import transfer
 from vmstore.names import parse_image_name
 
-app = typer.Typer(help="Images: virtual disks, named POOL/NAME.", no_args_is_help=True)
+app = typer.Typer(
+    help="Images: virtual disks, named POOL/NAME.", no_args_is_help=True, add_completion=False
+)
 
 Image = Annotated[str, typer.Argument(metavar="POOL/NAME")]
 Size = Annotated[str, typer.Argument(help="As qemu-img takes it: 10G, 512M, 1.5T, bytes.")]
@@ -40,7 +44,8 @@ def show(
     """List the images, of one pool or of all."""
     with session.of(context).catalog() as records:
         found = records.images(pool)
-        holders = {image: lease.gateway for image, lease in records.leases().items()}
+        leases = records.leases().items()
+        holders = {image: lease.gateway for image, lease in leases if not lease.maintenance}
     rows = [
         (str(each.name), each.image.record, holders.get(each.image.record.id)) for each in found
     ]
@@ -96,7 +101,7 @@ def resize(
     """Change the size of an image; a guest that has it open sees it after it reconnects."""
     here = session.of(context)
     size_bytes = geometry.parse_size(size)
-    with here.catalog() as records:
+    with here.catalog() as records, output.waiting(f"resizing {name}"):
         images.resize(here.config, records, parse_image_name(name), size_bytes, force=force)
     typer.echo(f"{name} has {geometry.format_size(size_bytes)} now")
 
@@ -158,7 +163,7 @@ def export(
 
 @app.command()
 def check(context: typer.Context, name: Image, as_json: AsJson = False) -> None:
-    """Compare the replicas of an image; exit status 1 where they differ."""
+    """Compare the replicas of an image; exit status 1 where they differ or cannot be compared."""
     here, image = session.of(context), parse_image_name(name)
     with here.catalog() as records:
         if as_json:
@@ -166,18 +171,46 @@ def check(context: typer.Context, name: Image, as_json: AsJson = False) -> None:
         else:
             with output.progress(f"comparing {name}") as progress:
                 report = images.check(here.config, records, image, progress)
-    different = [{"shard": each.shard, "nodes": list(each.nodes)} for each in report.different]
     if as_json:
-        compared = [list(nodes) for nodes in report.compared]
-        output.as_json({"equal": report.equal, "different": different, "compared": compared})
-    elif report.equal:
-        nodes = "; ".join(", ".join(members) for members in report.compared)
-        typer.echo(f"{name}: the replicas in sync and up are equal ({nodes})")
+        output.as_json(_report_values(report))
     else:
-        for each in report.different:
-            typer.echo(f"{name}: shard {each.shard} differs on {', '.join(each.nodes)}")
+        for line in _report_lines(name, report):
+            typer.echo(line)
     if not report.equal:
         raise typer.Exit(1)
+
+
+def _report_values(report: replicas.Report) -> dict[str, Any]:
+    return {
+        "equal": report.equal,
+        "different": [
+            {"shard": each.shard, "nodes": list(each.nodes), "unreadable": list(each.unreadable)}
+            for each in report.different
+        ],
+        "compared": [list(nodes) for nodes in report.compared],
+        "not_compared": list(report.not_compared),
+        "missing": list(report.missing),
+    }
+
+
+def _report_lines(name: str, report: replicas.Report) -> Iterator[str]:
+    for each in report.different:
+        differing = [node for node in each.nodes if node not in each.unreadable]
+        if differing:
+            yield f"{name}: shard {each.shard} differs on {', '.join(differing)}"
+        if each.unreadable:
+            yield f"{name}: shard {each.shard} is damaged on {', '.join(each.unreadable)}"
+    for index in report.not_compared:
+        there = ", ".join(report.compared[index]) or "no node"
+        yield (
+            f"{name}: replica set {index} was not compared: of its nodes in sync {there} is up; "
+            "start the others, then check again"
+        )
+    nodes = "; ".join(", ".join(members) for members in report.compared)
+    if report.equal:
+        yield f"{name}: the replicas in sync and up are equal ({nodes})"
+    if report.missing:
+        yield f"{name}: not compared, since not up: {', '.join(report.missing)}"
 
 
 def _row(name: str, record: ImageRecord, holder: str | None) -> dict[str, Any]:

@@ -5,13 +5,12 @@ from typing import Annotated
 
 import typer
 
-from hci import survey
 from hci.cli import output, session
 from hci.cli.output import AsJson
 from hci.config import Config
 from hci.errors import ConfigError, Unsupported
 
-app = typer.Typer(help="Storage nodes.", no_args_is_help=True)
+app = typer.Typer(help="Storage nodes.", no_args_is_help=True, add_completion=False)
 
 Name = Annotated[
     str | None, typer.Option(help="Which section of the configuration; not needed if it has one.")
@@ -21,6 +20,8 @@ Name = Annotated[
 @app.command("ls")
 def show(context: typer.Context, as_json: AsJson = False) -> None:
     """List the nodes."""
+    from hci import survey
+
     nodes = survey.nodes(session.of(context).config)
     if as_json:
         keys = ("name", "state", "address", "zone", "data_dir", "capacity_bytes", "used_bytes")

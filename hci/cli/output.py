@@ -5,15 +5,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 from shard.geometry import format_size
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -24,8 +23,10 @@ _PLAIN_STEP = 0.1
 _PLAIN_PAUSE_S = 1.0
 
 
-def console() -> Console:
+def console() -> "Console":
     """Return a console on stdout."""
+    from rich.console import Console
+
     return Console(
         highlight=False,
         emoji=False,
@@ -41,6 +42,9 @@ def as_json(value: Any) -> None:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], nothing: str) -> None:
     """Print rows under headings, or the line `nothing` where there are none."""
+    from rich.table import Table
+    from rich.text import Text
+
     laid_out = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         laid_out.add_column(Text(column), no_wrap=True)
@@ -62,11 +66,25 @@ def size(size_bytes: int | None) -> str | None:
 
 
 @contextmanager
+def waiting(title: str) -> Iterator[None]:
+    """Show a person that something goes on whose end nobody can tell."""
+    if not sys.stdout.isatty():
+        yield
+        return
+    from rich.text import Text
+
+    with console().status(Text(title)):
+        yield
+
+
+@contextmanager
 def progress(title: str) -> Iterator[Callable[[float], None]]:
     """Give a function to call with the part that is done, from 0 to 1."""
     if not sys.stdout.isatty():
         yield _plain(title)
         return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -11,7 +11,9 @@ from shard import geometry
 from shard.membership import Policy
 from shard.placement import FailureDomain
 
-app = typer.Typer(help="Pools: policy for their images.", no_args_is_help=True)
+app = typer.Typer(
+    help="Pools: policy for their images.", no_args_is_help=True, add_completion=False
+)
 
 
 @app.command()
@@ -29,6 +31,10 @@ def create(
     failure_domain: Annotated[
         FailureDomain, typer.Option(help="What the copies of a shard must not share.")
     ] = FailureDomain.HOST,
+    arbiter: Annotated[
+        str | None,
+        typer.Option(help="Which arbiter votes, with thin-arbiter; see `hci arbiter ls`."),
+    ] = None,
 ) -> None:
     """Create a pool."""
     with session.of(context).catalog() as records:
@@ -38,6 +44,7 @@ def create(
             shard_bytes=geometry.parse_size(shard_size),
             replica_sets=replica_sets,
             failure_domain=failure_domain,
+            arbiter=arbiter,
         )
     typer.echo(f"created pool {name}")
 
@@ -57,6 +64,7 @@ def show(context: typer.Context, as_json: AsJson = False) -> None:
                     "shard_bytes": pool.shard_bytes,
                     "replica_sets": pool.replica_sets,
                     "failure_domain": pool.failure_domain,
+                    "arbiter": pool.arbiter,
                     "images": counts[pool.name],
                 }
                 for pool in pools
@@ -64,11 +72,11 @@ def show(context: typer.Context, as_json: AsJson = False) -> None:
         )
         return
     output.table(
-        ("NAME", "POLICY", "SHARD", "REPLICA SETS", "FAILURE DOMAIN", "IMAGES"),
+        ("NAME", "POLICY", "SHARD", "REPLICA SETS", "FAILURE DOMAIN", "ARBITER", "IMAGES"),
         [
             (
                 *(pool.name, pool.policy, output.size(pool.shard_bytes)),
-                *(pool.replica_sets, pool.failure_domain, counts[pool.name]),
+                *(pool.replica_sets, pool.failure_domain, pool.arbiter, counts[pool.name]),
             )
             for pool in pools
         ],

@@ -5,13 +5,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from hci import config as configuration
 from hci.config import Config
-from hci.connect import catalog
-from vmstore.catalog import Catalog
+
+if TYPE_CHECKING:
+    from vmstore.catalog import Catalog
 
 
 @dataclass
@@ -26,8 +28,10 @@ class Session:
         return configuration.load(configuration.find(self.given).absolute())
 
     @contextmanager
-    def catalog(self) -> Iterator[Catalog]:
+    def catalog(self) -> "Iterator[Catalog]":
         """Give the cluster's catalogue for one block."""
+        from hci.connect import catalog
+
         with catalog(self.config) as records:
             yield records
 

@@ -8,7 +8,10 @@ from hci.cli import output, session
 from hci.cli.output import AsJson
 from hci.survey import Health, Survey, survey
 
+app = typer.Typer(add_completion=False)
 
+
+@app.command()
 def show(context: typer.Context, as_json: AsJson = False) -> None:
     """Say in one screen whether all is well and, if not, what to do."""
     config = session.of(context).config
@@ -36,6 +39,7 @@ def show(context: typer.Context, as_json: AsJson = False) -> None:
                 for n in found.nodes
             ),
             *((g.name, g.state, g.host, "", "", f"{len(g.images)} open") for g in found.gateways),
+            *((a.name, a.state, a.host, "", "", "arbiter") for a in found.arbiters),
         ],
         "no nodes are registered",
     )
@@ -66,6 +70,7 @@ def _values(found: Survey) -> dict[str, Any]:
             }
             for gateway in found.gateways
         ],
+        "arbiters": [{"name": each.name, "state": each.state} for each in found.arbiters],
         "pools": len(found.pools),
         "images": len(found.images),
     }

@@ -16,12 +16,13 @@ from pathlib import Path
 
 from hci import config as configuration
 from hci.config import Config, DevConfig, Endpoint
-from hci.dev import health, holder, layout, process
+from hci.dev import health, holder, layout, ports, process
 from hci.dev.process import Process
 from hci.errors import ConfigError, DevError
 
-STOP_GRACE_S = 20.0
-"""A gateway flushes its images and a node makes a checkpoint before they end."""
+STOP_GRACE_S = 30.0
+"""A gateway flushes its images and a node makes a checkpoint before they end. More than a gateway
+waits for its images (`vmstore.serving.STOP_S`), by what it does before and after that."""
 
 HOLDER = "holder"
 
@@ -143,6 +144,8 @@ class DevCluster:
         for gateway in self.config.gateways.values():
             ports = (gateway.control, gateway.nbd_listen)
             yield member(gateway.name, "gateway", gateway.run_dir, *ports)
+        for arbiter in self.config.arbiters.values():
+            yield member(arbiter.name, "arbiter", arbiter.data_dir, arbiter.listen)
 
     def _state(self, member: Member) -> MemberState:
         recorded = process.read(self._record(member.name))
@@ -164,10 +167,14 @@ class DevCluster:
         for member in members:
             self._require_ports(member)
         layout.make_run_dir(self.dev.run_dir)
+        holder_started = None
         if any(member.kind == "gateway" for member in members):
-            self._ensure_holder()
-        for kind in ("etcd", "node", "gateway"):
+            holder_started = self._start_holder()
+        for kind in reversed(KINDS):
             of_kind = [member for member in members if member.kind == kind]
+            if kind == "gateway" and holder_started is not None:
+                log = self.dev.log_dir / f"{HOLDER}.log"
+                health.wait_for_socket(holder.address(self.config), holder_started, log)
             started = {member.name: self._spawn(member) for member in of_kind}
             health.wait(self.config, of_kind, started)
             if kind == "etcd":
@@ -175,7 +182,7 @@ class DevCluster:
 
     def _require_ports(self, member: Member) -> None:
         for port in member.ports:
-            if not layout.port_is_free(port):
+            if not ports.is_free(port):
                 raise DevError(
                     f"{member.name} needs {port}, which another program uses: "
                     f"stop that, or change the port in {self.config.path}"
@@ -210,7 +217,10 @@ class DevCluster:
             )
         self.dev.etcd_data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         client, peer = self.config.cluster.etcd[0], self.dev.etcd_peer
+        # It elects nobody but itself: waiting a second for others to speak up is of no use.
         options = {
+            "heartbeat-interval": 50,
+            "election-timeout": 250,
             "name": "dev",
             "data-dir": self.dev.etcd_data_dir,
             "listen-client-urls": f"http://{client}",
@@ -229,15 +239,15 @@ class DevCluster:
         # The members run the code that runs here, also where it is not installed.
         return environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 
-    def _ensure_holder(self) -> None:
+    def _start_holder(self) -> "subprocess.Popen[bytes] | None":
+        """Start the holder, unless it runs; it answers when its socket is there."""
         running = process.read(self._record(HOLDER))
         if running is not None and running.is_alive:
-            return
+            return None
         command = [sys.executable, "-m", "hci.dev.holder", "--config", str(self.config.path)]
         log = self.dev.log_dir / f"{HOLDER}.log"
         holder.address(self.config).unlink(missing_ok=True)
-        started = process.spawn(command, self._record(HOLDER), log, environ=self._environ())
-        health.wait_for_socket(holder.address(self.config), started, log)
+        return process.spawn(command, self._record(HOLDER), log, environ=self._environ())
 
     def _stop(self) -> list[str]:
         """The holder last, so that no guest is refused while its gateway closes."""
@@ -265,26 +275,46 @@ class DevCluster:
             yield
 
 
-KINDS = ("gateway", "node", "etcd")
+KINDS = ("gateway", "node", "arbiter", "etcd")
 """In the order in which they stop."""
 
 NODES = 3
 """As many as a pool of three replicas needs."""
 
+NODES_WITH_ARBITER = 2
+"""As many as a pool with a thin arbiter needs."""
+
 GATEWAYS = 1
 
 
-def open_or_make(folder: Path, nodes: int | None, gateways: int | None, pool: str) -> DevCluster:
-    """Return the cluster of a folder; where there is none, lay a new one out there."""
+def open_or_make(
+    folder: Path, nodes: int | None, gateways: int | None, pool: str, *, arbiter: bool = False
+) -> DevCluster:
+    """Return the cluster of a folder; where there is none, lay a new one out there.
+
+    With `arbiter` it has a thin arbiter and its pool that policy.
+    """
     path = folder / layout.CONFIG_NAME
-    if not path.exists():
-        if nodes is not None and nodes < NODES:
-            raise DevError(
-                f"the pool {pool} keeps {NODES} copies, so a cluster has {NODES} nodes or more"
+    with ports.listed(layout.clusters_dir(), path) as taken:
+        if not path.exists():
+            needed = NODES_WITH_ARBITER if arbiter else NODES
+            if nodes is not None and nodes < needed:
+                advice = "" if arbiter else "; two nodes do with --arbiter"
+                raise DevError(
+                    f"the pool {pool} keeps {needed} copies, so a cluster has {needed} nodes "
+                    f"or more{advice}"
+                )
+            _make_folder(folder)
+            text = layout.new_config(
+                folder, nodes or needed, gateways or GATEWAYS, pool, taken, arbiter=arbiter
             )
-        _make_folder(folder)
-        layout.write(path, layout.new_config(folder, nodes or NODES, gateways or GATEWAYS, pool))
+            layout.write(path, text)
     cluster = DevCluster(configuration.load(path))
+    if arbiter and not cluster.config.arbiters:
+        raise DevError(
+            f"the cluster in {folder} has no arbiter; leave --arbiter out, "
+            "or start another cluster in another folder"
+        )
     for what, wanted, there in (
         ("nodes", nodes, len(cluster.config.nodes)),
         ("gateways", gateways, len(cluster.config.gateways)),

@@ -1,6 +1,8 @@
-"""When a member that was started may be called healthy, and what to say where it is not."""
+"""When a member that was started may be called healthy, and what to say where it is not.
 
-import http.client
+What speaks to members is imported where it is used: the members start meanwhile.
+"""
+
 import json
 import subprocess
 import time
@@ -8,13 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hci import control_pb2 as pb
 from hci.config import Config, Endpoint
-from hci.connect import catalog
-from hci.control import GatewayClient, NodeClient
 from hci.dev import process
 from hci.errors import ControlError, DevError
 from shard.errors import HciError
+from shard.membership import Policy
 
 if TYPE_CHECKING:
     from hci.dev.cluster import Member
@@ -57,16 +57,23 @@ def wait_for_socket(path: Path, started: "subprocess.Popen[bytes]", log: Path) -
 
 def ensure_cluster(config: Config) -> None:
     """Make the cluster's record, unless it is there. Raises OtherCluster where another's is."""
+    from hci.connect import catalog
+
     with catalog(config) as records:
         records.init_cluster(config.cluster.id)
 
 
 def ensure_pool(config: Config) -> None:
     """Create the cluster's pool, unless it is there."""
+    from hci.connect import catalog
+
     assert config.dev is not None, "only a dev cluster has a pool of its own"
     with catalog(config) as records:
-        if config.dev.pool not in records.pools():
-            records.create_pool(config.dev.pool)
+        if config.dev.pool in records.pools():
+            return
+        arbiter = next(iter(config.arbiters), None)
+        policy = Policy.REPLICA_3 if arbiter is None else Policy.THIN_ARBITER
+        records.create_pool(config.dev.pool, policy=policy, arbiter=arbiter)
 
 
 def _wait_for(
@@ -101,6 +108,8 @@ def _check(config: Config, member: "Member") -> None:
             _check_etcd(config.cluster.etcd[0])
         elif member.kind == "node":
             _check_node(config, member.name)
+        elif member.kind == "arbiter":
+            _check_arbiter(config, member.name)
         else:
             _check_gateway(config, member.name)
     except HciError as error:
@@ -108,6 +117,8 @@ def _check(config: Config, member: "Member") -> None:
 
 
 def _check_etcd(endpoint: Endpoint) -> None:
+    import http.client
+
     connection = http.client.HTTPConnection(endpoint.host, endpoint.port, timeout=_ASK_S)
     try:
         connection.request("GET", "/health")
@@ -121,6 +132,10 @@ def _check_etcd(endpoint: Endpoint) -> None:
 
 
 def _check_node(config: Config, name: str) -> None:
+    from hci import control_pb2 as pb
+    from hci.connect import catalog
+    from hci.control import NodeClient
+
     with NodeClient(name, config.node(name).control, deadline_s=_ASK_S) as client:
         status = client.status()
     if status.cluster_id != config.cluster.id:
@@ -132,7 +147,22 @@ def _check_node(config: Config, name: str) -> None:
             raise _NotYet("it is not registered in etcd")
 
 
+def _check_arbiter(config: Config, name: str) -> None:
+    from arbiter import arbiter_pb2 as pb
+    from hci.connect import arbiter_client
+
+    with arbiter_client(name, config.arbiter(name).listen, deadline_s=_ASK_S) as client:
+        status = client.status()
+    if (status.cluster_id, status.name) != (config.cluster.id, name):
+        raise ControlError("another arbiter answers", name, client.address)
+    if status.state != pb.ArbiterStatus.STATE_SERVING:
+        raise _NotYet(status.trouble or "it is starting")
+
+
 def _check_gateway(config: Config, name: str) -> None:
+    from hci import control_pb2 as pb
+    from hci.control import GatewayClient
+
     with GatewayClient(name, config.gateway(name).control, deadline_s=_ASK_S) as client:
         status = client.status()
     if status.state != pb.GatewayStatus.STATE_SERVING:

@@ -6,32 +6,48 @@ file and choose nothing.
 
 import json
 import os
-import random
 import secrets
-import socket
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hci.config import Endpoint
+from hci.dev.ports import LOOPBACK, choose
 from hci.errors import DevError
 
 CONFIG_NAME = "hci.toml"
-LOOPBACK = "127.0.0.1"
 
 MEMBERS_MAX = 64
 """Nodes, or gateways, of one cluster on one machine."""
 
-_PORTS = range(20000, 32000)
-"""Below the range from which Linux takes ports for outgoing connections (32768 on), so that a
-stopped cluster finds its ports free when it starts again."""
+
+ARBITER = "arbiter"
+"""Name of the thin arbiter, where a cluster has one."""
 
 
-def new_config(folder: Path, nodes: int, gateways: int, pool: str) -> str:
-    """Return the text of the configuration of a new cluster in `folder`. Writes nothing."""
-    return render(_sections(folder, nodes, gateways, pool))
+def new_config(
+    folder: Path,
+    nodes: int,
+    gateways: int,
+    pool: str,
+    taken: Collection[int] = (),
+    *,
+    arbiter: bool = False,
+) -> str:
+    """Return the text of the configuration of a new cluster in `folder`. Writes nothing.
+
+    `taken` are ports that it must not have; see `hci.dev.ports`.
+    """
+    ports = choose(2 + 3 * nodes + 3 * gateways + 2 * arbiter, taken)
+    return render(_sections(folder, nodes, gateways, pool, ports, arbiter))
+
+
+def clusters_dir() -> Path:
+    """Return the folder where this user's dev clusters are listed, made where it is not there."""
+    path = _run_dir_base() / f"hci-dev-of-{os.geteuid()}"
+    make_run_dir(path)
+    return path
 
 
 def render(sections: Mapping[str, Mapping[str, Any]]) -> str:
@@ -63,10 +79,12 @@ def make_run_dir(path: Path) -> None:
         raise DevError(f"{path} belongs to somebody else; remove it, then start again")
 
 
-def _sections(folder: Path, nodes: int, gateways: int, pool: str) -> dict[str, dict[str, Any]]:
+def _sections(
+    folder: Path, nodes: int, gateways: int, pool: str, chosen: Sequence[int], arbiter: bool
+) -> dict[str, dict[str, Any]]:
     cluster_id = secrets.token_hex(16)
     run_dir = _run_dir_base() / f"hci-dev-{cluster_id[:10]}"
-    ports = iter(free_ports(2 + 3 * nodes + 3 * gateways))
+    ports = iter(chosen)
 
     def endpoint() -> str:
         return str(Endpoint(LOOPBACK, next(ports)))
@@ -99,6 +117,13 @@ def _sections(folder: Path, nodes: int, gateways: int, pool: str) -> dict[str, d
             "run_dir": str(run_dir / f"gateway{number}"),
             "metrics": endpoint(),
         }
+    if arbiter:
+        sections[f"arbiter.{ARBITER}"] = {
+            "data_dir": str(folder / ARBITER),
+            "listen": endpoint(),
+            "metrics": endpoint(),
+            "host": f"host{max(nodes, gateways) + 1}",
+        }
     return sections
 
 
@@ -113,32 +138,3 @@ def _run_dir_base() -> Path:
             return base
     temporary = Path(tempfile.gettempdir())
     return temporary if len(os.fsencode(temporary)) <= 40 else Path("/tmp")  # noqa: S108
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports of the loopback address that nobody listens on now, each once."""
-    chosen: list[int] = []
-    with ExitStack() as held:
-        for port in random.sample(_PORTS, len(_PORTS)):
-            probe = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-            try:
-                probe.bind((LOOPBACK, port))
-            except OSError:
-                continue
-            chosen.append(port)
-            if len(chosen) == count:
-                return chosen
-    raise DevError(f"no {count} free TCP ports between {_PORTS.start} and {_PORTS.stop}")
-
-
-def port_is_free(endpoint: Endpoint) -> bool:
-    """Whether a daemon could listen there now."""
-    family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((endpoint.host, endpoint.port))
-            probe.listen(1)
-        except OSError:
-            return False
-    return True

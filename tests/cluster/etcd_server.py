@@ -1,6 +1,7 @@
 """Real etcd members for tests: each its own process, ports and folder."""
 
 import contextlib
+import random
 import shutil
 import socket
 import subprocess
@@ -11,6 +12,10 @@ from etcd.client import EtcdClient
 from etcd.errors import EtcdUnavailable
 
 START_S = 30.0
+# Below what Linux gives to outgoing connections, and apart from what dev clusters take.
+PORTS = range(12000, 20000)
+# Held until this process ends: the names of its ports, which no other test process takes then.
+_claims: list[socket.socket] = []
 
 
 class EtcdServer:
@@ -105,9 +110,23 @@ def etcd_members(folder: Path, count: int) -> list[EtcdServer]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that nothing listens on at the moment."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Return ports that nothing listens on, and that no other test process gets while this lives.
+
+    A server that is killed and started again finds its port free.
+    """
+    found: list[int] = []
+    for port in random.sample(PORTS, len(PORTS)):
+        if len(found) == count:
+            break
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            claim.bind(f"\0hci-test-port-{port}")
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            claim.close()
+            continue
+        _claims.append(claim)
+        found.append(port)
+    assert len(found) == count, "no free ports"
+    return found

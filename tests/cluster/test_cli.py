@@ -20,11 +20,10 @@ from tests.faults.nbd_session import NbdSession
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[DevCluster]:
+def shared(shared: DevCluster) -> DevCluster:
     """One cluster for all tests of this module that leave it healthy, with one image in it."""
-    with DevCluster() as started:
-        started.create("there", "64M")
-        yield started
+    shared.create("there", "64M")
+    return shared
 
 
 @pytest.fixture

@@ -70,7 +70,16 @@ def test_cluster_that_was_stopped_starts_again_in_its_folder(cluster: DevCluster
     cluster.hci("dev", "stop")
     assert set(states(cluster).values()) == {"stopped"}
     assert cluster.processes() == []
-    cluster.hci("dev", "start", str(cluster.directory))
+    elsewhere = cluster.environment()
+    del elsewhere["HCI_CONFIG"]
+    started = subprocess.run(
+        cluster.command("dev", "start", "--dir", str(cluster.directory)),
+        env=elsewhere,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"export HCI_CONFIG={cluster.config}" in started.stdout
     assert "vms/stopped" in [image["name"] for image in cluster.json("image", "ls")]
 
 

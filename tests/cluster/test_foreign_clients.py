@@ -5,20 +5,12 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.devcluster import POOL, DevCluster
 from tests.faults.load import SIZE_MIB, VerifyingFio
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[DevCluster]:
-    """One cluster for all tests of this module, each with images of its own."""
-    with DevCluster() as started:
-        yield started
 
 
 def run(*command: str) -> str:
@@ -108,7 +100,7 @@ def test_fio_verify_with_fsync_passes(shared: DevCluster, tmp_path: Path) -> Non
     shared.create("fio", f"{SIZE_MIB}M")
     with VerifyingFio(shared.url("fio"), 11, tmp_path) as fio:
         fio.finish()
-    assert shared.check("fio")["equal"]
+    shared.must_be_equal("fio")
 
 
 def test_many_images_at_once_through_one_gateway_do_not_mix(shared: DevCluster) -> None:

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,28 +13,15 @@ from tests.devcluster import CommandError, DevCluster
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[DevCluster]:
-    with DevCluster() as started:
-        yield started
-    assert started.processes() == []
-
-
-@pytest.fixture
-def cluster(shared: DevCluster) -> DevCluster:
-    """The cluster of this module, all of it running and without images."""
-    shared.hci("dev", "run", "all")
-    for image in shared.json("image", "ls"):
-        shared.hci("image", "rm", image["name"])
-    return shared
-
-
 def names(cluster: DevCluster) -> list[str]:
     return [image["name"] for image in cluster.json("image", "ls")]
 
 
 def importing(cluster: DevCluster, file: Path) -> tuple["subprocess.Popen[bytes]", int]:
-    """Start an import; return it and its qemu-img, which has begun to copy."""
+    """Start an import; return it and its qemu-img, which has the image open and is stopped.
+
+    A qemu-img that has not yet connected would wait for a gateway that is gone.
+    """
     process = subprocess.Popen(
         cluster.command("image", "import", str(file), "vms/big"),
         env=cluster.environment(),
@@ -45,7 +31,13 @@ def importing(cluster: DevCluster, file: Path) -> tuple["subprocess.Popen[bytes]
     search = ["pgrep", "--parent", str(process.pid), "--full", "qemu-img convert"]
     while not (found := subprocess.run(search, capture_output=True).stdout):
         assert process.poll() is None
-    return process, int(found)
+    qemu_img = int(found)
+    os.kill(qemu_img, signal.SIGSTOP)
+    while all(image["open_on"] is None for image in cluster.json("image", "ls")):
+        os.kill(qemu_img, signal.SIGCONT)
+        time.sleep(0.02)
+        os.kill(qemu_img, signal.SIGSTOP)
+    return process, qemu_img
 
 
 def sparse(path: Path, *, random: int = 0) -> Path:
@@ -76,7 +68,8 @@ def test_image_that_was_imported_comes_out_the_same_and_as_sparse(
 
 def test_import_that_is_interrupted_leaves_no_image(cluster: DevCluster, tmp_path: Path) -> None:
     big = sparse(tmp_path / "big.img", random=200 * MIB)
-    process, _ = importing(cluster, big)
+    process, qemu_img = importing(cluster, big)
+    os.kill(qemu_img, signal.SIGCONT)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     assert names(cluster) == []
@@ -98,7 +91,6 @@ def test_import_whose_gateway_dies_leaves_no_image_for_long(
 ) -> None:
     big = sparse(tmp_path / "big.img", random=200 * MIB)
     process, qemu_img = importing(cluster, big)
-    os.kill(qemu_img, signal.SIGSTOP)
     cluster.hci("dev", "kill", "gateway1")
     os.kill(qemu_img, signal.SIGCONT)
     assert process.wait(60) == 1

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,13 +18,6 @@ DATA_BYTES = 96 << 20
 SLACK_BYTES = 48 << 20
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[DevCluster]:
-    """One cluster for all tests of this module, each with images of its own."""
-    with DevCluster() as started:
-        yield started
-
-
 def test_sparse_qcow2_of_gigabytes_imported_and_exported_is_equal_and_thin(
     shared: DevCluster, tmp_path: Path
 ) -> None:
@@ -34,7 +26,7 @@ def test_sparse_qcow2_of_gigabytes_imported_and_exported_is_equal_and_thin(
     shared.hci("image", "import", str(disk), f"{POOL}/big")
     assert shared.info("big")["size_bytes"] == DISK_BYTES
     _compare(disk, "qcow2", shared.url("big"), "raw")
-    assert shared.check("big")["equal"]
+    shared.must_be_equal("big")
     used = shared.info("big")["used_bytes"]
     assert len(used) == 3
     assert used_bytes(shared.info("big")) < DATA_BYTES + SLACK_BYTES, used

@@ -71,7 +71,7 @@ def test_image_closed_at_one_gateway_opens_at_the_other(two: DevCluster) -> None
     with open_when_free(two, "gateway1", "moved") as session:
         assert session.call("read", 0, 16) == [2] * 16
     assert two.info("moved")["epoch"] > before
-    assert two.check("moved")["equal"]
+    two.must_be_equal("moved")
 
 
 def test_looking_through_the_second_gateway_takes_no_lease(two: DevCluster) -> None:
@@ -112,5 +112,5 @@ def test_killed_gateways_image_opens_at_the_other_after_its_lease(two: DevCluste
                 time.sleep(0.5)
     finally:
         two.run("gateway1")
-    assert two.check("orphan")["equal"]
+    two.must_be_equal("orphan")
     assert f"{POOL}/orphan" in [image["name"] for image in two.json("image", "ls")]

@@ -9,8 +9,10 @@ import random
 import socket
 import struct
 import subprocess
+import threading
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -25,32 +27,41 @@ STATUS_WRONG_NODE = 4
 
 
 @pytest.fixture(scope="module")
-def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevCluster]:
+def busy(shared: DevCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevCluster]:
     """A cluster whose image `busy` is written and verified while the tests run."""
-    with DevCluster() as cluster:
-        cluster.create("busy", "64M")
-        load = subprocess.Popen(
-            [
-                *("fio", "--name=busy", "--ioengine=nbd", f"--uri={cluster.url('busy')}"),
-                *("--rw=randwrite", "--bs=4k", "--size=32m", "--iodepth=4", "--verify=crc32c"),
-                *("--verify_fatal=1", "--fsync=16", "--rate=1m,32m"),
-            ],
+    shared.create("busy", "64M")
+    enough = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        load = pool.submit(write_and_verify, shared.url("busy"), enough, tmp_path_factory)
+        try:
+            yield shared
+            assert not load.done(), "the load ended before the tests did"
+        finally:
+            enough.set()
+        load.result()
+    assert shared.health() == "ok"
+    shared.must_be_equal("busy")
+
+
+def write_and_verify(
+    uri: str, enough: threading.Event, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Has fio write and read back, again and again, until it is enough; each must succeed."""
+    command = [
+        *("fio", "--name=busy", "--ioengine=nbd", f"--uri={uri}"),
+        *("--rw=randwrite", "--bs=4k", "--size=4m", "--iodepth=4", "--verify=crc32c"),
+        *("--verify_fatal=1", "--fsync=16", "--rate=1m,32m"),
+    ]
+    while not enough.is_set():
+        done = subprocess.run(
+            command,
             cwd=tmp_path_factory.mktemp("fio"),
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            capture_output=True,
             text=True,
+            timeout=120,
         )
-        try:
-            yield cluster
-            assert load.poll() is None, "the load ended too early to prove anything"
-            said = load.communicate(timeout=120)[0]
-            assert load.returncode == 0, said
-            assert cluster.health() == "ok"
-            assert cluster.check("busy")["equal"]
-        finally:
-            load.kill()
-            load.wait()
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def connect(cluster: DevCluster, node: str = "node1") -> socket.socket:

@@ -78,10 +78,9 @@ def await_flushes(writer: FlushedWriter, running: threading.Thread, count: int) 
 def verify_twice(cluster: DevCluster, image: str, writer: FlushedWriter, seed: int) -> None:
     """Nothing is lost at the first open, replicas are equal then, and it stays so."""
     # Killed one after the other, a node may have been left behind before the gateway died.
-    cluster.await_health("ok", "degraded")
+    cluster.await_health("ok", "healing")
     with NbdSession(cluster.url(image), seed) as session:
         assert writer.verify(session) == []
-    verdict = cluster.check(image)
-    assert verdict["equal"], verdict
+    cluster.must_be_equal(image)
     with NbdSession(cluster.url(image), seed) as session:
         assert writer.verify(session) == []

@@ -35,7 +35,7 @@ def test_gateway_killed_under_fio_verify_gives_no_error(
                 fio.finish()
         cluster.await_health("ok")
         assert cluster.info(image)["stale"] == []
-        assert cluster.check(image)["equal"]
+        cluster.must_be_equal(image)
         cluster.remove(image)
 
 
@@ -63,7 +63,7 @@ def test_gateway_killed_during_writes_loses_no_answered_write(
         assert writer.error is None
         assert writer.verify(session) == []
     assert cluster.info("stamped")["stale"] == []
-    assert cluster.check("stamped")["equal"]
+    cluster.must_be_equal("stamped")
 
 
 def test_gateway_and_node_killed_together_gives_no_error(
@@ -81,4 +81,4 @@ def test_gateway_and_node_killed_together_gives_no_error(
             cluster.run("gateway1")
             fio.finish()
     assert [entry["node"] for entry in cluster.info("both")["stale"]] == [victim]
-    assert cluster.check("both")["equal"]
+    cluster.must_be_equal("both")

@@ -6,7 +6,7 @@ server that others wrote (`NBD_TEST_URI`).
 
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
@@ -66,25 +66,24 @@ def run() -> Run:
     return run_tool
 
 
-@pytest.fixture(scope="session")
-def new_export() -> Iterator[NewExport]:
+@pytest.fixture(scope="module")
+def new_export(request: pytest.FixtureRequest) -> NewExport:
     """Makes exports: a size in bytes becomes the URI of a new image of a cluster, all zero.
 
     `NBD_TEST_URI` names an export of 1 GiB to test instead; its content is overwritten.
     """
     given = os.environ.get("NBD_TEST_URI")
     if given is not None:
-        yield lambda size_bytes: _given(given, size_bytes)
-        return
+        return lambda size_bytes: _given(given, size_bytes)
+    cluster: DevCluster = request.getfixturevalue("shared")
     numbers = count()
-    with DevCluster() as cluster:
 
-        def make(size_bytes: int) -> str:
-            name = f"disk{next(numbers)}"
-            cluster.create(name, str(size_bytes))
-            return cluster.url(name)
+    def make(size_bytes: int) -> str:
+        name = f"disk{next(numbers)}"
+        cluster.create(name, str(size_bytes))
+        return cluster.url(name)
 
-        yield make
+    return make
 
 
 def _given(uri: str, size_bytes: int) -> str:

@@ -149,6 +149,22 @@ def test_export_leaves_a_file_that_is_there_alone_unless_forced(tmp_path: Path, 
     assert there.stat().st_size == 64 * MIB
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_export_onto_what_is_no_file_is_refused_and_leaves_it(tmp_path: Path, force: bool) -> None:
+    # With --force the file took the place of a device's node in its folder.
+    pipe, listening = tmp_path / "pipe", tmp_path / "listening"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(listening))
+        for there in (pipe, listening, tmp_path / "link"):
+            with pytest.raises(TransferFailed, match="is a device, a pipe or a socket"):
+                transfer.export("nbd://none", there, lambda _: None, force=force)
+    assert pipe.is_fifo()
+    assert listening.is_socket()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
     uri = transfer.nbd_uri("vms/a", tmp_path / "none.sock")
     with pytest.raises(TransferFailed, match="exporting to"):

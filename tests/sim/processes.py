@@ -19,10 +19,12 @@ from shard.errors import HciError
 from shard.ids import ImageId, image_id
 from tests.sim.clock import Clock, Process
 from tests.sim.cluster_state import Door, Path, SimSession, State
+from vmstore.caretaker import Caretaker
 from vmstore.catalog import Catalog
 from vmstore.deciding import TICK_S
 from vmstore.errors import ForeignStore, OtherCluster, StoreBehind
 from vmstore.exports import Exports
+from vmstore.healing import HealLimits
 
 if TYPE_CHECKING:
     from tests.sim.guest import Guest
@@ -122,9 +124,17 @@ class SimEngine:
         """Know until when the lease lives."""
         self._world.set_lease_deadline(self._gateway, channel, deadline_ns)
 
-    def resize(self, channel: int, size_bytes: int) -> None:
+    def heal(self, channel: int, **how: Any) -> None:
+        """Heal a stale node."""
+        self._world.heal(self._gateway, channel, **how)
+
+    def end_heal(self, channel: int, attempt: int) -> None:
+        """End that."""
+        self._world.end_heal(self._gateway, channel, attempt)
+
+    def resize(self, channel: int, size_bytes: int, body: bytes) -> None:
         """Take another size."""
-        self._world.resize(self._gateway, channel, size_bytes)
+        self._world.resize(self._gateway, channel, size_bytes, body)
 
     def close(self, channel: int) -> None:
         """Flush, clear, let go."""
@@ -208,7 +218,15 @@ class SimGateway:
             lease=lambda lost, renewed: SimSession(
                 etcd, clock, self.process, on_lost=lost, on_renewed=renewed
             ),
+            heal_limits=HealLimits(bytes_per_second=chance.choice((0, 1 << 20, 64 << 20))),
+            lock=f"lock-{index}",
             deciding=self.deciding,
+        )
+        self.caretaker = Caretaker(
+            self.catalog,
+            self.exports.maintain,
+            self.exports.maintained,
+            random.Random(chance.getrandbits(63)),
         )
         world.start_gateway(index)
         # The node of the same host is reached first, as by its socket.
@@ -222,11 +240,15 @@ class SimGateway:
             try:
                 self.catalog.init_cluster(CLUSTER_ID)
                 self.exports.start()
+                self.caretaker.watch()
             except EtcdError:
                 self._clock.sleep(RETRY_S, self.process)
             else:
                 self.started = True
-                return
+                break
+        while True:
+            self._clock.sleep(POLL_S, self.process)
+            self.caretaker.look(self._clock.now_s)
 
     def hear(self, event: dict[str, Any]) -> None:
         """Take an event of the engine."""
@@ -254,6 +276,7 @@ class SimNode:
         self.name = name
         self.registered = False
         self.session: SimSession | None = None
+        self._watching = False
         self._clock = clock
         self._world = world
         self._etcd = Door(state, path, self.process)
@@ -275,7 +298,9 @@ class SimNode:
     def _register(self) -> None:
         try:
             self._catalog.init_cluster(CLUSTER_ID)
-            session = SimSession(self._etcd, self._clock, self.process, on_lost=self._lost)
+            if self.session is not None:
+                self.session.close()
+            self.session = session = SimSession(self._etcd, self._clock, self.process, on_lost=self._lost)
             record = NodeRecord(
                 name=self.name,
                 address=f"{self.name}:1",
@@ -289,8 +314,10 @@ class SimNode:
                 start_counter=self._start_counter,
             )
             self._catalog.announce_node(record, session.lease)
-            self.session = session.start()
-            self._etcd.watch(keys.TOMBSTONES, self._on_tombstones)
+            session.start()
+            if not self._watching:
+                self._etcd.watch(keys.TOMBSTONES, self._on_tombstones)
+                self._watching = True
             for image in self._catalog.tombstones():
                 self._bury(image)
         except (OtherCluster, ForeignStore, StoreBehind) as error:

@@ -20,6 +20,8 @@ MAY_IMPORT = {
 
 PURE = (
     "shard/**/*.py",
+    "arbiter/errors.py",
+    "arbiter/statement.py",
     "arbiter/vote.py",
     "etcd/errors.py",
     "etcd/fields.py",
@@ -27,9 +29,15 @@ PURE = (
     "etcd/keys.py",
     "etcd/records.py",
     "vmstore/effects.py",
+    "vmstore/errors.py",
     "vmstore/events.py",
+    "vmstore/granting.py",
+    "vmstore/healing.py",
     "vmstore/holder.py",
+    "vmstore/holding.py",
+    "vmstore/judging.py",
     "vmstore/names.py",
+    "vmstore/stored.py",
 )
 """Code that decides, and so can be run by a simulator. A module listed here may not exist yet."""
 

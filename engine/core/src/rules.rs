@@ -27,8 +27,6 @@ pub enum Rule {
     FlushIsDurable,
     /// Reads wait for writes in flight on their blocks.
     ReadsWaitForWrites,
-    /// Writes that share a block are under way one after the other.
-    WritesShareNoBlock,
     /// Past the lease time a read is answered when all nodes in sync have confirmed the epoch.
     ReadsAreConfirmed,
     /// Levelled shards are durable before their dirty entries go.
@@ -43,6 +41,20 @@ pub enum Rule {
     AllInSyncAnswer,
     /// A node that lost its memory is asked again for writes that are not answered yet.
     UnansweredAskedAgain,
+    /// What is written while a heal makes its list goes on it.
+    WritesAreListed,
+    /// A shard is level after a pass with the clients' writes paused.
+    HealPausesWrites,
+    /// From then on changes are answered with the node that is healed.
+    HealedNodeAnswers,
+    /// A healed node that is lost counts until it is known whether the record took it in.
+    LostHealedIsAwaited,
+    /// A heal ends where all its sources were away.
+    HealNeedsItsSources,
+    /// The record takes a node in that has synced.
+    HealedIsDurable,
+    /// Content that is equal takes its source's tag.
+    TagsAreCopied,
     /// A failed sync ends the store.
     FailedSyncEnds,
     /// Where no node of a set is up all in sync are levelled, or none.
@@ -50,7 +62,7 @@ pub enum Rule {
 }
 
 impl Rule {
-    pub const ALL: [Rule; 20] = [
+    pub const ALL: [Rule; 26] = [
         Rule::SessionIsCurrent,
         Rule::EpochIsCurrent,
         Rule::EqualRecordsAgree,
@@ -61,7 +73,6 @@ impl Rule {
         Rule::FirstFlushGoesToAll,
         Rule::FlushIsDurable,
         Rule::ReadsWaitForWrites,
-        Rule::WritesShareNoBlock,
         Rule::ReadsAreConfirmed,
         Rule::LevelIsDurable,
         Rule::WinnerPerBlock,
@@ -69,6 +80,13 @@ impl Rule {
         Rule::StoredBeforeAnswer,
         Rule::AllInSyncAnswer,
         Rule::UnansweredAskedAgain,
+        Rule::WritesAreListed,
+        Rule::HealPausesWrites,
+        Rule::HealedNodeAnswers,
+        Rule::LostHealedIsAwaited,
+        Rule::HealNeedsItsSources,
+        Rule::HealedIsDurable,
+        Rule::TagsAreCopied,
         Rule::FailedSyncEnds,
         Rule::AllInSyncLevelled,
     ];

@@ -8,8 +8,8 @@ use hci_engine_core::geometry::{ImageId, Tag};
 use hci_engine_core::wire::codec::Fields;
 use hci_engine_core::wire::messages::{
     Attach, BlocksReply, Copy, DirtyEntry, DirtyFrom, DirtyReply, Flush, Head, Hello, HelloReply,
-    Io, Level, Number, Peek, PeekReply, RecordHead, Session, ShardRange, put_blocks, take_blocks,
-    take_write,
+    Io, Level, Number, Peek, PeekReply, RecordHead, Session, ShardRange, WrittenAbove,
+    WrittenReply, put_blocks, take_blocks, take_write,
 };
 use hci_engine_core::wire::{
     Frame, FrameReader, Prefix, REPLY, Status, WireError, encode, flag, kind,
@@ -270,6 +270,25 @@ const LEVEL: &str = "
     0300000000000000 ; epoch 3
     0200000009000000000000000c00000000000000 ; two shards: 9, 12
 ";
+const WRITTEN: &str = "
+    1c000000 00000000 b12d15eb ; head 28, payload 0, checksum
+    25 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    0300000000000000 ; epoch 3
+    0200000000000000 ; written above generation 2
+    01000000 0900000000000000 ; from place 1, shard 9
+";
+const WRITTEN_REPLY: &str = "
+    21000000 00000000 03e6d39b ; head 33, payload 0, checksum
+    a5 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    01 02000000 0700000000000000 ; more: from place 2, shard 7
+    0200000009000000000000000c00000000000000 ; two shards: 9, 12
+";
+const WRITTEN_LAST: &str = "
+    11000000 00000000 05874b10 ; head 17, payload 0, checksum
+    a5 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    00 00000000 0000000000000000 ; no more
+    00000000 ; no shard
+";
 
 /// The payload of frames that carry one block of data, and its checksum.
 const BLOCK: [u8; 4096] = [0xa5; 4096];
@@ -476,6 +495,12 @@ fn levelling_is_as_specified() {
     };
     check(COPY, request(kind::COPY), &copy, &BLOCK);
     check(LEVEL, request(kind::LEVEL), &Level { epoch: 3, shards: vec![9, 12] }, &[]);
+    let above = WrittenAbove { epoch: 3, generation: 2, place: 1, shard: 9 };
+    check(WRITTEN, request(kind::WRITTEN), &above, &[]);
+    let written = WrittenReply { next: Some((2, 7)), shards: vec![9, 12] };
+    check(WRITTEN_REPLY, reply(kind::WRITTEN), &written, &[]);
+    let last = WrittenReply { next: None, shards: Vec::new() };
+    check(WRITTEN_LAST, reply(kind::WRITTEN), &last, &[]);
 }
 
 #[test]

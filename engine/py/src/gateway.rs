@@ -5,7 +5,9 @@ use hci_engine_core::gateway::{Command, Gateway as Core, GatewayEvent};
 use hci_engine_core::geometry::Geometry;
 use hci_engine_core::io::Address;
 use hci_engine_core::nbd::{Answer, ExportInfo, Query};
-use hci_engine_core::replica::{Event, LinkTarget, NodeMask, OpenSpec, PeekedRecord, SetSpec};
+use hci_engine_core::replica::{
+    Event, HealLimits, HealSpec, HealState, LinkTarget, NodeMask, OpenSpec, PeekedRecord, SetSpec,
+};
 use hci_engine_core::wire::messages::HelloReply;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -136,6 +138,29 @@ impl Gateway {
         self.order(Command::Reconfigure { channel, generation, digest, body, in_sync })
     }
 
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
+    #[pyo3(signature = (channel, *, node, serial, attempt, sets, bytes_per_second, shards_at_once,
+                        share_percent))]
+    fn heal(
+        &self,
+        channel: u32,
+        node: u8,
+        serial: u64,
+        attempt: u64,
+        sets: Vec<(usize, u64)>,
+        bytes_per_second: u64,
+        shards_at_once: usize,
+        share_percent: u64,
+    ) -> PyResult<()> {
+        let limits = HealLimits { bytes_per_second, shards_at_once, share_percent };
+        let spec = HealSpec { node, serial, attempt, sets, limits };
+        self.order(Command::Heal { channel, spec })
+    }
+
+    fn end_heal(&self, channel: u32, attempt: u64) -> PyResult<()> {
+        self.order(Command::EndHeal { channel, attempt })
+    }
+
     fn set_lease_deadline(&self, channel: u32, deadline_ns: u64) -> PyResult<()> {
         self.order(Command::LeaseDeadline { channel, deadline_ns })
     }
@@ -163,8 +188,8 @@ impl Gateway {
     }
 
     /// The image has another size; clients that connect from now on see it.
-    fn resize(&self, channel: u32, size_bytes: u64) -> PyResult<()> {
-        self.order(Command::Resize { channel, size_bytes })
+    fn resize(&self, channel: u32, size_bytes: u64, body: Vec<u8>) -> PyResult<()> {
+        self.order(Command::Resize { channel, size_bytes, body: body.into() })
     }
 
     fn zero(&self, channel: u32, offset: u64, length: u64) -> PyResult<()> {
@@ -235,6 +260,9 @@ impl Gateway {
             item.set_item("generation", image.generation)?;
             item.set_item("requests_in_flight", image.requests_in_flight)?;
             item.set_item("replicas", image.replicas)?;
+            let heal = image.heal.map(|heal| heal_dict(py, heal)).transpose()?;
+            item.set_item("heal", heal)?;
+
             item.set_item("counters", HashMap::from(image.counters.named()))?;
             images.push(item);
         }
@@ -397,6 +425,19 @@ fn put_image_event(py: Python<'_>, dict: &Bound<'_, PyDict>, event: Event) -> Py
             dict.set_item("node", node)?;
             dict.set_item("status", format!("{status:?}"))
         }
+        Event::Healed { node, attempt, copied_bytes, bad_blocks } => {
+            dict.set_item("event", "healed")?;
+            dict.set_item("node", node)?;
+            dict.set_item("attempt", attempt)?;
+            dict.set_item("copied_bytes", copied_bytes)?;
+            dict.set_item("bad_blocks", bad_blocks)
+        }
+        Event::HealFailed { node, attempt, status } => {
+            dict.set_item("event", "heal_failed")?;
+            dict.set_item("node", node)?;
+            dict.set_item("attempt", attempt)?;
+            dict.set_item("status", format!("{status:?}"))
+        }
         Event::Stored { generation } => {
             dict.set_item("event", "stored")?;
             dict.set_item("generation", generation)
@@ -411,6 +452,19 @@ fn put_image_event(py: Python<'_>, dict: &Bound<'_, PyDict>, event: Event) -> Py
             dict.set_item("clean", clean)
         }
     }
+}
+
+fn heal_dict(py: Python<'_>, heal: HealState) -> PyResult<Bound<'_, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("node", heal.node)?;
+    dict.set_item("attempt", heal.attempt)?;
+    dict.set_item("stage", heal.stage)?;
+    dict.set_item("shards_left", heal.shards_left)?;
+    dict.set_item("shards_done", heal.shards_done)?;
+    dict.set_item("bytes_done", heal.copied_bytes)?;
+    dict.set_item("bytes_left", heal.left_bytes)?;
+    dict.set_item("bad_blocks", heal.bad_blocks)?;
+    Ok(dict)
 }
 
 fn record_dict(py: Python<'_>, record: PeekedRecord) -> PyResult<Bound<'_, PyDict>> {

@@ -3,7 +3,7 @@
 
 use crate::gateway::{event_dict, mask, open_spec};
 use crate::ids::{hex, parse_id};
-use hci_engine_core::replica::Token;
+use hci_engine_core::replica::{HealLimits, HealSpec, ImageIo, Token};
 use hci_engine_core::rules::{Rule, break_rules};
 use hci_engine_core::simulation::{Answered, GuestRequest, Happening, LogSize, Span, Way, World};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -315,13 +315,40 @@ impl Simulation {
     }
 
     fn set_lease_deadline(&self, gateway: usize, channel: u32, deadline_ns: u64) -> PyResult<()> {
-        let act = |io: &mut hci_engine_core::replica::ImageIo| io.set_lease_deadline(deadline_ns);
+        let act = |io: &mut ImageIo| io.set_lease_deadline(deadline_ns);
         self.at_gateway(gateway)?.with_image(gateway, channel, act);
         Ok(())
     }
 
-    fn resize(&self, gateway: usize, channel: u32, size_bytes: u64) -> PyResult<()> {
-        self.at_gateway(gateway)?.with_image(gateway, channel, |io| io.resize(size_bytes));
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
+    #[pyo3(signature = (gateway, channel, *, node, serial, attempt, sets, bytes_per_second,
+                        shards_at_once, share_percent))]
+    fn heal(
+        &self,
+        gateway: usize,
+        channel: u32,
+        node: u8,
+        serial: u64,
+        attempt: u64,
+        sets: Vec<(usize, u64)>,
+        bytes_per_second: u64,
+        shards_at_once: usize,
+        share_percent: u64,
+    ) -> PyResult<()> {
+        let limits = HealLimits { bytes_per_second, shards_at_once, share_percent };
+        let spec = HealSpec { node, serial, attempt, sets, limits };
+        self.at_gateway(gateway)?.with_image(gateway, channel, |io| io.heal(spec));
+        Ok(())
+    }
+
+    fn end_heal(&self, gateway: usize, channel: u32, attempt: u64) -> PyResult<()> {
+        self.at_gateway(gateway)?.with_image(gateway, channel, |io| io.end_heal(attempt));
+        Ok(())
+    }
+
+    fn resize(&self, gateway: usize, channel: u32, size_bytes: u64, body: Vec<u8>) -> PyResult<()> {
+        let act = |io: &mut ImageIo| io.resize(size_bytes, body.into());
+        self.at_gateway(gateway)?.with_image(gateway, channel, act);
         Ok(())
     }
 

@@ -30,6 +30,12 @@ control = "127.0.0.1:7301"
 nbd_socket = "/run/hci/nbd.sock"
 nbd_listen = "127.0.0.1:10809"
 run_dir = "/run/hci"
+
+[arbiter.witness]
+data_dir = "/srv/witness"
+listen = "127.0.0.1:7401"
+host = "far"
+metrics = "127.0.0.1:9703"
 """
 
 SMALL = """
@@ -46,6 +52,9 @@ control = "127.0.0.1:7201"
 def test_config_with_every_key_is_read() -> None:
     found = config.parse(WHOLE, PATH)
     assert found.cluster.etcd == (Endpoint("127.0.0.1", 2379), Endpoint("::1", 2379))
+    arbiter = found.arbiter("witness")
+    assert (arbiter.data_dir, arbiter.host) == (Path("/srv/witness"), "far")
+    assert arbiter.listen == Endpoint("127.0.0.1", 7401)
     node = found.node("node1")
     assert (node.data_dir, node.zone, node.log_bytes) == (Path("/srv/node1"), "cellar", 64 << 20)
     assert str(node.listen) == "127.0.0.1:7101"
@@ -66,7 +75,11 @@ def test_config_with_only_what_is_needed_has_defaults() -> None:
     [
         ('zone = "cellar"', 'zoen = "cellar"', "unknown key node.node1.zoen (known: control, "),
         ("[cluster]", "[clutser]", "cluster is missing"),
-        ("[gateway.gateway1]", "[gatewya.gateway1]", "unknown key gatewya (known: cluster, dev, "),
+        (
+            "[gateway.gateway1]",
+            "[gatewya.gateway1]",
+            "unknown key gatewya (known: arbiter, cluster, dev, ",
+        ),
         ('"00112233445566778899aabbccddeeff"', '"0011"', "cluster.id = '0011': must be 32 "),
         ('"127.0.0.1:7101"', '"127.0.0.1"', "node.node1.listen = '127.0.0.1': must look like "),
         ('"127.0.0.1:7101"', '"127.0.0.1:0"', "must end with a port from 1 to 65535"),

@@ -1,6 +1,7 @@
 """The control services: errors that a person can act on, from both ends."""
 
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,12 +18,15 @@ from hci.control_pb2_grpc import (
     add_GatewayControlServicer_to_server,
     add_NodeControlServicer_to_server,
 )
-from hci.dev import layout
+from hci.dev import ports
 from hci.errors import ConfigError, Refused, Unreachable
 from shard.errors import HciError
 from shard.ids import image_id
+from vmstore.resizing import RESIZE_LIMIT_S
 
 IMAGE = image_id("ab" * 16)
+SLOW_BYTES = 1 << 20
+SHORT_DEADLINE_S = 0.3
 
 
 class Node(NodeControlServicer):
@@ -44,6 +48,9 @@ class Node(NodeControlServicer):
 
 class Gateway(GatewayControlServicer):
     def Resize(self, request: Any, context: Any) -> pb.ResizeReply:  # noqa: N802
+        if request.size_bytes == SLOW_BYTES:
+            time.sleep(3 * SHORT_DEADLINE_S)
+            return pb.ResizeReply(size_bytes=SLOW_BYTES)
         if not request.force:
             raise HciError("vms/a would shrink; use --force")
         raise RuntimeError("a slip")
@@ -51,7 +58,7 @@ class Gateway(GatewayControlServicer):
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[Endpoint]:
-    endpoint = Endpoint("127.0.0.1", layout.free_ports(1)[0])
+    endpoint = Endpoint("127.0.0.1", ports.choose(1, ())[0])
 
     def register(server: grpc.Server) -> None:
         add_NodeControlServicer_to_server(Node(), server)
@@ -105,7 +112,7 @@ def test_call_that_the_daemon_does_not_know_says_so(address: Endpoint) -> None:
 
 
 def test_daemon_that_is_not_there_is_unreachable() -> None:
-    port = layout.free_ports(1)[0]
+    port = ports.choose(1, ())[0]
     with NodeClient("node1", f"127.0.0.1:{port}") as client, pytest.raises(Unreachable) as caught:
         client.status()
     assert str(caught.value) == (
@@ -124,3 +131,10 @@ def test_daemon_that_is_silent_is_given_up_at_the_deadline() -> None:
 def test_server_on_a_port_in_use_says_which(address: Endpoint) -> None:
     with pytest.raises(ConfigError, match=f"node2 cannot listen at {address}: another program"):
         control.server("node2", address, lambda _server: None)
+
+
+def test_resize_is_waited_for_longer_than_the_gateway_takes(address: Endpoint) -> None:
+    # A shrink that took longer than other calls was reported as failed while it went on.
+    with GatewayClient("gateway1", address, deadline_s=SHORT_DEADLINE_S) as gateway:
+        assert gateway.resize(IMAGE, SLOW_BYTES, force=True) == SLOW_BYTES
+    assert control.RESIZE_DEADLINE_S > RESIZE_LIMIT_S

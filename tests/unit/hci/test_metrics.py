@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hci import metrics
 from hci.config import Endpoint
-from hci.dev.layout import free_ports
+from hci.dev.ports import choose
 from hci.errors import DaemonError
 from hci.node import node_samples
 
@@ -48,7 +48,7 @@ def _scrape(address: Endpoint) -> dict[tuple[str, tuple[str, ...]], float]:
 
 
 def test_scrape_gives_what_the_node_says_at_that_moment() -> None:
-    address = Endpoint("127.0.0.1", free_ports(1)[0])
+    address = Endpoint("127.0.0.1", choose(1, ())[0])
     status = {**STATUS}
     with metrics.served("node x", address, lambda: node_samples(status, None, True)):
         found = _scrape(address)
@@ -72,7 +72,7 @@ def test_a_failed_store_is_down() -> None:
 def test_no_address_serves_nothing_and_a_taken_one_is_a_clear_error() -> None:
     with metrics.served("node x", None, list):
         pass
-    address = Endpoint("127.0.0.1", free_ports(1)[0])
+    address = Endpoint("127.0.0.1", choose(1, ())[0])
     with metrics.served("node x", address, list):
         with pytest.raises(DaemonError, match=r"node y cannot listen for metrics at .*in use"):
             with metrics.served("node y", address, list):

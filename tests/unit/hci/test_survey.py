@@ -6,7 +6,7 @@ import pytest
 
 from etcd.records import ImageRecord, Layer, PlacementRecord, PoolRecord
 from hci import control_pb2 as pb
-from hci.survey import GatewayView, Health, NodeView, Survey
+from hci.survey import ArbiterView, GatewayView, Health, NodeView, Survey
 from shard.ids import image_id
 from shard.membership import Policy
 from shard.placement import FailureDomain
@@ -52,8 +52,76 @@ WELL = Survey(
 )
 
 
-def opened(state: "pb.OpenImage.State.ValueType") -> GatewayView:
-    return GatewayView("gateway1", "up", "h", "", [pb.OpenImage(name="vms/a", state=state)])
+PAIR = replace(
+    WELL,
+    nodes=(node("node1"), node("node2")),
+    pools={
+        "vms": replace(WELL.pools["vms"], policy=Policy.THIN_ARBITER, arbiter="witness"),
+    },
+    placements={"vms": PlacementRecord(pool="vms", version=1, sets=(("node1", "node2"),))},
+    images={"vms/a": image(policy=Policy.THIN_ARBITER, sets=(("node1", "node2"),))},
+    arbiters=(ArbiterView("witness", "up", "far", "far:1", "f" * 32, ("vms",), 1, ""),),
+)
+
+
+def witness(state: str, trouble: str = "") -> ArbiterView:
+    return replace(PAIR.arbiters[0], state=state, trouble=trouble)
+
+
+@pytest.mark.parametrize(
+    ("found", "health", "told"),
+    [
+        (PAIR, Health.OK, ""),
+        (
+            replace(PAIR, arbiters=(witness("down"),)),
+            Health.DEGRADED,
+            "without it writes stall as soon as a node is lost",
+        ),
+        (
+            replace(PAIR, arbiters=(witness("down"),)),
+            Health.DEGRADED,
+            "start it: `hci dev run witness`; if it is lost for good: `hci arbiter replace`",
+        ),
+        (replace(PAIR, arbiters=(witness("starting"),)), Health.HEALING, "wait"),
+        (
+            replace(PAIR, arbiters=(witness("up", "votes/x is damaged"),)),
+            Health.DEGRADED,
+            "hci arbiter replace witness NEW",
+        ),
+        (
+            replace(PAIR, nodes=(node("node1"), node("node2", "down"))),
+            Health.DEGRADED,
+            "hci dev run node2",
+        ),
+        (
+            replace(
+                PAIR, nodes=(node("node1"), node("node2", "down")), arbiters=(witness("down"),)
+            ),
+            Health.UNAVAILABLE,
+            "image vms/a: node2 and the arbiter are away: writes wait",
+        ),
+        (
+            replace(PAIR, pools={"vms": replace(PAIR.pools["vms"], filled=False)}),
+            Health.DEGRADED,
+            "run the interrupted `hci arbiter replace` again",
+        ),
+    ],
+)
+def test_pair_with_an_arbiter_says_how_it_is(found: Survey, health: Health, told: str) -> None:
+    assert found.health is health
+    said = " ".join(f"{each.what} {each.advice}" for each in found.problems)
+    assert told in said
+
+
+def opened(state: "pb.OpenImage.State.ValueType", trouble: str = "") -> GatewayView:
+    image = pb.OpenImage(name="vms/a", state=state, trouble=trouble)
+    return GatewayView("gateway1", "up", "h", "", [image])
+
+
+def healing(trouble: str, heal: pb.Progress | None = None) -> GatewayView:
+    serving = pb.OpenImage.STATE_SERVING
+    image = pb.OpenImage(name="vms/a", state=serving, trouble=trouble, heal=heal)
+    return GatewayView("gateway1", "up", "h", "", [image])
 
 
 def test_cluster_without_problems_is_ok() -> None:
@@ -81,8 +149,35 @@ def test_cluster_without_problems_is_ok() -> None:
         ),
         (
             replace(WELL, images={"vms/a": image(stale={0: {"node3": 1}}, generation=2)}),
+            Health.HEALING,
+            "node3 is stale for vms/a wait: it is healed by itself",
+        ),
+        (
+            replace(
+                WELL,
+                nodes=(node("node1"), node("node2"), node("node3", "down")),
+                images={"vms/a": image(stale={0: {"node3": 1}}, generation=2)},
+            ),
             Health.DEGRADED,
-            "node3 is stale for vms/a",
+            "node3 is stale for vms/a it missed writes and is not read; start node3",
+        ),
+        (
+            replace(
+                WELL,
+                gateways=(healing("the heal of node3 ended early: NoSpace"),),
+                images={"vms/a": image(stale={0: {"node3": 1}}, generation=2)},
+            ),
+            Health.DEGRADED,
+            "node3 is stale for vms/a the heal of node3 ended early: NoSpace",
+        ),
+        (
+            replace(
+                WELL,
+                gateways=(healing("", pb.Progress(node="node3", shards_done=3, shards_total=7)),),
+                images={"vms/a": image(stale={0: {"node3": 1}}, generation=2)},
+            ),
+            Health.HEALING,
+            "node3 is healed for vms/a, 4 of 7 shards to go",
         ),
         (
             replace(
@@ -112,6 +207,11 @@ def test_cluster_without_problems_is_ok() -> None:
             replace(WELL, gateways=(opened(pb.OpenImage.STATE_READS_ONLY),)),
             Health.UNAVAILABLE,
             "writes to vms/a wait",
+        ),
+        (
+            replace(WELL, gateways=(opened(pb.OpenImage.STATE_CLOSING, "it waits for node2"),)),
+            Health.UNAVAILABLE,
+            "vms/a cannot be closed: it waits for node2",
         ),
         (
             replace(WELL, gateways=(opened(pb.OpenImage.STATE_STALLED),)),

@@ -1,6 +1,6 @@
 """Digests of shards and their comparison."""
 
-from shard.digest import DIGEST_BYTES, Difference, compare, digest, digest_of_zeroes
+from shard.digest import DIGEST_BYTES, UNREADABLE, Difference, compare, digest, digest_of_zeroes
 
 ZEROES = digest_of_zeroes(8192)
 ONE, TWO, THREE = (digest([bytes([value])]) for value in (1, 2, 3))
@@ -36,3 +36,11 @@ def test_compare_with_a_shard_missing_counts_it_as_zeroes() -> None:
     assert compare({"a": {2: ZEROES}, "b": {}}, ZEROES) == []
     reported = {"a": {2: ONE}, "b": {2: ONE}, "c": {}}
     assert compare(reported, ZEROES) == [Difference(2, ("c",))]
+
+
+def test_compare_with_an_unreadable_shard_names_its_node_and_counts_the_others() -> None:
+    assert compare({"a": {1: ONE}, "b": {1: UNREADABLE}}, ZEROES) == [Difference(1, ("b",), ("b",))]
+    three = {"a": {1: ONE}, "b": {1: UNREADABLE}, "c": {1: TWO}}
+    assert compare(three, ZEROES) == [Difference(1, ("a", "b", "c"), ("b",))]
+    none_left = {"a": {1: UNREADABLE}, "b": {1: UNREADABLE}}
+    assert compare(none_left, ZEROES) == [Difference(1, ("a", "b"), ("a", "b"))]

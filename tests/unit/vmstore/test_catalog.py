@@ -306,3 +306,13 @@ def test_image_in_use_is_neither_deleted_nor_grown(etcd: MemoryEtcd, catalog: Ca
     assert catalog.leases()[image.record.id].gateway == "gateway1"
     etcd.advance(10)
     catalog.delete_image(DISK)
+
+
+def test_image_that_is_only_maintained_is_deleted(etcd: MemoryEtcd, catalog: Catalog) -> None:
+    image = catalog.create_image(DISK, GIB)
+    lease = etcd.grant_lease(10)
+    catalog.take_lease(
+        image, gateway="gateway1", holder="a" * 32, etcd_lease=lease, maintenance=True
+    )
+    catalog.delete_image(DISK)
+    assert catalog.leases() == {}

@@ -2,7 +2,10 @@
 
 from collections.abc import Collection, Mapping
 
+import pytest
+
 from etcd.records import ImageRecord, Layer
+from shard.digest import UNREADABLE, Difference
 from shard.ids import image_id
 from shard.membership import Policy
 from shard.placement import replica_set_index
@@ -80,10 +83,33 @@ def test_shard_that_differs_while_a_write_is_under_way_is_asked_again() -> None:
 
 
 def test_nodes_that_are_stale_or_down_are_not_compared() -> None:
-    nodes = Nodes({"a": {0: ONE}, "b": {0: OTHER}, "c": {0: OTHER}})
-    report = nodes.compare(image(1, (("a", "b", "c"),), {0: {"b": 1}}), "ab")
+    nodes = Nodes({"a": {0: ONE}, "b": {0: OTHER}, "c": {0: ONE}})
+    report = nodes.compare(image(1, (("a", "b", "c"),), {0: {"b": 1}}), "abc")
     assert report.equal
-    assert report.compared == [("a",)]
+    assert (report.compared, report.missing) == ([("a", "c")], [])
+    report = nodes.compare(image(1, (("a", "b", "c"),)), "ac")
+    assert report.equal
+    assert (report.compared, report.missing) == ([("a", "c")], ["b"])
+
+
+@pytest.mark.parametrize("up", ["a", ""])
+def test_replica_set_with_fewer_than_two_nodes_up_is_not_called_equal(up: str) -> None:
+    # With one node up, or none, nothing was compared and the answer was that all is equal.
+    nodes = Nodes({name: {0: ONE} for name in "abcdef"})
+    report = nodes.compare(image(4, (("a", "b", "c"), ("d", "e", "f"))), [*up, "d", "e"])
+    assert not report.equal
+    assert (report.different, report.not_compared) == ([], [0])
+    assert report.missing == sorted({"a", "b", "c", "f"} - set(up))
+
+
+def test_shard_that_a_node_cannot_read_is_reported_with_that_node() -> None:
+    # A damaged shard ended the whole check with "an internal error".
+    nodes = Nodes({"a": {2: ONE}, "b": {2: UNREADABLE}, "c": {2: ONE}})
+    report = nodes.compare(image(4, (("a", "b", "c"),)), "abc")
+    assert report.different == [Difference(2, ("b",), ("b",))]
+    alone = nodes.compare(image(4, (("a", "b", "c"),)), "b")
+    assert alone.different == [Difference(2, ("b",), ("b",))]
+    assert alone.not_compared == [0]
 
 
 def test_shards_are_compared_on_the_nodes_of_their_own_replica_set() -> None:

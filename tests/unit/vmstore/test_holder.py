@@ -13,6 +13,7 @@ from shard.ids import ImageId
 from shard.membership import Policy
 from vmstore import effects as wanted
 from vmstore import events
+from vmstore import healing as healing_rules
 from vmstore import holder as h
 from vmstore.holder import Holder, Phase, Standing
 
@@ -200,6 +201,31 @@ def test_delayed_change_is_asked_for_again() -> None:
     )
 
 
+def test_delayed_change_that_never_came_to_etcd_is_withdrawn_when_the_node_is_back() -> None:
+    """A pair without its arbiter lost a node, which came back: two of three were there, and yet
+    writes waited, for a change that nobody needed any more."""
+    holder = serving()
+    (change,) = changes(holder.step(events.ReplicaDown("node2", blocking=True)))
+    assert holder.step(events.MembershipDelayed("no arbiter", maybe_taken=False)) == []
+    assert holder.trouble == "a change of membership waits: no arbiter"
+    assert holder.step(events.Tick(h.RETRY_S / 2)) == []
+    assert holder.step(events.Tick(h.RETRY_S)) == [change], "while the node is away"
+    holder.step(events.MembershipDelayed("no arbiter", maybe_taken=False))
+    assert holder.step(peeked("node2", serial=2)) == [wanted.Admit(("node2",), True, (2,))]
+    assert holder.step(events.Tick(3 * h.RETRY_S)) == []
+    assert holder.trouble == ""
+
+
+def test_delayed_change_that_etcd_may_have_taken_is_not_withdrawn() -> None:
+    holder = serving()
+    (change,) = changes(holder.step(events.ReplicaDown("node2", blocking=True)))
+    holder.step(events.MembershipDelayed("lost answer", maybe_taken=True))
+    assert holder.step(events.Tick(h.RETRY_S)) == [change]
+    holder.step(events.MembershipDelayed("no arbiter", maybe_taken=False))
+    assert holder.step(peeked("node2", serial=2)) == []
+    assert holder.step(events.Tick(2 * h.RETRY_S)) == [change]
+
+
 def test_same_instance_resumes_and_another_is_levelled() -> None:
     holder = serving()
     holder.step(events.ReplicaDown("node2", blocking=False))
@@ -263,6 +289,98 @@ def test_change_that_comes_after_giving_up_changes_nothing() -> None:
     assert holder.step(events.Released()) == [wanted.Forget()]
 
 
+STALE = {"generation": 2, "stale": {0: {"node3": 1}}}
+
+
+def healing(**changes_of_record: object) -> Holder:
+    holder = serving(record(**{**STALE, **changes_of_record}))
+    assert holder.step(peeked("node3", serial=4)) == [wanted.Heal("node3", 4, 1, ((0, 1),))]
+    return holder
+
+
+def test_stale_node_that_comes_is_healed_and_taken_in() -> None:
+    holder = healing()
+    (change,) = changes(holder.step(events.Healed("node3", 1)))
+    assert (change.after.generation, change.after.stale) == (3, {})
+    effects = holder.step(events.MembershipChanged(change.after))
+    assert effects == [wanted.Reconfigure(change.after)]
+    assert not holder.missing()
+    holder.step(events.Stored(3))
+    holder.step(events.ReplicaDown("node3", blocking=False))
+    assert holder.step(peeked("node3", serial=9)) == [wanted.Admit(("node3",), True, (9,))]
+
+
+def test_stale_node_is_not_healed_before_the_image_serves() -> None:
+    holder = gathering(record(**STALE))
+    effects = [e for node in NODES for e in holder.step(peeked(node))]
+    assert effects == [wanted.Admit(("node1", "node2"), False, (1, 1))]
+    assert holder.step(events.Admitted()) == [
+        wanted.Serve(),
+        wanted.Heal("node3", 1, 1, ((0, 1),)),
+    ]
+
+
+def test_one_change_takes_a_healed_node_in_and_a_lost_one_out() -> None:
+    holder = healing()
+    assert holder.step(events.ReplicaDown("node2", blocking=True)) == []
+    (change,) = changes(holder.step(events.Healed("node3", 1)))
+    assert change.after.stale == {0: {"node2": 2}}
+
+
+def test_healed_node_that_is_lost_before_the_change_is_given_up() -> None:
+    holder = healing()
+    holder.paused = True
+    holder.step(events.Healed("node3", 1))
+    holder.paused = False
+    effects = holder.step(events.ReplicaDown("node3", blocking=True))
+    assert effects == [wanted.EndHeal(1)]
+    assert changes(holder.step(events.Tick(100.0))) == []
+
+
+def test_healed_node_that_is_lost_during_the_change_is_left_behind_after_it() -> None:
+    holder = healing()
+    (change,) = changes(holder.step(events.Healed("node3", 1)))
+    assert holder.step(events.ReplicaDown("node3", blocking=True)) == []
+    effects = holder.step(events.MembershipChanged(change.after))
+    assert effects[0] == wanted.Reconfigure(change.after)
+    (lost,) = changes(effects)
+    assert lost.after.stale == {0: {"node3": 3}}
+
+
+def test_failed_heal_is_tried_again_after_pauses_that_grow() -> None:
+    holder = healing()
+    assert holder.step(events.HealFailed("node3", 1, "no_space")) == []
+    assert holder.step(events.Tick(healing_rules.FIRST_PAUSE_S - 0.1)) == []
+    again = wanted.Heal("node3", 4, 2, ((0, 1),))
+    assert holder.step(events.Tick(healing_rules.FIRST_PAUSE_S)) == [again]
+    assert holder.step(events.HealFailed("node3", 2, "no_space")) == []
+    assert holder.step(events.Tick(2.5 * healing_rules.FIRST_PAUSE_S)) == []
+    assert len(holder.step(events.Tick(3 * healing_rules.FIRST_PAUSE_S))) == 1
+
+
+def test_word_of_a_former_heal_changes_nothing() -> None:
+    holder = healing()
+    holder.step(events.HealFailed("node3", 1, "io"))
+    holder.step(events.Tick(10.0))
+    assert holder.step(events.Healed("node3", 1)) == []
+    assert holder.step(events.HealFailed("node3", 1, "io")) == []
+    assert len(changes(holder.step(events.Healed("node3", 2)))) == 1
+
+
+def test_stale_node_with_another_disk_is_stale_since_zero_before_it_is_healed() -> None:
+    """What a node had before its disk was lost is no part of what it holds now."""
+    holder = serving(record(**STALE))
+    (change,) = changes(holder.step(events.Peeked("node3", 1, 0, False, None, 4)))
+    assert change.after.stale == {0: {"node3": 0}}
+    effects = holder.step(events.MembershipChanged(change.after))
+    assert effects == [wanted.Reconfigure(change.after), wanted.Heal("node3", 4, 1, ((0, 0),))]
+
+
+def test_close_ends_a_heal() -> None:
+    holder = healing()
+    assert holder.step(events.Close()) == [wanted.EndHeal(1), wanted.CloseImage()]
+
+
 class Histories(RuleBasedStateMachine):
     """Random orders of what engine and etcd may say; the model keeps to what they can say."""
 
@@ -276,6 +394,9 @@ class Histories(RuleBasedStateMachine):
         self.joining: set[str] = set()
         self.up: set[str] = set()
         self.asked: wanted.ChangeMembership | None = None
+        self.undecided = False
+        self.heal: wanted.Heal | None = None
+        self.healed = False
         self.serial = 0
 
     def tell(self, event: events.Event) -> None:
@@ -299,14 +420,49 @@ class Histories(RuleBasedStateMachine):
                 assert self.asked in (None, effect), "one proposal at a time"
                 assert len(after.membership.in_sync(0)) >= 2, "below the quorum"
                 self.asked = effect
+            case wanted.Heal(node):
+                assert self.heal is None, "one heal at a time"
+                assert node in self.waiting, "a stale node that is there"
+                assert dict(effect.sets) == {0: ours.membership.stale[0][node]}
+                self.waiting.discard(node)
+                self.heal, self.healed = effect, False
+            case wanted.EndHeal(attempt):
+                assert self.heal is not None and self.heal.attempt == attempt
+                self.end_heal()
             case wanted.Reconfigure(new):
                 left = set(NODES) - new.membership.all_in_sync()
+                if self.heal is not None and self.heal.node not in left:
+                    assert self.healed, "a node is taken in that is not level"
+                    self.up |= {self.heal.node} & self.connected - self.waiting
+                    self.heal = None
                 self.waiting |= (self.up | self.joining) & left
                 self.up -= left
                 self.joining -= left
             case wanted.Peek(node):
                 if node in self.waiting:
                     self.peek(node)
+
+    def end_heal(self) -> None:
+        assert self.heal is not None
+        node, self.heal = self.heal.node, None
+        if node in self.connected:
+            self.waiting.add(node)
+
+    def fail_heal(self) -> None:
+        heal = self.heal
+        assert heal is not None and not self.healed
+        self.end_heal()
+        self.tell(events.HealFailed(heal.node, heal.attempt, "io"))
+
+    @precondition(lambda self: self.heal is not None and not self.healed)
+    @rule(level=st.booleans())
+    def heal_ends(self, level: bool) -> None:
+        assert self.heal is not None
+        if level:
+            self.healed = True
+            self.tell(events.Healed(self.heal.node, self.heal.attempt))
+        else:
+            self.fail_heal()
 
     def peek(self, node: str) -> None:
         self.serial += 1
@@ -334,6 +490,8 @@ class Histories(RuleBasedStateMachine):
             self.up.discard(node)
             if took_part and self.joining:
                 self.fail_admission(node)
+            if self.heal is not None and self.heal.node == node and not self.healed:
+                self.fail_heal()
             self.tell(events.ReplicaDown(node, blocking))
 
     @rule(node=st.sampled_from(NODES))
@@ -357,16 +515,19 @@ class Histories(RuleBasedStateMachine):
             self.fail_admission(node)
 
     @precondition(lambda self: self.asked is not None)
-    @rule(taken=st.booleans())
-    def answer(self, taken: bool) -> None:
+    @rule(taken=st.booleans(), maybe_taken=st.booleans())
+    def answer(self, taken: bool, maybe_taken: bool) -> None:
         asked = self.asked
         assert asked is not None
         if taken:
-            self.asked = None
+            self.asked, self.undecided = None, False
             self.tell(events.MembershipChanged(asked.after))
             self.tell(events.Stored(asked.after.generation))
         else:
-            self.tell(events.MembershipDelayed())
+            self.undecided = self.undecided or maybe_taken
+            if not self.undecided:
+                self.asked = None
+            self.tell(events.MembershipDelayed("it waits", maybe_taken))
 
     @rule(pause_s=st.floats(0.05, 4.0))
     def tick(self, pause_s: float) -> None:
@@ -384,20 +545,22 @@ class Histories(RuleBasedStateMachine):
         assert len(ours.membership.in_sync(0)) >= 2
 
     def teardown(self) -> None:
-        """Once all are there and etcd answers, all in sync serve and a close ends it."""
-        for _ in range(100):
+        """Once all are there and etcd answers, all become in sync, and a close ends it."""
+        for step in range(200):
             for node in NODES:
                 self.come(node, False)
             if self.joining:
                 self.join(True, "node1")
             if self.asked is not None:
-                self.answer(True)
-            self.now_s += 0.1
+                self.answer(True, False)
+            if self.heal is not None and not self.healed:
+                self.heal_ends(True)
+            self.now_s += 0.1 if step < 100 else 1.0
             self.tell(events.Tick(self.now_s))
         assert self.holder.phase is Phase.SERVING, self.holder
         assert not self.holder.missing(), self.holder
         ours = self.holder.record
-        assert ours is not None and self.up == ours.membership.all_in_sync()
+        assert ours is not None and self.up == ours.membership.all_in_sync() == set(NODES)
         standings = {n: self.holder.nodes[n].standing for n in self.up}
         assert set(standings.values()) == {Standing.UP}
         assert self.holder.step(events.Close()) == [wanted.CloseImage()]

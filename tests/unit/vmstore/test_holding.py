@@ -410,3 +410,47 @@ def step(
                 holders[gateway] = holding.retake_lease(held, etcd_lease)
     finally:
         etcd.clear_faults()
+
+
+def maintained(cluster: Cluster) -> Held:
+    return cluster.holding.take_lease(
+        cluster.image,
+        gateway="gateway1",
+        holder=f"{1:032x}",
+        etcd_lease=cluster.etcd.grant_lease(10),
+        maintenance=True,
+    )
+
+
+def test_lease_for_maintenance_yields_to_whoever_wants_the_image(cluster: Cluster) -> None:
+    former = maintained(cluster)
+    taken = cluster.holding.take_lease(
+        cluster.image,
+        gateway="gateway2",
+        holder=f"{2:032x}",
+        etcd_lease=cluster.etcd.grant_lease(10),
+        instead_of=cluster.holding.lease_of(ID),
+    )
+    assert taken.record.epoch == former.record.epoch + 1
+    with pytest.raises(LeaseLost, match="gateway gateway2 has it now"):
+        cluster.holding.change_membership(former, without(former.record.membership, "a"))
+    with pytest.raises(LeaseLost):
+        cluster.holding.claim(former)
+
+
+def test_claimed_lease_yields_no_longer(cluster: Cluster) -> None:
+    """A client was let in under a lease that the next gateway would have taken from it."""
+    held = maintained(cluster)
+    seen = cluster.holding.lease_of(ID)
+    claimed = cluster.holding.claim(held)
+    assert not claimed.lease.maintenance
+    assert cluster.holding.claim(claimed) == claimed
+    with pytest.raises(InUse, match="gateway1"):
+        cluster.holding.take_lease(
+            cluster.image,
+            gateway="gateway2",
+            holder=f"{2:032x}",
+            etcd_lease=cluster.etcd.grant_lease(10),
+            instead_of=seen,
+        )
+    cluster.holding.change_membership(claimed, without(held.record.membership, "a"))

@@ -461,6 +461,10 @@ impl EventLoop {
                     let act = |io: &mut ImageIo| io.reconfigure(generation, digest, body, &in_sync);
                     self.with_image(channel, act);
                 }
+                Command::Heal { channel, spec } => self.with_image(channel, |io| io.heal(spec)),
+                Command::EndHeal { channel, attempt } => {
+                    self.with_image(channel, |io| io.end_heal(attempt));
+                }
                 Command::LeaseDeadline { channel, deadline_ns } => {
                     self.with_image(channel, |io| io.set_lease_deadline(deadline_ns));
                 }
@@ -469,8 +473,8 @@ impl EventLoop {
                 Command::Forget { channel } => self.forget(channel),
                 Command::StopListening => self.listeners.clear(),
                 Command::Disconnect { channel } => self.disconnect(channel),
-                Command::Resize { channel, size_bytes } => {
-                    self.with_image(channel, |io| io.resize(size_bytes));
+                Command::Resize { channel, size_bytes, body } => {
+                    self.with_image(channel, |io| io.resize(size_bytes, body));
                 }
                 Command::Zero { channel, offset, length } => self.zero(channel, offset, length),
                 Command::Answer { client, answer, channel } => {
@@ -532,6 +536,9 @@ impl EventLoop {
                 self.take_link_events(index);
             }
         }
+        let healing = self.images.iter().filter(|(_, image)| image.io.is_healing());
+        let healing: Vec<u32> = healing.map(|(channel, _)| *channel).collect();
+        healing.into_iter().for_each(|channel| self.with_image(channel, ImageIo::pace));
         if self.now_ns < self.next_image_tick_ns {
             return;
         }
@@ -560,6 +567,8 @@ impl EventLoop {
             generation: image.io.spec().generation,
             requests_in_flight: image.io.requests_in_flight(),
             replicas: image.io.replica_states(),
+            heal: image.io.heal_state(),
+
             counters: image.counters.clone(),
         });
         Snapshot { links: links.collect(), clients: clients.collect(), images: images.collect() }

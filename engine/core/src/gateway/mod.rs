@@ -9,7 +9,7 @@ pub use snapshot::{ClientSnapshot, ImageSnapshot, LinkSnapshot, Snapshot};
 
 use crate::io::{Poller, Waker};
 use crate::nbd::{Answer, Query};
-use crate::replica::{Event, LinkTarget, NodeIndex, NodeMask, OpenSpec};
+use crate::replica::{Event, HealSpec, LinkTarget, NodeIndex, NodeMask, OpenSpec};
 use crate::wire::messages::HelloReply;
 use bytes::Bytes;
 use event_loop::EventLoop;
@@ -45,6 +45,15 @@ pub enum Command {
         body: Bytes,
         in_sync: Vec<NodeMask>,
     },
+    /// Make a stale node level; `Event::Healed` or `Event::HealFailed` tells how it went.
+    Heal {
+        channel: u32,
+        spec: HealSpec,
+    },
+    EndHeal {
+        channel: u32,
+        attempt: u64,
+    },
     LeaseDeadline {
         channel: u32,
         deadline_ns: u64,
@@ -67,10 +76,11 @@ pub enum Command {
     Disconnect {
         channel: u32,
     },
-    /// An image's new size.
+    /// An image's new size, and the record that says so.
     Resize {
         channel: u32,
         size_bytes: u64,
+        body: Bytes,
     },
     /// Make a range read as zeroes (what a shrink cuts off), then `GatewayEvent::Zeroed`.
     Zero {

@@ -1,5 +1,7 @@
 //! What the gateway looks like at one moment, for people and tests.
 
+use crate::replica::HealState;
+
 use crate::nbd::Counters;
 
 /// A link to a node.
@@ -27,6 +29,8 @@ pub struct ImageSnapshot {
     pub requests_in_flight: usize,
     /// Name and state of each node.
     pub replicas: Vec<(String, String)>,
+    pub heal: Option<HealState>,
+
     pub counters: Counters,
 }
 

@@ -5,11 +5,14 @@ use super::sessions::{Session, Sessions};
 use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, ShardKey, Tag};
 use crate::rules::{Rule, broken};
-use crate::store::{BlockState, CopyBlock, RecordHead, Stamp, Store, StoreError, WriteOp};
+use crate::store::{
+    BlockState, CopyBlock, RecordHead, Stamp, Store, StoreError, WRITTEN_PER_PAGE, WriteOp,
+    WrittenCursor,
+};
 use crate::wire::codec::Short;
 use crate::wire::messages::{
     self, Attach, BlocksReply, Copy, DIRTY_ENTRIES_MAX, DirtyEntry, DirtyFrom, DirtyReply, Flush,
-    Head, Io, Level, Peek, PeekReply, ShardRange,
+    Head, Io, Level, Peek, PeekReply, ShardRange, WRITTEN_SHARDS_MAX, WrittenAbove, WrittenReply,
 };
 use crate::wire::{Frame, PAYLOAD_BYTES_MAX, Status, flag, kind};
 use bytes::{BufMut, Bytes, BytesMut};
@@ -18,6 +21,8 @@ use bytes::{BufMut, Bytes, BytesMut};
 /// into an answer to PEEK.
 const PEERS_MAX: usize = 1024;
 const NAME_BYTES_MAX: usize = 63;
+
+const _: () = assert!(WRITTEN_PER_PAGE <= WRITTEN_SHARDS_MAX, "an answer holds a page");
 
 /// What came of a request.
 pub(crate) enum Outcome {
@@ -109,6 +114,7 @@ impl Requests<'_> {
             kind::FETCH => self.fetch(frame),
             kind::COPY => self.copy(frame),
             kind::LEVEL => self.level(frame),
+            kind::WRITTEN => self.written(frame),
             _ => Err(Refused::Close),
         };
         done.unwrap_or_else(|refused| match refused {
@@ -418,6 +424,18 @@ impl Requests<'_> {
         let image = self.session(frame, level.epoch)?.image;
         self.store.mark_level(image, &level.shards)?;
         Ok(ok())
+    }
+}
+
+impl Requests<'_> {
+    /// A page of the shards that a node which was left behind has missed.
+    fn written(&mut self, frame: &Frame) -> Step {
+        let asked = WrittenAbove::take(frame.head.clone())?;
+        let Session { image, layers, .. } = self.session(frame, asked.epoch)?.clone();
+        let from = WrittenCursor { place: asked.place, shard: asked.shard };
+        let page = self.store.written_above(&image, &layers, asked.generation, from)?;
+        let next = page.next.map(|next| (next.place, next.shard));
+        Ok(self.answer(&WrittenReply { next, shards: page.shards }, Bytes::new()))
     }
 }
 

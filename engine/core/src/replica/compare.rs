@@ -3,10 +3,14 @@
 //! | trusted replicas (never went away) | the winner of a block | who is given it |
 //! | --- | --- | --- |
 //! | one or more has it intact | the first of them | joining nodes that differ |
-//! | all have it rotten | none | joining nodes with an older one: it is marked bad there |
+//! | all have it rotten | none | joining nodes with an older one, stale ones in any case: it is marked bad there |
 //! | there are none: reconcile | the highest tag that is intact, the first where tags tie | who differs |
 //!
 //! A rotten block never wins, and nobody but a joining node is ever written.
+//!
+//! Equal content under another write tag differs too: a tag says that a node in sync may not have the
+//! block durably. Whoever joins has to know of that as well, or it could not tell a third node, which
+//! lost the block in a power cut, that it has to be healed.
 
 use super::{NodeIndex, NodeMask};
 use crate::content::Block;
@@ -33,6 +37,8 @@ pub(super) struct CopyRun {
 pub(super) struct Comparison {
     trusted: NodeMask,
     joiners: NodeMask,
+    /// The joiners were left behind: what they hold says nothing.
+    stale: bool,
     summaries: Vec<(NodeIndex, Vec<(Block, Tag)>)>,
 }
 
@@ -40,7 +46,13 @@ impl Comparison {
     /// `trusted`: members that never went away; `joiners`: those that may be written.
     pub(super) fn new(trusted: NodeMask, joiners: NodeMask) -> Comparison {
         assert!(trusted.and(joiners).is_empty(), "who joins is not trusted");
-        Comparison { trusted, joiners, summaries: Vec::new() }
+        Comparison { trusted, joiners, stale: false, summaries: Vec::new() }
+    }
+
+    /// `node` was left behind, and is made equal to the trusted.
+    pub(super) fn heal(trusted: NodeMask, node: NodeIndex) -> Comparison {
+        assert!(!trusted.is_empty(), "a heal has a source");
+        Comparison { stale: true, ..Comparison::new(trusted, NodeMask::one(node)) }
     }
 
     /// Adds what a member holds; all summaries have the same length.
@@ -103,7 +115,11 @@ impl Comparison {
         let winner = intact.max_by_key(|(node, (_, tag))| rank(*node, *tag));
         let newest = all().filter(|(node, _)| counts(*node)).map(|(_, (_, tag))| tag).max();
         let differs = |block: Block, tag: Tag| match winner {
-            Some((_, (content, _))) => block != content,
+            Some((_, (content, winning))) => {
+                let tag_left = tag != winning && winning != Tag::NONE;
+                block != content || tag_left && !broken(Rule::TagsAreCopied)
+            }
+            None if self.stale => block != Block::Bad,
             // One that is no older than the rotten ones is all there is left: it stays.
             None => !reconcile && block != Block::Bad && Some(tag) < newest,
         };
@@ -197,5 +213,22 @@ mod tests {
         assert!(!comparison.found_rotten(A, 3));
         let sources: Vec<_> = comparison.copy_runs(0..3).iter().map(|run| run.source).collect();
         assert_eq!(sources, [Some(A), Some(B), Some(A)]);
+    }
+    /// A healed node did not take over the tag of a block that it had already. A third node lost that
+    /// block, unflushed, was left behind, and was then healed from this one, which did not know of it.
+    #[test]
+    fn equal_content_travels_while_its_tag_does_not() {
+        let tagged = [(A, Block::Data(1), tag(4)), (C, Block::Data(1), tag(3))];
+        assert_eq!(compared(&[A], &[C], &tagged), run(Some(A), &[C]));
+        let durable = [(A, Block::Data(1), Tag::NONE), (C, Block::Data(1), tag(3))];
+        assert_eq!(compared(&[A], &[C], &durable), []);
+    }
+
+    #[test]
+    fn rot_on_all_that_is_trusted_marks_any_block_of_a_stale_node_bad() {
+        let mut comparison = Comparison::heal(mask(&[A]), C);
+        comparison.add(A, vec![(Block::Bad, Tag::NONE)]);
+        comparison.add(C, vec![(Block::Data(3), tag(9))]);
+        assert_eq!(Vec::from(comparison.copy_runs(0..1)), run(None, &[C]));
     }
 }

@@ -1,5 +1,6 @@
 //! One image as its holder serves it: its parts in flight and their bookkeeping.
 
+use super::heal::Heal;
 use super::level::Leveller;
 use super::locks::{BlockLocks, Range};
 use super::{Event, Extent, Instance, IoError, NodeIndex, NodeMask, Outcome, Output, Token};
@@ -45,7 +46,19 @@ pub(super) enum ReplicaState {
     Waiting,
     Joining { stored: bool },
     Levelling,
+    Healing,
     Up,
+}
+
+/// What a node joins for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Purpose {
+    /// The same instance came back: it is `Up` at once.
+    Resume,
+    /// In sync, but another instance: it is levelled first.
+    Level,
+    /// Stale: it is healed.
+    Heal,
 }
 
 pub(super) struct Replica {
@@ -54,8 +67,7 @@ pub(super) struct Replica {
     /// Who greeted on the connection, and who was last `Up`: only the same one resumes.
     pub instance: Option<Instance>,
     pub served: Option<Instance>,
-    /// After joining: go `Up` at once (the same instance came back) or be levelled first.
-    pub resume: bool,
+    pub purpose: Purpose,
     pub flush_number: u64,
     /// Counts the times that it was asked for its record.
     pub peeks: u64,
@@ -81,6 +93,8 @@ pub(super) enum RequestKind {
     Zero,
     Status,
     Flush,
+    /// Ours: writes to a shard are paused while it is compared and copied.
+    Pause,
 }
 
 /// A client's request, or one of our own (`token` none).
@@ -113,7 +127,8 @@ pub(super) struct Part {
     pub flags: u8,
     pub sequence: u64,
     pub payload: Bytes,
-    /// Who has not answered.
+    /// Who is to answer, of changes and flushes; and who has not.
+    pub wanted: NodeMask,
     pub waiting: NodeMask,
     /// Who of them was asked.
     pub sent: NodeMask,
@@ -170,6 +185,7 @@ pub struct ImageIo {
     pub(super) clear: Clear,
     pub(super) leveller: Option<Leveller>,
     pub(super) levelled_shards: u64,
+    pub(super) heal: Option<Heal>,
     pub(super) bytes_since_flush: u64,
     pub(super) ticks_since_flush: u32,
     pub(super) store_told: bool,
@@ -178,6 +194,8 @@ pub struct ImageIo {
     /// Time after which reads need the nodes' word that this is still the holder, and now.
     pub(super) lease_deadline_ns: u64,
     pub(super) now_ns: u64,
+    /// When a client last asked for something.
+    pub(super) asked_ns: u64,
     pub(super) read_turn: u8,
     pub(super) arena: BytesMut,
     pub outputs: VecDeque<Output>,
@@ -192,7 +210,7 @@ impl ImageIo {
             state: ReplicaState::Down,
             instance: None,
             served: None,
-            resume: false,
+            purpose: Purpose::Level,
             flush_number: 0,
             peeks: 0,
             write_mark: 0,
@@ -220,12 +238,14 @@ impl ImageIo {
             clear: Clear::default(),
             leveller: None,
             levelled_shards: 0,
+            heal: None,
             bytes_since_flush: 0,
             ticks_since_flush: 0,
             store_told: true,
             dirty_full: false,
             lease_deadline_ns: u64::MAX,
             now_ns: 0,
+            asked_ns: 0,
             read_turn: 0,
             arena: BytesMut::with_capacity(64 * 1024),
             outputs: VecDeque::new(),
@@ -241,9 +261,13 @@ impl ImageIo {
         self.spec.geometry.size_bytes
     }
 
-    /// The image is larger or smaller from now on; what is cut off was zeroed before.
-    pub fn resize(&mut self, size_bytes: u64) {
+    /// The image is larger or smaller from now on, and `body` its record's text; what is cut off was
+    /// zeroed before.
+    pub fn resize(&mut self, size_bytes: u64, body: Bytes) {
         self.spec.geometry.size_bytes = size_bytes;
+        self.spec.body = body;
+        let attached = self.attached();
+        self.send_record(attached);
     }
 
     pub fn is_running(&self) -> bool {
@@ -287,13 +311,34 @@ impl ImageIo {
         self.sets.iter().fold(NodeMask::EMPTY, |mask, set| mask.with(set.in_sync))
     }
 
+    /// Nodes that are in sync in every set that they are a member of: only their dirty maps may be
+    /// cleared by sequence. What another one has of a set that it is stale in waits for its heal.
+    pub(super) fn in_sync_everywhere(&self) -> NodeMask {
+        let stale = self
+            .sets
+            .iter()
+            .fold(NodeMask::EMPTY, |mask, set| mask.with(set.members.without(set.in_sync)));
+        self.in_sync_anywhere().without(stale)
+    }
+
     /// Replicas that serve.
     pub fn up(&self) -> NodeMask {
-        let up = |mask: NodeMask, (index, replica): (usize, &Replica)| match replica.state {
-            ReplicaState::Up => mask.with(NodeMask::one(index as NodeIndex)),
-            _ => mask,
-        };
-        self.replicas.iter().enumerate().fold(NodeMask::EMPTY, up)
+        self.nodes_in(|state| state == ReplicaState::Up)
+    }
+
+    /// Nodes that may be sent changes: those that are up, and one that is being healed.
+    pub(super) fn attached(&self) -> NodeMask {
+        self.nodes_in(|state| matches!(state, ReplicaState::Up | ReplicaState::Healing))
+    }
+
+    pub(super) fn nodes_in(&self, wanted: impl Fn(ReplicaState) -> bool) -> NodeMask {
+        let those = self.replicas.iter().enumerate().filter(|(_, replica)| wanted(replica.state));
+        those.fold(NodeMask::EMPTY, |mask, (index, _)| mask.with(NodeMask::one(index as NodeIndex)))
+    }
+
+    pub(super) fn next_serial(&mut self) -> u32 {
+        self.serial = (self.serial + 1) & 0x7fff_ffff;
+        self.serial
     }
 
     pub(super) fn replica(&mut self, node: NodeIndex) -> &mut Replica {
@@ -382,9 +427,10 @@ impl ImageIo {
         if let Some(token) = request.token {
             self.outputs.push_back(Output::Answer { token, outcome });
         }
-        let changes = matches!(request.kind, RequestKind::Write | RequestKind::Zero);
+        let holds =
+            matches!(request.kind, RequestKind::Write | RequestKind::Zero | RequestKind::Pause);
         // A request of no bytes holds nothing.
-        if changes && request.length > 0 {
+        if holds && request.length > 0 {
             let mut ready = Vec::new();
             self.locks.release(Self::block_range(request.offset, request.length), &mut ready);
             ready.into_iter().for_each(|id| self.start(id));

@@ -1,5 +1,6 @@
-//! Which blocks have a change in flight. Writes hold their blocks, reads wait for them; who waits is let
-//! through in order of arrival, so that a wide write is never starved by narrow ones.
+//! Which blocks have a change in flight. Writes hold their blocks, reads wait for them, and who copies a
+//! shard pauses the writes to it; who waits is let through in order of arrival, so that a wide write is
+//! never starved by narrow ones.
 
 use crate::rules::{Rule, broken};
 use std::collections::{BTreeMap, VecDeque};
@@ -17,78 +18,108 @@ impl Range {
     }
 }
 
+/// What a lock is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Waits for writes; holds nothing.
+    Read,
+    /// Keeps everything else out.
+    Write,
+    /// Keeps writes out, and waits for those in flight: the shard is being compared and copied.
+    Pause,
+}
+
+impl Mode {
+    fn excludes(self, other: Mode) -> bool {
+        !matches!((self, other), (Mode::Read, Mode::Read | Mode::Pause) | (Mode::Pause, Mode::Read))
+    }
+
+    fn holds(self) -> bool {
+        self != Mode::Read
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Waiter {
     id: usize,
     range: Range,
-    holds: bool,
+    mode: Mode,
+}
+
+impl Waiter {
+    fn excludes(&self, other: &Waiter) -> bool {
+        self.mode.excludes(other.mode) && self.range.overlaps(&other.range)
+    }
 }
 
 /// The locks of one image. Held ranges never overlap.
 #[derive(Default)]
 pub struct BlockLocks {
-    held: BTreeMap<u64, u64>,
+    /// End and mode by first block.
+    held: BTreeMap<u64, (u64, Mode)>,
     waiting: VecDeque<Waiter>,
 }
 
 impl BlockLocks {
-    /// True: go on (a write now holds `range`). False: `release` will name `id` when it may.
-    pub fn enter(&mut self, id: usize, range: Range, holds: bool) -> bool {
-        if self.is_let_through(holds) {
-            return true;
-        }
-        let blocked = self.is_held(&range)
-            || self.waiting.iter().any(|w| (w.holds || holds) && w.range.overlaps(&range));
+    /// True: go on (`range` is now held, but by a read). False: `release` will name `id` when it may.
+    pub fn enter(&mut self, id: usize, range: Range, mode: Mode) -> bool {
+        let new = Waiter { id, range, mode };
+        let passes = mode == Mode::Read && broken(Rule::ReadsWaitForWrites);
+        let blocked =
+            !passes && (self.is_kept_out(&new) || self.waiting.iter().any(|w| w.excludes(&new)));
         if blocked {
-            self.waiting.push_back(Waiter { id, range, holds });
-        } else if holds {
-            self.hold(range);
+            self.waiting.push_back(new);
+        } else if mode.holds() {
+            self.hold(&new);
         }
         !blocked
     }
 
     /// Gives `range` back and appends to `ready` those who may go on now.
     pub fn release(&mut self, range: Range, ready: &mut Vec<usize>) {
-        let end = self.held.remove(&range.first);
-        if broken(Rule::WritesShareNoBlock) {
-            return;
+        let held = self.held.remove(&range.first);
+        assert_eq!(held.map(|(end, _)| end), Some(range.end), "a lock is released as it was taken");
+        self.let_in(ready);
+    }
+
+    /// Gives up waiting, or what is held, as `id`, and appends to `ready` those who may go on now.
+    pub fn withdraw(&mut self, id: usize, range: Range, ready: &mut Vec<usize>) {
+        match self.waiting.iter().position(|waiter| waiter.id == id) {
+            Some(index) => {
+                self.waiting.remove(index);
+                self.let_in(ready);
+            }
+            None => self.release(range, ready),
         }
-        assert_eq!(end, Some(range.end), "a lock is released as it was taken");
+    }
+
+    fn let_in(&mut self, ready: &mut Vec<usize>) {
         let mut index = 0;
         while index < self.waiting.len() {
             let waiter = self.waiting[index];
-            let behind = self.waiting.iter().take(index);
-            let blocked = self.is_held(&waiter.range)
-                || behind
-                    .into_iter()
-                    .any(|w| (w.holds || waiter.holds) && w.range.overlaps(&waiter.range));
-            if blocked {
+            let mut ahead = self.waiting.iter().take(index);
+            if self.is_kept_out(&waiter) || ahead.any(|w| w.excludes(&waiter)) {
                 index += 1;
                 continue;
             }
             self.waiting.remove(index);
-            if waiter.holds {
-                self.hold(waiter.range);
+            if waiter.mode.holds() {
+                self.hold(&waiter);
             }
             ready.push(waiter.id);
         }
     }
 
-    /// Whether a test breaks the rule that would have a request wait.
-    fn is_let_through(&self, holds: bool) -> bool {
-        match holds {
-            true => broken(Rule::WritesShareNoBlock),
-            false => broken(Rule::ReadsWaitForWrites) || broken(Rule::WritesShareNoBlock),
-        }
+    fn is_kept_out(&self, new: &Waiter) -> bool {
+        let before_end = self.held.range(..new.range.end).rev();
+        let mut overlapping = before_end.take_while(|(_, (end, _))| *end > new.range.first);
+        overlapping.any(|(_, (_, mode))| mode.excludes(new.mode))
     }
 
-    fn is_held(&self, range: &Range) -> bool {
-        self.held.range(..range.end).next_back().is_some_and(|(_, end)| *end > range.first)
-    }
-
-    fn hold(&mut self, range: Range) {
-        assert!(range.first < range.end, "an empty range holds nothing");
-        let former = self.held.insert(range.first, range.end);
+    fn hold(&mut self, new: &Waiter) {
+        let Range { first, end } = new.range;
+        assert!(first < end, "an empty range holds nothing");
+        let former = self.held.insert(first, (end, new.mode));
         assert_eq!(former, None, "held ranges never overlap");
     }
 }
@@ -104,9 +135,9 @@ mod tests {
     #[test]
     fn overlapping_writes_go_one_after_the_other() {
         let mut locks = BlockLocks::default();
-        assert!(locks.enter(1, range(0, 4), true));
-        assert!(!locks.enter(2, range(3, 5), true));
-        assert!(locks.enter(3, range(5, 6), true));
+        assert!(locks.enter(1, range(0, 4), Mode::Write));
+        assert!(!locks.enter(2, range(3, 5), Mode::Write));
+        assert!(locks.enter(3, range(5, 6), Mode::Write));
         let mut ready = Vec::new();
         locks.release(range(0, 4), &mut ready);
         assert_eq!(ready, [2]);
@@ -115,9 +146,9 @@ mod tests {
     #[test]
     fn a_wide_write_is_not_starved_by_narrow_ones_behind_it() {
         let mut locks = BlockLocks::default();
-        assert!(locks.enter(1, range(0, 1), true));
-        assert!(!locks.enter(2, range(0, 8), true));
-        assert!(!locks.enter(3, range(7, 8), true), "behind the wide one");
+        assert!(locks.enter(1, range(0, 1), Mode::Write));
+        assert!(!locks.enter(2, range(0, 8), Mode::Write));
+        assert!(!locks.enter(3, range(7, 8), Mode::Write), "behind the wide one");
         let mut ready = Vec::new();
         locks.release(range(0, 1), &mut ready);
         assert_eq!(ready, [2]);
@@ -129,13 +160,43 @@ mod tests {
     #[test]
     fn reads_wait_for_writes_and_hold_nothing() {
         let mut locks = BlockLocks::default();
-        assert!(locks.enter(1, range(0, 1), true));
-        assert!(!locks.enter(2, range(0, 2), false));
-        assert!(!locks.enter(3, range(0, 1), false));
-        assert!(locks.enter(4, range(1, 2), false), "reads do not wait for reads");
+        assert!(locks.enter(1, range(0, 1), Mode::Write));
+        assert!(!locks.enter(2, range(0, 2), Mode::Read));
+        assert!(!locks.enter(3, range(0, 1), Mode::Read));
+        assert!(locks.enter(4, range(1, 2), Mode::Read), "reads do not wait for reads");
         let mut ready = Vec::new();
         locks.release(range(0, 1), &mut ready);
         assert_eq!(ready, [2, 3]);
         assert!(locks.held.is_empty() && locks.waiting.is_empty());
+    }
+    #[test]
+    fn a_pause_keeps_writes_out_and_lets_reads_through() {
+        let mut locks = BlockLocks::default();
+        assert!(locks.enter(1, range(2, 3), Mode::Write));
+        assert!(!locks.enter(2, range(0, 8), Mode::Pause), "it waits for the write in flight");
+        assert!(locks.enter(3, range(4, 5), Mode::Read), "a read overtakes it");
+        assert!(!locks.enter(4, range(4, 5), Mode::Write), "a write does not");
+        let mut ready = Vec::new();
+        locks.release(range(2, 3), &mut ready);
+        assert_eq!(ready, [2]);
+        assert!(locks.enter(5, range(2, 3), Mode::Read));
+        ready.clear();
+        locks.release(range(0, 8), &mut ready);
+        assert_eq!(ready, [4]);
+    }
+
+    #[test]
+    fn who_withdraws_keeps_nobody_waiting() {
+        let mut locks = BlockLocks::default();
+        assert!(locks.enter(1, range(0, 1), Mode::Write));
+        assert!(!locks.enter(2, range(0, 8), Mode::Pause));
+        assert!(!locks.enter(3, range(7, 8), Mode::Write));
+        let mut ready = Vec::new();
+        locks.withdraw(2, range(0, 8), &mut ready);
+        assert_eq!(ready, [3]);
+        locks.release(range(0, 1), &mut ready);
+        assert!(locks.enter(4, range(0, 1), Mode::Pause));
+        locks.withdraw(4, range(0, 1), &mut ready);
+        assert!(locks.enter(5, range(0, 1), Mode::Write));
     }
 }

@@ -1,10 +1,9 @@
 //! Replicas that come and go, and the records that say who is in sync.
 
-use super::image::{ImageIo, Phase, Replica, ReplicaState, RequestKind};
+use super::image::{ImageIo, Phase, Purpose, ReplicaState, RequestKind};
 use super::replies::BadReply;
 use super::{Event, Instance, NodeIndex, NodeMask, PeekedRecord};
 use crate::geometry::ImageId;
-use crate::rules::{Rule, broken};
 use crate::wire::messages::{Attach, Head, Peek, PeekReply};
 use crate::wire::{Frame, Status, kind};
 use bytes::Bytes;
@@ -50,10 +49,8 @@ impl ImageIo {
     fn abandon(&mut self, node: NodeIndex, state: ReplicaState, status: Status) {
         let gone = NodeMask::one(node);
         let joined = self.is_joining(node);
-        let took_part = matches!(
-            self.replica(node).state,
-            ReplicaState::Up | ReplicaState::Joining { .. } | ReplicaState::Levelling
-        );
+        let was_up = self.replica(node).state == ReplicaState::Up;
+        let took_part = was_up || joined || self.is_resuming(node);
         let replica = self.replica(node);
         replica.state = state;
         replica.flushed_mark = None;
@@ -71,16 +68,29 @@ impl ImageIo {
         if took_part {
             self.end_admission_without(node, status, joined);
         }
+        if was_up || self.healing().has(node) {
+            self.heal_without(node, status);
+        }
+    }
+
+    fn is_resuming(&self, node: NodeIndex) -> bool {
+        let replica = &self.replicas[usize::from(node)];
+        matches!(replica.state, ReplicaState::Joining { .. }) && replica.purpose == Purpose::Resume
     }
 
     fn waits_for(&self, node: NodeIndex) -> bool {
         self.sets.iter().any(|set| set.storing.has(node))
             || self.parts.iter().any(|(_, part)| match part.kind {
-                RequestKind::Flush => part.waiting.and(self.in_sync_anywhere()).has(node),
+                RequestKind::Flush => {
+                    part.waiting.and(self.in_sync_anywhere().with(self.healing())).has(node)
+                }
                 RequestKind::Read | RequestKind::Status if part.waiting.is_empty() => {
                     self.sets[part.set as usize].in_sync.without(part.tried).has(node)
                 }
-                _ => part.waiting.and(self.sets[part.set as usize].in_sync).has(node),
+                _ => {
+                    let in_sync = self.sets[part.set as usize].in_sync;
+                    part.waiting.and(in_sync.with(self.healing())).has(node)
+                }
             })
     }
 
@@ -131,12 +141,12 @@ impl ImageIo {
             let replica = self.replica(node);
             replica.state = ReplicaState::Joining { stored: false };
             let same = replica.served.is_some() && replica.served == replica.instance;
-            replica.resume = resume && same;
+            replica.purpose = if resume && same { Purpose::Resume } else { Purpose::Level };
             self.send_record(NodeMask::one(node));
         }
     }
 
-    fn send_record(&mut self, nodes: NodeMask) {
+    pub(super) fn send_record(&mut self, nodes: NodeMask) {
         let (head, body) = (self.record_head(), self.spec.body.clone());
         let tag = self.spec.generation;
         self.send(nodes, kind::RECORD, 0, tag, &body, |out| head.put(out));
@@ -152,6 +162,11 @@ impl ImageIo {
         }
         match frame.status {
             Status::Ok => {}
+            // What a node that was left behind believes is no reason to stop serving.
+            status if self.is_entering_heal(node) => {
+                self.fail_heal(status);
+                return Ok(());
+            }
             Status::StaleEpoch | Status::StaleGeneration | Status::Deleted => {
                 if frame.tag == self.spec.generation {
                     self.fence(node, frame.status);
@@ -192,34 +207,24 @@ impl ImageIo {
         if self.replica(node).state != (ReplicaState::Joining { stored: true }) {
             return Ok(());
         }
-        match frame.status {
-            Status::Ok if self.replica(node).resume => {
+        match (frame.status, self.replica(node).purpose) {
+            (Status::Ok, Purpose::Resume) => {
                 self.go_up(NodeMask::one(node));
                 self.start_leveller();
             }
-            Status::Ok => {
+            (Status::Ok, Purpose::Level) => {
                 self.replica(node).state = ReplicaState::Levelling;
                 self.start_leveller();
             }
-            Status::StaleEpoch | Status::Deleted => self.fence(node, frame.status),
+            (Status::Ok, Purpose::Heal) => {
+                self.replica(node).state = ReplicaState::Healing;
+                self.begin_listing();
+            }
+            (status, Purpose::Heal) => self.fail_heal(status),
+            (Status::StaleEpoch | Status::Deleted, _) => self.fence(node, frame.status),
             _ => return Err(BadReply("no session")),
         }
         Ok(())
-    }
-
-    /// What the former instances of `nodes` answered does not count for writes that others still owe an
-    /// answer to: with their power they may have lost it, and nobody else may have it to be levelled from.
-    pub(super) fn ask_again(&mut self, nodes: NodeMask) {
-        if broken(Rule::UnansweredAskedAgain) {
-            return;
-        }
-        for (_, part) in self.parts.iter_mut() {
-            if matches!(part.kind, RequestKind::Write | RequestKind::Zero) {
-                let again = nodes.and(self.sets[part.set as usize].in_sync);
-                part.waiting = part.waiting.with(again);
-                part.sent = part.sent.without(again);
-            }
-        }
     }
 
     /// `nodes` serve from now on: what they missed is sent again in sequence order.
@@ -275,12 +280,17 @@ impl ImageIo {
             }
         }
         self.store_told = false;
+        self.clear.pending = self.clear.pending.and(self.in_sync_everywhere());
+        self.heal_reconfigured();
         for node in before.without(self.in_sync_anywhere()).iter() {
             self.let_go(node);
         }
-        // Who is joining waits for an answer that names the generation of now, changed set or not.
-        let joining = self.in_sync_anywhere().and(self.nodes_joining());
-        self.send_record_to_connected(storing.with(joining));
+        // Who is joining waits for an answer that names the generation of now, changed set or not; the
+        // others are told, so that every node that is here keeps what is in force.
+        let told = self.nodes_in(|state| {
+            !matches!(state, ReplicaState::Down | ReplicaState::Peeking | ReplicaState::Waiting)
+        });
+        self.send_record_to_connected(storing.with(told));
         self.after_store();
         self.dispatch_parked_reads();
     }
@@ -288,7 +298,9 @@ impl ImageIo {
     fn send_record_to_connected(&mut self, nodes: NodeMask) {
         for node in nodes.iter() {
             match self.replica(node).state {
-                ReplicaState::Up | ReplicaState::Levelling => self.send_record(NodeMask::one(node)),
+                ReplicaState::Up | ReplicaState::Levelling | ReplicaState::Healing => {
+                    self.send_record(NodeMask::one(node));
+                }
                 ReplicaState::Joining { .. } => {
                     self.replica(node).state = ReplicaState::Joining { stored: false };
                     self.send_record(NodeMask::one(node));
@@ -300,17 +312,15 @@ impl ImageIo {
         }
     }
 
-    fn nodes_joining(&self) -> NodeMask {
-        let joins = |r: &Replica| matches!(r.state, ReplicaState::Joining { .. });
-        let joining = self.replicas.iter().enumerate().filter(|(_, replica)| joins(replica));
-        joining.fold(NodeMask::EMPTY, |mask, (node, _)| mask.with(NodeMask::one(node as NodeIndex)))
-    }
-
     /// A node that is in sync nowhere any more: nothing is asked of it until policy admits it again.
     fn let_go(&mut self, node: NodeIndex) {
         self.replica(node).served = None;
-        let connected = self.replica(node).state != ReplicaState::Down;
-        let state = if connected { ReplicaState::Waiting } else { ReplicaState::Down };
+        let state = match self.replica(node).state {
+            // Its answer is on its way, and tells policy that it is there.
+            ReplicaState::Peeking => ReplicaState::Peeking,
+            ReplicaState::Down => ReplicaState::Down,
+            _ => ReplicaState::Waiting,
+        };
         self.abandon(node, state, Status::StaleGeneration);
     }
 
@@ -321,6 +331,11 @@ impl ImageIo {
             let generation = self.spec.generation;
             self.event(Event::Stored { generation });
         }
+        self.complete_answered();
+    }
+
+    /// Answers every part that nobody who counts is missing any more.
+    pub(super) fn complete_answered(&mut self) {
         let all: Vec<usize> = self.parts.iter().map(|(id, _)| id).collect();
         for id in all {
             if self.parts.contains(id) && !self.parts[id].is_unsent_read() {

@@ -6,29 +6,37 @@
 //! | `Down` | no connection | the link comes up → `Peeking` |
 //! | `Peeking` | asked for its record | the answer → `Waiting`, with an event |
 //! | `Waiting` | policy must say what to do with it | `admit` → `Joining` |
-//! | `Joining` | RECORD and ATTACH are on their way | both answered → `Up` (resumed) or `Levelling` |
+//! | `Joining` | RECORD and ATTACH are on their way | both answered → `Up` (resumed), `Levelling` or `Healing` |
 //! | `Levelling` | shards of the dirty maps are made equal | done → `Up`; a participant is lost → `Waiting` |
+//! | `Healing` | stale, with a session: its shards are made level | taken in by `reconfigure` → `Up`; given up → `Waiting` |
 //! | `Up` | serves; what it missed was resent in sequence order | the link goes down → `Down` |
 //!
 //! Invariants, asserted here:
 //! - a write is answered only when every in-sync replica of its set has answered it and the record that
 //!   names these replicas is stored on all of them (membership before acknowledgement);
 //! - two requests in flight never change a common block, and no read overtakes a write on its blocks;
-//! - a replica that is not `Up` is sent no request of a client and is never read.
+//! - a replica that is not `Up` is sent no request of a client and is never read; but a healing one gets
+//!   the changes of shards that are level on it, and these are answered only when it has answered too.
 //!
 //! What this module never does: choose who is in sync, or raise an epoch or a generation.
 
+mod asks;
 mod compare;
+mod copier;
+mod heal;
+mod heal_shards;
 mod image;
 mod level;
 mod link;
 mod locks;
 mod membership;
 mod replies;
+mod shard_set;
 mod submit;
 #[cfg(test)]
 mod tests;
 
+pub use heal::{HealLimits, HealSpec, HealState};
 pub use image::{ImageIo, OpenSpec, Queues, SetSpec};
 pub use link::{Link, LinkEvent, LinkTarget};
 
@@ -139,6 +147,11 @@ pub enum Event {
     Admitted { levelled_shards: u64, copied_bytes: u64 },
     /// A node was lost, or refused, while nodes were being admitted; those left wait again.
     AdmitFailed { node: NodeIndex, status: Status },
+    /// A stale node is level, durably, and gets what is written. Until policy says what became of it
+    /// (`reconfigure` that takes it in, or `end_heal`), nothing is answered that it lacks.
+    Healed { node: NodeIndex, attempt: u64, copied_bytes: u64, bad_blocks: u64 },
+    /// A heal has ended early; the node is as stale as before. `node` is the one that was healed.
+    HealFailed { node: NodeIndex, attempt: u64, status: Status },
     /// All in-sync nodes of the changed sets hold this generation.
     Stored { generation: u64 },
     /// A node knows a later holder, or a later membership: nothing more is answered, ever.

@@ -1,5 +1,6 @@
 //! Answers of the nodes: counted, verified, and turned into answers for the clients.
 
+use super::asks::is_ask;
 use super::image::{Clear, ImageIo, Phase, RequestKind};
 use super::{Event, Extent, IoError, NodeIndex, NodeMask, Outcome, Output};
 use crate::checksum::crc32c;
@@ -24,15 +25,19 @@ impl ImageIo {
         if self.phase == Phase::Dead {
             return Ok(());
         }
+        if is_ask(frame.tag) {
+            self.take_level(node, frame.clone())?;
+            return self.take_heal(node, frame);
+        }
+        if self.is_heal_held() {
+            self.pace();
+        }
         match frame.kind & !REPLY {
             kind::WRITE | kind::ZERO | kind::FLUSH | kind::CONFIRM => self.count(node, frame),
             kind::READ | kind::STATUS => self.take_read(node, frame),
             kind::PEEK => self.take_peek(node, frame),
             kind::RECORD => self.take_record(node, frame),
             kind::ATTACH => self.take_attach(node, frame),
-            kind::DIRTY | kind::SUMMARY | kind::FETCH | kind::COPY | kind::LEVEL => {
-                self.take_level(node, frame)
-            }
             kind::CLEAR | kind::DETACH => Ok(()),
             _ => Err(BadReply("a reply of unknown kind")),
         }
@@ -45,9 +50,6 @@ impl ImageIo {
     }
 
     fn count(&mut self, node: NodeIndex, frame: Frame) -> Result<(), BadReply> {
-        if frame.kind & !REPLY == kind::FLUSH && self.is_level_flush(frame.tag) {
-            return self.take_level(node, frame);
-        }
         let Some(id) = self.part_of(frame.tag) else { return Ok(()) };
         if !self.parts[id].sent.has(node) {
             return Ok(());
@@ -78,7 +80,10 @@ impl ImageIo {
             Status::StaleEpoch | Status::Deleted => self.fence(node, status),
             // Asked under a generation of before, while the new record was on its way.
             Status::StaleGeneration | Status::BadChecksum => {}
-            Status::DirtyFull => self.make_room_in_dirty_maps(),
+            Status::DirtyFull if self.in_sync_everywhere().has(node) => {
+                self.make_room_in_dirty_maps();
+            }
+            status if self.is_only_healed_by(id, node) => self.fail_heal(status),
             status => self.event(Event::ReplicaFailed { node, status }),
         }
     }
@@ -89,14 +94,17 @@ impl ImageIo {
         let counted = match part.kind {
             RequestKind::Flush => {
                 let storing = self.sets.iter().any(|set| !set.storing.is_empty());
-                !storing && part.waiting.and(self.in_sync_anywhere()).is_empty()
+                let counts = self.in_sync_anywhere().with(self.healing());
+                !storing && part.waiting.and(counts).is_empty()
             }
             RequestKind::Write | RequestKind::Zero => {
                 let set = &self.sets[part.set as usize];
+                let counts = set.in_sync.with(self.healing());
                 let stored = set.storing.is_empty() || broken(Rule::StoredBeforeAnswer);
-                let missing = part.waiting.and(set.in_sync).0.count_ones();
+                let missing = part.waiting.and(counts).0.count_ones();
                 stored && missing <= u32::from(broken(Rule::AllInSyncAnswer))
             }
+            RequestKind::Pause => false,
             RequestKind::Read | RequestKind::Status => {
                 part.confirming && part.waiting.and(self.sets[part.set as usize].in_sync).is_empty()
             }
@@ -108,7 +116,7 @@ impl ImageIo {
         match part.kind {
             RequestKind::Write | RequestKind::Zero => self.sequence_answered(part.sequence),
             RequestKind::Flush => self.flush_done(part.clear_sequence),
-            RequestKind::Read | RequestKind::Status => {}
+            RequestKind::Read | RequestKind::Status | RequestKind::Pause => {}
         }
         self.part_done(part.request);
     }
@@ -118,7 +126,7 @@ impl ImageIo {
         if sequence > self.clear.sequence {
             let in_sync = self.in_sync_anywhere();
             let proof = self.flush_numbers(in_sync);
-            self.clear = Clear { sequence, proof, pending: in_sync };
+            self.clear = Clear { sequence, proof, pending: self.in_sync_everywhere() };
         }
         if self.dirty_full {
             self.dirty_full = false;
@@ -253,6 +261,7 @@ impl ImageIo {
         self.phase = Phase::Dead;
         self.parts.clear();
         self.leveller = None;
+        self.heal = None;
         for request in self.requests.drain() {
             if let Some(token) = request.token {
                 let outcome = Outcome::Failed(IoError::Shutdown);
@@ -268,6 +277,8 @@ impl ImageIo {
             self.kill();
             return self.event(Event::Closed { clean: false });
         }
+        // One that is settled may be taken in at this moment: nothing is answered that it lacks.
+        self.fail_heal_unless_settled(Status::NoSession);
         self.phase = Phase::Closing;
         self.go_on_closing();
     }
@@ -293,7 +304,7 @@ impl ImageIo {
             self.send_clear(in_sync);
         }
         let head = Session { epoch: self.spec.epoch };
-        let up = self.up();
+        let up = self.attached();
         self.send(up, kind::DETACH, 0, 0, &Bytes::new(), |out| head.put(out));
         self.phase = Phase::Dead;
         self.event(Event::Closed { clean });

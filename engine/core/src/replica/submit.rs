@@ -1,7 +1,8 @@
 //! From a client's request to frames: cutting at shard and payload boundaries, ordering by block,
 //! choosing the replica that a read goes to.
 
-use super::image::{ImageIo, Part, Phase, ReplicaState, Request, RequestKind};
+use super::image::{ImageIo, Part, Phase, Request, RequestKind};
+use super::locks::Mode;
 use super::{Event, IoError, NodeIndex, NodeMask, Outcome, Output, Token};
 use crate::checksum::block_checksums;
 use crate::geometry::BLOCK_BYTES;
@@ -65,6 +66,7 @@ impl ImageIo {
             let outcome = Outcome::Failed(error);
             return self.outputs.push_back(Output::Answer { token, outcome });
         }
+        self.asked_ns = self.now_ns;
         let request = Request {
             token: Some(token),
             kind,
@@ -81,29 +83,43 @@ impl ImageIo {
         self.enter(id, kind, offset, length);
     }
 
+    /// Has a flush follow with the next tick.
+    pub(super) fn flush_soon(&mut self) {
+        self.bytes_since_flush = self.bytes_since_flush.max(SELF_FLUSH_BYTES);
+    }
+
     /// A flush that no client asked for.
     pub(super) fn submit_own_flush(&mut self) {
-        let id = self.requests.insert(Request {
+        let id = self.own_request(RequestKind::Flush, 0, 0);
+        self.start(id);
+    }
+
+    /// A request without a client.
+    pub(super) fn own_request(&mut self, kind: RequestKind, offset: u64, length: u32) -> usize {
+        self.requests.insert(Request {
             token: None,
-            kind: RequestKind::Flush,
-            offset: 0,
-            length: 0,
+            kind,
+            offset,
+            length,
             flags: 0,
             payload: Bytes::new(),
             parts_left: 0,
             error: None,
             runs: Vec::new(),
             extents: Vec::new(),
-        });
-        self.start(id);
+        })
     }
 
-    fn enter(&mut self, id: usize, kind: RequestKind, offset: u64, length: u32) {
+    pub(super) fn enter(&mut self, id: usize, kind: RequestKind, offset: u64, length: u32) {
         if kind == RequestKind::Flush || length == 0 {
             return self.start(id);
         }
-        let holds = matches!(kind, RequestKind::Write | RequestKind::Zero);
-        if self.locks.enter(id, Self::block_range(offset, length), holds) {
+        let mode = match kind {
+            RequestKind::Write | RequestKind::Zero => Mode::Write,
+            RequestKind::Pause => Mode::Pause,
+            RequestKind::Read | RequestKind::Status | RequestKind::Flush => Mode::Read,
+        };
+        if self.locks.enter(id, Self::block_range(offset, length), mode) {
             self.start(id);
         }
     }
@@ -112,8 +128,10 @@ impl ImageIo {
     pub(super) fn start(&mut self, id: usize) {
         let request = &self.requests[id];
         let (kind, length) = (request.kind, request.length);
-        if kind == RequestKind::Flush {
-            return self.start_flush(id);
+        match kind {
+            RequestKind::Flush => return self.start_flush(id),
+            RequestKind::Pause => return self.heal_paused(id),
+            _ => {}
         }
         if length == 0 {
             return self.finish_request(id);
@@ -175,10 +193,13 @@ impl ImageIo {
         let set = self.spec.geometry.replica_set_of(piece.shard);
         let changes = matches!(kind, RequestKind::Write | RequestKind::Zero);
         let sequence = if changes { self.take_sequence() } else { 0 };
-        let waiting = if changes { self.sets[set as usize].in_sync } else { NodeMask::EMPTY };
-        self.serial = (self.serial + 1) & 0x7fff_ffff;
+        let wanted = match changes {
+            true => self.sets[set as usize].in_sync.with(self.healing_of(set, piece.shard)),
+            false => NodeMask::EMPTY,
+        };
+        let serial = self.next_serial();
         self.parts.insert(Part {
-            serial: self.serial,
+            serial,
             request,
             position,
             kind,
@@ -189,7 +210,8 @@ impl ImageIo {
             flags,
             sequence,
             payload,
-            waiting,
+            wanted,
+            waiting: wanted,
             sent: NodeMask::EMPTY,
             tried: NodeMask::EMPTY,
             confirming: false,
@@ -213,7 +235,7 @@ impl ImageIo {
     fn dispatch_write(&mut self, id: usize) {
         let (waiting, length) = (self.parts[id].waiting, self.parts[id].length);
         self.bytes_since_flush += u64::from(length);
-        let up = waiting.and(self.up());
+        let up = waiting.and(self.attached());
         self.send_change(id, up);
         for node in waiting.without(up).iter() {
             self.tell_blocking(node);
@@ -308,7 +330,8 @@ impl ImageIo {
         self.requests[request].parts_left = 1;
         let nowhere = Piece { shard: 0, offset: 0, length: 0 };
         let id = self.new_part(request, 0, RequestKind::Flush, nowhere, 0, Bytes::new());
-        let needed = self.in_sync_anywhere().iter().filter(|node| {
+        let wanted = self.in_sync_anywhere().with(self.healing_of_flush());
+        let needed = wanted.iter().filter(|node| {
             let replica = &self.replicas[usize::from(*node)];
             let first = replica.flushed_mark.is_none() && !broken(Rule::FirstFlushGoesToAll);
             first || replica.flushed_mark.unwrap_or(0) != replica.write_mark
@@ -321,9 +344,9 @@ impl ImageIo {
             false => self.answered_through(),
         };
         let part = &mut self.parts[id];
-        part.waiting = waiting;
+        (part.wanted, part.waiting) = (waiting, waiting);
         part.clear_sequence = clear_sequence;
-        let up = waiting.and(self.up());
+        let up = waiting.and(self.attached());
         self.send_flush(id, up);
         for node in waiting.without(up).iter() {
             self.tell_blocking(node);
@@ -356,7 +379,7 @@ impl ImageIo {
 
     /// Policy is told once that requests wait for a replica that is not up.
     pub(super) fn tell_blocking(&mut self, node: NodeIndex) {
-        if self.replica(node).state == ReplicaState::Up || self.replica(node).blocking_told {
+        if self.attached().has(node) || self.replica(node).blocking_told {
             return;
         }
         self.replica(node).blocking_told = true;
@@ -384,7 +407,7 @@ impl ImageIo {
 
     /// Sends again what a replica that is up failed, or was not asked.
     pub(super) fn send_unsent(&mut self) {
-        let up = self.up();
+        let up = self.attached();
         let again: Vec<usize> = self
             .parts
             .iter()
@@ -404,7 +427,7 @@ impl ImageIo {
             RequestKind::Read | RequestKind::Status if part.confirming => {
                 self.send_confirm(id, missing);
             }
-            RequestKind::Read | RequestKind::Status => {}
+            RequestKind::Read | RequestKind::Status | RequestKind::Pause => {}
         }
     }
 

@@ -192,6 +192,12 @@ impl World {
         for index in 0..slot.links.len() {
             self.tick_link(gateway, index, paused);
         }
+        let images = &self.gateways[gateway].images;
+        let healing = images.iter().filter(|(_, image)| image.io.is_healing());
+        let healing: Vec<u32> = healing.map(|(channel, _)| *channel).collect();
+        for channel in healing {
+            self.with_image(gateway, channel, ImageIo::pace);
+        }
         let slot = &mut self.gateways[gateway];
         if now_ns < slot.next_image_tick_ns {
             return;

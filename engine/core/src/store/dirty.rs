@@ -102,7 +102,7 @@ impl DirtyMaps {
         self.images.get(image).into_iter().flat_map(|i| i.shards.iter().map(|(s, e)| (*s, *e)))
     }
 
-    /// The highest flush number that each peer is known to have cleared to.
+    /// The flush number that each peer is known to have cleared to.
     pub fn peers(&self, image: &ImageId) -> impl Iterator<Item = (&str, u64)> {
         self.images
             .get(image)
@@ -156,10 +156,9 @@ impl DirtyMaps {
     /// reached that flush number. Drops what was last written by then, but for sticky entries.
     pub fn clear(&mut self, image: &ImageId, tag: Tag, peers: &[(String, u64)]) -> Vec<Dropped> {
         let map = self.images.entry(*image).or_default();
-        for (name, flush_number) in peers {
-            let known = map.peers.entry(name.clone()).or_insert(0);
-            *known = (*known).max(*flush_number);
-        }
+        // The latest word counts, also a lower one: of a node that was healed onto another disk.
+        let told = peers.iter().filter(|(_, flush_number)| *flush_number > 0);
+        map.peers.extend(told.cloned());
         let keeps = |entry: &DirtyEntry| entry.sticky && !broken(Rule::StickyUntilLevel);
         self.drop_where(image, |_, entry| !keeps(entry) && entry.last <= tag)
     }

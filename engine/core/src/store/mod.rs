@@ -40,6 +40,7 @@ mod sync;
 mod tests;
 mod usage;
 mod write;
+mod written;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -64,6 +65,7 @@ use state::State;
 use superblock::Superblock;
 pub use sync::{SyncDone, SyncJob};
 pub use usage::UsageHandle;
+pub use written::{WRITTEN_PER_PAGE, WrittenCursor, WrittenPage};
 
 /// What a block is, in one layer or resolved through the layers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, PartialOrd, Ord, Hash)]

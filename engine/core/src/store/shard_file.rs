@@ -111,6 +111,11 @@ pub fn slot_bytes(shard_bytes: u32) -> u64 {
     most.next_multiple_of(PAGE_BYTES as usize) as u64
 }
 
+/// The shard whose file has this name.
+pub fn listed_shard(name: &str) -> Option<u64> {
+    u64::from_str_radix(name, 16).ok().filter(|shard| format!("{shard:x}") == name)
+}
+
 fn slot_offset(shard_bytes: u32, version: u64) -> u64 {
     u64::from(shard_bytes) + version % 2 * slot_bytes(shard_bytes)
 }
@@ -255,6 +260,32 @@ pub fn read_meta(
         }
     };
     Ok(choose(read(0)?, read(1)?, blocks, torn_allowed))
+}
+
+/// The highest generation that the headers of a file's slots name, 0 where it has none yet; none where
+/// one is damaged: it may have named a higher one.
+pub fn read_generation(
+    file: &dyn DiskFile,
+    key: &ShardKey,
+    shard_bytes: u32,
+) -> DiskResult<Option<u64>> {
+    let mut highest = 0;
+    for version in [0, 1] {
+        let mut head = BytesMut::new();
+        match file.read_at(slot_offset(shard_bytes, version), HEADER_BYTES, &mut head) {
+            Ok(_) => {}
+            Err(super::disk::Errno::IO) => return Ok(None),
+            Err(errno) => return Err(errno),
+        }
+        if head.iter().all(|byte| *byte == 0) {
+            continue;
+        }
+        let Some((_, header)) = decode_slot_header(key, shard_bytes / BLOCK_BYTES, &head) else {
+            return Ok(None);
+        };
+        highest = highest.max(header.generation);
+    }
+    Ok(Some(highest))
 }
 
 /// The metadata that two slots amount to.

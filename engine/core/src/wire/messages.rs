@@ -542,3 +542,52 @@ impl Head for Level {
         Ok(Level { epoch: f.u64()?, shards: f.list(8, Fields::u64)? })
     }
 }
+
+/// WRITTEN asks for the shards that were last written above a generation, from a place on: the first
+/// time 0, then what the last answer named.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WrittenAbove {
+    pub epoch: u64,
+    pub generation: u64,
+    pub place: u32,
+    pub shard: u64,
+}
+
+impl Head for WrittenAbove {
+    fn put(&self, out: &mut BytesMut) {
+        out.put_u64_le(self.epoch);
+        out.put_u64_le(self.generation);
+        out.put_u32_le(self.place);
+        out.put_u64_le(self.shard);
+    }
+    fn take_fields(f: &mut Fields) -> Result<Self, Short> {
+        Ok(WrittenAbove { epoch: f.u64()?, generation: f.u64()?, place: f.u32()?, shard: f.u64()? })
+    }
+}
+
+/// Most shards in one answer to WRITTEN.
+pub const WRITTEN_SHARDS_MAX: usize = 8192;
+
+/// Answer to WRITTEN, bounded in the work it takes, so it may name no shard and yet not be the last.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WrittenReply {
+    /// Where to ask on: place and shard; none: this was the last.
+    pub next: Option<(u32, u64)>,
+    pub shards: Vec<u64>,
+}
+
+impl Head for WrittenReply {
+    fn put(&self, out: &mut BytesMut) {
+        let (place, shard) = self.next.unwrap_or((0, 0));
+        out.put_u8(u8::from(self.next.is_some()));
+        out.put_u32_le(place);
+        out.put_u64_le(shard);
+        put_list(out, &self.shards, |out, shard| out.put_u64_le(*shard));
+    }
+    fn take_fields(f: &mut Fields) -> Result<Self, Short> {
+        let more = f.u8()? != 0;
+        let next = (f.u32()?, f.u64()?);
+        let next = more.then_some(next);
+        Ok(WrittenReply { next, shards: f.list(8, Fields::u64)? })
+    }
+}

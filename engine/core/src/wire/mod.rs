@@ -47,6 +47,7 @@ pub mod kind {
     pub const FETCH: u8 = 34;
     pub const COPY: u8 = 35;
     pub const LEVEL: u8 = 36;
+    pub const WRITTEN: u8 = 37;
 }
 
 /// Flag bits of requests.

@@ -1,14 +1,19 @@
 """The command line: what it prints, and how it ends when it cannot."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from etcd.interface import Put
 from etcd.memory import MemoryEtcd
-from etcd.records import NodeRecord
+from etcd.records import ArbiterRecord, NodeRecord
 from hci import cli, connect
+from hci.cli import app
 from hci.dev import layout
 from vmstore.catalog import Catalog
 from vmstore.names import ImageName
@@ -65,6 +70,38 @@ def test_version_is_that_of_the_engine(hci: Run) -> None:
     assert printed.startswith("hci 0.")
 
 
+@pytest.mark.parametrize("arguments", [(), ("dev",), ("image", "import")])
+def test_help_lists_what_there_is(hci: Run, arguments: tuple[str, ...]) -> None:
+    status, printed, _ = hci(*arguments, "--help")
+    assert status == 0
+    assert "--install-completion" not in printed
+    for word in {0: app.MODULES, 1: ("start", "kill"), 2: ("--format",)}[len(arguments)]:
+        assert word in printed
+
+
+@pytest.mark.usefixtures("etcd")
+def test_heal_status_lists_stale_nodes(hci: Run, etcd: MemoryEtcd) -> None:
+    """A group of one command was taken for that command."""
+    image = Catalog(etcd).create_image(ImageName("vms", "web"), 1 << 30)
+    stale = replace(image.record, generation=2, stale={0: {"node3": 1}})
+    etcd.transaction([], [Put(image.key, stale.encode())])
+    status, printed, _ = hci("heal", "status", "--json")
+    (line,) = json.loads(printed)["images"]
+    assert status == 0
+    assert (line["image"], line["node"], line["state"]) == ("vms/web", "node3", "stale")
+
+
+def test_command_with_a_typing_error_is_answered_with_the_right_one(hci: Run) -> None:
+    assert "Did you mean 'status'" in hci("statsu")[2]
+
+
+def test_dev_commands_that_ask_nobody_do_not_load_what_asks(tmp_path: Path) -> None:
+    """gRPC alone takes as long to import as all that `hci dev kill` does."""
+    program = "import sys, hci.cli.app, hci.cli.dev; print({'grpc', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments",
     [("nonsense",), ("image", "create", "vms/a"), ("dev", "start", "--nodes", "x"), ("pool", "rm")],
@@ -80,6 +117,8 @@ def test_wrong_usage_ends_with_2(hci: Run, arguments: tuple[str, ...]) -> None:
     [
         (("image", "create", "vms/a", "0"), "size of an image is zero"),
         (("image", "create", "vms/a", "ten"), "'ten' is not a size"),
+        (("image", "create", "vms/a", "-5"), "'-5' is negative; sizes and counts are not"),
+        (("image", "resize", "vms/there", "-1G"), "'-1G' is negative"),
         (("image", "create", "vms/a", "257T"), "beyond the limit of an image, 256 TiB"),
         (("image", "create", "vms/a", "1000"), "not a multiple of 512; the next larger is 1024"),
         (("image", "create", "vms", "1G"), "names no image: write POOL/NAME"),
@@ -98,9 +137,22 @@ def test_wrong_usage_ends_with_2(hci: Run, arguments: tuple[str, ...]) -> None:
         (("pool", "create", "b", "--shard-size", "3M"), "is not a shard size: use 1M, 2M"),
         (("pool", "create", "b", "--failure-domain", "zone"), "needs 3 nodes on different zones"),
         (("pool", "create", "b", "--replica-sets", "0"), "1 to 1024 replica sets, not 0"),
+        (("pool", "create", "b", "--policy", "thin-arbiter"), "needs an arbiter: name one with"),
+        (
+            ("pool", "create", "b", "--policy", "thin-arbiter", "--arbiter", "w"),
+            "there is no arbiter w; `hci arbiter ls`",
+        ),
+        (("pool", "create", "b", "--arbiter", "w"), "replica-3 has no arbiter: leave w out"),
+        (("arbiter", "replace", "v", "w"), "there is no arbiter w"),
+        (("arbiter", "serve"), "say which arbiter with --name (known: none)"),
         (("dev", "kill", "node9"), "no member 'node9' in"),
         (("dev", "kill", "node1"), "node1 is not running; see `hci dev status`"),
         (("dev", "run", "node1"), "node1 needs etcd, which is not running: `hci dev run etcd`"),
+        (("dev", "stop", "--dir", "/none"), "/none holds no cluster; `hci dev start /none` makes"),
+        (("dev", "status", "/none"), "/none holds no cluster"),
+        (("dev", "kill", "node1", "--dir", "/none"), "/none holds no cluster"),
+        (("dev", "run", "all", "--dir", "/none"), "/none holds no cluster"),
+        (("dev", "start", "/one", "--dir", "/two"), "/one and --dir /two are two folders"),
         (("status", "--config", "/none.toml"), "/none.toml: cannot be read: No such file"),
     ],
 )
@@ -210,7 +262,10 @@ def test_dev_start_in_a_folder_of_something_else_is_refused(hci: Run, tmp_path: 
     assert "is not empty and holds no cluster" in hci("dev", "start", str(other))[2]
     assert "has 3 nodes, not 4" in hci("dev", "start", str(tmp_path), "--nodes", "4")[2]
     few = tmp_path / "few"
-    assert "has 3 nodes or more" in hci("dev", "start", str(few), "--nodes", "2")[2]
+    refused = hci("dev", "start", str(few), "--nodes", "2")[2]
+    assert "has 3 nodes or more; two nodes do with --arbiter" in refused
+    refused = hci("dev", "start", str(few), "--nodes", "1", "--arbiter")[2]
+    assert "has 2 nodes or more" in refused
     assert not few.exists()
 
 
@@ -226,3 +281,39 @@ def test_dev_start_in_a_folder_of_something_else_is_refused(hci: Run, tmp_path: 
 )
 def test_config_may_stand_anywhere(written: list[str], understood: list[str]) -> None:
     assert cli.config_first(written) == understood
+
+
+def test_dev_commands_take_the_folder_that_start_took(
+    hci: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Only `start` took it: to stop that cluster one had to know of HCI_CONFIG.
+    monkeypatch.delenv("HCI_CONFIG")
+    for arguments in (("status", str(tmp_path)), ("status", "--dir", str(tmp_path))):
+        status, printed, _ = hci("dev", *arguments, "--json")
+        assert status == 0
+        assert json.loads(printed)["dir"] == str(tmp_path)
+    status, _, complaint = hci("dev", "kill", "node1", "--dir", str(tmp_path))
+    assert (status, complaint) == (1, "hci: node1 is not running; see `hci dev status`\n")
+    assert hci("dev", "stop", str(tmp_path))[0] == 0
+
+
+def test_dev_cluster_without_an_arbiter_gets_none_later(hci: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    (folder / "hci.toml").write_text(layout.new_config(folder, 3, 1, "vms"))
+    status, _, complaint = hci("dev", "start", str(folder), "--arbiter")
+    assert status == 1
+    assert "has no arbiter; leave --arbiter out" in complaint
+
+
+def test_arbiters_are_listed_with_their_pools(hci: Run, etcd: MemoryEtcd) -> None:
+    assert hci("arbiter", "ls")[1] == "no arbiters are registered\n"
+    record = ArbiterRecord(
+        name="witness", id="f" * 32, address="127.0.0.1:1", host="far", start_counter=1
+    )
+    Catalog(etcd).announce_arbiter(record, etcd.grant_lease(60))
+    assert hci("pool", "create", "p", "--policy", "thin-arbiter", "--arbiter", "witness")[0] == 0
+    (listed,) = json.loads(hci("arbiter", "ls", "--json")[1])
+    assert (listed["name"], listed["state"], listed["pools"]) == ("witness", "down", ["p"])
+    pools = {pool["name"]: pool["arbiter"] for pool in json.loads(hci("pool", "ls", "--json")[1])}
+    assert pools == {"p": "witness", "vms": None}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hci import config
-from hci.dev import layout
+from hci.dev import layout, ports
 
 
 def parsed(folder: Path, nodes: int = 3, gateways: int = 2) -> config.Config:
@@ -20,6 +20,15 @@ def test_new_config_has_all_members_each_on_a_host_of_its_own() -> None:
     assert [node.host for node in found.nodes.values()] == ["host1", "host2", "host3"]
     assert [gateway.host for gateway in found.gateways.values()] == ["host1", "host2"]
     assert found.nodes["node2"].data_dir == Path("/srv/cluster/node2")
+
+
+def test_new_config_with_an_arbiter_has_it_on_a_host_of_its_own() -> None:
+    text = layout.new_config(Path("/srv/c"), 2, 1, "vms", arbiter=True)
+    found = config.parse(text, Path("/srv/c/hci.toml"))
+    assert list(found.arbiters) == ["arbiter"]
+    arbiter = found.arbiter("arbiter")
+    assert (arbiter.host, arbiter.data_dir) == ("host3", Path("/srv/c/arbiter"))
+    assert parsed(Path("/srv/c")).arbiters == {}
 
 
 def test_new_config_gives_every_listener_a_port_of_its_own() -> None:
@@ -54,8 +63,8 @@ def test_two_new_configs_share_no_run_folder() -> None:
 def test_port_in_use_is_not_free() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        assert not layout.port_is_free(config.Endpoint("127.0.0.1", port))
-    assert layout.port_is_free(config.Endpoint("127.0.0.1", port))
+        assert not ports.is_free(config.Endpoint("127.0.0.1", port))
+    assert ports.is_free(config.Endpoint("127.0.0.1", port))
 
 
 def test_write_replaces_a_file_whole(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ use std::collections::{HashMap, VecDeque};
 pub const NODES: usize = 3;
 const IMAGE: ImageId = ImageId([0xA1; 16]);
 const SHARD_BYTES: u32 = 1 << 20;
-/// Requests go to two blocks on either side of a shard's end.
-const REGION_OFFSET: u64 = (SHARD_BYTES - 2 * BLOCK_BYTES) as u64;
+/// Requests go to regions of two blocks on either side of a shard's end, of two shards each.
+const REGIONS: usize = 4;
 const REGION_SECTORS: usize = 4 * BLOCK_BYTES as usize / SECTOR;
+const SECTORS: usize = REGIONS * REGION_SECTORS;
 const IN_FLIGHT_MAX: usize = 10;
 
 /// What may happen to nodes.
@@ -66,11 +67,13 @@ pub struct Cluster {
     forgetful: [bool; NODES],
     opened: bool,
     pub closed: Option<bool>,
+    /// Stale nodes that former holders took in.
+    healed: u64,
 }
 
 fn spec(record: Stored) -> OpenSpec {
     let geometry = Geometry {
-        size_bytes: 2 * u64::from(SHARD_BYTES),
+        size_bytes: 2 * REGIONS as u64 * u64::from(SHARD_BYTES),
         shard_bytes: SHARD_BYTES,
         placement_key: IMAGE,
         replica_sets: 1,
@@ -93,24 +96,26 @@ fn spec(record: Stored) -> OpenSpec {
 
 impl Cluster {
     pub fn new(seed: u64, faults: Faults) -> Cluster {
-        let record = Stored { epoch: 1, generation: 1, in_sync: NodeMask((1 << NODES) - 1) };
+        let in_sync = NodeMask((1 << NODES) - 1);
+        let record = Stored { epoch: 1, generation: 1, in_sync, since: [0; 8] };
         let mut cluster = Cluster {
             random: Seeded::new(seed),
             now: 1,
             faults,
-            calm: [1, 3, 10][(seed % 3) as usize],
+            calm: [1, 3, 10, 30, 90][(seed % 5) as usize],
             nodes: (0..NODES).map(SimNode::new).collect(),
             links: (0..NODES).map(|_| SimLink::default()).collect(),
             connections: 0,
             io: ImageIo::new(spec(record)),
             policy: Policy::new(record, NODES),
             events: VecDeque::new(),
-            oracle: Oracle::new(REGION_SECTORS, faults == Faults::PowerCuts),
+            oracle: Oracle::new(SECTORS, faults == Faults::PowerCuts),
             asked: HashMap::new(),
             cookies: 0,
             forgetful: [false; NODES],
             opened: false,
             closed: None,
+            healed: 0,
         };
         (0..NODES).for_each(|node| cluster.connect(node));
         cluster
@@ -121,22 +126,41 @@ impl Cluster {
     /// Does one thing. `faults`: something may go wrong.
     pub fn step(&mut self, faults: bool) {
         self.now += 1;
+        self.io.set_now(self.now * 1_000_000);
         let node = self.random.below(NODES as u64) as usize;
+        let burst = 1 + self.random.below(3);
         match self.random.below(100) {
-            0..24 => self.deliver_request(node),
-            24..48 => self.deliver_answer(node),
-            48..58 => self.nodes[node].sync(),
-            58..60 => self.nodes[node].checkpoint(),
-            60..74 => self.hear(),
-            74..76 => self.take_proposal(),
-            76..77 => self.tick(),
-            77..80 => self.deliver_late(node),
-            80..92 if faults => self.ask(),
-            92..95 if faults => self.connect(node),
-            95.. if faults && self.random.below(self.calm) == 0 => self.misfortune(node),
+            0..28 => (0..burst).for_each(|_| self.deliver_request(self.busy(node, Self::is_asked))),
+            28..56 => (0..burst).for_each(|_| self.deliver_answer(self.busy(node, Self::answers))),
+            56..68 => self.sync(self.busy(node, |c, node| c.nodes[node].waits_for_sync())),
+            68..70 => self.nodes[node].checkpoint(),
+            70..80 => self.hear(),
+            80..82 => self.take_proposal(),
+            82..83 => self.tick(),
+            83..86 => self.deliver_late(node),
+            86..93 if faults => self.ask(),
+            93..96 if faults => self.connect(node),
+            96.. if faults && self.random.below(self.calm) == 0 => self.misfortune(node),
             _ => {}
         }
         self.check();
+    }
+
+    /// `node`, or the next one that has something to do.
+    fn busy(&self, node: usize, is_busy: impl Fn(&Cluster, usize) -> bool) -> usize {
+        (node..node + NODES).map(|n| n % NODES).find(|n| is_busy(self, *n)).unwrap_or(node)
+    }
+
+    fn sync(&mut self, node: usize) {
+        self.nodes[node].sync();
+    }
+
+    fn is_asked(&self, node: usize) -> bool {
+        self.links[node].up && !self.links[node].to_node.is_empty()
+    }
+
+    fn answers(&self, node: usize) -> bool {
+        self.nodes[node].has_answers()
     }
 
     fn check(&mut self) {
@@ -165,7 +189,8 @@ impl Cluster {
                 && self.io.requests_in_flight() == 0
                 && self.nodes.iter().all(SimNode::is_idle)
                 && self.links.iter().all(|l| l.to_node.is_empty() && l.late.is_empty());
-            if idle && (self.closed.is_some() || (self.io.is_running() && self.policy.all_up())) {
+            let whole = self.policy.all_up() && self.policy.record.in_sync.0 == (1 << NODES) - 1;
+            if idle && (self.closed.is_some() || (self.io.is_running() && whole)) {
                 return;
             }
         }
@@ -181,7 +206,7 @@ impl Cluster {
         );
     }
 
-    fn deliver_request(&mut self, node: usize) {
+    pub fn deliver_request(&mut self, node: usize) {
         let link = &mut self.links[node];
         if link.up
             && self.nodes[node].takes(link.connection)
@@ -203,7 +228,7 @@ impl Cluster {
         }
     }
 
-    fn deliver_answer(&mut self, node: usize) {
+    pub fn deliver_answer(&mut self, node: usize) {
         let Some((connection, frame)) = self.nodes[node].run().answers.pop_front() else { return };
         let link = &self.links[node];
         if link.up && link.connection == connection {
@@ -220,7 +245,7 @@ impl Cluster {
         }
     }
 
-    fn take_proposal(&mut self) {
+    pub fn take_proposal(&mut self) {
         self.policy.proposal_taken(&mut self.io);
         self.carry_out();
     }
@@ -274,8 +299,9 @@ impl Cluster {
         if !self.io.is_running() || self.asked.len() >= IN_FLIGHT_MAX {
             return;
         }
-        let first = self.random.below(REGION_SECTORS as u64) as usize;
-        let sectors = 1 + self.random.below((REGION_SECTORS - first).min(16) as u64) as usize;
+        let first = self.random.below(SECTORS as u64) as usize;
+        let left = REGION_SECTORS - first % REGION_SECTORS;
+        let sectors = 1 + self.random.below(left.min(16) as u64) as usize;
         match self.random.below(10) {
             0..3 => self.read(first, sectors),
             3..7 => self.write(first, sectors),
@@ -307,7 +333,7 @@ impl Cluster {
         self.carry_out();
     }
 
-    fn zero(&mut self, first: usize, sectors: usize) {
+    pub fn zero(&mut self, first: usize, sectors: usize) {
         let token = self.token(Asked::Change { durable: false });
         self.oracle.write_begins(first, sectors, (token.cookie, 0), self.now);
         let flags = if self.random.chance(50) { flag::KEEP_ALLOCATED } else { 0 };
@@ -323,7 +349,9 @@ impl Cluster {
     }
 
     pub fn read_everything(&mut self) {
-        self.read(0, REGION_SECTORS);
+        for region in 0..REGIONS {
+            self.read(region * REGION_SECTORS, REGION_SECTORS);
+        }
     }
 
     fn answered(&mut self, cookie: u64, outcome: Outcome) {
@@ -404,6 +432,12 @@ impl Cluster {
         self.links[node].late.clear();
     }
 
+    /// A node comes back with a disk that is empty.
+    pub fn replace_disk(&mut self, node: usize) {
+        self.restart_node(node, false);
+        self.nodes[node] = SimNode::new(node);
+    }
+
     /// The holder dies; another opens the image.
     pub fn restart_gateway(&mut self) {
         for link in &mut self.links {
@@ -418,6 +452,7 @@ impl Cluster {
             record = proposal;
         }
         record.epoch += 1;
+        self.healed += self.policy.healed;
         self.io = ImageIo::new(spec(record));
         self.policy = Policy::new(record, NODES);
         self.events.clear();
@@ -429,6 +464,11 @@ impl Cluster {
 
     // The end
 
+    /// Stale nodes that were taken in, by any holder.
+    pub fn healed(&self) -> u64 {
+        self.healed + self.policy.healed
+    }
+
     /// Asserts that the in-sync replicas hold the same, and that nothing is dirty any more.
     pub fn check_replicas(&mut self, clean: bool) {
         let in_sync = self.policy.record.in_sync;
@@ -437,7 +477,9 @@ impl Cluster {
             let store = &mut self.nodes[usize::from(node)].run().store;
             let last_block = SHARD_BYTES / BLOCK_BYTES;
             let mut content = Vec::new();
-            for (shard, first) in [(0, last_block - 2), (1, 0)] {
+            let regions = (0..REGIONS as u64).flat_map(|region| [2 * region, 2 * region + 1]);
+            for shard in regions {
+                let first = if shard % 2 == 0 { last_block - 2 } else { 0 };
                 let (mut states, mut data) = (Vec::new(), BytesMut::new());
                 store
                     .read_blocks(&IMAGE, &[1], shard, first, 2, &mut states, &mut data)
@@ -467,7 +509,9 @@ impl Cluster {
 }
 
 fn offset_of(sector: usize) -> u64 {
-    REGION_OFFSET + (sector * SECTOR) as u64
+    let (region, sector) = (sector / REGION_SECTORS, sector % REGION_SECTORS);
+    let end_of_shard = (2 * region as u64 + 1) * u64::from(SHARD_BYTES);
+    end_of_shard - 2 * u64::from(BLOCK_BYTES) + (sector * SECTOR) as u64
 }
 
 fn flatten(runs: &[Run]) -> Vec<u8> {

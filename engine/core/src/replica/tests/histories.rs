@@ -2,6 +2,7 @@
 //! tries so many of each kind.
 
 use super::cluster::{Cluster, Faults};
+use crate::rules::{Rule, break_rules};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 const ROUNDS: u64 = 100;
@@ -19,20 +20,25 @@ fn run(faults: Faults) {
         Some(seed) => seed..seed + 1,
         None => 1..number("HCI_SIM_ROUNDS").unwrap_or(ROUNDS) + 1,
     };
+    let (mut healed, count) = (0, seeds.end - seeds.start);
     for seed in seeds {
         let outcome = catch_unwind(AssertUnwindSafe(|| history(seed, faults)));
-        if let Err(panic) = outcome {
+        healed += outcome.unwrap_or_else(|panic| {
             eprintln!("{faults:?}: HCI_SIM_SEED={seed} replays this");
             resume_unwind(panic);
-        }
+        });
     }
+    println!("{faults:?}: {healed} nodes were healed in {count} histories");
+    assert!(healed > 0 || count < ROUNDS, "no node was healed in {count} histories");
 }
 
-fn history(seed: u64, faults: Faults) {
+/// Gives how many nodes were healed in it while things went wrong.
+fn history(seed: u64, faults: Faults) -> u64 {
     let mut cluster = Cluster::new(seed, faults);
     for _ in 0..STEPS {
         cluster.step(true);
     }
+    let healed = cluster.healed();
     cluster.settle();
     cluster.check_replicas(false);
     cluster.read_everything();
@@ -43,6 +49,34 @@ fn history(seed: u64, faults: Faults) {
     cluster.settle();
     assert_eq!(cluster.closed, Some(true), "with all replicas there, the end is clean");
     cluster.check_replicas(true);
+    healed
+}
+
+/// Each rule is broken in turn, and noticed within so many histories of each kind.
+#[test]
+#[ignore = "takes minutes: cargo test -- --ignored; `heals` notices the same by their stories"]
+fn broken_rules_of_heal_are_noticed_by_chance() {
+    const HISTORIES: u64 = 600;
+    let defects = [
+        Rule::WritesAreListed,
+        Rule::HealPausesWrites,
+        Rule::HealedNodeAnswers,
+        Rule::LostHealedIsAwaited,
+        Rule::HealNeedsItsSources,
+        Rule::HealedIsDurable,
+        Rule::UnansweredAskedAgain,
+    ];
+    let unnoticed = defects.into_iter().filter(|defect| {
+        break_rules(&[*defect]);
+        let kinds = [Faults::Kills, Faults::GuardedPowerCuts, Faults::PowerCuts];
+        let fails =
+            |seed, faults| catch_unwind(AssertUnwindSafe(|| history(seed, faults))).is_err();
+        let noticed = (1..=HISTORIES).find(|seed| kinds.iter().any(|faults| fails(*seed, *faults)));
+        break_rules(&[]);
+        println!("{defect:?}: noticed by seed {noticed:?}");
+        noticed.is_none()
+    });
+    assert_eq!(unnoticed.collect::<Vec<_>>(), [], "rules that may be broken unnoticed");
 }
 
 #[test]

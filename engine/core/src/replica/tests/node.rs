@@ -1,8 +1,12 @@
 //! A simulated node as the histories here move it: nothing may go wrong but what they do to it.
 
+use crate::checksum::crc32c;
+use crate::geometry::{BLOCK_BYTES, ImageId, ShardKey, Tag};
 use crate::replica::Instance;
 use crate::simulation;
+use crate::store::{BlockState, CopyBlock};
 use crate::wire::Frame;
+use bytes::Bytes;
 
 pub struct SimNode {
     inner: simulation::SimNode,
@@ -10,7 +14,8 @@ pub struct SimNode {
 
 impl SimNode {
     pub fn new(index: usize) -> SimNode {
-        let mut inner = simulation::SimNode::new(&format!("node{}", index + 1), Default::default());
+        let name = format!("node{}", index + 1);
+        let mut inner = simulation::SimNode::new(&name, Default::default());
         inner.start().expect("the store opens");
         SimNode { inner }
     }
@@ -33,6 +38,21 @@ impl SimNode {
         self.inner.start().expect("the store opens");
     }
 
+    /// Content of a former life appears in a shard that nobody else has, and nothing is dirty.
+    pub fn scribble(&mut self) {
+        let image = ImageId([0xA1; 16]);
+        let key = ShardKey { image, layer: 1, shard: 7 };
+        let crc = crc32c(&[0xE5; BLOCK_BYTES as usize]);
+        let blocks: Vec<CopyBlock> = (0..2)
+            .map(|block| CopyBlock { block, state: BlockState::Data, tag: Tag::NONE, crc })
+            .collect();
+        let store = &mut self.run().store;
+        let content = Bytes::from(vec![0xE5; 2 * BLOCK_BYTES as usize]);
+        store.copy(&key, &blocks, content, 1).expect("a copy");
+        store.append().expect("the log takes a batch");
+    }
+
+    /// Takes the next frame of a connection; false: the connection waits for room in the log.
     pub fn takes(&self, connection: u64) -> bool {
         self.seen().takes(connection)
     }
@@ -60,6 +80,14 @@ impl SimNode {
         for (connection, frame) in self.run().finish_checkpoint().expect("a checkpoint succeeds") {
             self.take(connection, frame);
         }
+    }
+
+    pub fn has_answers(&self) -> bool {
+        !self.seen().answers.is_empty()
+    }
+
+    pub fn waits_for_sync(&self) -> bool {
+        self.seen().queues().0 > 0
     }
 
     pub fn is_idle(&self) -> bool {

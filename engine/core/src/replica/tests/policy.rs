@@ -1,7 +1,7 @@
 //! A policy that is just enough to run histories: the rules of `vmstore/holder.py`, of which this is
 //! no copy: no grace, no disks to judge, one replica set.
 
-use crate::replica::{Event, ImageIo, Instance, NodeIndex, NodeMask};
+use crate::replica::{Event, HealLimits, HealSpec, ImageIo, Instance, NodeIndex, NodeMask};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Standing {
@@ -9,6 +9,7 @@ pub enum Standing {
     Asked,
     Waiting,
     Joining,
+    Healing,
     Up,
 }
 
@@ -18,6 +19,17 @@ pub struct Stored {
     pub epoch: u64,
     pub generation: u64,
     pub in_sync: NodeMask,
+    /// Of those that are not: the generation that each was left behind at.
+    pub since: [u64; 8],
+}
+
+/// The heal under way.
+#[derive(Clone, Copy, Debug)]
+struct Healing {
+    node: NodeIndex,
+    attempt: u64,
+    instance: Option<Instance>,
+    healed: bool,
 }
 
 #[derive(Debug)]
@@ -30,6 +42,10 @@ pub struct Policy {
     served: Vec<Option<Instance>>,
     blocking: NodeMask,
     pub serving: bool,
+    heal: Option<Healing>,
+    attempts: u64,
+    /// Stale nodes that were taken in.
+    pub healed: u64,
 }
 
 pub const QUORUM: u32 = 2;
@@ -49,6 +65,9 @@ impl Policy {
             served: vec![None; nodes],
             blocking: NodeMask::EMPTY,
             serving: false,
+            heal: None,
+            attempts: 0,
+            healed: 0,
         }
     }
 
@@ -88,11 +107,56 @@ impl Policy {
                 }
             }
             Event::Stored { .. } | Event::Closed { .. } => {}
+            Event::Healed { attempt, .. } => {
+                if let Some(heal) = self.heal.as_mut().filter(|heal| heal.attempt == attempt) {
+                    heal.healed = true;
+                }
+            }
+            Event::HealFailed { node, attempt, .. } => {
+                if self.heal.take_if(|heal| heal.attempt == attempt).is_some() {
+                    self.rests(node);
+                }
+            }
             Event::ReplicaFailed { node, status } => panic!("node {node} fails: {status:?}"),
             Event::Fenced { node, status } => panic!("node {node} fences us: {status:?}"),
             Event::BadBlock { .. } => panic!("nothing rots here"),
         }
         self.go_on(io);
+    }
+
+    fn rests(&mut self, node: NodeIndex) {
+        let standing = &mut self.standing[usize::from(node)];
+        if *standing == Standing::Healing {
+            *standing = Standing::Waiting;
+        }
+    }
+
+    /// Nobody waits for a healed node that is gone before its membership was asked for.
+    fn give_up_heal(&mut self, io: &mut ImageIo) {
+        let gone = |heal: &mut Healing| self.standing[usize::from(heal.node)] != Standing::Healing;
+        if let Some(heal) = self.heal.take_if(gone) {
+            io.end_heal(heal.attempt);
+        }
+    }
+
+    fn begin_heal(&mut self, io: &mut ImageIo) {
+        let nodes = 0..self.standing.len() as NodeIndex;
+        let stale = nodes
+            .filter(|node| !self.record.in_sync.has(*node))
+            .find(|node| self.standing[usize::from(*node)] == Standing::Waiting);
+        let Some(node) = stale.filter(|_| self.serving && self.heal.is_none()) else { return };
+        let index = usize::from(node);
+        self.attempts += 1;
+        let (attempt, instance) = (self.attempts, self.instance[index]);
+        self.standing[index] = Standing::Healing;
+        self.heal = Some(Healing { node, attempt, instance, healed: false });
+        io.heal(HealSpec {
+            node,
+            serial: self.serial[index],
+            attempt,
+            sets: vec![(0, self.record.since[index])],
+            limits: HealLimits { bytes_per_second: 0, shards_at_once: 2, share_percent: 100 },
+        });
     }
 
     fn is_up(&mut self, index: usize) {
@@ -119,13 +183,22 @@ impl Policy {
         if self.proposal.is_some() {
             return;
         }
+        self.give_up_heal(io);
+        let healed = self.heal.filter(|heal| heal.healed);
+        let healed = healed.map_or(NodeMask::EMPTY, |heal| NodeMask::one(heal.node));
         let away = self.with_standing(Standing::Away);
         let up = self.with_standing(Standing::Up);
-        let left = self.record.in_sync.without(away);
         let due = self.serving && !away.and(self.blocking).is_empty() && !up.is_empty();
-        if due && left.0.count_ones() >= QUORUM {
+        let with_healed = self.record.in_sync.with(healed);
+        let left = if due { with_healed.without(away) } else { with_healed };
+        let left = if left.0.count_ones() >= QUORUM { left } else { with_healed };
+        if left != self.record.in_sync {
+            let mut since = self.record.since;
+            for node in self.record.in_sync.without(left).iter() {
+                since[usize::from(node)] = self.record.generation;
+            }
             let generation = self.record.generation + 1;
-            self.proposal = Some(Stored { generation, in_sync: left, ..self.record });
+            self.proposal = Some(Stored { generation, in_sync: left, since, ..self.record });
             return;
         }
         let waiting = self.with_standing(Standing::Waiting);
@@ -145,12 +218,21 @@ impl Policy {
             join.iter().for_each(|n| self.standing[usize::from(n)] = Standing::Joining);
             io.admit(&self.with_serials(join), false);
         }
+        self.begin_heal(io);
     }
 
     /// The cluster's state took the proposal.
     pub fn proposal_taken(&mut self, io: &mut ImageIo) {
         let Some(taken) = self.proposal.take() else { return };
         self.record = taken;
+        if let Some(heal) = self.heal.take_if(|heal| taken.in_sync.has(heal.node)) {
+            let index = usize::from(heal.node);
+            self.healed += 1;
+            self.served[index] = heal.instance;
+            if self.standing[index] == Standing::Healing {
+                self.standing[index] = Standing::Up;
+            }
+        }
         for index in 0..self.standing.len() {
             if !taken.in_sync.has(index as NodeIndex) {
                 self.served[index] = None;

@@ -1,10 +1,13 @@
 //! Single situations, each the story of a mistake.
 
 use super::cluster::{Cluster, Faults};
-use crate::geometry::Tag;
-use crate::replica::{Event, IoError, Outcome, Output, Token};
-use crate::wire::messages::{DirtyEntry, DirtyReply, Head};
-use crate::wire::{Frame, REPLY, Status, kind};
+use crate::content::Block;
+use crate::geometry::{Geometry, ImageId, Tag};
+use crate::replica::{
+    Event, ImageIo, Instance, IoError, NodeMask, OpenSpec, Outcome, Output, SetSpec, Token,
+};
+use crate::wire::messages::{BlocksReply, DirtyEntry, DirtyReply, Head, Level, Number};
+use crate::wire::{Frame, FrameReader, REPLY, Status, kind};
 use bytes::{Bytes, BytesMut};
 
 fn dirty_reply(to: &Frame, shards: &[u64]) -> Frame {
@@ -14,6 +17,135 @@ fn dirty_reply(to: &Frame, shards: &[u64]) -> Frame {
     let mut head = BytesMut::new();
     reply.put(&mut head);
     Frame { kind: to.kind | REPLY, head: head.freeze(), payload: Bytes::new(), ..to.clone() }
+}
+
+/// Four nodes in two sets, as honest as can be: each frame is answered at once, in order.
+struct TwoSets {
+    io: ImageIo,
+    /// What was asked of each node.
+    asked: Vec<(u8, Frame)>,
+    peeked: Vec<(u8, u64)>,
+}
+
+impl TwoSets {
+    /// Node 0 is in sync in the first set and stale in the second.
+    fn new() -> TwoSets {
+        let geometry = Geometry {
+            size_bytes: 64 << 20,
+            shard_bytes: 1 << 20,
+            placement_key: ImageId([9; 16]),
+            replica_sets: 2,
+        };
+        let set = |members: u64, in_sync: u64| SetSpec {
+            members: NodeMask(members),
+            in_sync: NodeMask(in_sync),
+        };
+        let spec = OpenSpec {
+            image: ImageId([9; 16]),
+            channel: 1,
+            geometry,
+            layers: vec![1],
+            epoch: 2,
+            holder: [2; 16],
+            generation: 2,
+            digest: [2; 32],
+            body: Bytes::new(),
+            nodes: (1..=4).map(|number| format!("node{number}")).collect(),
+            sets: vec![set(0b0111, 0b0111), set(0b1011, 0b1010)],
+            local: None,
+        };
+        TwoSets { io: ImageIo::new(spec), asked: Vec::new(), peeked: Vec::new() }
+    }
+
+    fn shard_of_set(&self, set: u32) -> u64 {
+        let geometry = self.io.spec().geometry;
+        (0..64).find(|shard| geometry.replica_set_of(*shard) == set).expect("of 64 shards one")
+    }
+
+    /// Answers until nothing more is asked; `dirty`: what each node's dirty map names.
+    fn run(&mut self, dirty: &[u64]) {
+        while let Some(output) = self.io.outputs.pop_front() {
+            match output {
+                Output::Send { node, head, payload } => {
+                    let mut bytes = BytesMut::from(&head[..]);
+                    bytes.extend_from_slice(&payload);
+                    let frame = FrameReader::next(&mut bytes).expect("ours").expect("whole");
+                    let answer = Self::answer(&frame, dirty);
+                    self.asked.push((node, frame));
+                    assert_eq!(self.io.receive(node, answer), Ok(()));
+                }
+                Output::Event(Event::Peeked { node, serial, .. }) => {
+                    self.peeked.push((node, serial));
+                    if self.peeked.len() == 4 {
+                        self.io.admit(&self.peeked, false);
+                    }
+                }
+                Output::Event(_) | Output::Answer { .. } => {}
+            }
+        }
+    }
+
+    fn answer(to: &Frame, dirty: &[u64]) -> Frame {
+        let mut head = BytesMut::new();
+        let mut status = Status::Ok;
+        match to.kind {
+            kind::PEEK => status = Status::NoRecord,
+            kind::DIRTY => {
+                let entry = |shard: &u64| DirtyEntry {
+                    shard: *shard,
+                    last: Tag::NONE,
+                    generation: 1,
+                    sticky: true,
+                };
+                let entries = dirty.iter().map(entry).collect();
+                DirtyReply { entries, more: false }.put(&mut head);
+            }
+            kind::SUMMARY => {
+                let blocks = vec![(Block::Absent, Tag::NONE); 256];
+                BlocksReply { generation: 1, blocks }.put(&mut head);
+            }
+            kind::FLUSH => Number(1).put(&mut head),
+            _ => {}
+        }
+        let (kind, head) = (to.kind | REPLY, head.freeze());
+        Frame { kind, status, head, payload: Bytes::new(), ..to.clone() }
+    }
+}
+
+/// A write of a set reached one node only and the gateway died. That node was left behind in the set, but
+/// stayed in sync in another; when that one was levelled the node forgot the lone write, which its heal
+/// would have had to find.
+#[test]
+fn a_node_stale_in_a_set_keeps_its_dirty_entries_of_that_set() {
+    let mut sets = TwoSets::new();
+    let mut dirty = [sets.shard_of_set(0), sets.shard_of_set(1)];
+    dirty.sort_unstable();
+    let instance = |node: u8| Instance { store: [node; 16], start_counter: 1 };
+    (0..4).for_each(|node| sets.io.link_up(node, instance(node)));
+    sets.run(&dirty);
+    assert!(sets.io.is_running(), "{:?}", sets.io.replica_states());
+    let token = Token { client: 1, cookie: 1 };
+    sets.io.write(token, 0, Bytes::from(vec![7; 4096]), 0);
+    sets.io.flush(token);
+    sets.run(&dirty);
+    (0..4).for_each(|_| sets.io.tick());
+    sets.run(&dirty);
+    let of = |wanted: u8, node: u8| {
+        let frames = sets.asked.iter().filter(move |(to, f)| *to == node && f.kind == wanted);
+        frames.map(|(_, frame)| frame.head.clone()).collect::<Vec<_>>()
+    };
+    for node in 0..4 {
+        let told = of(kind::LEVEL, node)
+            .into_iter()
+            .flat_map(|head| Level::take(head).expect("ours").shards);
+        let geometry = sets.io.spec().geometry;
+        let in_sync =
+            |shard: &u64| sets.io.in_sync()[geometry.replica_set_of(*shard) as usize].has(node);
+        let expected: Vec<u64> = dirty.iter().copied().filter(in_sync).collect();
+        assert_eq!(told.collect::<Vec<_>>(), expected, "node {node} is told what is level");
+        // A clear names no set: it would drop what the node has of the other one.
+        assert_eq!(of(kind::CLEAR, node).is_empty(), node == 0, "clears of node {node}");
+    }
 }
 
 fn until_dirty_is_asked() -> (Cluster, u8, Frame) {
@@ -48,7 +180,7 @@ fn a_dirty_map_out_of_order_ends_the_connection() {
 fn a_request_past_a_new_end_fails_alone() {
     let mut cluster = Cluster::new(1, Faults::Kills);
     cluster.settle();
-    cluster.io.resize(4096);
+    cluster.io.resize(4096, Bytes::new());
     let token = Token { client: 1, cookie: 77 };
     cluster.io.read(token, 4096, 512);
     let outcome = Outcome::Failed(IoError::Io);

@@ -7,3 +7,4 @@ mod model;
 mod read_write;
 mod rig;
 mod rot;
+mod written;

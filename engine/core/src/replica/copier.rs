@@ -1,0 +1,345 @@
+//! Make shard s on T equal to shard s on S: summaries are compared, and the blocks that differ fetched
+//! and copied, a few shards at a time. The one mechanism behind levelling and heal. Without I/O: what is
+//! to be asked comes out as `orders`, answers go in through `take`.
+//!
+//! Who counts, and who gets what, `compare` decides; when a shard may be worked on, its owner does.
+
+use super::compare::{Comparison, CopyRun};
+use super::replies::BadReply;
+use super::{NodeIndex, NodeMask};
+use crate::checksum::crc32c;
+use crate::content::Block;
+use crate::geometry::{BLOCK_BYTES, LayerId, Tag};
+use crate::wire::codec::Fields;
+use crate::wire::messages::{BlocksReply, Copy, Head, ShardRange};
+use crate::wire::{Frame, Status, kind};
+use bytes::{Bytes, BytesMut};
+use slab::Slab;
+use std::collections::VecDeque;
+
+/// Fetches in flight for one shard: enough to fill the wire.
+const FETCHES_AT_ONCE: usize = 2;
+/// Blocks of a fetch beside clients: no request of theirs waits long behind it.
+const NARROW_BLOCKS: u32 = 64;
+
+/// What a frame in flight was for.
+#[derive(Clone, Debug)]
+pub(super) enum CopyAsk {
+    Summary { job: usize },
+    Fetch { job: usize, run: CopyRun },
+    Copy { job: usize },
+}
+
+/// A frame to be sent to each of `nodes`.
+pub(super) struct Order {
+    pub nodes: NodeMask,
+    pub ask: CopyAsk,
+    head: OrderHead,
+    pub payload: Bytes,
+}
+
+enum OrderHead {
+    Summary(ShardRange),
+    Fetch(ShardRange),
+    Copy(Copy),
+}
+
+impl Order {
+    pub fn kind(&self) -> u8 {
+        match self.head {
+            OrderHead::Summary(_) => kind::SUMMARY,
+            OrderHead::Fetch(_) => kind::FETCH,
+            OrderHead::Copy(_) => kind::COPY,
+        }
+    }
+
+    pub fn put(&self, out: &mut BytesMut) {
+        match &self.head {
+            OrderHead::Summary(range) | OrderHead::Fetch(range) => range.put(out),
+            OrderHead::Copy(copy) => copy.put(out),
+        }
+    }
+}
+
+/// What came of an answer.
+#[derive(Default, Debug)]
+pub(super) struct Taken {
+    /// The job that is done with it.
+    pub done: Option<usize>,
+    /// The asked node holds a rotten block: shard and index. Another stands in where there is one.
+    pub rotten: Option<(u64, u32)>,
+    /// The asked node cannot.
+    pub failed: Option<Status>,
+}
+
+/// Under which stamp things are asked.
+#[derive(Clone, Copy)]
+pub(super) struct CopyStamp {
+    pub epoch: u64,
+    pub generation: u64,
+    pub blocks_per_shard: u32,
+}
+
+struct Job {
+    layer: LayerId,
+    shard: u64,
+    compared: Comparison,
+    summaries_missing: u32,
+    runs: VecDeque<CopyRun>,
+    in_flight: u32,
+    /// Its fetches wait for an allowance.
+    limited: bool,
+}
+
+/// The shards that are being compared and copied.
+#[derive(Default)]
+pub(super) struct Copier {
+    jobs: Slab<Job>,
+    pub orders: VecDeque<Order>,
+    /// Data that was copied, and blocks that no replica has intact.
+    pub copied_bytes: u64,
+    pub bad_blocks: u64,
+    /// Bytes that limited jobs may still fetch; `held`: none for now.
+    pub allowance_bytes: i64,
+    pub held: bool,
+    /// Clients want the nodes too: one small fetch at a time.
+    pub narrow: bool,
+}
+
+impl Copier {
+    pub fn jobs(&self) -> usize {
+        self.jobs.len()
+    }
+
+    /// Forgets all jobs; their owner no longer knows their answers.
+    pub fn drop_jobs(&mut self) {
+        self.jobs.clear();
+        self.orders.clear();
+    }
+
+    /// Compares `shard` of `layer` on all of `members`, and copies what `compared` says.
+    pub fn start(
+        &mut self,
+        (layer, shard): (LayerId, u64),
+        compared: Comparison,
+        members: NodeMask,
+        limited: bool,
+        stamp: CopyStamp,
+    ) -> usize {
+        let job = self.jobs.insert(Job {
+            layer,
+            shard,
+            compared,
+            summaries_missing: members.0.count_ones(),
+            runs: VecDeque::new(),
+            in_flight: 0,
+            limited,
+        });
+        let (first_block, blocks) = (0, stamp.blocks_per_shard);
+        let range = ShardRange { epoch: stamp.epoch, layer, shard, first_block, blocks };
+        self.order(members, CopyAsk::Summary { job }, OrderHead::Summary(range), Bytes::new());
+        job
+    }
+
+    fn order(&mut self, nodes: NodeMask, ask: CopyAsk, head: OrderHead, payload: Bytes) {
+        self.orders.push_back(Order { nodes, ask, head, payload });
+    }
+
+    /// Takes `node`'s answer to `ask`.
+    ///
+    /// # Errors
+    /// No honest node answers so.
+    pub fn take(
+        &mut self,
+        node: NodeIndex,
+        ask: CopyAsk,
+        frame: Frame,
+        stamp: CopyStamp,
+    ) -> Result<Taken, BadReply> {
+        let mut taken = Taken::default();
+        let job = match ask {
+            CopyAsk::Fetch { job, run } if frame.status == Status::BadBlock => {
+                let block = Fields(frame.head).u32();
+                let block = block.map_err(|_| BadReply("no block named"))?;
+                if !self.found_rotten(node, job, run, block) {
+                    // The same word twice, or of a block that was not asked for.
+                    taken.failed = Some(Status::BadBlock);
+                    return Ok(taken);
+                }
+                taken.rotten = Some((self.jobs[job].shard, block));
+                job
+            }
+            _ if frame.status != Status::Ok => {
+                taken.failed = Some(frame.status);
+                return Ok(taken);
+            }
+            CopyAsk::Summary { job } => {
+                self.take_summary(node, job, frame, stamp)?;
+                job
+            }
+            CopyAsk::Fetch { job, run } => {
+                self.take_fetch(job, run, frame, stamp)?;
+                self.jobs[job].in_flight -= 1;
+                job
+            }
+            CopyAsk::Copy { job } => {
+                self.jobs[job].in_flight -= 1;
+                job
+            }
+        };
+        taken.done = self.pump(job, stamp).then_some(job);
+        Ok(taken)
+    }
+
+    /// Goes on with jobs that waited for an allowance.
+    pub fn pump_all(&mut self, stamp: CopyStamp) {
+        let jobs: Vec<usize> = self.jobs.iter().map(|(job, _)| job).collect();
+        for job in jobs {
+            // One without runs ends with its last answer.
+            if !self.jobs[job].runs.is_empty() {
+                self.pump(job, stamp);
+            }
+        }
+    }
+
+    /// Keeps fetches in flight; true: the job was the last to have nothing left, and is gone.
+    fn pump(&mut self, job_id: usize, stamp: CopyStamp) -> bool {
+        loop {
+            let allowed = self.allowance_bytes > 0 && !self.held;
+            let narrow = self.narrow;
+            let job = &mut self.jobs[job_id];
+            let at_once = if job.limited && narrow { 1 } else { FETCHES_AT_ONCE };
+            if job.summaries_missing > 0 || job.in_flight as usize >= at_once {
+                return false;
+            }
+            if !job.runs.is_empty() && job.limited && !allowed {
+                return false;
+            }
+            let Some(mut run) = job.runs.pop_front() else {
+                let done = job.in_flight == 0;
+                if done {
+                    self.jobs.remove(job_id);
+                }
+                return done;
+            };
+            if narrow && run.blocks > NARROW_BLOCKS {
+                let rest = CopyRun {
+                    first_block: run.first_block + NARROW_BLOCKS,
+                    blocks: run.blocks - NARROW_BLOCKS,
+                    ..run
+                };
+                job.runs.push_front(rest);
+                run.blocks = NARROW_BLOCKS;
+            }
+            let (layer, shard) = (job.layer, job.shard);
+            let (first_block, blocks) = (run.first_block, run.blocks);
+            match run.source {
+                Some(source) => {
+                    job.in_flight += 1;
+                    self.allowance_bytes -= i64::from(blocks) * i64::from(BLOCK_BYTES);
+                    let range =
+                        ShardRange { epoch: stamp.epoch, layer, shard, first_block, blocks };
+                    let ask = CopyAsk::Fetch { job: job_id, run };
+                    self.order(NodeMask::one(source), ask, OrderHead::Fetch(range), Bytes::new());
+                }
+                None => {
+                    // No replica that counts has these blocks intact: nobody must pretend to.
+                    self.bad_blocks += u64::from(blocks);
+                    let bad = vec![(Block::Bad, Tag::NONE); blocks as usize];
+                    self.copy(job_id, run, 0, bad, Bytes::new(), stamp);
+                }
+            }
+        }
+    }
+
+    fn take_summary(
+        &mut self,
+        node: NodeIndex,
+        job_id: usize,
+        frame: Frame,
+        stamp: CopyStamp,
+    ) -> Result<(), BadReply> {
+        let reply = BlocksReply::take(frame.head).map_err(|_| BadReply("malformed summary"))?;
+        if reply.blocks.len() != stamp.blocks_per_shard as usize {
+            return Err(BadReply("a summary of another length"));
+        }
+        let job = &mut self.jobs[job_id];
+        job.compared.add(node, reply.blocks);
+        job.summaries_missing -= 1;
+        if job.summaries_missing == 0 {
+            job.runs = job.compared.copy_runs(0..stamp.blocks_per_shard);
+        }
+        Ok(())
+    }
+
+    /// The source of `run` has a rotten block in it: another stands in for that block.
+    fn found_rotten(&mut self, node: NodeIndex, job: usize, run: CopyRun, block: u32) -> bool {
+        let job = &mut self.jobs[job];
+        job.in_flight -= 1;
+        let in_run = block.wrapping_sub(run.first_block) < run.blocks;
+        if !in_run || !job.compared.found_rotten(node, block) {
+            return false;
+        }
+        let again = job.compared.copy_runs(run.first_block..run.first_block + run.blocks);
+        job.runs.extend(again);
+        true
+    }
+
+    fn take_fetch(
+        &mut self,
+        job_id: usize,
+        run: CopyRun,
+        frame: Frame,
+        stamp: CopyStamp,
+    ) -> Result<(), BadReply> {
+        let reply = BlocksReply::take(frame.head).map_err(|_| BadReply("malformed fetch"))?;
+        verify_fetch(&reply, &run, &frame.payload)?;
+        self.copy(job_id, run, reply.generation, reply.blocks, frame.payload, stamp);
+        Ok(())
+    }
+
+    /// Orders the targets of `run` to have these blocks.
+    fn copy(
+        &mut self,
+        job_id: usize,
+        run: CopyRun,
+        shard_generation: u64,
+        blocks: Vec<(Block, Tag)>,
+        payload: Bytes,
+        stamp: CopyStamp,
+    ) {
+        let targets = run.targets.0.count_ones();
+        let job = &mut self.jobs[job_id];
+        job.in_flight += targets;
+        self.copied_bytes += payload.len() as u64 * u64::from(targets);
+        let copy = Copy {
+            epoch: stamp.epoch,
+            generation: stamp.generation,
+            layer: job.layer,
+            shard: job.shard,
+            shard_generation,
+            indexes: (run.first_block..run.first_block + run.blocks).collect(),
+            blocks,
+        };
+        self.order(run.targets, CopyAsk::Copy { job: job_id }, OrderHead::Copy(copy), payload);
+    }
+}
+
+fn verify_fetch(reply: &BlocksReply, run: &CopyRun, payload: &Bytes) -> Result<(), BadReply> {
+    if reply.blocks.len() != run.blocks as usize {
+        return Err(BadReply("another number of blocks than asked for"));
+    }
+    let mut chunks = payload.chunks_exact(BLOCK_BYTES as usize);
+    for (block, _) in &reply.blocks {
+        if let Block::Data(checksum) = block {
+            let intact = chunks.next().is_some_and(|data| crc32c(data) == *checksum);
+            if !intact {
+                return Err(BadReply("a fetched block does not match its checksum"));
+            }
+        }
+    }
+    match (chunks.next(), chunks.remainder().is_empty()) {
+        (None, true) => Ok(()),
+        _ => Err(BadReply("a fetch longer than its block list")),
+    }
+}

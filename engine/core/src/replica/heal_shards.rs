@@ -1,0 +1,493 @@
+//! What a heal does with the shards: it lists them, makes each level, and has all of it made durable.
+//!
+//! A shard is worked on twice. First while clients write to it: that moves the bulk. Then once more with
+//! writes to it paused, which by then is a comparison and a few blocks; from the end of the pause on
+//! every change goes to the node as well.
+
+use super::asks::Asks;
+use super::compare::Comparison;
+use super::copier::CopyAsk;
+use super::heal::Stage;
+use super::image::{ImageIo, RequestKind};
+use super::replies::BadReply;
+use super::{Event, NodeIndex, NodeMask};
+use crate::geometry::{IMAGE_BYTES_MAX, LayerId};
+use crate::rules::{Rule, broken};
+use crate::wire::messages::{
+    DIRTY_ENTRIES_MAX, DirtyFrom, DirtyReply, Flush, Head, Level, Number, WRITTEN_SHARDS_MAX,
+    WrittenAbove, WrittenReply,
+};
+use crate::wire::{Frame, PAYLOAD_BYTES_MAX, Status, kind};
+use bytes::{Bytes, BytesMut};
+
+const SECOND_NS: u64 = 1_000_000_000;
+/// Without a client's request for so long a heal need not yield.
+const GUESTS_GONE_NS: u64 = SECOND_NS / 4;
+/// Most time that a heal saves up, or owes, beside clients.
+const CREDIT_NS: i64 = 20_000_000;
+const DEBT_NS: i64 = 500_000_000;
+
+/// What a frame in flight was for.
+#[derive(Clone, Debug)]
+pub(super) enum Ask {
+    Written { above: u64, from: (u32, u64) },
+    Dirty { from_shard: u64 },
+    Copy(CopyAsk),
+    Flush,
+    Level,
+}
+
+/// A shard being made level.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub shard: u64,
+    pass: Pass,
+    /// Layers that this pass has still to compare.
+    layers: Vec<LayerId>,
+    /// The job of the copier, and the request that pauses writes.
+    copy: Option<usize>,
+    pause: Option<usize>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Pass {
+    /// Beside the clients' writes.
+    Bulk,
+    /// Waits for the writes in flight.
+    Pausing,
+    /// No write is in flight.
+    Paused,
+}
+
+impl ImageIo {
+    /// The node has its session: asks who is in sync what it missed, and itself what is dirty on it.
+    pub(super) fn begin_listing(&mut self) {
+        let asks = Asks::new(self.next_serial());
+        let Some(heal) = &mut self.heal else { return };
+        (heal.stage, heal.asks) = (Stage::Listing, asks);
+        let (node, sets) = (heal.spec.node, heal.spec.sets.clone());
+        // Changes in flight do not go to the node.
+        for (_, part) in self.parts.iter() {
+            let changes = matches!(part.kind, RequestKind::Write | RequestKind::Zero);
+            if changes && heal.heals(part.set as usize) {
+                heal.list.insert(part.shard);
+            }
+        }
+        let up = self.up();
+        for source in up.iter() {
+            let sources = |(set, _): &&(usize, u64)| self.sets[*set].in_sync.has(source);
+            if let Some(above) = sets.iter().filter(sources).map(|(_, since)| *since).min() {
+                self.ask_written(source, above, (0, 0));
+            }
+        }
+        if !self.has_sources() {
+            return self.fail_heal(Status::Io);
+        }
+        if sets.iter().any(|(_, since)| *since == 0) {
+            // Nothing on it is believed, also where those in sync never had a thing.
+            self.ask_written(node, 0, (0, 0));
+        }
+        self.ask_own_dirty(node, 0);
+    }
+
+    fn ask_healing(
+        &mut self,
+        nodes: NodeMask,
+        ask: Ask,
+        frame_kind: u8,
+        payload: &Bytes,
+        put: impl Fn(&mut BytesMut),
+    ) {
+        for node in nodes.iter() {
+            let Some(heal) = &mut self.heal else { return };
+            let tag = heal.asks.add(node, ask.clone());
+            self.send(NodeMask::one(node), frame_kind, 0, tag, payload, &put);
+        }
+    }
+
+    fn ask_written(&mut self, node: NodeIndex, above: u64, from: (u32, u64)) {
+        let (epoch, (place, shard)) = (self.spec.epoch, from);
+        let head = WrittenAbove { epoch, generation: above, place, shard };
+        let ask = Ask::Written { above, from };
+        let put = |out: &mut BytesMut| head.put(out);
+        self.ask_healing(NodeMask::one(node), ask, kind::WRITTEN, &Bytes::new(), put);
+    }
+
+    fn ask_own_dirty(&mut self, node: NodeIndex, from_shard: u64) {
+        let head = DirtyFrom { epoch: self.spec.epoch, from_shard };
+        let put = |out: &mut BytesMut| head.put(out);
+        let ask = Ask::Dirty { from_shard };
+        self.ask_healing(NodeMask::one(node), ask, kind::DIRTY, &Bytes::new(), put);
+    }
+
+    /// Takes an answer to one of the heal's own frames.
+    pub(super) fn take_heal(&mut self, node: NodeIndex, frame: Frame) -> Result<(), BadReply> {
+        self.refill_heal();
+        let stamp = self.copy_stamp();
+        let Some(heal) = &mut self.heal else { return Ok(()) };
+        let Some(ask) = heal.asks.take(node, frame.tag) else { return Ok(()) };
+        match ask {
+            Ask::Copy(ask) => {
+                let taken = heal.copier.take(node, ask, frame, stamp)?;
+                if let Some(status) = taken.failed {
+                    self.fail_heal(status);
+                    return Ok(());
+                }
+                if let Some((shard, block)) = taken.rotten {
+                    self.event(Event::BadBlock { node, shard, block });
+                }
+                self.send_heal_orders();
+                if let Some(done) = taken.done {
+                    self.layer_done(done);
+                }
+            }
+            _ if frame.status != Status::Ok => {
+                self.fail_heal(frame.status);
+                return Ok(());
+            }
+            Ask::Written { above, from } => self.take_written(node, above, from, frame)?,
+            Ask::Dirty { from_shard } => self.take_own_dirty(node, from_shard, frame)?,
+            Ask::Flush => {
+                let number =
+                    Number::take(frame.head).map_err(|_| BadReply("flush without number"))?;
+                self.replica(node).flush_number = number.0;
+            }
+            Ask::Level => {}
+        }
+        self.go_on_healing();
+        Ok(())
+    }
+
+    /// Puts shards of the healed sets on the list.
+    fn list(&mut self, shards: &[u64], own: bool) -> Result<(), BadReply> {
+        let geometry = self.spec.geometry;
+        let last = IMAGE_BYTES_MAX / u64::from(geometry.shard_bytes);
+        let Some(heal) = &mut self.heal else { return Ok(()) };
+        for shard in shards.iter().copied() {
+            if shard > last {
+                return Err(BadReply("a shard beyond any image"));
+            }
+            if heal.heals(geometry.replica_set_of(shard) as usize) {
+                heal.list.insert(shard);
+                if own {
+                    heal.own.insert(shard);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn take_written(
+        &mut self,
+        node: NodeIndex,
+        above: u64,
+        from: (u32, u64),
+        frame: Frame,
+    ) -> Result<(), BadReply> {
+        let reply = WrittenReply::take(frame.head).map_err(|_| BadReply("malformed list"))?;
+        // It has to get on, or there would be no end to asking on.
+        let gets_on = reply.next.is_none_or(|next| next > from);
+        if reply.shards.len() > WRITTEN_SHARDS_MAX || !gets_on {
+            return Err(BadReply("a list out of order"));
+        }
+        self.list(&reply.shards, false)?;
+        if let Some(next) = reply.next {
+            self.ask_written(node, above, next);
+        }
+        Ok(())
+    }
+
+    fn take_own_dirty(
+        &mut self,
+        node: NodeIndex,
+        from_shard: u64,
+        frame: Frame,
+    ) -> Result<(), BadReply> {
+        let reply = DirtyReply::take(frame.head).map_err(|_| BadReply("malformed dirty map"))?;
+        let shards: Vec<u64> = reply.entries.iter().map(|entry| entry.shard).collect();
+        if shards.len() > DIRTY_ENTRIES_MAX
+            || shards.first().is_some_and(|first| *first < from_shard)
+            || !shards.is_sorted_by(|a, b| a < b)
+        {
+            return Err(BadReply("a dirty map out of order"));
+        }
+        self.list(&shards, true)?;
+        let next = shards.last().and_then(|last| last.checked_add(1));
+        if let Some(next) = next.filter(|_| reply.more) {
+            self.ask_own_dirty(node, next);
+        }
+        Ok(())
+    }
+
+    /// Does what the heal can do now.
+    fn go_on_healing(&mut self) {
+        loop {
+            let Some(heal) = &mut self.heal else { return };
+            let idle = heal.asks.is_empty();
+            match heal.stage {
+                Stage::Listing if idle => heal.stage = Stage::Copying,
+                Stage::Copying => {
+                    let at_once = match heal.copier.narrow {
+                        true => 1,
+                        false => heal.spec.limits.shards_at_once.max(1),
+                    };
+                    if heal.jobs.len() >= at_once || heal.copier.held {
+                        return;
+                    }
+                    match heal.list.pop_first() {
+                        Some(shard) => self.begin_shard(shard),
+                        None if heal.jobs.is_empty() => self.begin_heal_flush(),
+                        None => return,
+                    }
+                }
+                Stage::Flushing if idle => heal.stage = Stage::Marking,
+                Stage::Marking if idle => match self.mark_own() {
+                    true => {}
+                    false => return self.heal_settled(),
+                },
+                _ => return,
+            }
+        }
+    }
+
+    fn begin_shard(&mut self, shard: u64) {
+        let layers = self.spec.layers.clone();
+        let Some(heal) = &mut self.heal else { return };
+        heal.jobs.push(Job { shard, pass: Pass::Bulk, layers, copy: None, pause: None });
+        self.next_layer(shard);
+    }
+
+    /// Compares the next layer of a shard; with none left the pass is over.
+    fn next_layer(&mut self, shard: u64) {
+        let set = self.spec.geometry.replica_set_of(shard) as usize;
+        let trusted = self.sets[set].in_sync.and(self.up());
+        let stamp = self.copy_stamp();
+        let Some(heal) = &mut self.heal else { return };
+        let Some(job) = heal.jobs.iter_mut().find(|job| job.shard == shard) else { return };
+        let Some(layer) = job.layers.pop() else { return self.pass_done(shard) };
+        if trusted.is_empty() {
+            return self.fail_heal(Status::Io);
+        }
+        let compared = Comparison::heal(trusted, heal.spec.node);
+        let members = trusted.with(NodeMask::one(heal.spec.node));
+        let bulk = job.pass == Pass::Bulk;
+        job.copy = Some(heal.copier.start((layer, shard), compared, members, bulk, stamp));
+        self.send_heal_orders();
+    }
+
+    fn send_heal_orders(&mut self) {
+        while let Some(order) = self.heal.as_mut().and_then(|heal| heal.copier.orders.pop_front()) {
+            let (ask, frame_kind) = (Ask::Copy(order.ask.clone()), order.kind());
+            self.ask_healing(order.nodes, ask, frame_kind, &order.payload, |out| order.put(out));
+        }
+    }
+
+    fn layer_done(&mut self, copy: usize) {
+        let Some(heal) = &mut self.heal else { return };
+        let job = heal.jobs.iter_mut().find(|job| job.copy == Some(copy));
+        let Some(job) = job else { return };
+        job.copy = None;
+        let shard = job.shard;
+        self.next_layer(shard);
+    }
+
+    fn pass_done(&mut self, shard: u64) {
+        let Some(heal) = &mut self.heal else { return };
+        let Some(index) = heal.jobs.iter().position(|job| job.shard == shard) else { return };
+        match heal.jobs[index].pass {
+            Pass::Bulk if broken(Rule::HealPausesWrites) => _ = heal.jobs.swap_remove(index),
+            Pass::Bulk => self.pause_shard(index),
+            Pass::Pausing => unreachable!("a pass that waits compares nothing"),
+            Pass::Paused => {
+                // First it is level, then those who waited go on: their changes go to the node.
+                let job = heal.jobs.swap_remove(index);
+                heal.shards_done += 1;
+                if let Some(pause) = job.pause {
+                    self.finish_request(pause);
+                }
+            }
+        }
+    }
+
+    fn pause_shard(&mut self, index: usize) {
+        let shard_bytes = self.spec.geometry.shard_bytes;
+        let Some(heal) = &self.heal else { return };
+        let offset = heal.jobs[index].shard * u64::from(shard_bytes);
+        let pause = self.own_request(RequestKind::Pause, offset, shard_bytes);
+        if let Some(heal) = &mut self.heal {
+            heal.jobs[index].pass = Pass::Pausing;
+            heal.jobs[index].pause = Some(pause);
+        }
+        self.enter(pause, RequestKind::Pause, offset, shard_bytes);
+    }
+
+    /// No write to the shard is in flight, and none begins before `pause` is finished.
+    pub(super) fn heal_paused(&mut self, pause: usize) {
+        let layers = self.spec.layers.clone();
+        let Some(heal) = &mut self.heal else { return };
+        let job = heal.jobs.iter_mut().find(|job| job.pause == Some(pause));
+        let Some(job) = job else { return };
+        assert_eq!(job.pass, Pass::Pausing, "a shard is paused once");
+        let shard = job.shard;
+        (job.pass, job.layers) = (Pass::Paused, layers);
+        let changing = self.parts.iter().any(|(_, part)| {
+            matches!(part.kind, RequestKind::Write | RequestKind::Zero) && part.shard == shard
+        });
+        assert!(!changing, "a paused shard has no change in flight");
+        self.next_layer(shard);
+    }
+
+    /// Everything is level, and every change in flight goes to the node: all that counts syncs.
+    fn begin_heal_flush(&mut self) {
+        let asks = Asks::new(self.next_serial());
+        let flushing = self.up().with(self.healing());
+        let Some(heal) = &mut self.heal else { return };
+        assert!(heal.list.is_empty() && heal.jobs.is_empty(), "what is listed is not level");
+        (heal.stage, heal.asks) = (Stage::Flushing, asks);
+        for (_, part) in self.parts.iter() {
+            let changes = matches!(part.kind, RequestKind::Write | RequestKind::Zero);
+            let counts = changes && heal.heals(part.set as usize);
+            assert!(!counts || part.wanted.has(heal.spec.node), "a change that the node misses");
+        }
+        let whole = self.in_sync_anywhere().without(flushing).is_empty();
+        if let Some(heal) = self.heal.as_mut().filter(|_| whole) {
+            heal.marked_to = Some(0);
+        }
+        let flush = Flush {
+            epoch: self.spec.epoch,
+            generation: self.spec.generation,
+            clear_sequence: 0,
+            proof: Vec::new(),
+        };
+        let put = |out: &mut BytesMut| flush.put(out);
+        let flushing = match broken(Rule::HealedIsDurable) {
+            true => flushing.without(self.healing()),
+            false => flushing,
+        };
+        self.ask_healing(flushing, Ask::Flush, kind::FLUSH, &Bytes::new(), put);
+    }
+
+    /// Tells the node that shards of its own dirty map are level, a bounded number at a time; false:
+    /// nothing was left to tell. The entries stay where a node in sync was away: it may lack what was
+    /// answered and not flushed, and whoever heals it needs them.
+    fn mark_own(&mut self) -> bool {
+        let Some(heal) = &mut self.heal else { return false };
+        let mut shards = Vec::new();
+        while shards.len() < DIRTY_ENTRIES_MAX
+            && let Some(shard) = heal.marked_to.and_then(|from| heal.own.next(from))
+        {
+            shards.push(shard);
+            heal.marked_to = shard.checked_add(1);
+        }
+        let node = heal.node();
+        if shards.is_empty() {
+            return false;
+        }
+        let level = Level { epoch: self.spec.epoch, shards };
+        let put = |out: &mut BytesMut| level.put(out);
+        self.ask_healing(node, Ask::Level, kind::LEVEL, &Bytes::new(), put);
+        true
+    }
+
+    fn heal_settled(&mut self) {
+        let Some(heal) = &mut self.heal else { return };
+        heal.stage = Stage::Settled;
+        let (node, attempt) = (heal.spec.node, heal.spec.attempt);
+        let (copied_bytes, bad_blocks) = (heal.copier.copied_bytes, heal.copier.bad_blocks);
+        self.event(Event::Healed { node, attempt, copied_bytes, bad_blocks });
+    }
+
+    /// A source may be lost: what was under way is begun again with those that are left.
+    ///
+    /// Without any, the heal ends: those who come back are made equal with each other, and what they
+    /// agree on may be other than what the node was given.
+    pub(super) fn restart_heal(&mut self) {
+        let Some(heal) = &self.heal else { return };
+        if !self.has_sources() {
+            return self.fail_heal_unless_settled(Status::Io);
+        }
+        match heal.stage {
+            Stage::Entering | Stage::Settled => {}
+            Stage::Listing => self.begin_listing(),
+            Stage::Copying => {
+                self.release_jobs();
+                self.go_on_healing();
+            }
+            Stage::Flushing | Stage::Marking => {
+                if let Some(heal) = &mut self.heal {
+                    heal.marked_to = None;
+                }
+                self.begin_heal_flush();
+            }
+        }
+    }
+
+    /// Ends the work on all shards; they are on the list again.
+    pub(super) fn release_jobs(&mut self) {
+        let asks = Asks::new(self.next_serial());
+        let Some(heal) = &mut self.heal else { return };
+        heal.asks = asks;
+        heal.copier.drop_jobs();
+        let jobs = std::mem::take(&mut heal.jobs);
+        jobs.iter().for_each(|job| _ = heal.list.insert(job.shard));
+        let mut ready = Vec::new();
+        let pauses: Vec<usize> = jobs.iter().filter_map(|job| job.pause).collect();
+        for pause in pauses.iter().copied() {
+            let request = self.requests.remove(pause);
+            let range = Self::block_range(request.offset, request.length);
+            self.locks.withdraw(pause, range, &mut ready);
+        }
+        ready.retain(|id| !pauses.contains(id));
+        ready.into_iter().for_each(|id| self.start(id));
+    }
+
+    /// Time has passed: what the rate allows goes on.
+    pub fn pace(&mut self) {
+        self.refill_heal();
+        let stamp = self.copy_stamp();
+        if let Some(heal) = &mut self.heal {
+            heal.copier.pump_all(stamp);
+            self.send_heal_orders();
+            self.go_on_healing();
+        }
+    }
+
+    /// Whether the heal waits until it may use some time again.
+    pub(super) fn is_heal_held(&self) -> bool {
+        self.heal.as_ref().is_some_and(|heal| heal.copier.held)
+    }
+
+    /// Beside clients a heal works a part of the time only, and in small pieces: whatever it takes of the
+    /// hosts while it does, they have the rest of the time to themselves.
+    fn reckon_share(&mut self) {
+        let now_ns = self.now_ns;
+        let guests = now_ns.saturating_sub(self.asked_ns) < GUESTS_GONE_NS;
+        let Some(heal) = &mut self.heal else { return };
+        let share = heal.spec.limits.share_percent;
+        let passed_ns = now_ns.saturating_sub(heal.credited_ns).min(SECOND_NS) as i64;
+        let used_ns = if heal.asks.is_empty() { 0 } else { passed_ns };
+        let earned_ns = passed_ns * share.min(100) as i64 / 100;
+        heal.credited_ns = now_ns;
+        heal.credit_ns = (heal.credit_ns + earned_ns - used_ns).clamp(-DEBT_NS, CREDIT_NS);
+        heal.copier.narrow = guests && share < 100;
+        heal.copier.held = heal.copier.narrow && heal.credit_ns <= 0;
+    }
+
+    fn refill_heal(&mut self) {
+        self.reckon_share();
+        let now_ns = self.now_ns;
+        let Some(heal) = &mut self.heal else { return };
+        let rate = heal.spec.limits.bytes_per_second;
+        // Enough for a tenth of a second, and for one frame in any case.
+        let most = (rate / 10).max(PAYLOAD_BYTES_MAX as u64);
+        let passed_ns = now_ns.saturating_sub(heal.refilled_ns).min(SECOND_NS);
+        let earned = u128::from(rate) * u128::from(passed_ns) / u128::from(SECOND_NS);
+        let allowance = &mut heal.copier.allowance_bytes;
+        match rate {
+            0 => *allowance = i64::MAX / 2,
+            _ if earned == 0 && *allowance != 0 => return,
+            _ => *allowance = (*allowance + earned as i64).min(most as i64),
+        }
+        heal.refilled_ns = now_ns;
+    }
+}

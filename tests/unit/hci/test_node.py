@@ -1,0 +1,150 @@
+"""The node's daemon, apart from its processes: what it answers and how it registers."""
+
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from etcd.errors import LeaseNotFound
+from etcd.memory import MemoryEtcd
+from etcd.records import ImageRecord, Layer, NodeRecord
+from hci import control_pb2 as pb
+from hci.node import NodeControl, NodeDaemon
+from shard.digest import UNREADABLE, digest
+from shard.ids import ImageId
+from shard.membership import Policy
+from vmstore.catalog import Catalog
+from vmstore.errors import RecordChanged
+
+IMAGE = ImageId("cd" * 16)
+
+
+def record() -> ImageRecord:
+    return ImageRecord(
+        id=IMAGE,
+        pool="vms",
+        policy=Policy.REPLICA_3,
+        size_bytes=1 << 30,
+        shard_bytes=1 << 22,
+        placement_key=IMAGE,
+        placement_version=1,
+        sets=(("node1", "node2", "node3"),),
+        layers=(Layer(id=1),),
+    )
+
+
+class Store:
+    """A node's store with one damaged shard."""
+
+    def read_shard(self, image: str, layers: list[int], shard: int) -> bytes | None:
+        if shard == 1:
+            raise RuntimeError("block 3 of shard 1 does not match its checksum")
+        return b"content" if shard == 0 else None
+
+    def failure(self) -> str | None:
+        return None
+
+
+def test_digest_of_a_damaged_shard_says_so_and_goes_on() -> None:
+    # The check of an image with one damaged shard ended with "an internal error" of that node.
+    node: Any = SimpleNamespace(
+        engine=Store(),
+        own=SimpleNamespace(name="node1"),
+        catalog=SimpleNamespace(image=lambda _image: SimpleNamespace(record=record())),
+    )
+    request = pb.DigestRequest(image_id=IMAGE, first_shard=0, shards=3)
+    found = list(NodeControl(node).Digest(request, None))  # type: ignore[arg-type]
+    assert [(each.shard, each.blake3) for each in found] == [
+        (0, digest([b"content"])),
+        (1, UNREADABLE),
+    ]
+
+
+class Registering(NodeDaemon):
+    """A node's daemon over an etcd in memory, without a store."""
+
+    def __init__(self) -> None:
+        self.config: Any = SimpleNamespace(cluster=SimpleNamespace(id="c" * 32))
+        self.own: Any = SimpleNamespace(
+            name="node1", listen="h:1", control="h:2", socket=None, host="h", zone="z"
+        )
+        self.memory = MemoryEtcd()
+        self.etcd: Any = self.memory
+        self.catalog = Catalog(self.memory)
+        self.engine: Any = SimpleNamespace(
+            status=lambda: {"capacity_bytes": 1 << 40},
+            store_id="d" * 32,
+            start_counter=1,
+            failure=lambda: None,
+        )
+        self.failures: list[str] = []
+        self.ending: Any = SimpleNamespace(wait=lambda _timeout_s: False, fail=self.failures.append)
+        self.registered = False
+        self.trouble = ""
+        self._session = None
+        self._session_lost = threading.Event()
+        self._watching = False
+
+    def look_after(self) -> None:
+        self._look_after()
+
+    def end(self) -> None:
+        if self._session is not None:
+            self._session.close()
+
+    def lose_session(self) -> None:
+        self.memory.advance(11)
+        assert self._session is not None
+        with pytest.raises(LeaseNotFound):
+            self._session.renew()
+
+
+@pytest.fixture
+def node() -> Iterator[Registering]:
+    started = Registering()
+    yield started
+    started.end()
+    assert started.failures == []
+
+
+def test_record_that_changes_meanwhile_is_announced_again(
+    node: Registering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Another program had changed the node's record: the node ended with a traceback.
+    announce = node.catalog.announce_node
+    changed = [RecordChanged("node node1")]
+
+    def announce_after_a_change(record: NodeRecord, etcd_lease: int) -> None:
+        if changed:
+            raise changed.pop()
+        announce(record, etcd_lease)
+
+    monkeypatch.setattr(node.catalog, "announce_node", announce_after_a_change)
+    node.look_after()
+    assert not node.registered
+    assert "try again" in node.trouble
+    node.look_after()
+    assert node.registered
+    assert list(node.catalog.alive()) == ["node1"]
+
+
+def test_node_that_registers_again_watches_once(
+    node: Registering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each new session added another watch on what was deleted, for as long as the node ran.
+    watches: list[str] = []
+    watch = node.memory.watch
+
+    def counted(prefix: str, on_notice: Any) -> object:
+        watches.append(prefix)
+        return watch(prefix, on_notice)
+
+    monkeypatch.setattr(node.memory, "watch", counted)
+    for _ in range(3):
+        node.look_after()
+        assert node.registered
+        assert list(node.catalog.alive()) == ["node1"]
+        node.lose_session()
+    assert len(watches) == 1

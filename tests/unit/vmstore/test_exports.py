@@ -1,0 +1,189 @@
+"""`Exports`: who is let in, with an etcd in memory and an engine that the test speaks for."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from etcd.errors import EtcdUnavailable, LeaseNotFound
+from tests.unit.vmstore.gateway import ScriptedGateway, scripted_gateway
+from vmstore import exports
+from vmstore.errors import ClientBarred
+from vmstore.holder import Phase
+from vmstore.holding import Held
+from vmstore.served import Served
+
+GUEST, OTHER = "10:111", "20:222"
+
+
+@pytest.fixture
+def gateway() -> Iterator[ScriptedGateway]:
+    served = Served("a1" * 16, lives=lambda _peer: True)
+    with scripted_gateway(served=served) as started:
+        yield started
+
+
+def test_guest_of_a_lost_image_is_not_let_in_again(gateway: ScriptedGateway) -> None:
+    # A gateway that was stopped past its lease went on: it killed the image that another one had
+    # taken and closed, the client reconnected, the image was opened anew for it, and what it had
+    # been given no answer to was written over the other guest's data.
+    gateway.connect(1, GUEST)
+    assert gateway.answer(1)[0] == "export"
+    channel = gateway.answer(1)[1]
+    theirs = gateway.give_to_another_gateway()
+    gateway.engine.emit("fenced", channel=channel, node=0)
+    gateway.until(lambda: gateway.open_images == 0, "the image is not let go")
+    gateway.leave(1)
+    gateway.connect(2, GUEST)
+    kind, (code, why) = gateway.answer(2)
+    assert (kind, code) == ("error", "refused")
+    assert "end this process" in why
+    assert gateway.record == theirs, "nothing was opened for it"
+    gateway.connect(3, OTHER)
+    assert gateway.answer(3)[0] == "export"
+    gateway.connect(4, GUEST)
+    assert gateway.answer(4)[0] == "error", "nor while the image is open"
+
+
+def test_client_that_left_by_itself_comes_back_after_another_gateway(
+    gateway: ScriptedGateway,
+) -> None:
+    gateway.connect(1, GUEST)
+    assert gateway.answer(1)[0] == "export"
+    gateway.leave(1)
+    gateway.until(lambda: gateway.open_images == 0, "the image is not closed")
+    gateway.give_to_another_gateway()
+    gateway.connect(2, GUEST)
+    assert gateway.answer(2)[0] == "export"
+
+
+def test_guest_that_a_stop_sent_away_is_remembered(tmp_path: Path) -> None:
+    # Its unanswered requests come with it, to a successor that must know what happened meanwhile.
+    def served(holder: str) -> Served:
+        return Served(holder, path=tmp_path / "served.json", lives=lambda _peer: True)
+
+    with scripted_gateway(served=served("a1" * 16)) as gateway:
+        gateway.connect(1, GUEST)
+        assert gateway.answer(1)[0] == "export"
+        gateway.stop()
+        gateway.leave(1)
+        held = gateway.record
+    successor = served("a2" * 16)
+    successor.check(gateway.name, GUEST, held)
+    with pytest.raises(ClientBarred):
+        successor.check(gateway.name, GUEST, replace(held, epoch=2, holder="ef" * 16))
+
+
+def test_client_of_an_image_that_cannot_be_closed_hears_why(
+    gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two nodes were down, the last client left with writes that were not flushed, and the next
+    # client waited without a word until its own patience ended.
+    monkeypatch.setattr(exports, "OPEN_LIMIT_S", 0.3)
+    gateway.engine.closes = False
+    gateway.connect(1)
+    channel = gateway.answer(1)[1]
+    gateway.leave(1)
+    gateway.until(
+        lambda: gateway.exports.snapshot()[0].holder.phase is Phase.CLOSING, "it does not close"
+    )
+    for index in (0, 1):
+        gateway.engine.emit("replica_down", channel=channel, node=index, blocking=True)
+    gateway.connect(2)
+    kind, (code, why) = gateway.answer(2)
+    assert (kind, code) == ("error", "refused")
+    assert "is being closed" in why
+    assert gateway.exports.snapshot()[0].holder.stalled_by()[0] in why
+    # Once it is closed the next one is let in.
+    gateway.engine.emit("closed", channel=channel, clean=False)
+    gateway.until(lambda: gateway.open_images == 0, "it does not close")
+    gateway.connect(3)
+    assert gateway.answer(3)[0] == "export"
+
+
+def test_deadline_moves_on_only_where_the_lease_was_taken_again(gateway: ScriptedGateway) -> None:
+    # The session's end ended the image's lease. A new session was renewed, and its deadline was
+    # told for the image too, whose own lease nobody had taken again: it answered reads that
+    # another gateway's writes might have passed.
+    gateway.connect(1)
+    channel = gateway.answer(1)[1]
+    refused = threading.Event()
+    original = gateway.catalog.retake_lease
+
+    def retake(held: Held, etcd_lease: int) -> Held:
+        if not refused.is_set():
+            refused.set()
+            raise EtcdUnavailable(("e:1",), "a test")
+        gateway.until(may_retake.is_set, "it may never be taken again")
+        return original(held, etcd_lease)
+
+    may_retake = threading.Event()
+    gateway.catalog.retake_lease = retake  # type: ignore[method-assign]
+    gateway.etcd.advance(11)
+    with pytest.raises(LeaseNotFound):
+        gateway.sessions[0].renew()
+    gateway.until(refused.is_set, "the lease is not asked for again")
+    told = len(gateway.engine.named("set_lease_deadline"))
+    assert gateway.sessions[1].renew()
+    gateway.connect(2)
+    assert gateway.answer(2)[0] == "export", "what the renewal brought is decided"
+    assert len(gateway.engine.named("set_lease_deadline")) == told
+    may_retake.set()
+    gateway.until(
+        lambda: len(gateway.engine.named("set_lease_deadline")) > told, "no deadline is told"
+    )
+    (told_channel, deadline_ns), _ = gateway.engine.named("set_lease_deadline")[-1]
+    assert told_channel == channel
+    assert deadline_ns == int(gateway.sessions[1].deadline_s * 1e9)
+
+
+@pytest.mark.parametrize(
+    ("lock", "taken_over"),
+    [("boot1:8:17", True), (None, True), ("boot1:8:18", False), ("boot2:8:17", False)],
+)
+def test_lease_of_the_same_name_is_taken_over_only_under_the_same_lock(
+    lock: str | None, taken_over: bool
+) -> None:
+    # Two hosts had been given the same name for their gateways, and each took the other's leases
+    # for those of its own dead predecessor: two holders threw each other out for ever.
+    with scripted_gateway(lock="boot1:8:17") as gateway:
+        gateway.leave_lease(lock=lock)
+        gateway.connect(1)
+        kind, told = gateway.answer(1)
+        assert kind == ("export" if taken_over else "error")
+        lease = gateway.lease_of_image()
+        assert lease is not None
+        assert (lease.holder == gateway.holder) is taken_over
+        if not taken_over:
+            assert "in use on gateway gateway1 (another one of this name" in told[1]
+        else:
+            assert lease.lock == "boot1:8:17"
+
+
+def test_guest_comes_back_to_an_image_that_was_healed_elsewhere_meanwhile(tmp_path: Path) -> None:
+    served = Served("a1" * 16, path=tmp_path / "served.json", lives=lambda _peer: True)
+    with scripted_gateway(served=served) as gateway:
+        gateway.connect(1, GUEST)
+        assert gateway.answer(1)[0] == "export"
+        image = gateway.exports.snapshot()[0]
+        # Our process dies here: what follows is another one's, with the same file.
+        gateway.stop()
+        healed = gateway.give_to_another_gateway(maintenance=True)
+    assert healed.last_use is not None
+    assert (healed.epoch, healed.last_use.epoch) == (2, 1)
+    assert image.image == healed.id
+    successor = Served("a2" * 16, path=tmp_path / "served.json", lives=lambda _peer: True)
+    successor.check(gateway.name, GUEST, healed)
+
+
+def test_image_that_is_claimed_from_maintenance_is_known_as_used(gateway: ScriptedGateway) -> None:
+    gateway.exports.maintain(gateway.name)
+    gateway.until(lambda: gateway.record.epoch == 1, "it is not opened")
+    gateway.connect(1, GUEST)
+    assert gateway.answer(1)[0] == "export"
+    assert gateway.record.used is None
+    lease = gateway.lease_of_image()
+    assert lease is not None
+    assert not lease.maintenance

@@ -1,0 +1,68 @@
+"""How heals come along, for people: those under way and the last that ended well."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from shard.ids import ImageId
+
+FINISHED_KEPT = 64
+"""Heals that are remembered: those of an evening, in which one node was replaced."""
+
+
+@dataclass(frozen=True, slots=True)
+class HealOf:
+    """A heal, and what it has copied if that is known. `finished_at` is in seconds since 1970."""
+
+    image: ImageId
+    name: str
+    node: str
+    begun_s: float
+    bytes_done: int = 0
+    bad_blocks: int = 0
+    seconds: float = 0.0
+    finished_at: float | None = None
+
+    @property
+    def bytes_per_second(self) -> int:
+        """Return its speed on the whole."""
+        return int(self.bytes_done / self.seconds) if self.seconds > 0 else 0
+
+
+class HealLog:
+    """The heals of one gateway. One thread writes, any may read."""
+
+    def __init__(self) -> None:
+        self._now: dict[ImageId, HealOf] = {}
+        self._finished: deque[HealOf] = deque(maxlen=FINISHED_KEPT)
+
+    def begins(self, image: ImageId, name: str, node: str, now_s: float) -> None:
+        """A node's heal begins; `now_s` on a clock that only grows."""
+        self._now[image] = HealOf(image, name, node, now_s)
+
+    def level(self, image: ImageId, bytes_done: int, bad_blocks: int, now_s: float) -> None:
+        """The node is level; its record does not say so yet."""
+        heal = self._now.get(image)
+        if heal is not None:
+            seconds = now_s - heal.begun_s
+            self._now[image] = replace(
+                heal, bytes_done=bytes_done, bad_blocks=bad_blocks, seconds=seconds
+            )
+
+    def taken_in(self, image: ImageId, wall_s: float) -> None:
+        """The node is in sync; `wall_s` in seconds since 1970."""
+        heal = self._now.pop(image, None)
+        if heal is not None:
+            self._finished.append(replace(heal, finished_at=wall_s))
+
+    def ends(self, image: ImageId) -> None:
+        """The heal ended early, or the image is closed."""
+        self._now.pop(image, None)
+
+    def under_way(self, image: ImageId) -> HealOf | None:
+        """Return the heal of an image."""
+        return self._now.get(image)
+
+    def finished(self) -> Sequence[HealOf]:
+        """Return the last heals that ended well, the latest last."""
+        return tuple(self._finished)

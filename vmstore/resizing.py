@@ -1,0 +1,176 @@
+"""`Resizing`: changes of the size of an image that this gateway holds, or opens for that.
+
+    a resize   begins when                    then
+    grows      the image serves               the record has the new size, the engine goes by it
+    shrinks    it serves, and no client is    what is cut off is discarded, while clients that come
+               there                          are refused; then as above
+
+One resize of an image at a time. All is decided on the deciding thread, so that no client comes
+between the question whether one is there and the first byte that is discarded. A resize ends, one
+way or the other, at the latest with the image.
+"""
+
+from abc import abstractmethod
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from etcd.records import ImageRecord
+from shard.errors import HciError
+from vmstore import events
+from vmstore.deciding import TICK_S
+from vmstore.errors import BeingResized, InUse, ShrinkRefused
+from vmstore.holder import Phase
+from vmstore.holding import Held
+from vmstore.names import ImageName
+from vmstore.serving import OpenImage, Serving
+from vmstore.stored import Stored
+
+RESIZE_LIMIT_S = 660.0
+"""How long a caller waits: for the image to open, and for all that a shrink cuts off to be
+discarded. What is not done by then goes on."""
+
+RESIZER = -1
+"""Stands for a resize among the users of an image; clients have positive numbers."""
+
+
+@dataclass(slots=True)
+class Resize:
+    """A change of size that was asked for."""
+
+    size_bytes: int
+    force: bool
+    done: "Future[None]"
+    shrinks: bool = False
+    """Whether data is being discarded: no client is let in."""
+
+
+class Resizing(Serving):
+    """Resizes images; see the module."""
+
+    @abstractmethod
+    def _close_if_unused(self, image: OpenImage) -> None:
+        """Close the image if nobody uses it any more."""
+
+    @abstractmethod
+    def _claim(self, image: OpenImage) -> None:
+        """Keep an image that was opened for maintenance; it is opened anew for who waits."""
+
+    # For the control service: any thread
+
+    def resize(self, name: ImageName, size_bytes: int, *, force: bool) -> None:
+        """Change the size of an image, opening it for that where it is closed.
+
+        Raises InUse where clients have it open and it would shrink, ShrinkRefused, BeingResized,
+        TimeoutError where it is not done yet, and what an open raises.
+        """
+        resize = Resize(size_bytes, force, Future())
+        self._deciding.put(lambda: self._find_to_resize(name, resize))
+        resize.done.result(timeout=RESIZE_LIMIT_S)
+
+    def stop(self) -> None:
+        """See `Serving`. No caller waits for an image that did not close in time."""
+        super().stop()
+        for image in self.snapshot():
+            if image.resize is not None:
+                image.resize.done.set_exception(_stopping())
+
+    # On the deciding thread
+
+    def _find_to_resize(self, name: ImageName, resize: Resize) -> None:
+        def found(stored: Stored[ImageRecord]) -> None:
+            if self._stopping:
+                resize.done.set_exception(_stopping())
+                return
+            image = self._use(name, stored)
+            if image.resize is not None:
+                resize.done.set_exception(BeingResized(str(name)))
+            elif image.holder.phase in (Phase.CLOSING, Phase.RELEASING, Phase.ENDED):
+                resize.done.set_exception(HciError(f"image {name} is being closed; try again"))
+            else:
+                image.resize = resize
+                image.users.add(RESIZER)
+                if image.maintenance:
+                    self._claim(image)
+                elif image.holder.phase is Phase.SERVING:
+                    self._begin_resize(image)
+
+        if self._stopping:
+            resize.done.set_exception(_stopping())
+        else:
+            self._later(lambda: self._catalog.find(name), found, resize.done.set_exception)
+
+    def _begin_resize(self, image: OpenImage) -> None:
+        """Begin what was asked for, if anything was; the image serves."""
+        resize = image.resize
+        if resize is None:
+            return
+        assert image.held is not None
+        former_bytes = image.held.record.size_bytes
+        if resize.size_bytes >= former_bytes:
+            self._store_size(image, resize)
+        elif any(user > 0 for user in image.users):
+            self._end_resize(image, InUse(str(image.name), self._gateway))
+        elif not resize.force:
+            error = ShrinkRefused(str(image.name), former_bytes, resize.size_bytes)
+            self._end_resize(image, error)
+        else:
+            resize.shrinks = True
+            cut_bytes = former_bytes - resize.size_bytes
+            self._engine.zero(image.channel, resize.size_bytes, cut_bytes)
+
+    def _zeroed(self, image: OpenImage, done: bool) -> None:
+        resize = image.resize
+        if resize is None or not resize.shrinks:
+            return
+        if done:
+            self._store_size(image, resize)
+        else:
+            self._end_resize(image, HciError(f"image {image.name} could not be cut off"))
+
+    def _store_size(self, image: OpenImage, resize: Resize) -> None:
+        """Store a new size; no change of membership is under way meanwhile."""
+        if image.resize is not resize:
+            return
+        if image.holder.phase is not Phase.SERVING:
+            why = f"image {image.name} was closed before it was resized; try again"
+            self._end_resize(image, HciError(why))
+            return
+        if image.holder.proposal is not None or image.holder.paused:
+            self._deciding.after(TICK_S, lambda: self._store_size(image, resize))
+            return
+        assert image.held is not None
+        held, size_bytes = image.held, resize.size_bytes
+        image.holder.paused = True
+
+        def stored(new: Held) -> None:
+            image.held = new
+            image.holder.record = new.record
+            self._engine.resize(image.channel, size_bytes, new.record.encode())
+            go_on()
+            self._end_resize(image, None)
+
+        def failed(error: HciError) -> None:
+            go_on()
+            self._end_resize(image, error)
+
+        def go_on() -> None:
+            image.holder.paused = False
+            self._step(image, events.Tick(self._deciding.now_s()))
+
+        self._later(lambda: self._catalog.resize(held, size_bytes, force=True), stored, failed)
+
+    def _end_resize(self, image: OpenImage, error: HciError | None) -> None:
+        """Tell who asked, and let the image go; where nothing was asked for, do nothing."""
+        resize, image.resize = image.resize, None
+        if resize is None:
+            return
+        image.users.discard(RESIZER)
+        if error is None:
+            resize.done.set_result(None)
+        else:
+            resize.done.set_exception(error)
+        self._close_if_unused(image)
+
+
+def _stopping() -> HciError:
+    return HciError("the gateway is stopping; try again")
