@@ -42,7 +42,8 @@ class Shape:
     replica_sets: int = 1
     shards: int = 3
     log_bytes: int = 1 << 20
-    segment_bytes: int = 64 << 10
+    segment_bytes: int = 128 << 10
+    """A frame with all blocks that are used must fit into it."""
 
 
 class Cluster:
@@ -199,7 +200,7 @@ class Cluster:
     def _regions(self) -> Iterator[range]:
         """Blocks on either side of each shard's end: few, which are fought for, or many."""
         per_shard = SHARD_BYTES // SECTOR_BYTES
-        near = self.chance.choice((1, 2, 2, 16)) * BLOCK_BYTES // SECTOR_BYTES
+        near = self.chance.choice((1, 2, 2, 8)) * BLOCK_BYTES // SECTOR_BYTES
         for shard in range(1, self.shape.shards):
             yield range(shard * per_shard - near, shard * per_shard + near)
 
@@ -517,6 +518,8 @@ class Cluster:
             holder = image.holder
             if holder.phase is not Phase.SERVING or holder.missing() or holder.proposal:
                 return False
+        if self.record.stale and not self.rolled_back:
+            return False
         return all(guest.in_flight == 0 for guest in serving)
 
 

@@ -300,7 +300,9 @@ class SimNode:
             self._catalog.init_cluster(CLUSTER_ID)
             if self.session is not None:
                 self.session.close()
-            self.session = session = SimSession(self._etcd, self._clock, self.process, on_lost=self._lost)
+            self.session = session = SimSession(
+                self._etcd, self._clock, self.process, on_lost=self._lost
+            )
             record = NodeRecord(
                 name=self.name,
                 address=f"{self.name}:1",
