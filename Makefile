@@ -16,9 +16,11 @@ WORKERS ?= 4
 SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 SEED ?=
 ROUNDS ?=
+FRAMES ?=
 IMAGE ?=
+HOURS ?= 8
 
-.PHONY: help setup build demo test check fix sim bench wheel clean
+.PHONY: help setup build demo test check fix sim soak bench wheel clean
 
 help: ## List what there is
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) \
@@ -42,7 +44,8 @@ check: setup ## Format, lint, types, stubs, layers: under 90 s warm
 	$(PYTHON) -m mypy.stubtest --mypy-config-file pyproject.toml engine._engine
 	$(PYTHON) -m pytest --quiet tests/unit/test_layers.py
 	cargo fmt --manifest-path engine/Cargo.toml --all --check
-	cargo clippy --quiet $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
+	cargo clippy --quiet $(CARGO_FLAGS) --workspace --all-targets \
+	    --features simulation -- -D warnings
 
 fix: setup ## Repair what `check` can repair by itself, and write the generated code anew
 	$(PYTHON) -m ruff check --fix-only .
@@ -50,9 +53,12 @@ fix: setup ## Repair what `check` can repair by itself, and write the generated 
 	cargo fmt --manifest-path engine/Cargo.toml --all
 	$(PYTHON) .ci/generate.py
 
-sim: setup ## The engine's simulated histories (SEED=n replays one, ROUNDS=n tries that many)
-	HCI_SIM_SEED=$(SEED) HCI_SIM_ROUNDS=$(ROUNDS) cargo test --quiet $(CARGO_FLAGS) \
-	    --package hci-engine-core --lib replica::tests::histories
+sim: setup ## The simulator (SEED=n replays a history and prints it, FRAMES=1 with each frame; ROUNDS=n)
+	@HCI_SIM_SEED=$(SEED) HCI_SIM_ROUNDS=$(ROUNDS) HCI_SIM_FRAMES=$(FRAMES) \
+	    $(PYTHON) -m pytest $(if $(SEED)$(ROUNDS),-s tests/sim/test_histories.py,tests/sim) $(PYTEST_FLAGS)
+
+soak: setup ## Simulated histories from a seed by chance, for HOURS=8
+	@$(PYTHON) -m tests.sim.many --chance --hours $(HOURS)
 
 bench: setup ## Measure against nbdkit and, where installed, Gluster; table and bench/results/
 	@$(PYTHON) -m bench

@@ -2,7 +2,7 @@
 
 from typing import Any, Final, final
 
-__all__ = ["VERSION", "Gateway", "Node"]
+__all__ = ["VERSION", "Gateway", "Node", "Simulation"]
 
 VERSION: Final[str]
 """Version of the engine, the same as the distribution's."""
@@ -183,3 +183,196 @@ class Node:
 
     def stop(self) -> None:
         """Sync and end."""
+
+@final
+class Simulation:
+    """A cluster in memory for tests: stores, replication and network on a clock that `run` moves.
+
+    Only where the engine was built with the feature `simulation`, as `make setup` does; never in a
+    release. Nodes and gateways are named by index; every method raises ValueError for one that does
+    not exist. What policy orders is as in `Gateway`, with the gateway first.
+    """
+
+    def __new__(
+        cls, seed: int, *, nodes: list[str], gateways: int, log_bytes: int, segment_bytes: int
+    ) -> Simulation: ...
+    @staticmethod
+    def break_rules(names: list[str]) -> None:
+        """Have this thread break these rules of the protocol, and keep all others."""
+
+    @staticmethod
+    def rules() -> list[str]:
+        """Return the names of all rules that can be broken (`engine/core/src/rules.rs`)."""
+
+    @property
+    def now_ns(self) -> int: ...
+    @property
+    def trace(self) -> int:
+        """A digest of all that was delivered so far."""
+
+    def tell_all(self) -> None:
+        """Keep what is delivered, in words, from now on."""
+
+    def take_told(self) -> list[tuple[int, str]]:
+        """Return when what was delivered, since the last time."""
+
+    def run(self, until_ns: int) -> tuple[Any, ...] | None:
+        """Let time pass until something happens, at most until then.
+
+        ("event", gateway, event), ("answer", gateway, client, cookie, how, stamps or None),
+        ("node_ended", node, whether it may have lost what was not synced, why).
+        """
+
+    def start_node(self, node: int) -> tuple[str, int]:
+        """Start a process; return store and start counter. Raises RuntimeError."""
+
+    def stop_node(self, node: int, power: bool) -> None:
+        """Kill it; with `power` all goes that was not synced."""
+
+    def pause_node(self, node: int) -> None: ...
+    def continue_node(self, node: int) -> None: ...
+    def delete_image(self, node: int, image: str) -> None:
+        """Have a node delete an image for ever."""
+
+    def set_disk_speed(self, node: int, min_ns: int, max_ns: int) -> None:
+        """Set how long a sync takes."""
+
+    def fail_sync(self, node: int, after: int) -> None:
+        """Have the sync after so many more ones fail."""
+
+    def set_free_bytes(self, node: int, free_bytes: int | None) -> None:
+        """Leave so much on its disk."""
+
+    def crash_after(self, node: int, steps: int, power: bool) -> None:
+        """End it in the midst of what it does, after so many steps of its disk."""
+
+    def snapshot_disk(self, node: int) -> None:
+        """Put the state of its disk aside."""
+
+    def restore_disk(self, node: int) -> bool:
+        """Put that state back, while the node is off; False where there is none."""
+
+    def corrupt(self, node: int, file: int, place: int) -> tuple[str, int] | None:
+        """Invert a byte of a shard file; return where, None where there is no such byte."""
+
+    def disk_paths(self, node: int) -> list[str]: ...
+    def start_gateway(self, gateway: int) -> None: ...
+    def stop_gateway(self, gateway: int, power: bool) -> None: ...
+    def pause_gateway(self, gateway: int) -> None: ...
+    def continue_gateway(self, gateway: int) -> None: ...
+    def link(self, gateway: int, node: int) -> None:
+        """Keep a connection to a node."""
+
+    def reset(self, gateway: int, node: int) -> None:
+        """Break the connection, if there is one."""
+
+    def set_path(self, gateway: int, node: int, to_node: bool, passable: bool) -> None:
+        """Open or block one way between the two."""
+
+    def set_latency(self, gateway: int, node: int, min_ns: int, max_ns: int) -> None: ...
+    def open(
+        self,
+        gateway: int,
+        channel: int,
+        *,
+        image: str,
+        size_bytes: int,
+        shard_bytes: int,
+        placement_key: str,
+        layers: list[int],
+        epoch: int,
+        holder: str,
+        generation: int,
+        digest: bytes,
+        body: bytes,
+        nodes: list[str],
+        sets: list[list[int]],
+        in_sync: list[list[int]],
+        local: int | None = None,
+    ) -> None: ...
+    def peek(self, gateway: int, channel: int, node: int) -> None: ...
+    def admit(
+        self, gateway: int, channel: int, nodes: list[tuple[int, int]], *, resume: bool
+    ) -> None: ...
+    def reconfigure(
+        self,
+        gateway: int,
+        channel: int,
+        *,
+        generation: int,
+        digest: bytes,
+        body: bytes,
+        in_sync: list[list[int]],
+    ) -> None: ...
+    def set_lease_deadline(self, gateway: int, channel: int, deadline_ns: int) -> None: ...
+    def heal(
+        self,
+        gateway: int,
+        channel: int,
+        *,
+        node: int,
+        serial: int,
+        attempt: int,
+        sets: list[tuple[int, int]],
+        bytes_per_second: int,
+        shards_at_once: int,
+        share_percent: int,
+    ) -> None: ...
+    def end_heal(self, gateway: int, channel: int, attempt: int) -> None: ...
+    def resize(self, gateway: int, channel: int, size_bytes: int, body: bytes) -> None: ...
+    def close(self, gateway: int, channel: int) -> None: ...
+    def kill(self, gateway: int, channel: int) -> None: ...
+    def forget(self, gateway: int, channel: int) -> None: ...
+    def read(
+        self, gateway: int, channel: int, client: int, cookie: int, first: int, sectors: int
+    ) -> bool:
+        """Ask as a guest; False where the gateway has no image of this channel. So do the next."""
+
+    def write(
+        self,
+        gateway: int,
+        channel: int,
+        client: int,
+        cookie: int,
+        first: int,
+        sectors: int,
+        stamp: int,
+        durable: bool,
+    ) -> bool: ...
+    def zero(
+        self,
+        gateway: int,
+        channel: int,
+        client: int,
+        cookie: int,
+        first: int,
+        sectors: int,
+        keep_allocated: bool,
+        durable: bool,
+    ) -> bool: ...
+    def flush(self, gateway: int, channel: int, client: int, cookie: int) -> bool: ...
+    def node_record(self, node: int, image: str) -> tuple[int, str, int, bytes] | None:
+        """Return epoch, holder, generation and digest of the record on a running node."""
+
+    def dirty(self, node: int, image: str) -> list[int]:
+        """Return the dirty shards of a running node."""
+
+    def has_image(self, node: int, image: str) -> bool: ...
+    def remembers(self, node: int, image: str) -> bool:
+        """Whether it was level with its peers once and has kept its memory since."""
+
+    def shard_digests(
+        self, node: int, image: str, layers: list[int], shard: int
+    ) -> list[int | None] | None:
+        """Return a digest of each block on a running node, None where it is damaged."""
+
+    def take_applied(self, stamp: int) -> list[tuple[int, int]]:
+        """Return, and forget, who has applied a write: shard and mask of nodes."""
+
+    def queues(self, gateway: int, channel: int) -> tuple[int, int, int]:
+        """Return requests, parts and unanswered sequences of an open image."""
+
+    def node_queues(self, node: int) -> tuple[int, int]:
+        """Return answers that wait for a sync, requests that wait for room in the log."""
+
+    def replica_states(self, gateway: int, channel: int) -> list[tuple[str, str]]: ...

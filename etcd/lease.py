@@ -117,11 +117,19 @@ class Session:
         self._on_renewed(self._deadline_s)
         return True
 
+    def first_pause_s(self) -> float:
+        """Return how long to wait before the first `turn`."""
+        return self._ttl_s / RENEWALS_PER_TTL
+
+    def turn(self) -> float | None:
+        """Renew the lease once; return how long to wait before the next turn, None at the end."""
+        try:
+            renewed = self.renew()
+        except (LeaseNotFound, ClientClosed):
+            return None
+        return self._ttl_s / (RENEWALS_PER_TTL if renewed else RETRIES_PER_TTL)
+
     def _run(self) -> None:
-        pause_s = self._ttl_s / RENEWALS_PER_TTL
-        while not self._closed.wait(pause_s):
-            try:
-                renewed = self.renew()
-            except (LeaseNotFound, ClientClosed):
-                return
-            pause_s = self._ttl_s / (RENEWALS_PER_TTL if renewed else RETRIES_PER_TTL)
+        pause_s: float | None = self.first_pause_s()
+        while pause_s is not None and not self._closed.wait(pause_s):
+            pause_s = self.turn()

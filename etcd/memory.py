@@ -7,8 +7,8 @@ one thread is deterministic.
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from etcd.errors import ClientClosed, EtcdUnavailable, LeaseNotFound, OutcomeUnknown
@@ -49,6 +49,15 @@ class Fault(Enum):
 class _Lease:
     ttl_s: int
     expires_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Backup:
+    """All that the fake held at one time."""
+
+    items: Mapping[str, KeyValue]
+    revision: int
+    leases: Mapping[int, _Lease]
 
 
 class MemoryWatch:
@@ -108,6 +117,27 @@ class MemoryEtcd:
             ]
             for lease in ended:
                 self._end_lease(lease)
+        self._deliver()
+
+    def backup(self) -> Backup:
+        """Return what there is now, to be restored later."""
+        with self._lock:
+            leases = {lease: replace(state) for lease, state in self._leases.items()}
+            return Backup(dict(self._items), self._revision, leases)
+
+    def restore(self, backup: Backup) -> None:
+        """Go back to what there was; watches read all anew. Leases get their whole time again."""
+        with self._lock:
+            self._items = dict(backup.items)
+            self._revision = self._compacted = backup.revision
+            self._history.clear()
+            self._leases = {
+                lease: _Lease(state.ttl_s, self._now_s + state.ttl_s)
+                for lease, state in backup.leases.items()
+            }
+            for watch in self._watches:
+                listing = self._listing(watch.prefix)
+                watch.pending.append(Reread(listing.revision, listing.items))
         self._deliver()
 
     def compact(self) -> None:

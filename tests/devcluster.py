@@ -193,19 +193,28 @@ class DevCluster:
     def must_be_equal(self, image: str) -> None:
         """Asserts that `hci image check` compared all nodes in sync, and found them equal.
 
-        A node that was just started answers a moment later.
+        A node that was just started answers a moment later, and one that was away may be let in
+        while the check runs: both are asked again.
         """
         deadline = time.monotonic() + HEALTH_TIMEOUT_S
-        while (report := self.check(image))["missing"] and time.monotonic() < deadline:
+        while True:
+            before = self._in_sync(image)
+            report = self.check(image)
+            settled = not report["missing"] and self._in_sync(image) == before
+            if settled or time.monotonic() >= deadline:
+                break
             time.sleep(0.2)
         assert report["equal"], report
+        assert report["compared"] == before, report
+
+    def _in_sync(self, image: str) -> list[list[str]]:
+        """Of each replica set, the nodes that its record says are in sync now."""
         info = self.info(image)
         stale = {(entry["replica_set"], entry["node"]) for entry in info["stale"]}
-        in_sync = [
+        return [
             [node for node in nodes if (index, node) not in stale]
             for index, nodes in enumerate(info["replica_sets"])
         ]
-        assert report["compared"] == in_sync, report
 
     def url(self, image: str) -> str:
         """The image's NBD URI as `hci image url` prints it."""

@@ -4,7 +4,6 @@ The first client that asks for an image has it opened, the last that leaves has 
 this happens on the deciding thread of `Serving`, but for what says otherwise.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from shard.errors import HciError
 from shard.ids import ImageId
 from vmstore import events
 from vmstore.catalog import Catalog
+from vmstore.deciding import TICK_S, Deciding
 from vmstore.errors import BeingResized, ClientBarred, LeaseLost, UnknownImage, UnknownPool
 from vmstore.granter import Voters
 from vmstore.healing import HealLimits
@@ -27,7 +27,7 @@ from vmstore.holding import Held
 from vmstore.names import ImageName, parse_image_name
 from vmstore.resizing import RESIZER, Resizing
 from vmstore.served import Served
-from vmstore.serving import RELEASE_RETRY_S, TICK_S, OpenImage, nothing_more
+from vmstore.serving import RELEASE_RETRY_S, OpenImage, nothing_more
 from vmstore.stored import Stored
 
 log = structlog.get_logger()
@@ -60,6 +60,7 @@ class Exports(Resizing):
         voters: Voters | None = None,
         served: Served | None = None,
         lock: str | None = None,
+        deciding: Deciding | None = None,
     ) -> None:
         super().__init__(
             engine,
@@ -72,6 +73,7 @@ class Exports(Resizing):
             heal_limits=heal_limits,
             served=served,
             lock=lock,
+            deciding=deciding,
         )
         self._client_image: dict[int, ImageId] = {}
         self._peers: dict[int, str] = {}
@@ -84,7 +86,7 @@ class Exports(Resizing):
 
     def maintain(self, name: ImageName) -> None:
         """Open an image that nobody has open, to heal it, until it is or somebody wants it."""
-        self._queue.put(lambda: self._care_for(name))
+        self._deciding.put(lambda: self._care_for(name))
 
     def maintained(self) -> int:
         """Return how many images are open for that."""
@@ -267,7 +269,7 @@ class Exports(Resizing):
             image = self._use(name, stored, maintenance=True)
             image.users.add(pin)
             self._client_image[pin] = image.image
-            self._cared_for[image.image] = _Care(pin, time.monotonic())
+            self._cared_for[image.image] = _Care(pin, self._deciding.now_s())
 
         self._later(lambda: self._catalog.find(name), found, lambda _error: None)
 
@@ -279,15 +281,15 @@ class Exports(Resizing):
                 del self._cared_for[image_id]
                 continue
             if image.holder.heals.now is not None or image.holder.phase is not Phase.SERVING:
-                care.idle_since_s = time.monotonic()
+                care.idle_since_s = self._deciding.now_s()
             record = image.holder.record
             healed = record is not None and not record.stale
-            idle = time.monotonic() - care.idle_since_s > PATIENCE_S
+            idle = self._deciding.now_s() - care.idle_since_s > PATIENCE_S
             if healed or idle or not image.maintenance:
                 del self._cared_for[image_id]
                 self._client_left(care.pin)
         for image in list(self._images.values()):
-            self._refuse_late(image, time.monotonic())
+            self._refuse_late(image, self._deciding.now_s())
 
     def _claim(self, image: OpenImage) -> None:
         """Keep an image that was opened for maintenance: a client wants it."""
@@ -298,7 +300,7 @@ class Exports(Resizing):
             # It is claimed when it serves.
             return
         if image.holder.proposal is not None or image.holder.paused:
-            self._after(TICK_S, lambda: self._claim(image))
+            self._deciding.after(TICK_S, lambda: self._claim(image))
             return
         assert image.held is not None
         held = image.held
@@ -322,13 +324,13 @@ class Exports(Resizing):
             go_on()
             lapsed = isinstance(error, LeaseLost) and error.gateway is None
             if isinstance(error, EtcdError) or lapsed:
-                self._after(RELEASE_RETRY_S, lambda: self._claim(image))
+                self._deciding.after(RELEASE_RETRY_S, lambda: self._claim(image))
             else:
                 self._step(image, events.Lost(str(error)))
 
         def go_on() -> None:
             image.holder.paused = image.claiming = False
-            self._step(image, events.Tick(time.monotonic()))
+            self._step(image, events.Tick(self._deciding.now_s()))
 
         self._later(claim, claimed, failed)
 

@@ -343,8 +343,17 @@ class Holder:
         return [Heal(begun.node, serial, begun.attempt, tuple(sorted(begun.sets.items())))]
 
     def _may_be_healed(self, name: str) -> bool:
+        """A node that is in sync in another set is let in first.
+
+        Those that are in sync with it there may wait for that, clients' writes for them, and the
+        heal for the writes.
+        """
+        assert self.record is not None
         node = self.nodes[name]
-        return node.standing in (Standing.WAITING, Standing.UP) and not self._is_failing(node)
+        waits = node.standing is Standing.WAITING
+        let_in_first = waits and name in self.record.membership.all_in_sync()
+        there = waits or node.standing is Standing.UP
+        return there and not let_in_first and not self._is_failing(node)
 
     def _to_take_in(self) -> dict[int, set[str]]:
         return self.heals.to_take_in() if self.phase is Phase.SERVING else {}

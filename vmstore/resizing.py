@@ -10,7 +10,6 @@ between the question whether one is there and the first byte that is discarded. 
 way or the other, at the latest with the image.
 """
 
-import time
 from abc import abstractmethod
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -18,11 +17,12 @@ from dataclasses import dataclass
 from etcd.records import ImageRecord
 from shard.errors import HciError
 from vmstore import events
+from vmstore.deciding import TICK_S
 from vmstore.errors import BeingResized, InUse, ShrinkRefused
 from vmstore.holder import Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName
-from vmstore.serving import TICK_S, OpenImage, Serving
+from vmstore.serving import OpenImage, Serving
 from vmstore.stored import Stored
 
 RESIZE_LIMIT_S = 660.0
@@ -64,7 +64,7 @@ class Resizing(Serving):
         TimeoutError where it is not done yet, and what an open raises.
         """
         resize = Resize(size_bytes, force, Future())
-        self._queue.put(lambda: self._find_to_resize(name, resize))
+        self._deciding.put(lambda: self._find_to_resize(name, resize))
         resize.done.result(timeout=RESIZE_LIMIT_S)
 
     def stop(self) -> None:
@@ -136,7 +136,7 @@ class Resizing(Serving):
             self._end_resize(image, HciError(why))
             return
         if image.holder.proposal is not None or image.holder.paused:
-            self._after(TICK_S, lambda: self._store_size(image, resize))
+            self._deciding.after(TICK_S, lambda: self._store_size(image, resize))
             return
         assert image.held is not None
         held, size_bytes = image.held, resize.size_bytes
@@ -155,7 +155,7 @@ class Resizing(Serving):
 
         def go_on() -> None:
             image.holder.paused = False
-            self._step(image, events.Tick(time.monotonic()))
+            self._step(image, events.Tick(self._deciding.now_s()))
 
         self._later(lambda: self._catalog.resize(held, size_bytes, force=True), stored, failed)
 

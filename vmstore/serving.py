@@ -1,16 +1,14 @@
 """`Serving`: drives one `Holder` for each image that is open, between the engine and etcd.
 
-One thread decides: it takes the engine's events, the outcomes of etcd calls (made by a few workers,
-one at a time for each image) and ticks, in the order in which they come, and never waits for
-anything. Another only carries the engine's events over. No request of a client passes here.
+What decides runs where `vmstore/deciding.py` says: the engine's events, the outcomes of etcd calls
+(one at a time for each image) and ticks, in the order in which they come, waiting for nothing. No
+request of a client passes here.
 """
 
-import queue
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +24,7 @@ from shard.errors import HciError
 from shard.ids import ImageId
 from vmstore import effects, events, granting
 from vmstore.catalog import Catalog
+from vmstore.deciding import TICK_S, Deciding, DecidingThread
 from vmstore.errors import InUse, LeaseLost, RecordChanged
 from vmstore.events import NodeRecordView
 from vmstore.granter import Granter, Voters
@@ -42,8 +41,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-TICK_S = 0.1
-WORKERS = 8
 TAKE_ATTEMPTS = 5
 """Times a lease is asked for while the record changes under our eyes."""
 CONFIRM_RETRY_S = 0.5
@@ -83,7 +80,8 @@ class Serving(ABC):
     `lease` makes an etcd lease session, given what to call when it is lost and renewed. `voters` is
     where arbiters are asked, over gRPC unless given. `served` knows the clients of former processes
     of this gateway. `lock` names the lock file that this process holds until it dies: leases under
-    the same one are those of its dead predecessors.
+    the same one are those of its dead predecessors. `deciding` is where decisions run, in threads
+    of its own unless given.
     """
 
     def __init__(
@@ -99,6 +97,7 @@ class Serving(ABC):
         voters: Voters | None = None,
         served: Served | None = None,
         lock: str | None = None,
+        deciding: Deciding | None = None,
     ) -> None:
         self._engine = engine
         self._catalog = catalog
@@ -116,31 +115,21 @@ class Serving(ABC):
         self._images: dict[ImageId, OpenImage] = {}
         self._by_channel: dict[int, OpenImage] = {}
         self._next_channel = 1
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="exports-etcd")
-        self._threads: list[threading.Thread] = []
+        self._deciding = deciding or DecidingThread(engine.next_event)
         self._stopping = False
-        self._closed = False
         self.failed: Callable[[str], None] = lambda _why: None
 
     def start(self) -> None:
         """Take an etcd lease and begin. Raises EtcdUnavailable."""
         self._lease = self._new_lease(self._lease_lost, self._lease_renewed).start()
-        for name, run in (("exports", self._decide), ("exports-events", self._carry)):
-            thread = threading.Thread(target=run, name=name, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        self._deciding.start(self._on_engine, self._tick, self.failed)
 
     def stop(self) -> None:
         """Send clients away, close all images, give the leases back."""
         done = threading.Event()
-        self._queue.put(lambda: self._begin_stop(done))
+        self._deciding.put(lambda: self._begin_stop(done.set))
         done.wait(STOP_S)
-        self._closed = True
-        self._queue.put(None)
-        for thread in self._threads:
-            thread.join(timeout=2)
-        self._workers.shutdown(wait=True, cancel_futures=True)
+        self._deciding.stop()
         if self._lease is not None:
             self._lease.close()
         self._voters.close()
@@ -149,48 +138,9 @@ class Serving(ABC):
         """Return the open images as they are now. For any thread."""
         return list(self._images.values())
 
-    # Threads
-
-    def _carry(self) -> None:
-        while not self._closed:
-            try:
-                event = self._engine.next_event(200)
-            except RuntimeError as error:
-                if not self._stopping:
-                    self.failed(str(error))
-                return
-            if event is not None:
-                self._queue.put(lambda event=event: self._on_engine(event))  # type: ignore[misc]
-
-    def _decide(self) -> None:
-        next_tick_s = time.monotonic() + TICK_S
-        while True:
-            try:
-                work = self._queue.get(timeout=max(0.0, next_tick_s - time.monotonic()))
-            except queue.Empty:
-                work = _nothing
-            if work is None:
-                return
-            try:
-                work()
-                if time.monotonic() >= next_tick_s:
-                    next_tick_s = time.monotonic() + TICK_S
-                    self._tick()
-            except Exception:
-                # A defect. Going on would risk wrong answers; the supervisor starts us again.
-                log.exception("exports_failed")
-                self.failed("a defect in the gateway's decisions; see the log")
-                raise
-
     def _tick(self) -> None:
         for image in list(self._images.values()):
-            self._step(image, events.Tick(time.monotonic()))
-
-    def _after(self, pause_s: float, work: Callable[[], None]) -> None:
-        """Have the deciding thread do something later."""
-        timer = threading.Timer(pause_s, lambda: self._queue.put(work))
-        timer.daemon = True
-        timer.start()
+            self._step(image, events.Tick(self._deciding.now_s()))
 
     def _later(
         self,
@@ -198,22 +148,9 @@ class Serving(ABC):
         then: Callable[[Any], None],
         failed: Callable[[HciError], None],
     ) -> None:
-        """Make an etcd call in a worker; its outcome comes back to the deciding thread."""
-
-        def work() -> None:
-            try:
-                result = call()
-            except HciError as error:
-                self._queue.put(lambda error=error: failed(error))  # type: ignore[misc]
-            except Exception as error:
-                log.exception("etcd_call_failed")
-                why = HciError(f"internal error: {error!r}")
-                self._queue.put(lambda: failed(why))
-            else:
-                self._queue.put(lambda: then(result))
-
+        """Make an etcd call elsewhere; its outcome comes back to where it is decided."""
         if not self._stopping or self._images:
-            self._workers.submit(work)
+            self._deciding.call(call, then, failed)
 
     def _carry_through(
         self,
@@ -254,7 +191,7 @@ class Serving(ABC):
             image=found.record.id,
             name=name,
             channel=channel,
-            holder=Holder(holder=self._holder_id, now_s=time.monotonic()),
+            holder=Holder(holder=self._holder_id, now_s=self._deciding.now_s()),
             maintenance=maintenance,
         )
         self._images[image.image] = image
@@ -266,7 +203,7 @@ class Serving(ABC):
         def taken(held: Held) -> None:
             log.info("image_taken", image=str(image.name), epoch=held.record.epoch)
             if granting.needs_arbiter_to_open(held.record):
-                self._confirm(image, held, time.monotonic() + OPEN_LIMIT_S)
+                self._confirm(image, held, self._deciding.now_s() + OPEN_LIMIT_S)
             else:
                 self._begin(image, held)
 
@@ -294,11 +231,11 @@ class Serving(ABC):
 
         def failed(error: HciError) -> None:
             wanted = bool(image.users or image.waiting) and not self._stopping
-            if wanted and granting.may_pass(error) and time.monotonic() < give_up_s:
+            if wanted and granting.may_pass(error) and self._deciding.now_s() < give_up_s:
                 if not image.holder.trouble:
                     log.warning("open_waits", image=str(image.name), why=str(error))
                 image.holder.trouble = str(error)
-                self._after(CONFIRM_RETRY_S, lambda: self._confirm(image, held, give_up_s))
+                self._deciding.after(CONFIRM_RETRY_S, lambda: self._confirm(image, held, give_up_s))
             else:
                 self._give_back(image, held, str(error))
 
@@ -314,7 +251,7 @@ class Serving(ABC):
         def failed(error: HciError) -> None:
             # Any other error says that the lease is another's, or ours anew.
             if isinstance(error, EtcdError):
-                self._after(RELEASE_RETRY_S, lambda: self._let_go(held))
+                self._deciding.after(RELEASE_RETRY_S, lambda: self._let_go(held))
 
         self._later(lambda: self._catalog.release(held, clean=False), nothing_more, failed)
 
@@ -454,7 +391,7 @@ class Serving(ABC):
         )
 
     def _heal(self, image: OpenImage, heal: effects.Heal) -> None:
-        self.heal_log.begins(image.image, str(image.name), heal.node, time.monotonic())
+        self.heal_log.begins(image.image, str(image.name), heal.node, self._deciding.now_s())
         log.info("heal_begins", image=str(image.name), node=heal.node, since=dict(heal.sets))
         self._engine.heal(
             image.channel,
@@ -511,7 +448,7 @@ class Serving(ABC):
         def failed(error: HciError) -> None:
             log.warning("image_release_failed", image=str(image.name), why=str(error))
             if isinstance(error, EtcdError):
-                self._after(RELEASE_RETRY_S, lambda: self._release(image, clean))
+                self._deciding.after(RELEASE_RETRY_S, lambda: self._release(image, clean))
             else:
                 # The lease is another's already, or the image is gone.
                 self._step(image, events.Released())
@@ -600,7 +537,7 @@ class Serving(ABC):
                          copied_bytes=event["copied_bytes"],
                          bad_blocks=event["bad_blocks"])  # fmt: skip
                 self.heal_log.level(image.image, event["copied_bytes"], event["bad_blocks"],
-                                    time.monotonic())  # fmt: skip
+                                    self._deciding.now_s())  # fmt: skip
                 self._step(image, events.Healed(node, event["attempt"]))
             case "heal_failed":
                 log.warning("heal_failed", image=str(image.name), node=node, why=event["status"])
@@ -616,7 +553,7 @@ class Serving(ABC):
     # The etcd lease
 
     def _lease_renewed(self, _deadline_s: float) -> None:
-        self._queue.put(self._tell_deadlines)
+        self._deciding.put(self._tell_deadlines)
 
     def _tell_deadlines(self) -> None:
         for image in self._images.values():
@@ -636,7 +573,7 @@ class Serving(ABC):
         self._engine.set_lease_deadline(image.channel, deadline_ns)
 
     def _lease_lost(self) -> None:
-        self._queue.put(self._renew_lease)
+        self._deciding.put(self._renew_lease)
 
     def _renew_lease(self) -> None:
         """The etcd lease is gone: take a new one, and again the images' leases that just lapsed."""
@@ -648,7 +585,7 @@ class Serving(ABC):
                 self._retake(image)
 
         def failed(_error: HciError) -> None:
-            self._after(1.0, self._renew_lease)
+            self._deciding.after(1.0, self._renew_lease)
 
         self._later(
             lambda: self._new_lease(self._lease_lost, self._lease_renewed).start(), again, failed
@@ -668,7 +605,7 @@ class Serving(ABC):
         def failed(error: HciError) -> None:
             if isinstance(error, EtcdError | RecordChanged):
                 # Without it the next gateway that is asked would take the image from its guest.
-                self._after(RELEASE_RETRY_S, lambda: self._retake(image))
+                self._deciding.after(RELEASE_RETRY_S, lambda: self._retake(image))
             else:
                 self._step(image, events.Lost(str(error)))
 
@@ -676,7 +613,7 @@ class Serving(ABC):
 
     # The end
 
-    def _begin_stop(self, done: threading.Event) -> None:
+    def _begin_stop(self, done: Callable[[], None]) -> None:
         self._stopping = True
         self._engine.stop_listening()
         for image in list(self._images.values()):
@@ -685,15 +622,11 @@ class Serving(ABC):
             self._step(image, events.Close())
         self._wait_for_end(done)
 
-    def _wait_for_end(self, done: threading.Event) -> None:
+    def _wait_for_end(self, done: Callable[[], None]) -> None:
         if not self._images:
-            done.set()
+            done()
             return
-        self._after(TICK_S, lambda: self._wait_for_end(done))
-
-
-def _nothing() -> None:
-    """Time has passed."""
+        self._deciding.after(TICK_S, lambda: self._wait_for_end(done))
 
 
 def nothing_more(_outcome: object) -> None:

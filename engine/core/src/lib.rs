@@ -12,5 +12,8 @@ pub mod io;
 pub mod nbd;
 pub mod node;
 pub mod replica;
+pub mod rules;
+#[cfg(any(test, feature = "simulation"))]
+pub mod simulation;
 pub mod store;
 pub mod wire;

@@ -95,32 +95,23 @@ impl Gateway {
         in_sync: Vec<Vec<u8>>,
         local: Option<u8>,
     ) -> PyResult<()> {
-        if nodes.len() > 64 || sets.len() != in_sync.len() || sets.is_empty() {
-            return Err(PyValueError::new_err("at most 64 nodes, and one in_sync for each set"));
-        }
-        let geometry = Geometry {
+        let spec = open_spec(
+            channel,
+            image,
             size_bytes,
             shard_bytes,
-            placement_key: parse_id(placement_key)?,
-            replica_sets: sets.len() as u32,
-        };
-        let sets = sets.iter().zip(&in_sync).map(|(members, in_sync)| {
-            Ok(SetSpec { members: mask(members)?, in_sync: mask(in_sync)? })
-        });
-        let spec = OpenSpec {
-            image: parse_id(image)?,
-            channel,
-            geometry,
+            placement_key,
             layers,
             epoch,
-            holder: parse_id(holder)?.0,
+            holder,
             generation,
             digest,
-            body: body.into(),
+            body,
             nodes,
-            sets: sets.collect::<PyResult<_>>()?,
+            sets,
+            in_sync,
             local,
-        };
+        )?;
         self.order(Command::Open(spec))
     }
 
@@ -285,14 +276,62 @@ impl Gateway {
     }
 }
 
-fn mask(nodes: &[u8]) -> PyResult<NodeMask> {
+/// What `open` says, as the engine takes it.
+#[expect(clippy::too_many_arguments, reason = "those of `open`")]
+pub(crate) fn open_spec(
+    channel: u32,
+    image: &str,
+    size_bytes: u64,
+    shard_bytes: u32,
+    placement_key: &str,
+    layers: Vec<u32>,
+    epoch: u64,
+    holder: &str,
+    generation: u64,
+    digest: [u8; 32],
+    body: Vec<u8>,
+    nodes: Vec<String>,
+    sets: Vec<Vec<u8>>,
+    in_sync: Vec<Vec<u8>>,
+    local: Option<u8>,
+) -> PyResult<OpenSpec> {
+    if nodes.len() > 64 || sets.len() != in_sync.len() || sets.is_empty() {
+        return Err(PyValueError::new_err("at most 64 nodes, and one in_sync for each set"));
+    }
+    let geometry = Geometry {
+        size_bytes,
+        shard_bytes,
+        placement_key: parse_id(placement_key)?,
+        replica_sets: sets.len() as u32,
+    };
+    let sets = sets
+        .iter()
+        .zip(&in_sync)
+        .map(|(members, in_sync)| Ok(SetSpec { members: mask(members)?, in_sync: mask(in_sync)? }));
+    Ok(OpenSpec {
+        image: parse_id(image)?,
+        channel,
+        geometry,
+        layers,
+        epoch,
+        holder: parse_id(holder)?.0,
+        generation,
+        digest,
+        body: body.into(),
+        nodes,
+        sets: sets.collect::<PyResult<_>>()?,
+        local,
+    })
+}
+
+pub(crate) fn mask(nodes: &[u8]) -> PyResult<NodeMask> {
     nodes.iter().try_fold(NodeMask::EMPTY, |mask, node| match node {
         0..64 => Ok(mask.with(NodeMask::one(*node))),
         _ => Err(PyValueError::new_err("an image spreads over at most 64 nodes")),
     })
 }
 
-fn event_dict(py: Python<'_>, event: GatewayEvent) -> PyResult<Bound<'_, PyDict>> {
+pub(crate) fn event_dict(py: Python<'_>, event: GatewayEvent) -> PyResult<Bound<'_, PyDict>> {
     let dict = PyDict::new(py);
     match event {
         GatewayEvent::Asked { client, peer, query } => {

@@ -5,6 +5,8 @@ use pyo3::prelude::*;
 mod gateway;
 mod ids;
 mod node;
+#[cfg(feature = "simulation")]
+mod simulation;
 
 #[pymodule]
 mod _engine {
@@ -16,6 +18,10 @@ mod _engine {
 
     #[pymodule_export]
     use crate::gateway::Gateway;
+
+    #[cfg(feature = "simulation")]
+    #[pymodule_export]
+    use crate::simulation::Simulation;
 
     #[pymodule_export]
     use crate::node::Node;

@@ -12,10 +12,10 @@
 //! block durably. Whoever joins has to know of that as well, or it could not tell a third node, which
 //! lost the block in a power cut, that it has to be healed.
 
-use super::defect::{Defect, planted};
 use super::{NodeIndex, NodeMask};
 use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, Tag};
+use crate::rules::{Rule, broken};
 use crate::wire::PAYLOAD_BYTES_MAX;
 use std::cmp::Reverse;
 use std::collections::VecDeque;
@@ -95,19 +95,29 @@ impl Comparison {
         runs
     }
 
+    /// The newest tag in a member's whole summary.
+    fn newest_of(&self, node: NodeIndex) -> Tag {
+        let summary = self.summaries.iter().find(|(other, _)| *other == node);
+        let newest = summary.and_then(|(_, blocks)| blocks.iter().map(|(_, tag)| *tag).max());
+        newest.unwrap_or(Tag::NONE)
+    }
+
     /// The winner of one block and who has to be given it.
     fn judge(&self, index: usize) -> (Option<NodeIndex>, NodeMask) {
         let all = || self.summaries.iter().map(|(node, blocks)| (*node, blocks[index]));
         let reconcile = self.trusted.is_empty();
         let counts = |node| reconcile || self.trusted.has(node);
         let intact = all().filter(|(node, (block, _))| counts(*node) && *block != Block::Bad);
-        let rank = |node, tag| (if reconcile { tag } else { Tag::NONE }, Reverse(node));
+        let rank = |node, tag| match broken(Rule::WinnerPerBlock) {
+            true => (self.newest_of(node), Reverse(node)),
+            false => (if reconcile { tag } else { Tag::NONE }, Reverse(node)),
+        };
         let winner = intact.max_by_key(|(node, (_, tag))| rank(*node, *tag));
         let newest = all().filter(|(node, _)| counts(*node)).map(|(_, (_, tag))| tag).max();
         let differs = |block: Block, tag: Tag| match winner {
             Some((_, (content, winning))) => {
                 let tag_left = tag != winning && winning != Tag::NONE;
-                block != content || tag_left && !planted(Defect::TagsLeft)
+                block != content || tag_left && !broken(Rule::TagsAreCopied)
             }
             None if self.stale => block != Block::Bad,
             // One that is no older than the rotten ones is all there is left: it stays.

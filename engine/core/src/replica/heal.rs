@@ -25,11 +25,11 @@
 
 use super::asks::Asks;
 use super::copier::Copier;
-use super::defect::{Defect, planted};
 use super::heal_shards::{Ask, Job};
 use super::image::{ImageIo, Phase, Purpose, ReplicaState, RequestKind};
 use super::shard_set::ShardSet;
 use super::{Event, Instance, NodeIndex, NodeMask};
+use crate::rules::{Rule, broken};
 use crate::wire::Status;
 
 /// What policy allows a heal.
@@ -202,7 +202,7 @@ impl ImageIo {
             heal.stage <= Stage::Copying,
             "from the last shard on every change goes to the node"
         );
-        if heal.stage == Stage::Listing && !planted(Defect::MissedWhileListing) {
+        if heal.stage == Stage::Listing && !broken(Rule::WritesAreListed) {
             heal.list.insert(shard);
         }
         NodeMask::EMPTY
@@ -212,7 +212,7 @@ impl ImageIo {
     /// heal goes on, or what is level with it would not be with the others.
     pub(super) fn has_sources(&self) -> bool {
         let up = self.up();
-        if planted(Defect::SourcesForgotten) {
+        if broken(Rule::HealNeedsItsSources) {
             return true;
         }
         self.heal.as_ref().is_some_and(|heal| {
@@ -235,7 +235,7 @@ impl ImageIo {
 
     /// Whose answers are waited for, where they were asked for, although it is not in sync.
     pub(super) fn healing(&self) -> NodeMask {
-        let heal = self.heal.as_ref().filter(|_| !planted(Defect::AnsweredWithoutHealed));
+        let heal = self.heal.as_ref().filter(|_| !broken(Rule::HealedNodeAnswers));
         heal.map_or(NodeMask::EMPTY, Heal::node)
     }
 
@@ -269,7 +269,7 @@ impl ImageIo {
     pub(super) fn fail_heal_unless_settled(&mut self, status: Status) {
         if self.heal.as_ref().is_some_and(|heal| heal.stage < Stage::Settled) {
             self.fail_heal(status);
-        } else if planted(Defect::OutcomeForgotten) {
+        } else if broken(Rule::LostHealedIsAwaited) {
             self.drop_heal();
         }
     }

@@ -7,12 +7,12 @@
 use super::asks::Asks;
 use super::compare::Comparison;
 use super::copier::CopyAsk;
-use super::defect::{Defect, planted};
 use super::heal::Stage;
 use super::image::{ImageIo, RequestKind};
 use super::replies::BadReply;
 use super::{Event, NodeIndex, NodeMask};
 use crate::geometry::{IMAGE_BYTES_MAX, LayerId};
+use crate::rules::{Rule, broken};
 use crate::wire::messages::{
     DIRTY_ENTRIES_MAX, DirtyFrom, DirtyReply, Flush, Head, Level, Number, WRITTEN_SHARDS_MAX,
     WrittenAbove, WrittenReply,
@@ -295,7 +295,7 @@ impl ImageIo {
         let Some(heal) = &mut self.heal else { return };
         let Some(index) = heal.jobs.iter().position(|job| job.shard == shard) else { return };
         match heal.jobs[index].pass {
-            Pass::Bulk if planted(Defect::NoPause) => _ = heal.jobs.swap_remove(index),
+            Pass::Bulk if broken(Rule::HealPausesWrites) => _ = heal.jobs.swap_remove(index),
             Pass::Bulk => self.pause_shard(index),
             Pass::Pausing => unreachable!("a pass that waits compares nothing"),
             Pass::Paused => {
@@ -360,7 +360,7 @@ impl ImageIo {
             proof: Vec::new(),
         };
         let put = |out: &mut BytesMut| flush.put(out);
-        let flushing = match planted(Defect::NoSync) {
+        let flushing = match broken(Rule::HealedIsDurable) {
             true => flushing.without(self.healing()),
             false => flushing,
         };

@@ -141,6 +141,15 @@ pub(super) struct Part {
     pub clear_sequence: u64,
 }
 
+/// How much waits in an image: clients' requests, their parts, and sequences from the first one that is
+/// not answered on.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Queues {
+    pub requests: usize,
+    pub parts: usize,
+    pub unanswered: usize,
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Phase {
     Opening,
@@ -269,6 +278,15 @@ impl ImageIo {
         self.requests.len()
     }
 
+    /// How much waits here.
+    pub fn queues(&self) -> Queues {
+        Queues {
+            requests: self.requests.len(),
+            parts: self.parts.len(),
+            unanswered: self.window.len(),
+        }
+    }
+
     /// State of each replica, for people.
     pub fn replica_states(&self) -> Vec<(String, String)> {
         let name = |r: &Replica| (r.name.clone(), format!("{:?}", r.state).to_lowercase());
@@ -303,7 +321,8 @@ impl ImageIo {
         self.in_sync_anywhere().without(stale)
     }
 
-    pub(super) fn up(&self) -> NodeMask {
+    /// Replicas that serve.
+    pub fn up(&self) -> NodeMask {
         self.nodes_in(|state| state == ReplicaState::Up)
     }
 

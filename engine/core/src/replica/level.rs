@@ -16,11 +16,11 @@
 use super::asks::Asks;
 use super::compare::Comparison;
 use super::copier::{Copier, CopyAsk, CopyStamp};
-use super::defect::{Defect, planted};
 use super::image::{ImageIo, Purpose, Replica, ReplicaState, RequestKind};
 use super::replies::BadReply;
 use super::{Event, NodeIndex, NodeMask};
 use crate::geometry::{BLOCK_BYTES, LayerId};
+use crate::rules::{Rule, broken};
 use crate::wire::messages::{DIRTY_ENTRIES_MAX, DirtyFrom, DirtyReply, Flush, Head, Level, Number};
 use crate::wire::{Frame, Status, kind};
 use bytes::Bytes;
@@ -78,6 +78,7 @@ impl ImageIo {
             let absent = set.in_sync.without(participants).first();
             absent.filter(|_| joins && !founded)
         });
+        let unfounded = unfounded.filter(|_| !broken(Rule::AllInSyncLevelled));
         if let Some(absent) = unfounded.or(self.undecided()) {
             return self.end_admission(absent, Status::Io);
         }
@@ -98,7 +99,7 @@ impl ImageIo {
     /// Changes in flight that a former instance of a joiner had answered may be lost with its memory, and
     /// be on nobody that it is levelled with yet: it is sent them once more, when it is up.
     fn ask_again(&mut self, joiners: NodeMask) {
-        if planted(Defect::NotAskedAgain) {
+        if broken(Rule::UnansweredAskedAgain) {
             return;
         }
         for (_, part) in self.parts.iter_mut() {
@@ -268,6 +269,9 @@ impl ImageIo {
         match leveller.stage {
             Stage::Comparing => {
                 leveller.stage = Stage::Flushing;
+                if broken(Rule::LevelIsDurable) {
+                    return self.go_on();
+                }
                 self.flush_participants();
             }
             Stage::Flushing => {

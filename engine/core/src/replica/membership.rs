@@ -100,7 +100,13 @@ impl ImageIo {
         }
         let record = match frame.status {
             Status::Ok => {
-                let peek = PeekReply::take(frame.head).map_err(|_| BadReply("malformed peek"))?;
+                let mut peek =
+                    PeekReply::take(frame.head).map_err(|_| BadReply("malformed peek"))?;
+                let replica = self.replica(node);
+                if replica.flush_number > 0 {
+                    // What it answered us counts as its peers' word: theirs may be of long ago.
+                    peek.peers.push((replica.name.clone(), replica.flush_number));
+                }
                 Some(PeekedRecord {
                     image: peek.record.image,
                     epoch: peek.record.epoch,

@@ -23,7 +23,6 @@
 mod asks;
 mod compare;
 mod copier;
-mod defect;
 mod heal;
 mod heal_shards;
 mod image;
@@ -38,7 +37,7 @@ mod submit;
 mod tests;
 
 pub use heal::{HealLimits, HealSpec, HealState};
-pub use image::{ImageIo, OpenSpec, SetSpec};
+pub use image::{ImageIo, OpenSpec, Queues, SetSpec};
 pub use link::{Link, LinkEvent, LinkTarget};
 
 use crate::content::Run;

@@ -6,6 +6,7 @@ use super::locks::Mode;
 use super::{Event, IoError, NodeIndex, NodeMask, Outcome, Output, Token};
 use crate::checksum::block_checksums;
 use crate::geometry::BLOCK_BYTES;
+use crate::rules::{Rule, broken};
 use crate::wire::messages::{Flush, Head, Io};
 use crate::wire::{PAYLOAD_BYTES_MAX, kind};
 use bytes::{BufMut, Bytes, BytesMut};
@@ -332,12 +333,16 @@ impl ImageIo {
         let wanted = self.in_sync_anywhere().with(self.healing_of_flush());
         let needed = wanted.iter().filter(|node| {
             let replica = &self.replicas[usize::from(*node)];
-            replica.flushed_mark != Some(replica.write_mark)
+            let first = replica.flushed_mark.is_none() && !broken(Rule::FirstFlushGoesToAll);
+            first || replica.flushed_mark.unwrap_or(0) != replica.write_mark
         });
         let waiting = needed.fold(NodeMask::EMPTY, |mask, node| mask.with(NodeMask::one(node)));
         self.bytes_since_flush = 0;
         self.ticks_since_flush = 0;
-        let clear_sequence = self.answered_through();
+        let clear_sequence = match broken(Rule::ClearIsAnswered) {
+            true => self.next_sequence - 1,
+            false => self.answered_through(),
+        };
         let part = &mut self.parts[id];
         (part.wanted, part.waiting) = (waiting, waiting);
         part.clear_sequence = clear_sequence;

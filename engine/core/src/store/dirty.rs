@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use crate::geometry::{ImageId, LayerId, Tag};
+use crate::rules::{Rule, broken};
 
 use super::encoding::{Reader, push_u32, push_u64, put_text};
 use super::index::KeyMap;
@@ -158,7 +159,8 @@ impl DirtyMaps {
         // The latest word counts, also a lower one: of a node that was healed onto another disk.
         let told = peers.iter().filter(|(_, flush_number)| *flush_number > 0);
         map.peers.extend(told.cloned());
-        self.drop_where(image, |_, entry| !entry.sticky && entry.last <= tag)
+        let keeps = |entry: &DirtyEntry| entry.sticky && !broken(Rule::StickyUntilLevel);
+        self.drop_where(image, |_, entry| !keeps(entry) && entry.last <= tag)
     }
 
     /// The shards are level on all in-sync nodes, durably. Entries written to since they became

@@ -10,6 +10,7 @@ use std::collections::HashSet;
 use bytes::Bytes;
 
 use crate::geometry::{ImageId, SHARD_BYTES_MAX, SHARD_BYTES_MIN};
+use crate::rules::{Rule, broken};
 
 use super::disk::{Disk, DiskResult, Errno};
 use super::encoding::{Reader, push_u32, push_u64};
@@ -89,13 +90,14 @@ impl Images {
         }
         let Some(known) = self.known.get(image) else { return Ok(()) };
         let stored = known.record.head;
-        if head.epoch < stored.epoch || head.generation < stored.generation {
+        let lower = head.epoch < stored.epoch || head.generation < stored.generation;
+        if lower && !broken(Rule::RecordsGrow) {
             return Err(StoreError::RecordLower { stored: Box::new(stored) });
         }
         let conflict = (head.epoch == stored.epoch && head.holder != stored.holder)
             || (head.generation == stored.generation && head.digest != stored.digest)
             || head.shard_bytes != stored.shard_bytes;
-        if conflict {
+        if conflict && !broken(Rule::EqualRecordsAgree) {
             return Err(StoreError::RecordConflict { stored: Box::new(stored) });
         }
         Ok(())
@@ -109,7 +111,8 @@ impl Images {
         }
         if let Some(known) = self.known.get(&image) {
             let (old, new) = (&known.record.head, &record.head);
-            if (new.epoch, new.generation) < (old.epoch, old.generation) {
+            let older = (new.epoch, new.generation) < (old.epoch, old.generation);
+            if older && !broken(Rule::RecordsGrow) {
                 return;
             }
         }

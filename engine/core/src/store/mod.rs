@@ -30,6 +30,7 @@ pub mod real;
 mod record;
 mod recovery;
 mod shard_file;
+#[cfg(any(test, feature = "simulation"))]
 pub mod simulated;
 mod small;
 mod state;

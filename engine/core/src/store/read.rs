@@ -7,6 +7,7 @@ use bytes::BytesMut;
 use crate::checksum::crc32c;
 use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, ShardKey, Tag};
+use crate::rules::{Rule, broken};
 
 use super::disk::{Errno, FileRef};
 use super::index::Place;
@@ -233,7 +234,9 @@ impl Store {
                     data.resize(start + run * BLOCK, 0);
                     let contents = data[start..].chunks_exact(BLOCK);
                     for (step, content) in contents.enumerate() {
-                        if crc32c(content) != found[index + step].crc {
+                        if crc32c(content) != found[index + step].crc
+                            && !broken(Rule::ReadsAreVerified)
+                        {
                             return Err(bad(index + step));
                         }
                     }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use bytes::BytesMut;
 
 use crate::geometry::ImageId;
+use crate::rules::{Rule, broken};
 
 use super::cache::Cache;
 use super::disk::{Disk, DiskResult, Errno, FileRef};
@@ -296,7 +297,9 @@ fn recover_log(
     damaged |= proof.max(tail.durable_lsn) >= next_lsn;
     state.drop_deleted();
     state.observe_records();
-    state.dirty.all_sticky();
+    if !broken(Rule::StickyAfterRestart) {
+        state.dirty.all_sticky();
+    }
     let next_lsn = if live.is_empty() { next_lsn.max(proof + 1) } else { next_lsn };
     if damaged {
         // What was lost must not be looked for again.

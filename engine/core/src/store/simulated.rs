@@ -198,7 +198,9 @@ impl DiskFile for SimFile {
             if count == 0 {
                 state.failing_syncs = None;
                 // The kernel counts the pages as clean from now on: a retry would lie.
-                state.inode(self.inode)?.unsynced.clear();
+                let inode = state.inode(self.inode)?;
+                inode.unsynced.clear();
+                inode.failed = true;
                 return Err(errno);
             }
             state.failing_syncs = Some((count - 1, errno));

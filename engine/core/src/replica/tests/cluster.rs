@@ -160,7 +160,7 @@ impl Cluster {
     }
 
     fn answers(&self, node: usize) -> bool {
-        !self.nodes[node].answers.is_empty()
+        self.nodes[node].has_answers()
     }
 
     fn check(&mut self) {
@@ -229,7 +229,7 @@ impl Cluster {
     }
 
     pub fn deliver_answer(&mut self, node: usize) {
-        let Some((connection, frame)) = self.nodes[node].answers.pop_front() else { return };
+        let Some((connection, frame)) = self.nodes[node].run().answers.pop_front() else { return };
         let link = &self.links[node];
         if link.up && link.connection == connection {
             let taken = self.io.receive(node as NodeIndex, frame);
@@ -474,7 +474,7 @@ impl Cluster {
         let in_sync = self.policy.record.in_sync;
         let mut contents = Vec::new();
         for node in in_sync.iter() {
-            let store = self.nodes[usize::from(node)].store.as_mut().expect("it runs");
+            let store = &mut self.nodes[usize::from(node)].run().store;
             let last_block = SHARD_BYTES / BLOCK_BYTES;
             let mut content = Vec::new();
             let regions = (0..REGIONS as u64).flat_map(|region| [2 * region, 2 * region + 1]);

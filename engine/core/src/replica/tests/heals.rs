@@ -2,7 +2,7 @@
 
 use super::cluster::{Cluster, Faults, NODES};
 use super::policy::Policy;
-use crate::replica::defect::{Defect, plant};
+use crate::rules::{Rule, break_rules};
 use crate::store::simulated::Seeded;
 use std::panic::catch_unwind;
 
@@ -180,14 +180,17 @@ fn late_copies_of_a_former_heal_land_on_nothing_newer() {
 fn broken_rules_of_heal_are_noticed_by_their_stories() {
     let notices = |defect, story: fn()| {
         let told = |story: fn()| catch_unwind(story).is_err();
-        plant(Some(defect));
+        break_rules(&[defect]);
         let noticed = told(story);
-        plant(None);
+        break_rules(&[]);
         assert!(noticed, "{defect:?} may be planted unnoticed");
     };
     let outcome = no_write_is_answered_that_a_healed_node_lacks_until_its_membership_is_known;
-    notices(Defect::AnsweredWithoutHealed, outcome);
-    notices(Defect::OutcomeForgotten, outcome);
-    notices(Defect::SourcesForgotten, heal_whose_sources_all_restart_trusts_nothing_of_before);
-    notices(Defect::NotAskedAgain, change_that_a_lost_instance_had_answered_is_asked_of_the_next);
+    notices(Rule::HealedNodeAnswers, outcome);
+    notices(Rule::LostHealedIsAwaited, outcome);
+    notices(Rule::HealNeedsItsSources, heal_whose_sources_all_restart_trusts_nothing_of_before);
+    notices(
+        Rule::UnansweredAskedAgain,
+        change_that_a_lost_instance_had_answered_is_asked_of_the_next,
+    );
 }

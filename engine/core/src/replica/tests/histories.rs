@@ -2,7 +2,7 @@
 //! tries so many of each kind.
 
 use super::cluster::{Cluster, Faults};
-use crate::replica::defect::{Defect, plant};
+use crate::rules::{Rule, break_rules};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 const ROUNDS: u64 = 100;
@@ -58,21 +58,21 @@ fn history(seed: u64, faults: Faults) -> u64 {
 fn broken_rules_of_heal_are_noticed_by_chance() {
     const HISTORIES: u64 = 600;
     let defects = [
-        Defect::MissedWhileListing,
-        Defect::NoPause,
-        Defect::AnsweredWithoutHealed,
-        Defect::OutcomeForgotten,
-        Defect::SourcesForgotten,
-        Defect::NoSync,
-        Defect::NotAskedAgain,
+        Rule::WritesAreListed,
+        Rule::HealPausesWrites,
+        Rule::HealedNodeAnswers,
+        Rule::LostHealedIsAwaited,
+        Rule::HealNeedsItsSources,
+        Rule::HealedIsDurable,
+        Rule::UnansweredAskedAgain,
     ];
     let unnoticed = defects.into_iter().filter(|defect| {
-        plant(Some(*defect));
+        break_rules(&[*defect]);
         let kinds = [Faults::Kills, Faults::GuardedPowerCuts, Faults::PowerCuts];
         let fails =
             |seed, faults| catch_unwind(AssertUnwindSafe(|| history(seed, faults))).is_err();
         let noticed = (1..=HISTORIES).find(|seed| kinds.iter().any(|faults| fails(*seed, *faults)));
-        plant(None);
+        break_rules(&[]);
         println!("{defect:?}: noticed by seed {noticed:?}");
         noticed.is_none()
     });

@@ -1,81 +1,41 @@
-//! A storage node without sockets and threads: a real store on a simulated disk, driven through the
-//! node's own request handling. What its event loop does in batches (append, sync, answer, checkpoint)
-//! happens here one step at a time, when the history says so.
+//! A simulated node as the histories here move it: nothing may go wrong but what they do to it.
 
 use crate::checksum::crc32c;
 use crate::geometry::{BLOCK_BYTES, ImageId, ShardKey, Tag};
-use crate::node::requests::{Outcome, Requests, Scratch};
-use crate::node::sessions::Sessions;
 use crate::replica::Instance;
-use crate::store::simulated::SimDisk;
-use crate::store::{BlockState, CopyBlock, Store, StoreConfig};
-use crate::wire::messages::{Head, Number};
-use crate::wire::{Frame, REPLY, Status};
-use bytes::{Bytes, BytesMut};
-use std::collections::VecDeque;
-
-struct Waiter {
-    lsn: u64,
-    connection: u64,
-    frame: Frame,
-    with_number: bool,
-}
+use crate::simulation;
+use crate::store::{BlockState, CopyBlock};
+use crate::wire::Frame;
+use bytes::Bytes;
 
 pub struct SimNode {
-    name: String,
-    pub disk: SimDisk,
-    pub store: Option<Store>,
-    sessions: Sessions,
-    scratch: Scratch,
-    waiters: Vec<Waiter>,
-    /// Connections whose next frame waits for room in the log.
-    parked: VecDeque<(u64, Frame)>,
-    /// Answers, with the connection that they go to.
-    pub answers: VecDeque<(u64, Frame)>,
+    inner: simulation::SimNode,
 }
 
 impl SimNode {
     pub fn new(index: usize) -> SimNode {
-        let mut node = SimNode {
-            name: format!("node{}", index + 1),
-            disk: SimDisk::new(),
-            store: None,
-            sessions: Sessions::default(),
-            scratch: Scratch::default(),
-            waiters: Vec::new(),
-            parked: VecDeque::new(),
-            answers: VecDeque::new(),
-        };
-        node.open();
-        node
+        let name = format!("node{}", index + 1);
+        let mut inner = simulation::SimNode::new(&name, Default::default());
+        inner.start().expect("the store opens");
+        SimNode { inner }
     }
 
-    fn open(&mut self) {
-        let config = StoreConfig {
-            segment_bytes: Some(64 << 10),
-            ..StoreConfig::new([1; 16], &self.name, [2; 16], 1 << 20)
-        };
-        let (store, _) = Store::open(self.disk.run(), &config).expect("the store opens");
-        self.store = Some(store);
+    pub fn run(&mut self) -> &mut simulation::NodeRun {
+        self.inner.run.as_mut().expect("a node that runs")
+    }
+
+    fn seen(&self) -> &simulation::NodeRun {
+        self.inner.run.as_ref().expect("a node that runs")
     }
 
     pub fn instance(&self) -> Instance {
-        let store = self.store.as_ref().expect("a node that runs");
-        Instance { store: store.id(), start_counter: store.instance() }
+        self.seen().instance()
     }
 
     /// The process ends (`power`: with all that was not synced), and another takes its place.
     pub fn restart(&mut self, power: Option<u64>) {
-        match power {
-            Some(seed) => self.disk.power_cut(seed),
-            None => self.disk.kill(),
-        }
-        self.store = None;
-        self.sessions = Sessions::default();
-        self.waiters.clear();
-        self.parked.clear();
-        self.answers.clear();
-        self.open();
+        self.inner.stop(power);
+        self.inner.start().expect("the store opens");
     }
 
     /// Content of a former life appears in a shard that nobody else has, and nothing is dirty.
@@ -86,7 +46,7 @@ impl SimNode {
         let blocks: Vec<CopyBlock> = (0..2)
             .map(|block| CopyBlock { block, state: BlockState::Data, tag: Tag::NONE, crc })
             .collect();
-        let store = self.store.as_mut().expect("a node that runs");
+        let store = &mut self.run().store;
         let content = Bytes::from(vec![0xE5; 2 * BLOCK_BYTES as usize]);
         store.copy(&key, &blocks, content, 1).expect("a copy");
         store.append().expect("the log takes a batch");
@@ -94,86 +54,43 @@ impl SimNode {
 
     /// Takes the next frame of a connection; false: the connection waits for room in the log.
     pub fn takes(&self, connection: u64) -> bool {
-        self.parked.iter().all(|(other, _)| *other != connection)
+        self.seen().takes(connection)
     }
 
     pub fn take(&mut self, connection: u64, frame: Frame) {
-        let store = self.store.as_mut().expect("a node that runs");
-        let mut requests = Requests {
-            store,
-            sessions: &mut self.sessions,
-            scratch: &mut self.scratch,
-            connection,
-        };
-        match requests.handle(&frame) {
-            Outcome::Answer { status, head, payload } => {
-                store.append().expect("the log takes a batch");
-                self.answers.push_back((connection, reply(&frame, status, head, payload)));
-            }
-            Outcome::AnswerDurable { with_number } => {
-                store.append().expect("the log takes a batch");
-                let lsn = store.appended_lsn();
-                self.waiters.push(Waiter { lsn, connection, frame, with_number });
-            }
-            Outcome::Park => self.parked.push_back((connection, frame)),
-            Outcome::Close => panic!("an honest gateway is not sent away: kind {}", frame.kind),
-        }
+        let kind = frame.kind;
+        self.run().take(connection, frame).expect("the store works");
+        assert!(self.run().sent_away.is_empty(), "an honest gateway is not sent away: kind {kind}");
     }
 
     pub fn end_connection(&mut self, connection: u64) {
-        self.sessions.connection_ended(connection);
-        self.waiters.retain(|waiter| waiter.connection != connection);
-        self.parked.retain(|(other, _)| *other != connection);
-        self.answers.retain(|(other, _)| *other != connection);
+        self.run().end_connection(connection);
     }
 
     /// Syncs the log, and answers who waited for that.
     pub fn sync(&mut self) {
-        let store = self.store.as_mut().expect("a node that runs");
-        if let Some(job) = store.begin_sync().expect("a sync begins") {
-            store.finish_sync(job.run()).expect("a sync succeeds");
-        }
-        let number = store.flush_number();
-        let durable = store.durable_lsn();
-        for waiter in std::mem::take(&mut self.waiters) {
-            assert!(waiter.lsn <= durable);
-            let mut head = BytesMut::new();
-            if waiter.with_number {
-                Number(number).put(&mut head);
-            }
-            let answer = reply(&waiter.frame, Status::Ok, head.freeze(), Bytes::new());
-            self.answers.push_back((waiter.connection, answer));
-        }
+        self.run().begin_sync().expect("a sync begins");
+        self.run().finish_sync().expect("a sync succeeds");
     }
 
     /// Makes room in the log, and goes on with what waited for it.
     pub fn checkpoint(&mut self) {
-        let store = self.store.as_mut().expect("a node that runs");
-        if let Some(job) = store.begin_checkpoint(!self.parked.is_empty()).expect("it begins") {
-            store.finish_checkpoint(job.run()).expect("a checkpoint succeeds");
-        }
-        for (connection, frame) in std::mem::take(&mut self.parked) {
+        let parked = self.run().parked().next().is_some();
+        self.run().begin_checkpoint(parked).expect("it begins");
+        for (connection, frame) in self.run().finish_checkpoint().expect("a checkpoint succeeds") {
             self.take(connection, frame);
         }
     }
 
+    pub fn has_answers(&self) -> bool {
+        !self.seen().answers.is_empty()
+    }
+
     pub fn waits_for_sync(&self) -> bool {
-        !self.waiters.is_empty()
+        self.seen().queues().0 > 0
     }
 
     pub fn is_idle(&self) -> bool {
-        self.waiters.is_empty() && self.parked.is_empty() && self.answers.is_empty()
-    }
-}
-
-fn reply(to: &Frame, status: Status, head: Bytes, payload: Bytes) -> Frame {
-    Frame {
-        kind: to.kind | REPLY,
-        flags: 0,
-        status,
-        channel: to.channel,
-        tag: to.tag,
-        head,
-        payload,
+        self.seen().is_idle()
     }
 }

@@ -119,6 +119,8 @@ pub(super) struct Inode {
     pub(super) cached: Content,
     pub(super) durable: Content,
     pub(super) unsynced: Vec<Change>,
+    /// A sync failed: what it lost is read until the process ends, and no longer.
+    pub(super) failed: bool,
 }
 
 impl Inode {
@@ -313,6 +315,11 @@ impl State {
         self.crashed = false;
         self.crash_at = None;
         self.locked.clear();
+        for inode in self.inodes.values_mut().filter(|inode| inode.failed) {
+            inode.failed = false;
+            inode.unsynced.clear();
+            inode.cached = inode.durable.clone();
+        }
         let live: BTreeSet<u64> = self.names.files.values().copied().collect();
         let durable: BTreeSet<u64> = self.durable_names.files.values().copied().collect();
         self.inodes.retain(|inode, _| live.contains(inode) || durable.contains(inode));

@@ -1,0 +1,123 @@
+//! Rules of the protocol that tests break on purpose, to show that the simulator notices.
+//!
+//! Each is looked up where it is kept: `if !broken(Rule::…)`. In a release `broken` is the constant
+//! `false`, and nothing of this is left.
+
+/// A rule, named after what holds while it is kept.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Rule {
+    /// A node serves a request only in the image's current session.
+    SessionIsCurrent,
+    /// A node refuses requests below the epoch of its record.
+    EpochIsCurrent,
+    /// A node refuses an equal record that says something else.
+    EqualRecordsAgree,
+    /// A node refuses a lower record.
+    RecordsGrow,
+    /// A clear names a sequence up to which everything is answered.
+    ClearIsAnswered,
+    /// Dirty entries that an instance begins with stay until they are levelled.
+    StickyAfterRestart,
+    /// A clear leaves sticky entries alone.
+    StickyUntilLevel,
+    /// A holder's first flush goes to all nodes in sync.
+    FirstFlushGoesToAll,
+    /// A flush is answered when it is durable.
+    FlushIsDurable,
+    /// Reads wait for writes in flight on their blocks.
+    ReadsWaitForWrites,
+    /// Past the lease time a read is answered when all nodes in sync have confirmed the epoch.
+    ReadsAreConfirmed,
+    /// Levelled shards are durable before their dirty entries go.
+    LevelIsDurable,
+    /// The winner is chosen for each block, not for each shard.
+    WinnerPerBlock,
+    /// Stored blocks are verified when they are read or merged into, at node and gateway.
+    ReadsAreVerified,
+    /// A new membership is stored by the nodes in sync before what it lets go is answered.
+    StoredBeforeAnswer,
+    /// A write is answered when all nodes in sync have answered.
+    AllInSyncAnswer,
+    /// A node that lost its memory is asked again for writes that are not answered yet.
+    UnansweredAskedAgain,
+    /// What is written while a heal makes its list goes on it.
+    WritesAreListed,
+    /// A shard is level after a pass with the clients' writes paused.
+    HealPausesWrites,
+    /// From then on changes are answered with the node that is healed.
+    HealedNodeAnswers,
+    /// A healed node that is lost counts until it is known whether the record took it in.
+    LostHealedIsAwaited,
+    /// A heal ends where all its sources were away.
+    HealNeedsItsSources,
+    /// The record takes a node in that has synced.
+    HealedIsDurable,
+    /// Content that is equal takes its source's tag.
+    TagsAreCopied,
+    /// A failed sync ends the store.
+    FailedSyncEnds,
+    /// Where no node of a set is up all in sync are levelled, or none.
+    AllInSyncLevelled,
+}
+
+impl Rule {
+    pub const ALL: [Rule; 26] = [
+        Rule::SessionIsCurrent,
+        Rule::EpochIsCurrent,
+        Rule::EqualRecordsAgree,
+        Rule::RecordsGrow,
+        Rule::ClearIsAnswered,
+        Rule::StickyAfterRestart,
+        Rule::StickyUntilLevel,
+        Rule::FirstFlushGoesToAll,
+        Rule::FlushIsDurable,
+        Rule::ReadsWaitForWrites,
+        Rule::ReadsAreConfirmed,
+        Rule::LevelIsDurable,
+        Rule::WinnerPerBlock,
+        Rule::ReadsAreVerified,
+        Rule::StoredBeforeAnswer,
+        Rule::AllInSyncAnswer,
+        Rule::UnansweredAskedAgain,
+        Rule::WritesAreListed,
+        Rule::HealPausesWrites,
+        Rule::HealedNodeAnswers,
+        Rule::LostHealedIsAwaited,
+        Rule::HealNeedsItsSources,
+        Rule::HealedIsDurable,
+        Rule::TagsAreCopied,
+        Rule::FailedSyncEnds,
+        Rule::AllInSyncLevelled,
+    ];
+}
+
+#[cfg(any(test, feature = "simulation"))]
+mod switches {
+    use super::Rule;
+    use std::cell::Cell;
+
+    thread_local! {
+        static BROKEN: Cell<u64> = const { Cell::new(0) };
+    }
+
+    /// Whether this thread breaks the rule.
+    pub fn broken(rule: Rule) -> bool {
+        BROKEN.get() & 1 << rule as u8 != 0
+    }
+
+    /// Has this thread break these rules, and keep all others.
+    pub fn break_rules(rules: &[Rule]) {
+        BROKEN.set(rules.iter().fold(0, |mask, rule| mask | 1 << *rule as u8));
+    }
+}
+
+#[cfg(any(test, feature = "simulation"))]
+pub use switches::{break_rules, broken};
+
+/// Releases keep all rules.
+#[cfg(not(any(test, feature = "simulation")))]
+#[inline(always)]
+pub const fn broken(_rule: Rule) -> bool {
+    false
+}

@@ -1,0 +1,264 @@
+//! A storage node without sockets and threads: a real store on a simulated disk, driven through the
+//! node's own request handling. What its event loop does in batches (append, sync, answer, checkpoint)
+//! happens here one step at a time, when the history says so.
+
+use crate::node::requests::{Outcome, Requests, Scratch};
+use crate::node::sessions::Sessions;
+use crate::replica::Instance;
+use crate::store::simulated::SimDisk;
+use crate::store::{CheckpointJob, Store, StoreConfig, StoreError, SyncJob};
+use crate::wire::messages::{Head, Number};
+use crate::wire::{Frame, REPLY, Status};
+use bytes::{Bytes, BytesMut};
+use std::collections::VecDeque;
+
+const CLUSTER: [u8; 16] = [1; 16];
+
+/// Sizes of a store's log. The smaller, the more often it is checkpointed.
+#[derive(Clone, Copy, Debug)]
+pub struct LogSize {
+    pub log_bytes: u64,
+    pub segment_bytes: u32,
+}
+
+impl Default for LogSize {
+    fn default() -> LogSize {
+        LogSize { log_bytes: 1 << 20, segment_bytes: 64 << 10 }
+    }
+}
+
+/// An answer that waits for a sync.
+struct Waiter {
+    lsn: u64,
+    connection: u64,
+    frame: Frame,
+    with_number: bool,
+}
+
+/// One run of a node's process.
+pub struct NodeRun {
+    pub store: Store,
+    sessions: Sessions,
+    scratch: Scratch,
+    waiters: Vec<Waiter>,
+    /// Connections whose next frame waits for room in the log.
+    parked: VecDeque<(u64, Frame)>,
+    /// Answers, with the connection that they go to.
+    pub answers: VecDeque<(u64, Frame)>,
+    /// Connections that broke the protocol, and are to end.
+    pub sent_away: Vec<u64>,
+    sync: Option<SyncJob>,
+    checkpoint: Option<CheckpointJob>,
+}
+
+/// A node: its disk, and its process while one runs.
+pub struct SimNode {
+    pub name: String,
+    pub disk: SimDisk,
+    pub run: Option<NodeRun>,
+    /// Names the store if a new one is made.
+    store_id: [u8; 16],
+    log: LogSize,
+}
+
+impl SimNode {
+    pub fn new(name: &str, log: LogSize) -> SimNode {
+        let mut store_id = [2; 16];
+        let bytes = name.as_bytes();
+        let length = bytes.len().min(16);
+        store_id[..length].copy_from_slice(&bytes[..length]);
+        SimNode { name: name.to_owned(), disk: SimDisk::new(), run: None, store_id, log }
+    }
+
+    /// Starts a process.
+    ///
+    /// # Errors
+    /// The store cannot be opened.
+    pub fn start(&mut self) -> Result<Instance, StoreError> {
+        let config = StoreConfig {
+            segment_bytes: Some(self.log.segment_bytes),
+            ..StoreConfig::new(CLUSTER, &self.name, self.store_id, self.log.log_bytes)
+        };
+        let (store, recovery) = Store::open(self.disk.run(), &config)?;
+        if recovery.damaged {
+            // As the daemon: a person has to look at it.
+            return Err(StoreError::Corrupt { file: "the log".to_owned() });
+        }
+        let run = NodeRun {
+            store,
+            sessions: Sessions::default(),
+            scratch: Scratch::default(),
+            waiters: Vec::new(),
+            parked: VecDeque::new(),
+            answers: VecDeque::new(),
+            sent_away: Vec::new(),
+            sync: None,
+            checkpoint: None,
+        };
+        let instance = run.instance();
+        self.run = Some(run);
+        Ok(instance)
+    }
+
+    /// The process ends (`power`: with all that was not synced, as this seed has it).
+    pub fn stop(&mut self, power: Option<u64>) {
+        self.run = None;
+        match power {
+            Some(seed) => self.disk.power_cut(seed),
+            None => self.disk.kill(),
+        }
+    }
+
+    /// A disk that was never used stands in for the node's.
+    pub fn replace_disk(&mut self, disk: SimDisk) {
+        assert!(self.run.is_none(), "a disk is changed while its node is off");
+        self.disk = disk;
+    }
+}
+
+impl NodeRun {
+    pub fn instance(&self) -> Instance {
+        Instance { store: self.store.id(), start_counter: self.store.instance() }
+    }
+
+    /// Whether the next frame of a connection is taken; if not it waits for room in the log.
+    pub fn takes(&self, connection: u64) -> bool {
+        self.parked.iter().all(|(other, _)| *other != connection)
+    }
+
+    pub fn parked(&self) -> impl Iterator<Item = u64> {
+        self.parked.iter().map(|(connection, _)| *connection)
+    }
+
+    /// Does what a frame asks for; what there is to say is in `answers`. Gives the answer's status.
+    ///
+    /// # Errors
+    /// The store has failed: the process ends.
+    pub fn take(&mut self, connection: u64, frame: Frame) -> Result<Option<Status>, StoreError> {
+        let mut requests = Requests {
+            store: &mut self.store,
+            sessions: &mut self.sessions,
+            scratch: &mut self.scratch,
+            connection,
+        };
+        let outcome = requests.handle(&frame);
+        self.store.append()?;
+        Ok(match outcome {
+            Outcome::Answer { status, head, payload } => {
+                self.answers.push_back((connection, reply(&frame, status, head, payload)));
+                Some(status)
+            }
+            Outcome::AnswerDurable { with_number } => {
+                let lsn = self.store.appended_lsn();
+                self.waiters.push(Waiter { lsn, connection, frame, with_number });
+                Some(Status::Ok)
+            }
+            Outcome::Park => {
+                self.parked.push_back((connection, frame));
+                None
+            }
+            Outcome::Close => {
+                self.sent_away.push(connection);
+                None
+            }
+        })
+    }
+
+    pub fn end_connection(&mut self, connection: u64) {
+        self.sessions.connection_ended(connection);
+        self.waiters.retain(|waiter| waiter.connection != connection);
+        self.parked.retain(|(other, _)| *other != connection);
+        self.answers.retain(|(other, _)| *other != connection);
+    }
+
+    /// Begins a sync if somebody waits for one; whether one has begun.
+    ///
+    /// # Errors
+    /// The store has failed.
+    pub fn begin_sync(&mut self) -> Result<bool, StoreError> {
+        if self.sync.is_some() || self.waiters.is_empty() {
+            return Ok(false);
+        }
+        self.sync = self.store.begin_sync()?;
+        if self.sync.is_none() {
+            self.answer_durable();
+        }
+        Ok(self.sync.is_some())
+    }
+
+    /// Does the sync that has begun, and answers who waited for it.
+    ///
+    /// # Errors
+    /// The sync has failed, and the store with it.
+    pub fn finish_sync(&mut self) -> Result<(), StoreError> {
+        if let Some(job) = self.sync.take() {
+            self.store.finish_sync(job.run())?;
+            self.answer_durable();
+        }
+        Ok(())
+    }
+
+    fn answer_durable(&mut self) {
+        let number = self.store.flush_number();
+        let durable = self.store.durable_lsn();
+        for waiter in std::mem::take(&mut self.waiters) {
+            if waiter.lsn > durable {
+                self.waiters.push(waiter);
+                continue;
+            }
+            let mut head = BytesMut::new();
+            if waiter.with_number {
+                Number(number).put(&mut head);
+            }
+            let answer = reply(&waiter.frame, Status::Ok, head.freeze(), Bytes::new());
+            self.answers.push_back((waiter.connection, answer));
+        }
+    }
+
+    /// Begins a checkpoint if one is due, or by `force`; whether one has begun.
+    ///
+    /// # Errors
+    /// The store has failed.
+    pub fn begin_checkpoint(&mut self, force: bool) -> Result<bool, StoreError> {
+        if self.checkpoint.is_some() {
+            return Ok(false);
+        }
+        self.checkpoint = self.store.begin_checkpoint(force)?;
+        Ok(self.checkpoint.is_some())
+    }
+
+    /// Does the checkpoint that has begun. Gives what waited for room, to be taken again.
+    ///
+    /// # Errors
+    /// The store has failed.
+    pub fn finish_checkpoint(&mut self) -> Result<Vec<(u64, Frame)>, StoreError> {
+        let Some(job) = self.checkpoint.take() else { return Ok(Vec::new()) };
+        match self.store.finish_checkpoint(job.run()) {
+            // All is in the log still; the next checkpoint tries again.
+            Ok(()) | Err(StoreError::NoSpace) => {}
+            Err(error) => return Err(error),
+        }
+        Ok(std::mem::take(&mut self.parked).into())
+    }
+
+    pub fn is_idle(&self) -> bool {
+        self.waiters.is_empty() && self.parked.is_empty() && self.answers.is_empty()
+    }
+
+    /// Answers that wait for a sync, requests that wait for room.
+    pub fn queues(&self) -> (usize, usize) {
+        (self.waiters.len(), self.parked.len())
+    }
+}
+
+fn reply(to: &Frame, status: Status, head: Bytes, payload: Bytes) -> Frame {
+    Frame {
+        kind: to.kind | REPLY,
+        flags: 0,
+        status,
+        channel: to.channel,
+        tag: to.tag,
+        head,
+        payload,
+    }
+}

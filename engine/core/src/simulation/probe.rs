@@ -1,0 +1,112 @@
+//! What a simulation looks at to judge: records, dirty maps, contents, queues. Changes nothing.
+
+use super::world::World;
+use crate::geometry::{BLOCK_BYTES, ImageId, LayerId};
+use crate::replica::Queues;
+use crate::store::RecordHead;
+use bytes::BytesMut;
+use std::collections::BTreeSet;
+
+impl World {
+    /// The record that a running node has of an image.
+    pub fn node_record(&self, node: usize, image: &ImageId) -> Option<RecordHead> {
+        let run = self.nodes[node].sim.run.as_ref()?;
+        run.store.image(image).map(|record| record.head)
+    }
+
+    /// The dirty shards of a running node.
+    pub fn dirty(&self, node: usize, image: &ImageId) -> BTreeSet<u64> {
+        let run = self.nodes[node].sim.run.as_ref();
+        run.map(|run| run.store.dirty(image).map(|(shard, _)| shard).collect()).unwrap_or_default()
+    }
+
+    /// Whether a running node has data of an image, or its record.
+    pub fn has_image(&self, node: usize, image: &ImageId) -> bool {
+        let slot = &self.nodes[node].sim;
+        let Some(run) = &slot.run else { return false };
+        let prefix = format!("images/{image}");
+        run.store.image(image).is_some() || slot.disk.paths().iter().any(|p| p.contains(&prefix))
+    }
+
+    /// Whether a running node knows that an image was deleted.
+    pub fn is_deleted(&self, node: usize, image: &ImageId) -> bool {
+        self.nodes[node].sim.run.as_ref().is_some_and(|run| run.store.is_deleted(image))
+    }
+
+    /// Whether a node still has in memory or on disk all that it answered for this image: it was level
+    /// with its peers once, and has kept its power since.
+    pub fn remembers(&self, node: usize, image: &ImageId) -> bool {
+        self.remembers.contains(&(node, *image))
+    }
+
+    /// What the blocks of a shard hold on a running node: a digest of each, none where it is bad.
+    pub fn shard_digests(
+        &mut self,
+        node: usize,
+        image: &ImageId,
+        layers: &[LayerId],
+        shard: u64,
+    ) -> Option<Vec<Option<u64>>> {
+        let run = self.nodes[node].sim.run.as_mut()?;
+        let blocks = run.store.image(image)?.head.shard_bytes / BLOCK_BYTES;
+        let (mut states, mut data) = (Vec::new(), BytesMut::new());
+        let whole =
+            run.store.read_blocks(image, layers, shard, 0, blocks, &mut states, &mut data).is_ok();
+        if whole {
+            let digests = states.iter().map(|state| match state.is_data() {
+                true => Some(digest(&data.split_to(BLOCK_BYTES as usize))),
+                false => Some(0),
+            });
+            return Some(digests.collect());
+        }
+        let mut digests = Vec::new();
+        for block in 0..blocks {
+            states.clear();
+            data.clear();
+            let read =
+                run.store.read_blocks(image, layers, shard, block, 1, &mut states, &mut data);
+            let content = match read {
+                Ok(()) if states.first().is_some_and(|s| s.is_data()) => Some(digest(&data)),
+                Ok(()) => Some(0),
+                Err(_) => None,
+            };
+            digests.push(content);
+        }
+        Some(digests)
+    }
+
+    /// Takes out which nodes have applied the write of this stamp: (shard, nodes) for each shard.
+    pub fn take_applied(&mut self, stamp: u64) -> Vec<(u64, u64)> {
+        let range = (stamp, 0)..=(stamp, u64::MAX);
+        let found: Vec<(u64, u64)> =
+            self.applied.range(range).map(|((_, shard), nodes)| (*shard, *nodes)).collect();
+        for (shard, _) in &found {
+            self.applied.remove(&(stamp, *shard));
+        }
+        found
+    }
+
+    pub fn queues(&self, gateway: usize, channel: u32) -> Queues {
+        self.image(gateway, channel).map(|io| io.queues()).unwrap_or_default()
+    }
+
+    /// Answers that wait for a sync, and requests that wait for room in the log, of a running node.
+    pub fn node_queues(&self, node: usize) -> (usize, usize) {
+        self.nodes[node].sim.run.as_ref().map(|run| run.queues()).unwrap_or_default()
+    }
+}
+
+/// Zeroes, written or not, are 0.
+fn digest(block: &[u8]) -> u64 {
+    if block.iter().all(|byte| *byte == 0) {
+        return 0;
+    }
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    for word in block.chunks(8) {
+        let mut bytes = [0; 8];
+        bytes[..word.len()].copy_from_slice(word);
+        hash =
+            (hash ^ u64::from_le_bytes(bytes)).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(29);
+    }
+    hash | 1
+}

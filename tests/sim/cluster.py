@@ -1,0 +1,532 @@
+"""The simulated cluster: its parts, what may be done to them, and what is checked on the way."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from engine._engine import Simulation
+from etcd import keys
+from etcd.memory import MemoryEtcd
+from etcd.records import ImageRecord
+from shard.ids import ImageId, image_id_from_bytes
+from shard.placement import FailureDomain, replica_set_index
+from tests.sim.clock import SECOND_NS, Clock, Process
+from tests.sim.cluster_state import Door, Path, State
+from tests.sim.guest import IN_FLIGHT_MAX, Guest, Life, Shared
+from tests.sim.oracle import SECTOR_BYTES, Oracle, Violation
+from tests.sim.processes import SimGateway, SimNode
+from vmstore.catalog import Catalog
+from vmstore.holder import Phase
+from vmstore.names import ImageName
+
+SHARD_BYTES = 1 << 20
+BLOCK_BYTES = 4096
+QUORUM = 2
+"""Of three."""
+
+POOL = "vms"
+IMAGE = "disk"
+IMAGE_NAME = f"{POOL}/{IMAGE}"
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How large a cluster is."""
+
+    nodes: int = 3
+    gateways: int = 2
+    replica_sets: int = 1
+    shards: int = 3
+    log_bytes: int = 1 << 20
+    segment_bytes: int = 128 << 10
+    """A frame with all blocks that are used must fit into it."""
+
+
+class Cluster:
+    """See the module. Every host has a node; the first ones have gateways too."""
+
+    def __init__(self, seed: int, shape: Shape) -> None:
+        self.shape = shape
+        self.chance = random.Random(seed)
+        self.clock = Clock()
+        self.lines: list[str] = []
+        names = [f"node-{index}" for index in range(shape.nodes)]
+        self.names = names
+        self.world = Simulation(
+            self.chance.getrandbits(63),
+            nodes=names,
+            gateways=shape.gateways,
+            log_bytes=shape.log_bytes,
+            segment_bytes=shape.segment_bytes,
+        )
+        self.state = State(self.clock, random.Random(self.chance.getrandbits(63)))
+        self.state.on_change = self._etcd_changed
+        self.node_paths = [Path() for _ in names]
+        self.gateway_paths = [Path() for _ in range(shape.gateways)]
+        self.nodes: list[SimNode | None] = [None] * shape.nodes
+        self.gateways: list[SimGateway | None] = [None] * shape.gateways
+        self.guests: list[Guest] = []
+        self._numbers = itertools.count(1)
+        self.oracle = Oracle(SHARD_BYTES // SECTOR_BYTES)
+        self.image: ImageId = ImageId("")
+        self.record: ImageRecord | None = None
+        """As etcd has it."""
+        self._record_value = b""
+        self._checked_value: bytes | None = None
+        self.refused: set[int] = set()
+        """Nodes that may not register, and wait for a person."""
+        self.damaged = False
+        """Blocks rot: a read may fail."""
+        self.rolled_back = False
+        """etcd was restored: its records may be lower than they were."""
+        self._served_epoch = 0
+        self._recorded: dict[int, tuple[int, int]] = {}
+        self.steps = 0
+        self.supervised = True
+
+    # Time
+
+    def say(self, text: str) -> None:
+        """Add a line to the history."""
+        self.lines.append(f"{self.clock.now_s:10.4f} {text}")
+
+    def run_until(self, until_s: float, done: Callable[[], bool] = lambda: False) -> bool:
+        """Let time pass; stop early when `done`. Raises Violation, or what a defect raises."""
+        clock, world = self.clock, self.world
+        until_ns = int(until_s * SECOND_NS)
+        while True:
+            next_ns = clock.next_ns()
+            goal_ns = until_ns if next_ns is None else min(next_ns, until_ns)
+            happening = world.run(goal_ns)
+            clock.now_ns = world.now_ns
+            if happening is not None:
+                self._happened(happening)
+            elif not clock.run_due():
+                return False
+            self.steps += 1
+            if done():
+                return True
+
+    def run_for(self, seconds: float, done: Callable[[], bool] = lambda: False) -> bool:
+        """Let so much time pass."""
+        return self.run_until(self.clock.now_s + seconds, done)
+
+    def _happened(self, happening: tuple[Any, ...]) -> None:
+        kind = happening[0]
+        if kind == "answer":
+            _, gateway, client, token, how, stamps = happening
+            process = self.gateways[gateway]
+            guest = process.engine.guests.get(client) if process is not None else None
+            if guest is not None:
+                guest.answered(token, how, stamps)
+        elif kind == "event":
+            _, gateway, event = happening
+            process = self.gateways[gateway]
+            if process is not None:
+                self._heard(process, event)
+                process.hear(event)
+        else:
+            _, node, power, why = happening
+            self._node_ended(node, power=power, why=why)
+
+    def _heard(self, gateway: SimGateway, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind in ("link_up", "link_down", "peeked", "client_gone", "asked"):
+            return
+        told = {k: v for k, v in event.items() if k not in ("event", "channel")}
+        self.say(f"{gateway.name}: {kind} {told}")
+
+    # The beginning
+
+    def build(self) -> None:
+        """Start everything, and make a pool and an image."""
+        self.state.begin()
+        for node in range(self.shape.nodes):
+            self.start_node(node)
+        for gateway in range(self.shape.gateways):
+            self.start_gateway(gateway)
+        self.run_for(2.0, lambda: all(n is not None and n.registered for n in self.nodes))
+        operator = Process("operator")
+        ids = self._ids()
+        catalog = Catalog(Door(self.state, Path(), operator), lambda: next(ids))
+
+        def make() -> None:
+            catalog.create_pool(
+                POOL,
+                shard_bytes=SHARD_BYTES,
+                replica_sets=self.shape.replica_sets,
+                failure_domain=FailureDomain.HOST,
+            )
+            size = self.shape.shards * SHARD_BYTES
+            self.image = catalog.create_image(ImageName(POOL, IMAGE), size).record.id
+
+        self.clock.start(operator, make)
+        made = self.run_for(2.0, lambda: bool(self.image))
+        assert made, "a healthy cluster makes an image"
+        self._etcd_changed()
+        assert self.record is not None
+        shared = Shared(
+            clock=self.clock,
+            world=self.world,
+            chance=random.Random(self.chance.getrandbits(63)),
+            oracle=self.oracle,
+            regions=tuple(self._regions()),
+            say=self.say,
+            next_number=lambda: next(self._numbers),
+            on_answer=self._answered,
+            may_fail=lambda: self.damaged,
+        )
+        self.guests = [
+            Guest(f"guest-{index}", IMAGE_NAME, shared) for index in range(self.shape.gateways)
+        ]
+        sets = [",".join(members) for members in self.record.sets]
+        self.say(f"image {self.image[:8]} on {sets}")
+
+    def delete_image(self) -> None:
+        """Delete the image, as an operator."""
+        operator = Process("operator")
+        catalog = Catalog(Door(self.state, Path(), operator))
+        self.clock.start(operator, lambda: catalog.delete_image(ImageName(POOL, IMAGE)))
+        self.run_for(1.0)
+
+    def _ids(self) -> Iterator[ImageId]:
+        while True:
+            yield image_id_from_bytes(self.chance.randbytes(16))
+
+    def _regions(self) -> Iterator[range]:
+        """Blocks on either side of each shard's end: few, which are fought for, or many."""
+        per_shard = SHARD_BYTES // SECTOR_BYTES
+        near = self.chance.choice((1, 2, 2, 8)) * BLOCK_BYTES // SECTOR_BYTES
+        for shard in range(1, self.shape.shards):
+            yield range(shard * per_shard - near, shard * per_shard + near)
+
+    # Nodes
+
+    def start_node(self, node: int) -> None:
+        """Start a node's process, if none runs; a supervisor tries again where it cannot."""
+        if self.nodes[node] is not None or node in self.refused:
+            return
+        try:
+            store_id, counter = self.world.start_node(node)
+        except RuntimeError as error:
+            self.say(f"{self.names[node]} cannot start: {error}")
+            self.judge_memory()
+            self._restart_later(node)
+            return
+        self.say(f"{self.names[node]} starts, instance {counter}")
+        self.nodes[node] = SimNode(
+            self.clock,
+            self.world,
+            self.state,
+            self.node_paths[node],
+            index=node,
+            name=self.names[node],
+            store_id=store_id,
+            start_counter=counter,
+            refused=lambda why: self._node_refused(node, why),
+        )
+
+    def stop_node(self, node: int, *, power: bool) -> None:
+        """Kill a node's process, or cut its host's power."""
+        process = self.nodes[node]
+        if process is None:
+            return
+        self.world.stop_node(node, power)
+        self._node_ended(node, power=power, why="is killed" if not power else "loses its power")
+
+    def _node_ended(self, node: int, *, power: bool, why: str) -> None:
+        process = self.nodes[node]
+        if process is not None:
+            self.clock.end(process.process)
+            self.nodes[node] = None
+        self.say(f"{self.names[node]} ends: {why}{' (memory lost)' if power else ''}")
+        if power:
+            self.judge_memory()
+        if self.supervised:
+            self._restart_later(node)
+
+    def _restart_later(self, node: int) -> None:
+        self.clock.after(self.chance.choice((0.3, 1.0, 3.0, 8.0)), lambda: self.start_node(node))
+
+    def _node_refused(self, node: int, why: str) -> None:
+        self.say(f"{self.names[node]} may not serve: {why}")
+        self.refused.add(node)
+        self.clock.after(0, lambda: self.stop_node(node, power=False))
+
+    def pause_node(self, node: int) -> None:
+        """Stop a node's process as SIGSTOP does."""
+        process = self.nodes[node]
+        if process is not None and not process.process.paused:
+            process.process.paused = True
+            self.world.pause_node(node)
+            self.say(f"{self.names[node]} stands still")
+
+    def continue_node(self, node: int) -> None:
+        """Let it go on."""
+        process = self.nodes[node]
+        if process is not None and process.process.paused:
+            self.world.continue_node(node)
+            self.clock.go_on(process.process)
+            self.say(f"{self.names[node]} goes on")
+
+    def judge_memory(self) -> None:
+        """Find out whether unflushed writes may be gone."""
+        if self.record is None:
+            return
+        membership = self.record.membership
+        lost = set()
+        for index in range(len(self.record.sets)):
+            holders = [self.names.index(name) for name in membership.in_sync(index)]
+            if not any(self.world.remembers(node, self.image) for node in holders):
+                lost.add(index)
+        if lost:
+            per_shard = SHARD_BYTES // SECTOR_BYTES
+            self.oracle.memory_lost(lambda sector: self.set_of(sector // per_shard) in lost)
+
+    def set_of(self, shard: int) -> int:
+        """Return the replica set of a shard."""
+        assert self.record is not None
+        return replica_set_index(self.record.placement_key, shard, len(self.record.sets))
+
+    # Gateways
+
+    def start_gateway(self, gateway: int) -> None:
+        """Start a gateway's process; guests of its host come back to it."""
+        if self.gateways[gateway] is not None:
+            return
+        name = f"gate-{gateway}"
+        self.say(f"{name} starts")
+        process = SimGateway(
+            self.clock,
+            self.world,
+            self.state,
+            self.gateway_paths[gateway],
+            self.chance,
+            index=gateway,
+            name=name,
+            node=gateway,
+            node_name=self.names[gateway],
+            nodes=self.shape.nodes,
+        )
+        self.gateways[gateway] = process
+        guest = self.guests[gateway] if self.guests else None
+        if guest is not None and guest.life is Life.CONNECTING:
+            guest.start(process)
+
+    def stop_gateway(self, gateway: int, *, host: bool) -> None:
+        """Kill a gateway's process, or its whole host with the guest (and its node)."""
+        process = self.gateways[gateway]
+        if process is None:
+            return
+        self.say(f"{process.name} {'loses its host' if host else 'is killed'}")
+        self.clock.end(process.process)
+        self.world.stop_gateway(gateway, host)
+        self.gateways[gateway] = None
+        guest = self.guests[gateway]
+        if host:
+            guest.host_gone()
+            self.stop_node(gateway, power=True)
+        else:
+            guest.gateway_gone()
+        if self.supervised:
+            pause_s = self.chance.choice((0.2, 0.5, 2.0)) + (5.0 if host else 0.0)
+            self.clock.after(pause_s, lambda: self.start_gateway(gateway))
+
+    def pause_gateway(self, gateway: int) -> None:
+        """Stop a gateway's process as SIGSTOP does."""
+        process = self.gateways[gateway]
+        if process is not None and not process.process.paused:
+            process.process.paused = True
+            self.world.pause_gateway(gateway)
+            self.say(f"{process.name} stands still")
+
+    def continue_gateway(self, gateway: int) -> None:
+        """Let it go on."""
+        process = self.gateways[gateway]
+        if process is not None and process.process.paused:
+            self.world.continue_gateway(gateway)
+            self.clock.go_on(process.process)
+            self.say(f"{process.name} goes on")
+
+    def boot(self, guest: int) -> None:
+        """Start a guest on its host, whether another one still runs elsewhere or not."""
+        process = self.gateways[guest]
+        if process is not None and self.guests[guest].life in (Life.OFF, Life.FAILED):
+            self.say(f"guest-{guest} boots")
+            self.guests[guest].start(process)
+
+    def serving(self) -> list[Guest]:
+        """Guests that are served."""
+        return [guest for guest in self.guests if guest.life is Life.RUNNING]
+
+    # What must hold
+
+    def _etcd_changed(self) -> None:
+        if not self.image:
+            return
+        item = _stored(self.state.memory, keys.image(self.image))
+        if item is None or item == self._record_value:
+            return
+        record = ImageRecord.decode(keys.image(self.image), item)
+        former, self.record, self._record_value = self.record, record, item
+        if former is not None and not self.rolled_back:
+            if record.epoch < former.epoch or record.generation < former.generation:
+                raise Violation(f"etcd went back: {former} to {record}")
+            if record.is_behind(former):
+                raise Violation(f"an equal record differs: {former} and {record}")
+        if former is not None and record.stale != former.stale:
+            self.say(f"etcd: generation {record.generation}, stale {_plain(record.stale)}")
+            self.judge_memory()
+
+    def _answered(self, asked: Any, gateway: int) -> None:
+        """Judge an answer by who has it. Raises Violation."""
+        if asked.kind != "write":
+            return
+        record = self.record
+        assert record is not None
+        process = self.gateways[gateway]
+        applied = dict(self.world.take_applied(asked.stamp))
+        if asked.epoch != record.epoch or process is None or self.rolled_back:
+            return
+        first = asked.first * SECTOR_BYTES // SHARD_BYTES
+        last = ((asked.first + asked.sectors) * SECTOR_BYTES - 1) // SHARD_BYTES
+        for shard in range(first, last + 1):
+            replica_set = self.set_of(shard)
+            in_sync = record.membership.in_sync(replica_set)
+            have = [n for i, n in enumerate(self.names) if applied.get(shard, 0) >> i & 1]
+            if not set(in_sync) <= set(have):
+                raise Violation(
+                    f"a write to shard {shard} was answered with {have}; "
+                    f"in sync are {list(in_sync)}, generation {record.generation}"
+                )
+            if len(set(have) & set(record.sets[replica_set])) < QUORUM:
+                raise Violation(f"a write to shard {shard} was answered below quorum: {have}")
+
+    def check(self) -> None:
+        """Check what takes a while: replicas, records, queues. Raises Violation."""
+        self._check_records()
+        self._check_replicas()
+        self._check_queues()
+
+    def _check_records(self) -> None:
+        """No running node goes back: what it stored durably it knows."""
+        for node, process in enumerate(self.nodes):
+            if process is None:
+                continue
+            found = self.world.node_record(node, self.image)
+            if found is None:
+                continue
+            epoch, _, generation, _ = found
+            former = self._recorded.get(node, (0, 0))
+            if process.registered and (epoch < former[0] or generation < former[1]):
+                # A record that was not synced goes with the power, and was never relied on.
+                self._recorded[node] = (epoch, generation)
+            else:
+                self._recorded[node] = (max(epoch, former[0]), max(generation, former[1]))
+
+    def _check_replicas(self) -> None:
+        """In-sync replicas are equal on every shard that no dirty map names."""
+        record = self.record
+        if record is None or record.epoch == 0 or self.rolled_back:
+            # A restored etcd may call a node in sync that its holder has left behind.
+            return
+        layers = [layer.id for layer in record.layers]
+        for shard in range(self.shape.shards):
+            replica_set = self.set_of(shard)
+            holders = [self.names.index(n) for n in record.membership.in_sync(replica_set)]
+            running = [n for n in holders if self.nodes[n] is not None and self._is_up(n)]
+            if any(shard in self.world.dirty(n, self.image) for n in running):
+                continue
+            digests = [self.world.shard_digests(n, self.image, layers, shard) for n in running]
+            self._compare(shard, running, [d for d in digests if d is not None])
+
+    def _compare(self, shard: int, nodes: list[int], digests: list[list[int | None]]) -> None:
+        for block, contents in enumerate(zip(*digests, strict=True)):
+            known = {content for content in contents if content is not None}
+            if len(known) > 1:
+                names = [self.names[node] for node in nodes]
+                raise Violation(f"block {block} of shard {shard} differs on {names}: {contents}")
+
+    def check_all_replicas(self) -> None:
+        """All replicas in sync are equal, wherever they are. Raises Violation."""
+        record = self.record
+        assert record is not None
+        if self.rolled_back:
+            return
+        layers = [layer.id for layer in record.layers]
+        for shard in range(self.shape.shards):
+            in_sync = record.membership.in_sync(self.set_of(shard))
+            nodes = [self.names.index(name) for name in in_sync]
+            digests = [self.world.shard_digests(n, self.image, layers, shard) for n in nodes]
+            self._compare(shard, nodes, [d for d in digests if d is not None])
+
+    def _is_up(self, node: int) -> bool:
+        """Whether the image's present holder serves from this node."""
+        record = self.record
+        for process in self.gateways:
+            if process is None or process.holder != (record.holder if record else None):
+                continue
+            for image in process.exports.snapshot():
+                states = dict(self.world.replica_states(process.index, image.channel))
+                return states.get(self.names[node]) == "up"
+        return False
+
+    def _check_queues(self) -> None:
+        for process in self.gateways:
+            if process is None:
+                continue
+            for image in process.exports.snapshot():
+                requests, parts, _ = self.world.queues(process.index, image.channel)
+                if requests > 2 * IN_FLIGHT_MAX * len(self.guests) or parts > 4 * requests + 4:
+                    raise Violation(f"{process.name} has {requests} requests in {parts} parts")
+
+    # The end
+
+    def mend(self) -> None:
+        """End all faults."""
+        self.say("all faults end")
+        self.state.up = True
+        for path in (*self.node_paths, *self.gateway_paths):
+            path.there = path.back = True
+            path.slow = False
+        for gateway in range(self.shape.gateways):
+            for node in range(self.shape.nodes):
+                self.world.set_path(gateway, node, True, True)
+                self.world.set_path(gateway, node, False, True)
+                self.world.set_latency(gateway, node, 50_000, 1_000_000)
+        for node in range(self.shape.nodes):
+            self.continue_node(node)
+            self.world.set_free_bytes(node, None)
+            self.world.set_disk_speed(node, 100_000, 4_000_000)
+            self.start_node(node)
+        for gateway in range(self.shape.gateways):
+            self.continue_gateway(gateway)
+            self.start_gateway(gateway)
+
+    def all_level(self) -> bool:
+        """Whether a guest is served, nothing waits, and every node in sync is there."""
+        serving = self.serving()
+        if not serving or self.record is None:
+            return False
+        gateway = serving[0].gateway
+        assert gateway is not None
+        for image in gateway.exports.snapshot():
+            holder = image.holder
+            if holder.phase is not Phase.SERVING or holder.missing() or holder.proposal:
+                return False
+        if self.record.stale and not self.rolled_back:
+            return False
+        return all(guest.in_flight == 0 for guest in serving)
+
+
+def _stored(etcd: MemoryEtcd, key: str) -> bytes | None:
+    found = etcd.get(key)
+    return None if found is None else found.value
+
+
+def _plain(stale: Any) -> dict[int, dict[str, int]]:
+    return {index: dict(nodes) for index, nodes in stale.items()}

@@ -1,0 +1,203 @@
+"""Rules of the protocol, each broken on purpose: the simulator must notice.
+
+A rule of the engine is broken by its name (`engine/core/src/rules.rs`), one of policy by a function
+put in place of another. `within` says in how many random histories of its kind the defect is found
+at the latest; `python -m tests.sim.defects` shows how many it takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from engine._engine import Simulation
+from etcd.records import ImageRecord
+from shard.membership import Policy
+from tests.sim.history import KINDS, History, Outcome
+from vmstore.holder import Holder
+from vmstore.serving import OpenImage, Serving
+
+
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """A broken rule, and where it is looked for."""
+
+    name: str
+    history: str
+    """Which of the design's histories its rule closes, or which invariant it keeps."""
+    kind: str
+    within: int
+    rules: tuple[str, ...] = ()
+    patch: Callable[[], Any] | None = None
+
+
+def _quorum_of_one() -> Any:
+    return mock.patch.object(Policy, "quorum", property(lambda _policy: 1))
+
+
+def _acknowledge_first() -> Any:
+    """A membership counts before etcd took it."""
+    change, reconfigure = Serving._change_membership, Serving._reconfigure
+
+    def change_first(serving: Serving, image: OpenImage, after: ImageRecord) -> None:
+        if image.holder.retry_at_s is None and after.generation not in counted(image):
+            counted(image).add(after.generation)
+            reconfigure(serving, image, after)
+        change(serving, image, after)
+
+    def not_again(serving: Serving, image: OpenImage, record: ImageRecord) -> None:
+        if record.generation not in counted(image):
+            reconfigure(serving, image, record)
+
+    generations: dict[int, set[int]] = {}
+
+    def counted(image: OpenImage) -> set[int]:
+        return generations.setdefault(id(image), set())
+
+    return mock.patch.multiple(Serving, _change_membership=change_first, _reconfigure=not_again)
+
+
+def _believe_any_disk() -> Any:
+    return mock.patch.object(Holder, "_judge_disks", return_value=None)
+
+
+def _believe_etcd() -> Any:
+    return mock.patch("vmstore.holder.problem_of", return_value=None)
+
+
+def _never_reconcile() -> Any:
+    """Who came back waits for one that stayed, also where none did."""
+    may_join = Holder._may_join
+
+    def patched(holder: Holder, join: set[str]) -> bool:
+        served = any(node.served_as is not None for node in holder.nodes.values())
+        return may_join(holder, join) and (holder._somebody_is_up() or not served)
+
+    return mock.patch.object(Holder, "_may_join", patched)
+
+
+def _lease_for_ever() -> Any:
+    """The engine is never told when the lease ends."""
+    return mock.patch.object(Serving, "_tell_deadline", return_value=None)
+
+
+DEFECTS = (
+    Defect("all in sync answer", "invariant 5", "kills", 5, ("AllInSyncAnswer",)),
+    Defect("quorum", "invariant 5", "kills", 5, patch=_quorum_of_one),
+    Defect("membership before acknowledgement", "invariant 5", "etcd", 20,
+           patch=_acknowledge_first),
+    Defect("reconcile where nobody stayed", "4: all nodes killed", "kills", 10,
+           patch=_never_reconcile),
+    Defect("reads past the lease are confirmed", "6: a holder cut off", "holders", 60,
+           ("ReadsAreConfirmed",)),
+    Defect("the engine knows the lease's end", "6: a holder cut off", "holders", 60,
+           patch=_lease_for_ever),
+    Defect("records grow", "7: etcd restored", "restored", 60, ("RecordsGrow",),
+           patch=_believe_etcd),
+    Defect("sessions", "14: late frames", "network", 120, ("SessionIsCurrent",)),
+    Defect("a failed sync ends the store", "15: a failed sync", "disks", 10,
+           ("FailedSyncEnds",)),
+    Defect("flush numbers", "16: a disk is rolled back", "swapped", 100,
+           patch=_believe_any_disk),
+    Defect("reads are verified", "17: rot; invariant 6", "rot", 60, ("ReadsAreVerified",)),
+    Defect("a flush is durable", "invariant 1", "power", 40, ("FlushIsDurable",)),
+    Defect("unanswered writes are asked again", "invariant 2", "power", 150,
+           ("UnansweredAskedAgain",)),
+)  # fmt: skip
+
+CANDIDATES = (
+    Defect("reads wait for writes", "21: a write that vanishes", "kills", 0,
+           ("ReadsWaitForWrites",)),
+    Defect("epochs at the nodes", "14: late frames", "holders", 0,
+           ("EpochIsCurrent", "SessionIsCurrent")),
+    Defect("writes are listed while a heal lists", "2: a write in flight when X is removed",
+           "kills", 0, ("WritesAreListed",)),
+    Defect("a heal pauses writes", "5: its source lacks a pending write", "kills", 0,
+           ("HealPausesWrites",)),
+    Defect("a healed node answers", "5: the end of a heal races an answer", "kills", 0,
+           ("HealedNodeAnswers",)),
+    Defect("a lost healed node is awaited", "5: the end of a heal races an answer", "etcd", 0,
+           ("LostHealedIsAwaited",)),
+    Defect("a heal needs its sources", "5: a new holder trusts old marks", "power", 0,
+           ("HealNeedsItsSources",)),
+    Defect("healed means durable", "5: copies that are not synced", "power", 0,
+           ("HealedIsDurable",)),
+    Defect("tags are copied", "18: reconcile by shard", "power", 0, ("TagsAreCopied",)),
+    Defect("equal records agree", "7: etcd restored", "restored", 0, ("EqualRecordsAgree",),
+           patch=_believe_etcd),
+    Defect("clears name what is answered", "3: cleared too early", "disks", 0,
+           ("ClearIsAnswered",)),
+    Defect("sticky after a restart", "3: cleared too early", "power", 0,
+           ("StickyAfterRestart",)),
+    Defect("sticky until levelled", "3: cleared too early", "power", 0, ("StickyUntilLevel",)),
+    Defect("all in sync are levelled, or none", "4: all nodes killed", "power", 0,
+           ("AllInSyncLevelled",)),
+    Defect("levelled means durable", "5: copies that are not synced", "power", 0,
+           ("LevelIsDurable",)),
+    Defect("a winner for each block", "18: reconcile by shard", "power", 0,
+           ("WinnerPerBlock",)),
+    Defect("a first flush goes to all", "invariant 1", "power", 0, ("FirstFlushGoesToAll",)),
+    Defect("stored before the answer", "invariant 4", "kills", 0, ("StoredBeforeAnswer",)),
+)  # fmt: skip
+"""Rules whose loss few or no histories notice so far: another rule stands behind each of them."""
+
+
+@contextmanager
+def breaking(*rules: str) -> Iterator[None]:
+    """Break rules of the engine in this thread."""
+    Simulation.break_rules(list(rules))
+    try:
+        yield
+    finally:
+        Simulation.break_rules([])
+
+
+@contextmanager
+def planted(defect: Defect) -> Iterator[None]:
+    """Break what the defect breaks."""
+    with breaking(*defect.rules), defect.patch() if defect.patch else nullcontext():
+        yield
+
+
+def seeds(kind: str) -> Iterator[int]:
+    """The seeds of a kind of histories."""
+    index = next(i for i, known in enumerate(KINDS) if known.name == kind)
+    while True:
+        yield index
+        index += len(KINDS)
+
+
+def catch(defect: Defect, within: int) -> tuple[int, Outcome | None]:
+    """Return how many histories it takes to notice a defect, and the one that did."""
+    source = seeds(defect.kind)
+    for count in range(1, within + 1):
+        with planted(defect):
+            outcome = History(next(source)).play()
+        if outcome.error is not None:
+            return count, outcome
+    return within, None
+
+
+def main() -> int:
+    """Show how many histories each defect takes."""
+    parser = argparse.ArgumentParser(prog="python -m tests.sim.defects", description=__doc__)
+    parser.add_argument("names", nargs="*", help="only those whose name has one of these in it")
+    parser.add_argument("--within", type=int, default=300)
+    options = parser.parse_args()
+    for defect in (*DEFECTS, *CANDIDATES):
+        if options.names and not any(name in defect.name for name in options.names):
+            continue
+        count, outcome = catch(defect, options.within)
+        why = "NOT CAUGHT" if outcome is None else f"{str(outcome.error)[:110]}"
+        print(f"{count:4} (within {defect.within:3}) {defect.name} [{defect.kind}]: {why}",
+              flush=True)  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

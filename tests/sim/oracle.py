@@ -1,0 +1,209 @@
+"""What reads may return, sector by sector: the last answered write or one in flight, never older.
+
+    a write is     known to be there                        known to be gone
+    in flight      once a read has returned it              never
+    answered       yes, unless all who held it lost power   when a later one is known to be there
+    an orphan      once a read has returned it              as answered ones
+
+An orphan's gateway has ended; it has happened or never will when the next holder serves.
+
+A write supersedes another where it began after the other had ended, or where a read returned it
+when the other had ended. A power cut of the last in-sync node that remembers puts every write that
+was not flushed in doubt: it may be gone, and what it superseded may be back, until a read tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+SECTOR_BYTES = 512
+TORN = (1 << 64) - 1
+
+
+class Violation(AssertionError):
+    """An invariant does not hold."""
+
+
+@dataclass(slots=True, eq=False)
+class Written:
+    """One write, as one sector knows it."""
+
+    sector: int
+    stamp: int
+    begun: float
+    epoch: int
+    wide: bool = False
+    """One of several parts of its request, which go to shards of their own."""
+    ended: float | None = None
+    """Answered, or settled as an orphan."""
+    known: float = float("inf")
+    """Since when it is known to be there: answered, or seen by a read."""
+    answered: bool = False
+    sure: bool = False
+    """It is, or was, surely there: answered, or seen by a read."""
+    durable: bool = False
+    shaken: bool = False
+    """Memory was lost while it was in flight, when part of it may have been all done."""
+    superseded_by: list[Written] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Change:
+    sectors: range
+    entries: list[Written]
+
+
+class Oracle:
+    """All that guests did to one image."""
+
+    def __init__(self, shard_sectors: int) -> None:
+        self._sectors: dict[int, list[Written]] = {}
+        self._shard_sectors = shard_sectors
+        self._open: dict[int, _Change] = {}
+        self._unflushed: list[Written] = []
+        self._reading: dict[int, float] = {}
+        self.reads = 0
+
+    def _history(self, sector: int) -> list[Written]:
+        found = self._sectors.get(sector)
+        if found is None:
+            found = self._sectors[sector] = [_nothing(sector)]
+        return found
+
+    def begin(self, token: int, first: int, count: int, stamp: int, epoch: int, now: float) -> None:
+        """A write (or zeroing: stamp 0) is sent."""
+        change = _Change(range(first, first + count), [])
+        wide = first // self._shard_sectors != (first + count - 1) // self._shard_sectors
+        for sector in change.sectors:
+            entry = Written(sector, stamp, now, epoch, wide)
+            self._history(sector).append(entry)
+            change.entries.append(entry)
+        self._open[token] = change
+
+    def answered(self, token: int, now: float, *, durable: bool) -> None:
+        """It is answered."""
+        change = self._open.pop(token)
+        for sector, entry in zip(change.sectors, change.entries, strict=True):
+            entry.ended = now if entry.ended is None else entry.ended
+            entry.known = min(entry.known, now)
+            entry.answered, entry.sure = True, not entry.shaken or durable
+            if durable:
+                entry.durable = True
+            elif entry.sure:
+                self._unflushed.append(entry)
+            self._supersede(sector, entry)
+
+    def _supersede(self, sector: int, newer: Written) -> None:
+        """Note what a write that is surely there has replaced."""
+        for older in self._sectors[sector]:
+            ended = older.ended is not None and older.ended < newer.begun
+            if older is not newer and ended and newer not in older.superseded_by:
+                older.superseded_by.append(newer)
+        self._prune(sector)
+
+    def _prune(self, sector: int) -> None:
+        """Forget what no read, of those under way or to come, may return."""
+        history = self._sectors[sector]
+        if len(history) < 2:
+            return
+        oldest_read = min(self._reading.values(), default=float("inf"))
+
+        def is_over(entry: Written) -> bool:
+            return any(n.durable and n.sure and n.known < oldest_read for n in entry.superseded_by)
+
+        self._sectors[sector] = [entry for entry in history if not is_over(entry)]
+
+    def read_begins(self, token: int, now: float) -> None:
+        """A read is sent."""
+        self._reading[token] = now
+
+    def read_ends(self, token: int) -> None:
+        """It is answered and judged, or never will be."""
+        self._reading.pop(token, None)
+
+    def orphan(self, token: int) -> None:
+        """Its sender will never hear of it; `settle` ends it."""
+        # It stays in the sectors' histories as in flight.
+        self._open.pop(token, None)
+
+    def settle(self, epoch: int, now: float) -> None:
+        """A holder of this epoch serves: what earlier ones sent has happened, or never will."""
+        for history in self._sectors.values():
+            for entry in history:
+                if entry.ended is None and entry.epoch < epoch:
+                    entry.ended = now
+
+    def flush_begins(self) -> list[Written]:
+        """Return what a flush that is sent now covers."""
+        return list(self._unflushed)
+
+    def flushed(self, covered: list[Written]) -> None:
+        """It is answered."""
+        for entry in covered:
+            if entry.sure:
+                entry.durable = True
+        done = set(map(id, covered))
+        self._unflushed = [entry for entry in self._unflushed if id(entry) not in done]
+        for sector in {entry.sector for entry in covered}:
+            self._prune(sector)
+
+    def memory_lost(self, concerns: Callable[[int], bool]) -> None:
+        """The last in-sync node that remembered these sectors has lost its power."""
+        for sector, history in self._sectors.items():
+            if concerns(sector):
+                for entry in history:
+                    entry.sure &= entry.durable
+                    entry.shaken |= entry.ended is None and entry.wide
+        self._unflushed = [entry for entry in self._unflushed if entry.sure]
+
+    def check_read(self, first: int, stamps: list[int], begun: float, now: float) -> None:
+        """Judge what a read returned. Raises Violation."""
+        self.reads += 1
+        for sector, stamp in enumerate(stamps, first):
+            history = self._history(sector)
+            if len(history) == 1 and history[0].stamp == stamp:
+                continue
+            same = [w for w in history if w.stamp == stamp and w.begun <= now]
+            possible = [w for w in same if not self._is_gone(w, begun)]
+            if not possible:
+                what = "a mixture" if stamp == TORN else f"{stamp:x}"
+                raise Violation(
+                    f"sector {sector} read as {what} from {begun:.4f} to {now:.4f}; "
+                    f"its history: {[_told(w) for w in history]}"
+                )
+            if len(possible) == 1:
+                self._seen(sector, possible[0], begun, now)
+
+    def _is_gone(self, entry: Written, begun: float) -> bool:
+        """Whether a write that is surely there, from before the read, has replaced it."""
+        return any(newer.sure and newer.known < begun for newer in entry.superseded_by)
+
+    def _seen(self, sector: int, entry: Written, begun: float, now: float) -> None:
+        entry.sure = True
+        entry.known = min(entry.known, now)
+        if not entry.durable and all(entry is not other for other in self._unflushed):
+            self._unflushed.append(entry)
+        for other in self._sectors[sector]:
+            if other is entry or other.ended is None or other.ended >= begun:
+                continue
+            # It had ended before the read, which did not return it: it is not there any more.
+            if other in entry.superseded_by:
+                entry.superseded_by.remove(other)
+            if entry not in other.superseded_by:
+                other.superseded_by.append(entry)
+        self._prune(sector)
+
+
+def _nothing(sector: int) -> Written:
+    """Return what a new image holds."""
+    return Written(
+        sector, 0, -1.0, 0, ended=-1.0, known=-1.0, answered=True, sure=True, durable=True
+    )
+
+
+def _told(entry: Written) -> str:
+    state = "answered" if entry.answered else "in flight" if entry.ended is None else "orphan"
+    flags = (" sure" if entry.sure else " in doubt") + (" durable" if entry.durable else "")
+    ended = "" if entry.ended is None else f"-{entry.ended:.4f}"
+    return f"{entry.stamp:x} {state} {entry.begun:.4f}{ended} epoch {entry.epoch}{flags}"

@@ -1,0 +1,341 @@
+"""The daemons of the simulated cluster: what `hci node serve` and `hci gateway serve` do.
+
+Each runs the product's own policy, with the engine's simulation in place of the engine, and without
+sockets or threads.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from engine._engine import Simulation
+from etcd import keys
+from etcd.errors import EtcdError
+from etcd.interface import Notice, Reread
+from etcd.records import NodeRecord
+from shard.errors import HciError
+from shard.ids import ImageId, image_id
+from tests.sim.clock import Clock, Process
+from tests.sim.cluster_state import Door, Path, SimSession, State
+from vmstore.caretaker import Caretaker
+from vmstore.catalog import Catalog
+from vmstore.deciding import TICK_S
+from vmstore.errors import ForeignStore, OtherCluster, StoreBehind
+from vmstore.exports import Exports
+from vmstore.healing import HealLimits
+
+if TYPE_CHECKING:
+    from tests.sim.guest import Guest
+
+CLUSTER_ID = "c1" * 16
+RETRY_S = 1.0
+POLL_S = 0.5
+
+
+class SimDeciding:
+    """`vmstore.deciding.Deciding` on the simulated clock."""
+
+    def __init__(self, clock: Clock, process: Process) -> None:
+        self._clock = clock
+        self._process = process
+        self.on_event: Callable[[dict[str, Any]], None] = lambda _event: None
+
+    def now_s(self) -> float:
+        """See `Deciding`."""
+        return self._clock.now_s
+
+    def start(
+        self,
+        on_event: Callable[[dict[str, Any]], None],
+        tick: Callable[[], None],
+        failed: Callable[[str], None],
+    ) -> None:
+        """See `Deciding`."""
+        self.on_event = on_event
+
+        def ticks() -> None:
+            tick()
+            self._clock.after(TICK_S, ticks, self._process)
+
+        self._clock.after(TICK_S, ticks, self._process)
+
+    def put(self, work: Callable[[], None]) -> None:
+        """See `Deciding`."""
+        self._clock.after(0, work, self._process)
+
+    def after(self, pause_s: float, work: Callable[[], None]) -> None:
+        """See `Deciding`."""
+        self._clock.after(pause_s, work, self._process)
+
+    def call(
+        self,
+        call: Callable[[], Any],
+        then: Callable[[Any], None],
+        failed: Callable[[HciError], None],
+    ) -> None:
+        """See `Deciding`."""
+
+        def work() -> Callable[[], None]:
+            try:
+                result = call()
+            except HciError as error:
+                why = error
+                return lambda: failed(why)
+            return lambda: then(result)
+
+        self._clock.start(self._process, work, self.put)
+
+    def stop(self) -> None:
+        """See `Deciding`."""
+
+
+class SimEngine:
+    """The engine's `Gateway`, as one process of the simulation has it."""
+
+    def __init__(self, world: Simulation, gateway: int) -> None:
+        self._world = world
+        self._gateway = gateway
+        self.guests: dict[int, Guest] = {}
+        """By the number of their connection."""
+
+    def next_event(self, timeout_ms: int) -> dict[str, Any] | None:
+        """Events come by `SimDeciding.on_event`."""
+        raise AssertionError("nobody waits for events here")
+
+    def open(self, channel: int, **how: Any) -> None:
+        """See `engine.Gateway`, as all that follow."""
+        self._world.open(self._gateway, channel, **how)
+
+    def peek(self, channel: int, node: int) -> None:
+        """Ask a node for its record."""
+        self._world.peek(self._gateway, channel, node)
+
+    def admit(self, channel: int, nodes: list[tuple[int, int]], *, resume: bool) -> None:
+        """Let nodes in."""
+        self._world.admit(self._gateway, channel, nodes, resume=resume)
+
+    def reconfigure(self, channel: int, **how: Any) -> None:
+        """Go by another record."""
+        self._world.reconfigure(self._gateway, channel, **how)
+
+    def set_lease_deadline(self, channel: int, deadline_ns: int) -> None:
+        """Know until when the lease lives."""
+        self._world.set_lease_deadline(self._gateway, channel, deadline_ns)
+
+    def heal(self, channel: int, **how: Any) -> None:
+        """Heal a stale node."""
+        self._world.heal(self._gateway, channel, **how)
+
+    def end_heal(self, channel: int, attempt: int) -> None:
+        """End that."""
+        self._world.end_heal(self._gateway, channel, attempt)
+
+    def resize(self, channel: int, size_bytes: int, body: bytes) -> None:
+        """Take another size."""
+        self._world.resize(self._gateway, channel, size_bytes, body)
+
+    def close(self, channel: int) -> None:
+        """Flush, clear, let go."""
+        self._world.close(self._gateway, channel)
+
+    def kill(self, channel: int) -> None:
+        """Fail everything."""
+        self._world.kill(self._gateway, channel)
+
+    def forget(self, channel: int) -> None:
+        """Drop an image; its clients go with it."""
+        self._world.forget(self._gateway, channel)
+        self.disconnect(channel)
+
+    def disconnect(self, channel: int) -> None:
+        """End the connections of its clients."""
+        for client, guest in list(self.guests.items()):
+            if guest.channel == channel:
+                guest.disconnected(client, "the gateway ended the connection")
+
+    def stop_listening(self) -> None:
+        """Let nobody in any more."""
+
+    def answer_names(self, client: int, names: list[str]) -> None:
+        """Nobody asks for lists here."""
+
+    def answer_export(
+        self,
+        client: int,
+        *,
+        name: str,
+        size_bytes: int,
+        read_only: bool,
+        channel: int | None = None,
+    ) -> None:
+        """Let a guest in."""
+        guest = self.guests.get(client)
+        if guest is not None and channel is not None:
+            guest.let_in(client, channel)
+
+    def answer_error(self, client: int, kind: str, message: str) -> None:
+        """Send a guest away."""
+        guest = self.guests.get(client)
+        if guest is not None:
+            guest.sent_away(client, kind, message)
+
+
+class SimGateway:
+    """A gateway's process."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        world: Simulation,
+        state: State,
+        path: Path,
+        chance: random.Random,
+        *,
+        index: int,
+        name: str,
+        node: int,
+        node_name: str,
+        nodes: int,
+    ) -> None:
+        self.process = Process(name)
+        self.index = index
+        self.name = name
+        self.started = False
+        self._clock = clock
+        self.holder = f"{chance.getrandbits(128):032x}"
+        etcd = Door(state, path, self.process)
+        self.engine = SimEngine(world, index)
+        self.deciding = SimDeciding(clock, self.process)
+        self.catalog = Catalog(etcd)
+        self.exports = Exports(
+            self.engine,  # type: ignore[arg-type]
+            self.catalog,
+            gateway=name,
+            holder=self.holder,
+            local_node=lambda: node_name,
+            lease=lambda lost, renewed: SimSession(
+                etcd, clock, self.process, on_lost=lost, on_renewed=renewed
+            ),
+            heal_limits=HealLimits(bytes_per_second=chance.choice((0, 1 << 20, 64 << 20))),
+            lock=f"lock-{index}",
+            deciding=self.deciding,
+        )
+        self.caretaker = Caretaker(
+            self.catalog,
+            self.exports.maintain,
+            self.exports.maintained,
+            random.Random(chance.getrandbits(63)),
+        )
+        world.start_gateway(index)
+        # The node of the same host is reached first, as by its socket.
+        for other in sorted(range(nodes), key=lambda other: other != node):
+            world.link(index, other)
+        clock.start(self.process, self._begin)
+
+    def _begin(self) -> None:
+        """As `GatewayDaemon`: begin as soon as etcd answers."""
+        while True:
+            try:
+                self.catalog.init_cluster(CLUSTER_ID)
+                self.exports.start()
+                self.caretaker.watch()
+            except EtcdError:
+                self._clock.sleep(RETRY_S, self.process)
+            else:
+                self.started = True
+                break
+        while True:
+            self._clock.sleep(POLL_S, self.process)
+            self.caretaker.look(self._clock.now_s)
+
+    def hear(self, event: dict[str, Any]) -> None:
+        """Take an event of the engine."""
+        self.deciding.put(lambda: self.deciding.on_event(event))
+
+
+class SimNode:
+    """A node's process: registers, and buries images that were deleted, as `NodeDaemon` does."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        world: Simulation,
+        state: State,
+        path: Path,
+        *,
+        index: int,
+        name: str,
+        store_id: str,
+        start_counter: int,
+        refused: Callable[[str], None],
+    ) -> None:
+        self.process = Process(name)
+        self.index = index
+        self.name = name
+        self.registered = False
+        self.session: SimSession | None = None
+        self._watching = False
+        self._clock = clock
+        self._world = world
+        self._etcd = Door(state, path, self.process)
+        self._catalog = Catalog(self._etcd)
+        self._store_id = store_id
+        self._start_counter = start_counter
+        self._refused = refused
+        clock.start(self.process, self._look_after)
+
+    def _look_after(self) -> None:
+        while True:
+            if not self.registered:
+                self._register()
+            self._clock.sleep(POLL_S, self.process)
+
+    def _lost(self) -> None:
+        self.registered = False
+
+    def _register(self) -> None:
+        try:
+            self._catalog.init_cluster(CLUSTER_ID)
+            if self.session is not None:
+                self.session.close()
+            self.session = session = SimSession(
+                self._etcd, self._clock, self.process, on_lost=self._lost
+            )
+            record = NodeRecord(
+                name=self.name,
+                address=f"{self.name}:1",
+                control=f"{self.name}:2",
+                socket=None,
+                host=f"host-{self.index}",
+                zone="zone",
+                labels={},
+                capacity_bytes=1 << 40,
+                store_id=self._store_id,
+                start_counter=self._start_counter,
+            )
+            self._catalog.announce_node(record, session.lease)
+            session.start()
+            if not self._watching:
+                self._etcd.watch(keys.TOMBSTONES, self._on_tombstones)
+                self._watching = True
+            for image in self._catalog.tombstones():
+                self._bury(image)
+        except (OtherCluster, ForeignStore, StoreBehind) as error:
+            self._refused(str(error))
+        except EtcdError:
+            return
+        except HciError:
+            return
+        else:
+            self.registered = True
+
+    def _on_tombstones(self, notice: Notice) -> None:
+        found = notice.items if isinstance(notice, Reread) else notice.changes
+        for item in found:
+            if item.value is not None:
+                self._bury(image_id(item.key.removeprefix(keys.TOMBSTONES)))
+
+    def _bury(self, image: ImageId) -> None:
+        self._world.delete_image(self.index, image)
