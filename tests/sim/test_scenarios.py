@@ -138,9 +138,6 @@ def test_node_keeps_the_data_of_an_image_that_a_restored_etcd_lacks() -> None:
     assert all(cluster.world.has_image(node, cluster.image) for node in range(3))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a heal's pause waits for writes that wait for the lost node"
-)
 def test_stale_node_that_returns_stands_in_for_one_that_is_gone_for_good() -> None:
     """Writes wait for the lost node, the heal must not wait for the writes."""
     cluster = healthy(6)
@@ -156,3 +153,39 @@ def test_stale_node_that_returns_stands_in_for_one_that_is_gone_for_good() -> No
     assert guest.in_flight == 1, "below the quorum writes wait"
     cluster.start_node(1)
     assert cluster.run_for(30.0, lambda: guest.in_flight == 0), "two nodes are alive"
+
+
+def test_stale_node_stands_in_although_a_write_waits_for_another_set() -> None:
+    """A request reaches into the shards of two sets, and one of them has lost two nodes."""
+    cluster = Cluster(7, Shape(nodes=6, replica_sets=2, shards=8))
+    cluster.build()
+    guest = cluster.guests[0]
+    guest.busy = False
+    cluster.boot(0)
+    assert cluster.run_for(5.0, lambda: guest.life is Life.RUNNING)
+    record = cluster.record
+    assert record is not None
+    other, first = (set(members) for members in record.sets)
+    gone, returns = sorted(first - other)[:2]
+    pair = sorted(other - first)[:2]
+    per_shard = (1 << 20) // 512
+    border = next(
+        shard for shard in range(7) if {cluster.set_of(shard), cluster.set_of(shard + 1)} == {0, 1}
+    )
+    cluster.supervised = False
+    stop = cluster.stop_node
+    stop(cluster.names.index(returns), power=False)
+    guest.write((border + 1) * per_shard - 4, 8)
+    cluster.run_for(6.0)
+    assert guest.in_flight == 0 and cluster.record is not None and cluster.record.stale
+    for name in (gone, *pair):
+        stop(cluster.names.index(name), power=False)
+    guest.write((border + 1) * per_shard - 4, 8)
+    cluster.run_for(6.0)
+    assert guest.in_flight == 1, "both sets are below their quorum"
+    mine = next(shard for shard in (border, border + 1) if cluster.set_of(shard) == 1)
+    guest.write(mine * per_shard + 512, 8)
+    cluster.start_node(cluster.names.index(returns))
+    assert cluster.run_for(30.0, lambda: guest.in_flight == 1), "one set has two nodes again"
+    cluster.mend()
+    assert cluster.run_for(30.0, cluster.all_level)

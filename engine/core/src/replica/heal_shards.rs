@@ -3,12 +3,17 @@
 //! A shard is worked on twice. First while clients write to it: that moves the bulk. Then once more with
 //! writes to it paused, which by then is a comparison and a few blocks; from the end of the pause on
 //! every change goes to the node as well.
+//!
+//! A pause does not wait for writes to be answered: one that waits for a node that is gone for good would
+//! never be, and the heal is what lets that node go. It waits until a source has applied all that is in
+//! flight. Only such a source is compared with, so the node has those writes when the pause ends.
 
 use super::asks::Asks;
 use super::compare::Comparison;
 use super::copier::CopyAsk;
-use super::heal::Stage;
-use super::image::{ImageIo, RequestKind};
+use super::heal::{Heal, Stage};
+use super::image::{ImageIo, Part};
+use super::locks::Range;
 use super::replies::BadReply;
 use super::{Event, NodeIndex, NodeMask};
 use crate::geometry::{IMAGE_BYTES_MAX, LayerId};
@@ -26,6 +31,8 @@ const GUESTS_GONE_NS: u64 = SECOND_NS / 4;
 /// Most time that a heal saves up, or owes, beside clients.
 const CREDIT_NS: i64 = 20_000_000;
 const DEBT_NS: i64 = 500_000_000;
+/// A pause waits so long for all sources, and then for the first that has applied what is in flight.
+const ALL_SOURCES_NS: u64 = SECOND_NS / 4;
 
 /// What a frame in flight was for.
 #[derive(Clone, Debug)]
@@ -44,18 +51,19 @@ pub(super) struct Job {
     pass: Pass,
     /// Layers that this pass has still to compare.
     layers: Vec<LayerId>,
-    /// The job of the copier, and the request that pauses writes.
+    /// The job of the copier.
     copy: Option<usize>,
-    pause: Option<usize>,
+    /// Since when no write to the shard begins.
+    paused_ns: Option<u64>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Pass {
     /// Beside the clients' writes.
     Bulk,
-    /// Waits for the writes in flight.
+    /// No write begins; those in flight are being applied.
     Pausing,
-    /// No write is in flight.
+    /// Who is compared with has applied all that is in flight.
     Paused,
 }
 
@@ -68,8 +76,7 @@ impl ImageIo {
         let (node, sets) = (heal.spec.node, heal.spec.sets.clone());
         // Changes in flight do not go to the node.
         for (_, part) in self.parts.iter() {
-            let changes = matches!(part.kind, RequestKind::Write | RequestKind::Zero);
-            if changes && heal.heals(part.set as usize) {
+            if part.is_change() && heal.heals(part.set as usize) {
                 heal.list.insert(part.shard);
             }
         }
@@ -253,18 +260,19 @@ impl ImageIo {
     fn begin_shard(&mut self, shard: u64) {
         let layers = self.spec.layers.clone();
         let Some(heal) = &mut self.heal else { return };
-        heal.jobs.push(Job { shard, pass: Pass::Bulk, layers, copy: None, pause: None });
+        heal.jobs.push(Job { shard, pass: Pass::Bulk, layers, copy: None, paused_ns: None });
         self.next_layer(shard);
     }
 
     /// Compares the next layer of a shard; with none left the pass is over.
     fn next_layer(&mut self, shard: u64) {
-        let set = self.spec.geometry.replica_set_of(shard) as usize;
-        let trusted = self.sets[set].in_sync.and(self.up());
+        let sources = self.sources_of(shard);
+        let applied = self.applied_all(shard);
         let stamp = self.copy_stamp();
         let Some(heal) = &mut self.heal else { return };
         let Some(job) = heal.jobs.iter_mut().find(|job| job.shard == shard) else { return };
         let Some(layer) = job.layers.pop() else { return self.pass_done(shard) };
+        let trusted = if job.pass == Pass::Paused { sources.and(applied) } else { sources };
         if trusted.is_empty() {
             return self.fail_heal(Status::Io);
         }
@@ -302,39 +310,85 @@ impl ImageIo {
                 // First it is level, then those who waited go on: their changes go to the node.
                 let job = heal.jobs.swap_remove(index);
                 heal.shards_done += 1;
-                if let Some(pause) = job.pause {
-                    self.finish_request(pause);
+                self.send_node_what_is_in_flight(shard);
+                if job.paused_ns.is_some() {
+                    let mut ready = Vec::new();
+                    let range = self.blocks_of_shard(shard);
+                    self.locks.resume(range, &mut ready);
+                    ready.into_iter().for_each(|id| self.start(id));
                 }
             }
         }
     }
 
-    fn pause_shard(&mut self, index: usize) {
-        let shard_bytes = self.spec.geometry.shard_bytes;
-        let Some(heal) = &self.heal else { return };
-        let offset = heal.jobs[index].shard * u64::from(shard_bytes);
-        let pause = self.own_request(RequestKind::Pause, offset, shard_bytes);
-        if let Some(heal) = &mut self.heal {
-            heal.jobs[index].pass = Pass::Pausing;
-            heal.jobs[index].pause = Some(pause);
+    /// The changes of a shard that are still in flight go to the node as well. They were on its source
+    /// before that was compared; but nothing counts as answered by a node that has not answered it.
+    fn send_node_what_is_in_flight(&mut self, shard: u64) {
+        let Some(node) = self.heal.as_ref().map(Heal::node) else { return };
+        let of_shard = |part: &Part| part.is_change() && part.shard == shard;
+        let in_flight = self.parts.iter_mut().filter(|(_, part)| of_shard(part));
+        let mut again = Vec::new();
+        for (id, part) in in_flight {
+            part.wanted = part.wanted.with(node);
+            part.waiting = part.waiting.with(node);
+            again.push(id);
         }
-        self.enter(pause, RequestKind::Pause, offset, shard_bytes);
+        let attached = self.attached();
+        again.into_iter().for_each(|id| self.send_missing(id, node.and(attached)));
     }
 
-    /// No write to the shard is in flight, and none begins before `pause` is finished.
-    pub(super) fn heal_paused(&mut self, pause: usize) {
-        let layers = self.spec.layers.clone();
+    fn pause_shard(&mut self, index: usize) {
+        let now_ns = self.now_ns;
         let Some(heal) = &mut self.heal else { return };
-        let job = heal.jobs.iter_mut().find(|job| job.pause == Some(pause));
-        let Some(job) = job else { return };
-        assert_eq!(job.pass, Pass::Pausing, "a shard is paused once");
-        let shard = job.shard;
-        (job.pass, job.layers) = (Pass::Paused, layers);
-        let changing = self.parts.iter().any(|(_, part)| {
-            matches!(part.kind, RequestKind::Write | RequestKind::Zero) && part.shard == shard
-        });
-        assert!(!changing, "a paused shard has no change in flight");
-        self.next_layer(shard);
+        let job = &mut heal.jobs[index];
+        (job.pass, job.paused_ns) = (Pass::Pausing, Some(now_ns));
+        let range = self.blocks_of_shard(self.heal_job(index));
+        self.locks.pause(range);
+        self.heal_applied();
+    }
+
+    fn heal_job(&self, index: usize) -> u64 {
+        self.heal.as_ref().map_or(0, |heal| heal.jobs[index].shard)
+    }
+
+    fn blocks_of_shard(&self, shard: u64) -> Range {
+        let shard_bytes = self.spec.geometry.shard_bytes;
+        Self::block_range(shard * u64::from(shard_bytes), shard_bytes)
+    }
+
+    /// Nodes of the shard's set that a heal may take content from.
+    fn sources_of(&self, shard: u64) -> NodeMask {
+        let set = self.spec.geometry.replica_set_of(shard) as usize;
+        self.sets[set].in_sync.and(self.up())
+    }
+
+    /// Nodes that no change in flight of the shard waits for.
+    fn applied_all(&self, shard: u64) -> NodeMask {
+        let of_shard = self.parts.iter().filter(|(_, part)| part.is_change() && part.shard == shard);
+        let lacking = of_shard.fold(NodeMask::EMPTY, |mask, (_, part)| mask.with(part.waiting));
+        NodeMask(u64::MAX).without(lacking)
+    }
+
+    /// Changes were applied, or time has passed: pauses that waited for that go on.
+    pub(super) fn heal_applied(&mut self) {
+        let Some(heal) = &self.heal else { return };
+        let pausing = heal.jobs.iter().filter(|job| job.pass == Pass::Pausing);
+        let pausing: Vec<(u64, u64)> =
+            pausing.map(|job| (job.shard, job.paused_ns.unwrap_or(0))).collect();
+        for (shard, since_ns) in pausing {
+            let sources = self.sources_of(shard);
+            let applied = sources.and(self.applied_all(shard));
+            let patient = self.now_ns.saturating_sub(since_ns) < ALL_SOURCES_NS;
+            if applied.is_empty() || patient && applied != sources {
+                continue;
+            }
+            let layers = self.spec.layers.clone();
+            let Some(heal) = &mut self.heal else { return };
+            if let Some(job) = heal.jobs.iter_mut().find(|job| job.shard == shard) {
+                (job.pass, job.layers) = (Pass::Paused, layers);
+                self.next_layer(shard);
+            }
+        }
     }
 
     /// Everything is level, and every change in flight goes to the node: all that counts syncs.
@@ -345,8 +399,7 @@ impl ImageIo {
         assert!(heal.list.is_empty() && heal.jobs.is_empty(), "what is listed is not level");
         (heal.stage, heal.asks) = (Stage::Flushing, asks);
         for (_, part) in self.parts.iter() {
-            let changes = matches!(part.kind, RequestKind::Write | RequestKind::Zero);
-            let counts = changes && heal.heals(part.set as usize);
+            let counts = part.is_change() && heal.heals(part.set as usize);
             assert!(!counts || part.wanted.has(heal.spec.node), "a change that the node misses");
         }
         let whole = self.in_sync_anywhere().without(flushing).is_empty();
@@ -431,13 +484,10 @@ impl ImageIo {
         let jobs = std::mem::take(&mut heal.jobs);
         jobs.iter().for_each(|job| _ = heal.list.insert(job.shard));
         let mut ready = Vec::new();
-        let pauses: Vec<usize> = jobs.iter().filter_map(|job| job.pause).collect();
-        for pause in pauses.iter().copied() {
-            let request = self.requests.remove(pause);
-            let range = Self::block_range(request.offset, request.length);
-            self.locks.withdraw(pause, range, &mut ready);
+        for job in jobs.iter().filter(|job| job.paused_ns.is_some()) {
+            let range = self.blocks_of_shard(job.shard);
+            self.locks.resume(range, &mut ready);
         }
-        ready.retain(|id| !pauses.contains(id));
         ready.into_iter().for_each(|id| self.start(id));
     }
 
@@ -448,6 +498,7 @@ impl ImageIo {
         if let Some(heal) = &mut self.heal {
             heal.copier.pump_all(stamp);
             self.send_heal_orders();
+            self.heal_applied();
             self.go_on_healing();
         }
     }

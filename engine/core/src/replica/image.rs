@@ -93,8 +93,6 @@ pub(super) enum RequestKind {
     Zero,
     Status,
     Flush,
-    /// Ours: writes to a shard are paused while it is compared and copied.
-    Pause,
 }
 
 /// A client's request, or one of our own (`token` none).
@@ -427,8 +425,7 @@ impl ImageIo {
         if let Some(token) = request.token {
             self.outputs.push_back(Output::Answer { token, outcome });
         }
-        let holds =
-            matches!(request.kind, RequestKind::Write | RequestKind::Zero | RequestKind::Pause);
+        let holds = matches!(request.kind, RequestKind::Write | RequestKind::Zero);
         // A request of no bytes holds nothing.
         if holds && request.length > 0 {
             let mut ready = Vec::new();

@@ -16,7 +16,7 @@
 use super::asks::Asks;
 use super::compare::Comparison;
 use super::copier::{Copier, CopyAsk, CopyStamp};
-use super::image::{ImageIo, Purpose, Replica, ReplicaState, RequestKind};
+use super::image::{ImageIo, Purpose, Replica, ReplicaState};
 use super::replies::BadReply;
 use super::{Event, NodeIndex, NodeMask};
 use crate::geometry::{BLOCK_BYTES, LayerId};
@@ -103,7 +103,7 @@ impl ImageIo {
             return;
         }
         for (_, part) in self.parts.iter_mut() {
-            if matches!(part.kind, RequestKind::Write | RequestKind::Zero) {
+            if part.is_change() {
                 let again = joiners.and(self.sets[part.set as usize].in_sync);
                 part.waiting = part.waiting.with(again);
                 part.sent = part.sent.without(again);

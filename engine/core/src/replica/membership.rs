@@ -363,6 +363,11 @@ impl ImageIo {
 }
 
 impl super::image::Part {
+    /// Whether it changes content.
+    pub(super) fn is_change(&self) -> bool {
+        matches!(self.kind, RequestKind::Write | RequestKind::Zero)
+    }
+
     fn is_unsent_read(&self) -> bool {
         matches!(self.kind, RequestKind::Read | RequestKind::Status) && !self.confirming
     }

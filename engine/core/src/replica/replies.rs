@@ -69,6 +69,7 @@ impl ImageIo {
         let part = &mut self.parts[id];
         part.waiting = part.waiting.without(NodeMask::one(node));
         self.complete_if_answered(id);
+        self.heal_applied();
         Ok(())
     }
 
@@ -104,7 +105,6 @@ impl ImageIo {
                 let missing = part.waiting.and(counts).0.count_ones();
                 stored && missing <= u32::from(broken(Rule::AllInSyncAnswer))
             }
-            RequestKind::Pause => false,
             RequestKind::Read | RequestKind::Status => {
                 part.confirming && part.waiting.and(self.sets[part.set as usize].in_sync).is_empty()
             }
@@ -116,7 +116,7 @@ impl ImageIo {
         match part.kind {
             RequestKind::Write | RequestKind::Zero => self.sequence_answered(part.sequence),
             RequestKind::Flush => self.flush_done(part.clear_sequence),
-            RequestKind::Read | RequestKind::Status | RequestKind::Pause => {}
+            RequestKind::Read | RequestKind::Status => {}
         }
         self.part_done(part.request);
     }

@@ -116,7 +116,6 @@ impl ImageIo {
         }
         let mode = match kind {
             RequestKind::Write | RequestKind::Zero => Mode::Write,
-            RequestKind::Pause => Mode::Pause,
             RequestKind::Read | RequestKind::Status | RequestKind::Flush => Mode::Read,
         };
         if self.locks.enter(id, Self::block_range(offset, length), mode) {
@@ -128,10 +127,8 @@ impl ImageIo {
     pub(super) fn start(&mut self, id: usize) {
         let request = &self.requests[id];
         let (kind, length) = (request.kind, request.length);
-        match kind {
-            RequestKind::Flush => return self.start_flush(id),
-            RequestKind::Pause => return self.heal_paused(id),
-            _ => {}
+        if kind == RequestKind::Flush {
+            return self.start_flush(id);
         }
         if length == 0 {
             return self.finish_request(id);
@@ -427,7 +424,7 @@ impl ImageIo {
             RequestKind::Read | RequestKind::Status if part.confirming => {
                 self.send_confirm(id, missing);
             }
-            RequestKind::Read | RequestKind::Status | RequestKind::Pause => {}
+            RequestKind::Read | RequestKind::Status => {}
         }
     }
 
