@@ -48,15 +48,21 @@ class Gateway:
         sets: list[list[int]],
         in_sync: list[list[int]],
         local: int | None = None,
+        levelling: tuple[int, int, int] | None = None,
     ) -> None:
-        """Begin with an image: its nodes are asked for their records (`peeked`)."""
+        """Begin with an image: its nodes are asked for their records (`peeked`).
+
+        `levelling` is what levelling in the background may take: bytes in a second (0: no limit),
+        shards at once, and percent of the time beside clients.
+        """
 
     def peek(self, channel: int, node: int) -> None:
         """Ask a node that waits to be admitted for its record again."""
 
     def admit(self, channel: int, nodes: list[tuple[int, int]], *, resume: bool) -> None:
-        """Let nodes in: at once (`resume`), or after they are level (`admitted`).
+        """Let nodes in: at once (`resume`), or after their dirty maps are known (`admitted`).
 
+        The latter are made level on demand and in the background (`levelled`, one by one).
         Each node with the `serial` of its last `peeked`; one that was asked again since stays out.
         """
 
@@ -289,6 +295,7 @@ class Simulation:
         sets: list[list[int]],
         in_sync: list[list[int]],
         local: int | None = None,
+        levelling: tuple[int, int, int] | None = None,
     ) -> None: ...
     def peek(self, gateway: int, channel: int, node: int) -> None: ...
     def admit(

@@ -64,7 +64,16 @@ class ReplicaFailed:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """The nodes asked for by `Admit` serve."""
+    """The nodes asked for by `Admit` serve; of all that do, `levelling` are not level yet."""
+
+    levelling: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Levelled:
+    """A node in sync that was not level with the others yet is."""
+
+    node: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +173,6 @@ class Tick:
 
 Event = (
     LeaseTaken | Peeked | ReplicaDown | ReplicaBlocking | ReplicaFailed | Admitted | AdmitFailed
-    | Healed | HealFailed | Stored | Fenced | MembershipChanged | MembershipDelayed | Lost | Close
-    | Closed | Released | Fail | Tick
+    | Levelled | Healed | HealFailed | Stored | Fenced | MembershipChanged | MembershipDelayed | Lost
+    | Close | Closed | Released | Fail | Tick
 )  # fmt: skip

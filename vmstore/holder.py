@@ -6,12 +6,15 @@ and brings the answers back as events. Time arrives as `Tick` events.
     phase      is left by                                                     to
     taking     LeaseTaken: the lease key, the raised epoch                    gathering
     gathering  every node in sync has been peeked and judged, or is let go    joining
-    joining    Admitted: replicas are level                                   serving
+    joining    Admitted: what may differ between replicas is known            serving
     serving    Close, when the last client has left                           closing
     closing    Closed: everything flushed and cleared                         releasing
     releasing  Released                                                       ended
     any        another holder or record is known, the lease is gone           releasing
     taking     Fail: unknown, in use, etcd not reachable                      ended
+
+After an unclean end, or when a node in sync returns, replicas are made level while the image
+serves; until then one that is not does not stand in for one that is lost (`levelling`).
 
 A stale node that is there is healed while the image serves (`healing`); the record takes it in when
 it is level, and lost ones out in the same change.
@@ -56,6 +59,7 @@ from vmstore.events import (
     Healed,
     HealFailed,
     LeaseTaken,
+    Levelled,
     Lost,
     MembershipChanged,
     MembershipDelayed,
@@ -135,6 +139,8 @@ class Holder:
     nodes: dict[str, _Node] = field(default_factory=dict)
     emptied: set[str] = field(default_factory=set)
     blocking: set[str] = field(default_factory=set)
+    levelling: set[str] = field(default_factory=set)
+    """Nodes in sync that may lack what was answered and not flushed, until they are level."""
     undecided: bool = False
     """Whether etcd may have taken the proposal: then it is made until its outcome is known."""
     heals: Heals = field(default_factory=Heals)
@@ -196,9 +202,14 @@ class Holder:
                 self.nodes[node].failed_at_s = self.now_s
                 self.trouble = f"{node} fails requests: {status}"
                 self.blocking.add(node)
+                if self.waiting_since_s is None:
+                    self.waiting_since_s = self.now_s
                 return self._go_on()
-            case Admitted():
-                return self._on_admitted()
+            case Admitted(levelling):
+                return self._on_admitted(levelling)
+            case Levelled(node):
+                self.levelling.discard(node)
+                return self._go_on()
             case AdmitFailed(node):
                 return self._on_admit_failed(node)
             case Healed(_, attempt):
@@ -326,7 +337,8 @@ class Holder:
         assert self.record is not None
         if self.phase is not Phase.SERVING:
             return []
-        serving = {name for name, node in self.nodes.items() if node.standing is Standing.UP}
+        up = {name for name, node in self.nodes.items() if node.standing is Standing.UP}
+        serving = up - self.levelling
         begun = self.heals.begin(
             self.record.membership,
             self._may_be_healed,
@@ -400,12 +412,23 @@ class Holder:
 
     def _is_due(self, lost: set[str]) -> bool:
         """A serving image leaves nodes behind when requests wait; an opening one after a grace."""
+        waits = bool(lost & self.blocking) or bool(lost & self.emptied)
         if self.phase in (Phase.SERVING, Phase.CLOSING) and self._somebody_is_up():
-            return bool(lost & self.blocking) or bool(lost & self.emptied)
+            if waits and self._somebody_is_level():
+                return True
+            return waits and self._grace_is_over()
         return self._grace_is_over() or lost <= self.emptied
 
     def _somebody_is_up(self) -> bool:
         return any(node.standing is Standing.UP for node in self._in_sync_nodes())
+
+    def _somebody_is_level(self) -> bool:
+        """Whether a node surely has all that was answered; else a lost one may have it alone."""
+        level = self._in_sync_names() - self.levelling
+        return any(
+            self.nodes[name].standing is Standing.UP and not self._is_failing(self.nodes[name])
+            for name in level
+        )
 
     def _grace_is_over(self) -> bool:
         since = self.waiting_since_s
@@ -479,7 +502,8 @@ class Holder:
         peeks = [self.nodes[name].peeked for name in nodes]
         return Admit(nodes, resume, tuple(peek.serial for peek in peeks if peek is not None))
 
-    def _on_admitted(self) -> list[Effect]:
+    def _on_admitted(self, levelling: frozenset[str]) -> list[Effect]:
+        self.levelling |= levelling
         for name, node in self.nodes.items():
             if node.standing is Standing.JOINING:
                 node.standing = Standing.UP
@@ -494,9 +518,12 @@ class Holder:
         self.phase = Phase.SERVING
         return [Serve(), *self._go_on()]
 
-    def _in_sync_nodes(self) -> list[_Node]:
+    def _in_sync_names(self) -> frozenset[str]:
         assert self.record is not None
-        return [self.nodes[name] for name in self.record.membership.all_in_sync()]
+        return self.record.membership.all_in_sync()
+
+    def _in_sync_nodes(self) -> list[_Node]:
+        return [self.nodes[name] for name in self._in_sync_names()]
 
     def _on_admit_failed(self, failed: str) -> list[Effect]:
         again: list[Effect] = []
@@ -521,6 +548,7 @@ class Holder:
         in_sync = record.membership.all_in_sync()
         self.blocking &= in_sync
         self.emptied &= in_sync
+        self.levelling &= in_sync
         for name, node in self.nodes.items():
             if name not in in_sync:
                 node.failed_at_s = None
@@ -559,6 +587,8 @@ class Holder:
                 node.failed_at_s = None
                 if node.standing is Standing.UP:
                     self.blocking.discard(name)
+        if self.phase is Phase.SERVING and not any(map(self._is_lost, self._in_sync_names())):
+            self.waiting_since_s = None
         opening = self.phase in (Phase.GATHERING, Phase.JOINING)
         if opening and self.now_s - self.opened_s > OPEN_LIMIT_S:
             away = sorted(n for n in self.nodes if self.nodes[n].standing is Standing.AWAY)

@@ -358,6 +358,11 @@ class Serving(ABC):
             sets=[self._indexes(image, members) for members in record.sets],
             in_sync=self._in_sync(image, record),
             local=image.node_names.index(local) if local in names else None,
+            levelling=(
+                self._heal_limits.bytes_per_second,
+                self._heal_limits.shards_at_once,
+                self._heal_limits.share_percent,
+            ),
         )
         self._tell_deadline(image)
         assert image.held is not None and self._lease is not None
@@ -526,9 +531,15 @@ class Serving(ABC):
                 log.error("bitrot_found", image=str(image.name), node=node, shard=event["shard"],
                           block=event["block"])  # fmt: skip
             case "admitted":
-                log.info("replicas_level", image=str(image.name), shards=event["levelled_shards"],
-                         copied_bytes=event["copied_bytes"])  # fmt: skip
-                self._step(image, events.Admitted())
+                levelling = frozenset(image.node_names[index] for index in event["levelling"])
+                if levelling:
+                    log.info("levelling_begins", image=str(image.name), nodes=sorted(levelling),
+                             shards=event["shards"])  # fmt: skip
+                self._step(image, events.Admitted(levelling))
+            case "levelled":
+                log.info("replicas_level", image=str(image.name), node=node,
+                         shards=event["shards"], copied_bytes=event["copied_bytes"])  # fmt: skip
+                self._step(image, events.Levelled(node))
             case "admit_failed":
                 log.warning("admit_failed", image=str(image.name), node=node, why=event["status"])
                 self._step(image, events.AdmitFailed(node))

@@ -516,7 +516,12 @@ class Cluster:
         assert gateway is not None
         for image in gateway.exports.snapshot():
             holder = image.holder
-            if holder.phase is not Phase.SERVING or holder.missing() or holder.proposal:
+            if (
+                holder.phase is not Phase.SERVING
+                or holder.missing()
+                or holder.proposal
+                or holder.levelling
+            ):
                 return False
         if self.record.stale and not self.rolled_back:
             return False

@@ -59,10 +59,14 @@ pub enum Rule {
     FailedSyncEnds,
     /// Where no node of a set is up all in sync are levelled, or none.
     AllInSyncLevelled,
+    /// A node in sync is level in a shard before it is asked anything of it.
+    LevelBeforeRequests,
+    /// A flush waits until all nodes in sync are level everywhere.
+    FlushWaitsForLevel,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 26] = [
+    pub const ALL: [Rule; 28] = [
         Rule::SessionIsCurrent,
         Rule::EpochIsCurrent,
         Rule::EqualRecordsAgree,
@@ -89,6 +93,8 @@ impl Rule {
         Rule::TagsAreCopied,
         Rule::FailedSyncEnds,
         Rule::AllInSyncLevelled,
+        Rule::LevelBeforeRequests,
+        Rule::FlushWaitsForLevel,
     ];
 }
 

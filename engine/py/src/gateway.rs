@@ -6,7 +6,8 @@ use hci_engine_core::geometry::Geometry;
 use hci_engine_core::io::Address;
 use hci_engine_core::nbd::{Answer, ExportInfo, Query};
 use hci_engine_core::replica::{
-    Event, HealLimits, HealSpec, HealState, LinkTarget, NodeMask, OpenSpec, PeekedRecord, SetSpec,
+    Event, HealLimits, HealSpec, HealState, LevelState, LinkTarget, NodeMask, OpenSpec,
+    PeekedRecord, SetSpec,
 };
 use hci_engine_core::wire::messages::HelloReply;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -76,7 +77,7 @@ impl Gateway {
 
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
     #[pyo3(signature = (channel, *, image, size_bytes, shard_bytes, placement_key, layers, epoch,
-                        holder, generation, digest, body, nodes, sets, in_sync, local=None))]
+                        holder, generation, digest, body, nodes, sets, in_sync, local=None, levelling=None))]
     fn open(
         &self,
         channel: u32,
@@ -94,6 +95,7 @@ impl Gateway {
         sets: Vec<Vec<u8>>,
         in_sync: Vec<Vec<u8>>,
         local: Option<u8>,
+        levelling: Option<(u64, usize, u64)>,
     ) -> PyResult<()> {
         let spec = open_spec(
             channel,
@@ -111,6 +113,7 @@ impl Gateway {
             sets,
             in_sync,
             local,
+            levelling,
         )?;
         self.order(Command::Open(spec))
     }
@@ -262,7 +265,8 @@ impl Gateway {
             item.set_item("replicas", image.replicas)?;
             let heal = image.heal.map(|heal| heal_dict(py, heal)).transpose()?;
             item.set_item("heal", heal)?;
-
+            let level = image.level.map(|level| level_dict(py, level)).transpose()?;
+            item.set_item("level", level)?;
             item.set_item("counters", HashMap::from(image.counters.named()))?;
             images.push(item);
         }
@@ -294,7 +298,9 @@ pub(crate) fn open_spec(
     sets: Vec<Vec<u8>>,
     in_sync: Vec<Vec<u8>>,
     local: Option<u8>,
+    levelling: Option<(u64, usize, u64)>,
 ) -> PyResult<OpenSpec> {
+    let (bytes_per_second, shards_at_once, share_percent) = levelling.unwrap_or((0, 4, 100));
     if nodes.len() > 64 || sets.len() != in_sync.len() || sets.is_empty() {
         return Err(PyValueError::new_err("at most 64 nodes, and one in_sync for each set"));
     }
@@ -321,6 +327,7 @@ pub(crate) fn open_spec(
         nodes,
         sets: sets.collect::<PyResult<_>>()?,
         local,
+        levelling: HealLimits { bytes_per_second, shards_at_once, share_percent },
     })
 }
 
@@ -415,9 +422,15 @@ fn put_image_event(py: Python<'_>, dict: &Bound<'_, PyDict>, event: Event) -> Py
             dict.set_item("shard", shard)?;
             dict.set_item("block", block)
         }
-        Event::Admitted { levelled_shards, copied_bytes } => {
+        Event::Admitted { levelling, shards } => {
             dict.set_item("event", "admitted")?;
-            dict.set_item("levelled_shards", levelled_shards)?;
+            dict.set_item("levelling", levelling.iter().map(u32::from).collect::<Vec<_>>())?;
+            dict.set_item("shards", shards)
+        }
+        Event::Levelled { node, shards, copied_bytes } => {
+            dict.set_item("event", "levelled")?;
+            dict.set_item("node", node)?;
+            dict.set_item("shards", shards)?;
             dict.set_item("copied_bytes", copied_bytes)
         }
         Event::AdmitFailed { node, status } => {
@@ -452,6 +465,15 @@ fn put_image_event(py: Python<'_>, dict: &Bound<'_, PyDict>, event: Event) -> Py
             dict.set_item("clean", clean)
         }
     }
+}
+
+fn level_dict(py: Python<'_>, level: LevelState) -> PyResult<Bound<'_, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("shards_left", level.shards_left)?;
+    dict.set_item("shards_done", level.shards_done)?;
+    dict.set_item("bytes_done", level.copied_bytes)?;
+    dict.set_item("bad_blocks", level.bad_blocks)?;
+    Ok(dict)
 }
 
 fn heal_dict(py: Python<'_>, heal: HealState) -> PyResult<Bound<'_, PyDict>> {

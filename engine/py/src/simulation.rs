@@ -239,7 +239,8 @@ impl Simulation {
 
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
     #[pyo3(signature = (gateway, channel, *, image, size_bytes, shard_bytes, placement_key, layers,
-                        epoch, holder, generation, digest, body, nodes, sets, in_sync, local=None))]
+                        epoch, holder, generation, digest, body, nodes, sets, in_sync, local=None,
+                        levelling=None))]
     fn open(
         &self,
         gateway: usize,
@@ -258,6 +259,7 @@ impl Simulation {
         sets: Vec<Vec<u8>>,
         in_sync: Vec<Vec<u8>>,
         local: Option<u8>,
+        levelling: Option<(u64, usize, u64)>,
     ) -> PyResult<()> {
         let spec = open_spec(
             channel,
@@ -275,6 +277,7 @@ impl Simulation {
             sets,
             in_sync,
             local,
+            levelling,
         )?;
         self.at_gateway(gateway)?.open(gateway, spec);
         Ok(())

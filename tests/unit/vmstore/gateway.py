@@ -59,7 +59,7 @@ class ScriptedEngine:
 
     def admit(self, channel: int, nodes: list[tuple[int, int]], *, resume: bool) -> None:
         self._note("admit", channel, nodes, resume=resume)
-        self.emit("admitted", channel=channel, levelled_shards=0, copied_bytes=0)
+        self.emit("admitted", channel=channel, levelling=[], shards=0)
 
     def close(self, channel: int) -> None:
         self._note("close", channel)

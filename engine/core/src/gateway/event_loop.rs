@@ -536,9 +536,9 @@ impl EventLoop {
                 self.take_link_events(index);
             }
         }
-        let healing = self.images.iter().filter(|(_, image)| image.io.is_healing());
-        let healing: Vec<u32> = healing.map(|(channel, _)| *channel).collect();
-        healing.into_iter().for_each(|channel| self.with_image(channel, ImageIo::pace));
+        let paced = self.images.iter().filter(|(_, image)| image.io.is_paced());
+        let paced: Vec<u32> = paced.map(|(channel, _)| *channel).collect();
+        paced.into_iter().for_each(|channel| self.with_image(channel, ImageIo::pace));
         if self.now_ns < self.next_image_tick_ns {
             return;
         }
@@ -568,7 +568,7 @@ impl EventLoop {
             requests_in_flight: image.io.requests_in_flight(),
             replicas: image.io.replica_states(),
             heal: image.io.heal_state(),
-
+            level: image.io.level_state(),
             counters: image.counters.clone(),
         });
         Snapshot { links: links.collect(), clients: clients.collect(), images: images.collect() }

@@ -1,8 +1,7 @@
 //! What the gateway looks like at one moment, for people and tests.
 
-use crate::replica::HealState;
-
 use crate::nbd::Counters;
+use crate::replica::{HealState, LevelState};
 
 /// A link to a node.
 #[derive(Clone, Debug)]
@@ -30,7 +29,8 @@ pub struct ImageSnapshot {
     /// Name and state of each node.
     pub replicas: Vec<(String, String)>,
     pub heal: Option<HealState>,
-
+    /// How far levelling after an unclean end is, while there is any.
+    pub level: Option<LevelState>,
     pub counters: Counters,
 }
 

@@ -107,10 +107,6 @@ pub(super) struct Copier {
 }
 
 impl Copier {
-    pub fn jobs(&self) -> usize {
-        self.jobs.len()
-    }
-
     /// Forgets all jobs; their owner no longer knows their answers.
     pub fn drop_jobs(&mut self) {
         self.jobs.clear();
@@ -189,6 +185,16 @@ impl Copier {
         };
         taken.done = self.pump(job, stamp).then_some(job);
         Ok(taken)
+    }
+
+    /// Somebody waits for this job: no allowance limits it any more.
+    pub fn urge(&mut self, job: usize, stamp: CopyStamp) {
+        if self.jobs[job].limited {
+            self.jobs[job].limited = false;
+            if !self.jobs[job].runs.is_empty() {
+                self.pump(job, stamp);
+            }
+        }
     }
 
     /// Goes on with jobs that waited for an allowance.

@@ -27,6 +27,7 @@ use super::asks::Asks;
 use super::copier::Copier;
 use super::heal_shards::{Ask, Job};
 use super::image::{ImageIo, Phase, Purpose, ReplicaState, RequestKind};
+use super::pace::Pace;
 use super::shard_set::ShardSet;
 use super::{Event, Instance, NodeIndex, NodeMask};
 use crate::rules::{Rule, broken};
@@ -92,10 +93,7 @@ pub(super) struct Heal {
     pub own: ShardSet,
     pub marked_to: Option<u64>,
     pub shards_done: u64,
-    pub refilled_ns: u64,
-    /// Time that it may still use beside clients, and when that was last reckoned.
-    pub credit_ns: i64,
-    pub credited_ns: u64,
+    pub pace: Pace,
 }
 
 impl Heal {
@@ -144,9 +142,7 @@ impl ImageIo {
             own: ShardSet::default(),
             marked_to: None,
             shards_done: 0,
-            refilled_ns: self.now_ns,
-            credit_ns: 0,
-            credited_ns: self.now_ns,
+            pace: Pace::new(spec.limits, self.now_ns),
             spec,
         });
         if is_up {
@@ -164,8 +160,9 @@ impl ImageIo {
         }
     }
 
-    pub fn is_healing(&self) -> bool {
-        self.heal.is_some()
+    /// Whether there is something to `pace`.
+    pub fn is_paced(&self) -> bool {
+        self.heal.is_some() || self.is_levelling()
     }
 
     /// How far the heal under way is.
@@ -208,10 +205,10 @@ impl ImageIo {
         NodeMask::EMPTY
     }
 
-    /// Whether each healed set has a node in sync that is up. One at least was up all the time that the
+    /// Whether each healed set has a node in sync that is whole. One at least was all the time that the
     /// heal goes on, or what is level with it would not be with the others.
     pub(super) fn has_sources(&self) -> bool {
-        let up = self.up();
+        let up = self.whole();
         if broken(Rule::HealNeedsItsSources) {
             return true;
         }
@@ -287,6 +284,13 @@ impl ImageIo {
         self.release_jobs();
         let Some(heal) = self.heal.take() else { return };
         let node = heal.spec.node;
+        // A later heal lists anew, and sends anew what is in flight then.
+        for (_, part) in self.parts.iter_mut().filter(|(_, part)| part.is_change()) {
+            if !self.sets[part.set as usize].in_sync.has(node) {
+                part.wanted = part.wanted.without(heal.node());
+                part.waiting = part.waiting.without(heal.node());
+            }
+        }
         if self.replica(node).state == ReplicaState::Healing || self.is_entering_heal(node) {
             self.replica(node).state = ReplicaState::Waiting;
             self.replica(node).blocking_told = false;

@@ -22,15 +22,10 @@ use crate::wire::messages::{
     DIRTY_ENTRIES_MAX, DirtyFrom, DirtyReply, Flush, Head, Level, Number, WRITTEN_SHARDS_MAX,
     WrittenAbove, WrittenReply,
 };
-use crate::wire::{Frame, PAYLOAD_BYTES_MAX, Status, kind};
+use crate::wire::{Frame, Status, kind};
 use bytes::{Bytes, BytesMut};
 
 const SECOND_NS: u64 = 1_000_000_000;
-/// Without a client's request for so long a heal need not yield.
-const GUESTS_GONE_NS: u64 = SECOND_NS / 4;
-/// Most time that a heal saves up, or owes, beside clients.
-const CREDIT_NS: i64 = 20_000_000;
-const DEBT_NS: i64 = 500_000_000;
 /// A pause waits so long for all sources, and then for the first that has applied what is in flight.
 const ALL_SOURCES_NS: u64 = SECOND_NS / 4;
 
@@ -80,8 +75,8 @@ impl ImageIo {
                 heal.list.insert(part.shard);
             }
         }
-        let up = self.up();
-        for source in up.iter() {
+        let whole = self.whole();
+        for source in whole.iter() {
             let sources = |(set, _): &&(usize, u64)| self.sets[*set].in_sync.has(source);
             if let Some(above) = sets.iter().filter(sources).map(|(_, since)| *since).min() {
                 self.ask_written(source, above, (0, 0));
@@ -236,7 +231,7 @@ impl ImageIo {
                 Stage::Copying => {
                     let at_once = match heal.copier.narrow {
                         true => 1,
-                        false => heal.spec.limits.shards_at_once.max(1),
+                        false => heal.pace.limits.shards_at_once.max(1),
                     };
                     if heal.jobs.len() >= at_once || heal.copier.held {
                         return;
@@ -331,6 +326,8 @@ impl ImageIo {
         for (id, part) in in_flight {
             part.wanted = part.wanted.with(node);
             part.waiting = part.waiting.with(node);
+            // Also one that it was sent in a heal that has ended.
+            part.sent = part.sent.without(node);
             again.push(id);
         }
         let attached = self.attached();
@@ -359,12 +356,13 @@ impl ImageIo {
     /// Nodes of the shard's set that a heal may take content from.
     fn sources_of(&self, shard: u64) -> NodeMask {
         let set = self.spec.geometry.replica_set_of(shard) as usize;
-        self.sets[set].in_sync.and(self.up())
+        self.sets[set].in_sync.and(self.whole())
     }
 
     /// Nodes that no change in flight of the shard waits for.
     fn applied_all(&self, shard: u64) -> NodeMask {
-        let of_shard = self.parts.iter().filter(|(_, part)| part.is_change() && part.shard == shard);
+        let of_shard =
+            self.parts.iter().filter(|(_, part)| part.is_change() && part.shard == shard);
         let lacking = of_shard.fold(NodeMask::EMPTY, |mask, (_, part)| mask.with(part.waiting));
         NodeMask(u64::MAX).without(lacking)
     }
@@ -402,7 +400,8 @@ impl ImageIo {
             let counts = part.is_change() && heal.heals(part.set as usize);
             assert!(!counts || part.wanted.has(heal.spec.node), "a change that the node misses");
         }
-        let whole = self.in_sync_anywhere().without(flushing).is_empty();
+        let level = self.whole().with(self.healing());
+        let whole = self.in_sync_anywhere().without(level).is_empty();
         if let Some(heal) = self.heal.as_mut().filter(|_| whole) {
             heal.marked_to = Some(0);
         }
@@ -493,6 +492,7 @@ impl ImageIo {
 
     /// Time has passed: what the rate allows goes on.
     pub fn pace(&mut self) {
+        self.pace_levelling();
         self.refill_heal();
         let stamp = self.copy_stamp();
         if let Some(heal) = &mut self.heal {
@@ -503,42 +503,16 @@ impl ImageIo {
         }
     }
 
-    /// Whether the heal waits until it may use some time again.
-    pub(super) fn is_heal_held(&self) -> bool {
-        self.heal.as_ref().is_some_and(|heal| heal.copier.held)
-    }
-
-    /// Beside clients a heal works a part of the time only, and in small pieces: whatever it takes of the
-    /// hosts while it does, they have the rest of the time to themselves.
-    fn reckon_share(&mut self) {
-        let now_ns = self.now_ns;
-        let guests = now_ns.saturating_sub(self.asked_ns) < GUESTS_GONE_NS;
-        let Some(heal) = &mut self.heal else { return };
-        let share = heal.spec.limits.share_percent;
-        let passed_ns = now_ns.saturating_sub(heal.credited_ns).min(SECOND_NS) as i64;
-        let used_ns = if heal.asks.is_empty() { 0 } else { passed_ns };
-        let earned_ns = passed_ns * share.min(100) as i64 / 100;
-        heal.credited_ns = now_ns;
-        heal.credit_ns = (heal.credit_ns + earned_ns - used_ns).clamp(-DEBT_NS, CREDIT_NS);
-        heal.copier.narrow = guests && share < 100;
-        heal.copier.held = heal.copier.narrow && heal.credit_ns <= 0;
+    /// Whether something waits until it may use some time again.
+    pub(super) fn is_held(&self) -> bool {
+        self.heal.as_ref().is_some_and(|heal| heal.copier.held) || self.is_levelling_held()
     }
 
     fn refill_heal(&mut self) {
-        self.reckon_share();
-        let now_ns = self.now_ns;
-        let Some(heal) = &mut self.heal else { return };
-        let rate = heal.spec.limits.bytes_per_second;
-        // Enough for a tenth of a second, and for one frame in any case.
-        let most = (rate / 10).max(PAYLOAD_BYTES_MAX as u64);
-        let passed_ns = now_ns.saturating_sub(heal.refilled_ns).min(SECOND_NS);
-        let earned = u128::from(rate) * u128::from(passed_ns) / u128::from(SECOND_NS);
-        let allowance = &mut heal.copier.allowance_bytes;
-        match rate {
-            0 => *allowance = i64::MAX / 2,
-            _ if earned == 0 && *allowance != 0 => return,
-            _ => *allowance = (*allowance + earned as i64).min(most as i64),
+        let (now_ns, asked_ns) = (self.now_ns, self.asked_ns);
+        if let Some(heal) = &mut self.heal {
+            let busy = !heal.asks.is_empty();
+            heal.pace.reckon(&mut heal.copier, busy, now_ns, asked_ns);
         }
-        heal.refilled_ns = now_ns;
     }
 }

@@ -1,8 +1,10 @@
 //! One image as its holder serves it: its parts in flight and their bookkeeping.
 
-use super::heal::Heal;
+use super::admission::Admission;
+use super::heal::{Heal, HealLimits};
 use super::level::Leveller;
 use super::locks::{BlockLocks, Range};
+use super::shard_set::ShardSet;
 use super::{Event, Extent, Instance, IoError, NodeIndex, NodeMask, Outcome, Output, Token};
 use crate::content::Run;
 use crate::geometry::{Geometry, ImageId, LayerId};
@@ -37,6 +39,8 @@ pub struct OpenSpec {
     pub sets: Vec<SetSpec>,
     /// The node of the same host, read from where it is in sync.
     pub local: Option<NodeIndex>,
+    /// What levelling in the background may take.
+    pub levelling: HealLimits,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -45,7 +49,7 @@ pub(super) enum ReplicaState {
     Peeking,
     Waiting,
     Joining { stored: bool },
-    Levelling,
+    Listing,
     Healing,
     Up,
 }
@@ -76,6 +80,8 @@ pub(super) struct Replica {
     pub flushed_mark: Option<u64>,
     /// Policy was told that requests wait for this replica.
     pub blocking_told: bool,
+    /// Shards that it may hold otherwise than others in sync do: it is asked nothing of them.
+    pub doubtful: ShardSet,
 }
 
 pub(super) struct Set {
@@ -181,8 +187,10 @@ pub struct ImageIo {
     pub(super) window: VecDeque<bool>,
     pub(super) first_open: u64,
     pub(super) clear: Clear,
-    pub(super) leveller: Option<Leveller>,
-    pub(super) levelled_shards: u64,
+    pub(super) admission: Option<Admission>,
+    pub(super) leveller: Leveller,
+    /// Flushes that wait until every node in sync is whole.
+    pub(super) held_flushes: Vec<usize>,
     pub(super) heal: Option<Heal>,
     pub(super) bytes_since_flush: u64,
     pub(super) ticks_since_flush: u32,
@@ -214,6 +222,7 @@ impl ImageIo {
             write_mark: 0,
             flushed_mark: None,
             blocking_told: false,
+            doubtful: ShardSet::default(),
         });
         let sets = spec.sets.iter().map(|set| Set {
             members: set.members,
@@ -234,8 +243,9 @@ impl ImageIo {
             window: VecDeque::new(),
             first_open: 1,
             clear: Clear::default(),
-            leveller: None,
-            levelled_shards: 0,
+            admission: None,
+            leveller: Leveller::new(spec.levelling),
+            held_flushes: Vec::new(),
             heal: None,
             bytes_since_flush: 0,
             ticks_since_flush: 0,
@@ -287,7 +297,10 @@ impl ImageIo {
 
     /// State of each replica, for people.
     pub fn replica_states(&self) -> Vec<(String, String)> {
-        let name = |r: &Replica| (r.name.clone(), format!("{:?}", r.state).to_lowercase());
+        let name = |r: &Replica| match r.state {
+            ReplicaState::Up if !r.doubtful.is_empty() => (r.name.clone(), "levelling".to_owned()),
+            state => (r.name.clone(), format!("{state:?}").to_lowercase()),
+        };
         self.replicas.iter().map(name).collect()
     }
 
@@ -322,6 +335,15 @@ impl ImageIo {
     /// Replicas that serve.
     pub fn up(&self) -> NodeMask {
         self.nodes_in(|state| state == ReplicaState::Up)
+    }
+
+    /// Replicas that serve every shard.
+    pub fn whole(&self) -> NodeMask {
+        let up = self.up();
+        up.iter().fold(NodeMask::EMPTY, |mask, node| {
+            let whole = self.replicas[usize::from(node)].doubtful.is_empty();
+            if whole { mask.with(NodeMask::one(node)) } else { mask }
+        })
     }
 
     /// Nodes that may be sent changes: those that are up, and one that is being healed.

@@ -14,7 +14,11 @@ impl ImageIo {
         if self.phase == Phase::Dead || self.replica(node).state != ReplicaState::Down {
             return;
         }
-        self.replica(node).instance = Some(instance);
+        let replica = self.replica(node);
+        replica.instance = Some(instance);
+        if replica.served.is_some_and(|served| served != instance) {
+            self.ask_again(NodeMask::one(node));
+        }
         self.ask_for_record(node);
     }
 
@@ -71,6 +75,10 @@ impl ImageIo {
         if was_up || self.healing().has(node) {
             self.heal_without(node, status);
         }
+        if was_up {
+            self.begin_levelling_again();
+            self.go_on_levelling();
+        }
     }
 
     fn is_resuming(&self, node: NodeIndex) -> bool {
@@ -80,6 +88,7 @@ impl ImageIo {
 
     fn waits_for(&self, node: NodeIndex) -> bool {
         self.sets.iter().any(|set| set.storing.has(node))
+            || !self.held_flushes.is_empty() && self.in_sync_anywhere().has(node)
             || self.parts.iter().any(|(_, part)| match part.kind {
                 RequestKind::Flush => {
                     part.waiting.and(self.in_sync_anywhere().with(self.healing())).has(node)
@@ -216,11 +225,13 @@ impl ImageIo {
         match (frame.status, self.replica(node).purpose) {
             (Status::Ok, Purpose::Resume) => {
                 self.go_up(NodeMask::one(node));
-                self.start_leveller();
+                self.begin_levelling_again();
+                self.go_on_levelling();
+                self.start_admission();
             }
             (Status::Ok, Purpose::Level) => {
-                self.replica(node).state = ReplicaState::Levelling;
-                self.start_leveller();
+                self.replica(node).state = ReplicaState::Listing;
+                self.start_admission();
             }
             (Status::Ok, Purpose::Heal) => {
                 self.replica(node).state = ReplicaState::Healing;
@@ -291,6 +302,7 @@ impl ImageIo {
         for node in before.without(self.in_sync_anywhere()).iter() {
             self.let_go(node);
         }
+        self.level_reconfigured();
         // Who is joining waits for an answer that names the generation of now, changed set or not; the
         // others are told, so that every node that is here keeps what is in force.
         let told = self.nodes_in(|state| {
@@ -304,7 +316,7 @@ impl ImageIo {
     fn send_record_to_connected(&mut self, nodes: NodeMask) {
         for node in nodes.iter() {
             match self.replica(node).state {
-                ReplicaState::Up | ReplicaState::Levelling | ReplicaState::Healing => {
+                ReplicaState::Up | ReplicaState::Listing | ReplicaState::Healing => {
                     self.send_record(NodeMask::one(node));
                 }
                 ReplicaState::Joining { .. } => {

@@ -6,8 +6,8 @@
 //! | `Down` | no connection | the link comes up → `Peeking` |
 //! | `Peeking` | asked for its record | the answer → `Waiting`, with an event |
 //! | `Waiting` | policy must say what to do with it | `admit` → `Joining` |
-//! | `Joining` | RECORD and ATTACH are on their way | both answered → `Up` (resumed), `Levelling` or `Healing` |
-//! | `Levelling` | shards of the dirty maps are made equal | done → `Up`; a participant is lost → `Waiting` |
+//! | `Joining` | RECORD and ATTACH are on their way | both answered → `Up` (resumed), `Listing` or `Healing` |
+//! | `Listing` | the dirty maps are asked for | done → `Up`; a participant is lost → `Waiting` |
 //! | `Healing` | stale, with a session: its shards are made level | taken in by `reconfigure` → `Up`; given up → `Waiting` |
 //! | `Up` | serves; what it missed was resent in sequence order | the link goes down → `Down` |
 //!
@@ -16,10 +16,13 @@
 //!   names these replicas is stored on all of them (membership before acknowledgement);
 //! - two requests in flight never change a common block, and no read overtakes a write on its blocks;
 //! - a replica that is not `Up` is sent no request of a client and is never read; but a healing one gets
-//!   the changes of shards that are level on it, and these are answered only when it has answered too.
+//!   the changes of shards that are level on it, and these are answered only when it has answered too;
+//! - one that is `Up` is sent no request for a shard in which it is doubtful, before that one is level on it,
+//!   durably; and no flush is answered while a replica in sync is doubtful anywhere (`level`).
 //!
 //! What this module never does: choose who is in sync, or raise an epoch or a generation.
 
+mod admission;
 mod asks;
 mod compare;
 mod copier;
@@ -30,6 +33,7 @@ mod level;
 mod link;
 mod locks;
 mod membership;
+mod pace;
 mod replies;
 mod shard_set;
 mod submit;
@@ -38,6 +42,7 @@ mod tests;
 
 pub use heal::{HealLimits, HealSpec, HealState};
 pub use image::{ImageIo, OpenSpec, Queues, SetSpec};
+pub use level::LevelState;
 pub use link::{Link, LinkEvent, LinkTarget};
 
 use crate::content::Run;
@@ -143,8 +148,11 @@ pub enum Event {
     ReplicaFailed { node: NodeIndex, status: Status },
     /// A stored block was rotten on this node; the answer came from another.
     BadBlock { node: NodeIndex, shard: u64, block: u32 },
-    /// The nodes asked by `admit` are `Up`.
-    Admitted { levelled_shards: u64, copied_bytes: u64 },
+    /// The nodes asked by `admit` are `Up`; of all that are, `levelling` are not whole: they are made
+    /// level in so many shards, on demand and in the background.
+    Admitted { levelling: NodeMask, shards: u64 },
+    /// A node that was not whole is.
+    Levelled { node: NodeIndex, shards: u64, copied_bytes: u64 },
     /// A node was lost, or refused, while nodes were being admitted; those left wait again.
     AdmitFailed { node: NodeIndex, status: Status },
     /// A stale node is level, durably, and gets what is written. Until policy says what became of it

@@ -2,6 +2,7 @@
 
 use super::asks::is_ask;
 use super::image::{Clear, ImageIo, Phase, RequestKind};
+use super::level::Leveller;
 use super::{Event, Extent, IoError, NodeIndex, NodeMask, Outcome, Output};
 use crate::checksum::crc32c;
 use crate::content::{Block, Run};
@@ -26,10 +27,11 @@ impl ImageIo {
             return Ok(());
         }
         if is_ask(frame.tag) {
+            self.take_dirty(node, frame.clone())?;
             self.take_level(node, frame.clone())?;
             return self.take_heal(node, frame);
         }
-        if self.is_heal_held() {
+        if self.is_held() {
             self.pace();
         }
         match frame.kind & !REPLY {
@@ -130,8 +132,8 @@ impl ImageIo {
         }
         if self.dirty_full {
             self.dirty_full = false;
-            let up = self.up();
-            self.send_clear(self.clear.pending.and(up));
+            let whole = self.whole();
+            self.send_clear(self.clear.pending.and(whole));
             self.send_unsent();
         }
     }
@@ -260,7 +262,9 @@ impl ImageIo {
     pub fn kill(&mut self) {
         self.phase = Phase::Dead;
         self.parts.clear();
-        self.leveller = None;
+        self.admission = None;
+        self.leveller = Leveller::new(self.spec.levelling);
+        self.held_flushes.clear();
         self.heal = None;
         for request in self.requests.drain() {
             if let Some(token) = request.token {
@@ -285,7 +289,7 @@ impl ImageIo {
 
     /// With nothing in flight: one last flush, and when that is answered, the end.
     pub(super) fn go_on_closing(&mut self) {
-        if !self.requests.is_empty() {
+        if !self.requests.is_empty() || self.is_marking() {
             return;
         }
         if self.closing_flush_sent {
@@ -298,7 +302,7 @@ impl ImageIo {
     fn finish_close(&mut self) {
         let all_up = self.in_sync_anywhere().without(self.up()).is_empty();
         let all_clear = self.window.is_empty() && self.clear.sequence == self.answered_through();
-        let clean = all_up && all_clear;
+        let clean = all_up && all_clear && self.is_level();
         if clean && self.clear.sequence > 0 {
             let in_sync = self.in_sync_anywhere();
             self.send_clear(in_sync);

@@ -32,6 +32,33 @@ impl ShardSet {
         new
     }
 
+    /// True: it was in it.
+    pub fn remove(&mut self, shard: u64) -> bool {
+        let bit = 1 << (shard % 64);
+        let Some(word) = self.words.get_mut(&(shard / 64)).filter(|word| **word & bit != 0) else {
+            return false;
+        };
+        *word &= !bit;
+        if *word == 0 {
+            self.words.remove(&(shard / 64));
+        }
+        self.length -= 1;
+        true
+    }
+
+    pub fn retain(&mut self, keep: impl Fn(u64) -> bool) {
+        let gone: Vec<u64> = self.iter().filter(|shard| !keep(*shard)).collect();
+        gone.into_iter().for_each(|shard| _ = self.remove(shard));
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = u64> {
+        let of_word = |(word, bits): (&u64, &u64)| {
+            let (word, bits) = (*word, *bits);
+            (0..64).filter(move |bit| bits & (1 << bit) != 0).map(move |bit| word * 64 + bit)
+        };
+        self.words.iter().flat_map(of_word)
+    }
+
     pub fn pop_first(&mut self) -> Option<u64> {
         let mut first = self.words.first_entry()?;
         let bit = first.get().trailing_zeros();
@@ -71,6 +98,10 @@ mod tests {
         assert_eq!(set.next(4), Some(63));
         assert_eq!(set.next(65), Some(1 << 40));
         assert_eq!(set.next((1 << 40) + 1), Some(u64::MAX));
+        assert!(set.insert(62) && set.remove(62) && !set.remove(62));
+        assert_eq!(set.iter().collect::<Vec<_>>(), [3, 63, 64, 1 << 40, u64::MAX]);
+        set.insert(5);
+        set.retain(|shard| shard != 5);
         let order: Vec<u64> = std::iter::from_fn(|| set.pop_first()).collect();
         assert_eq!(order, [3, 63, 64, 1 << 40, u64::MAX]);
         assert!(set.is_empty() && set.next(0).is_none());

@@ -244,6 +244,14 @@ impl ImageIo {
         if nodes.is_empty() {
             return;
         }
+        let gated = self.gated(self.parts[id].shard).and(nodes);
+        let nodes = nodes.without(gated);
+        if !gated.is_empty() {
+            self.demand(self.parts[id].shard);
+        }
+        if nodes.is_empty() {
+            return;
+        }
         let tag = self.tag_of(id);
         for node in nodes.iter() {
             self.replica(node).write_mark += 1;
@@ -270,13 +278,17 @@ impl ImageIo {
     pub(super) fn dispatch_read(&mut self, id: usize) {
         let part = &self.parts[id];
         let (request, in_sync) = (part.request, self.sets[part.set as usize].in_sync);
-        let candidates = in_sync.and(self.up());
-        let untried = in_sync.without(part.tried);
-        let fresh = candidates.and(untried);
+        let (shard, untried) = (part.shard, in_sync.without(part.tried));
+        let (up, gated) = (self.up(), self.gated(part.shard));
+        let fresh = untried.and(up).without(gated);
         let Some(node) = self.choose_reader(fresh) else {
-            let absent = untried.without(candidates);
-            if !absent.is_empty() {
-                return absent.iter().for_each(|node| self.tell_blocking(node));
+            let absent = untried.without(up);
+            if !untried.and(gated).is_empty() || !absent.is_empty() {
+                // It waits for them, or until the shard is level.
+                absent.iter().for_each(|node| self.tell_blocking(node));
+                return if !gated.is_empty() {
+                    self.demand(shard)
+                };
             }
             // Every replica has failed it.
             self.parts.remove(id);
@@ -312,18 +324,26 @@ impl ImageIo {
 
     /// Reads and status questions that found no replica are tried again.
     pub(super) fn dispatch_parked_reads(&mut self) {
-        let parked: Vec<usize> = self
-            .parts
-            .iter()
-            .filter(|(_, part)| matches!(part.kind, RequestKind::Read | RequestKind::Status))
-            .filter(|(_, part)| part.waiting.is_empty())
-            .map(|(id, _)| id)
-            .collect();
-        parked.into_iter().for_each(|id| self.dispatch_read(id));
+        let is_parked = |part: &Part| {
+            matches!(part.kind, RequestKind::Read | RequestKind::Status) && part.waiting.is_empty()
+        };
+        let parked = self.parts.iter().filter(|(_, part)| is_parked(part));
+        let parked: Vec<usize> = parked.map(|(id, _)| id).collect();
+        for id in parked {
+            if self.parts.get(id).is_some_and(is_parked) {
+                self.dispatch_read(id);
+            }
+        }
     }
 
     /// Sends FLUSH to every in-sync node that has had a write since its last finished flush.
     fn start_flush(&mut self, request: usize) {
+        if self.phase != Phase::Closing || self.requests[request].token.is_some() {
+            // The last flush of a holder promises nothing: what is dirty stays so.
+            if self.flush_waits() {
+                return self.hold_flush(request);
+            }
+        }
         self.requests[request].parts_left = 1;
         let nowhere = Piece { shard: 0, offset: 0, length: 0 };
         let id = self.new_part(request, 0, RequestKind::Flush, nowhere, 0, Bytes::new());
@@ -389,13 +409,15 @@ impl ImageIo {
         if !matches!(self.phase, Phase::Running | Phase::Closing) {
             return;
         }
+        self.tick_levelling();
         self.ticks_since_flush += 1;
-        let idle_clear = self.clear.pending.and(self.up());
+        let idle_clear = self.clear.pending.and(self.whole());
         if !idle_clear.is_empty() && self.ticks_since_flush >= 2 {
             self.send_clear(idle_clear);
         }
         let due = self.bytes_since_flush > 0 && self.ticks_since_flush >= SELF_FLUSH_TICKS;
-        let running = self.phase == Phase::Running;
+        let running = self.phase == Phase::Running && self.held_flushes.is_empty();
+        let due = due && !self.is_levelling();
         if running && (due || self.bytes_since_flush >= SELF_FLUSH_BYTES) {
             self.submit_own_flush();
         }

@@ -193,7 +193,7 @@ impl World {
             self.tick_link(gateway, index, paused);
         }
         let images = &self.gateways[gateway].images;
-        let healing = images.iter().filter(|(_, image)| image.io.is_healing());
+        let healing = images.iter().filter(|(_, image)| image.io.is_paced());
         let healing: Vec<u32> = healing.map(|(channel, _)| *channel).collect();
         for channel in healing {
             self.with_image(gateway, channel, ImageIo::pace);
@@ -449,8 +449,11 @@ impl World {
                     });
                 }
                 Output::Event(event) => {
-                    if matches!(event, Event::Admitted { .. }) {
+                    if matches!(event, Event::Admitted { .. } | Event::Levelled { .. }) {
                         self.note_level(gateway, channel);
+                    }
+                    if let Event::Healed { node, .. } = event {
+                        self.note_healed(gateway, channel, node);
                     }
                     let slot = &self.gateways[gateway];
                     let Some(image) = slot.images.get(&channel) else { return };
@@ -468,11 +471,19 @@ impl World {
         }
     }
 
+    /// A healed node has by copies what others applied before: also a part of a request that is not
+    /// answered yet because another part waits.
+    fn note_healed(&mut self, gateway: usize, channel: u32, node: NodeIndex) {
+        let Some(image) = self.gateways[gateway].images.get(&channel) else { return };
+        let node = image.nodes[usize::from(node)];
+        self.applied.values_mut().for_each(|nodes| *nodes |= 1 << node);
+    }
+
     /// The replicas of an image are level: those that run on remember what they have.
     fn note_level(&mut self, gateway: usize, channel: u32) {
         let slot = &self.gateways[gateway];
         let Some(image) = slot.images.get(&channel) else { return };
-        for index in image.io.up().iter() {
+        for index in image.io.whole().iter() {
             let node = image.nodes[usize::from(index)];
             let link = slot.links.iter().find(|link| link.node == node);
             let process = self.nodes[node].sim.run.as_ref();

@@ -6,7 +6,8 @@ use super::policy::{Policy, QUORUM, Stored, digest};
 use crate::content::Run;
 use crate::geometry::{BLOCK_BYTES, Geometry, ImageId};
 use crate::replica::{
-    Event, ImageIo, Instance, NodeIndex, NodeMask, OpenSpec, Outcome, Output, SetSpec, Token,
+    Event, HealLimits, ImageIo, Instance, NodeIndex, NodeMask, OpenSpec, Outcome, Output, SetSpec,
+    Token,
 };
 use crate::store::simulated::Seeded;
 use crate::wire::{Frame, FrameReader, flag};
@@ -91,6 +92,7 @@ fn spec(record: Stored) -> OpenSpec {
         nodes: (1..=NODES).map(|number| format!("node{number}")).collect(),
         sets: vec![SetSpec { members: NodeMask((1 << NODES) - 1), in_sync: record.in_sync }],
         local: None,
+        levelling: HealLimits { bytes_per_second: 0, shards_at_once: 1, share_percent: 100 },
     }
 }
 

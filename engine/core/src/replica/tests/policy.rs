@@ -41,6 +41,8 @@ pub struct Policy {
     instance: Vec<Option<Instance>>,
     served: Vec<Option<Instance>>,
     blocking: NodeMask,
+    /// Nodes that are up and not whole.
+    levelling: NodeMask,
     pub serving: bool,
     heal: Option<Healing>,
     attempts: u64,
@@ -64,6 +66,7 @@ impl Policy {
             instance: vec![None; nodes],
             served: vec![None; nodes],
             blocking: NodeMask::EMPTY,
+            levelling: NodeMask::EMPTY,
             serving: false,
             heal: None,
             attempts: 0,
@@ -90,8 +93,12 @@ impl Policy {
             Event::ReplicaBlocking { node } => {
                 self.blocking = self.blocking.with(NodeMask::one(node));
             }
-            Event::Admitted { .. } => {
+            Event::Levelled { node, .. } => {
+                self.levelling = self.levelling.without(NodeMask::one(node));
+            }
+            Event::Admitted { levelling, .. } => {
                 self.serving = true;
+                self.levelling = self.levelling.with(levelling);
                 for index in 0..self.standing.len() {
                     if self.standing[index] == Standing::Joining {
                         self.is_up(index);
@@ -144,7 +151,9 @@ impl Policy {
         let stale = nodes
             .filter(|node| !self.record.in_sync.has(*node))
             .find(|node| self.standing[usize::from(*node)] == Standing::Waiting);
-        let Some(node) = stale.filter(|_| self.serving && self.heal.is_none()) else { return };
+        let sources = self.with_standing(Standing::Up).without(self.levelling);
+        let may = self.serving && self.heal.is_none() && !sources.is_empty();
+        let Some(node) = stale.filter(|_| may) else { return };
         let index = usize::from(node);
         self.attempts += 1;
         let (attempt, instance) = (self.attempts, self.instance[index]);
@@ -188,7 +197,8 @@ impl Policy {
         let healed = healed.map_or(NodeMask::EMPTY, |heal| NodeMask::one(heal.node));
         let away = self.with_standing(Standing::Away);
         let up = self.with_standing(Standing::Up);
-        let due = self.serving && !away.and(self.blocking).is_empty() && !up.is_empty();
+        let whole = up.without(self.levelling);
+        let due = self.serving && !away.and(self.blocking).is_empty() && !whole.is_empty();
         let with_healed = self.record.in_sync.with(healed);
         let left = if due { with_healed.without(away) } else { with_healed };
         let left = if left.0.count_ones() >= QUORUM { left } else { with_healed };
@@ -239,6 +249,7 @@ impl Policy {
             }
         }
         self.blocking = self.blocking.and(taken.in_sync);
+        self.levelling = self.levelling.and(taken.in_sync);
         let digest = digest(taken.generation, taken.in_sync);
         io.reconfigure(taken.generation, digest, bytes::Bytes::new(), &[taken.in_sync]);
         self.go_on(io);

@@ -4,7 +4,8 @@ use super::cluster::{Cluster, Faults};
 use crate::content::Block;
 use crate::geometry::{Geometry, ImageId, Tag};
 use crate::replica::{
-    Event, ImageIo, Instance, IoError, NodeMask, OpenSpec, Outcome, Output, SetSpec, Token,
+    Event, HealLimits, ImageIo, Instance, IoError, NodeMask, OpenSpec, Outcome, Output, SetSpec,
+    Token,
 };
 use crate::wire::messages::{BlocksReply, DirtyEntry, DirtyReply, Head, Level, Number};
 use crate::wire::{Frame, FrameReader, REPLY, Status, kind};
@@ -53,6 +54,7 @@ impl TwoSets {
             nodes: (1..=4).map(|number| format!("node{number}")).collect(),
             sets: vec![set(0b0111, 0b0111), set(0b1011, 0b1010)],
             local: None,
+            levelling: HealLimits { bytes_per_second: 0, shards_at_once: 1, share_percent: 100 },
         };
         TwoSets { io: ImageIo::new(spec), asked: Vec::new(), peeked: Vec::new() }
     }

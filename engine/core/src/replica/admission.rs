@@ -1,0 +1,156 @@
+//! Admission of nodes whose content may differ: the dirty maps of all participants name the shards, then
+//! the nodes are up, doubtful in these shards until `level` has made them equal.
+//!
+//! A participant that is lost meanwhile, or a joining node, ends the attempt; policy starts another. In a
+//! replica set without a node that is `Up` all in-sync nodes join, or none does: one that is away may have
+//! answered what they have lost.
+
+use super::asks::Asks;
+use super::image::{ImageIo, Purpose, Replica, ReplicaState};
+use super::replies::BadReply;
+use super::shard_set::ShardSet;
+use super::{Event, NodeIndex, NodeMask};
+use crate::rules::{Rule, broken};
+use crate::wire::messages::{DIRTY_ENTRIES_MAX, DirtyFrom, DirtyReply, Head};
+use crate::wire::{Frame, Status, kind};
+use bytes::Bytes;
+
+/// One attempt to let `joiners` in.
+pub(super) struct Admission {
+    participants: NodeMask,
+    joiners: NodeMask,
+    asks: Asks<u64>,
+    dirty: ShardSet,
+}
+
+impl ImageIo {
+    /// Asks for the dirty maps once every node that is being admitted has its session.
+    pub(super) fn start_admission(&mut self) {
+        let joining = |replica: &Replica| {
+            matches!(replica.state, ReplicaState::Joining { .. })
+                && replica.purpose != Purpose::Heal
+        };
+        if self.admission.is_some() || self.replicas.iter().any(joining) {
+            return;
+        }
+        let joiners = self.nodes_in(|state| state == ReplicaState::Listing);
+        if joiners.is_empty() {
+            return;
+        }
+        let up = self.up();
+        let participants = joiners.with(up);
+        let unfounded = self.sets.iter().find_map(|set| {
+            let joins = !set.in_sync.and(joiners).is_empty();
+            let founded = !set.in_sync.and(up).is_empty();
+            let absent = set.in_sync.without(participants).first();
+            absent.filter(|_| joins && !founded)
+        });
+        let unfounded = unfounded.filter(|_| !broken(Rule::AllInSyncLevelled));
+        if let Some(absent) = unfounded.or(self.undecided()) {
+            return self.end_admission(absent, Status::Io);
+        }
+        let asks = Asks::new(self.next_serial());
+        let dirty = ShardSet::default();
+        self.admission = Some(Admission { participants, joiners, asks, dirty });
+        participants.iter().for_each(|node| self.ask_dirty(node, 0));
+    }
+
+    /// Changes in flight that a former instance had answered may be lost with its memory, and be on nobody
+    /// that the new one is levelled with: it is sent them once more, when it is level there. From the
+    /// moment that it is known to be another: a record that it stores may be all that an answer waits for.
+    pub(super) fn ask_again(&mut self, joiners: NodeMask) {
+        if broken(Rule::UnansweredAskedAgain) {
+            return;
+        }
+        for (_, part) in self.parts.iter_mut() {
+            if part.is_change() {
+                let again = joiners.and(self.sets[part.set as usize].in_sync);
+                part.waiting = part.waiting.with(again);
+                part.sent = part.sent.without(again);
+            }
+        }
+    }
+
+    /// Nodes that are being admitted and do not resume.
+    pub(super) fn joining(&self) -> NodeMask {
+        let joins = |replica: &Replica| match replica.state {
+            ReplicaState::Joining { .. } => replica.purpose == Purpose::Level,
+            ReplicaState::Listing => true,
+            _ => false,
+        };
+        let joining = self.replicas.iter().enumerate().filter(|(_, replica)| joins(replica));
+        joining
+            .fold(NodeMask::EMPTY, |mask, (index, _)| mask.with(NodeMask::one(index as NodeIndex)))
+    }
+
+    /// The admission under way fails, because of `node`: all that are being admitted wait again.
+    ///
+    /// Also before the dirty maps are asked for: those that are left were chosen because of who else was
+    /// there.
+    fn end_admission(&mut self, node: NodeIndex, status: Status) {
+        self.admission = None;
+        for joiner in self.joining().iter() {
+            self.replica(joiner).state = ReplicaState::Waiting;
+        }
+        self.event(Event::AdmitFailed { node, status });
+        self.go_on_levelling();
+    }
+
+    /// `node`, which took part in what goes on or joined, is gone: an admission under way fails.
+    pub(super) fn end_admission_without(&mut self, node: NodeIndex, status: Status, joined: bool) {
+        if joined || !self.joining().is_empty() {
+            self.end_admission(node, status);
+        }
+    }
+
+    pub(super) fn is_joining(&self, node: NodeIndex) -> bool {
+        self.joining().has(node)
+    }
+
+    fn ask_dirty(&mut self, node: NodeIndex, from_shard: u64) {
+        let head = DirtyFrom { epoch: self.spec.epoch, from_shard };
+        let Some(admission) = &mut self.admission else { return };
+        let tag = admission.asks.add(node, from_shard);
+        let node = NodeMask::one(node);
+        self.send(node, kind::DIRTY, 0, tag, &Bytes::new(), |out| head.put(out));
+    }
+
+    /// Takes an answer to one of the admission's own frames.
+    pub(super) fn take_dirty(&mut self, node: NodeIndex, frame: Frame) -> Result<(), BadReply> {
+        let Some(admission) = &mut self.admission else { return Ok(()) };
+        let Some(from_shard) = admission.asks.take(node, frame.tag) else { return Ok(()) };
+        if frame.status != Status::Ok {
+            self.end_admission(node, frame.status);
+            return Ok(());
+        }
+        let reply = DirtyReply::take(frame.head).map_err(|_| BadReply("malformed dirty map"))?;
+        let shards = || reply.entries.iter().map(|entry| entry.shard);
+        // In order and not before what was asked for, or there would be no end to asking on.
+        if reply.entries.len() > DIRTY_ENTRIES_MAX
+            || shards().next().is_some_and(|first| first < from_shard)
+            || !shards().is_sorted_by(|a, b| a < b)
+        {
+            return Err(BadReply("a dirty map out of order"));
+        }
+        // Beyond the image's end too: what a shrink has cut off comes back with growing.
+        shards().for_each(|shard| _ = admission.dirty.insert(shard));
+        let next = reply.entries.last().and_then(|last| last.shard.checked_add(1));
+        match next.filter(|_| reply.more) {
+            Some(next) => self.ask_dirty(node, next),
+            None if admission.asks.is_empty() => self.finish_admission(),
+            None => {}
+        }
+        Ok(())
+    }
+
+    fn finish_admission(&mut self) {
+        let Some(admission) = self.admission.take() else { return };
+        assert!(admission.joiners.without(admission.participants).is_empty());
+        self.doubt(admission.joiners, &admission.dirty);
+        self.run_if_opening();
+        self.go_up(admission.joiners);
+        self.tell_admitted();
+        self.go_on_levelling();
+        self.start_admission();
+    }
+}
