@@ -226,14 +226,14 @@ class GatewayDaemon:
             socket=node.socket if local else None,
         )
 
-    def heals(self) -> dict[int, dict[str, Any]]:
-        """Return how far the heals under way are, by channel."""
+    def of_engine(self) -> dict[int, dict[str, Any]]:
+        """Return what the engine says of its images, by channel."""
         try:
             images = self.engine.snapshot()["images"]
         except RuntimeError:
             # Stopped, or about to be.
             return {}
-        return {image["channel"]: image["heal"] for image in images if image["heal"] is not None}
+        return {image["channel"]: image for image in images}
 
     def _samples(self) -> metrics.Samples:
         """Return the gateway's metrics."""
@@ -245,7 +245,9 @@ class GatewayDaemon:
         links = {(node,): int(ready) for node, ready in seen["links"]}
         yield gauge("hci_gateway_link_up", "1: the node answers.", links, ["node"])
         images = [(str(image.name), image) for image in self.exports.snapshot()]
-        states = {(name,): float(_image_status(image).state) for name, image in images}
+        states = {
+            (name,): float(_image_status(image, {}, self.exports).state) for name, image in images
+        }
         yield gauge("hci_image_state", "1 opening, 2 serving, 3 writes wait, 4 stalled, 5 closing.",
                     states, ["image"])  # fmt: skip
         stale: dict[tuple[str, ...], float] = {}
@@ -279,6 +281,10 @@ class GatewayDaemon:
         yield gauge("hci_heal_bytes_done", "Copied by the heals under way.",
                     {who: heal["bytes_done"] for who, heal in heals.items()},
                     ["image", "node"])  # fmt: skip
+        yield gauge("hci_levelling_shards_left", "Shards that replicas in sync are still made "
+                    "equal in, after an unclean end or the return of a node.",
+                    {(name,): found["level"]["shards_left"] for name, found in asked
+                     if found["level"]}, ["image"])  # fmt: skip
         moved = {
             (name, direction): found["counters"][f"{direction}_bytes"]
             for name, found in asked
@@ -304,7 +310,7 @@ class GatewayControl(GatewayControlServicer):
         self, request: pb.GatewayStatusRequest, context: grpc.ServicerContext
     ) -> pb.GatewayStatus:
         gateway = self._gateway
-        heals = gateway.heals()
+        of_engine = gateway.of_engine()
         return pb.GatewayStatus(
             name=gateway.own.name,
             holder_id=gateway.holder,
@@ -313,7 +319,7 @@ class GatewayControl(GatewayControlServicer):
             trouble=gateway.trouble,
             version=VERSION,
             images=[
-                _image_status(image, _progress(image, heals.get(image.channel), gateway.exports))
+                _image_status(image, of_engine.get(image.channel, {}), gateway.exports)
                 for image in gateway.exports.snapshot()
             ],
             counters={"pid": os.getpid()},
@@ -365,7 +371,9 @@ def _progress(
     )
 
 
-def _image_status(image: OpenImage, heal: pb.Progress | None = None) -> pb.OpenImage:
+def _image_status(image: OpenImage, found: dict[str, Any], exports: Exports) -> pb.OpenImage:
+    """Return an image's status; `found` is what the engine says of it."""
+    level = found.get("level") or {}
     holder, record = image.holder, image.holder.record
     status = pb.OpenImage(
         image_id=image.image,
@@ -373,7 +381,8 @@ def _image_status(image: OpenImage, heal: pb.Progress | None = None) -> pb.OpenI
         state=_STATES[holder.phase],
         trouble=holder.trouble,
         clients=sum(1 for user in image.users if user > 0),
-        heal=heal,
+        heal=_progress(image, found.get("heal"), exports),
+        counters={f"levelling_{name}": count for name, count in level.items()},
     )
     if record is None:
         return status

@@ -214,9 +214,14 @@ def _judge_open(image: pb.OpenImage) -> Iterator[Problem]:
     told = f": {image.trouble}" if image.trouble else ""
     if image.HasField("heal"):
         heal = image.heal
-        left = f"{heal.shards_total - heal.shards_done} of {heal.shards_total} shards"
-        what = f"{heal.node} is healed for {image.name}, {left} to go"
+        shards = f"{heal.shards_total - heal.shards_done} of {heal.shards_total} shards"
+        what = f"{heal.node} is healed for {image.name}, {shards} to go"
         yield Problem(Health.HEALING, what, "wait; `hci heal status` tells how long")
+    left = image.counters["levelling_shards_left"] if image.counters else 0
+    if left:
+        total = left + image.counters["levelling_shards_done"]
+        what = f"replicas of {image.name} are made equal, {left} of {total} shards to go"
+        yield Problem(Health.HEALING, what, "wait; what a guest asks for comes first")
     if image.state == pb.OpenImage.STATE_OPENING:
         yield Problem(Health.HEALING, f"replicas of {image.name} are made equal", "wait")
     elif image.state == pb.OpenImage.STATE_READS_ONLY:

@@ -173,6 +173,6 @@ class Tick:
 
 Event = (
     LeaseTaken | Peeked | ReplicaDown | ReplicaBlocking | ReplicaFailed | Admitted | AdmitFailed
-    | Levelled | Healed | HealFailed | Stored | Fenced | MembershipChanged | MembershipDelayed | Lost
-    | Close | Closed | Released | Fail | Tick
+    | Levelled | Healed | HealFailed | Stored | Fenced | MembershipChanged | MembershipDelayed
+    | Lost | Close | Closed | Released | Fail | Tick
 )  # fmt: skip

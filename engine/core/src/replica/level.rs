@@ -212,7 +212,8 @@ impl ImageIo {
 
     pub(super) fn tell_admitted(&mut self) {
         let levelling = self.up().without(self.whole());
-        self.leveller.told = levelling;
+        // Also those that are away at the moment.
+        self.leveller.told = self.leveller.told.with(levelling);
         let shards = self.leveller.unlevelled.len();
         self.event(Event::Admitted { levelling, shards });
     }

@@ -3,6 +3,7 @@
 mod cluster;
 mod heals;
 mod histories;
+mod levels;
 mod node;
 mod oracle;
 mod policy;

@@ -1,0 +1,130 @@
+//! Levelling on demand and in the background, each the story of a mistake that one of its rules closes.
+
+use super::cluster::{Cluster, Faults, NODES};
+use crate::rules::{Rule, break_rules};
+use crate::store::simulated::Seeded;
+use crate::wire::kind;
+use std::panic::catch_unwind;
+
+fn serving(faults: Faults) -> Cluster {
+    let mut cluster = Cluster::new(7, faults);
+    cluster.settle();
+    cluster.write(0, 32);
+    cluster.flush();
+    cluster.settle();
+    cluster
+}
+
+fn steps_until(cluster: &mut Cluster, what: &str, holds: impl Fn(&Cluster) -> bool) {
+    for _ in 0..20_000 {
+        if holds(cluster) {
+            return;
+        }
+        (0..NODES).for_each(|node| cluster.connect(node));
+        cluster.step(false);
+    }
+    panic!("never: {what}: {:?}", cluster.policy);
+}
+
+fn equal_everywhere(mut cluster: Cluster) {
+    cluster.settle();
+    assert!(cluster.io.level_state().is_none(), "all is level in the end");
+    for _ in 0..NODES {
+        cluster.read_everything();
+    }
+    cluster.settle();
+    cluster.check_replicas(false);
+}
+
+/// A write that its dead holder had sent to one node only was copied over a newer one of the next holder,
+/// which had not waited for the shard to be level.
+#[test]
+fn write_to_a_shard_that_is_not_level_comes_after_its_copies() {
+    for seed in 1..60 {
+        let mut cluster = serving(Faults::Kills);
+        cluster.random = Seeded::new(seed);
+        for region in 0..4 {
+            cluster.write(32 * region, 32);
+        }
+        (0..20).for_each(|_| cluster.deliver_request(0));
+        cluster.restart_gateway();
+        steps_until(&mut cluster, "it opens", |c| c.io.is_running());
+        (0..seed % 7).for_each(|_| cluster.step(false));
+        for region in 0..4 {
+            cluster.write(32 * region, 8);
+            cluster.read(32 * region, 32);
+        }
+        equal_everywhere(cluster);
+    }
+}
+
+/// The image serves while most of what is dirty is not compared yet.
+#[test]
+fn image_is_open_before_its_shards_are_level() {
+    let mut cluster = serving(Faults::Kills);
+    (0..4).for_each(|region| cluster.write(32 * region, 32));
+    (0..20).for_each(|_| cluster.deliver_request(0));
+    cluster.restart_gateway();
+    steps_until(&mut cluster, "it opens", |c| c.io.is_running());
+    let left = cluster.io.level_state().map_or(0, |state| state.shards_left);
+    assert_eq!(left, 8, "of the shards at either side of four ends");
+    equal_everywhere(cluster);
+}
+
+/// A node lost what was answered and not flushed. A flush was answered while it still lacked that; when the
+/// others were lost it was believed.
+#[test]
+fn flush_waits_until_who_came_back_is_level() {
+    let mut cluster = serving(Faults::PowerCuts);
+    cluster.write(0, 32);
+    cluster.settle();
+    cluster.restart_node(2, true);
+    cluster.write(40, 4);
+    steps_until(&mut cluster, "it is up again", |c| c.io.replica_states()[2].1 == "levelling");
+    cluster.flush();
+    let before = cluster.io.requests_in_flight();
+    while cluster.intercept(kind::SUMMARY).is_some() {}
+    for _ in 0..50 {
+        (0..NODES).for_each(|node| {
+            cluster.deliver_request(node);
+            cluster.nodes[node].sync();
+            cluster.deliver_answer(node);
+        });
+    }
+    assert!(before > 0 && cluster.io.requests_in_flight() > 0, "answered too early");
+    cluster.cut(2);
+    equal_everywhere(cluster);
+}
+
+/// Nodes and gateway are lost again and again while shards are made level.
+#[test]
+fn levelling_that_is_interrupted_leaves_nothing_behind() {
+    for seed in 1..40 {
+        let mut cluster = serving(Faults::Kills);
+        cluster.random = Seeded::new(seed);
+        (0..4).for_each(|region| cluster.write(32 * region, 32));
+        (0..20).for_each(|_| cluster.deliver_request((seed % 3) as usize));
+        for round in 0..4 {
+            cluster.restart_gateway();
+            steps_until(&mut cluster, "it opens", |c| c.io.is_running());
+            (0..seed % 11).for_each(|_| cluster.step(false));
+            cluster.restart_node(((seed + round) % 3) as usize, false);
+            cluster.write(32 * (round % 4) as usize + 4, 8);
+            (0..seed % 23).for_each(|_| cluster.step(false));
+        }
+        equal_everywhere(cluster);
+    }
+}
+
+/// The stories above, each told with its rule broken.
+#[test]
+fn broken_rules_of_levelling_are_noticed_by_their_stories() {
+    let notices = |defect, story: fn()| {
+        break_rules(&[defect]);
+        let noticed = catch_unwind(story).is_err();
+        break_rules(&[]);
+        assert!(noticed, "{defect:?} may be planted unnoticed");
+    };
+    notices(Rule::LevelBeforeRequests, write_to_a_shard_that_is_not_level_comes_after_its_copies);
+    notices(Rule::FlushWaitsForLevel, flush_waits_until_who_came_back_is_level);
+}
