@@ -7,6 +7,7 @@ use super::sessions::Sessions;
 use super::{Command, Counters, Failure, Identity, NodeStatus, ReadShard};
 use crate::geometry::BLOCK_BYTES;
 use crate::io::{Filled, Poller, Ready, Sink, Stream, Waker, boottime_ns, tune_accepted};
+use crate::store::disk::Errno;
 use crate::store::{Store, StoreError};
 use crate::wire::messages::{Head, Hello, HelloReply, Number};
 use crate::wire::{Frame, FrameReader, Prefix, REPLY, Status, VERSION, encode, kind};
@@ -76,6 +77,8 @@ pub(super) struct EventLoop {
     checkpoint_after_ns: u64,
     counters: Counters,
     signed_ns: u64,
+    /// See `now_and_then`.
+    next_look_ns: u64,
     touched: Vec<usize>,
 }
 
@@ -111,6 +114,7 @@ impl EventLoop {
             checkpoint_after_ns: 0,
             counters: Counters::default(),
             signed_ns: 0,
+            next_look_ns: 0,
             touched: Vec::new(),
         })
     }
@@ -133,9 +137,7 @@ impl EventLoop {
             for event in &ready {
                 self.ready(*event);
             }
-            if ready.is_empty() {
-                self.end_strangers();
-            }
+            self.now_and_then()?;
             while let Some(done) = self.jobs.finished() {
                 self.job_done(done)?;
             }
@@ -152,7 +154,11 @@ impl EventLoop {
         match event.token & !0xffff_ffff {
             LISTENER => self.accept(index),
             CONNECTION => {
-                if event.readable {
+                let paused = self.connections.get(index).is_some_and(Connection::is_paused);
+                if event.gone && paused {
+                    // It is not read now, so nothing else would tell that it has gone.
+                    self.end(index);
+                } else if event.readable {
                     self.read(index);
                 }
                 self.touched.push(index);
@@ -470,8 +476,21 @@ impl EventLoop {
         }
     }
 
-    fn end_strangers(&mut self) {
+    /// What needs no event to be due, also of a node that is never at rest.
+    fn now_and_then(&mut self) -> Result<(), StoreError> {
         let now_ns = boottime_ns();
+        if now_ns < self.next_look_ns {
+            return Ok(());
+        }
+        self.next_look_ns = now_ns + TICK.as_nanos() as u64;
+        self.end_strangers(now_ns);
+        if self.jobs.has_failed() {
+            return Err(StoreError::Failed { errno: Errno::IO });
+        }
+        Ok(())
+    }
+
+    fn end_strangers(&mut self, now_ns: u64) {
         let late = |c: &Connection| !c.greeted && now_ns - c.opened_ns > GREETING_NS;
         let late: Vec<usize> =
             self.connections.iter().filter(|(_, c)| late(c)).map(|(index, _)| index).collect();
