@@ -38,6 +38,7 @@ RETRY_S = 1.0
 def serve(config: Config, name: str) -> None:
     """Be the storage node `name` until told to stop. Raises DaemonError, ConfigError."""
     daemon.log_to_stderr()
+    daemon.take_files()
     ending = daemon.Ending()
     NodeDaemon(config, config.node(name), ending).run()
     ending.raise_failure()

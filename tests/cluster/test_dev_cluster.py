@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -134,6 +135,12 @@ def test_cluster_in_a_deep_folder_has_short_sockets() -> None:
             url = cluster.hci("image", "url", "vms/a").strip()
             shown = subprocess.run(["qemu-img", "info", url], capture_output=True, text=True)
             assert "64 MiB" in shown.stdout, shown.stderr
+            cluster.hci("dev", "stop")
+            elsewhere = cluster.environment()
+            del elsewhere["HCI_CONFIG"]
+            command = cluster.command("dev", "start", str(deep))
+            started = subprocess.check_output(command, env=elsewhere, text=True)
+            assert shlex.split(started)[-1] == f"HCI_CONFIG={cluster.config}", "it can be pasted"
 
 
 def test_daemon_started_by_hand_stops_when_asked(cluster: DevCluster) -> None:
