@@ -1,9 +1,9 @@
 """`hci dev`: a cluster of real processes, started, hurt, mended and stopped by the command line."""
 
 import os
+import shlex
 import signal
 import socket
-import shlex
 import subprocess
 import sys
 import tempfile

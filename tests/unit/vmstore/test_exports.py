@@ -195,8 +195,8 @@ def test_image_that_is_claimed_from_maintenance_is_known_as_used(gateway: Script
 def test_client_that_left_while_its_image_was_looked_up_has_nothing_opened(
     gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Those who had left were remembered, up to a number of them, then forgotten all at once: an image
-    # that was being looked up for one of them was opened, and nobody was left to close it.
+    # Those who had left were remembered, up to a number of them, then forgotten all at once: an
+    # image that was being looked up for one of them was opened, and nobody was left to close it.
     looked_up, find = threading.Event(), gateway.catalog.find
 
     def slow_find(name: ImageName) -> Stored[ImageRecord]:
