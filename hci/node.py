@@ -271,6 +271,9 @@ class NodeControl(NodeControlServicer):
         self, request: pb.DigestRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.ShardDigest]:
         record = self._record(request.image_id)
+        if record.epoch == 0:
+            # Nobody has opened it yet, so no node has heard of it, and it is zeroes everywhere.
+            return
         layers = [layer.id for layer in record.layers]
         for shard in range(request.first_shard, request.first_shard + request.shards):
             try:
