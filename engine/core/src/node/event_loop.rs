@@ -6,7 +6,9 @@ use super::requests::{Outcome, Requests, Scratch};
 use super::sessions::Sessions;
 use super::{Command, Counters, Failure, Identity, NodeStatus, ReadShard};
 use crate::geometry::BLOCK_BYTES;
-use crate::io::{Filled, Poller, Ready, Sink, Stream, Waker, boottime_ns, tune_accepted};
+use crate::io::{
+    Filled, Poller, Ready, SharedMemory, Sink, Stream, Waker, boottime_ns, tune_accepted,
+};
 use crate::store::disk::Errno;
 use crate::store::{Store, StoreError};
 use crate::wire::messages::{Head, Hello, HelloReply, Number};
@@ -42,6 +44,8 @@ struct Connection {
     opened_ns: u64,
     /// A request that waits for room in the log; nothing is taken from the connection before it.
     parked: Option<Frame>,
+    /// What the gateway, a process of this host, has handed over for answers.
+    memory: Option<SharedMemory>,
 }
 
 /// An answer that waits for a sync.
@@ -177,12 +181,13 @@ impl EventLoop {
             tune_accepted(&fd);
             let entry = self.connections.vacant_entry();
             let token = CONNECTION | entry.key() as u64;
-            let stream = Stream::new(fd);
+            let stream = Stream::accepted(fd);
             if self.poller.add(stream.fd(), token, false).is_ok() {
                 self.serial += 1;
                 let opened_ns = boottime_ns();
                 let id = self.serial << 32 | entry.key() as u64;
-                entry.insert(Connection { stream, id, greeted: false, opened_ns, parked: None });
+                let (greeted, parked, memory) = (false, None, None);
+                entry.insert(Connection { stream, id, greeted, opened_ns, parked, memory });
             }
         }
     }
@@ -237,18 +242,26 @@ impl EventLoop {
         if !self.connections[index].greeted {
             return self.greet(index, &frame);
         }
-        let connection = self.connections[index].id;
+        if frame.kind == kind::MEMORY {
+            return self.take_memory(index, &frame);
+        }
+        let Connection { id: connection, memory, .. } = &mut self.connections[index];
+        let (connection, memory) = (*connection, memory.as_mut());
         let mut requests = Requests {
             store: &mut self.store,
             sessions: &mut self.sessions,
             scratch: &mut self.scratch,
             connection,
+            memory,
         };
         let outcome = requests.handle(&frame);
         self.counters.request(&frame, &outcome);
         match outcome {
             Outcome::Answer { status, head, payload } => {
                 self.answer(index, Prefix::reply(&frame, status), &head, payload);
+            }
+            Outcome::Placed { head, .. } => {
+                self.answer(index, Prefix::reply(&frame, Status::Ok), &head, Bytes::new());
             }
             Outcome::AnswerDurable { with_number } => {
                 let prefix = Prefix::reply(&frame, Status::Ok);
@@ -263,6 +276,21 @@ impl EventLoop {
                 return false;
             }
         }
+        true
+    }
+
+    /// The gateway hands memory over. One that cannot be used is refused, and reads come without it.
+    fn take_memory(&mut self, index: usize, frame: &Frame) -> bool {
+        let connection = &mut self.connections[index];
+        let mapped = connection.stream.take_descriptor().map(SharedMemory::of_peer);
+        let status = match mapped {
+            Some(Ok(memory)) if frame.head.is_empty() && frame.payload.is_empty() => {
+                connection.memory = Some(memory);
+                Status::Ok
+            }
+            _ => Status::Malformed,
+        };
+        self.answer(index, Prefix::reply(frame, status), &[], Bytes::new());
         true
     }
 
