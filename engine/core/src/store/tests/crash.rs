@@ -11,7 +11,6 @@ use bytes::{Bytes, BytesMut};
 
 use super::rig::*;
 use crate::geometry::{BLOCK_BYTES, Tag};
-use crate::store::disk::Disk;
 use crate::store::log::create_segment;
 use crate::store::simulated::{Crash, Seeded, SimDisk};
 use crate::store::{CheckpointJob, Stamp, Store, StoreError, SyncJob, WriteOp};
