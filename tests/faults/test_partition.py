@@ -8,6 +8,7 @@ from random import Random
 
 import pytest
 
+from tests.devcluster import CommandError
 from tests.faults.load import drawn_seed, rounds
 from tests.faults.nbd_session import NbdSession
 from tests.faults.test_silent import open_at
@@ -25,10 +26,18 @@ def stale(hosts: HostCluster, image: str) -> set[str]:
 
 
 def await_stale(hosts: HostCluster, image: str, wanted: set[str]) -> None:
+    """Returns when these are stale; etcd may choose a leader meanwhile."""
     deadline = time.monotonic() + HEAL_TIMEOUT_S
-    while (found := stale(hosts, image)) != wanted:
-        assert time.monotonic() < deadline, f"stale are {found}, not {wanted}"
+    found: set[str] | CommandError = set()
+    while time.monotonic() < deadline:
+        try:
+            found = stale(hosts, image)
+        except CommandError as error:
+            found = error
+        if found == wanted:
+            return
         time.sleep(0.2)
+    raise AssertionError(f"stale are {found}, not {wanted}")
 
 
 @pytest.mark.parametrize("direction", ["to", "from"])

@@ -134,14 +134,16 @@ class HostCluster(DevCluster):
                 ]
             )
 
-    def run_together(self, names: Sequence[str], *, await_ready: bool = True) -> None:
-        """Starts several members, that do not run, at once."""
+    def run_together(self, names: Sequence[str], within: Sequence[str] = ()) -> None:
+        """Starts several members, that do not run, at once.
+
+        `within` is put before their commands, such as a program that changes what they see.
+        """
         began = {name: self._log_size(name) for name in names}
         for name in names:
-            self._spawn(self._members[name])
-        if await_ready:
-            for name in names:
-                self._await_ready(self._members[name], began[name])
+            self._spawn(self._members[name], within)
+        for name in names:
+            self._await_ready(self._members[name], began[name])
 
     def members(self) -> dict[str, dict[str, Any]]:
         """Name to `{name, kind, pid, state, data_dir, log}`."""
@@ -226,9 +228,9 @@ class HostCluster(DevCluster):
             for name, own in sections.items()
         )
 
-    def _spawn(self, member: _Member) -> None:
+    def _spawn(self, member: _Member, within: Sequence[str]) -> None:
         name = member.name
-        command, files = [*self.network.inside(name)], []
+        command, files = [*self.network.inside(name), *within], []
         if member.kind == "etcd":
             command += self._etcd(name)
         else:
@@ -262,6 +264,8 @@ class HostCluster(DevCluster):
             *(f"--listen-client-urls={client}", f"--advertise-client-urls={client}"),
             *(f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}"),
             f"--initial-cluster={members}",
+            # Else a member that comes back unseats the leader, which takes seconds.
+            "--pre-vote",
         ]
 
     def _listener(self, gateway: str) -> socket.socket:
