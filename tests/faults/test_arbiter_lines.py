@@ -18,17 +18,15 @@ from tests.hosts.line import Line
 WAIT_S = 4.0
 
 
-@pytest.mark.parametrize("direction", ["both", "to", "from"])
+@pytest.mark.parametrize("direction", ["to", "from"])
 def test_arbiter_out_of_reach_is_missed_only_when_a_node_is_lost(
     arbiter_hosts: HostCluster, direction: str
 ) -> None:
     hosts, image = arbiter_hosts, f"votes-{direction}"
     hosts.create(image, "16M")
     with NbdSession(hosts.url_at("gateway1", image), 1) as session:
-        if direction in ("both", "to"):
-            hosts.network.cut(["gateway1"], ["arbiter"])
-        if direction in ("both", "from"):
-            hosts.network.cut(["arbiter"], ["gateway1"])
+        ends = (["gateway1"], ["arbiter"]) if direction == "to" else (["arbiter"], ["gateway1"])
+        hosts.network.cut(*ends)
         session.call("write", 0, 64, 1)
         session.call("flush")
         hosts.kill("node2")

@@ -11,15 +11,13 @@ from tests.faults.test_silent import open_at
 from tests.hosts.cluster import HostCluster
 
 
-@pytest.mark.parametrize("direction", ["both", "to", "from"])
+@pytest.mark.parametrize("direction", ["to", "from"])
 def test_gateway_that_loses_etcd_only_is_fenced_by_the_nodes(
     hosts: HostCluster, direction: str
 ) -> None:
     with begin(hosts, f"no-etcd-{direction}") as old:
-        if direction in ("both", "to"):
-            hosts.network.cut(["gateway1"], hosts.etcds)
-        if direction in ("both", "from"):
-            hosts.network.cut(hosts.etcds, ["gateway1"])
+        ends = (["gateway1"], hosts.etcds) if direction == "to" else (hosts.etcds, ["gateway1"])
+        hosts.network.cut(*ends)
         # Nobody else has it yet: it is served, past the lease's time as well.
         with open_at(hosts, "gateway2", f"no-etcd-{direction}") as new:
             late = [old.submit("read", 0, 64), old.submit("write", 0, 64, 2)]
