@@ -129,8 +129,7 @@ class HostCluster(DevCluster):
                 [
                     name
                     for name in names
-                    if self._members[name].kind == kind
-                    and _state(self._members[name]) != "running"
+                    if self._members[name].kind == kind and _state(self._members[name]) != "running"
                 ]
             )
 
