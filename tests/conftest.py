@@ -85,7 +85,7 @@ def _lent(request: pytest.FixtureRequest, kept: list[DevCluster]) -> Iterator[De
         if not lent.config.exists():
             lent.start()
         yield lent
-        if not request.node.stash.get(_FAILED, False):
+        if not failed(request.node):
             lent.mend()
             if not kept:
                 kept.append(lent)
@@ -94,9 +94,14 @@ def _lent(request: pytest.FixtureRequest, kept: list[DevCluster]) -> Iterator[De
         lent.print_logs()
         lent.close()
         raise
-    if request.node.stash.get(_FAILED, False):
+    if failed(request.node):
         lent.print_logs()
     _end(lent)
+
+
+def failed(node: pytest.Item | pytest.Collector) -> bool:
+    """Whether a test, or one of a module, has failed so far."""
+    return node.stash.get(_FAILED, False)
 
 
 def _end(cluster: DevCluster) -> None:
