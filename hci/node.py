@@ -3,17 +3,16 @@
 import os
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import grpc
 import structlog
 
 from engine import VERSION, Node
-from etcd import keys
 from etcd.client import EtcdClient
 from etcd.errors import EtcdError
-from etcd.interface import Notice, Reread
 from etcd.lease import Session
 from etcd.records import ImageRecord, NodeRecord
 from hci import control, daemon, metrics
@@ -21,12 +20,14 @@ from hci import control_pb2 as pb
 from hci.config import Config, NodeConfig
 from hci.control_pb2_grpc import NodeControlServicer, add_NodeControlServicer_to_server
 from hci.errors import DaemonError
+from hci.history import HistoryWatch, Holdings, held_record
 from hci.usage import FolderUsage
 from shard.digest import UNREADABLE, digest
 from shard.errors import HciError
 from shard.ids import ImageId, image_id
 from vmstore.catalog import Catalog
 from vmstore.errors import ForeignStore, OtherCluster, RecordChanged, StoreBehind, UnknownImage
+from vmstore.ledger import Ledger
 
 log = structlog.get_logger()
 
@@ -56,9 +57,13 @@ class NodeDaemon:
         self.usage = FolderUsage(own.data_dir)
         self.etcd = EtcdClient([str(endpoint) for endpoint in config.cluster.etcd])
         self.catalog = Catalog(self.etcd)
+        self.ledger = self._open_ledger()
+        self.history = HistoryWatch(
+            own.name, self.etcd, self.catalog, self.ledger, self._holdings, self._on_deleted
+        )
         self._session: Session | None = None
-        self._watching = False
         self._session_lost = threading.Event()
+        self._unconfirmed: set[ImageId] = set()
 
     def run(self) -> None:
         """Serve until it is time to end."""
@@ -86,6 +91,7 @@ class NodeDaemon:
                 self._session.close()
             self.etcd.close()
             engine.stop()
+            self.ledger.close()
             log.info("node_stopped", node=own.name)
 
     def _open_store(self) -> Node:
@@ -128,12 +134,33 @@ class NodeDaemon:
         if self._session_lost.is_set():
             self._session_lost.clear()
             self.registered = False
+        if self.registered:
+            self._check_history()
         if not self.registered:
             self._register()
+
+    def _check_history(self) -> None:
+        """Look now and then whether etcd may still be believed; else be registered no longer."""
+        try:
+            believed = self.history.check_if_due()
+            if believed and self._unconfirmed:
+                self._confirm_deleted()
+        except EtcdError:
+            # Heard of by the session too, where it lasts.
+            return
+        if not believed:
+            self.registered = False
+            if self._session is not None:
+                self._session.close()
+                self._session = None
 
     def _register(self) -> None:
         """Say in etcd who and where we are, and that we are alive; try again where it is away."""
         try:
+            if not self.history.check():
+                self.trouble = self.history.lost
+                self.ending.wait(RETRY_S)
+                return
             self.catalog.init_cluster(self.config.cluster.id)
             if self._session is not None:
                 self._session.close()
@@ -153,10 +180,6 @@ class NodeDaemon:
             )
             self.catalog.announce_node(record, session.lease)
             session.start()
-            if not self._watching:
-                # It outlives the session: what is missed while etcd is away is read again.
-                self.etcd.watch(keys.TOMBSTONES, self._on_tombstones)
-                self._watching = True
             self._bury_all()
         except (OtherCluster, ForeignStore, StoreBehind) as error:
             self.ending.fail(str(error))
@@ -169,22 +192,46 @@ class NodeDaemon:
             self.registered, self.trouble = True, ""
             log.info("node_registered", node=self.own.name)
 
-    def _on_tombstones(self, notice: Notice) -> None:
+    def _on_deleted(self, images: Iterable[ImageId]) -> None:
         """Images were deleted somewhere: their data goes here too."""
-        found = notice.items if isinstance(notice, Reread) else notice.changes
-        for key in [item.key for item in found if item.value is not None]:
-            self.bury(image_id(key.removeprefix(keys.TOMBSTONES)))
+        for image in images:
+            self.bury(image)
 
     def _bury_all(self) -> None:
         for image in self.catalog.tombstones():
             self.bury(image)
+        self._confirm_deleted()
 
     def bury(self, image: ImageId) -> None:
-        """Delete an image's data for ever."""
+        """Delete an image's data for ever; that it is done is said in etcd a moment later."""
         try:
             self.engine.delete(image)
         except (RuntimeError, TimeoutError) as error:
             log.error("delete_failed", node=self.own.name, image=image, why=str(error))
+        else:
+            self._unconfirmed.add(image)
+
+    def _confirm_deleted(self) -> None:
+        """Say in etcd which images are deleted here, so that their tombstones there may go."""
+        for image in sorted(self._unconfirmed):
+            with suppress(RecordChanged):  # By another node; next time.
+                self.catalog.confirm_deleted(image, self.own.name)
+                self._unconfirmed.discard(image)
+
+    def _holdings(self) -> Holdings:
+        found = self.engine.inventory()
+        held = {ImageId(each["image"]): each for each in found["images"]}
+        return (
+            {image: held_record(image, each) for image, each in held.items()},
+            frozenset(ImageId(image) for image in found["deleted"]),
+        )
+
+    def _open_ledger(self) -> Ledger:
+        try:
+            return Ledger(self.own.data_dir / "ledger")
+        except HciError as error:
+            self.engine.stop()
+            raise DaemonError(f"node {self.own.name}: {error}") from error
 
     def _samples(self) -> metrics.Samples:
         return node_samples(self.engine.status(), self.engine.failure(), self.registered)

@@ -22,6 +22,7 @@ from etcd.records import (
     PlacementRecord,
     PoolRecord,
     TombstoneRecord,
+    awaited_arbiter,
 )
 from shard.errors import BadValue, TooFewDomains
 from shard.geometry import SHARD_BYTES_DEFAULT, check_image_size, check_shard_size
@@ -52,6 +53,7 @@ from vmstore.errors import (
     UnknownImage,
     UnknownPool,
 )
+from vmstore.holding import INTACT
 from vmstore.names import ImageName
 from vmstore.stored import R, Stored, commit, put_found, read, stored
 
@@ -77,7 +79,8 @@ class Catalog(ArbiterRecords):
     """Reads and changes the records of one cluster.
 
     All methods raise EtcdUnavailable (nothing changed: try again), changing ones also
-    OutcomeUnknown (look whether it was made) and RecordChanged (try again).
+    OutcomeUnknown (look whether it was made), RecordChanged (try again) and RecordsLost (etcd lost
+    history: tell a person).
     """
 
     def __init__(self, etcd: Etcd, new_image_id: Callable[[], ImageId] = _random_image_id) -> None:
@@ -95,12 +98,16 @@ class Catalog(ArbiterRecords):
 
     def cluster(self, expected_id: str | None = None) -> ClusterRecord:
         """Return the cluster's record. Raises NoCluster, or OtherCluster than `expected_id`."""
-        found = read(self._etcd, ClusterRecord, keys.CLUSTER)
+        found = self.stored_cluster()
         if found is None:
             raise NoCluster
         if expected_id is not None and found.record.id != expected_id:
             raise OtherCluster(expected_id, found.record.id)
         return found.record
+
+    def stored_cluster(self) -> Stored[ClusterRecord] | None:
+        """Return the cluster's record as it stands in etcd, or None."""
+        return read(self._etcd, ClusterRecord, keys.CLUSTER)
 
     def nodes(self) -> dict[str, NodeRecord]:
         """Return all registered nodes by name."""
@@ -208,11 +215,13 @@ class Catalog(ArbiterRecords):
             KeyAbsent(keys.tombstone(image_id)),
             *pool.unchanged,
             *placement.unchanged,
+            INTACT,
         ]
         put = Put(record.key, record.encode())
         operations = [put, Put(name_key, NameRecord(image=image_id).encode())]
         revision = commit(self._etcd, compares, operations, put_found(self._etcd, put))
         if revision is None:
+            self.check_history()
             if self._etcd.get(name_key) is not None:
                 raise ImageExists(str(name))
             raise RecordChanged(f"pool {name.pool}")
@@ -257,9 +266,10 @@ class Catalog(ArbiterRecords):
             return image
         record = replace(image.record, size_bytes=size_bytes)
         put = Put(image.key, record.encode())
-        compares = [*image.unchanged, KeyAbsent(keys.lease(image.record.id))]
+        compares = [*image.unchanged, KeyAbsent(keys.lease(image.record.id)), INTACT]
         revision = commit(self._etcd, compares, [put], put_found(self._etcd, put))
         if revision is None:
+            self.check_history()
             self._check_not_in_use(name, image.record.id)
             raise RecordChanged(f"image {name}")
         return Stored(image.key, record, put.value, revision)
@@ -270,20 +280,45 @@ class Catalog(ArbiterRecords):
         lease = self.lease_of(image.record.id)
         if lease is not None and not lease.record.maintenance:
             raise InUse(str(name), lease.record.gateway)
-        tombstone = TombstoneRecord(id=image.record.id, generation=image.record.generation)
+        tombstone = self._tombstone(image.record)
         put = Put(tombstone.key, tombstone.encode())
         compares = [
             *name_item.unchanged,
             *image.unchanged,
             *((KeyAbsent(keys.lease(image.record.id)),) if lease is None else lease.unchanged),
+            INTACT,
         ]
         operations: list[Operation] = [Delete(name_item.key), Delete(image.key), put]
         if lease is not None:
             operations.append(Delete(lease.key))
         if commit(self._etcd, compares, operations, put_found(self._etcd, put)) is None:
+            self.check_history()
             self._check_not_in_use(name, image.record.id)
             raise RecordChanged(f"image {name}")
         return tombstone
+
+    def confirm_deleted(self, image: ImageId, member: str) -> None:
+        """Note that a node or arbiter has durably deleted an image.
+
+        With the last one that is awaited the tombstone goes. Raises RecordChanged.
+        """
+        found = read(self._etcd, TombstoneRecord, keys.tombstone(image))
+        if found is None or found.record.awaits is None or member not in found.record.awaits:
+            return
+        left = tuple(each for each in found.record.awaits if each != member)
+        put = Put(found.key, replace(found.record, awaits=left).encode())
+        operation = put if left else Delete(found.key)
+        if not self._etcd.transaction([*found.unchanged, INTACT], [operation]).committed:
+            raise RecordChanged(f"the tombstone of image {image}")
+
+    def _tombstone(self, image: ImageRecord) -> TombstoneRecord:
+        """Return the tombstone of an image: all that may hold something of it are awaited."""
+        members = {node for nodes in image.sets for node in nodes}
+        found = read(self._etcd, PoolRecord, keys.pool(image.pool))
+        if found is not None and found.record.arbiter is not None:
+            members.add(awaited_arbiter(found.record.arbiter))
+        awaits = tuple(sorted(members))
+        return TombstoneRecord(id=image.id, generation=image.generation, awaits=awaits)
 
     def tombstones(self) -> dict[ImageId, TombstoneRecord]:
         """Return all images that were deleted."""
@@ -305,6 +340,7 @@ class Catalog(ArbiterRecords):
             if image is not None:
                 return name_item, image
         self.pool(name.pool)
+        self.check_history()
         raise UnknownImage(str(name))
 
     def _check_not_in_use(self, name: ImageName, image: ImageId) -> None:
@@ -346,9 +382,10 @@ class Catalog(ArbiterRecords):
         self, pool: PoolRecord, placement: PlacementRecord, as_long_as: Sequence[Compare]
     ) -> None:
         put = Put(pool.key, pool.encode())
-        compares = [KeyAbsent(pool.key), KeyAbsent(placement.key), *as_long_as]
+        compares = [KeyAbsent(pool.key), KeyAbsent(placement.key), *as_long_as, INTACT]
         operations = [put, Put(placement.key, placement.encode())]
         if commit(self._etcd, compares, operations, put_found(self._etcd, put)) is None:
+            self.check_history()
             self._check_absent(pool)
             raise RecordChanged(f"arbiter {pool.arbiter}")
 

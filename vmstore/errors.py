@@ -27,6 +27,8 @@ HciError
     ├── InUse                     a gateway has the image open
     ├── BeingResized              another change of the image's size is under way
     ├── ClientBarred              the image was another gateway's since this client had it
+    ├── RecordsLost               etcd lost history, and nothing goes by it before it is recovered
+    ├── RecoveryRefused           what a recovery needs is not there, or is in doubt
     └── Conflict                  a transaction lost against another one
         ├── RecordChanged         read again and decide anew
         ├── LeaseLost             the lease is another's or gone: stop serving
@@ -282,6 +284,22 @@ class ClientBarred(VmstoreError):
         )
 
 
+class RecordsLost(VmstoreError):
+    """etcd is behind what a member knows. Nothing is opened, made or deleted by what it says."""
+
+    def __init__(self, by: str, why: str) -> None:
+        self.by = by
+        self.why = why
+        super().__init__(
+            f"etcd lost history: {by} found that {why}; put its latest state back, "
+            "or rebuild it from the nodes with `hci cluster recover`"
+        )
+
+
+class RecoveryRefused(VmstoreError):
+    """The cluster's records are not rebuilt; the text says why and what to do."""
+
+
 class Conflict(VmstoreError):
     """A transaction did not go through because what it compares has changed."""
 
@@ -316,5 +334,6 @@ class HistoryLost(Conflict):
         self.found = found
         super().__init__(
             f"etcd has image {image} at epoch {found[0]}, generation {found[1]}, but epoch "
-            f"{known[0]}, generation {known[1]} was stored before: etcd lost history; recover it"
+            f"{known[0]}, generation {known[1]} was stored before: etcd lost history; "
+            "put its latest state back, or rebuild it from the nodes with `hci cluster recover`"
         )

@@ -33,6 +33,7 @@ PURE = (
     "vmstore/events.py",
     "vmstore/granting.py",
     "vmstore/healing.py",
+    "vmstore/history.py",
     "vmstore/holder.py",
     "vmstore/holding.py",
     "vmstore/judging.py",
