@@ -623,6 +623,14 @@ class ImageRecord(Record):
         return record
 
 
+def awaited_members(record: ImageRecord, arbiter: str | None) -> tuple[str, ...]:
+    """Return who has to say that an image is deleted, before its tombstone may go."""
+    members = {node for nodes in record.sets for node in nodes}
+    if arbiter is not None:
+        members.add(awaited_arbiter(arbiter))
+    return tuple(sorted(members))
+
+
 def _problem_of_image(record: ImageRecord) -> str | None:
     layer_ids = [layer.id for layer in record.layers]
     if not layer_ids or layer_ids != sorted(set(layer_ids), reverse=True):

@@ -7,8 +7,6 @@ be found (its address and id stand there), and to hear of deleted images.
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import suppress
 
 import structlog
 
@@ -16,7 +14,6 @@ from arbiter import arbiter_pb2 as pb
 from arbiter.errors import ArbiterError
 from arbiter.record import Record
 from arbiter.server import serve as serve_votes
-from arbiter.statement import Votes
 from arbiter.vote import Vote
 from arbiter.voting import Voting
 from engine import VERSION
@@ -79,6 +76,7 @@ class ArbiterDaemon:
         self._session_lost = threading.Event()
         self._watching = False
         self._history_due_s = 0.0
+        self._history_lost = False
         self._unconfirmed: set[ImageId] = set()
 
     def run(self) -> None:
@@ -122,6 +120,7 @@ class ArbiterDaemon:
             start_counter=identity.start_counter,
             images=len(self.record.images()),
             data_dir=str(self.own.data_dir),
+            history_lost=self._history_lost,
             counters={**self.voting.counters(), "pid": os.getpid()},
         )
 
@@ -164,13 +163,13 @@ class ArbiterDaemon:
         """Raise RecordsLost where etcd is behind what was voted on, or marked as lost."""
         voted = [
             (image, max(vote.epoch for vote in votes), max(_confirmed(vote) for vote in votes))
-            for image, votes in self._votes()
-            if votes
+            for image, votes in self.voting.known()
         ]
         now = {item.key: item.value for item in self.etcd.get_prefix(keys.PREFIX).items}
         self._history_due_s = time.monotonic() + CHECK_S
         if keys.LOST not in now:
             problems = list(judge_votes(voted, now))
+            self._history_lost = bool(problems)
             if not problems:
                 return
             cluster = decoded(ClusterRecord, keys.CLUSTER, now)
@@ -179,12 +178,8 @@ class ArbiterDaemon:
                 found = Stored(keys.CLUSTER, cluster, now[keys.CLUSTER], 0)
             more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
             self.catalog.mark_lost(f"arbiter {self.own.name}", problems[0] + more, found)
+        self._history_lost = True
         self.catalog.check_history()
-
-    def _votes(self) -> Iterator[tuple[ImageId, Votes]]:
-        for image in self.record.images():
-            with suppress(ArbiterError):  # Damaged, and shown as that.
-                yield image, self.record.read(image).votes
 
     def _recheck_history(self) -> None:
         """Look now and then whether etcd may still be believed; else be registered no longer."""

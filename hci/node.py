@@ -11,6 +11,7 @@ import grpc
 import structlog
 
 from engine import VERSION, Node
+from etcd import keys
 from etcd.client import EtcdClient
 from etcd.errors import EtcdError
 from etcd.lease import Session
@@ -21,6 +22,7 @@ from hci.config import Config, NodeConfig
 from hci.control_pb2_grpc import NodeControlServicer, add_NodeControlServicer_to_server
 from hci.errors import DaemonError
 from hci.history import HistoryWatch, Holdings, held_record
+from hci.known import known_parts
 from hci.usage import FolderUsage
 from shard.digest import UNREADABLE, digest
 from shard.errors import HciError
@@ -218,6 +220,32 @@ class NodeDaemon:
                 self.catalog.confirm_deleted(image, self.own.name)
                 self._unconfirmed.discard(image)
 
+    def contested(self) -> str:
+        """Say for how many images this node knows better than the last recovery did."""
+        contested = self.ledger.contested
+        if not contested:
+            return ""
+        first = next(iter(contested.values()))
+        more = f", and {len(contested) - 1} more images" if len(contested) > 1 else ""
+        return f"it was not heard when etcd was recovered: {first}{more}; `hci cluster recover`"
+
+    def unknown_images(self) -> list[pb.UnknownImage]:
+        """Return the images with data here that etcd does not know and that were not deleted."""
+        if self.engine.failure() is not None:
+            return []
+        records = self.ledger.records()
+        held, deleted = self._holdings()
+        found = {ImageId(image) for image in self.engine.folders()} | held.keys()
+        return [
+            pb.UnknownImage(
+                image_id=image,
+                physical_bytes=self.engine.usage(image),
+                why="" if image in held else "its record is gone",
+            )
+            for image in sorted(found - deleted)
+            if keys.image(image) not in records and keys.tombstone(image) not in records
+        ]
+
     def _holdings(self) -> Holdings:
         found = self.engine.inventory()
         held = {ImageId(each["image"]): each for each in found["images"]}
@@ -287,7 +315,11 @@ class NodeControl(NodeControlServicer):
         return pb.NodeStatus(
             name=node.own.name,
             state=node.state(),
-            trouble=node.engine.failure() or node.trouble or (_FULL if status["no_space"] else ""),
+            trouble=node.engine.failure()
+            or node.history.lost
+            or node.trouble
+            or (_FULL if status["no_space"] else "")
+            or node.contested(),
             version=VERSION,
             cluster_id=node.config.cluster.id,
             store_id=node.engine.store_id,
@@ -304,7 +336,15 @@ class NodeControl(NodeControlServicer):
                 "pid": os.getpid(),
             },
             data_dir=str(node.own.data_dir),
+            history_lost=bool(node.history.lost),
+            unknown=node.unknown_images(),
         )
+
+    def Known(
+        self, request: pb.KnownRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.KnownPart]:
+        node = self._node
+        return known_parts(node.history.known(), node.engine.store_id, node.engine.start_counter)
 
     def Usage(self, request: pb.UsageRequest, context: grpc.ServicerContext) -> pb.UsageReply:
         engine = self._node.engine

@@ -22,7 +22,7 @@ from etcd.records import (
     PlacementRecord,
     PoolRecord,
     TombstoneRecord,
-    awaited_arbiter,
+    awaited_members,
 )
 from shard.errors import BadValue, TooFewDomains
 from shard.geometry import SHARD_BYTES_DEFAULT, check_image_size, check_shard_size
@@ -313,11 +313,9 @@ class Catalog(ArbiterRecords):
 
     def _tombstone(self, image: ImageRecord) -> TombstoneRecord:
         """Return the tombstone of an image: all that may hold something of it are awaited."""
-        members = {node for nodes in image.sets for node in nodes}
         found = read(self._etcd, PoolRecord, keys.pool(image.pool))
-        if found is not None and found.record.arbiter is not None:
-            members.add(awaited_arbiter(found.record.arbiter))
-        awaits = tuple(sorted(members))
+        arbiter = found.record.arbiter if found is not None else None
+        awaits = awaited_members(image, arbiter)
         return TombstoneRecord(id=image.id, generation=image.generation, awaits=awaits)
 
     def tombstones(self) -> dict[ImageId, TombstoneRecord]:

@@ -38,6 +38,7 @@ PURE = (
     "vmstore/holding.py",
     "vmstore/judging.py",
     "vmstore/names.py",
+    "vmstore/recovering.py",
     "vmstore/stored.py",
 )
 """Code that decides, and so can be run by a simulator. A module listed here may not exist yet."""
