@@ -174,16 +174,25 @@ class NodeRecord(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AliveRecord(Record):
-    """Exists while a node or an arbiter runs; the counter tells its instances apart."""
+    """Exists while a node or an arbiter runs; the counter tells its instances apart.
+
+    `run` is drawn by the process: one counter with two of them is that of a store and its copy.
+    """
 
     start_counter: int
+    run: str | None = None
 
     def _fields(self) -> dict[str, Json]:
-        return {"start_counter": self.start_counter}
+        run: dict[str, Json] = {} if self.run is None else {"run": self.run}
+        return {"start_counter": self.start_counter, **run}
 
     @classmethod
     def _take(cls, fields: Fields) -> Self:
-        return cls(start_counter=fields.number("start_counter"), extra=fields.rest())
+        return cls(
+            start_counter=fields.number("start_counter"),
+            run=fields.text("run", holder_id) if fields.has("run") else None,
+            extra=fields.rest(),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,14 @@ from shard.digest import UNREADABLE, digest
 from shard.errors import HciError
 from shard.ids import ImageId, image_id
 from vmstore.catalog import Catalog
-from vmstore.errors import ForeignStore, OtherCluster, RecordChanged, StoreBehind, UnknownImage
+from vmstore.errors import (
+    ForeignStore,
+    OtherCluster,
+    RecordChanged,
+    StoreBehind,
+    StoreCopied,
+    UnknownImage,
+)
 from vmstore.ledger import Ledger
 
 log = structlog.get_logger()
@@ -66,6 +73,7 @@ class NodeDaemon:
         self._session: Session | None = None
         self._session_lost = threading.Event()
         self._unconfirmed: set[ImageId] = set()
+        self._run = secrets.token_hex(16)
 
     def run(self) -> None:
         """Serve until it is time to end."""
@@ -143,6 +151,10 @@ class NodeDaemon:
 
     def _check_history(self) -> None:
         """Look now and then whether etcd may still be believed; else be registered no longer."""
+        if self.ledger.start_counter(self.own.name) > self.engine.start_counter:
+            copied = StoreCopied(self.own.name, self.engine.start_counter + 1)
+            self.ending.fail(str(copied))
+            return
         try:
             believed = self.history.check_if_due()
             if believed and self._unconfirmed:
@@ -180,10 +192,10 @@ class NodeDaemon:
                 store_id=self.engine.store_id,
                 start_counter=self.engine.start_counter,
             )
-            self.catalog.announce_node(record, session.lease)
+            self.catalog.announce_node(record, session.lease, self._run)
             session.start()
             self._bury_all()
-        except (OtherCluster, ForeignStore, StoreBehind) as error:
+        except (OtherCluster, ForeignStore, StoreBehind, StoreCopied) as error:
             self.ending.fail(str(error))
         except (EtcdError, RecordChanged) as error:
             if not self.trouble:

@@ -15,6 +15,7 @@ from etcd.records import (
     ArbiterRecord,
     ClusterRecord,
     ImageRecord,
+    ImportRecord,
     Layer,
     LeaseRecord,
     NameRecord,
@@ -27,7 +28,7 @@ from etcd.records import (
 from shard.errors import BadValue, TooFewDomains
 from shard.geometry import SHARD_BYTES_DEFAULT, check_image_size, check_shard_size
 from shard.ids import ImageId, image_id_from_bytes, pool_name
-from shard.membership import Policy
+from shard.membership import FIRST_GENERATION, Policy
 from shard.placement import (
     Candidate,
     FailureDomain,
@@ -49,6 +50,7 @@ from vmstore.errors import (
     RecordChanged,
     ShrinkRefused,
     StoreBehind,
+    StoreCopied,
     TooFewNodes,
     UnknownImage,
     UnknownPool,
@@ -117,11 +119,12 @@ class Catalog(ArbiterRecords):
         """Return the nodes that run, by name."""
         return {name: item.record for name, item in self._all(AliveRecord, keys.ALIVE).items()}
 
-    def announce_node(self, record: NodeRecord, etcd_lease: int) -> None:
+    def announce_node(self, record: NodeRecord, etcd_lease: int, run: str | None = None) -> None:
         """Register a node that started, and say that it is alive as long as the lease lives.
 
-        Raises ForeignStore where its name stands for another store, and StoreBehind where its
-        start counter is below the registered one; the node must not serve then.
+        `run` tells its process from all others. Raises ForeignStore where its name stands for
+        another store, StoreBehind where its start counter is below the registered one, and
+        StoreCopied where a process with a copy of its store runs; it must not serve then.
         """
         former = read(self._etcd, NodeRecord, record.key)
         compares: tuple[Compare, ...] = (KeyAbsent(record.key),)
@@ -133,7 +136,12 @@ class Catalog(ArbiterRecords):
             if known.start_counter > record.start_counter:
                 raise StoreBehind(record.name, known.start_counter, record.start_counter)
             record = replace(record, extra={**known.extra, **record.extra})
-        alive = AliveRecord(start_counter=record.start_counter)
+        running = read(self._etcd, AliveRecord, keys.alive(record.name))
+        # Each start of a store has a number of its own.
+        same = running is not None and running.record.start_counter == record.start_counter
+        if running is not None and same and running.record.run not in (None, run):
+            raise StoreCopied(record.name, record.start_counter)
+        alive = AliveRecord(start_counter=record.start_counter, run=run)
         put = Put(record.key, record.encode())
         operations = [put, Put(keys.alive(record.name), alive.encode(), etcd_lease)]
         if commit(self._etcd, compares, operations, put_found(self._etcd, put)) is None:
@@ -157,6 +165,7 @@ class Catalog(ArbiterRecords):
         """
         pool_name(name)
         check_shard_size(shard_bytes)
+        self.check_history()
         if replica_sets is not None and not 1 <= replica_sets <= REPLICA_SETS_MAX:
             raise BadValue(f"a pool has 1 to {REPLICA_SETS_MAX} replica sets, not {replica_sets}")
         if policy.has_arbiter and arbiter is None:
@@ -192,8 +201,13 @@ class Catalog(ArbiterRecords):
             raise UnknownPool(pool)
         return found
 
-    def create_image(self, name: ImageName, size_bytes: int) -> Stored[ImageRecord]:
-        """Make an empty image. Raises BadSize, UnknownPool, ImageExists."""
+    def create_image(
+        self, name: ImageName, size_bytes: int, *, imported_by: str | None = None
+    ) -> Stored[ImageRecord]:
+        """Make an empty image. Raises BadSize, UnknownPool, ImageExists.
+
+        With `imported_by` it counts as unfinished until `finish_import`.
+        """
         check_image_size(size_bytes)
         pool, placement = self.pool(name.pool), self.placement(name.pool)
         image_id = self._new_image_id()
@@ -219,6 +233,9 @@ class Catalog(ArbiterRecords):
         ]
         put = Put(record.key, record.encode())
         operations = [put, Put(name_key, NameRecord(image=image_id).encode())]
+        if imported_by is not None:
+            unfinished = ImportRecord(by=imported_by)
+            operations.append(Put(keys.unfinished_import(image_id), unfinished.encode()))
         revision = commit(self._etcd, compares, operations, put_found(self._etcd, put))
         if revision is None:
             self.check_history()
@@ -288,7 +305,12 @@ class Catalog(ArbiterRecords):
             *((KeyAbsent(keys.lease(image.record.id)),) if lease is None else lease.unchanged),
             INTACT,
         ]
-        operations: list[Operation] = [Delete(name_item.key), Delete(image.key), put]
+        operations: list[Operation] = [
+            Delete(name_item.key),
+            Delete(image.key),
+            Delete(keys.unfinished_import(image.record.id)),
+            put,
+        ]
         if lease is not None:
             operations.append(Delete(lease.key))
         if commit(self._etcd, compares, operations, put_found(self._etcd, put)) is None:
@@ -296,6 +318,29 @@ class Catalog(ArbiterRecords):
             self._check_not_in_use(name, image.record.id)
             raise RecordChanged(f"image {name}")
         return tombstone
+
+    def finish_import(self, image: ImageId) -> None:
+        """Note that an image is filled."""
+        self._etcd.transaction([], [Delete(keys.unfinished_import(image))])
+
+    def unfinished_imports(self) -> dict[ImageId, ImportRecord]:
+        """Return the images that are being filled, or whose import was interrupted."""
+        return {
+            ImageId(image): item.record
+            for image, item in self._all(ImportRecord, keys.IMPORTS).items()
+        }
+
+    def bury_unknown(self, image: ImageId, members: Sequence[str]) -> None:
+        """Write a tombstone for an image that etcd does not know, which these nodes keep data of.
+
+        Raises RecordChanged where it knows the image, or its tombstone.
+        """
+        record = TombstoneRecord(id=image, generation=FIRST_GENERATION, awaits=tuple(members))
+        put = Put(record.key, record.encode())
+        compares = [KeyAbsent(keys.image(image)), KeyAbsent(record.key), INTACT]
+        if commit(self._etcd, compares, [put], put_found(self._etcd, put)) is None:
+            self.check_history()
+            raise RecordChanged(f"image {image}")
 
     def confirm_deleted(self, image: ImageId, member: str) -> None:
         """Note that a node or arbiter has durably deleted an image.

@@ -8,6 +8,7 @@ HciError
     ├── OtherCluster              etcd holds another cluster
     ├── ForeignStore              a node's name stands for another store
     ├── StoreBehind               a node's store is older than what the cluster saw of it
+    ├── StoreCopied               two processes run on a store and its copy
     ├── TooFewNodes               the policy needs more nodes than are up
     ├── NoArbiter                 the policy needs an arbiter
     ├── ArbiterNotNeeded          the policy has none
@@ -85,6 +86,18 @@ class StoreBehind(VmstoreError):
         super().__init__(
             f"the store of node {node} is from its start {offered}, the cluster saw start "
             f"{registered}; an older copy of the disk was put back: use the current one"
+        )
+
+
+class StoreCopied(VmstoreError):
+    """Two processes have the same start of the same store: one disk is a copy of the other."""
+
+    def __init__(self, node: str, start_counter: int) -> None:
+        self.node = node
+        super().__init__(
+            f"another process runs as node {node} with a copy of this store, from its start "
+            f"{start_counter} on: end it, and use one disk only, that of the node that ran first; "
+            "never copy a data_dir"
         )
 
 

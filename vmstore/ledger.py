@@ -17,7 +17,7 @@ import structlog
 
 from etcd import keys
 from etcd.interface import Changed, KeyValue
-from etcd.records import ClusterRecord
+from etcd.records import ClusterRecord, NodeRecord
 from shard.errors import HciError
 from shard.ids import ImageId
 from vmstore.history import Known, decoded
@@ -90,6 +90,12 @@ class Ledger:
     def contested(self) -> Mapping[ImageId, str]:
         """Images of which the store has another record than was recovered."""
         return dict(self._contested)
+
+    def start_counter(self, node: str) -> int:
+        """Return how often a node was started, as etcd said last; 0 where it said nothing."""
+        item = self._records.get(keys.node(node))
+        record = decoded(NodeRecord, item.key, {item.key: item.value}) if item else None
+        return record.start_counter if record is not None else 0
 
     def records(self) -> dict[str, KeyValue]:
         """Return all that etcd said last."""

@@ -333,7 +333,9 @@ class _Planning:
         if not contradicting and now.recovered.recovery == self._recovery:
             return self._kept(image, now), None
         if contradicting and all(_is_from_before(held, now.recovered) for held in contradicting):
-            if not _is_untouched(now):
+            used = any(held.record is not None and held.record.recovered == now.recovered
+                       for held in helds)  # fmt: skip
+            if used or self._missing(now)[0]:
                 return self._raised(image, now)
             # Nobody has used what was rebuilt: what is known better now takes its place.
             others = [c for c in candidates if c[0].recovered != now.recovered]
@@ -624,14 +626,6 @@ def _is_from_before(held: HeldRecord, by: Recovered) -> bool:
     """Whether a node stored this before that recovery, of which it so knows nothing."""
     former = held.record.recovered if held.record is not None else None
     return former is None or former.recovery < by.recovery
-
-
-def _is_untouched(record: ImageRecord) -> bool:
-    """Whether nobody has opened an image since it was recovered."""
-    by = record.recovered
-    if by is None:
-        return False
-    return record.epoch in (0, by.epoch + (FORCED_STEP if by.forced else RECOVERY_STEP))
 
 
 def _conflict(candidates: list[tuple[ImageRecord, int]], base: ImageRecord) -> str:

@@ -78,6 +78,8 @@ class OpenImage:
     """A change of its size that is under way."""
     late: dict[int, float] = field(default_factory=dict)
     """Since when clients wait for it to be closed."""
+    behind: bool = False
+    """Whether etcd was found to have lost history of it."""
     last_trouble: str = ""
 
 
@@ -651,10 +653,10 @@ class Serving(ABC):
 
     def _history_lost(self, image: OpenImage, error: HciError) -> None:
         """Have everybody know that etcd is behind; the image is served as it is."""
-        why = str(error)
-        if image.holder.trouble != why:
-            image.holder.trouble = why
-            log.error("history_lost", image=str(image.name), why=why)
+        if not image.behind:
+            image.behind = True
+            log.error("history_lost", image=str(image.name), why=str(error))
+        image.holder.trouble = image.holder.trouble or str(error)
         self._later(lambda: self._mark_lost(image), nothing_more, nothing_more)
 
     def _mark_lost(self, image: OpenImage) -> None:

@@ -65,6 +65,52 @@ def recover(
         typer.echo(f"recovery {found.recovery} is done; nodes and gateways go on by themselves")
 
 
+@app.command()
+def leftovers(
+    context: typer.Context,
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ID]...", help="Only these; unknown ones need it."),
+    ] = None,
+    collect: Annotated[
+        bool, typer.Option("--collect", help="Delete them; without it they are only shown.")
+    ] = False,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is left of images that are gone or were never finished, or delete it."""
+    from hci import leftovers as left
+
+    here = session.of(context)
+    with here.catalog() as records:
+        found = left.find(here.config, records)
+        if as_json:
+            keys = ("kind", "image", "name", "nodes", "physical_bytes", "what", "collectable")
+            output.as_json(
+                {"leftovers": [{key: getattr(each, key) for key in keys} for each in found]}
+            )
+        else:
+            output.table(
+                ("KIND", "ID", "NAME", "NODES", "BYTES", "WHAT"),
+                [
+                    (
+                        *(each.kind, each.image, each.name or None, ", ".join(each.nodes)),
+                        *(output.size(each.physical_bytes), each.what),
+                    )
+                    for each in found
+                ],
+                "nothing is left over",
+            )
+        if not collect:
+            return
+        if not yes and not (
+            sys.stdin.isatty() and typer.confirm("Delete these for ever, as far as they can be?")
+        ):
+            raise RecoveryRefused("nothing was deleted; confirm it with --yes")
+        for each in left.collect(records, found, images or ()):
+            typer.echo(f"collected {each.name or each.image}", err=as_json)
+
+
 def _refuse(found: Plan, *, force: bool) -> None:
     if found.refusals:
         raise RecoveryRefused("; ".join(found.refusals))

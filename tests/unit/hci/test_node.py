@@ -89,6 +89,7 @@ class Registering(NodeDaemon):
         self._session = None
         self._session_lost = threading.Event()
         self._unconfirmed: set[ImageId] = set()
+        self._run = "a" * 32
         self.engine.inventory = lambda: {"images": [], "deleted": []}
         self.ledger = Ledger(Path(":memory:"))
         self.history = HistoryWatch(
