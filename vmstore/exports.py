@@ -330,7 +330,7 @@ class Exports(Resizing):
             if isinstance(error, EtcdError) or lapsed:
                 self._deciding.after(RELEASE_RETRY_S, lambda: self._claim(image))
             else:
-                self._step(image, events.Lost(str(error)))
+                self._lost(image, events.Lost(str(error)))
 
         def go_on() -> None:
             image.holder.paused = image.claiming = False

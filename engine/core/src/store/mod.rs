@@ -257,6 +257,13 @@ impl Store {
         self.state.images.is_deleted(image)
     }
 
+    /// Ids of the images that were deleted here.
+    pub fn deleted_images(&self) -> Vec<ImageId> {
+        let mut ids: Vec<_> = self.state.images.deleted().collect();
+        ids.sort_unstable();
+        ids
+    }
+
     /// The image's dirty shards, in order.
     pub fn dirty(&self, image: &ImageId) -> impl Iterator<Item = (u64, DirtyEntry)> {
         self.state.dirty.of(image)
