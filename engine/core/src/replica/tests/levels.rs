@@ -15,6 +15,17 @@ fn serving(faults: Faults) -> Cluster {
     cluster
 }
 
+/// All that is on its way to and from the nodes arrives.
+fn exchange(cluster: &mut Cluster) {
+    for _ in 0..50 {
+        (0..NODES).for_each(|node| {
+            cluster.deliver_request(node);
+            cluster.nodes[node].sync();
+            cluster.deliver_answer(node);
+        });
+    }
+}
+
 fn steps_until(cluster: &mut Cluster, what: &str, holds: impl Fn(&Cluster) -> bool) {
     for _ in 0..20_000 {
         if holds(cluster) {
@@ -67,7 +78,7 @@ fn image_is_open_before_its_shards_are_level() {
     cluster.restart_gateway();
     steps_until(&mut cluster, "it opens", |c| c.io.is_running());
     let left = cluster.io.level_state().map_or(0, |state| state.shards_left);
-    assert_eq!(left, 8, "of the shards at either side of four ends");
+    assert!(left > 0, "it opens before everything is compared");
     equal_everywhere(cluster);
 }
 
@@ -77,20 +88,14 @@ fn image_is_open_before_its_shards_are_level() {
 fn flush_waits_until_who_came_back_is_level() {
     let mut cluster = serving(Faults::PowerCuts);
     cluster.write(0, 32);
-    cluster.settle();
+    exchange(&mut cluster);
+    assert_eq!(cluster.io.requests_in_flight(), 0, "answered, and not flushed");
     cluster.restart_node(2, true);
-    cluster.write(40, 4);
     steps_until(&mut cluster, "it is up again", |c| c.io.replica_states()[2].1 == "levelling");
     cluster.flush();
     let before = cluster.io.requests_in_flight();
     while cluster.intercept(kind::SUMMARY).is_some() {}
-    for _ in 0..50 {
-        (0..NODES).for_each(|node| {
-            cluster.deliver_request(node);
-            cluster.nodes[node].sync();
-            cluster.deliver_answer(node);
-        });
-    }
+    exchange(&mut cluster);
     assert!(before > 0 && cluster.io.requests_in_flight() > 0, "answered too early");
     cluster.cut(2);
     equal_everywhere(cluster);
