@@ -27,8 +27,13 @@ _FAILED = pytest.StashKey[bool]()
 
 
 def pytest_configure() -> None:
-    """A run that is ended from outside unwinds like an interrupted one: clusters are stopped."""
+    """A run that is ended from outside unwinds like an interrupted one: clusters are stopped.
+
+    Ctrl-C is heard also where we were started to ignore it, in a shell's background: programs that
+    tests interrupt would inherit that.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
