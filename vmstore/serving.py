@@ -29,6 +29,7 @@ from vmstore.errors import (
     HistoryLost,
     InUse,
     LeaseLost,
+    LeaseMoved,
     RecordChanged,
     RecordsLost,
     UnknownImage,
@@ -430,6 +431,9 @@ class Serving(ABC):
         def failed(error: HciError) -> None:
             if granting.may_pass(error):
                 self._step(image, events.MembershipDelayed(str(error), progress.maybe_taken))
+            elif isinstance(error, LeaseMoved):
+                # Taken again while the change was on its way: it is asked for under the new one.
+                self._step(image, events.MembershipDelayed(str(error)))
             elif _is_behind(error):
                 # What needs no change goes on: the nodes know whose the image is.
                 self._step(image, events.MembershipDelayed(str(error)))
@@ -451,13 +455,17 @@ class Serving(ABC):
         def release() -> None:
             try:
                 self._catalog.release(held, clean=clean)
-            except RecordChanged:
-                # By ourselves, in a change whose answer was lost or came after all.
+            except RecordChanged as error:
+                # By ourselves, in a change whose answer was lost or came after all, or the lease
+                # was taken again meanwhile.
                 found = self._catalog.image(image.image)
                 own = (held.record.epoch, held.record.holder)
                 if (found.record.epoch, found.record.holder) != own:
                     raise
-                self._catalog.release(Held(found, held.lease, held.etcd_lease), clean=False)
+                assert self._lease is not None
+                moved = isinstance(error, LeaseMoved)
+                etcd_lease = self._lease.lease if moved else held.etcd_lease
+                self._catalog.release(Held(found, held.lease, etcd_lease), clean=False)
 
         def released(_result: None) -> None:
             log.info("image_released", image=str(image.name), clean=clean)
