@@ -54,6 +54,7 @@ _STATES = {
 def serve(config: Config, name: str) -> None:
     """Be the gateway `name` until told to stop. Raises DaemonError, ConfigError."""
     daemon.log_to_stderr()
+    daemon.take_files()
     ending = daemon.Ending()
     own = config.gateway(name)
     # Held until this process dies: its leases may be taken over by whoever gets it next.

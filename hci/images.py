@@ -10,6 +10,7 @@ from urllib.parse import quote
 from etcd.records import ImageRecord, NodeRecord
 from hci.config import Config, GatewayConfig
 from hci.control import GatewayClient, NodeClient
+from hci.dev.process import undisturbed
 from hci.errors import ConfigError, ControlError
 from shard.geometry import check_image_size
 from shard.ids import ImageId
@@ -123,7 +124,8 @@ def import_file(
         transfer.fill(source, uri, progress)
         records.finish_import(made.record.id)
     except BaseException:
-        _remove_when_closed(records, name)
+        with undisturbed():
+            _remove_when_closed(records, name)
         raise
 
 

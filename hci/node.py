@@ -48,6 +48,7 @@ RETRY_S = 1.0
 def serve(config: Config, name: str) -> None:
     """Be the storage node `name` until told to stop. Raises DaemonError, ConfigError."""
     daemon.log_to_stderr()
+    daemon.take_files()
     ending = daemon.Ending()
     NodeDaemon(config, config.node(name), ending).run()
     ending.raise_failure()
@@ -369,6 +370,9 @@ class NodeControl(NodeControlServicer):
         self, request: pb.DigestRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.ShardDigest]:
         record = self._record(request.image_id)
+        if record.epoch == 0:
+            # Nobody has opened it yet, so no node has heard of it, and it is zeroes everywhere.
+            return
         layers = [layer.id for layer in record.layers]
         for shard in range(request.first_shard, request.first_shard + request.shards):
             try:

@@ -26,7 +26,7 @@ from etcd.records import (
     awaited_members,
 )
 from shard.errors import BadValue, TooFewDomains
-from shard.geometry import SHARD_BYTES_DEFAULT, check_image_size, check_shard_size
+from shard.geometry import IMAGE_BYTES_MAX, SHARD_BYTES_DEFAULT, check_image_size, check_shard_size
 from shard.ids import ImageId, image_id_from_bytes, pool_name
 from shard.membership import FIRST_GENERATION, Policy
 from shard.placement import (
@@ -61,6 +61,9 @@ from vmstore.stored import R, Stored, commit, put_found, read, stored
 
 REPLICA_SETS_MAX = 1024
 """Bounds the records: each image repeats the replica sets of its pool."""
+
+RECORD_BYTES_MAX = 64 << 10
+"""An image's record that a node takes; `engine/core/src/store/images.rs` has the same."""
 
 FIRST_LAYER = 1
 
@@ -185,6 +188,7 @@ class Catalog(ArbiterRecords):
         )
         self._check_absent(record)
         placement = self._place(record, candidates)
+        _check_fits(record, placement)
         if voter is not None and failure_domain is not FailureDomain.NODE:
             _check_apart(voter.record, placement, candidates)
         self._create_pool(record, placement, voter.unchanged if voter is not None else ())
@@ -431,6 +435,38 @@ class Catalog(ArbiterRecords):
             self.check_history()
             self._check_absent(pool)
             raise RecordChanged(f"arbiter {pool.arbiter}")
+
+
+def _check_fits(pool: PoolRecord, placement: PlacementRecord) -> None:
+    """Raise BadValue where nodes would refuse a record of the pool's images for its length.
+
+    It is longest with a node of each replica set left behind, and that is when it must be stored.
+    """
+    most = 10**9
+    record = ImageRecord(
+        id=ImageId("0" * 32),
+        pool=pool.name,
+        policy=pool.policy,
+        size_bytes=IMAGE_BYTES_MAX,
+        shard_bytes=pool.shard_bytes,
+        placement_key=ImageId("0" * 32),
+        placement_version=most,
+        sets=placement.sets,
+        layers=(Layer(id=FIRST_LAYER),),
+        epoch=most,
+        holder="0" * 32,
+        generation=most,
+        stale={
+            index: {max(members, key=len): most - 1} for index, members in enumerate(placement.sets)
+        },
+    )
+    length = len(record.encode())
+    if length > RECORD_BYTES_MAX * 7 // 8:
+        fewer = max(1, len(placement.sets) * RECORD_BYTES_MAX * 3 // (4 * length))
+        raise BadValue(
+            f"{len(placement.sets)} replica sets of nodes with names such as "
+            f"{placement.sets[0][0]} are more than an image's record has room for; {fewer} would do"
+        )
 
 
 def _check_apart(

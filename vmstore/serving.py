@@ -124,6 +124,8 @@ class Serving(ABC):
         self._images: dict[ImageId, OpenImage] = {}
         self._by_channel: dict[int, OpenImage] = {}
         self._next_channel = 1
+        self._away: dict[str, float] = {}
+        """Nodes that were connected and are lost, and since when."""
         self._deciding = deciding or DecidingThread(engine.next_event)
         self._stopping = False
         self.failed: Callable[[str], None] = lambda _why: None
@@ -224,7 +226,7 @@ class Serving(ABC):
 
     def _begin(self, image: OpenImage, held: Held) -> None:
         image.held = held
-        self._step(image, events.LeaseTaken(held.record))
+        self._step(image, events.LeaseTaken(held.record, dict(self._away)))
         self._taken(image)
 
     def _confirm(self, image: OpenImage, held: Held, give_up_s: float) -> None:
@@ -515,8 +517,10 @@ class Serving(ABC):
         if kind in ("asked", "client_gone"):
             self._on_client(event)
         elif kind == "link_up":
+            self._away.pop(event["name"], None)
             log.info("node_connected", node=event["name"], instance=event["start_counter"])
         elif kind == "link_down":
+            self._away.setdefault(event["node"], self._deciding.now_s())
             log.warning("node_disconnected", node=event["node"], why=event["why"])
         else:
             image = self._by_channel.get(event["channel"])

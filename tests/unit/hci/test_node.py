@@ -35,6 +35,8 @@ def record() -> ImageRecord:
         placement_version=1,
         sets=(("node1", "node2", "node3"),),
         layers=(Layer(id=1),),
+        epoch=1,
+        holder="f" * 32,
     )
 
 

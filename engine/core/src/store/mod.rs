@@ -56,7 +56,7 @@ use disk::{Disk, DiskResult, Errno, FileRef, LockGuard};
 pub use errors::StoreError;
 pub use images::{BODY_BYTES_MAX, ImageRecord, RecordHead};
 use log::{Class, Log};
-pub use read::{BlockSummary, ShardSummary};
+pub use read::{BlockSummary, Placed, ReadBuffer, ShardSummary};
 pub use record::CopyBlock;
 use record::{HEADER_BYTES, Header, Kind};
 pub use recovery::Recovery;
