@@ -409,11 +409,19 @@ fn put_image_event(py: Python<'_>, dict: &Bound<'_, PyDict>, event: Event) -> Py
             dict.set_item("node", node)?;
             dict.set_item("status", format!("{status:?}"))
         }
-        Event::BadBlock { node, shard, block } => {
+        Event::BadBlock { node, shard, block, blocks } => {
             dict.set_item("event", "bad_block")?;
             dict.set_item("node", node)?;
-            dict.set_item("shard", shard)?;
-            dict.set_item("block", block)
+            put_blocks(dict, shard, block, blocks)
+        }
+        Event::Repaired { node, shard, block, blocks } => {
+            dict.set_item("event", "repaired")?;
+            dict.set_item("node", node)?;
+            put_blocks(dict, shard, block, blocks)
+        }
+        Event::Unrepairable { shard, block } => {
+            dict.set_item("event", "unrepairable")?;
+            put_blocks(dict, shard, block, 1)
         }
         Event::Admitted { levelled_shards, copied_bytes } => {
             dict.set_item("event", "admitted")?;
@@ -452,6 +460,12 @@ fn put_image_event(py: Python<'_>, dict: &Bound<'_, PyDict>, event: Event) -> Py
             dict.set_item("clean", clean)
         }
     }
+}
+
+fn put_blocks(dict: &Bound<'_, PyDict>, shard: u64, block: u32, blocks: u32) -> PyResult<()> {
+    dict.set_item("shard", shard)?;
+    dict.set_item("block", block)?;
+    dict.set_item("blocks", blocks)
 }
 
 fn heal_dict(py: Python<'_>, heal: HealState) -> PyResult<Bound<'_, PyDict>> {

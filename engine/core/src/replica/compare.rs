@@ -6,7 +6,8 @@
 //! | all have it rotten | none | joining nodes with an older one, stale ones in any case: it is marked bad there |
 //! | there are none: reconcile | the highest tag that is intact, the first where tags tie | who differs |
 //!
-//! A rotten block never wins, and nobody but a joining node is ever written.
+//! A rotten block never wins, and nobody but a joining node is ever written. A repair has one joining node,
+//! in sync like the trusted: where they cannot give it a block, what it has stays as it is.
 //!
 //! Equal content under another write tag differs too: a tag says that a node in sync may not have the
 //! block durably. Whoever joins has to know of that as well, or it could not tell a third node, which
@@ -33,12 +34,21 @@ pub(super) struct CopyRun {
     pub blocks: u32,
 }
 
+/// What is known of the joining nodes beside their summaries.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Purpose {
+    Level,
+    /// They were left behind: what they hold says nothing.
+    Heal,
+    /// In sync, with rot somewhere.
+    Repair,
+}
+
 /// The summaries of one shard.
 pub(super) struct Comparison {
     trusted: NodeMask,
     joiners: NodeMask,
-    /// The joiners were left behind: what they hold says nothing.
-    stale: bool,
+    purpose: Purpose,
     summaries: Vec<(NodeIndex, Vec<(Block, Tag)>)>,
 }
 
@@ -46,13 +56,20 @@ impl Comparison {
     /// `trusted`: members that never went away; `joiners`: those that may be written.
     pub(super) fn new(trusted: NodeMask, joiners: NodeMask) -> Comparison {
         assert!(trusted.and(joiners).is_empty(), "who joins is not trusted");
-        Comparison { trusted, joiners, stale: false, summaries: Vec::new() }
+        Comparison { trusted, joiners, purpose: Purpose::Level, summaries: Vec::new() }
+    }
+
+    /// `node` is in sync as the trusted are, and holds rot.
+    pub(super) fn repair(trusted: NodeMask, node: NodeIndex) -> Comparison {
+        assert!(!trusted.is_empty(), "a repair has a source");
+        let purpose = Purpose::Repair;
+        Comparison { purpose, ..Comparison::new(trusted, NodeMask::one(node)) }
     }
 
     /// `node` was left behind, and is made equal to the trusted.
     pub(super) fn heal(trusted: NodeMask, node: NodeIndex) -> Comparison {
         assert!(!trusted.is_empty(), "a heal has a source");
-        Comparison { stale: true, ..Comparison::new(trusted, NodeMask::one(node)) }
+        Comparison { purpose: Purpose::Heal, ..Comparison::new(trusted, NodeMask::one(node)) }
     }
 
     /// Adds what a member holds; all summaries have the same length.
@@ -95,6 +112,16 @@ impl Comparison {
         runs
     }
 
+    /// Blocks in `range` that are rotten on the joining node and on all that are trusted.
+    pub(super) fn hopeless(&self, range: Range<u32>) -> Vec<u32> {
+        let counts = self.trusted.with(self.joiners);
+        let rotten = |index: &u32| {
+            let mut known = self.summaries.iter().filter(|(node, _)| counts.has(*node));
+            known.all(|(_, blocks)| blocks[*index as usize].0 == Block::Bad)
+        };
+        range.filter(rotten).collect()
+    }
+
     /// The newest tag in a member's whole summary.
     fn newest_of(&self, node: NodeIndex) -> Tag {
         let summary = self.summaries.iter().find(|(other, _)| *other == node);
@@ -119,7 +146,8 @@ impl Comparison {
                 let tag_left = tag != winning && winning != Tag::NONE;
                 block != content || tag_left && !broken(Rule::TagsAreCopied)
             }
-            None if self.stale => block != Block::Bad,
+            None if self.purpose == Purpose::Heal => block != Block::Bad,
+            None if self.purpose == Purpose::Repair => false,
             // One that is no older than the rotten ones is all there is left: it stays.
             None => !reconcile && block != Block::Bad && Some(tag) < newest,
         };
@@ -230,5 +258,18 @@ mod tests {
         comparison.add(A, vec![(Block::Bad, Tag::NONE)]);
         comparison.add(C, vec![(Block::Data(3), tag(9))]);
         assert_eq!(Vec::from(comparison.copy_runs(0..1)), run(None, &[C]));
+    }
+
+    #[test]
+    fn a_repair_gives_a_rotten_node_what_another_has_and_takes_nothing_from_it() {
+        let mut comparison = Comparison::repair(mask(&[A, B]), C);
+        comparison.add(A, vec![(Block::Bad, tag(7)); 2]);
+        comparison.add(B, vec![(Block::Data(1), Tag::NONE), (Block::Bad, tag(7))]);
+        comparison.add(C, vec![(Block::Bad, Tag::NONE), (Block::Data(2), Tag::NONE)]);
+        assert_eq!(Vec::from(comparison.copy_runs(0..2)), run(Some(B), &[C]));
+        assert_eq!(comparison.hopeless(0..2), []);
+        assert!(comparison.found_rotten(B, 0));
+        assert_eq!(comparison.copy_runs(0..2).len(), 0);
+        assert_eq!(comparison.hopeless(0..2), [0]);
     }
 }

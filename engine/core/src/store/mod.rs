@@ -61,6 +61,8 @@ pub use record::CopyBlock;
 use record::{HEADER_BYTES, Header, Kind};
 pub use recovery::Recovery;
 use shard_file::ShardMeta;
+#[cfg(test)]
+pub(crate) use shard_file::shard_path;
 use state::State;
 use superblock::Superblock;
 pub use sync::{SyncDone, SyncJob};

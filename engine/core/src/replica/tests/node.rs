@@ -4,7 +4,7 @@ use crate::checksum::crc32c;
 use crate::geometry::{BLOCK_BYTES, ImageId, ShardKey, Tag};
 use crate::replica::Instance;
 use crate::simulation;
-use crate::store::{BlockState, CopyBlock};
+use crate::store::{BlockState, CopyBlock, shard_path};
 use crate::wire::Frame;
 use bytes::Bytes;
 
@@ -50,6 +50,12 @@ impl SimNode {
         let content = Bytes::from(vec![0xE5; 2 * BLOCK_BYTES as usize]);
         store.copy(&key, &blocks, content, 1).expect("a copy");
         store.append().expect("the log takes a batch");
+    }
+
+    /// A byte of a shard's file flips, if it has that many.
+    pub fn rot(&mut self, shard: u64, offset: u64) {
+        let image = ImageId([0xA1; 16]);
+        self.inner.disk.corrupt(&shard_path(&ShardKey { image, layer: 1, shard }), offset);
     }
 
     /// Takes the next frame of a connection; false: the connection waits for room in the log.

@@ -46,6 +46,8 @@ pub struct Policy {
     attempts: u64,
     /// Stale nodes that were taken in.
     pub healed: u64,
+    /// Nodes on whose disks something may rot.
+    pub rots: NodeMask,
 }
 
 pub const QUORUM: u32 = 2;
@@ -55,7 +57,7 @@ pub fn digest(generation: u64, in_sync: NodeMask) -> [u8; 32] {
 }
 
 impl Policy {
-    pub fn new(record: Stored, nodes: usize) -> Policy {
+    pub fn new(record: Stored, nodes: usize, rots: NodeMask) -> Policy {
         Policy {
             record,
             proposal: None,
@@ -68,6 +70,7 @@ impl Policy {
             heal: None,
             attempts: 0,
             healed: 0,
+            rots,
         }
     }
 
@@ -119,7 +122,11 @@ impl Policy {
             }
             Event::ReplicaFailed { node, status } => panic!("node {node} fails: {status:?}"),
             Event::Fenced { node, status } => panic!("node {node} fences us: {status:?}"),
-            Event::BadBlock { .. } => panic!("nothing rots here"),
+            Event::BadBlock { node, .. } => {
+                assert!(self.rots.has(node), "nothing rots here");
+            }
+            Event::Repaired { node, .. } => assert!(self.rots.has(node), "nothing rots here"),
+            Event::Unrepairable { .. } => panic!("others have it"),
         }
         self.go_on(io);
     }
