@@ -23,6 +23,8 @@ pub type LockGuard = Box<dyn Any + Send + Sync>;
 pub trait DiskFile: Send + Sync {
     /// Appends up to `length` bytes from `offset` on to `out`; fewer only at the file's end.
     fn read_at(&self, offset: u64, length: usize, out: &mut BytesMut) -> DiskResult<usize>;
+    /// Has the next read of the range come from the device, where the kernel can do that: a hint.
+    fn forget_cached(&self, _offset: u64, _length: u64) {}
     /// Writes all slices one after the other, beginning at `offset`. The slices may be consumed.
     fn write_at(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> DiskResult<()>;
     /// Makes everything written, punched and allocated before the call durable (not the file's

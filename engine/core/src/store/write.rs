@@ -186,7 +186,8 @@ impl Store {
     fn holds_nothing(&mut self, op: &WriteOp<'_>, shard_bytes: u32) -> Result<bool, StoreError> {
         let key = op.key();
         let fresh = op.layers.len() == 1 && self.state.index.get(&key).is_none();
-        Ok(fresh && self.meta(&key, shard_bytes)?.version == 0)
+        let meta = self.meta(&key, shard_bytes)?;
+        Ok(fresh && meta.version == 0 && !meta.rewrite_both)
     }
 
     /// Whether the change may be made at all; gives the shard size.
