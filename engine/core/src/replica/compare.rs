@@ -34,6 +34,48 @@ pub(super) struct CopyRun {
     pub blocks: u32,
 }
 
+/// What nodes in sync hold of one block, all of it intact by its checksums.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Judgement {
+    Equal,
+    Wrong {
+        right: NodeMask,
+        wrong: NodeMask,
+    },
+    /// Nothing says which is right.
+    Undecided,
+}
+
+/// Judges a block that nodes in sync hold, with no write to it in flight: the majority is right; without
+/// one the highest write tag, if each has one.
+pub(super) fn judge(held: &[(NodeIndex, Block, Tag)]) -> Judgement {
+    let who = |content: Block| {
+        let same = held.iter().filter(|(_, other, _)| *other == content);
+        same.fold(NodeMask::EMPTY, |mask, (node, ..)| mask.with(NodeMask::one(*node)))
+    };
+    let Some((_, first, _)) = held.first() else { return Judgement::Equal };
+    let all = held.iter().fold(NodeMask::EMPTY, |mask, (node, ..)| mask.with(NodeMask::one(*node)));
+    if who(*first) == all {
+        return Judgement::Equal;
+    }
+    let majority = held.iter().map(|(_, content, _)| who(*content));
+    let majority = majority.max_by_key(|nodes| nodes.0.count_ones());
+    if let Some(right) = majority.filter(|nodes| nodes.0.count_ones() * 2 > all.0.count_ones()) {
+        return Judgement::Wrong { right, wrong: all.without(right) };
+    }
+    let newest = held.iter().max_by_key(|(_, _, tag)| *tag);
+    let Some((_, content, tag)) = newest.filter(|_| held.iter().all(|(_, _, t)| *t != Tag::NONE))
+    else {
+        return Judgement::Undecided;
+    };
+    let right = who(*content);
+    let tied = held.iter().any(|(node, _, other)| other == tag && !right.has(*node));
+    match tied {
+        true => Judgement::Undecided,
+        false => Judgement::Wrong { right, wrong: all.without(right) },
+    }
+}
+
 /// What is known of the joining nodes beside their summaries.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Purpose {
@@ -258,6 +300,30 @@ mod tests {
         comparison.add(A, vec![(Block::Bad, Tag::NONE)]);
         comparison.add(C, vec![(Block::Data(3), tag(9))]);
         assert_eq!(Vec::from(comparison.copy_runs(0..1)), run(None, &[C]));
+    }
+
+    #[test]
+    fn the_majority_is_right_then_the_highest_tag_and_nothing_is_guessed() {
+        let held = |blocks: &[(NodeIndex, u32, Tag)]| {
+            let block = |(node, crc, tag): &(NodeIndex, u32, Tag)| (*node, Block::Data(*crc), *tag);
+            judge(&blocks.iter().map(block).collect::<Vec<_>>())
+        };
+        let (right, wrong) = (mask(&[A, C]), mask(&[B]));
+        let odd = [(A, 1, Tag::NONE), (B, 2, tag(9)), (C, 1, Tag::NONE)];
+        assert_eq!(held(&odd), Judgement::Wrong { right, wrong });
+        assert_eq!(held(&[(A, 1, Tag::NONE), (B, 1, tag(3))]), Judgement::Equal);
+        let (right, wrong) = (mask(&[B]), mask(&[A]));
+        assert_eq!(held(&[(A, 1, tag(2)), (B, 2, tag(3))]), Judgement::Wrong { right, wrong });
+        for undecided in [
+            vec![(A, 1, Tag::NONE), (B, 2, Tag::NONE)],
+            vec![(A, 1, Tag::NONE), (B, 2, tag(3))],
+            vec![(A, 1, tag(3)), (B, 2, tag(3))],
+            vec![(A, 1, Tag::NONE), (B, 2, Tag::NONE), (C, 3, Tag::NONE)],
+        ] {
+            assert_eq!(held(&undecided), Judgement::Undecided);
+        }
+        assert_eq!(held(&[(A, 1, Tag::NONE)]), Judgement::Equal);
+        assert_eq!(held(&[]), Judgement::Equal);
     }
 
     #[test]

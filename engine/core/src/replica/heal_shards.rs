@@ -443,6 +443,7 @@ impl ImageIo {
 
     /// Time has passed: what the rate allows goes on.
     pub fn pace(&mut self) {
+        self.pace_scrub();
         self.refill_heal();
         let stamp = self.copy_stamp();
         if let Some(heal) = &mut self.heal {

@@ -4,6 +4,7 @@ use super::heal::Heal;
 use super::level::Leveller;
 use super::locks::{BlockLocks, Range};
 use super::repair::Repairs;
+use super::scrub::Scrub;
 use super::{Event, Extent, Instance, IoError, NodeIndex, NodeMask, Outcome, Output, Token};
 use crate::content::Run;
 use crate::geometry::{Geometry, ImageId, LayerId};
@@ -190,6 +191,7 @@ pub struct ImageIo {
     pub(super) levelled_shards: u64,
     pub(super) heal: Option<Heal>,
     pub(super) repairs: Repairs,
+    pub(super) scrub: Option<Scrub>,
     pub(super) bytes_since_flush: u64,
     pub(super) ticks_since_flush: u32,
     pub(super) store_told: bool,
@@ -244,6 +246,7 @@ impl ImageIo {
             levelled_shards: 0,
             heal: None,
             repairs: Repairs::default(),
+            scrub: None,
             bytes_since_flush: 0,
             ticks_since_flush: 0,
             store_told: true,

@@ -72,6 +72,7 @@ impl ImageIo {
             self.heal_without(node, status);
         }
         self.repairs_without(node);
+        self.restart_scrub();
     }
 
     fn is_resuming(&self, node: NodeIndex) -> bool {
@@ -254,6 +255,7 @@ impl ImageIo {
         self.dispatch_parked_reads();
         self.repairs_have_hope();
         self.restart_repairs();
+        self.restart_scrub();
     }
 
     /// The record of a new generation: who is in sync in each set from now on. Requests that waited
@@ -303,6 +305,7 @@ impl ImageIo {
         self.after_store();
         self.dispatch_parked_reads();
         self.restart_repairs();
+        self.restart_scrub();
     }
 
     fn send_record_to_connected(&mut self, nodes: NodeMask) {

@@ -30,8 +30,10 @@ mod level;
 mod link;
 mod locks;
 mod membership;
+mod pacing;
 mod repair;
 mod replies;
+mod scrub;
 mod shard_set;
 mod submit;
 #[cfg(test)]
@@ -40,6 +42,7 @@ mod tests;
 pub use heal::{HealLimits, HealSpec, HealState};
 pub use image::{ImageIo, OpenSpec, Queues, SetSpec};
 pub use link::{Link, LinkEvent, LinkTarget};
+pub use scrub::{ScrubSpec, ScrubState};
 
 use crate::content::Run;
 use crate::geometry::ImageId;
@@ -143,10 +146,16 @@ pub enum Event {
     /// A node in sync failed a request; it is asked again each second.
     ReplicaFailed { node: NodeIndex, status: Status },
     /// Stored blocks are rotten on this node; another answers, and they are repaired from there. Told once
-    /// until that is over.
-    BadBlock { node: NodeIndex, shard: u64, block: u32, blocks: u32 },
+    /// until that is over. `hidden`: they match their checksums, and are not what most others have.
+    BadBlock { node: NodeIndex, shard: u64, block: u32, blocks: u32, hidden: bool },
     /// Blocks of a node are what the others have again, durably.
     Repaired { node: NodeIndex, shard: u64, block: u32, blocks: u32 },
+    /// A shard's damaged metadata was rewritten by its node, from memory.
+    MetadataRepaired { node: NodeIndex, shard: u64 },
+    /// Replicas of blocks differ, all match their checksums, and nothing says which is right.
+    Undecided { nodes: NodeMask, shard: u64, block: u32, blocks: u32 },
+    /// A scrub is through (no status), or has ended early; `report` says how far it came.
+    ScrubEnded { status: Option<Status>, report: ScrubState },
     /// A block is rotten on every node in sync: it can be read again when it was written as a whole.
     Unrepairable { shard: u64, block: u32 },
     /// The nodes asked by `admit` are `Up`.

@@ -161,7 +161,27 @@ impl ImageIo {
     fn tell_rot(&mut self, node: NodeIndex, shard: u64, range: Range<u32>) {
         let (block, blocks) = (range.start, range.end - range.start);
         self.repairs.found += u64::from(blocks);
-        self.event(Event::BadBlock { node, shard, block, blocks });
+        self.event(Event::BadBlock { node, shard, block, blocks, hidden: false });
+    }
+
+    /// A node has rewritten a shard's damaged metadata from memory.
+    pub(super) fn metadata_repaired(&mut self, node: NodeIndex, shard: u64) {
+        self.repairs.found += 1;
+        self.repairs.repaired += 1;
+        self.event(Event::MetadataRepaired { node, shard });
+    }
+
+    /// `node` holds rotten blocks, in order; their repairs are not begun yet.
+    pub(super) fn found_rotten_blocks(&mut self, node: NodeIndex, shard: u64, blocks: &[u32]) {
+        let new = blocks.iter().copied().filter(|block| self.is_new_rot(node, shard, *block));
+        let new: Vec<u32> = new.collect();
+        for run in runs(&new) {
+            self.tell_rot(node, shard, run.clone());
+            for first in run.clone().step_by(BLOCKS_MAX as usize) {
+                let range = first..run.end.min(first + BLOCKS_MAX);
+                self.want_repair(node, shard, range, None, true);
+            }
+        }
     }
 
     /// Whether rot was not known, or may be repaired now; false: all that can be done was.
@@ -180,7 +200,8 @@ impl ImageIo {
         from: NodeMask,
     ) {
         if self.is_new_rot(node, shard, block) {
-            self.tell_rot(node, shard, block..block + 1);
+            self.repairs.found += 1;
+            self.event(Event::BadBlock { node, shard, block, blocks: 1, hidden: true });
             self.want_repair(node, shard, block..block + 1, Some(from), false);
         }
     }
@@ -428,20 +449,7 @@ impl ImageIo {
         let Want { node, shard, .. } = self.repairs.jobs[index].want;
         let bad = reply.blocks.iter().enumerate().filter(|(_, (block, _))| *block == Block::Bad);
         let bad: Vec<u32> = bad.map(|(block, _)| block as u32).collect();
-        let mut new: Vec<Range<u32>> = Vec::new();
-        for block in bad.into_iter().filter(|block| self.is_new_rot(node, shard, *block)) {
-            match new.last_mut() {
-                Some(run) if run.end == block => run.end += 1,
-                _ => new.push(block..block + 1),
-            }
-        }
-        for run in new {
-            self.tell_rot(node, shard, run.clone());
-            for first in run.clone().step_by(BLOCKS_MAX as usize) {
-                let range = first..run.end.min(first + BLOCKS_MAX);
-                self.want_repair(node, shard, range, None, true);
-            }
-        }
+        self.found_rotten_blocks(node, shard, &bad);
         Ok(())
     }
 
@@ -463,15 +471,12 @@ impl ImageIo {
         hopeless.sort_unstable();
         hopeless.dedup();
         let Want { node, shard, .. } = want;
-        let mut good: Vec<Range<u32>> = Vec::new();
-        for block in want.range.clone().filter(|block| !hopeless.contains(block)) {
-            self.repairs.unrepairable.remove(&(shard, block));
-            match good.last_mut() {
-                Some(run) if run.end == block => run.end += 1,
-                _ => good.push(block..block + 1),
-            }
+        let good = want.range.clone().filter(|block| !hopeless.contains(block));
+        let good: Vec<u32> = good.collect();
+        for block in &good {
+            self.repairs.unrepairable.remove(&(shard, *block));
         }
-        for run in good {
+        for run in runs(&good) {
             let blocks = run.end - run.start;
             self.repairs.repaired += u64::from(blocks);
             self.event(Event::Repaired { node, shard, block: run.start, blocks });
@@ -554,7 +559,8 @@ impl ImageIo {
         self.retry_reads(want.shard);
         let Some((id, serial)) = want.change else { return };
         let node = NodeMask::one(want.node);
-        let waits = |part: &super::image::Part| part.serial == serial && part.waiting.has(want.node);
+        let waits =
+            |part: &super::image::Part| part.serial == serial && part.waiting.has(want.node);
         if !self.parts.get(id).is_some_and(waits) {
             return;
         }
@@ -655,10 +661,14 @@ impl ImageIo {
             return;
         }
         let whole = offset.div_ceil(BLOCK_BYTES)..(offset + length) / BLOCK_BYTES;
-        self.repairs
-            .unrepairable
-            .retain(|(at, block), _| *at != shard || !whole.contains(block));
+        self.repairs.unrepairable.retain(|(at, block), _| *at != shard || !whole.contains(block));
     }
+}
+
+/// Blocks in order, as ranges without gaps.
+pub(super) fn runs(blocks: &[u32]) -> Vec<Range<u32>> {
+    let runs = blocks.chunk_by(|before, after| before + 1 == *after);
+    runs.map(|run| run[0]..run[run.len() - 1] + 1).collect()
 }
 
 impl Want {

@@ -28,9 +28,10 @@ impl ImageIo {
         if is_ask(frame.tag) {
             self.take_level(node, frame.clone())?;
             self.take_repair(node, frame.clone())?;
+            self.take_scrub(node, frame.clone())?;
             return self.take_heal(node, frame);
         }
-        if self.is_heal_held() {
+        if self.is_heal_held() || self.is_scrub_held() {
             self.pace();
         }
         match frame.kind & !REPLY {
@@ -285,6 +286,7 @@ impl ImageIo {
         self.leveller = None;
         self.heal = None;
         self.repairs = Default::default();
+        self.scrub = None;
         for request in self.requests.drain() {
             if let Some(token) = request.token {
                 let outcome = Outcome::Failed(IoError::Shutdown);
@@ -302,6 +304,7 @@ impl ImageIo {
         }
         // One that is settled may be taken in at this moment: nothing is answered that it lacks.
         self.fail_heal_unless_settled(Status::NoSession);
+        self.close_scrub();
         self.close_repairs();
         self.phase = Phase::Closing;
         self.go_on_closing();

@@ -131,7 +131,7 @@ impl ImageIo {
         match kind {
             RequestKind::Flush => return self.start_flush(id),
             RequestKind::Pause => {
-                if !self.repair_paused(id) {
+                if !self.repair_paused(id) && !self.scrub_paused(id) {
                     self.heal_paused(id);
                 }
                 return;

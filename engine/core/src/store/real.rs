@@ -9,7 +9,8 @@ use std::sync::Arc;
 use bytes::BytesMut;
 use rustix::fs::{
     Advice, AtFlags, CWD, Dir, FallocateFlags, FlockOperation, Mode, OFlags, fadvise, fallocate,
-    fdatasync, flock, fstat, fstatvfs, fsync, ftruncate, mkdirat, openat, renameat, syncfs, unlinkat,
+    fdatasync, flock, fstat, fstatvfs, fsync, ftruncate, mkdirat, openat, renameat, syncfs,
+    unlinkat,
 };
 use rustix::io::{Errno, pread, pwritev};
 

@@ -220,7 +220,8 @@ impl Store {
         if bytes > self.log.request_bytes_max() {
             return Err(StoreError::TooLarge);
         }
-        let longest = HEADER_BYTES + per_record as usize * (BLOCK + COPY_EXTRA);
+        // None is longer than all of them together: copies are mostly of blocks without data.
+        let longest = (HEADER_BYTES + per_record as usize * (BLOCK + COPY_EXTRA)).min(bytes);
         let head = self.head_bytes();
         let room = self.log.has_room(bytes, records, longest, head);
         if room { Ok(()) } else { Err(StoreError::LogFull) }

@@ -6,7 +6,8 @@ use super::policy::{Policy, QUORUM, Stored, digest};
 use crate::content::Run;
 use crate::geometry::{BLOCK_BYTES, Geometry, ImageId};
 use crate::replica::{
-    Event, ImageIo, Instance, NodeIndex, NodeMask, OpenSpec, Outcome, Output, SetSpec, Token,
+    Event, ImageIo, Instance, NodeIndex, NodeMask, OpenSpec, Outcome, Output, ScrubSpec,
+    ScrubState, SetSpec, Token,
 };
 use crate::store::simulated::Seeded;
 use crate::wire::{Frame, FrameReader, flag};
@@ -197,6 +198,7 @@ impl Cluster {
                 && self.policy.proposal.is_none()
                 && self.io.requests_in_flight() == 0
                 && self.io.rot_state().waiting == 0
+                && !self.io.is_scrubbing()
                 && self.nodes.iter().all(SimNode::is_idle)
                 && self.links.iter().all(|l| l.to_node.is_empty() && l.late.is_empty());
             let whole = self.policy.all_up() && self.policy.record.in_sync.0 == (1 << NODES) - 1;
@@ -262,6 +264,7 @@ impl Cluster {
 
     fn tick(&mut self) {
         self.io.tick();
+        self.io.pace();
         self.carry_out();
     }
 
@@ -412,7 +415,8 @@ impl Cluster {
     fn misfortune(&mut self, node: usize) {
         if self.faults == Faults::Rot {
             return match self.random.below(20) {
-                0..15 => self.rot(),
+                0..13 => self.rot(),
+                13..15 => self.scrub(),
                 15..17 => self.cut(ROTTING),
                 17..19 => self.restart_node(ROTTING, false),
                 _ => self.restart_gateway(),
@@ -423,6 +427,13 @@ impl Cluster {
             8..18 => self.restart(node),
             _ => self.restart_gateway(),
         }
+    }
+
+    pub fn scrub(&mut self) {
+        let (bytes_per_second, share_percent) = (0, 100);
+        let spec = ScrubSpec { attempt: 1, from_shard: 0, bytes_per_second, share_percent };
+        self.io.scrub(spec);
+        self.carry_out();
     }
 
     /// A byte of a shard file flips: of a block that is used, or of its metadata.
@@ -504,6 +515,23 @@ impl Cluster {
                 break;
             }
         }
+        self.check_rot();
+    }
+
+    /// Scrubs everything; gives what that found.
+    pub fn scrub_all(&mut self) -> ScrubState {
+        self.settle();
+        self.policy.scrubbed = None;
+        self.scrub();
+        while self.policy.scrubbed.is_none() {
+            self.step(false);
+        }
+        self.settle();
+        self.check_rot();
+        self.policy.scrubbed.take().expect("it is through")
+    }
+
+    fn check_rot(&self) {
         let rot = self.io.rot_state();
         assert_eq!((rot.waiting, rot.given_up), (0, 0), "{rot:?}");
     }

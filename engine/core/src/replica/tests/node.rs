@@ -88,6 +88,14 @@ impl SimNode {
         }
     }
 
+    /// Everything goes from the log to files.
+    pub fn checkpoint_all(&mut self) {
+        let store = &mut self.run().store;
+        if let Some(job) = store.begin_checkpoint(true).expect("it begins") {
+            store.finish_checkpoint(job.run()).expect("a checkpoint succeeds");
+        }
+    }
+
     pub fn has_answers(&self) -> bool {
         !self.seen().answers.is_empty()
     }

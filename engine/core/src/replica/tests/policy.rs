@@ -1,7 +1,9 @@
 //! A policy that is just enough to run histories: the rules of `vmstore/holder.py`, of which this is
 //! no copy: no grace, no disks to judge, one replica set.
 
-use crate::replica::{Event, HealLimits, HealSpec, ImageIo, Instance, NodeIndex, NodeMask};
+use crate::replica::{
+    Event, HealLimits, HealSpec, ImageIo, Instance, NodeIndex, NodeMask, ScrubState,
+};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Standing {
@@ -48,6 +50,8 @@ pub struct Policy {
     pub healed: u64,
     /// Nodes on whose disks something may rot.
     pub rots: NodeMask,
+    /// What the last scrub found that was through.
+    pub scrubbed: Option<ScrubState>,
 }
 
 pub const QUORUM: u32 = 2;
@@ -71,6 +75,7 @@ impl Policy {
             attempts: 0,
             healed: 0,
             rots,
+            scrubbed: None,
         }
     }
 
@@ -126,7 +131,13 @@ impl Policy {
                 assert!(self.rots.has(node), "nothing rots here");
             }
             Event::Repaired { node, .. } => assert!(self.rots.has(node), "nothing rots here"),
+            Event::MetadataRepaired { node, .. } => {
+                assert!(self.rots.has(node), "nothing rots here");
+            }
             Event::Unrepairable { .. } => panic!("others have it"),
+            Event::Undecided { .. } => panic!("the majority is right"),
+            Event::ScrubEnded { status: None, report } => self.scrubbed = Some(report),
+            Event::ScrubEnded { .. } => {}
         }
         self.go_on(io);
     }
