@@ -5,7 +5,7 @@
     /hci/alive/NAME             AliveRecord       /hci/leases/ID         LeaseRecord
     /hci/pools/NAME             PoolRecord        /hci/tombstones/ID     TombstoneRecord
     /hci/placement/POOL         PlacementRecord   /hci/arbiters/NAME     ArbiterRecord
-                                                  /hci/voting/NAME       AliveRecord
+    /hci/scrubs/ID              ScrubRecord       /hci/voting/NAME       AliveRecord
 
 `alive`, `voting` and `leases` keys are bound to etcd leases. An image's NAME is a UTF-8 path and
 may contain slashes; pools, nodes, arbiters and ids never do.
@@ -25,6 +25,7 @@ LEASES = PREFIX + "leases/"
 TOMBSTONES = PREFIX + "tombstones/"
 ARBITERS = PREFIX + "arbiters/"
 VOTING = PREFIX + "voting/"
+SCRUBS = PREFIX + "scrubs/"
 
 
 def node(name: str) -> str:
@@ -87,3 +88,8 @@ def arbiter(name: str) -> str:
 def voting(name: str) -> str:
     """Return the key that exists while a thin arbiter runs."""
     return VOTING + name
+
+
+def scrub(image_id: ImageId) -> str:
+    """Return the key that says how an image's scrub stands."""
+    return SCRUBS + image_id

@@ -53,6 +53,7 @@ from vmstore.errors import (
     UnknownPool,
 )
 from vmstore.names import ImageName
+from vmstore.scrubs import ScrubRecords
 from vmstore.stored import R, Stored, commit, put_found, read, stored
 
 REPLICA_SETS_MAX = 1024
@@ -73,7 +74,7 @@ def _random_image_id() -> ImageId:
     return image_id_from_bytes(secrets.token_bytes(16))
 
 
-class Catalog(ArbiterRecords):
+class Catalog(ArbiterRecords, ScrubRecords):
     """Reads and changes the records of one cluster.
 
     All methods raise EtcdUnavailable (nothing changed: try again), changing ones also

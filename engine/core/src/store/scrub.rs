@@ -102,6 +102,12 @@ impl Store {
         Ok(Scrubbed { metadata_rewritten, data_blocks: data as u32, rotten, digest })
     }
 
+    /// What is in files only is read from there again.
+    #[cfg(test)]
+    pub(crate) fn forget_metadata(&mut self) {
+        self.metas.retain(|_| false);
+    }
+
     /// Reads a shard's metadata again; true: it was damaged, and memory still knew it.
     fn scrub_metadata(&mut self, key: &ShardKey, shard_bytes: u32) -> Result<bool, StoreError> {
         if self.may_be_torn(key) {

@@ -9,6 +9,7 @@ use crate::replica::{
     Event, ImageIo, Instance, NodeIndex, NodeMask, OpenSpec, Outcome, Output, ScrubSpec,
     ScrubState, SetSpec, Token,
 };
+use crate::simulation::LogSize;
 use crate::store::simulated::Seeded;
 use crate::wire::{Frame, FrameReader, flag};
 use bytes::{Bytes, BytesMut};
@@ -106,6 +107,16 @@ fn spec(record: Stored, faults: Faults) -> OpenSpec {
 
 impl Cluster {
     pub fn new(seed: u64, faults: Faults) -> Cluster {
+        Cluster::with_log(seed, faults, LogSize::default())
+    }
+
+    /// One whose logs take a whole shard at once.
+    pub fn roomy(seed: u64, faults: Faults) -> Cluster {
+        let log = LogSize { log_bytes: 32 << 20, segment_bytes: 4 << 20 };
+        Cluster::with_log(seed, faults, log)
+    }
+
+    fn with_log(seed: u64, faults: Faults, log: LogSize) -> Cluster {
         let in_sync = NodeMask((1 << NODES) - 1);
         let record = Stored { epoch: 1, generation: 1, in_sync, since: [0; 8] };
         let mut cluster = Cluster {
@@ -113,7 +124,7 @@ impl Cluster {
             now: 1,
             faults,
             calm: [1, 3, 10, 30, 90][(seed % 5) as usize],
-            nodes: (0..NODES).map(SimNode::new).collect(),
+            nodes: (0..NODES).map(|node| SimNode::new(node, log)).collect(),
             links: (0..NODES).map(|_| SimLink::default()).collect(),
             connections: 0,
             io: ImageIo::new(spec(record, faults)),
@@ -262,7 +273,7 @@ impl Cluster {
         self.carry_out();
     }
 
-    fn tick(&mut self) {
+    pub fn tick(&mut self) {
         self.io.tick();
         self.io.pace();
         self.carry_out();
@@ -476,7 +487,7 @@ impl Cluster {
     /// A node comes back with a disk that is empty.
     pub fn replace_disk(&mut self, node: usize) {
         self.restart_node(node, false);
-        self.nodes[node] = SimNode::new(node);
+        self.nodes[node] = SimNode::new(node, LogSize::default());
     }
 
     /// The holder dies; another opens the image.

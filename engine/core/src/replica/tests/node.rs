@@ -13,9 +13,9 @@ pub struct SimNode {
 }
 
 impl SimNode {
-    pub fn new(index: usize) -> SimNode {
+    pub fn new(index: usize, log: simulation::LogSize) -> SimNode {
         let name = format!("node{}", index + 1);
-        let mut inner = simulation::SimNode::new(&name, Default::default());
+        let mut inner = simulation::SimNode::new(&name, log);
         inner.start().expect("the store opens");
         SimNode { inner }
     }
