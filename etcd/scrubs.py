@@ -85,9 +85,7 @@ class ScrubRecord(Record):
     @property
     def times(self) -> Times:
         """Return what was when."""
-        return Times(
-            self.seen_ms, self.asked_ms, self.stopped_ms, self.begun_ms, self.finished_ms
-        )
+        return Times(self.seen_ms, self.asked_ms, self.stopped_ms, self.begun_ms, self.finished_ms)
 
     @property
     def bad(self) -> tuple[BadBlocks, ...]:

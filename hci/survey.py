@@ -246,7 +246,9 @@ def _judge_rot(found: Survey, image: pb.OpenImage) -> Iterator[Problem]:
     waiting, bad = image.counters["rot_waiting"], image.counters["rot_unrepairable"]
     if waiting:
         what = f"{waiting} damaged places of {image.name} are being repaired"
-        yield Problem(Health.HEALING, what, "wait, and watch the disk: see `bitrot_found` in the log")
+        yield Problem(
+            Health.HEALING, what, "wait, and watch the disk: see `bitrot_found` in the log"
+        )
     if bad and image.name not in found.scrubs:
         what = f"{bad} blocks of {image.name} are damaged on every node"
         yield Problem(Health.DEGRADED, what, _RESTORE.format(image.name))
@@ -267,7 +269,9 @@ def _judge_scrubs(found: Survey) -> Iterator[Problem]:
             what = f"{bad} blocks of {name} are damaged on every node"
             yield Problem(Health.DEGRADED, what, _RESTORE.format(name))
         if differ:
-            what = f"{differ} blocks of {name} differ between nodes, and nothing says which is right"
+            what = (
+                f"{differ} blocks of {name} differ between nodes, and nothing says which is right"
+            )
             advice = f"have the guest write them again; `hci scrub status {name}` names them"
             yield Problem(Health.DEGRADED, what, advice)
 

@@ -2,8 +2,8 @@
 
 `RotLog` hears of the engine's findings where those are decided upon, `Scrubber` looks now and then
 from a thread that may wait for etcd. A scrub is made by the holder of an image; one that nobody has
-open is taken with a lease for maintenance, which yields to whoever wants it for a client. How far it
-is stands in etcd, so that whoever is the next holder goes on from there.
+open is taken with a lease for maintenance, which yields to whoever wants it for a client. How far
+it is stands in etcd, so that whoever is the next holder goes on from there.
 """
 
 import random
@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import structlog
@@ -270,7 +271,7 @@ class Scrubber:
         entries = {entry.image.record.id: entry for entry in self._catalog.images()}
         for image in records.keys() - entries.keys():
             self._catalog.forget_scrub(records.pop(image))
-        self._save_bad(records)
+        self._save_bad()
         for run in list(self._runs.values()):
             self._go_on(run, records.get(run.image), now_s, now_ms)
         if len(self._runs) < AT_ONCE:
@@ -377,12 +378,15 @@ class Scrubber:
 
         self._catalog.change_scrub(run.image, change)
 
-    def _save_bad(self, records: Mapping[ImageId, Stored[ScrubRecord]]) -> None:
+    def _save_bad(self) -> None:
         """Note what stays bad, whoever found it, for people to see when the image is closed."""
         for image, bad in self._rot.take_bad().items():
-            more = Findings(bad=tuple(bad))
             try:
-                self._catalog.change_scrub(image, lambda r, m=more: replace(r, now=r.now.plus(m)))
+                self._catalog.change_scrub(image, partial(_with_bad, tuple(bad)))
             except (EtcdError, RecordChanged):
                 self._rot.give_back(image, bad)
                 raise
+
+
+def _with_bad(bad: tuple[BadBlocks, ...], record: ScrubRecord) -> ScrubRecord:
+    return replace(record, now=record.now.plus(Findings(bad=bad)))

@@ -82,7 +82,8 @@ def info(context: typer.Context, name: Image, as_json: AsJson = False) -> None:
     values["stale"] = _stale_words(record)
     bad = scrub.bad
     values["bad_blocks"] = ", ".join(f"{each.block} of shard {each.shard}" for each in bad) or "-"
-    values["scrubbed_at"] = scrub.finished_ms and time.ctime(scrub.finished_ms / 1000) or "-"
+    at_s = values["scrubbed_at"]
+    values["scrubbed_at"] = time.ctime(at_s) if at_s else "-"
     values["replica_sets"] = "; ".join(", ".join(members) for members in record.sets)
     width = max(map(len, values))
     for key, value in values.items():

@@ -175,7 +175,9 @@ def _wait(
                 tell(1.0)
                 return {chosen[image]: record.last for image, record in now.items()}
             found = survey(config)
-            parts = [_part_done(now[image], _live(found, chosen[image])) or 0.0 for image in waiting]
+            parts = [
+                _part_done(now[image], _live(found, chosen[image])) or 0.0 for image in waiting
+            ]
             tell((len(chosen) - len(waiting) + sum(parts)) / len(chosen))
             time.sleep(_POLL_S)
 
@@ -203,7 +205,7 @@ def _bad_lines(findings: Findings) -> Iterator[str]:
 
 def _words(bad: Mapping[str, Any]) -> str:
     last = bad["block"] + bad["blocks"] - 1
-    blocks = f"block {bad['block']}" if last == bad["block"] else f"blocks {bad['block']}–{last}"
+    blocks = f"block {bad['block']}" if last == bad["block"] else f"blocks {bad['block']}-{last}"
     where = f"shard {bad['shard']}, {blocks}"
     if bad["nodes"]:
         return f"{where}: {', '.join(bad['nodes'])} differ, and nothing says which is right"
