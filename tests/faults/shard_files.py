@@ -1,4 +1,4 @@
-"""Shard files of a node, as docs/disk-format.md has them: flips bytes, and rots with a valid checksum."""
+"""Shard files of a node, after docs/disk-format.md: bytes flip, and rot gets a valid checksum."""
 
 from __future__ import annotations
 

@@ -18,13 +18,15 @@ from tests.faults.nbd_session import NbdError, NbdSession
 from tests.faults.shard_files import BLOCK_BYTES, BLOCKS, ShardFile, shard_files
 from tests.faults.test_heal import RUN_BLOCKS, await_in_sync, fill, until
 
-SIZE = "64M"
-IMAGE_BLOCKS = (64 << 20) // BLOCK_BYTES
+SIZE = "256M"
+IMAGE_BLOCKS = (256 << 20) // BLOCK_BYTES
+SHARDS = 4
+"""So many lie in files, once the log has had its fill."""
 OTHER = b"\x5a" * BLOCK_BYTES
 
 
-@pytest.fixture
-def rotting() -> Iterator[DevCluster]:
+@pytest.fixture(scope="module")
+def rotting_cluster() -> Iterator[DevCluster]:
     """A cluster whose nodes have small logs, so that data soon lies in shard files."""
     with DevCluster(gateways=2) as cluster:
         for node in cluster.nodes:
@@ -39,34 +41,46 @@ def rotting() -> Iterator[DevCluster]:
         yield cluster
 
 
+@pytest.fixture
+def rotting(rotting_cluster: DevCluster) -> Iterator[DevCluster]:
+    """The same for each test, without what former ones left."""
+    yield rotting_cluster
+    rotting_cluster.mend()
+
+
 def files(cluster: DevCluster, node: str, image: str) -> dict[int, ShardFile]:
     data_dir = Path(cluster.members()[node]["data_dir"])
     return shard_files(data_dir, cluster.info(image)["id"])
 
 
-def write_to_files(cluster: DevCluster, image: str) -> None:
-    """Fills an image, again and again until its first shards lie in files on all nodes."""
+def write_to_files(cluster: DevCluster, image: str) -> list[int]:
+    """Fills an image, and closes it; returns shards whose blocks lie in files on all nodes."""
     cluster.create(image, SIZE)
     with NbdSession(cluster.url(image), 1) as session:
-        for version in range(1, 9):
-            fill(session, version, blocks=IMAGE_BLOCKS)
-            time.sleep(0.5)
-            if all(_lies_in_files(cluster, node, image) for node in cluster.nodes):
-                break
-        else:
-            pytest.fail("checkpoints put nothing into shard files")
-        fill(session, 9, blocks=IMAGE_BLOCKS // 2)
+        fill(session, 1, blocks=IMAGE_BLOCKS)
+        until("shards lie in files", lambda: len(in_files(cluster, image)) >= SHARDS)
     until("the image is closed", lambda: cluster.info(image)["clean"])
+    return in_files(cluster, image)
 
 
-def _lies_in_files(cluster: DevCluster, node: str, image: str) -> bool:
-    found = files(cluster, node, image)
-    return len(found) >= 12 and len(found.get(15, found[max(found)]).data_blocks()) > 100
+def in_files(cluster: DevCluster, image: str) -> list[int]:
+    """Shards of which all nodes have most blocks in files."""
+    image_id = cluster.info(image)["id"]
+    members = cluster.members()
+    full = [
+        {
+            shard
+            for shard, file in shard_files(Path(members[node]["data_dir"]), image_id).items()
+            if len(file.data_blocks()) > BLOCKS // 2
+        }
+        for node in cluster.nodes
+    ]
+    return sorted(set.intersection(*full))
 
 
-def stored(cluster: DevCluster, node: str, image: str, shard: int) -> list[int]:
-    """Blocks of the image, in its second half, whose content a node reads from a file."""
-    return [shard * BLOCKS + block for block in files(cluster, node, image)[shard].data_blocks()]
+def blocks_of(cluster: DevCluster, node: str, image: str, shard: int) -> list[int]:
+    """Blocks of a shard that a node has in its file."""
+    return files(cluster, node, image)[shard].data_blocks()
 
 
 def scrub(cluster: DevCluster, image: str) -> dict[str, Any]:
@@ -102,12 +116,18 @@ def counted(cluster: DevCluster, image: str) -> dict[str, int]:
 def slow_scrub(cluster: DevCluster) -> Iterator[None]:
     """Scrubs creep, so that there is time to disturb them."""
     before = cluster.config.read_text()
-    cluster.config.write_text(before + '\n[scrub]\nevery = 0\nbytes_per_second = "4M"\n')
+    cluster.config.write_text(before + '\n[scrub]\nevery = 0\nbytes_per_second = "16M"\n')
     for gateway in cluster.gateways:
         cluster.kill(gateway)
         cluster.run(gateway)
     cluster.await_health("ok")
-    yield
+    try:
+        yield
+    finally:
+        cluster.config.write_text(before)
+        for gateway in cluster.gateways:
+            cluster.kill(gateway)
+            cluster.run(gateway)
 
 
 def test_rot_under_fio_is_never_seen_and_is_repaired(rotting: DevCluster, tmp_path: Path) -> None:
@@ -115,12 +135,13 @@ def test_rot_under_fio_is_never_seen_and_is_repaired(rotting: DevCluster, tmp_pa
     print(f"seed {seed}")
     chance = random.Random(seed)
     write_to_files(rotting, "busy")
+    # The gateway reads from the node of its own host.
+    rotten = list(files(rotting, "node1", "busy").values())
     flipped = 0
     with VerifyingFio(rotting.url("busy"), seed, tmp_path) as fio:
         until_s = time.monotonic() + DURATION_S
         while fio.is_running and time.monotonic() < until_s:
-            # The gateway reads from the node of its own host.
-            file = chance.choice(list(files(rotting, "node1", "busy").values()))
+            file = chance.choice(rotten)
             blocks = file.data_blocks()
             for block in chance.sample(blocks, min(20, len(blocks))):
                 file.flip(block)
@@ -137,13 +158,13 @@ def test_rot_under_fio_is_never_seen_and_is_repaired(rotting: DevCluster, tmp_pa
 
 
 def test_small_write_into_a_rotten_block_succeeds(rotting: DevCluster) -> None:
-    write_to_files(rotting, "small")
-    block = stored(rotting, "node2", "small", 12)[3]
-    files(rotting, "node2", "small")[12].flip(block % BLOCKS)
+    shard = write_to_files(rotting, "small")[0]
+    block = blocks_of(rotting, "node2", "small", shard)[3]
+    files(rotting, "node2", "small")[shard].flip(block)
     generation = rotting.info("small")["generation"]
     import subprocess
 
-    offset = block * BLOCK_BYTES + 512
+    offset = (shard * BLOCKS + block) * BLOCK_BYTES + 512
     subprocess.run(
         ["qemu-io", "-f", "raw", "-c", f"write -P 7 {offset} 512", "-c", "flush",
          "-c", f"read -P 7 {offset} 512", rotting.url("small")],
@@ -156,9 +177,9 @@ def test_small_write_into_a_rotten_block_succeeds(rotting: DevCluster) -> None:
 
 
 def test_scrub_of_a_closed_image_repairs_what_nobody_read(rotting: DevCluster) -> None:
-    write_to_files(rotting, "idle")
-    files(rotting, "node2", "idle")[12].flip(stored(rotting, "node2", "idle", 12)[0] % BLOCKS)
-    files(rotting, "node3", "idle")[14].flip(stored(rotting, "node3", "idle", 14)[5] % BLOCKS)
+    first, *_, last = write_to_files(rotting, "idle")
+    files(rotting, "node2", "idle")[first].flip(blocks_of(rotting, "node2", "idle", first)[0])
+    files(rotting, "node3", "idle")[last].flip(blocks_of(rotting, "node3", "idle", last)[5])
     line = scrub(rotting, "idle")
     assert (line["found"], line["repaired"], line["bad"]) == (2, 2, [])
     assert scrub(rotting, "idle")["found"] == 0
@@ -168,10 +189,10 @@ def test_scrub_of_a_closed_image_repairs_what_nobody_read(rotting: DevCluster) -
 
 
 def test_rot_with_a_valid_checksum_is_found_by_the_majority(rotting: DevCluster) -> None:
-    write_to_files(rotting, "hidden")
-    block = stored(rotting, "node2", "hidden", 13)[7] % BLOCKS
+    shard = write_to_files(rotting, "hidden")[1]
+    block = blocks_of(rotting, "node2", "hidden", shard)[7]
     rotting.kill("node2")
-    files(rotting, "node2", "hidden")[13].replace(block, OTHER)
+    files(rotting, "node2", "hidden")[shard].replace(block, OTHER)
     rotting.run("node2")
     rotting.await_health("ok")
     assert not rotting.check("hidden")["equal"], "it is there, and its checksum is right"
@@ -181,23 +202,23 @@ def test_rot_with_a_valid_checksum_is_found_by_the_majority(rotting: DevCluster)
 
 
 def test_two_that_differ_are_reported_and_left_alone(rotting: DevCluster) -> None:
-    write_to_files(rotting, "pair")
+    shard = write_to_files(rotting, "pair")[1]
     with NbdSession(rotting.url("pair"), 1) as session:
         rotting.kill("node3")
-        session.call("write", 0, 1, 10)
+        session.call("write", IMAGE_BLOCKS - 1, 1, 10)
         session.call("flush")
     until("the image is closed", lambda: rotting.info("pair")["clean"])
     assert [entry["node"] for entry in rotting.info("pair")["stale"]] == ["node3"]
-    block = stored(rotting, "node2", "pair", 13)[7] % BLOCKS
+    block = blocks_of(rotting, "node2", "pair", shard)[7]
     rotting.kill("node2")
-    files(rotting, "node2", "pair")[13].replace(block, OTHER)
+    files(rotting, "node2", "pair")[shard].replace(block, OTHER)
     rotting.run("node2")
     rotting.await_nodes("up", "node2")
     with pytest.raises(CommandError) as failed:
         rotting.hci("scrub", "start", f"{POOL}/pair", "--wait")
     assert failed.value.exit_code == 1
     line = status(rotting, "pair")
-    expected = {"shard": 13, "block": block, "blocks": 1, "nodes": ["node1", "node2"]}
+    expected = {"shard": shard, "block": block, "blocks": 1, "nodes": ["node1", "node2"]}
     assert [{**bad, "nodes": sorted(bad["nodes"])} for bad in line["bad"]] == [expected]
     assert line["repaired"] == 0
     assert "differ" in rotting.hci("status")
@@ -205,9 +226,9 @@ def test_two_that_differ_are_reported_and_left_alone(rotting: DevCluster) -> Non
 
 
 def test_lost_metadata_of_a_shard_is_given_back(rotting: DevCluster) -> None:
-    write_to_files(rotting, "meta")
+    shard = write_to_files(rotting, "meta")[1]
     rotting.kill("node3")
-    files(rotting, "node3", "meta")[13].spoil_metadata()
+    files(rotting, "node3", "meta")[shard].spoil_metadata()
     rotting.run("node3")
     rotting.await_health("ok")
     line = scrub(rotting, "meta")
@@ -217,13 +238,12 @@ def test_lost_metadata_of_a_shard_is_given_back(rotting: DevCluster) -> None:
 
 
 def test_block_bad_everywhere_fails_alone_until_it_is_overwritten(rotting: DevCluster) -> None:
-    write_to_files(rotting, "lost")
-    common = set(stored(rotting, "node1", "lost", 13))
-    for node in ("node2", "node3"):
-        common &= set(stored(rotting, node, "lost", 13))
-    block = sorted(common)[4]
+    shard = write_to_files(rotting, "lost")[1]
+    held = [set(blocks_of(rotting, node, "lost", shard)) for node in rotting.nodes]
+    rotten = sorted(set.intersection(*held))[4]
     for node in rotting.nodes:
-        files(rotting, node, "lost")[13].flip(block % BLOCKS)
+        files(rotting, node, "lost")[shard].flip(rotten)
+    block = shard * BLOCKS + rotten
     with NbdSession(rotting.url("lost"), 1) as session:
         with pytest.raises(NbdError):
             session.call("read", block, 1)
@@ -238,9 +258,9 @@ def test_block_bad_everywhere_fails_alone_until_it_is_overwritten(rotting: DevCl
 
 @pytest.mark.parametrize("killed", ["gateway", "node2"])
 def test_scrub_that_is_interrupted_goes_on(rotting: DevCluster, killed: str) -> None:
-    write_to_files(rotting, "slow")
+    shard = write_to_files(rotting, "slow")[-1]
     with slow_scrub(rotting):
-        files(rotting, "node2", "slow")[14].flip(stored(rotting, "node2", "slow", 14)[5] % BLOCKS)
+        files(rotting, "node2", "slow")[shard].flip(blocks_of(rotting, "node2", "slow", shard)[5])
         rotting.hci("scrub", "start", f"{POOL}/slow")
         until("it is under way", lambda: (status(rotting, "slow")["done"] or 0) > 0.1)
         assert not rotting.try_hci("status").returncode
@@ -266,7 +286,7 @@ def test_image_that_is_scrubbed_opens_at_once_at_another_gateway(rotting: DevClu
         rotting.run("gateway2")
         begun = time.monotonic()
         with NbdSession(rotting.url_at("gateway2", "wanted"), 1) as session:
-            assert session.call("read", 0, RUN_BLOCKS) == [9] * RUN_BLOCKS
+            assert session.call("read", 0, RUN_BLOCKS) == [1] * RUN_BLOCKS
             assert time.monotonic() - begun < 10
             session.call("write", 0, RUN_BLOCKS, 3)
             session.call("flush")
