@@ -5,7 +5,8 @@
     /hci/alive/NAME             AliveRecord       /hci/leases/ID         LeaseRecord
     /hci/pools/NAME             PoolRecord        /hci/tombstones/ID     TombstoneRecord
     /hci/placement/POOL         PlacementRecord   /hci/arbiters/NAME     ArbiterRecord
-    /hci/scrubs/ID              ScrubRecord       /hci/voting/NAME       AliveRecord
+    /hci/lost                   LostRecord        /hci/voting/NAME       AliveRecord
+    /hci/scrubs/ID              ScrubRecord       /hci/imports/ID        ImportRecord
 
 `alive`, `voting` and `leases` keys are bound to etcd leases. An image's NAME is a UTF-8 path and
 may contain slashes; pools, nodes, arbiters and ids never do.
@@ -15,6 +16,7 @@ from shard.ids import ImageId
 
 PREFIX = "/hci/"
 CLUSTER = PREFIX + "cluster"
+LOST = PREFIX + "lost"
 NODES = PREFIX + "nodes/"
 ALIVE = PREFIX + "alive/"
 POOLS = PREFIX + "pools/"
@@ -26,6 +28,10 @@ TOMBSTONES = PREFIX + "tombstones/"
 ARBITERS = PREFIX + "arbiters/"
 VOTING = PREFIX + "voting/"
 SCRUBS = PREFIX + "scrubs/"
+IMPORTS = PREFIX + "imports/"
+
+BOUND = (ALIVE, LEASES, VOTING)
+"""Prefixes of keys that end with an etcd lease."""
 
 
 def node(name: str) -> str:
@@ -93,3 +99,8 @@ def voting(name: str) -> str:
 def scrub(image_id: ImageId) -> str:
     """Return the key that says how an image's scrub stands."""
     return SCRUBS + image_id
+
+
+def unfinished_import(image_id: ImageId) -> str:
+    """Return the key that says an image is being filled from a file."""
+    return IMPORTS + image_id
