@@ -453,7 +453,7 @@ impl Cluster {
         let last = u64::from(SHARD_BYTES - 2 * BLOCK_BYTES);
         let offset = match self.random.below(4) {
             0 => u64::from(SHARD_BYTES) + self.random.below(10 << 10),
-            _ if shard % 2 == 0 => last + self.random.below(2 * u64::from(BLOCK_BYTES)),
+            _ if shard.is_multiple_of(2) => last + self.random.below(2 * u64::from(BLOCK_BYTES)),
             _ => self.random.below(2 * u64::from(BLOCK_BYTES)),
         };
         self.nodes[ROTTING].rot(shard, offset);
