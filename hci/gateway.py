@@ -25,13 +25,14 @@ from hci.config import Config, GatewayConfig
 from hci.control_pb2_grpc import GatewayControlServicer, add_GatewayControlServicer_to_server
 from hci.errors import DaemonError
 from shard.errors import HciError
-from shard.ids import image_id
+from shard.ids import ImageId, image_id
 from vmstore.caretaker import Caretaker
 from vmstore.catalog import Catalog
 from vmstore.errors import OtherCluster, UnknownImage
 from vmstore.exports import Exports
 from vmstore.holder import Holder, Phase, closing_waits_for
 from vmstore.resizing import RESIZE_LIMIT_S
+from vmstore.scrubbing import Scrubber
 from vmstore.served import Served
 from vmstore.serving import OpenImage
 
@@ -39,6 +40,9 @@ log = structlog.get_logger()
 
 POLL_S = 0.5
 BACKLOG = 128
+
+SCRUB_COUNTERS = ("next_shard", "shards_done", "shards_left", "read_bytes", "found", "repaired")
+"""What is told of a scrub under way, each with `scrub_` before it."""
 
 _STATES = {
     Phase.TAKING: pb.OpenImage.STATE_OPENING,
@@ -97,6 +101,14 @@ class GatewayDaemon:
         self.exports.failed = ending.fail
         self.caretaker = Caretaker(
             self.catalog, self.exports.maintain, self.exports.maintained, random.SystemRandom()
+        )
+        self.scrubber = Scrubber(
+            self.catalog,
+            self.exports,
+            self.exports.rot_log,
+            self.scrub_of,
+            config.scrub,
+            random.SystemRandom(),
         )
 
     def run(self) -> None:
@@ -176,6 +188,7 @@ class GatewayDaemon:
             lambda: self.etcd.watch(keys.NODES, self._on_nodes),
             lambda: self.etcd.watch(keys.LOST, self._on_mark),
             self.caretaker.watch,
+            self.scrubber.watch,
             self._link_nodes,
         )
         try:
@@ -205,6 +218,7 @@ class GatewayDaemon:
 
     def _look_after(self) -> None:
         self.caretaker.look(time.monotonic())
+        self.scrubber.look(time.monotonic(), time.time_ns() // 1_000_000)
         if not self._nodes_changed.is_set():
             return
         self._nodes_changed.clear()
@@ -234,14 +248,20 @@ class GatewayDaemon:
             socket=node.socket if local else None,
         )
 
-    def heals(self) -> dict[int, dict[str, Any]]:
-        """Return how far the heals under way are, by channel."""
+    def of_engine(self) -> dict[int, dict[str, Any]]:
+        """Return what the engine says of its images, by channel."""
         try:
             images = self.engine.snapshot()["images"]
         except RuntimeError:
             # Stopped, or about to be.
             return {}
-        return {image["channel"]: image["heal"] for image in images if image["heal"] is not None}
+        return {image["channel"]: image for image in images}
+
+    def scrub_of(self, image: ImageId) -> dict[str, Any] | None:
+        """Return how far the scrub of an image is that is open here."""
+        found = [open_image for open_image in self.exports.snapshot() if open_image.image == image]
+        state = self.of_engine().get(found[0].channel) if found else None
+        return state["scrub"] if state is not None else None
 
     def _samples(self) -> metrics.Samples:
         """Return the gateway's metrics."""
@@ -287,6 +307,19 @@ class GatewayDaemon:
         yield gauge("hci_heal_bytes_done", "Copied by the heals under way.",
                     {who: heal["bytes_done"] for who, heal in heals.items()},
                     ["image", "node"])  # fmt: skip
+        yield counter("hci_image_rot_blocks_total", "Blocks found damaged, repaired, given up or "
+                      "undecided since the gateway started.",
+                      dict(self.exports.rot_log.counts()), ["image", "kind"])  # fmt: skip
+        yield gauge("hci_image_unrepairable_blocks", "Damaged on every node in sync.",
+                    {(name,): len(found["rot"]["unrepairable"]) for name, found in asked},
+                    ["image"])  # fmt: skip
+        scrubs = {(name,): found["scrub"] for name, found in asked if found["scrub"]}
+        yield gauge("hci_scrub_shards_left", "Of the scrubs under way.",
+                    {who: scrub["shards_left"] for who, scrub in scrubs.items()},
+                    ["image"])  # fmt: skip
+        yield gauge("hci_scrub_read_bytes", "Read of each node by the scrubs under way.",
+                    {who: scrub["read_bytes"] for who, scrub in scrubs.items()},
+                    ["image"])  # fmt: skip
         moved = {
             (name, direction): found["counters"][f"{direction}_bytes"]
             for name, found in asked
@@ -312,7 +345,7 @@ class GatewayControl(GatewayControlServicer):
         self, request: pb.GatewayStatusRequest, context: grpc.ServicerContext
     ) -> pb.GatewayStatus:
         gateway = self._gateway
-        heals = gateway.heals()
+        seen = gateway.of_engine()
         return pb.GatewayStatus(
             name=gateway.own.name,
             holder_id=gateway.holder,
@@ -321,7 +354,7 @@ class GatewayControl(GatewayControlServicer):
             trouble=gateway.trouble,
             version=VERSION,
             images=[
-                _image_status(image, _progress(image, heals.get(image.channel), gateway.exports))
+                _image_status(image, seen.get(image.channel), gateway.exports)
                 for image in gateway.exports.snapshot()
             ],
             counters={"pid": os.getpid()},
@@ -373,8 +406,21 @@ def _progress(
     )
 
 
-def _image_status(image: OpenImage, heal: pb.Progress | None = None) -> pb.OpenImage:
+def _counters(seen: dict[str, Any]) -> dict[str, int]:
+    """Return what is told of an image's rot, and of its scrub while one is under way."""
+    rot, scrub = seen["rot"], seen["scrub"]
+    counters = {f"rot_{what}": rot[what] for what in ("found", "repaired", "waiting")}
+    counters["rot_unrepairable"] = len(rot["unrepairable"])
+    for what in SCRUB_COUNTERS if scrub is not None else ():
+        counters[f"scrub_{what}"] = scrub[what]
+    return counters
+
+
+def _image_status(
+    image: OpenImage, seen: dict[str, Any] | None = None, exports: Exports | None = None
+) -> pb.OpenImage:
     holder, record = image.holder, image.holder.record
+    heal = _progress(image, seen["heal"], exports) if seen is not None and exports else None
     status = pb.OpenImage(
         image_id=image.image,
         name=str(image.name),
@@ -382,6 +428,7 @@ def _image_status(image: OpenImage, heal: pb.Progress | None = None) -> pb.OpenI
         trouble=holder.trouble,
         clients=sum(1 for user in image.users if user > 0),
         heal=heal,
+        counters=_counters(seen) if seen is not None else {},
     )
     if record is None:
         return status

@@ -41,6 +41,7 @@ from vmstore.holder import OPEN_LIMIT_S, Holder, Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName
 from vmstore.progress import HealLog
+from vmstore.scrubbing import RotLog
 from vmstore.served import Served
 from vmstore.stored import Stored
 
@@ -121,6 +122,7 @@ class Serving(ABC):
         self._granter = Granter(catalog, self._voters)
         self._heal_limits = heal_limits
         self.heal_log = HealLog()
+        self.rot_log = RotLog()
         self._lease: Session | None = None
         self._images: dict[ImageId, OpenImage] = {}
         self._by_channel: dict[int, OpenImage] = {}
@@ -539,6 +541,8 @@ class Serving(ABC):
         if kind == "zeroed":
             self._zeroed(image, event["done"])
             return
+        if self.rot_log.on_event(image.image, str(image.name), event, image.node_names):
+            return
         node = image.node_names[event["node"]] if "node" in event else ""
         match kind:
             case "peeked":
@@ -550,9 +554,6 @@ class Serving(ABC):
                 self._step(image, events.ReplicaBlocking(node))
             case "replica_failed":
                 self._step(image, events.ReplicaFailed(node, event["status"]))
-            case "bad_block":
-                log.error("bitrot_found", image=str(image.name), node=node, shard=event["shard"],
-                          block=event["block"])  # fmt: skip
             case "admitted":
                 log.info("replicas_level", image=str(image.name), shards=event["levelled_shards"],
                          copied_bytes=event["copied_bytes"])  # fmt: skip

@@ -59,10 +59,12 @@ pub enum Rule {
     FailedSyncEnds,
     /// Where no node of a set is up all in sync are levelled, or none.
     AllInSyncLevelled,
+    /// Blocks are repaired while no write to them is in flight.
+    RepairPausesWrites,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 26] = [
+    pub const ALL: [Rule; 27] = [
         Rule::SessionIsCurrent,
         Rule::EpochIsCurrent,
         Rule::EqualRecordsAgree,
@@ -89,6 +91,7 @@ impl Rule {
         Rule::TagsAreCopied,
         Rule::FailedSyncEnds,
         Rule::AllInSyncLevelled,
+        Rule::RepairPausesWrites,
     ];
 }
 

@@ -1,6 +1,6 @@
 //! What the gateway looks like at one moment, for people and tests.
 
-use crate::replica::HealState;
+use crate::replica::{HealState, RotState, ScrubState};
 
 use crate::nbd::Counters;
 
@@ -30,7 +30,8 @@ pub struct ImageSnapshot {
     /// Name and state of each node.
     pub replicas: Vec<(String, String)>,
     pub heal: Option<HealState>,
-
+    pub scrub: Option<ScrubState>,
+    pub rot: RotState,
     pub counters: Counters,
 }
 

@@ -164,8 +164,9 @@ impl ImageIo {
         }
     }
 
-    pub fn is_healing(&self) -> bool {
-        self.heal.is_some()
+    /// Whether something goes on that `pace` drives.
+    pub fn wants_pace(&self) -> bool {
+        self.heal.is_some() || self.is_scrubbing()
     }
 
     /// How far the heal under way is.

@@ -134,7 +134,7 @@ impl ImageIo {
                     return Ok(());
                 }
                 if let Some((shard, block)) = taken.rotten {
-                    self.event(Event::BadBlock { node, shard, block });
+                    self.found_rot(node, shard, block);
                 }
                 self.send_heal_orders();
                 if let Some(done) = taken.done {
@@ -443,6 +443,7 @@ impl ImageIo {
 
     /// Time has passed: what the rate allows goes on.
     pub fn pace(&mut self) {
+        self.pace_scrub();
         self.refill_heal();
         let stamp = self.copy_stamp();
         if let Some(heal) = &mut self.heal {

@@ -3,6 +3,8 @@
 use super::heal::Heal;
 use super::level::Leveller;
 use super::locks::{BlockLocks, Range};
+use super::repair::Repairs;
+use super::scrub::Scrub;
 use super::{Event, Extent, Instance, IoError, NodeIndex, NodeMask, Outcome, Output, Token};
 use crate::content::Run;
 use crate::geometry::{Geometry, ImageId, LayerId};
@@ -93,7 +95,7 @@ pub(super) enum RequestKind {
     Zero,
     Status,
     Flush,
-    /// Ours: writes to a shard are paused while it is compared and copied.
+    /// Ours: writes are paused while blocks are compared and copied.
     Pause,
 }
 
@@ -132,8 +134,10 @@ pub(super) struct Part {
     pub waiting: NodeMask,
     /// Who of them was asked.
     pub sent: NodeMask,
-    /// Reads: who failed it. Flushes: see `marks`.
+    /// Reads: who failed it. Changes: who met rot where it would have to be merged, and has not made it.
     pub tried: NodeMask,
+    /// Times that it waited for a repair.
+    pub awaited: u8,
     /// Reads past the lease time: data is here, epochs are being confirmed.
     pub confirming: bool,
     /// Flushes: write marks at sending, by node, and the sequence that may be cleared after.
@@ -186,6 +190,8 @@ pub struct ImageIo {
     pub(super) leveller: Option<Leveller>,
     pub(super) levelled_shards: u64,
     pub(super) heal: Option<Heal>,
+    pub(super) repairs: Repairs,
+    pub(super) scrub: Option<Scrub>,
     pub(super) bytes_since_flush: u64,
     pub(super) ticks_since_flush: u32,
     pub(super) store_told: bool,
@@ -239,6 +245,8 @@ impl ImageIo {
             leveller: None,
             levelled_shards: 0,
             heal: None,
+            repairs: Repairs::default(),
+            scrub: None,
             bytes_since_flush: 0,
             ticks_since_flush: 0,
             store_told: true,

@@ -184,7 +184,7 @@ impl ImageIo {
                     return Ok(());
                 }
                 if let Some((shard, block)) = taken.rotten {
-                    self.event(Event::BadBlock { node, shard, block });
+                    self.found_rot(node, shard, block);
                 }
                 self.send_level_orders();
             }

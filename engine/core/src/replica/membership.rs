@@ -71,6 +71,8 @@ impl ImageIo {
         if was_up || self.healing().has(node) {
             self.heal_without(node, status);
         }
+        self.repairs_without(node);
+        self.restart_scrub();
     }
 
     fn is_resuming(&self, node: NodeIndex) -> bool {
@@ -251,6 +253,9 @@ impl ImageIo {
         unsent.sort_by_key(|(sequence, id)| (*sequence == 0, *sequence, *id));
         unsent.into_iter().for_each(|(_, id)| self.send_missing(id, nodes));
         self.dispatch_parked_reads();
+        self.repairs_have_hope();
+        self.restart_repairs();
+        self.restart_scrub();
     }
 
     /// The record of a new generation: who is in sync in each set from now on. Requests that waited
@@ -299,6 +304,8 @@ impl ImageIo {
         self.send_record_to_connected(storing.with(told));
         self.after_store();
         self.dispatch_parked_reads();
+        self.restart_repairs();
+        self.restart_scrub();
     }
 
     fn send_record_to_connected(&mut self, nodes: NodeMask) {

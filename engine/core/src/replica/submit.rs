@@ -130,7 +130,12 @@ impl ImageIo {
         let (kind, length) = (request.kind, request.length);
         match kind {
             RequestKind::Flush => return self.start_flush(id),
-            RequestKind::Pause => return self.heal_paused(id),
+            RequestKind::Pause => {
+                if !self.repair_paused(id) && !self.scrub_paused(id) {
+                    self.heal_paused(id);
+                }
+                return;
+            }
             _ => {}
         }
         if length == 0 {
@@ -214,6 +219,7 @@ impl ImageIo {
             waiting: wanted,
             sent: NodeMask::EMPTY,
             tried: NodeMask::EMPTY,
+            awaited: 0,
             confirming: false,
             marks: Vec::new(),
             clear_sequence: 0,
@@ -253,6 +259,7 @@ impl ImageIo {
         }
         let part = &mut self.parts[id];
         part.sent = part.sent.with(nodes);
+        part.tried = part.tried.without(nodes);
         let io = Io {
             shard: part.shard,
             offset: part.offset,
@@ -280,6 +287,9 @@ impl ImageIo {
             let absent = untried.without(candidates);
             if !absent.is_empty() {
                 return absent.iter().for_each(|node| self.tell_blocking(node));
+            }
+            if self.may_be_repaired(id) {
+                return;
             }
             // Every replica has failed it.
             self.parts.remove(id);
@@ -403,6 +413,8 @@ impl ImageIo {
             self.submit_own_flush();
         }
         self.send_unsent();
+        self.start_repairs();
+        self.retry_forgotten_reads();
     }
 
     /// Sends again what a replica that is up failed, or was not asked.

@@ -180,20 +180,6 @@ impl DirtyMaps {
         self.drop_where(image, |shard, entry| entry.sticky && wanted.binary_search(&shard).is_ok())
     }
 
-    /// A write to the shard failed on some node: only a heal or reconcile makes it level.
-    pub fn fail(&mut self, image: &ImageId, shard: u64) {
-        let map = self.images.entry(*image).or_default();
-        let generation = map.generation;
-        let entries = &mut self.entries;
-        let entry = map.shards.entry(shard).or_insert_with(|| {
-            *entries += 1;
-            let (last, first, settled) = (Tag::NONE, Tag::NONE, Tag::NONE);
-            let (written, layer, sticky) = (generation, 0, false);
-            DirtyEntry { last, first, settled, generation, written, layer, sticky }
-        });
-        entry.stick();
-    }
-
     /// A new instance of the store begins.
     pub fn all_sticky(&mut self) {
         let entries = self.images.values_mut().flat_map(|image| image.shards.values_mut());

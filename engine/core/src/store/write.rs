@@ -186,7 +186,8 @@ impl Store {
     fn holds_nothing(&mut self, op: &WriteOp<'_>, shard_bytes: u32) -> Result<bool, StoreError> {
         let key = op.key();
         let fresh = op.layers.len() == 1 && self.state.index.get(&key).is_none();
-        Ok(fresh && self.meta(&key, shard_bytes)?.version == 0)
+        let meta = self.meta(&key, shard_bytes)?;
+        Ok(fresh && meta.version == 0 && !meta.rewrite_both)
     }
 
     /// Whether the change may be made at all; gives the shard size.
@@ -219,7 +220,8 @@ impl Store {
         if bytes > self.log.request_bytes_max() {
             return Err(StoreError::TooLarge);
         }
-        let longest = HEADER_BYTES + per_record as usize * (BLOCK + COPY_EXTRA);
+        // None is longer than all of them together: copies are mostly of blocks without data.
+        let longest = (HEADER_BYTES + per_record as usize * (BLOCK + COPY_EXTRA)).min(bytes);
         let head = self.head_bytes();
         let room = self.log.has_room(bytes, records, longest, head);
         if room { Ok(()) } else { Err(StoreError::LogFull) }

@@ -6,4 +6,5 @@ mod histories;
 mod node;
 mod oracle;
 mod policy;
+mod rot;
 mod scripted;
