@@ -172,9 +172,9 @@ def seeds(kind: str) -> Iterator[int]:
         index += len(KINDS)
 
 
-def catch(defect: Defect, within: int) -> tuple[int, Outcome | None]:
+def catch(defect: Defect, within: int, kind: str | None = None) -> tuple[int, Outcome | None]:
     """Return how many histories it takes to notice a defect, and the one that did."""
-    source = seeds(defect.kind)
+    source = seeds(kind or defect.kind)
     for count in range(1, within + 1):
         with planted(defect):
             outcome = History(next(source)).play()
@@ -188,9 +188,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim.defects", description=__doc__)
     parser.add_argument("names", nargs="*", help="only those whose name has one of these in it")
     parser.add_argument("--within", type=int, default=300)
+    parser.add_argument("--survey", action="store_true", help="try histories of all kinds")
     options = parser.parse_args()
     for defect in (*DEFECTS, *CANDIDATES):
         if options.names and not any(name in defect.name for name in options.names):
+            continue
+        if options.survey:
+            for kind in KINDS:
+                count, outcome = catch(defect, options.within, kind.name)
+                if outcome is not None:
+                    print(f"{defect.name}: {count} of {kind.name}: {str(outcome.error)[:90]}",
+                          flush=True)  # fmt: skip
             continue
         count, outcome = catch(defect, options.within)
         why = "NOT CAUGHT" if outcome is None else f"{str(outcome.error)[:110]}"

@@ -76,6 +76,8 @@ class Guest:
         self.busy = True
         """Whether it asks for anything by itself."""
         self.pause_s = 0.05
+        self.lazy = False
+        """Whether it hardly ever flushes."""
         self._image = image
         self._shared = shared
         self._gateway: SimGateway | None = None
@@ -113,6 +115,7 @@ class Guest:
         """The guest is switched off; its gateway sees the connection end."""
         if self.life in (Life.CONNECTING, Life.RUNNING):
             self._leave()
+        self._abandon()
         self.life = Life.OFF
         self.channel = None
 
@@ -223,9 +226,9 @@ class Guest:
         changes = sum(asked.kind != "read" for asked in self._asked.values())
         if draw < 0.35 or changes >= CHANGES_IN_FLIGHT_MAX:
             self.read(first, sectors)
-        elif draw < 0.8:
+        elif draw < (0.92 if self.lazy else 0.8):
             self.write(first, sectors)
-        elif draw < 0.88:
+        elif draw < (0.99 if self.lazy else 0.88):
             self.zero(first, sectors)
         else:
             self.flush()
@@ -238,7 +241,7 @@ class Guest:
 
     def write(self, first: int, sectors: int) -> None:
         """Write a stamp of its own over some sectors."""
-        durable = self._shared.chance.random() < 0.15
+        durable = not self.lazy and self._shared.chance.random() < 0.15
         token = self._begin("write", first, sectors, durable=durable)
         stamp = token << 8 | 1
         asked = self._asked[token]
