@@ -22,6 +22,7 @@ from tests.sim.guest import IN_FLIGHT_MAX, Guest, Life, Shared
 from tests.sim.oracle import SECTOR_BYTES, Oracle, Violation
 from tests.sim.processes import SimGateway, SimNode
 from vmstore.catalog import Catalog
+from vmstore.errors import RecordChanged
 from vmstore.holder import Phase
 from vmstore.names import ImageName
 
@@ -87,7 +88,7 @@ class Cluster:
         """Blocks rot: a read may fail."""
         self.rolled_back = False
         """etcd was restored: its records may be lower than they were."""
-        self._served_epoch = 0
+        self._served: dict[int, str] = {}
         self._recorded: dict[int, tuple[int, int]] = {}
         self.steps = 0
         self.supervised = True
@@ -195,6 +196,7 @@ class Cluster:
             say=self.say,
             next_number=lambda: next(self._numbers),
             on_answer=self._answered,
+            on_served=self._check_epoch,
             may_fail=lambda: self.damaged,
         )
         self.guests = [
@@ -209,6 +211,23 @@ class Cluster:
         catalog = Catalog(Door(self.state, Path(), operator))
         self.clock.start(operator, lambda: catalog.delete_image(ImageName(POOL, IMAGE)))
         self.run_for(1.0)
+
+    def make_image_of_id(self, image: ImageId) -> str:
+        """Try to make an image of a certain id, which chance gave twice; say how it went."""
+        operator = Process("operator")
+        catalog = Catalog(Door(self.state, Path(), operator), lambda: image)
+        outcome: list[str] = []
+
+        def make() -> str:
+            try:
+                catalog.create_image(ImageName(POOL, "another"), SHARD_BYTES)
+            except RecordChanged:
+                return "refused"
+            return "made"
+
+        self.clock.start(operator, make, outcome.append)
+        self.run_for(2.0, lambda: bool(outcome))
+        return outcome[0] if outcome else "no answer"
 
     def _ids(self) -> Iterator[ImageId]:
         while True:
@@ -417,6 +436,11 @@ class Cluster:
         if former is not None and record.stale != former.stale:
             self.say(f"etcd: generation {record.generation}, stale {_plain(record.stale)}")
             self.judge_memory()
+
+    def _check_epoch(self, epoch: int, holder: str) -> None:
+        """Check that one holder serves in an epoch."""
+        if self._served.setdefault(epoch, holder) != holder:
+            raise Violation(f"epoch {epoch} is served by two holders")
 
     def _answered(self, asked: Any, gateway: int) -> None:
         """Judge an answer by who has it. Raises Violation."""

@@ -157,6 +157,13 @@ def breaking(*rules: str) -> Iterator[None]:
         Simulation.break_rules([])
 
 
+def planted_by_name(name: str) -> Callable[[], Any]:
+    """Return the patch of a defect of policy."""
+    found = next(defect for defect in (*DEFECTS, *CANDIDATES) if defect.name == name)
+    assert found.patch is not None, f"{name} is a rule of the engine"
+    return found.patch
+
+
 @contextmanager
 def planted(defect: Defect) -> Iterator[None]:
     """Break what the defect breaks."""

@@ -332,7 +332,7 @@ class Faults:
         self.chance.choice(strikes)()
 
     def interrupt_admission(self) -> None:
-        """A node restarts; when it is level it loses its power, or those do that it is level with."""
+        """A node restarts; when it is level it loses its power, or its sources do."""
         node = self._node()
         self.cluster.stop_node(node, power=self.chance.random() < 0.7)
         self._at_event.setdefault("admitted", []).append(self._strike_admitted)

@@ -62,6 +62,8 @@ class Shared:
     next_number: Callable[[], int]
     on_answer: Callable[[_Asked, int], None]
     """Judges a write that is answered: (request, gateway)."""
+    on_served: Callable[[int, str], None]
+    """Judges that a holder serves in an epoch."""
     may_fail: Callable[[], bool]
     """Whether a read may end in EIO: blocks were damaged."""
 
@@ -78,6 +80,8 @@ class Guest:
         self.pause_s = 0.05
         self.lazy = False
         """Whether it hardly ever flushes."""
+        self.peer: str | None = None
+        """Its process, as its host's kernel tells it."""
         self._image = image
         self._shared = shared
         self._gateway: SimGateway | None = None
@@ -96,6 +100,15 @@ class Guest:
     def regions(self) -> tuple[range, ...]:
         """The sectors that it uses."""
         return self._shared.regions
+
+    @property
+    def client(self) -> int:
+        """The number of its connection."""
+        return self._client
+
+    def unanswered(self) -> list[int]:
+        """Return the tokens of requests that are not answered."""
+        return list(self._asked)
 
     @property
     def in_flight(self) -> int:
@@ -135,7 +148,8 @@ class Guest:
             return
         self._client = self._shared.next_number()
         gateway.engine.guests[self._client] = self
-        gateway.hear({"event": "asked", "client": self._client, "query": "go", "name": self._image})
+        asked = {"event": "asked", "client": self._client, "query": "go", "name": self._image}
+        gateway.hear(asked if self.peer is None else {**asked, "peer": self.peer})
 
     # What the gateway says
 
@@ -149,6 +163,7 @@ class Guest:
         self.epoch = record.epoch
         self.channel, self.life = channel, Life.RUNNING
         shared = self._shared
+        shared.on_served(record.epoch, record.holder or "")
         shared.oracle.settle(record.epoch, shared.clock.now_s)
         shared.say(f"{self.name} is served by {self._gateway.name}, epoch {record.epoch}")
 
@@ -287,7 +302,9 @@ class Guest:
             if asked.kind in ("write", "zero"):
                 shared.oracle.orphan(token)
             shared.oracle.read_ends(token)
-            self.fail("its image is gone")
+            if self.peer is None:
+                self.fail("its image is gone")
+            # QEMU tells its guest of errors, and stays until it is sent away.
             return
         if how == "failed":
             shared.oracle.read_ends(token)

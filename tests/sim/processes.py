@@ -26,6 +26,7 @@ from vmstore.deciding import TICK_S
 from vmstore.errors import ForeignStore, OtherCluster, StoreBehind
 from vmstore.exports import Exports
 from vmstore.healing import HealLimits
+from vmstore.served import Served
 
 if TYPE_CHECKING:
     from tests.sim.guest import Guest
@@ -225,6 +226,7 @@ class SimGateway:
             lease=lambda lost, renewed: SimSession(
                 etcd, clock, self.process, on_lost=lost, on_renewed=renewed
             ),
+            served=Served(self.holder, lives=lambda _peer: True),
             voters=SimVoters(site, site.ways[name], self.process),
             heal_limits=HealLimits(bytes_per_second=chance.choice((0, 1 << 20, 64 << 20))),
             lock=f"lock-{index}",
