@@ -386,6 +386,8 @@ class Site:
         for arbiter in self.processes.values():
             arbiter.record.close()
             self.clock.end(arbiter.process)
+        for disk in self._disks.values():
+            disk.remove()
 
     def _next(self) -> None:
         self._count += 1

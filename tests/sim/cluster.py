@@ -463,7 +463,23 @@ class Cluster:
                     f"a write to shard {shard} was answered with {have}; "
                     f"in sync are {list(in_sync)}, generation {record.generation}"
                 )
+            self._check_stored(shard, replica_set, frozenset(have))
             self._check_quorum(shard, replica_set, frozenset(have) & set(record.sets[replica_set]))
+
+    def _check_stored(self, shard: int, replica_set: int, have: frozenset[str]) -> None:
+        """Check that the nodes in sync know who was left behind."""
+        record = self.record
+        assert record is not None
+        missing = set(record.sets[replica_set]) - have
+        stale = record.stale.get(replica_set, {})
+        left = max((stale[node] for node in missing if node in stale), default=-1)
+        for name in record.membership.in_sync(replica_set) if left >= 0 else ():
+            found = self.world.node_record(self.names.index(name), self.image)
+            if found is not None and found[2] <= left:
+                raise Violation(
+                    f"a write to shard {shard} was answered without {sorted(missing)}, "
+                    f"which {name} does not know to be left behind"
+                )
 
     def _check_quorum(self, shard: int, replica_set: int, have: frozenset[str]) -> None:
         """Check that enough nodes have a write: two, or one and the arbiter's word for it."""

@@ -372,6 +372,73 @@ class Faults:
         self._for_a_while(let_go, 11.0, 12.5, 14.0)
         self._for_a_while(lambda: cluster.continue_gateway(host), 15.0, 18.0)
 
+    def lose_with_write(self) -> None:
+        """A node is lost with writes to it under way."""
+        cluster, node = self.cluster, self._node()
+        for gateway in range(cluster.shape.gateways):
+            cluster.world.set_path(gateway, node, True, False)
+
+        def lose() -> None:
+            cluster.keep_down(node, power=self.chance.random() < 0.3)
+            for gateway in range(cluster.shape.gateways):
+                cluster.world.set_path(gateway, node, True, True)
+
+        cluster.clock.after(self.chance.choice((0.1, 0.3, 1.0)), lose)
+        self._for_a_while(lambda: cluster.start_node(node), 5.0, 8.0)
+
+    def slow_listing(self) -> None:
+        """The next heal hears late from one of its sources what was written."""
+        self.leave_behind()
+        self._strikes.append(self._slow_source)
+
+    def _slow_source(self, healed: str) -> None:
+        cluster, node = self.cluster, self._node()
+        if cluster.names[node] == healed:
+            return
+        for gateway in range(cluster.shape.gateways):
+            cluster.world.set_latency(gateway, node, 300_000_000, 600_000_000)
+
+        def undo() -> None:
+            for gateway in range(cluster.shape.gateways):
+                cluster.world.set_latency(gateway, node, 50_000, 1_000_000)
+
+        cluster.clock.after(1.0, undo)
+
+    def lose_sources(self) -> None:
+        """All who could be sources of the next heal lose their power while it goes on."""
+        self.leave_behind()
+        self._strikes.append(self._cut_sources)
+
+    def _cut_sources(self, healed: str) -> None:
+        cluster = self.cluster
+        target = cluster.names.index(healed)
+        cluster.world.set_disk_speed(target, 200_000_000, 500_000_000)
+        self._for_a_while(
+            lambda: cluster.world.set_disk_speed(target, 100_000, 4_000_000), 1.0, 3.0
+        )
+
+        def cut() -> None:
+            for node in range(cluster.shape.nodes):
+                if node != target:
+                    cluster.stop_node(node, power=True)
+                    cluster.start_node(node)
+
+        self._soon(cut, 0.4)
+
+    def vanish(self) -> None:
+        """A write reaches the holder's own node only, and goes with its host."""
+        cluster = self.cluster
+        serving = [host for host, guest in enumerate(cluster.guests) if guest.life is Life.RUNNING]
+        if not serving:
+            return
+        host = serving[0]
+        for node in range(cluster.shape.nodes):
+            if node != host:
+                self._cut_path(host, node, "there", 3.0)
+        self._soon(lambda: cluster.stop_gateway(host, host=True), 0.6)
+        other = (host + 1) % cluster.shape.gateways
+        cluster.clock.after(1.0, lambda: self._over or cluster.boot(other))
+
     def _stand_still(self, gateway: int) -> None:
         self.cluster.pause_gateway(gateway)
         self._for_a_while(lambda: self.cluster.continue_gateway(gateway), 1.0, 5.0, 14.0)

@@ -108,6 +108,8 @@ class History(Faults):
         for guest in cluster.guests:
             guest.pause_s = self.chance.choice((0.015, 0.06, 0.2))
             guest.lazy = self.chance.random() < 0.3
+            if self.kind.sparse:
+                guest.pause_s, guest.lazy = self.chance.choice((0.05, 0.15)), True
         cluster.boot(0)
         cluster.run_for(1.0)
         cluster.clock.after(CHECK_S, self._check)

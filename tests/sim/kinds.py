@@ -18,6 +18,8 @@ class Kind:
         Shape(nodes=4, gateways=3, replica_sets=2),
         Shape(nodes=5, gateways=2, replica_sets=3, shards=4),
     )
+    sparse: bool = False
+    """Guests write seldom, and flush almost never."""
     may_stall: bool = False
     """It may end with writes that wait for a heal, or for a person."""
 
@@ -36,6 +38,12 @@ HEALING = (
     Shape(nodes=5, gateways=2, replica_sets=3, shards=8),
     Shape(nodes=2, arbiter=True),
 )
+
+SPARSE = (
+    Shape(shards=24),
+    Shape(nodes=2, shards=24, arbiter=True),
+)
+"""So many shards that a heal's list has few of them."""
 
 KINDS = (
     Kind("kills", {"kill_node": 6, "kill_gateway": 3, "crash_node": 2, "reset": 3}),
@@ -96,6 +104,13 @@ KINDS = (
          "slow_etcd": 1},
         HEALING,
     ),
+    Kind(
+        "missed",
+        {"lose_with_write": 5, "slow_listing": 5, "lose_sources": 3},
+        SPARSE,
+        sparse=True,
+    ),
+    Kind("vanishing", {"vanish": 5, "reset": 1, "slow_path": 2}),
     Kind(
         "late",
         {"late_frames": 6, "reset": 2, "slow_path": 2, "kill_gateway": 1, "partition": 1},

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.sim.history import KINDS, History
+from tests.sim.history import History
+from tests.sim.kinds import KINDS
 from tests.sim.many import play_many
 
 BOX_S = 70.0
