@@ -59,7 +59,7 @@ KINDS = (
     Kind(
         "holders",
         {"pause_gateway": 5, "second": 4, "cut_host": 2, "kill_gateway": 2, "cut_etcd": 3,
-         "partition": 2, "split": 4},
+         "partition": 2, "split": 14},
     ),
     Kind(
         "etcd",
