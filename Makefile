@@ -20,7 +20,7 @@ FRAMES ?=
 IMAGE ?=
 HOURS ?= 8
 
-.PHONY: help setup build demo test check fix sim soak bench wheel clean
+.PHONY: help setup build demo test check fix sim soak stalls heal bench wheel clean
 
 help: ## List what there is
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) \
@@ -59,6 +59,13 @@ sim: setup ## The simulator (SEED=n replays a history and prints it, FRAMES=1 wi
 
 soak: setup ## Simulated histories from a seed by chance, for HOURS=8
 	@$(PYTHON) -m tests.sim.many --chance --hours $(HOURS)
+
+stalls: setup ## Measure how long a guest waits when something dies, beside the budgets (ROUNDS=5, SEED=n)
+	@$(PYTHON) -m tests.tools.stalls --json bench/results/stalls.json \
+	    $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SEED),--seed $(SEED))
+
+heal: setup ## Count what travels when a node that was away is healed: 20 GiB image, 15 GB of disk
+	@$(PYTHON) -m tests.tools.heal --json bench/results/heal.json
 
 bench: setup ## Measure against nbdkit and, where installed, Gluster; table and bench/results/
 	@$(PYTHON) -m bench

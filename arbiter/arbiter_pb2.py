@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61rbiter/arbiter.proto\x12\x0ehci.arbiter.v1\"G\n\tAddressee\x12\x12\n\narbiter_id\x18\x01 \x01(\t\x12\x15\n\rstart_counter\x18\x02 \x01(\x04\x12\x0f\n\x07\x63hanges\x18\x03 \x01(\x04\"g\n\tStatement\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x11\n\tholder_id\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12$\n\x04sets\x18\x04 \x03(\x0b\x32\x16.hci.arbiter.v1.InSync\"\x17\n\x06InSync\x12\r\n\x05nodes\x18\x01 \x03(\t\"\x9e\x01\n\x0ePrepareRequest\x12%\n\x02to\x18\x01 \x01(\x0b\x32\x19.hci.arbiter.v1.Addressee\x12\x10\n\x08image_id\x18\x02 \x01(\t\x12(\n\x05known\x18\x03 \x01(\x0b\x32\x19.hci.arbiter.v1.Statement\x12)\n\x06wanted\x18\x04 \x01(\x0b\x32\x19.hci.arbiter.v1.Statement\"t\n\x0e\x43onfirmRequest\x12%\n\x02to\x18\x01 \x01(\x0b\x32\x19.hci.arbiter.v1.Addressee\x12\x10\n\x08image_id\x18\x02 \x01(\t\x12)\n\x06stated\x18\x03 \x01(\x0b\x32\x19.hci.arbiter.v1.Statement\"\x83\x02\n\tVoteReply\x12\x32\n\x07verdict\x18\x01 \x01(\x0e\x32!.hci.arbiter.v1.VoteReply.Verdict\x12\x0f\n\x07refusal\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x0f\n\x07\x63hanges\x18\x04 \x01(\x04\"\x8f\x01\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x13\n\x0fVERDICT_GRANTED\x10\x01\x12\x13\n\x0fVERDICT_REFUSED\x10\x02\x12\x19\n\x15VERDICT_OTHER_ARBITER\x10\x03\x12\x12\n\x0eVERDICT_BEHIND\x10\x04\x12\x12\n\x0eVERDICT_FAILED\x10\x05\"\x0f\n\rStatusRequest\"\xb1\x03\n\rArbiterStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x32\n\x05state\x18\x02 \x01(\x0e\x32#.hci.arbiter.v1.ArbiterStatus.State\x12\x0f\n\x07trouble\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x12\n\ncluster_id\x18\x05 \x01(\t\x12\x12\n\narbiter_id\x18\x06 \x01(\t\x12\x15\n\rstart_counter\x18\x07 \x01(\x04\x12\x0e\n\x06images\x18\x08 \x01(\x04\x12\x10\n\x08\x64\x61ta_dir\x18\t \x01(\t\x12=\n\x08\x63ounters\x18\n \x03(\x0b\x32+.hci.arbiter.v1.ArbiterStatus.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"k\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_STARTING\x10\x01\x12\x11\n\rSTATE_SERVING\x10\x02\x12\x12\n\x0eSTATE_STOPPING\x10\x03\x12\x10\n\x0cSTATE_FAILED\x10\x04\x32\xdd\x01\n\x07\x41rbiter\x12\x44\n\x07Prepare\x12\x1e.hci.arbiter.v1.PrepareRequest\x1a\x19.hci.arbiter.v1.VoteReply\x12\x44\n\x07\x43onfirm\x12\x1e.hci.arbiter.v1.ConfirmRequest\x1a\x19.hci.arbiter.v1.VoteReply\x12\x46\n\x06Status\x12\x1d.hci.arbiter.v1.StatusRequest\x1a\x1d.hci.arbiter.v1.ArbiterStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61rbiter/arbiter.proto\x12\x0ehci.arbiter.v1\"\x0e\n\x0cKnownRequest\"V\n\nKnownImage\x12\x10\n\x08image_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\'\n\x04sets\x18\x03 \x03(\x0b\x32\x19.hci.arbiter.v1.Confirmed\".\n\tConfirmed\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\r\n\x05nodes\x18\x02 \x03(\t\"G\n\tAddressee\x12\x12\n\narbiter_id\x18\x01 \x01(\t\x12\x15\n\rstart_counter\x18\x02 \x01(\x04\x12\x0f\n\x07\x63hanges\x18\x03 \x01(\x04\"g\n\tStatement\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x11\n\tholder_id\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12$\n\x04sets\x18\x04 \x03(\x0b\x32\x16.hci.arbiter.v1.InSync\"\x17\n\x06InSync\x12\r\n\x05nodes\x18\x01 \x03(\t\"\x9e\x01\n\x0ePrepareRequest\x12%\n\x02to\x18\x01 \x01(\x0b\x32\x19.hci.arbiter.v1.Addressee\x12\x10\n\x08image_id\x18\x02 \x01(\t\x12(\n\x05known\x18\x03 \x01(\x0b\x32\x19.hci.arbiter.v1.Statement\x12)\n\x06wanted\x18\x04 \x01(\x0b\x32\x19.hci.arbiter.v1.Statement\"t\n\x0e\x43onfirmRequest\x12%\n\x02to\x18\x01 \x01(\x0b\x32\x19.hci.arbiter.v1.Addressee\x12\x10\n\x08image_id\x18\x02 \x01(\t\x12)\n\x06stated\x18\x03 \x01(\x0b\x32\x19.hci.arbiter.v1.Statement\"\x83\x02\n\tVoteReply\x12\x32\n\x07verdict\x18\x01 \x01(\x0e\x32!.hci.arbiter.v1.VoteReply.Verdict\x12\x0f\n\x07refusal\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x0f\n\x07\x63hanges\x18\x04 \x01(\x04\"\x8f\x01\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x13\n\x0fVERDICT_GRANTED\x10\x01\x12\x13\n\x0fVERDICT_REFUSED\x10\x02\x12\x19\n\x15VERDICT_OTHER_ARBITER\x10\x03\x12\x12\n\x0eVERDICT_BEHIND\x10\x04\x12\x12\n\x0eVERDICT_FAILED\x10\x05\"\x0f\n\rStatusRequest\"\xc7\x03\n\rArbiterStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x32\n\x05state\x18\x02 \x01(\x0e\x32#.hci.arbiter.v1.ArbiterStatus.State\x12\x0f\n\x07trouble\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x12\n\ncluster_id\x18\x05 \x01(\t\x12\x12\n\narbiter_id\x18\x06 \x01(\t\x12\x15\n\rstart_counter\x18\x07 \x01(\x04\x12\x0e\n\x06images\x18\x08 \x01(\x04\x12\x10\n\x08\x64\x61ta_dir\x18\t \x01(\t\x12=\n\x08\x63ounters\x18\n \x03(\x0b\x32+.hci.arbiter.v1.ArbiterStatus.CountersEntry\x12\x14\n\x0chistory_lost\x18\x0b \x01(\x08\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"k\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_STARTING\x10\x01\x12\x11\n\rSTATE_SERVING\x10\x02\x12\x12\n\x0eSTATE_STOPPING\x10\x03\x12\x10\n\x0cSTATE_FAILED\x10\x04\x32\xa2\x02\n\x07\x41rbiter\x12\x44\n\x07Prepare\x12\x1e.hci.arbiter.v1.PrepareRequest\x1a\x19.hci.arbiter.v1.VoteReply\x12\x44\n\x07\x43onfirm\x12\x1e.hci.arbiter.v1.ConfirmRequest\x1a\x19.hci.arbiter.v1.VoteReply\x12\x46\n\x06Status\x12\x1d.hci.arbiter.v1.StatusRequest\x1a\x1d.hci.arbiter.v1.ArbiterStatus\x12\x43\n\x05Known\x12\x1c.hci.arbiter.v1.KnownRequest\x1a\x1a.hci.arbiter.v1.KnownImage0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,28 +33,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ARBITERSTATUS_COUNTERSENTRY']._loaded_options = None
   _globals['_ARBITERSTATUS_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_ADDRESSEE']._serialized_start=41
-  _globals['_ADDRESSEE']._serialized_end=112
-  _globals['_STATEMENT']._serialized_start=114
-  _globals['_STATEMENT']._serialized_end=217
-  _globals['_INSYNC']._serialized_start=219
-  _globals['_INSYNC']._serialized_end=242
-  _globals['_PREPAREREQUEST']._serialized_start=245
-  _globals['_PREPAREREQUEST']._serialized_end=403
-  _globals['_CONFIRMREQUEST']._serialized_start=405
-  _globals['_CONFIRMREQUEST']._serialized_end=521
-  _globals['_VOTEREPLY']._serialized_start=524
-  _globals['_VOTEREPLY']._serialized_end=783
-  _globals['_VOTEREPLY_VERDICT']._serialized_start=640
-  _globals['_VOTEREPLY_VERDICT']._serialized_end=783
-  _globals['_STATUSREQUEST']._serialized_start=785
-  _globals['_STATUSREQUEST']._serialized_end=800
-  _globals['_ARBITERSTATUS']._serialized_start=803
-  _globals['_ARBITERSTATUS']._serialized_end=1236
-  _globals['_ARBITERSTATUS_COUNTERSENTRY']._serialized_start=1080
-  _globals['_ARBITERSTATUS_COUNTERSENTRY']._serialized_end=1127
-  _globals['_ARBITERSTATUS_STATE']._serialized_start=1129
-  _globals['_ARBITERSTATUS_STATE']._serialized_end=1236
-  _globals['_ARBITER']._serialized_start=1239
-  _globals['_ARBITER']._serialized_end=1460
+  _globals['_KNOWNREQUEST']._serialized_start=41
+  _globals['_KNOWNREQUEST']._serialized_end=55
+  _globals['_KNOWNIMAGE']._serialized_start=57
+  _globals['_KNOWNIMAGE']._serialized_end=143
+  _globals['_CONFIRMED']._serialized_start=145
+  _globals['_CONFIRMED']._serialized_end=191
+  _globals['_ADDRESSEE']._serialized_start=193
+  _globals['_ADDRESSEE']._serialized_end=264
+  _globals['_STATEMENT']._serialized_start=266
+  _globals['_STATEMENT']._serialized_end=369
+  _globals['_INSYNC']._serialized_start=371
+  _globals['_INSYNC']._serialized_end=394
+  _globals['_PREPAREREQUEST']._serialized_start=397
+  _globals['_PREPAREREQUEST']._serialized_end=555
+  _globals['_CONFIRMREQUEST']._serialized_start=557
+  _globals['_CONFIRMREQUEST']._serialized_end=673
+  _globals['_VOTEREPLY']._serialized_start=676
+  _globals['_VOTEREPLY']._serialized_end=935
+  _globals['_VOTEREPLY_VERDICT']._serialized_start=792
+  _globals['_VOTEREPLY_VERDICT']._serialized_end=935
+  _globals['_STATUSREQUEST']._serialized_start=937
+  _globals['_STATUSREQUEST']._serialized_end=952
+  _globals['_ARBITERSTATUS']._serialized_start=955
+  _globals['_ARBITERSTATUS']._serialized_end=1410
+  _globals['_ARBITERSTATUS_COUNTERSENTRY']._serialized_start=1254
+  _globals['_ARBITERSTATUS_COUNTERSENTRY']._serialized_end=1301
+  _globals['_ARBITERSTATUS_STATE']._serialized_start=1303
+  _globals['_ARBITERSTATUS_STATE']._serialized_end=1410
+  _globals['_ARBITER']._serialized_start=1413
+  _globals['_ARBITER']._serialized_end=1703
 # @@protoc_insertion_point(module_scope)

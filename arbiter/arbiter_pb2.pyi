@@ -24,6 +24,75 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class KnownRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KnownRequest: _TypeAlias = KnownRequest  # noqa: Y015
+
+@_typing.final
+class KnownImage(_message.Message):
+    """The votes of one image."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SETS_FIELD_NUMBER: _builtins.int
+    image_id: _builtins.str
+    epoch: _builtins.int
+    """The highest epoch that was here."""
+    @_builtins.property
+    def sets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Confirmed]:
+        """What is confirmed, all replica sets in order."""
+
+    def __init__(
+        self,
+        *,
+        image_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        sets: _abc.Iterable[Global___Confirmed] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "image_id", b"image_id", "sets", b"sets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KnownImage: _TypeAlias = KnownImage  # noqa: Y015
+
+@_typing.final
+class Confirmed(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    generation: _builtins.int
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        generation: _builtins.int = ...,
+        nodes: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "nodes", b"nodes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Confirmed: _TypeAlias = Confirmed  # noqa: Y015
+
+@_typing.final
 class Addressee(_message.Message):
     """Whom the asker means, and what it knows of it from etcd."""
 
@@ -295,6 +364,7 @@ class ArbiterStatus(_message.Message):
     IMAGES_FIELD_NUMBER: _builtins.int
     DATA_DIR_FIELD_NUMBER: _builtins.int
     COUNTERS_FIELD_NUMBER: _builtins.int
+    HISTORY_LOST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: Global___ArbiterStatus.State.ValueType
     trouble: _builtins.str
@@ -305,6 +375,8 @@ class ArbiterStatus(_message.Message):
     images: _builtins.int
     """Images whose votes it keeps."""
     data_dir: _builtins.str
+    history_lost: _builtins.bool
+    """It does not go by etcd, which lost history; `trouble` says how that was found."""
     @_builtins.property
     def counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Since it started, by name: votes granted, confirmed, refused."""
@@ -322,10 +394,11 @@ class ArbiterStatus(_message.Message):
         images: _builtins.int = ...,
         data_dir: _builtins.str = ...,
         counters: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        history_lost: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arbiter_id", b"arbiter_id", "cluster_id", b"cluster_id", "counters", b"counters", "data_dir", b"data_dir", "images", b"images", "name", b"name", "start_counter", b"start_counter", "state", b"state", "trouble", b"trouble", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arbiter_id", b"arbiter_id", "cluster_id", b"cluster_id", "counters", b"counters", "data_dir", b"data_dir", "history_lost", b"history_lost", "images", b"images", "name", b"name", "start_counter", b"start_counter", "state", b"state", "trouble", b"trouble", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

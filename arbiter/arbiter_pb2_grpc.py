@@ -49,6 +49,11 @@ class ArbiterStub:
                 request_serializer=arbiter_dot_arbiter__pb2.StatusRequest.SerializeToString,
                 response_deserializer=arbiter_dot_arbiter__pb2.ArbiterStatus.FromString,
                 _registered_method=True)
+        self.Known = channel.unary_stream(
+                '/hci.arbiter.v1.Arbiter/Known',
+                request_serializer=arbiter_dot_arbiter__pb2.KnownRequest.SerializeToString,
+                response_deserializer=arbiter_dot_arbiter__pb2.KnownImage.FromString,
+                _registered_method=True)
 
 
 class ArbiterServicer:
@@ -75,6 +80,13 @@ class ArbiterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Known(self, request, context):
+        """What it has confirmed, image by image.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ArbiterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +104,11 @@ def add_ArbiterServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=arbiter_dot_arbiter__pb2.StatusRequest.FromString,
                     response_serializer=arbiter_dot_arbiter__pb2.ArbiterStatus.SerializeToString,
+            ),
+            'Known': grpc.unary_stream_rpc_method_handler(
+                    servicer.Known,
+                    request_deserializer=arbiter_dot_arbiter__pb2.KnownRequest.FromString,
+                    response_serializer=arbiter_dot_arbiter__pb2.KnownImage.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +192,33 @@ class Arbiter:
             '/hci.arbiter.v1.Arbiter/Status',
             arbiter_dot_arbiter__pb2.StatusRequest.SerializeToString,
             arbiter_dot_arbiter__pb2.ArbiterStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Known(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/hci.arbiter.v1.Arbiter/Known',
+            arbiter_dot_arbiter__pb2.KnownRequest.SerializeToString,
+            arbiter_dot_arbiter__pb2.KnownImage.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,8 @@ class ArbiterStub:
     """Takes `stated` for confirmed."""
     Status: _grpc.UnaryUnaryMultiCallable[_arbiter_pb2.StatusRequest, _arbiter_pb2.ArbiterStatus]
     """Who this is and how it is. Answers in every state."""
+    Known: _grpc.UnaryStreamMultiCallable[_arbiter_pb2.KnownRequest, _arbiter_pb2.KnownImage]
+    """What it has confirmed, image by image."""
 
 @_typing.type_check_only
 class ArbiterAsyncStub(ArbiterStub):
@@ -51,6 +53,8 @@ class ArbiterAsyncStub(ArbiterStub):
     """Takes `stated` for confirmed."""
     Status: _aio.UnaryUnaryMultiCallable[_arbiter_pb2.StatusRequest, _arbiter_pb2.ArbiterStatus]  # type: ignore[assignment]
     """Who this is and how it is. Answers in every state."""
+    Known: _aio.UnaryStreamMultiCallable[_arbiter_pb2.KnownRequest, _arbiter_pb2.KnownImage]  # type: ignore[assignment]
+    """What it has confirmed, image by image."""
 
 class ArbiterServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -76,5 +80,13 @@ class ArbiterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_arbiter_pb2.ArbiterStatus, _abc.Awaitable[_arbiter_pb2.ArbiterStatus]]:
         """Who this is and how it is. Answers in every state."""
+
+    @_abc_1.abstractmethod
+    def Known(
+        self,
+        request: _arbiter_pb2.KnownRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_arbiter_pb2.KnownImage], _abc.AsyncIterator[_arbiter_pb2.KnownImage]]:
+        """What it has confirmed, image by image."""
 
 def add_ArbiterServicer_to_server(servicer: ArbiterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

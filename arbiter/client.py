@@ -97,6 +97,12 @@ class ArbiterClient:
         """Return who answers and how it is."""
         return self._call(lambda stub, limit_s: stub.Status(pb.StatusRequest(), timeout=limit_s))
 
+    def known(self) -> list[pb.KnownImage]:
+        """Return what the arbiter has confirmed, image by image."""
+        return self._call(
+            lambda stub, limit_s: list(stub.Known(pb.KnownRequest(), timeout=limit_s))
+        )
+
     def close(self) -> None:
         """End the connection; calls under way fail. Another call would connect again."""
         with self._lock:

@@ -1,6 +1,6 @@
 """The arbiter's gRPC service over its votes. What a request gets wrong is INVALID_ARGUMENT."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import NoReturn
 
@@ -71,6 +71,20 @@ class _Service(ArbiterServicer):
         image = _image(request.image_id, context)
         stated = _statement(request.stated, context)
         return reply_message(self._voting.confirm(addressee_of(request.to), image, stated))
+
+    def Known(
+        self, request: pb.KnownRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.KnownImage]:
+        for image, votes in self._voting.known():
+            confirmed = [vote.confirmed for vote in votes if vote.confirmed is not None]
+            yield pb.KnownImage(
+                image_id=image,
+                epoch=max(vote.epoch for vote in votes),
+                sets=[
+                    pb.Confirmed(generation=each.generation, nodes=sorted(each.in_sync))
+                    for each in confirmed
+                ],
+            )
 
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.ArbiterStatus:
         return self._status()

@@ -5,7 +5,8 @@ wait for each other's disk syncs. Nothing here needs etcd: what etcd knows arriv
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 
@@ -73,6 +74,14 @@ class Voting:
         """Forget an image that was deleted. Raises ArbiterFailed."""
         with self._lock_of(image):
             self._record.drop(image)
+
+    def known(self) -> Iterator[tuple[ImageId, Votes]]:
+        """Yield the votes of all images; damaged ones are left out."""
+        for image in self._record.images():
+            with suppress(ArbiterError):
+                votes = self._record.read(image).votes
+                if votes:
+                    yield image, votes
 
     def counters(self) -> dict[str, int]:
         """Return how many requests ended how."""

@@ -173,6 +173,13 @@ class Node:
     def usage(self, image: str) -> int:
         """Return the physical bytes that an image takes."""
 
+    def inventory(self) -> dict[str, Any]:
+        """Return `images`, each with image, epoch, holder, generation, digest and body of its
+        record, and `deleted`: ids of images that were deleted here."""
+
+    def folders(self) -> list[str]:
+        """Return the images that have a folder on the disk, with a record or without one."""
+
     def status(self) -> dict[str, Any]:
         """Return capacity_bytes, free_bytes, images, connections, flush_number, log_bytes,
         dirty_shards, `no_space`: the last checkpoint found the disk full, and `counters`: what was

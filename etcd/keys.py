@@ -5,7 +5,8 @@
     /hci/alive/NAME             AliveRecord       /hci/leases/ID         LeaseRecord
     /hci/pools/NAME             PoolRecord        /hci/tombstones/ID     TombstoneRecord
     /hci/placement/POOL         PlacementRecord   /hci/arbiters/NAME     ArbiterRecord
-                                                  /hci/voting/NAME       AliveRecord
+    /hci/lost                   LostRecord        /hci/voting/NAME       AliveRecord
+                                                  /hci/imports/ID        ImportRecord
 
 `alive`, `voting` and `leases` keys are bound to etcd leases. An image's NAME is a UTF-8 path and
 may contain slashes; pools, nodes, arbiters and ids never do.
@@ -15,6 +16,7 @@ from shard.ids import ImageId
 
 PREFIX = "/hci/"
 CLUSTER = PREFIX + "cluster"
+LOST = PREFIX + "lost"
 NODES = PREFIX + "nodes/"
 ALIVE = PREFIX + "alive/"
 POOLS = PREFIX + "pools/"
@@ -25,6 +27,10 @@ LEASES = PREFIX + "leases/"
 TOMBSTONES = PREFIX + "tombstones/"
 ARBITERS = PREFIX + "arbiters/"
 VOTING = PREFIX + "voting/"
+IMPORTS = PREFIX + "imports/"
+
+BOUND = (ALIVE, LEASES, VOTING)
+"""Prefixes of keys that end with an etcd lease."""
 
 
 def node(name: str) -> str:
@@ -87,3 +93,8 @@ def arbiter(name: str) -> str:
 def voting(name: str) -> str:
     """Return the key that exists while a thin arbiter runs."""
     return VOTING + name
+
+
+def unfinished_import(image_id: ImageId) -> str:
+    """Return the key that says an image is being filled from a file."""
+    return IMPORTS + image_id

@@ -55,19 +55,65 @@ class Record:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterRecord(Record):
-    """The cluster itself: made once, compared by every node that joins."""
+    """The cluster itself: made once, compared by every node that joins.
+
+    `recoveries` counts how often the records were rebuilt from the nodes.
+    """
 
     id: str
     format: int = FORMAT
+    recoveries: int = 0
 
     def _fields(self) -> dict[str, Json]:
-        return {"id": self.id, "format": self.format}
+        recovered: dict[str, Json] = {"recoveries": self.recoveries} if self.recoveries else {}
+        return {"id": self.id, "format": self.format, **recovered}
 
     @classmethod
     def _take(cls, fields: Fields) -> Self:
         return cls(
-            id=fields.text("id", holder_id), format=fields.number("format", 1), extra=fields.rest()
+            id=fields.text("id", holder_id),
+            format=fields.number("format", 1),
+            recoveries=fields.number("recoveries", 1) if fields.has("recoveries") else 0,
+            extra=fields.rest(),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LostRecord(Record):
+    """Says that etcd is behind what `by` knows: nothing is opened, made or deleted by its records.
+
+    `recovery` is the number of the recovery that is at work on it, 0 before one was begun.
+    """
+
+    by: str
+    why: str
+    recovery: int = 0
+
+    def _fields(self) -> dict[str, Json]:
+        return {"by": self.by, "why": self.why, "recovery": self.recovery}
+
+    @classmethod
+    def _take(cls, fields: Fields) -> Self:
+        return cls(
+            by=fields.text("by", _not_empty),
+            why=fields.text("why", _not_empty),
+            recovery=fields.number("recovery"),
+            extra=fields.rest(),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportRecord(Record):
+    """Says that an image is being filled from a file, and by whom; it goes when that is done."""
+
+    by: str
+
+    def _fields(self) -> dict[str, Json]:
+        return {"by": self.by}
+
+    @classmethod
+    def _take(cls, fields: Fields) -> Self:
+        return cls(by=fields.text("by", _not_empty), extra=fields.rest())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,16 +174,25 @@ class NodeRecord(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AliveRecord(Record):
-    """Exists while a node or an arbiter runs; the counter tells its instances apart."""
+    """Exists while a node or an arbiter runs; the counter tells its instances apart.
+
+    `run` is drawn by the process: one counter with two of them is that of a store and its copy.
+    """
 
     start_counter: int
+    run: str | None = None
 
     def _fields(self) -> dict[str, Json]:
-        return {"start_counter": self.start_counter}
+        run: dict[str, Json] = {} if self.run is None else {"run": self.run}
+        return {"start_counter": self.start_counter, **run}
 
     @classmethod
     def _take(cls, fields: Fields) -> Self:
-        return cls(start_counter=fields.number("start_counter"), extra=fields.rest())
+        return cls(
+            start_counter=fields.number("start_counter"),
+            run=fields.text("run", holder_id) if fields.has("run") else None,
+            extra=fields.rest(),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,10 +362,16 @@ class LeaseRecord(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TombstoneRecord(Record):
-    """Says that an image was deleted, for ever. Nodes delete its data only on this word."""
+    """Says that an image was deleted. Nodes delete its data only on this word.
+
+    `awaits` names the nodes, and the arbiter (`awaited_arbiter`), that have not said yet that they
+    did: with the last one the record goes. A node that deleted keeps a tombstone of its own for
+    ever. None in records of older versions, which stay.
+    """
 
     id: ImageId
     generation: int
+    awaits: tuple[str, ...] | None = None
 
     @property
     def key(self) -> str:
@@ -318,15 +379,25 @@ class TombstoneRecord(Record):
         return keys.tombstone(self.id)
 
     def _fields(self) -> dict[str, Json]:
-        return {"id": self.id, "generation": self.generation}
+        awaits: dict[str, Json] = {} if self.awaits is None else {"awaits": list(self.awaits)}
+        return {**awaits, "id": self.id, "generation": self.generation}
 
     @classmethod
     def _take(cls, fields: Fields) -> Self:
+        awaits = None
+        if fields.has("awaits"):
+            awaits = fields.texts("awaits", fields.items("awaits"), _not_empty)
         return cls(
             id=fields.text("id", image_id),
             generation=fields.number("generation", FIRST_GENERATION),
+            awaits=awaits,
             extra=fields.rest(),
         )
+
+
+def awaited_arbiter(name: str) -> str:
+    """Return how a tombstone's `awaits` names an arbiter: a node may have the same name."""
+    return f"arbiter/{name}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -404,6 +475,37 @@ class Use(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recovered(Record):
+    """How an image's record was rebuilt: by which recovery, above which epoch and generation.
+
+    A `forced` one did not hear enough nodes to know that there is no later record.
+    """
+
+    recovery: int
+    epoch: int
+    generation: int
+    forced: bool = False
+
+    def _fields(self) -> dict[str, Json]:
+        return {
+            "recovery": self.recovery,
+            "epoch": self.epoch,
+            "generation": self.generation,
+            "forced": self.forced,
+        }
+
+    @classmethod
+    def _take(cls, fields: Fields) -> Self:
+        return cls(
+            recovery=fields.number("recovery", 1),
+            epoch=fields.number("epoch"),
+            generation=fields.number("generation", FIRST_GENERATION),
+            forced=fields.boolean("forced"),
+            extra=fields.rest(),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRecord(Record):
     """An image: its size and layers, where its data lives, who writes it, and who is in sync.
 
@@ -412,6 +514,7 @@ class ImageRecord(Record):
     process that has or had the current epoch, None before the first. `clean` says that the last
     holder gave its lease back with nothing in flight. `grant` is None until an arbiter was asked.
     `used` is who had the image for clients last, where the leases since were for maintenance only.
+    `recovered` says how the record was rebuilt from the nodes, if it ever was.
     """
 
     id: ImageId
@@ -431,6 +534,7 @@ class ImageRecord(Record):
     stale: Stale = field(default_factory=dict)
     grant: Grant | None = None
     used: Use | None = None
+    recovered: Recovered | None = None
 
     @property
     def last_use(self) -> Use | None:
@@ -473,6 +577,8 @@ class ImageRecord(Record):
             granted["grant"] = {**self.grant.extra, **self.grant._fields()}
         if self.used is not None:
             granted["used"] = {**self.used.extra, **self.used._fields()}
+        if self.recovered is not None:
+            granted["recovered"] = {**self.recovered.extra, **self.recovered._fields()}
         return {
             **granted,
             "id": self.id,
@@ -517,12 +623,21 @@ class ImageRecord(Record):
             stale=_stale(fields),
             grant=_grant(fields),
             used=_used(fields),
+            recovered=_recovered(fields),
             extra=fields.rest(),
         )
         problem = _problem_of_image(record)
         if problem is not None:
             fields.fail("", f"breaks a rule ({problem})")
         return record
+
+
+def awaited_members(record: ImageRecord, arbiter: str | None) -> tuple[str, ...]:
+    """Return who has to say that an image is deleted, before its tombstone may go."""
+    members = {node for nodes in record.sets for node in nodes}
+    if arbiter is not None:
+        members.add(awaited_arbiter(arbiter))
+    return tuple(sorted(members))
 
 
 def _problem_of_image(record: ImageRecord) -> str | None:
@@ -566,6 +681,12 @@ def _used(fields: Fields) -> Use | None:
     if not fields.has("used"):
         return None
     return Use._take(fields.within("used", fields.mapping("used")))
+
+
+def _recovered(fields: Fields) -> Recovered | None:
+    if not fields.has("recovered"):
+        return None
+    return Recovered._take(fields.within("recovered", fields.mapping("recovered")))
 
 
 def _image_bytes(fields: Fields) -> int:

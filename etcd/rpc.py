@@ -39,8 +39,10 @@ _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     # A restarted etcd is found again within a second, not after gRPC's two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # How long one attempt may take. A connection needs two round trips, and the slowest line that
+    # etcd itself lives with takes a second for each.
+    ("grpc.min_reconnect_backoff_ms", 3000),
     # A silent peer ends a watch after 9 s. etcd refuses pings more often than every 5 s.
     ("grpc.keepalive_time_ms", 6000),
     ("grpc.keepalive_timeout_ms", 3000),

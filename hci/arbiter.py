@@ -6,6 +6,7 @@ be found (its address and id stand there), and to hear of deleted images.
 
 import os
 import threading
+import time
 
 import structlog
 
@@ -13,6 +14,7 @@ from arbiter import arbiter_pb2 as pb
 from arbiter.errors import ArbiterError
 from arbiter.record import Record
 from arbiter.server import serve as serve_votes
+from arbiter.vote import Vote
 from arbiter.voting import Voting
 from engine import VERSION
 from etcd import keys
@@ -20,10 +22,11 @@ from etcd.client import EtcdClient
 from etcd.errors import EtcdError
 from etcd.interface import Notice, Reread
 from etcd.lease import Session
-from etcd.records import ArbiterRecord
+from etcd.records import ArbiterRecord, ClusterRecord, awaited_arbiter
 from hci import daemon, metrics
 from hci.config import ArbiterConfig, Config
 from hci.errors import DaemonError
+from hci.history import CHECK_S
 from shard.ids import ImageId, image_id
 from vmstore.catalog import Catalog
 from vmstore.errors import (
@@ -32,7 +35,10 @@ from vmstore.errors import (
     ForeignArbiter,
     OtherCluster,
     RecordChanged,
+    RecordsLost,
 )
+from vmstore.history import decoded, judge_votes
+from vmstore.stored import Stored
 
 log = structlog.get_logger()
 
@@ -69,6 +75,9 @@ class ArbiterDaemon:
         self._session: Session | None = None
         self._session_lost = threading.Event()
         self._watching = False
+        self._history_due_s = 0.0
+        self._history_lost = False
+        self._unconfirmed: set[ImageId] = set()
 
     def run(self) -> None:
         """Vote until it is time to end."""
@@ -111,6 +120,7 @@ class ArbiterDaemon:
             start_counter=identity.start_counter,
             images=len(self.record.images()),
             data_dir=str(self.own.data_dir),
+            history_lost=self._history_lost,
             counters={**self.voting.counters(), "pid": os.getpid()},
         )
 
@@ -143,8 +153,51 @@ class ArbiterDaemon:
         if self._session_lost.is_set():
             self._session_lost.clear()
             self.registered = False
+        if self.registered:
+            self._recheck_history()
+            self._confirm_dropped()
         if not self.registered:
             self._register()
+
+    def _check_history(self) -> None:
+        """Raise RecordsLost where etcd is behind what was voted on, or marked as lost."""
+        voted = [
+            (image, max(vote.epoch for vote in votes), max(_confirmed(vote) for vote in votes))
+            for image, votes in self.voting.known()
+        ]
+        now = {item.key: item.value for item in self.etcd.get_prefix(keys.PREFIX).items}
+        self._history_due_s = time.monotonic() + CHECK_S
+        if keys.LOST not in now:
+            problems = list(judge_votes(voted, now))
+            self._history_lost = bool(problems)
+            if not problems:
+                return
+            cluster = decoded(ClusterRecord, keys.CLUSTER, now)
+            found = None
+            if cluster is not None:
+                found = Stored(keys.CLUSTER, cluster, now[keys.CLUSTER], 0)
+            more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
+            self.catalog.mark_lost(f"arbiter {self.own.name}", problems[0] + more, found)
+        self._history_lost = True
+        self.catalog.check_history()
+
+    def _recheck_history(self) -> None:
+        """Look now and then whether etcd may still be believed; else be registered no longer."""
+        if time.monotonic() < self._history_due_s:
+            return
+        try:
+            self._check_history()
+        except RecordsLost:
+            self.registered = False
+            if self._session is not None:
+                self._session.close()
+                self._session = None
+        except EtcdError:
+            return
+
+    def _on_mark(self, _notice: Notice) -> None:
+        """Somebody found that etcd lost history, or it was recovered."""
+        self._history_due_s = 0.0
 
     def _register(self) -> None:
         """Say in etcd who and where we are, and that we run; try again where it is away."""
@@ -157,6 +210,7 @@ class ArbiterDaemon:
             start_counter=identity.start_counter,
         )
         try:
+            self._check_history()
             self.catalog.init_cluster(self.config.cluster.id)
             session = Session(self.etcd, on_lost=self._session_lost.set)
             self.catalog.announce_arbiter(record, session.lease)
@@ -164,10 +218,11 @@ class ArbiterDaemon:
             if not self._watching:
                 self.etcd.watch(keys.ARBITERS, self._on_arbiters)
                 self.etcd.watch(keys.TOMBSTONES, self._on_tombstones)
+                self.etcd.watch(keys.LOST, self._on_mark)
                 self._watching = True
         except (OtherCluster, ForeignArbiter, ArbiterRolledBack, ArbiterRetired) as error:
             self.ending.fail(str(error))
-        except (EtcdError, RecordChanged) as error:
+        except (EtcdError, RecordChanged, RecordsLost) as error:
             if not self.trouble:
                 log.warning("registration_waits", arbiter=self.own.name, why=str(error))
             self.trouble = str(error)
@@ -193,13 +248,29 @@ class ArbiterDaemon:
         """Images were deleted somewhere: their votes go here too."""
         found = notice.items if isinstance(notice, Reread) else notice.changes
         deleted = {item.key.removeprefix(keys.TOMBSTONES) for item in found if item.value}
-        for image in deleted & set(self.record.images()):
-            self._drop(image_id(image))
+        known = set(self.record.images())
+        for image in sorted(deleted):
+            if image not in known or self._drop(image_id(image)):
+                self._unconfirmed.add(image_id(image))
 
-    def _drop(self, image: ImageId) -> None:
+    def _drop(self, image: ImageId) -> bool:
         try:
             self.voting.drop(image)
         except ArbiterError as error:
             log.error("drop_failed", arbiter=self.own.name, image=image, why=str(error))
-        else:
-            log.info("image_dropped", arbiter=self.own.name, image=image)
+            return False
+        log.info("image_dropped", arbiter=self.own.name, image=image)
+        return True
+
+    def _confirm_dropped(self) -> None:
+        """Say in etcd which deleted images are not voted on here any more."""
+        for image in sorted(self._unconfirmed):
+            try:
+                self.catalog.confirm_deleted(image, awaited_arbiter(self.own.name))
+            except (EtcdError, RecordChanged):
+                return  # Tried again a moment later.
+            self._unconfirmed.discard(image)
+
+
+def _confirmed(vote: Vote) -> int:
+    return vote.confirmed.generation if vote.confirmed is not None else 0

@@ -164,9 +164,20 @@ class Config:
 
 
 def default_dev_dir(environ: Mapping[str, str] = os.environ) -> Path:
-    """Return the folder of the cluster that `hci dev start` makes when it is given none."""
-    data_home = environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
-    return Path(data_home) / "hci-dev"
+    """Return the folder of the cluster that `hci dev start` makes when it is given none.
+
+    Raises ConfigError for a user without a home.
+    """
+    data_home = environ.get("XDG_DATA_HOME")
+    if data_home:
+        return Path(data_home) / "hci-dev"
+    try:
+        return Path.home() / ".local" / "share" / "hci-dev"
+    except RuntimeError as error:
+        raise ConfigError(
+            "this user has no home folder: set HOME, or give a folder to `hci dev start` and "
+            "its hci.toml to other commands, by --config or HCI_CONFIG"
+        ) from error
 
 
 def find(given: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path:

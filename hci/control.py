@@ -26,6 +26,9 @@ DEADLINE_S = 5.0
 DIGEST_DEADLINE_S = 600.0
 """For reading a range of shards whole."""
 
+KNOWN_DEADLINE_S = 60.0
+"""For all records that a node knows: some MiB."""
+
 RESIZE_DEADLINE_S = 690.0
 """For a resize: above what a gateway lets its caller wait, so that it is the gateway that tells."""
 
@@ -94,6 +97,13 @@ class NodeClient(_Client):
     def status(self) -> pb.NodeStatus:
         """How the node is, in every state."""
         return self._call(self._stub.Status, pb.NodeStatusRequest())
+
+    def known(self) -> list[pb.KnownPart]:
+        """Return all that the node knows of the cluster's records, in parts."""
+        try:
+            return list(self._stub.Known(pb.KnownRequest(), timeout=KNOWN_DEADLINE_S))
+        except grpc.RpcError as error:
+            raise self._translated(error) from error
 
     def usage(self, images: Iterable[ImageId] = ()) -> Mapping[str, int]:
         """Physical bytes per image id; of all images of the node if none is named."""

@@ -100,6 +100,8 @@ class NodeStatus(_message.Message):
     CONNECTIONS_FIELD_NUMBER: _builtins.int
     COUNTERS_FIELD_NUMBER: _builtins.int
     DATA_DIR_FIELD_NUMBER: _builtins.int
+    HISTORY_LOST_FIELD_NUMBER: _builtins.int
+    UNKNOWN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: Global___NodeStatus.State.ValueType
     trouble: _builtins.str
@@ -119,8 +121,14 @@ class NodeStatus(_message.Message):
     connections: _builtins.int
     """Data connections open now."""
     data_dir: _builtins.str
+    history_lost: _builtins.bool
+    """It does not go by etcd, which lost history; `trouble` says how that was found."""
     @_builtins.property
     def counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    @_builtins.property
+    def unknown(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnknownImage]:
+        """Images with data here that etcd does not know, and that were not deleted; and their bytes."""
+
     def __init__(
         self,
         *,
@@ -137,14 +145,171 @@ class NodeStatus(_message.Message):
         connections: _builtins.int = ...,
         counters: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         data_dir: _builtins.str = ...,
+        history_lost: _builtins.bool = ...,
+        unknown: _abc.Iterable[Global___UnknownImage] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "cluster_id", b"cluster_id", "connections", b"connections", "counters", b"counters", "data_dir", b"data_dir", "images", b"images", "name", b"name", "start_counter", b"start_counter", "state", b"state", "store_id", b"store_id", "trouble", b"trouble", "used_bytes", b"used_bytes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "cluster_id", b"cluster_id", "connections", b"connections", "counters", b"counters", "data_dir", b"data_dir", "history_lost", b"history_lost", "images", b"images", "name", b"name", "start_counter", b"start_counter", "state", b"state", "store_id", b"store_id", "trouble", b"trouble", "unknown", b"unknown", "used_bytes", b"used_bytes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___NodeStatus: _TypeAlias = NodeStatus  # noqa: Y015
+
+@_typing.final
+class UnknownImage(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_ID_FIELD_NUMBER: _builtins.int
+    PHYSICAL_BYTES_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    image_id: _builtins.str
+    physical_bytes: _builtins.int
+    why: _builtins.str
+    """Why it is here, as far as it is known."""
+    def __init__(
+        self,
+        *,
+        image_id: _builtins.str = ...,
+        physical_bytes: _builtins.int = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image_id", b"image_id", "physical_bytes", b"physical_bytes", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnknownImage: _TypeAlias = UnknownImage  # noqa: Y015
+
+@_typing.final
+class KnownRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KnownRequest: _TypeAlias = KnownRequest  # noqa: Y015
+
+@_typing.final
+class KnownPart(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    STORE_ID_FIELD_NUMBER: _builtins.int
+    START_COUNTER_FIELD_NUMBER: _builtins.int
+    RECOVERIES_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    DELETED_FIELD_NUMBER: _builtins.int
+    RECORDS_FIELD_NUMBER: _builtins.int
+    FORMER_FIELD_NUMBER: _builtins.int
+    CONTESTED_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    store_id: _builtins.str
+    start_counter: _builtins.int
+    recoveries: _builtins.int
+    """How many recoveries the etcd had seen that it believed last."""
+    @_builtins.property
+    def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldImage]: ...
+    @_builtins.property
+    def deleted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerEntry]: ...
+    @_builtins.property
+    def former(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerEntry]:
+        """Records that were not in the last recovered etcd, of images contested since."""
+
+    @_builtins.property
+    def contested(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        store_id: _builtins.str = ...,
+        start_counter: _builtins.int = ...,
+        recoveries: _builtins.int = ...,
+        held: _abc.Iterable[Global___HeldImage] | None = ...,
+        deleted: _abc.Iterable[_builtins.str] | None = ...,
+        records: _abc.Iterable[Global___LedgerEntry] | None = ...,
+        former: _abc.Iterable[Global___LedgerEntry] | None = ...,
+        contested: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contested", b"contested", "deleted", b"deleted", "former", b"former", "held", b"held", "name", b"name", "records", b"records", "recoveries", b"recoveries", "start_counter", b"start_counter", "store_id", b"store_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KnownPart: _TypeAlias = KnownPart  # noqa: Y015
+
+@_typing.final
+class HeldImage(_message.Message):
+    """An image's record as the store holds it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    HOLDER_ID_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    RECORD_FIELD_NUMBER: _builtins.int
+    image_id: _builtins.str
+    epoch: _builtins.int
+    holder_id: _builtins.str
+    generation: _builtins.int
+    digest: _builtins.bytes
+    record: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        image_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        holder_id: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
+        record: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "epoch", b"epoch", "generation", b"generation", "holder_id", b"holder_id", "image_id", b"image_id", "record", b"record"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldImage: _TypeAlias = HeldImage  # noqa: Y015
+
+@_typing.final
+class LedgerEntry(_message.Message):
+    """A key of etcd as it was last believed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    value: _builtins.bytes
+    revision: _builtins.int
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        value: _builtins.bytes = ...,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "revision", b"revision", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LedgerEntry: _TypeAlias = LedgerEntry  # noqa: Y015
 
 @_typing.final
 class UsageRequest(_message.Message):

@@ -55,6 +55,11 @@ class NodeControlStub:
                 request_serializer=hci_dot_control__pb2.DeleteRequest.SerializeToString,
                 response_deserializer=hci_dot_control__pb2.DeleteReply.FromString,
                 _registered_method=True)
+        self.Known = channel.unary_stream(
+                '/hci.control.v1.NodeControl/Known',
+                request_serializer=hci_dot_control__pb2.KnownRequest.SerializeToString,
+                response_deserializer=hci_dot_control__pb2.KnownPart.FromString,
+                _registered_method=True)
 
 
 class NodeControlServicer:
@@ -91,6 +96,14 @@ class NodeControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Known(self, request, context):
+        """All that the node knows of the cluster's records: what its store holds, and its copy of what etcd
+        said. In parts; repeated fields of all parts belong together, the others stand in the first one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -113,6 +126,11 @@ def add_NodeControlServicer_to_server(servicer, server):
                     servicer.Delete,
                     request_deserializer=hci_dot_control__pb2.DeleteRequest.FromString,
                     response_serializer=hci_dot_control__pb2.DeleteReply.SerializeToString,
+            ),
+            'Known': grpc.unary_stream_rpc_method_handler(
+                    servicer.Known,
+                    request_deserializer=hci_dot_control__pb2.KnownRequest.FromString,
+                    response_serializer=hci_dot_control__pb2.KnownPart.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -224,6 +242,33 @@ class NodeControl:
             '/hci.control.v1.NodeControl/Delete',
             hci_dot_control__pb2.DeleteRequest.SerializeToString,
             hci_dot_control__pb2.DeleteReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Known(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/hci.control.v1.NodeControl/Known',
+            hci_dot_control__pb2.KnownRequest.SerializeToString,
+            hci_dot_control__pb2.KnownPart.FromString,
             options,
             channel_credentials,
             insecure,

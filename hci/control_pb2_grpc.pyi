@@ -49,6 +49,10 @@ class NodeControlStub:
     """Deletes an image's data. INVALID_ARGUMENT where etcd holds no tombstone for it; a node that has
     nothing of the image has nothing to do.
     """
+    Known: _grpc.UnaryStreamMultiCallable[_control_pb2.KnownRequest, _control_pb2.KnownPart]
+    """All that the node knows of the cluster's records: what its store holds, and its copy of what etcd
+    said. In parts; repeated fields of all parts belong together, the others stand in the first one.
+    """
 
 @_typing.type_check_only
 class NodeControlAsyncStub(NodeControlStub):
@@ -66,6 +70,10 @@ class NodeControlAsyncStub(NodeControlStub):
     Delete: _aio.UnaryUnaryMultiCallable[_control_pb2.DeleteRequest, _control_pb2.DeleteReply]  # type: ignore[assignment]
     """Deletes an image's data. INVALID_ARGUMENT where etcd holds no tombstone for it; a node that has
     nothing of the image has nothing to do.
+    """
+    Known: _aio.UnaryStreamMultiCallable[_control_pb2.KnownRequest, _control_pb2.KnownPart]  # type: ignore[assignment]
+    """All that the node knows of the cluster's records: what its store holds, and its copy of what etcd
+    said. In parts; repeated fields of all parts belong together, the others stand in the first one.
     """
 
 class NodeControlServicer(metaclass=_abc_1.ABCMeta):
@@ -105,6 +113,16 @@ class NodeControlServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_control_pb2.DeleteReply, _abc.Awaitable[_control_pb2.DeleteReply]]:
         """Deletes an image's data. INVALID_ARGUMENT where etcd holds no tombstone for it; a node that has
         nothing of the image has nothing to do.
+        """
+
+    @_abc_1.abstractmethod
+    def Known(
+        self,
+        request: _control_pb2.KnownRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.KnownPart], _abc.AsyncIterator[_control_pb2.KnownPart]]:
+        """All that the node knows of the cluster's records: what its store holds, and its copy of what etcd
+        said. In parts; repeated fields of all parts belong together, the others stand in the first one.
         """
 
 def add_NodeControlServicer_to_server(servicer: NodeControlServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

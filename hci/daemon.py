@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -23,6 +24,9 @@ RETRY_S = 1.0
 
 LOCK_WAIT_S = 10.0
 """How long a new process waits for its predecessor to end and free the lock."""
+
+OPEN_FILES = 65_536
+"""More than a gateway's clients (4,096) and a node's shard files (512) and connections (1,024)."""
 
 
 def log_to_stderr() -> None:
@@ -66,6 +70,17 @@ class Ending:
         """Raise DaemonError if a part has failed."""
         if self.failure is not None:
             raise DaemonError(self.failure)
+
+
+def take_files() -> None:
+    """Let this process open as many files as it may: the usual limit is meant for `select`.
+
+    A gateway has one for each disk of its guests, a node one for each shard that is in use; where
+    there is none left a gateway lets nobody in and a node's store ends.
+    """
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def take_lock(path: Path) -> IO[bytes]:

@@ -16,7 +16,7 @@ from engine import VERSION, Gateway
 from etcd import keys
 from etcd.client import EtcdClient
 from etcd.errors import EtcdError
-from etcd.interface import Notice
+from etcd.interface import Notice, Reread
 from etcd.lease import Session
 from etcd.records import NodeRecord
 from hci import control, daemon, metrics
@@ -54,6 +54,7 @@ _STATES = {
 def serve(config: Config, name: str) -> None:
     """Be the gateway `name` until told to stop. Raises DaemonError, ConfigError."""
     daemon.log_to_stderr()
+    daemon.take_files()
     ending = daemon.Ending()
     own = config.gateway(name)
     # Held until this process dies: its leases may be taken over by whoever gets it next.
@@ -173,6 +174,7 @@ class GatewayDaemon:
             lambda: self.catalog.init_cluster(self.config.cluster.id),
             self.exports.start,
             lambda: self.etcd.watch(keys.NODES, self._on_nodes),
+            lambda: self.etcd.watch(keys.LOST, self._on_mark),
             self.caretaker.watch,
             self._link_nodes,
         )
@@ -194,6 +196,12 @@ class GatewayDaemon:
 
     def _on_nodes(self, _notice: Notice) -> None:
         self._nodes_changed.set()
+
+    def _on_mark(self, notice: Notice) -> None:
+        """etcd was found to have lost history, or it was recovered."""
+        items = notice.items if isinstance(notice, Reread) else notice.changes
+        if not any(item.value is not None for item in items):
+            self.exports.look_again()
 
     def _look_after(self) -> None:
         self.caretaker.look(time.monotonic())

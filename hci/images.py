@@ -1,5 +1,6 @@
 """What the command line does with an image beyond one record: daemons and records together."""
 
+import socket
 import time
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from urllib.parse import quote
 from etcd.records import ImageRecord, NodeRecord
 from hci.config import Config, GatewayConfig
 from hci.control import GatewayClient, NodeClient
+from hci.dev.process import undisturbed
 from hci.errors import ConfigError, ControlError
 from shard.geometry import check_image_size
 from shard.ids import ImageId
@@ -113,12 +115,17 @@ def resize(
 def import_file(
     records: Catalog, name: ImageName, source: Source, uri: str, progress: transfer.Progress
 ) -> None:
-    """Create an image and fill it from a file. Where that fails, no image is left."""
-    records.create_image(name, source.size_bytes)
+    """Create an image and fill it from a file. Where that fails, no image is left.
+
+    Where this process is killed meanwhile the image counts as an interrupted import.
+    """
+    made = records.create_image(name, source.size_bytes, imported_by=socket.gethostname())
     try:
         transfer.fill(source, uri, progress)
+        records.finish_import(made.record.id)
     except BaseException:
-        _remove_when_closed(records, name)
+        with undisturbed():
+            _remove_when_closed(records, name)
         raise
 
 

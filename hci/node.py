@@ -3,7 +3,8 @@
 import os
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -13,7 +14,6 @@ from engine import VERSION, Node
 from etcd import keys
 from etcd.client import EtcdClient
 from etcd.errors import EtcdError
-from etcd.interface import Notice, Reread
 from etcd.lease import Session
 from etcd.records import ImageRecord, NodeRecord
 from hci import control, daemon, metrics
@@ -21,12 +21,22 @@ from hci import control_pb2 as pb
 from hci.config import Config, NodeConfig
 from hci.control_pb2_grpc import NodeControlServicer, add_NodeControlServicer_to_server
 from hci.errors import DaemonError
+from hci.history import HistoryWatch, Holdings, held_record
+from hci.known import known_parts
 from hci.usage import FolderUsage
 from shard.digest import UNREADABLE, digest
 from shard.errors import HciError
 from shard.ids import ImageId, image_id
 from vmstore.catalog import Catalog
-from vmstore.errors import ForeignStore, OtherCluster, RecordChanged, StoreBehind, UnknownImage
+from vmstore.errors import (
+    ForeignStore,
+    OtherCluster,
+    RecordChanged,
+    StoreBehind,
+    StoreCopied,
+    UnknownImage,
+)
+from vmstore.ledger import Ledger
 
 log = structlog.get_logger()
 
@@ -38,6 +48,7 @@ RETRY_S = 1.0
 def serve(config: Config, name: str) -> None:
     """Be the storage node `name` until told to stop. Raises DaemonError, ConfigError."""
     daemon.log_to_stderr()
+    daemon.take_files()
     ending = daemon.Ending()
     NodeDaemon(config, config.node(name), ending).run()
     ending.raise_failure()
@@ -56,9 +67,14 @@ class NodeDaemon:
         self.usage = FolderUsage(own.data_dir)
         self.etcd = EtcdClient([str(endpoint) for endpoint in config.cluster.etcd])
         self.catalog = Catalog(self.etcd)
+        self.ledger = self._open_ledger()
+        self.history = HistoryWatch(
+            own.name, self.etcd, self.catalog, self.ledger, self._holdings, self._on_deleted
+        )
         self._session: Session | None = None
-        self._watching = False
         self._session_lost = threading.Event()
+        self._unconfirmed: set[ImageId] = set()
+        self._run = secrets.token_hex(16)
 
     def run(self) -> None:
         """Serve until it is time to end."""
@@ -86,6 +102,7 @@ class NodeDaemon:
                 self._session.close()
             self.etcd.close()
             engine.stop()
+            self.ledger.close()
             log.info("node_stopped", node=own.name)
 
     def _open_store(self) -> Node:
@@ -128,12 +145,37 @@ class NodeDaemon:
         if self._session_lost.is_set():
             self._session_lost.clear()
             self.registered = False
+        if self.registered:
+            self._check_history()
         if not self.registered:
             self._register()
+
+    def _check_history(self) -> None:
+        """Look now and then whether etcd may still be believed; else be registered no longer."""
+        if self.ledger.start_counter(self.own.name) > self.engine.start_counter:
+            copied = StoreCopied(self.own.name, self.engine.start_counter + 1)
+            self.ending.fail(str(copied))
+            return
+        try:
+            believed = self.history.check_if_due()
+            if believed and self._unconfirmed:
+                self._confirm_deleted()
+        except EtcdError:
+            # Heard of by the session too, where it lasts.
+            return
+        if not believed:
+            self.registered = False
+            if self._session is not None:
+                self._session.close()
+                self._session = None
 
     def _register(self) -> None:
         """Say in etcd who and where we are, and that we are alive; try again where it is away."""
         try:
+            if not self.history.check():
+                self.trouble = self.history.lost
+                self.ending.wait(RETRY_S)
+                return
             self.catalog.init_cluster(self.config.cluster.id)
             if self._session is not None:
                 self._session.close()
@@ -151,14 +193,10 @@ class NodeDaemon:
                 store_id=self.engine.store_id,
                 start_counter=self.engine.start_counter,
             )
-            self.catalog.announce_node(record, session.lease)
+            self.catalog.announce_node(record, session.lease, self._run)
             session.start()
-            if not self._watching:
-                # It outlives the session: what is missed while etcd is away is read again.
-                self.etcd.watch(keys.TOMBSTONES, self._on_tombstones)
-                self._watching = True
             self._bury_all()
-        except (OtherCluster, ForeignStore, StoreBehind) as error:
+        except (OtherCluster, ForeignStore, StoreBehind, StoreCopied) as error:
             self.ending.fail(str(error))
         except (EtcdError, RecordChanged) as error:
             if not self.trouble:
@@ -169,22 +207,72 @@ class NodeDaemon:
             self.registered, self.trouble = True, ""
             log.info("node_registered", node=self.own.name)
 
-    def _on_tombstones(self, notice: Notice) -> None:
+    def _on_deleted(self, images: Iterable[ImageId]) -> None:
         """Images were deleted somewhere: their data goes here too."""
-        found = notice.items if isinstance(notice, Reread) else notice.changes
-        for key in [item.key for item in found if item.value is not None]:
-            self.bury(image_id(key.removeprefix(keys.TOMBSTONES)))
+        for image in images:
+            self.bury(image)
 
     def _bury_all(self) -> None:
         for image in self.catalog.tombstones():
             self.bury(image)
+        self._confirm_deleted()
 
     def bury(self, image: ImageId) -> None:
-        """Delete an image's data for ever."""
+        """Delete an image's data for ever; that it is done is said in etcd a moment later."""
         try:
             self.engine.delete(image)
         except (RuntimeError, TimeoutError) as error:
             log.error("delete_failed", node=self.own.name, image=image, why=str(error))
+        else:
+            self._unconfirmed.add(image)
+
+    def _confirm_deleted(self) -> None:
+        """Say in etcd which images are deleted here, so that their tombstones there may go."""
+        for image in sorted(self._unconfirmed):
+            with suppress(RecordChanged):  # By another node; next time.
+                self.catalog.confirm_deleted(image, self.own.name)
+                self._unconfirmed.discard(image)
+
+    def contested(self) -> str:
+        """Say for how many images this node knows better than the last recovery did."""
+        contested = self.ledger.contested
+        if not contested:
+            return ""
+        first = next(iter(contested.values()))
+        more = f", and {len(contested) - 1} more images" if len(contested) > 1 else ""
+        return f"it was not heard when etcd was recovered: {first}{more}; `hci cluster recover`"
+
+    def unknown_images(self) -> list[pb.UnknownImage]:
+        """Return the images with data here that etcd does not know and that were not deleted."""
+        if self.engine.failure() is not None:
+            return []
+        records = self.ledger.records()
+        held, deleted = self._holdings()
+        found = {ImageId(image) for image in self.engine.folders()} | held.keys()
+        return [
+            pb.UnknownImage(
+                image_id=image,
+                physical_bytes=self.engine.usage(image),
+                why="" if image in held else "its record is gone",
+            )
+            for image in sorted(found - deleted)
+            if keys.image(image) not in records and keys.tombstone(image) not in records
+        ]
+
+    def _holdings(self) -> Holdings:
+        found = self.engine.inventory()
+        held = {ImageId(each["image"]): each for each in found["images"]}
+        return (
+            {image: held_record(image, each) for image, each in held.items()},
+            frozenset(ImageId(image) for image in found["deleted"]),
+        )
+
+    def _open_ledger(self) -> Ledger:
+        try:
+            return Ledger(self.own.data_dir / "ledger")
+        except HciError as error:
+            self.engine.stop()
+            raise DaemonError(f"node {self.own.name}: {error}") from error
 
     def _samples(self) -> metrics.Samples:
         return node_samples(self.engine.status(), self.engine.failure(), self.registered)
@@ -240,7 +328,11 @@ class NodeControl(NodeControlServicer):
         return pb.NodeStatus(
             name=node.own.name,
             state=node.state(),
-            trouble=node.engine.failure() or node.trouble or (_FULL if status["no_space"] else ""),
+            trouble=node.engine.failure()
+            or node.history.lost
+            or node.trouble
+            or (_FULL if status["no_space"] else "")
+            or node.contested(),
             version=VERSION,
             cluster_id=node.config.cluster.id,
             store_id=node.engine.store_id,
@@ -257,7 +349,15 @@ class NodeControl(NodeControlServicer):
                 "pid": os.getpid(),
             },
             data_dir=str(node.own.data_dir),
+            history_lost=bool(node.history.lost),
+            unknown=node.unknown_images(),
         )
+
+    def Known(
+        self, request: pb.KnownRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.KnownPart]:
+        node = self._node
+        return known_parts(node.history.known(), node.engine.store_id, node.engine.start_counter)
 
     def Usage(self, request: pb.UsageRequest, context: grpc.ServicerContext) -> pb.UsageReply:
         engine = self._node.engine
@@ -270,6 +370,9 @@ class NodeControl(NodeControlServicer):
         self, request: pb.DigestRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.ShardDigest]:
         record = self._record(request.image_id)
+        if record.epoch == 0:
+            # Nobody has opened it yet, so no node has heard of it, and it is zeroes everywhere.
+            return
         layers = [layer.id for layer in record.layers]
         for shard in range(request.first_shard, request.first_shard + request.shards):
             try:

@@ -3,8 +3,9 @@
 `survey` asks etcd and the daemons; `judge` turns what was found into problems and is pure.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -17,6 +18,9 @@ from hci.config import Config
 from hci.connect import arbiter_client, catalog
 from hci.control import GatewayClient, NodeClient
 from hci.errors import ControlError
+from shard.geometry import format_size
+from vmstore.catalog import Catalog
+from vmstore.errors import RecordsLost, UnknownPool
 
 ASK_DEADLINE_S = 2.0
 """A daemon that is silent for longer is shown as down; all are asked at once."""
@@ -47,6 +51,14 @@ class NodeView:
     capacity_bytes: int | None
     used_bytes: int | None
     trouble: str
+    history_lost: bool = False
+    unknown: Sequence[pb.UnknownImage] = ()
+    """Images with data there that etcd does not know."""
+
+    @property
+    def unknown_bytes(self) -> int:
+        """What unknown images take there."""
+        return sum(image.physical_bytes for image in self.unknown)
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,7 @@ class ArbiterView:
     pools: Sequence[str]
     images: int | None
     trouble: str
+    history_lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,8 @@ class Survey:
     images: Mapping[str, ImageRecord] = field(default_factory=dict)
     arbiters: Sequence[ArbiterView] = ()
     is_dev: bool = False
+    lost: str = ""
+    """How it was found that etcd lost history; empty where it did not."""
 
     @property
     def problems(self) -> Sequence[Problem]:
@@ -117,12 +132,14 @@ def survey(config: Config) -> Survey:
     try:
         with catalog(config) as records:
             pools = records.pools()
+            lost = records.lost()
             return Survey(
+                lost=f"{lost.record.by} found that {lost.record.why}" if lost is not None else "",
                 etcd="",
                 nodes=_nodes(config, records.nodes(), records.alive()),
                 gateways=gateways,
                 pools=pools,
-                placements={name: records.placement(name).record for name in pools},
+                placements=_placements(records, pools),
                 images={str(entry.name): entry.image.record for entry in records.images()},
                 arbiters=_arbiters(config, records.arbiters(), pools),
                 is_dev=is_dev,
@@ -133,6 +150,15 @@ def survey(config: Config) -> Survey:
         return Survey(
             etcd=str(error), nodes=nodes, gateways=gateways, arbiters=arbiters, is_dev=is_dev
         )
+
+
+def _placements(records: Catalog, pools: Iterable[str]) -> dict[str, PlacementRecord]:
+    """Return the placements of pools; an etcd that lost history may lack some."""
+    found = {}
+    for name in pools:
+        with suppress(UnknownPool, RecordsLost):
+            found[name] = records.placement(name).record
+    return found
 
 
 def nodes(config: Config) -> Sequence[NodeView]:
@@ -152,6 +178,14 @@ def judge(found: Survey) -> Iterator[Problem]:
     if found.etcd:
         advice = "start it: `hci dev run etcd`" if found.is_dev else "start etcd on its hosts"
         yield Problem(Health.UNAVAILABLE, found.etcd, advice)
+    if found.lost:
+        yield Problem(
+            Health.UNAVAILABLE,
+            f"etcd lost history: {found.lost}. Open images are served as long as their nodes "
+            "are there; nothing is opened, made or deleted, and no node is left behind",
+            "put etcd's latest state back if there is one; else see what the nodes know with "
+            "`hci cluster recover --dry-run`, and rebuild it with `hci cluster recover`",
+        )
     yield from _judge_nodes(found)
     yield from _judge_gateways(found)
     yield from _judge_arbiters(found)
@@ -161,7 +195,10 @@ def judge(found: Survey) -> Iterator[Problem]:
 
 def _judge_nodes(found: Survey) -> Iterator[Problem]:
     for node in found.nodes:
-        if node.state == "starting":
+        if node.history_lost:
+            told = f"{node.name} on {node.host} does not go by etcd: {node.trouble}"
+            yield Problem(Health.UNAVAILABLE, told, "see above; it goes on by itself after that")
+        elif node.state == "starting":
             yield Problem(Health.HEALING, f"{node.name} is starting", "wait")
         elif node.state != "up":
             # Of a node that is down there is no more to say than that it does not answer.
@@ -173,6 +210,13 @@ def _judge_nodes(found: Survey) -> Iterator[Problem]:
         elif node.trouble:
             what = f"{node.name} on {node.host}: {node.trouble}"
             yield Problem(Health.DEGRADED, what, f"see to it, and to the log of {node.name}")
+        if node.unknown and not found.lost:
+            size = format_size(node.unknown_bytes)
+            yield Problem(
+                Health.OK,
+                f"{node.name} keeps {size} of {len(node.unknown)} images that etcd does not know",
+                "`hci cluster leftovers` shows them, and what can be done",
+            )
 
 
 def _judge_gateways(found: Survey) -> Iterator[Problem]:
@@ -190,7 +234,10 @@ def _judge_gateways(found: Survey) -> Iterator[Problem]:
 
 def _judge_arbiters(found: Survey) -> Iterator[Problem]:
     for arbiter in found.arbiters:
-        if arbiter.state == "starting":
+        if arbiter.state == "starting" and arbiter.history_lost:
+            told = f"arbiter {arbiter.name} does not go by etcd: {arbiter.trouble}"
+            yield Problem(Health.UNAVAILABLE, told, "see above; it goes on by itself after that")
+        elif arbiter.state == "starting":
             yield Problem(Health.HEALING, f"arbiter {arbiter.name} is starting", "wait")
         elif arbiter.state != "up":
             told = f" ({arbiter.trouble})" if arbiter.trouble and arbiter.state != "down" else ""
@@ -241,7 +288,8 @@ def _judge_pools(found: Survey) -> Iterator[Problem]:
                 f"pool {pool.name}: its arbiter {pool.arbiter} is not filled and grants nothing",
                 "run the interrupted `hci arbiter replace` again",
             )
-        for index, members in enumerate(found.placements[pool.name].sets):
+        placement = found.placements.get(pool.name)
+        for index, members in enumerate(placement.sets if placement is not None else ()):
             there = [name for name in members if name in up]
             if len(there) < pool.policy.quorum:
                 yield Problem(
@@ -339,6 +387,8 @@ def _node(
         capacity_bytes=status.capacity_bytes if status else _capacity(record),
         used_bytes=(status.used_bytes or None) if status else None,
         trouble=trouble,
+        history_lost=status is not None and status.history_lost,
+        unknown=status.unknown if status is not None else (),
     )
 
 
@@ -383,6 +433,7 @@ def _arbiter(
         pools=pools,
         images=status.images if status is not None else None,
         trouble=trouble,
+        history_lost=status is not None and status.history_lost,
     )
 
 

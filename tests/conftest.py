@@ -27,8 +27,13 @@ _FAILED = pytest.StashKey[bool]()
 
 
 def pytest_configure() -> None:
-    """A run that is ended from outside unwinds like an interrupted one: clusters are stopped."""
+    """A run that is ended from outside unwinds like an interrupted one: clusters are stopped.
+
+    Ctrl-C is heard also where we were started to ignore it, in a shell's background: programs that
+    tests interrupt would inherit that.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -80,7 +85,7 @@ def _lent(request: pytest.FixtureRequest, kept: list[DevCluster]) -> Iterator[De
         if not lent.config.exists():
             lent.start()
         yield lent
-        if not request.node.stash.get(_FAILED, False):
+        if not failed(request.node):
             lent.mend()
             if not kept:
                 kept.append(lent)
@@ -89,9 +94,14 @@ def _lent(request: pytest.FixtureRequest, kept: list[DevCluster]) -> Iterator[De
         lent.print_logs()
         lent.close()
         raise
-    if request.node.stash.get(_FAILED, False):
+    if failed(request.node):
         lent.print_logs()
     _end(lent)
+
+
+def failed(node: pytest.Item | pytest.Collector) -> bool:
+    """Whether a test, or one of a module, has failed so far."""
+    return node.stash.get(_FAILED, False)
 
 
 def _end(cluster: DevCluster) -> None:

@@ -31,6 +31,7 @@ class ArbiterRecords(Holding):
         """Return a pool. Raises UnknownPool."""
         found = read(self._etcd, PoolRecord, keys.pool(name))
         if found is None:
+            self.check_history()
             raise UnknownPool(name)
         return found
 

@@ -15,6 +15,7 @@ from etcd.records import (
     ArbiterRecord,
     ClusterRecord,
     ImageRecord,
+    ImportRecord,
     Layer,
     LeaseRecord,
     NameRecord,
@@ -22,11 +23,12 @@ from etcd.records import (
     PlacementRecord,
     PoolRecord,
     TombstoneRecord,
+    awaited_members,
 )
 from shard.errors import BadValue, TooFewDomains
-from shard.geometry import SHARD_BYTES_DEFAULT, check_image_size, check_shard_size
+from shard.geometry import IMAGE_BYTES_MAX, SHARD_BYTES_DEFAULT, check_image_size, check_shard_size
 from shard.ids import ImageId, image_id_from_bytes, pool_name
-from shard.membership import Policy
+from shard.membership import FIRST_GENERATION, Policy
 from shard.placement import (
     Candidate,
     FailureDomain,
@@ -48,15 +50,20 @@ from vmstore.errors import (
     RecordChanged,
     ShrinkRefused,
     StoreBehind,
+    StoreCopied,
     TooFewNodes,
     UnknownImage,
     UnknownPool,
 )
+from vmstore.holding import INTACT
 from vmstore.names import ImageName
 from vmstore.stored import R, Stored, commit, put_found, read, stored
 
 REPLICA_SETS_MAX = 1024
 """Bounds the records: each image repeats the replica sets of its pool."""
+
+RECORD_BYTES_MAX = 64 << 10
+"""An image's record that a node takes; `engine/core/src/store/images.rs` has the same."""
 
 FIRST_LAYER = 1
 
@@ -77,7 +84,8 @@ class Catalog(ArbiterRecords):
     """Reads and changes the records of one cluster.
 
     All methods raise EtcdUnavailable (nothing changed: try again), changing ones also
-    OutcomeUnknown (look whether it was made) and RecordChanged (try again).
+    OutcomeUnknown (look whether it was made), RecordChanged (try again) and RecordsLost (etcd lost
+    history: tell a person).
     """
 
     def __init__(self, etcd: Etcd, new_image_id: Callable[[], ImageId] = _random_image_id) -> None:
@@ -95,12 +103,16 @@ class Catalog(ArbiterRecords):
 
     def cluster(self, expected_id: str | None = None) -> ClusterRecord:
         """Return the cluster's record. Raises NoCluster, or OtherCluster than `expected_id`."""
-        found = read(self._etcd, ClusterRecord, keys.CLUSTER)
+        found = self.stored_cluster()
         if found is None:
             raise NoCluster
         if expected_id is not None and found.record.id != expected_id:
             raise OtherCluster(expected_id, found.record.id)
         return found.record
+
+    def stored_cluster(self) -> Stored[ClusterRecord] | None:
+        """Return the cluster's record as it stands in etcd, or None."""
+        return read(self._etcd, ClusterRecord, keys.CLUSTER)
 
     def nodes(self) -> dict[str, NodeRecord]:
         """Return all registered nodes by name."""
@@ -110,11 +122,12 @@ class Catalog(ArbiterRecords):
         """Return the nodes that run, by name."""
         return {name: item.record for name, item in self._all(AliveRecord, keys.ALIVE).items()}
 
-    def announce_node(self, record: NodeRecord, etcd_lease: int) -> None:
+    def announce_node(self, record: NodeRecord, etcd_lease: int, run: str | None = None) -> None:
         """Register a node that started, and say that it is alive as long as the lease lives.
 
-        Raises ForeignStore where its name stands for another store, and StoreBehind where its
-        start counter is below the registered one; the node must not serve then.
+        `run` tells its process from all others. Raises ForeignStore where its name stands for
+        another store, StoreBehind where its start counter is below the registered one, and
+        StoreCopied where a process with a copy of its store runs; it must not serve then.
         """
         former = read(self._etcd, NodeRecord, record.key)
         compares: tuple[Compare, ...] = (KeyAbsent(record.key),)
@@ -126,7 +139,12 @@ class Catalog(ArbiterRecords):
             if known.start_counter > record.start_counter:
                 raise StoreBehind(record.name, known.start_counter, record.start_counter)
             record = replace(record, extra={**known.extra, **record.extra})
-        alive = AliveRecord(start_counter=record.start_counter)
+        running = read(self._etcd, AliveRecord, keys.alive(record.name))
+        # Each start of a store has a number of its own.
+        same = running is not None and running.record.start_counter == record.start_counter
+        if running is not None and same and running.record.run not in (None, run):
+            raise StoreCopied(record.name, record.start_counter)
+        alive = AliveRecord(start_counter=record.start_counter, run=run)
         put = Put(record.key, record.encode())
         operations = [put, Put(keys.alive(record.name), alive.encode(), etcd_lease)]
         if commit(self._etcd, compares, operations, put_found(self._etcd, put)) is None:
@@ -150,6 +168,7 @@ class Catalog(ArbiterRecords):
         """
         pool_name(name)
         check_shard_size(shard_bytes)
+        self.check_history()
         if replica_sets is not None and not 1 <= replica_sets <= REPLICA_SETS_MAX:
             raise BadValue(f"a pool has 1 to {REPLICA_SETS_MAX} replica sets, not {replica_sets}")
         if policy.has_arbiter and arbiter is None:
@@ -169,6 +188,7 @@ class Catalog(ArbiterRecords):
         )
         self._check_absent(record)
         placement = self._place(record, candidates)
+        _check_fits(record, placement)
         if voter is not None and failure_domain is not FailureDomain.NODE:
             _check_apart(voter.record, placement, candidates)
         self._create_pool(record, placement, voter.unchanged if voter is not None else ())
@@ -185,8 +205,13 @@ class Catalog(ArbiterRecords):
             raise UnknownPool(pool)
         return found
 
-    def create_image(self, name: ImageName, size_bytes: int) -> Stored[ImageRecord]:
-        """Make an empty image. Raises BadSize, UnknownPool, ImageExists."""
+    def create_image(
+        self, name: ImageName, size_bytes: int, *, imported_by: str | None = None
+    ) -> Stored[ImageRecord]:
+        """Make an empty image. Raises BadSize, UnknownPool, ImageExists.
+
+        With `imported_by` it counts as unfinished until `finish_import`.
+        """
         check_image_size(size_bytes)
         pool, placement = self.pool(name.pool), self.placement(name.pool)
         image_id = self._new_image_id()
@@ -208,11 +233,16 @@ class Catalog(ArbiterRecords):
             KeyAbsent(keys.tombstone(image_id)),
             *pool.unchanged,
             *placement.unchanged,
+            INTACT,
         ]
         put = Put(record.key, record.encode())
         operations = [put, Put(name_key, NameRecord(image=image_id).encode())]
+        if imported_by is not None:
+            unfinished = ImportRecord(by=imported_by)
+            operations.append(Put(keys.unfinished_import(image_id), unfinished.encode()))
         revision = commit(self._etcd, compares, operations, put_found(self._etcd, put))
         if revision is None:
+            self.check_history()
             if self._etcd.get(name_key) is not None:
                 raise ImageExists(str(name))
             raise RecordChanged(f"pool {name.pool}")
@@ -257,9 +287,10 @@ class Catalog(ArbiterRecords):
             return image
         record = replace(image.record, size_bytes=size_bytes)
         put = Put(image.key, record.encode())
-        compares = [*image.unchanged, KeyAbsent(keys.lease(image.record.id))]
+        compares = [*image.unchanged, KeyAbsent(keys.lease(image.record.id)), INTACT]
         revision = commit(self._etcd, compares, [put], put_found(self._etcd, put))
         if revision is None:
+            self.check_history()
             self._check_not_in_use(name, image.record.id)
             raise RecordChanged(f"image {name}")
         return Stored(image.key, record, put.value, revision)
@@ -270,20 +301,71 @@ class Catalog(ArbiterRecords):
         lease = self.lease_of(image.record.id)
         if lease is not None and not lease.record.maintenance:
             raise InUse(str(name), lease.record.gateway)
-        tombstone = TombstoneRecord(id=image.record.id, generation=image.record.generation)
+        tombstone = self._tombstone(image.record)
         put = Put(tombstone.key, tombstone.encode())
         compares = [
             *name_item.unchanged,
             *image.unchanged,
             *((KeyAbsent(keys.lease(image.record.id)),) if lease is None else lease.unchanged),
+            INTACT,
         ]
-        operations: list[Operation] = [Delete(name_item.key), Delete(image.key), put]
+        operations: list[Operation] = [
+            Delete(name_item.key),
+            Delete(image.key),
+            Delete(keys.unfinished_import(image.record.id)),
+            put,
+        ]
         if lease is not None:
             operations.append(Delete(lease.key))
         if commit(self._etcd, compares, operations, put_found(self._etcd, put)) is None:
+            self.check_history()
             self._check_not_in_use(name, image.record.id)
             raise RecordChanged(f"image {name}")
         return tombstone
+
+    def finish_import(self, image: ImageId) -> None:
+        """Note that an image is filled."""
+        self._etcd.transaction([], [Delete(keys.unfinished_import(image))])
+
+    def unfinished_imports(self) -> dict[ImageId, ImportRecord]:
+        """Return the images that are being filled, or whose import was interrupted."""
+        return {
+            ImageId(image): item.record
+            for image, item in self._all(ImportRecord, keys.IMPORTS).items()
+        }
+
+    def bury_unknown(self, image: ImageId, members: Sequence[str]) -> None:
+        """Write a tombstone for an image that etcd does not know, which these nodes keep data of.
+
+        Raises RecordChanged where it knows the image, or its tombstone.
+        """
+        record = TombstoneRecord(id=image, generation=FIRST_GENERATION, awaits=tuple(members))
+        put = Put(record.key, record.encode())
+        compares = [KeyAbsent(keys.image(image)), KeyAbsent(record.key), INTACT]
+        if commit(self._etcd, compares, [put], put_found(self._etcd, put)) is None:
+            self.check_history()
+            raise RecordChanged(f"image {image}")
+
+    def confirm_deleted(self, image: ImageId, member: str) -> None:
+        """Note that a node or arbiter has durably deleted an image.
+
+        With the last one that is awaited the tombstone goes. Raises RecordChanged.
+        """
+        found = read(self._etcd, TombstoneRecord, keys.tombstone(image))
+        if found is None or found.record.awaits is None or member not in found.record.awaits:
+            return
+        left = tuple(each for each in found.record.awaits if each != member)
+        put = Put(found.key, replace(found.record, awaits=left).encode())
+        operation = put if left else Delete(found.key)
+        if not self._etcd.transaction([*found.unchanged, INTACT], [operation]).committed:
+            raise RecordChanged(f"the tombstone of image {image}")
+
+    def _tombstone(self, image: ImageRecord) -> TombstoneRecord:
+        """Return the tombstone of an image: all that may hold something of it are awaited."""
+        found = read(self._etcd, PoolRecord, keys.pool(image.pool))
+        arbiter = found.record.arbiter if found is not None else None
+        awaits = awaited_members(image, arbiter)
+        return TombstoneRecord(id=image.id, generation=image.generation, awaits=awaits)
 
     def tombstones(self) -> dict[ImageId, TombstoneRecord]:
         """Return all images that were deleted."""
@@ -305,6 +387,7 @@ class Catalog(ArbiterRecords):
             if image is not None:
                 return name_item, image
         self.pool(name.pool)
+        self.check_history()
         raise UnknownImage(str(name))
 
     def _check_not_in_use(self, name: ImageName, image: ImageId) -> None:
@@ -346,11 +429,44 @@ class Catalog(ArbiterRecords):
         self, pool: PoolRecord, placement: PlacementRecord, as_long_as: Sequence[Compare]
     ) -> None:
         put = Put(pool.key, pool.encode())
-        compares = [KeyAbsent(pool.key), KeyAbsent(placement.key), *as_long_as]
+        compares = [KeyAbsent(pool.key), KeyAbsent(placement.key), *as_long_as, INTACT]
         operations = [put, Put(placement.key, placement.encode())]
         if commit(self._etcd, compares, operations, put_found(self._etcd, put)) is None:
+            self.check_history()
             self._check_absent(pool)
             raise RecordChanged(f"arbiter {pool.arbiter}")
+
+
+def _check_fits(pool: PoolRecord, placement: PlacementRecord) -> None:
+    """Raise BadValue where nodes would refuse a record of the pool's images for its length.
+
+    It is longest with a node of each replica set left behind, and that is when it must be stored.
+    """
+    most = 10**9
+    record = ImageRecord(
+        id=ImageId("0" * 32),
+        pool=pool.name,
+        policy=pool.policy,
+        size_bytes=IMAGE_BYTES_MAX,
+        shard_bytes=pool.shard_bytes,
+        placement_key=ImageId("0" * 32),
+        placement_version=most,
+        sets=placement.sets,
+        layers=(Layer(id=FIRST_LAYER),),
+        epoch=most,
+        holder="0" * 32,
+        generation=most,
+        stale={
+            index: {max(members, key=len): most - 1} for index, members in enumerate(placement.sets)
+        },
+    )
+    length = len(record.encode())
+    if length > RECORD_BYTES_MAX * 7 // 8:
+        fewer = max(1, len(placement.sets) * RECORD_BYTES_MAX * 3 // (4 * length))
+        raise BadValue(
+            f"{len(placement.sets)} replica sets of nodes with names such as "
+            f"{placement.sets[0][0]} are more than an image's record has room for; {fewer} would do"
+        )
 
 
 def _check_apart(

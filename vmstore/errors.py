@@ -8,6 +8,7 @@ HciError
     ├── OtherCluster              etcd holds another cluster
     ├── ForeignStore              a node's name stands for another store
     ├── StoreBehind               a node's store is older than what the cluster saw of it
+    ├── StoreCopied               two processes run on a store and its copy
     ├── TooFewNodes               the policy needs more nodes than are up
     ├── NoArbiter                 the policy needs an arbiter
     ├── ArbiterNotNeeded          the policy has none
@@ -27,6 +28,8 @@ HciError
     ├── InUse                     a gateway has the image open
     ├── BeingResized              another change of the image's size is under way
     ├── ClientBarred              the image was another gateway's since this client had it
+    ├── RecordsLost               etcd lost history, and nothing goes by it before it is recovered
+    ├── RecoveryRefused           what a recovery needs is not there, or is in doubt
     └── Conflict                  a transaction lost against another one
         ├── RecordChanged         read again and decide anew
         ├── LeaseLost             the lease is another's or gone: stop serving
@@ -83,6 +86,18 @@ class StoreBehind(VmstoreError):
         super().__init__(
             f"the store of node {node} is from its start {offered}, the cluster saw start "
             f"{registered}; an older copy of the disk was put back: use the current one"
+        )
+
+
+class StoreCopied(VmstoreError):
+    """Two processes have the same start of the same store: one disk is a copy of the other."""
+
+    def __init__(self, node: str, start_counter: int) -> None:
+        self.node = node
+        super().__init__(
+            f"another process runs as node {node} with a copy of this store, from its start "
+            f"{start_counter} on: end it, and use one disk only, that of the node that ran first; "
+            "never copy a data_dir"
         )
 
 
@@ -282,6 +297,22 @@ class ClientBarred(VmstoreError):
         )
 
 
+class RecordsLost(VmstoreError):
+    """etcd is behind what a member knows. Nothing is opened, made or deleted by what it says."""
+
+    def __init__(self, by: str, why: str) -> None:
+        self.by = by
+        self.why = why
+        super().__init__(
+            f"etcd lost history: {by} found that {why}; put its latest state back, "
+            "or rebuild it from the nodes with `hci cluster recover`"
+        )
+
+
+class RecoveryRefused(VmstoreError):
+    """The cluster's records are not rebuilt; the text says why and what to do."""
+
+
 class Conflict(VmstoreError):
     """A transaction did not go through because what it compares has changed."""
 
@@ -316,5 +347,6 @@ class HistoryLost(Conflict):
         self.found = found
         super().__init__(
             f"etcd has image {image} at epoch {found[0]}, generation {found[1]}, but epoch "
-            f"{known[0]}, generation {known[1]} was stored before: etcd lost history; recover it"
+            f"{known[0]}, generation {known[1]} was stored before: etcd lost history; "
+            "put its latest state back, or rebuild it from the nodes with `hci cluster recover`"
         )

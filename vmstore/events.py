@@ -1,16 +1,20 @@
 """What the holder of an image hears: of nodes, of etcd, of clients, of time."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from etcd.records import ImageRecord
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseTaken:
-    """etcd has the lease key and this record, whose epoch is ours."""
+    """etcd has the lease key and this record, whose epoch is ours.
+
+    `away` are nodes that the gateway has lost, and since when, by the clock of `Tick`.
+    """
 
     record: ImageRecord
+    away: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

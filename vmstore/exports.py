@@ -78,7 +78,8 @@ class Exports(Resizing):
         self._client_image: dict[int, ImageId] = {}
         self._peers: dict[int, str] = {}
         """The processes of clients, where they are known."""
-        self._gone: set[int] = set()
+        self._asking: set[int] = set()
+        """Clients that wait for what etcd says of the image that they asked for."""
         self._next_pin = RESIZER
         self._cared_for: dict[ImageId, _Care] = {}
 
@@ -121,16 +122,22 @@ class Exports(Resizing):
             self._say_no(client, "unknown", str(error))
             return
         opens = query in ("go", "export_name")
+        self._asking.add(client)
         self._later(
             lambda: self._catalog.find(image_name),
             lambda found: self._found(client, image_name, found, opens),
-            lambda error: self._refuse(client, error),
+            lambda error: self._not_found(client, error),
         )
 
+    def _not_found(self, client: int, error: HciError) -> None:
+        self._asking.discard(client)
+        self._refuse(client, error)
+
     def _found(self, client: int, name: ImageName, found: Stored[ImageRecord], opens: bool) -> None:
-        if client in self._gone:
-            self._gone.discard(client)
+        if client not in self._asking:
+            # It left meanwhile, and would never leave what was opened for it now.
             return
+        self._asking.discard(client)
         if not opens:
             self._answer(client, name, found.record, None)
         elif self._stopping:
@@ -209,14 +216,11 @@ class Exports(Resizing):
         self._engine.answer_error(client, kind, why)
 
     def _client_left(self, client: int) -> None:
+        self._asking.discard(client)
         peer = self._peers.pop(client, None)
         image_id = self._client_image.pop(client, None)
         image = self._images.get(image_id) if image_id is not None else None
         if image is None:
-            if client > 0:
-                self._gone.add(client)
-                if len(self._gone) > 10_000:
-                    self._gone.clear()
             return
         if client in image.users:
             image.users.discard(client)
@@ -326,7 +330,7 @@ class Exports(Resizing):
             if isinstance(error, EtcdError) or lapsed:
                 self._deciding.after(RELEASE_RETRY_S, lambda: self._claim(image))
             else:
-                self._step(image, events.Lost(str(error)))
+                self._lost(image, events.Lost(str(error)))
 
         def go_on() -> None:
             image.holder.paused = image.claiming = False

@@ -72,7 +72,9 @@ from vmstore.judging import emptied, problem_of
 
 GRACE_S = 3.0
 """How long a new holder waits for nodes in sync that do not answer before it goes on without them:
-longer than a node takes to start beside it, shorter than a person waits."""
+longer than a node takes to start beside it, shorter than a person waits. The time that a node has
+been lost to the gateway counts: a guest that is restarted elsewhere does not wait again for what
+went with its host."""
 
 RETRY_S = 0.5
 """Until etcd is asked again for a change it did not answer."""
@@ -119,6 +121,8 @@ class _Node:
     """The instance that was last up: only it resumes."""
     failed_at_s: float | None = None
     """When it last failed a request."""
+    away_since_s: float | None = None
+    """Since when it has been lost, where that was before the image was opened."""
     peeked: "Peeked | None" = None
     """What it said last, while it is connected."""
 
@@ -159,8 +163,8 @@ class Holder:
                 return self._on_tick()
             case _ if self.phase is Phase.ENDED:
                 return []
-            case LeaseTaken(record):
-                return self._on_lease_taken(record)
+            case LeaseTaken():
+                return self._on_lease_taken(event)
             case Fail(reason):
                 self.phase = Phase.ENDED
                 return [Refuse(reason), Forget()]
@@ -215,11 +219,13 @@ class Holder:
 
     # Taking the lease, and the end
 
-    def _on_lease_taken(self, record: ImageRecord) -> list[Effect]:
+    def _on_lease_taken(self, taken: LeaseTaken) -> list[Effect]:
+        record, away = taken.record, taken.away
         assert self.phase is Phase.TAKING, "a lease is taken once"
         assert record.holder == self.holder, "the record names its holder"
         self.record = record
-        self.nodes = {node: _Node() for members in record.sets for node in members}
+        names = [node for members in record.sets for node in members]
+        self.nodes = {name: _Node(away_since_s=away.get(name)) for name in names}
         self.phase = Phase.GATHERING
         self.waiting_since_s = self.opened_s = self.now_s
         return [OpenImage(record)]
@@ -258,6 +264,7 @@ class Holder:
         node = self.nodes[peeked.node]
         node.standing = Standing.WAITING
         node.instance = peeked.instance
+        node.away_since_s = None
         self.heals.came(peeked.node)
         problem = problem_of(peeked, self.record)
         if problem is not None:
@@ -402,14 +409,19 @@ class Holder:
         """A serving image leaves nodes behind when requests wait; an opening one after a grace."""
         if self.phase in (Phase.SERVING, Phase.CLOSING) and self._somebody_is_up():
             return bool(lost & self.blocking) or bool(lost & self.emptied)
-        return self._grace_is_over() or lost <= self.emptied
+        return self._grace_is_over(lost) or lost <= self.emptied
 
     def _somebody_is_up(self) -> bool:
         return any(node.standing is Standing.UP for node in self._in_sync_nodes())
 
-    def _grace_is_over(self) -> bool:
-        since = self.waiting_since_s
-        return since is not None and self.now_s - since >= GRACE_S
+    def _grace_is_over(self, lost: set[str]) -> bool:
+        """A node that was away long before anybody asked for it has had its time."""
+        waiting_s = self.waiting_since_s
+        if waiting_s is None:
+            return False
+        away = [self.nodes[name].away_since_s for name in lost]
+        began = [waiting_s if away_s is None else min(away_s, waiting_s) for away_s in away]
+        return all(self.now_s - since_s >= GRACE_S for since_s in began)
 
     def _let_in(self) -> list[Effect]:
         """Admit nodes that wait, if they are in sync and level can be told from stale.

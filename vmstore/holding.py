@@ -20,7 +20,7 @@ from etcd.interface import (
     Put,
     ValueEquals,
 )
-from etcd.records import Grant, ImageRecord, LeaseRecord
+from etcd.records import ClusterRecord, Grant, ImageRecord, LeaseRecord, LostRecord
 from shard.geometry import check_image_size
 from shard.ids import ImageId
 from shard.membership import Membership, check_successor
@@ -29,10 +29,15 @@ from vmstore.errors import (
     InUse,
     LeaseLost,
     RecordChanged,
+    RecordsLost,
     ShrinkRefused,
     UnknownImage,
 )
 from vmstore.stored import Stored, commit, put_found, read
+
+INTACT = KeyAbsent(keys.LOST)
+"""Holds while nobody has found that etcd lost history. What begins something compares it; a holder
+goes on without, since its image's record and lease tell enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,28 @@ class Holding:
         """Where the records are."""
         return self._etcd
 
+    def lost(self) -> Stored[LostRecord] | None:
+        """Return what says that etcd lost history, or None where nobody found that."""
+        return read(self._etcd, LostRecord, keys.LOST)
+
+    def mark_lost(self, by: str, why: str, cluster: Stored[ClusterRecord] | None) -> None:
+        """Say in etcd that it lost history, unless that is said already.
+
+        `cluster` is the cluster's record as it was when `by` found that: what a recovery has mended
+        since is not accused again.
+        """
+        put = Put(keys.LOST, LostRecord(by=by, why=why).encode())
+        as_found: tuple[Compare, ...] = (KeyAbsent(keys.CLUSTER),)
+        if cluster is not None:
+            as_found = (ValueEquals(keys.CLUSTER, cluster.value),)
+        self._etcd.transaction([KeyAbsent(keys.LOST), *as_found], [put])
+
+    def check_history(self) -> None:
+        """Raise RecordsLost where etcd is known to have lost history."""
+        found = self.lost()
+        if found is not None:
+            raise RecordsLost(found.record.by, found.record.why)
+
     def lease_of(self, image: ImageId) -> Stored[LeaseRecord] | None:
         """Return who has an image's lease, or None where nobody has."""
         return read(self._etcd, LeaseRecord, keys.lease(image))
@@ -93,9 +120,9 @@ class Holding:
         may replace: that of a former process of the same gateway, which is surely dead, or one for
         maintenance, whose holder the epoch fences. With `maintenance` the lease is such a one
         itself, and the record keeps who had the image for clients before. Raises InUse where
-        another has the lease, and RecordChanged where the record is no longer `image`. `clean` of
-        the record that was read says whether the last holder ended well; that of the result is
-        always false.
+        another has the lease, RecordsLost, and RecordChanged where the record is no longer `image`.
+        `clean` of the record that was read says whether the last holder ended well; that of the
+        result is always false.
         """
         before = image.record
         used = before.last_use if maintenance else None
@@ -115,11 +142,12 @@ class Holding:
         lease_put = Put(lease_key, lease.encode(), etcd_lease)
         revision = commit(
             self._etcd,
-            [*image.unchanged, *free],
+            [*image.unchanged, *free, INTACT],
             [image_put, lease_put],
             self._lease_found(lease_put),
         )
         if revision is None:
+            self.check_history()
             current = self.lease_of(before.id)
             if current is not None and (instead_of is None or current.value != instead_of.value):
                 raise InUse(f"image {before.id}", current.record.gateway)

@@ -1,7 +1,8 @@
 """What nodes say of themselves when they are asked, judged against the cluster's record. Pure.
 
-Two things are never believed: a record in etcd that a node in sync knows to be outdated (etcd was
-rolled back), and a store that has lost what its node or its peers know it had.
+Never believed are a record in etcd that a node in sync knows to be outdated (etcd was rolled back),
+one that was rebuilt without what a node knows, and a store that has lost what its node or its peers
+know it had.
 """
 
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from collections.abc import Iterable
 from etcd.records import ImageRecord
 from shard.digest import membership_digest
 from vmstore.events import Peeked
+from vmstore.history import is_missed
 
 
 def problem_of(peeked: Peeked, ours: ImageRecord) -> str | None:
@@ -31,6 +33,11 @@ def problem_of(peeked: Peeked, ours: ImageRecord) -> str | None:
             f"{peeked.node} holds a later record (epoch {view.epoch}, generation "
             f"{view.generation}) than etcd (epoch {ours.epoch}, generation "
             f"{ours.generation}): etcd was rolled back"
+        )
+    if is_missed(ours, view.epoch, view.generation):
+        return (
+            f"{peeked.node} holds a record (epoch {view.epoch}, generation {view.generation}) that "
+            "the forced recovery of this image did not know: run `hci cluster recover` again"
         )
     return None
 

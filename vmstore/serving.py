@@ -25,7 +25,14 @@ from shard.ids import ImageId
 from vmstore import effects, events, granting
 from vmstore.catalog import Catalog
 from vmstore.deciding import TICK_S, Deciding, DecidingThread
-from vmstore.errors import InUse, LeaseLost, RecordChanged
+from vmstore.errors import (
+    HistoryLost,
+    InUse,
+    LeaseLost,
+    RecordChanged,
+    RecordsLost,
+    UnknownImage,
+)
 from vmstore.events import NodeRecordView
 from vmstore.granter import Granter, Voters
 from vmstore.healing import HealLimits
@@ -71,6 +78,8 @@ class OpenImage:
     """A change of its size that is under way."""
     late: dict[int, float] = field(default_factory=dict)
     """Since when clients wait for it to be closed."""
+    behind: bool = False
+    """Whether etcd was found to have lost history of it."""
     last_trouble: str = ""
 
 
@@ -115,6 +124,8 @@ class Serving(ABC):
         self._images: dict[ImageId, OpenImage] = {}
         self._by_channel: dict[int, OpenImage] = {}
         self._next_channel = 1
+        self._away: dict[str, float] = {}
+        """Nodes that were connected and are lost, and since when."""
         self._deciding = deciding or DecidingThread(engine.next_event)
         self._stopping = False
         self.failed: Callable[[str], None] = lambda _why: None
@@ -215,7 +226,7 @@ class Serving(ABC):
 
     def _begin(self, image: OpenImage, held: Held) -> None:
         image.held = held
-        self._step(image, events.LeaseTaken(held.record))
+        self._step(image, events.LeaseTaken(held.record, dict(self._away)))
         self._taken(image)
 
     def _confirm(self, image: OpenImage, held: Held, give_up_s: float) -> None:
@@ -297,6 +308,9 @@ class Serving(ABC):
         if isinstance(event, events.Lost | events.Fenced):
             self._served.lost(image.image)
             self._later(self._served.save, nothing_more, nothing_more)
+        self._step_only(image, event)
+
+    def _step_only(self, image: OpenImage, event: events.Event) -> None:
         for effect in image.holder.step(event):
             self._carry_out(image, effect)
         trouble = image.holder.trouble
@@ -416,12 +430,16 @@ class Serving(ABC):
         def failed(error: HciError) -> None:
             if granting.may_pass(error):
                 self._step(image, events.MembershipDelayed(str(error), progress.maybe_taken))
+            elif _is_behind(error):
+                # What needs no change goes on: the nodes know whose the image is.
+                self._step(image, events.MembershipDelayed(str(error)))
+                self._history_lost(image, error)
             elif isinstance(error, LeaseLost) and error.gateway is None:
                 # It may merely have lapsed: it is taken again, or found to be another's.
                 self._step(image, events.MembershipDelayed(str(error)))
                 self._retake(image)
             else:
-                self._step(image, events.Lost(str(error)))
+                self._lost(image, events.Lost(str(error)))
 
         self._carry_through(granting.change(held, after, progress), changed, failed)
 
@@ -499,8 +517,10 @@ class Serving(ABC):
         if kind in ("asked", "client_gone"):
             self._on_client(event)
         elif kind == "link_up":
+            self._away.pop(event["name"], None)
             log.info("node_connected", node=event["name"], instance=event["start_counter"])
         elif kind == "link_down":
+            self._away.setdefault(event["node"], self._deciding.now_s())
             log.warning("node_disconnected", node=event["node"], why=event["why"])
         else:
             image = self._by_channel.get(event["channel"])
@@ -546,7 +566,7 @@ class Serving(ABC):
             case "stored":
                 self._step(image, events.Stored(event["generation"]))
             case "fenced":
-                self._step(image, events.Fenced(node))
+                self._lost(image, events.Fenced(node))
             case "closed":
                 self._step(image, events.Closed(event["clean"]))
 
@@ -606,10 +626,87 @@ class Serving(ABC):
             if isinstance(error, EtcdError | RecordChanged):
                 # Without it the next gateway that is asked would take the image from its guest.
                 self._deciding.after(RELEASE_RETRY_S, lambda: self._retake(image))
+            elif _is_behind(error):
+                self._history_lost(image, error)
+                self._deciding.after(RELEASE_RETRY_S, lambda: self._retake(image))
             else:
-                self._step(image, events.Lost(str(error)))
+                self._lost(image, events.Lost(str(error)))
 
         self._later(lambda: self._catalog.retake_lease(held, lease), taken, failed)
+
+    # etcd that lost history
+
+    def look_again(self) -> None:
+        """Look whether a recovery of etcd's records has left us our images. For any thread."""
+        self._deciding.put(lambda: self._look_at(list(self._images.values())))
+
+    def _look_at(self, images: list[OpenImage]) -> None:
+        for image in images:
+            if image.held is not None and image.holder.phase is not Phase.RELEASING:
+                self._retake_if_recovered(image)
+
+    def _retake_if_recovered(self, image: OpenImage) -> None:
+        assert image.held is not None
+        known = image.held.record
+
+        def found(stored: Stored[ImageRecord]) -> None:
+            if stored.record.epoch > known.epoch:
+                self._lost(image, events.Lost(f"the record of {image.name} was recovered"))
+
+        self._later(lambda: self._catalog.image(image.image), found, nothing_more)
+
+    def _history_lost(self, image: OpenImage, error: HciError) -> None:
+        """Have everybody know that etcd is behind; the image is served as it is."""
+        if not image.behind:
+            image.behind = True
+            log.error("history_lost", image=str(image.name), why=str(error))
+        image.holder.trouble = image.holder.trouble or str(error)
+        self._later(lambda: self._mark_lost(image), nothing_more, nothing_more)
+
+    def _mark_lost(self, image: OpenImage) -> None:
+        """Say in etcd that it is behind what we hold, if it is."""
+        assert image.held is not None
+        known = image.held.record
+        cluster = self._catalog.stored_cluster()
+        why = f"image {image.name} is not in it"
+        try:
+            found = self._catalog.image(image.image).record
+        except UnknownImage:
+            if image.image in self._catalog.tombstones():
+                return
+        else:
+            if not found.is_behind(known):
+                return
+            why = (
+                f"image {image.name} is at epoch {found.epoch}, generation {found.generation} "
+                f"in it, and epoch {known.epoch}, generation {known.generation} is served"
+            )
+        self._catalog.mark_lost(f"gateway {self._gateway}", why, cluster)
+
+    def _lost(self, image: OpenImage, event: events.Lost | events.Fenced) -> None:
+        """Let go of an image: for good where another gateway has had it for clients since.
+
+        Where it was only recovered, its clients are sent away without answers: those that come back
+        find it opened anew, and send again what was not answered.
+        """
+        if image.held is None:
+            self._step(image, event)
+            return
+        ours, known = image.held.record.last_use, image.held.record.recovered
+
+        def found(stored: Stored[ImageRecord]) -> None:
+            record = stored.record
+            recovered = record.recovered is not None and record.recovered != known
+            if not recovered or record.last_use != ours or image not in self._images.values():
+                self._step(image, event)
+                return
+            log.warning("image_recovered", image=str(image.name), epoch=record.epoch)
+            self._engine.disconnect(image.channel)
+            self._step_only(image, event)
+
+        self._later(
+            lambda: self._catalog.image(image.image), found, lambda _error: self._step(image, event)
+        )
 
     # The end
 
@@ -627,6 +724,11 @@ class Serving(ABC):
             done()
             return
         self._deciding.after(TICK_S, lambda: self._wait_for_end(done))
+
+
+def _is_behind(error: HciError) -> bool:
+    """Whether etcd lost what we know of an image; a deleted one is not told apart here."""
+    return isinstance(error, HistoryLost | RecordsLost | UnknownImage)
 
 
 def nothing_more(_outcome: object) -> None:

@@ -10,7 +10,9 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,10 +62,14 @@ def inspect(path: Path, file_format: str | None = None) -> Source:
     """
     path = _absolute(path)
     try:
-        with open(path, "rb"):
-            pass
+        # Without a writer the open of a pipe would wait for one.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         raise TransferFailed(f"{path} cannot be read: {error.strerror}") from error
+    os.close(descriptor)
+    if path.is_dir() or path.is_fifo():
+        what = "folder" if path.is_dir() else "pipe"
+        raise TransferFailed(f"{path} is a {what}; name a file, which is read more than once")
     given = ["-f", _checked(file_format)] if file_format else []
     found = json.loads(_answer("info", "--output=json", *given, str(path)))
     if found["format"] not in FORMATS:
@@ -74,7 +80,7 @@ def inspect(path: Path, file_format: str | None = None) -> Source:
     if size_bytes == 0:
         raise TransferFailed(f"{path} is empty; there is nothing to import")
     source = Source(path, found["format"], size_bytes)
-    _refuse_truncated(source)
+    _refuse_truncated(source, found.get("format-specific", {}).get("data", {}))
     return source
 
 
@@ -107,7 +113,8 @@ def export(
     _refuse_special(path)
     if path.exists() and not force:
         raise TransferFailed(f"{path} exists; remove it, or give --force to replace it")
-    part = path.with_name(f".{path.name[:200]}.{os.getpid()}.part")
+    shortened = os.fsdecode(os.fsencode(path.name)[:200])
+    part = path.with_name(f".{shortened}.{os.getpid()}.part")
     try:
         _convert(
             ["-t", "writeback", "-f", "raw", "-O", kind, uri, str(part)],
@@ -158,19 +165,45 @@ def _checked(file_format: str) -> str:
     return file_format
 
 
-def _refuse_truncated(source: Source) -> None:
+def _refuse_truncated(source: Source, details: Mapping[str, Any]) -> None:
     """qemu reads what lies past a file's end as zeroes, so a short copy would import silently.
 
-    Every piece of data that the format's own map places in the file must lie within it.
+    Every piece of data that the format's own map places in a file must lie within that file.
     """
     if source.format == "raw" or not source.path.is_file():
         return
-    file_bytes = source.path.stat().st_size
     extents = json.loads(_answer("map", "--output=json", "-f", source.format, str(source.path)))
-    if any(_ends_after(extent, file_bytes) for extent in extents):
-        raise TransferFailed(f"{source.path} is cut short: it lacks data that it says it has")
+    files = _data_files(source, details)
+    for extent in extents:
+        file, file_bytes = files[bisect_right(files, extent["start"], key=_begin) - 1][1:]
+        if _ends_after(extent, file_bytes):
+            raise TransferFailed(f"{file} is cut short: it lacks data that it should have")
     if source.format == "qcow2" and _check_status(source) == QEMU_IMG_FOUND_CORRUPTION:
         raise TransferFailed(f"{source.path} is damaged or cut short; `qemu-img check` says where")
+
+
+def _data_files(source: Source, details: Mapping[str, Any]) -> list[tuple[int, Path, int]]:
+    """Return the files with the disk's data, in order: where each begins in the disk, and its size.
+
+    A vmdk may consist of several, and a qcow2 may have its data in another one.
+    """
+    folder, begin, files = source.path.parent, 0, []
+    for part in details.get("extents", []):
+        files.append((begin, folder / part["filename"]))
+        begin += int(part["virtual-size"])
+    if not files:
+        # QEMU takes a relative name from the folder that it was started in.
+        files = [(0, Path(details.get("data-file", source.path)))]
+    return [(begin, path, _bytes_in(path)) for begin, path in files]
+
+
+def _bytes_in(path: Path) -> int:
+    """Return a file's size; what is no file, such as a device, is not cut short."""
+    return path.stat().st_size if path.is_file() else sys.maxsize
+
+
+def _begin(file: tuple[int, Path, int]) -> int:
+    return file[0]
 
 
 def _check_status(source: Source) -> int:

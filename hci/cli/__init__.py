@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from types import FrameType
 from typing import NoReturn
 
@@ -18,13 +18,13 @@ from shard.errors import BadValue, HciError
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and end the process with its exit status."""
-    signal.signal(signal.SIGTERM, _ended)
+    given = sys.argv[1:] if arguments is None else arguments
+    if not is_daemon(given):
+        signal.signal(signal.SIGTERM, _ended)
     try:
         from hci.cli.app import app
 
-        app(
-            checked(config_first(sys.argv[1:] if arguments is None else arguments)), prog_name="hci"
-        )
+        app(checked(config_first(given)), prog_name="hci")
     except HciError as error:
         _fail(str(error), error)
     except OSError as error:
@@ -50,6 +50,18 @@ def config_first(arguments: Sequence[str]) -> list[str]:
         else:
             rest.append(argument)
     return found + rest
+
+
+def is_daemon(arguments: Sequence[str]) -> bool:
+    """Whether this process becomes a daemon, which says itself what a signal means to it.
+
+    Until it does, it has nothing to undo and may end at once. An exception that a signal's handler
+    raises may be lost, in a callback of an import, and the daemon would never end.
+    """
+    return any(
+        kind in ("node", "gateway", "arbiter") and command == "serve"
+        for kind, command in pairwise(arguments)
+    )
 
 
 def checked(arguments: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """`hci dev`: a whole cluster on this machine."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -59,7 +60,8 @@ def start(
     members = ", ".join(member.name for member in found.members)
     typer.echo(f"cluster in {chosen} is running: {members}")
     if not _is_found(found.config.path):
-        typer.echo(f"commands use it with:  export HCI_CONFIG={found.config.path}")
+        path = shlex.quote(str(found.config.path))
+        typer.echo(f"commands use it with:  export HCI_CONFIG={path}")
 
 
 @app.command()

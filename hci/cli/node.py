@@ -24,15 +24,17 @@ def show(context: typer.Context, as_json: AsJson = False) -> None:
 
     nodes = survey.nodes(session.of(context).config)
     if as_json:
-        keys = ("name", "state", "address", "zone", "data_dir", "capacity_bytes", "used_bytes")
+        keys = ("name", "state", "address", "zone", "data_dir", "capacity_bytes", "used_bytes",
+                "unknown_bytes")  # fmt: skip
         output.as_json([{key: getattr(node, key) for key in keys} for node in nodes])
         return
     output.table(
-        ("NAME", "STATE", "ADDRESS", "HOST", "ZONE", "USED", "CAPACITY", "DATA"),
+        ("NAME", "STATE", "ADDRESS", "HOST", "ZONE", "USED", "UNKNOWN", "CAPACITY", "DATA"),
         [
             (
                 *(node.name, node.state, node.address, node.host, node.zone),
-                *(output.size(node.used_bytes), output.size(node.capacity_bytes), node.data_dir),
+                *(output.size(node.used_bytes), output.size(node.unknown_bytes or None)),
+                *(output.size(node.capacity_bytes), node.data_dir),
             )
             for node in nodes
         ],

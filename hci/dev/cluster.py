@@ -96,7 +96,8 @@ class DevCluster:
                 self._run(self.members)
                 health.ensure_pool(self.config)
             except BaseException:
-                self._stop()
+                with process.undisturbed():
+                    self._stop()
                 raise
 
     def run(self, name: str) -> list[Member]:

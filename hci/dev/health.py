@@ -69,7 +69,7 @@ def ensure_pool(config: Config) -> None:
 
     assert config.dev is not None, "only a dev cluster has a pool of its own"
     with catalog(config) as records:
-        if config.dev.pool in records.pools():
+        if config.dev.pool in records.pools() or records.lost() is not None:
             return
         arbiter = next(iter(config.arbiters), None)
         policy = Policy.REPLICA_3 if arbiter is None else Policy.THIN_ARBITER
@@ -140,6 +140,8 @@ def _check_node(config: Config, name: str) -> None:
         status = client.status()
     if status.cluster_id != config.cluster.id:
         raise ControlError("a node of another cluster answers", name, str(client.address))
+    if status.history_lost:
+        return  # It runs, and says what to do; it registers once etcd is recovered.
     if status.state != pb.NodeStatus.STATE_SERVING:
         raise _NotYet(status.trouble or "it is starting")
     with catalog(config) as records:
@@ -155,6 +157,8 @@ def _check_arbiter(config: Config, name: str) -> None:
         status = client.status()
     if (status.cluster_id, status.name) != (config.cluster.id, name):
         raise ControlError("another arbiter answers", name, client.address)
+    if status.history_lost:
+        return
     if status.state != pb.ArbiterStatus.STATE_SERVING:
         raise _NotYet(status.trouble or "it is starting")
 

@@ -97,7 +97,7 @@ def spawn(
     """Start a process in a session of its own, output to the end of `log`, and record it."""
     log.parent.mkdir(parents=True, exist_ok=True)
     record.parent.mkdir(parents=True, exist_ok=True)
-    with _undisturbed(), open(log, "ab") as output:
+    with undisturbed(), open(log, "ab") as output:
         started = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -115,8 +115,8 @@ def spawn(
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Put an interrupt off to the end of the block: a process must not run without its record.
+def undisturbed() -> Iterator[None]:
+    """Put interrupts off to the end of the block: what it begins, or undoes, must not be half done.
 
     Blocking the signals would do so too, but what is blocked stays so in the new process.
     """

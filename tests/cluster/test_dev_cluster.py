@@ -1,6 +1,7 @@
 """`hci dev`: a cluster of real processes, started, hurt, mended and stopped by the command line."""
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -111,7 +112,9 @@ def test_member_that_does_not_start_is_told_with_its_reason(cluster: DevCluster)
     assert cluster.processes() == []
 
 
-def test_start_that_is_interrupted_leaves_nothing_running() -> None:
+@pytest.mark.parametrize("interrupts", [1, 20])
+def test_start_that_is_interrupted_leaves_nothing_running(interrupts: int) -> None:
+    # A second interrupt ended the stop of what the first one had left.
     with tempfile.TemporaryDirectory(prefix="hci-") as folder:
         command = [str(hci_program()), "dev", "start", folder]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -119,8 +122,10 @@ def test_start_that_is_interrupted_leaves_nothing_running() -> None:
         while not record.exists():
             assert process.poll() is None
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(120) == 130
+        for _ in range(interrupts):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+        assert process.wait(120) in (130, -signal.SIGINT)
         # A member's command line names the cluster's folder.
         left = subprocess.run(["pgrep", "-f", "--", f"{folder}/"], capture_output=True, text=True)
         assert left.stdout == ""
@@ -134,6 +139,12 @@ def test_cluster_in_a_deep_folder_has_short_sockets() -> None:
             url = cluster.hci("image", "url", "vms/a").strip()
             shown = subprocess.run(["qemu-img", "info", url], capture_output=True, text=True)
             assert "64 MiB" in shown.stdout, shown.stderr
+            cluster.hci("dev", "stop")
+            elsewhere = cluster.environment()
+            del elsewhere["HCI_CONFIG"]
+            command = cluster.command("dev", "start", str(deep))
+            started = subprocess.check_output(command, env=elsewhere, text=True)
+            assert shlex.split(started)[-1] == f"HCI_CONFIG={cluster.config}", "it can be pasted"
 
 
 def test_daemon_started_by_hand_stops_when_asked(cluster: DevCluster) -> None:

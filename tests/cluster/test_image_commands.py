@@ -148,3 +148,10 @@ def test_image_that_is_removed_frees_its_space(cluster: DevCluster) -> None:
     cluster.hci("image", "rm", "vms/a")
     left = [path for path in cluster.directory.glob("node*/**/*") if image in path.name]
     assert sum(path.stat().st_blocks * 512 for path in left if path.is_file()) < MIB
+
+
+def test_image_that_nobody_has_opened_yet_is_equal(cluster: DevCluster) -> None:
+    # No node had heard of it, and the first that was asked said so in place of an outcome.
+    cluster.hci("image", "create", "vms/fresh", "1G")
+    assert cluster.json("image", "check", "vms/fresh")["equal"] is True
+    cluster.hci("image", "rm", "vms/fresh")

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,9 @@ def test_interrupted_import_leaves_no_image(shared: DevCluster, tmp_path: Path) 
         )
         while f"{POOL}/interrupted" not in _names(shared):
             assert running.poll() is None, "the import ended before it could be interrupted"
+        running.terminate()
+        # A second one ended the import before it had taken its image away.
+        time.sleep(0.5)
         running.terminate()
         assert running.wait(timeout=60) != 0
         assert f"{POOL}/interrupted" not in _names(shared)

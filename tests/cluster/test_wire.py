@@ -5,6 +5,8 @@ Each ends its own connection and nothing else: an image goes on being written me
 
 from __future__ import annotations
 
+import fcntl
+import os
 import random
 import socket
 import struct
@@ -21,9 +23,13 @@ from tests.devcluster import DevCluster
 MAGIC = b"HCIWIRE\n"
 HELLO = 1
 REPLY = 0x80
+STATUS_MALFORMED = 1
 STATUS_VERSION = 2
 STATUS_WRONG_CLUSTER = 3
 STATUS_WRONG_NODE = 4
+STATUS_NO_SESSION = 8
+MEMORY = 8
+READ_INTO = 22
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +181,7 @@ def test_wire_garbage_closes_that_connection_only(busy: DevCluster) -> None:
 
 def test_wire_garbage_after_hello_closes_that_connection_only(busy: DevCluster) -> None:
     chance = random.Random(2)
-    for kind in (2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 32, 33, 34, 35, 36, 99):
+    for kind in (2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 32, 33, 34, 35, 36, 99):
         with connect(busy) as connection:
             connection.sendall(hello(cluster_id(busy), "node1"))
             assert answer(connection) == (HELLO | REPLY, 0)
@@ -206,3 +212,69 @@ def test_wire_truncated_frame_and_vanishing_peer_disturb_nobody(busy: DevCluster
         with connect(busy) as connection:
             connection.sendall(greeting[:length])
     assert busy.health() == "ok"
+
+
+def local(cluster: DevCluster) -> socket.socket:
+    """A connection to the data socket that a node has for processes of its host, greeted."""
+    config = tomllib.loads(cluster.config.read_text())
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(10)
+    connection.connect(config["node"]["node1"]["socket"])
+    connection.sendall(hello(cluster_id(cluster), "node1"))
+    assert answer(connection) == (HELLO | REPLY, 0)
+    return connection
+
+
+def memory(size: int, *, sealed: bool) -> int:
+    """A descriptor of shared memory."""
+    fd = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)
+    if sealed:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    return fd
+
+
+@pytest.mark.parametrize(
+    ("size", "sealed", "status"),
+    [
+        (1 << 20, True, 0),
+        (1 << 20, False, STATUS_MALFORMED),
+        (0, True, STATUS_MALFORMED),
+        (1 << 40, True, STATUS_MALFORMED),
+    ],
+)
+def test_wire_memory_that_could_harm_the_node_is_refused(
+    busy: DevCluster, size: int, sealed: bool, status: int
+) -> None:
+    fd = memory(size, sealed=sealed)
+    try:
+        with local(busy) as connection:
+            socket.send_fds(connection, [frame(MEMORY, b"")], [fd])
+            assert answer(connection) == (MEMORY | REPLY, status)
+            read = struct.pack("<QIIQQQQ", 0, 0, 4096, 1, 1, 0, 0)
+            connection.sendall(frame(READ_INTO, read, channel=3))
+            assert answer(connection) == (READ_INTO | REPLY, STATUS_NO_SESSION)
+    finally:
+        os.close(fd)
+
+
+def test_wire_memory_without_a_descriptor_and_descriptors_without_end_are_refused(
+    busy: DevCluster,
+) -> None:
+    fd = memory(1 << 20, sealed=True)
+    try:
+        with local(busy) as connection:
+            connection.sendall(frame(MEMORY, b""))
+            assert answer(connection) == (MEMORY | REPLY, STATUS_MALFORMED)
+            for _ in range(100):
+                socket.send_fds(connection, [frame(2, b"")], [fd] * 50)
+                assert answer(connection) == (2 | REPLY, 0)
+            connection.sendall(frame(MEMORY, b""))
+            assert answer(connection)[0] == MEMORY | REPLY
+    finally:
+        os.close(fd)
+    with connect(busy) as connection:
+        connection.sendall(hello(cluster_id(busy), "node1"))
+        assert answer(connection) == (HELLO | REPLY, 0)
+        connection.sendall(frame(MEMORY, b""))
+        assert answer(connection) == (MEMORY | REPLY, STATUS_MALFORMED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import time
 from pathlib import Path
@@ -23,6 +24,17 @@ START_TIMEOUT_S = 20.0
 def rounds(default: int) -> int:
     """How often a fault is tried: HCI_FAULT_ROUNDS for long soaks, else `default`."""
     return int(os.environ.get("HCI_FAULT_ROUNDS", default))
+
+
+def drawn_seed(number: int = 0) -> int:
+    """The seed of a test's choices, of its round `number`; printed, so that it can be given again.
+
+    HCI_FAULT_SEED gives that of the first round, from which those of the others follow.
+    """
+    given = os.environ.get("HCI_FAULT_SEED")
+    seed = random.randrange(1 << 32) if given is None else (int(given) + number) % (1 << 32)
+    print(f"round {number}: HCI_FAULT_SEED={seed}")
+    return seed
 
 
 class FioError(Exception):

@@ -14,7 +14,14 @@ import pytest
 
 from tests.devcluster import POOL, DevCluster
 from tests.faults.flushed_writer import FlushedWriter
-from tests.faults.load import DURATION_S, SIZE_MIB, ReconnectingDisk, VerifyingFio, rounds
+from tests.faults.load import (
+    DURATION_S,
+    SIZE_MIB,
+    ReconnectingDisk,
+    VerifyingFio,
+    drawn_seed,
+    rounds,
+)
 from tests.faults.nbd_session import NbdSession
 
 # A hang detector: a heal of these images takes a moment.
@@ -77,7 +84,7 @@ def test_node_killed_under_fio_verify_is_healed_and_serves_alone(
     cluster: DevCluster, tmp_path: Path
 ) -> None:
     for number in range(rounds(2)):
-        seed = random.randrange(1 << 32)
+        seed = drawn_seed(number)
         chance = random.Random(seed)
         victim, other = chance.sample(cluster.nodes, 2)
         moments_s = sorted(chance.uniform(0.1, 0.8 * DURATION_S) for _ in range(2))
@@ -101,8 +108,7 @@ def test_node_killed_under_fio_verify_is_healed_and_serves_alone(
 
 def test_healed_node_gives_what_it_missed(cluster: DevCluster) -> None:
     cluster.create("missed", "32M")
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
+    seed = drawn_seed()
     with NbdSession(cluster.url("missed"), seed) as session:
         writer = FlushedWriter(session.blocks, seed)
         enough = threading.Event()

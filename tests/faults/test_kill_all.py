@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.devcluster import DevCluster
 from tests.faults.flushed_writer import FlushedWriter
-from tests.faults.load import ReconnectingDisk, rounds
+from tests.faults.load import ReconnectingDisk, drawn_seed, rounds
 from tests.faults.nbd_session import NbdSession
 
 IMAGE_MIB = 48
@@ -22,7 +22,7 @@ def test_all_killed_under_writes_and_started_again_loses_no_answered_write(
     cluster: DevCluster,
 ) -> None:
     for number in range(rounds(1)):
-        seed = random.randrange(1 << 32)
+        seed = drawn_seed(number)
         moment_s = random.Random(seed).uniform(0.2, 2.0)
         print(f"round {number}: seed {seed}: after {moment_s:.2f} s")
         image = f"round-{number}"
@@ -44,8 +44,7 @@ def test_all_killed_under_writes_and_started_again_loses_no_answered_write(
 def test_all_killed_under_a_reconnecting_client_gives_it_no_error(
     cluster: DevCluster, tmp_path: Path
 ) -> None:
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
+    seed = drawn_seed()
     cluster.create("guest", f"{IMAGE_MIB}M")
     with (
         ReconnectingDisk(cluster.url("guest"), tmp_path) as disk,

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from tests.devcluster import DevCluster
 from tests.faults.flushed_writer import FlushedWriter
-from tests.faults.load import DURATION_S, SIZE_MIB, ReconnectingDisk, VerifyingFio, rounds
+from tests.faults.load import (
+    DURATION_S,
+    SIZE_MIB,
+    ReconnectingDisk,
+    VerifyingFio,
+    drawn_seed,
+    rounds,
+)
 from tests.faults.nbd_session import NbdSession
 
 OUTAGE_S = 0.5
@@ -19,7 +26,7 @@ def test_gateway_killed_under_fio_verify_gives_no_error(
     cluster: DevCluster, tmp_path: Path
 ) -> None:
     for number in range(rounds(1)):
-        seed = random.randrange(1 << 32)
+        seed = drawn_seed(number)
         moment_s = random.Random(seed).uniform(0.2, 0.8 * DURATION_S)
         print(f"round {number}: seed {seed}: after {moment_s:.2f} s")
         image = f"round-{number}"
@@ -42,8 +49,7 @@ def test_gateway_killed_under_fio_verify_gives_no_error(
 def test_gateway_killed_during_writes_loses_no_answered_write(
     cluster: DevCluster, tmp_path: Path
 ) -> None:
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
+    seed = drawn_seed()
     cluster.create("stamped", "32M")
     with (
         ReconnectingDisk(cluster.url("stamped"), tmp_path) as disk,
@@ -69,7 +75,7 @@ def test_gateway_killed_during_writes_loses_no_answered_write(
 def test_gateway_and_node_killed_together_gives_no_error(
     cluster: DevCluster, tmp_path: Path
 ) -> None:
-    seed = random.randrange(1 << 32)
+    seed = drawn_seed()
     victim = random.Random(seed).choice(cluster.nodes)
     print(f"seed {seed}: {victim}")
     cluster.create("both", f"{SIZE_MIB}M")

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from tests.devcluster import DevCluster
 from tests.faults.flushed_writer import FlushedWriter
-from tests.faults.load import DURATION_S, SIZE_MIB, VerifyingFio, rounds
+from tests.faults.load import DURATION_S, SIZE_MIB, VerifyingFio, drawn_seed, rounds
 from tests.faults.nbd_session import NbdSession
 
 
 def test_node_killed_under_fio_verify_gives_no_error(cluster: DevCluster, tmp_path: Path) -> None:
     for number in range(rounds(2)):
-        seed = random.randrange(1 << 32)
+        seed = drawn_seed(number)
         chance = random.Random(seed)
         victim = chance.choice(cluster.nodes)
         moment_s = chance.uniform(0.1, 0.8 * DURATION_S)
@@ -35,7 +35,7 @@ def test_node_killed_under_fio_verify_gives_no_error(cluster: DevCluster, tmp_pa
 
 
 def test_node_killed_during_writes_loses_no_answered_write(cluster: DevCluster) -> None:
-    seed = random.randrange(1 << 32)
+    seed = drawn_seed()
     victim = random.Random(seed).choice(cluster.nodes)
     print(f"seed {seed}: {victim}")
     cluster.create("stamped", "32M")

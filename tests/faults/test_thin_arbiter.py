@@ -21,7 +21,7 @@ from etcd.interface import Put
 from etcd.records import ArbiterRecord
 from tests.devcluster import DevCluster
 from tests.faults.delay_proxy import DelayProxy
-from tests.faults.load import DURATION_S, SIZE_MIB, VerifyingFio, rounds
+from tests.faults.load import DURATION_S, SIZE_MIB, VerifyingFio, drawn_seed, rounds
 from tests.faults.nbd_session import NbdError, NbdSession
 
 WAIT_S = 3.0
@@ -86,7 +86,7 @@ def trouble(cluster: DevCluster) -> str:
 
 def test_node_killed_under_fio_verify_gives_no_error(pair: DevCluster, tmp_path: Path) -> None:
     for number in range(rounds(1)):
-        seed = random.randrange(1 << 32)
+        seed = drawn_seed(number)
         chance = random.Random(seed)
         victim = chance.choice(pair.nodes)
         moment_s = chance.uniform(0.1, 0.8 * DURATION_S)

@@ -117,14 +117,52 @@ def test_import_of_a_compressed_file_that_is_cut_short_is_refused(tmp_path: Path
         transfer.inspect(short)
 
 
+def in_two_files(tmp_path: Path, kind: str) -> tuple[Path, Path]:
+    """A disk whose data is in another file than the one that names it."""
+    raw, disk = make(tmp_path / "raw.img", "raw"), tmp_path / f"disk.{kind}"
+    if kind == "qcow2":
+        data = tmp_path / "disk.data"
+        options = f"data_file={data},data_file_raw=on"
+    else:
+        options, data = "subformat=monolithicFlat", tmp_path / "disk-flat.vmdk"
+    subprocess.run(
+        ["qemu-img", "convert", "-O", kind, "-o", options, raw.name, disk.name],
+        check=True,
+        cwd=tmp_path,
+    )
+    return disk, data
+
+
+@pytest.mark.parametrize("kind", ["qcow2", "vmdk"])
+def test_import_of_a_disk_in_two_files_looks_for_the_end_of_the_right_one(
+    tmp_path: Path, kind: str
+) -> None:
+    # A whole disk was refused as cut short: the file that names the other one is small.
+    disk, data = in_two_files(tmp_path, kind)
+    assert transfer.inspect(disk).size_bytes == 64 * MIB
+    os.truncate(data, 63 * MIB)
+    with pytest.raises(TransferFailed, match=rf"{data.name} is cut short"):
+        transfer.inspect(disk)
+
+
+def test_export_to_the_longest_name_that_a_folder_takes_is_made(tmp_path: Path, disk: Disk) -> None:
+    # The name that it has until it is whole was longer.
+    path = tmp_path / ("\u65e5" * 83 + ".raw")
+    transfer.export(disk.uri, path, lambda _done: None)
+    assert path.stat().st_size == 64 * MIB
+
+
 def test_import_of_what_is_not_there_or_empty_or_foreign_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TransferFailed, match="none.img cannot be read: No such file"):
         transfer.inspect(tmp_path / "none.img")
     (tmp_path / "empty.img").touch()
     with pytest.raises(TransferFailed, match="empty.img is empty"):
         transfer.inspect(tmp_path / "empty.img")
-    with pytest.raises(TransferFailed, match="cannot be read: Is a directory"):
+    with pytest.raises(TransferFailed, match="is a folder"):
         transfer.inspect(tmp_path)
+    os.mkfifo(tmp_path / "pipe.img")
+    with pytest.raises(TransferFailed, match="is a pipe"):
+        transfer.inspect(tmp_path / "pipe.img")
     foreign = make(tmp_path / "foreign.vpc", "vpc")
     with pytest.raises(TransferFailed, match="is of format vpc; an import takes qcow2, raw"):
         transfer.inspect(foreign)

@@ -33,10 +33,12 @@ PURE = (
     "vmstore/events.py",
     "vmstore/granting.py",
     "vmstore/healing.py",
+    "vmstore/history.py",
     "vmstore/holder.py",
     "vmstore/holding.py",
     "vmstore/judging.py",
     "vmstore/names.py",
+    "vmstore/recovering.py",
     "vmstore/stored.py",
 )
 """Code that decides, and so can be run by a simulator. A module listed here may not exist yet."""

@@ -1,5 +1,7 @@
 """What the tests start ends with the test process, also where that is killed."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -47,7 +49,7 @@ def test_processes_of_a_killed_test_process_are_ended_and_its_folders_removed(
         assert _is_running(stays)
         assert forgotten.is_dir()
     finally:
-        subprocess.run(["kill", "-9", str(stays)], check=True)
+        os.kill(stays, signal.SIGKILL)
 
 
 def _is_running(pid: int) -> bool:

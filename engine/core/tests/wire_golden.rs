@@ -8,7 +8,7 @@ use hci_engine_core::geometry::{ImageId, Tag};
 use hci_engine_core::wire::codec::Fields;
 use hci_engine_core::wire::messages::{
     Attach, BlocksReply, Copy, DirtyEntry, DirtyFrom, DirtyReply, Flush, Head, Hello, HelloReply,
-    Io, Level, Number, Peek, PeekReply, RecordHead, Session, ShardRange, WrittenAbove,
+    Io, IoInto, Level, Number, Peek, PeekReply, RecordHead, Session, ShardRange, WrittenAbove,
     WrittenReply, put_blocks, take_blocks, take_write,
 };
 use hci_engine_core::wire::{
@@ -63,6 +63,10 @@ const PING: &str = "
 const PING_REPLY: &str = "
     00000000 00000000 9cef0ca7 ; head 0, payload 0, checksum
     82 00 0000 00000000 0000000000000000 ; kind, flags, status, channel, tag
+";
+const MEMORY: &str = "
+    00000000 00000000 4ee82c7e ; head 0, payload 0, checksum
+    08 00 0000 00000000 0000000000000000 ; kind, flags, status, channel, tag
 ";
 const PEEK: &str = "
     10000000 00000000 dea7ff58 ; head 16, payload 0, checksum
@@ -150,6 +154,16 @@ const READ: &str = "
     0300000000000000 ; epoch 3
     0200000000000000 ; generation 2
     0000000000000000 ; sequence 0
+";
+const READ_INTO: &str = "
+    30000000 00000000 c10e70b1 ; head 48, payload 0, checksum
+    16 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    0600000000000000 ; shard 6
+    0010000000400000 ; offset 4096, length 16384
+    0300000000000000 ; epoch 3
+    0200000000000000 ; generation 2
+    0000000000000000 ; sequence 0
+    0000300000000000 ; at 3 MiB of the memory
 ";
 const READ_REPLY: &str = "
     18000000 00100000 b866eee8 ; head 24, payload 4096, checksum
@@ -406,6 +420,7 @@ fn greeting_is_as_specified() {
     let refused = Prefix { status: Status::WrongCluster, ..answer };
     check(HELLO_REFUSED, refused, &hello_reply(), &[]);
     check_empty(PING, bare(kind::PING));
+    check_empty(MEMORY, bare(kind::MEMORY));
     check_empty(PING_REPLY, Prefix { kind: kind::PING | REPLY, ..bare(kind::PING) });
 }
 
@@ -454,6 +469,8 @@ fn read_and_status_are_as_specified() {
         assert_eq!(read, blocks);
     };
     check(READ, request(kind::READ), &io(6, 4096, 16384, 0), &[]);
+    let into = IoInto { io: io(6, 4096, 16384, 0), at: 3 << 20 };
+    check(READ_INTO, request(kind::READ_INTO), &into, &[]);
     let found = [Block::Absent, Block::Zero, Block::Data(BLOCK_CRC), Block::Bad];
     check_blocks(READ_REPLY, reply(kind::READ), &found, &BLOCK);
     let bad = Prefix { status: Status::BadBlock, ..reply(kind::READ) };

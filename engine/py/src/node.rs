@@ -110,6 +110,34 @@ impl Node {
         Ok(py.detach(|| core.usage(image))?)
     }
 
+    /// Records of the images that are here, and ids of those that were deleted.
+    fn inventory<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let core = self.core()?;
+        let found = py.detach(|| core.inventory()).ok_or_else(no_answer)?;
+        let images = found.images.iter().map(|(id, record)| {
+            let (head, image) = (&record.head, PyDict::new(py));
+            image.set_item("image", id.to_string())?;
+            image.set_item("epoch", head.epoch)?;
+            image.set_item("holder", hex(&head.holder))?;
+            image.set_item("generation", head.generation)?;
+            image.set_item("digest", PyBytes::new(py, &head.digest))?;
+            image.set_item("body", PyBytes::new(py, &record.body))?;
+            Ok(image)
+        });
+        let dict = PyDict::new(py);
+        dict.set_item("images", images.collect::<PyResult<Vec<_>>>()?)?;
+        let deleted: Vec<String> = found.deleted.iter().map(ToString::to_string).collect();
+        dict.set_item("deleted", deleted)?;
+        Ok(dict)
+    }
+
+    /// Images that have a folder on the disk, with a record or without one.
+    fn folders(&self, py: Python<'_>) -> PyResult<Vec<String>> {
+        let core = self.core()?;
+        let found = py.detach(|| core.folders())?;
+        Ok(found.iter().map(ToString::to_string).collect())
+    }
+
     fn status<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let core = self.core()?;
         let status = py.detach(|| core.status()).ok_or_else(no_answer)?;

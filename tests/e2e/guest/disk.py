@@ -10,10 +10,16 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.e2e.guest.kernel import GuestBuildError, GuestParts, guest_parts
+from tests.e2e.guest.kernel import (
+    GuestBuildError,
+    GuestParts,
+    database_files,
+    guest_parts,
+)
 
 INIT = Path(__file__).with_name("init.sh")
 BOOT = """#!/bin/busybox sh
@@ -36,18 +42,21 @@ class GuestSystem:
     disk: Path  # qcow2, to be imported
 
 
-def build_guest(directory: Path, *, size: str = "1G") -> GuestSystem:
-    """Makes disk and initial RAM disk in `directory`; raises GuestBuildError where it cannot."""
+def build_guest(directory: Path, *, size: str = "1G", database: bool = False) -> GuestSystem:
+    """Makes disk and initial RAM disk in `directory`; raises GuestBuildError where it cannot.
+
+    With `database`, sqlite3 is on the disk.
+    """
     parts = guest_parts()
     directory.mkdir(parents=True, exist_ok=True)
     initrd = directory / "initrd.cpio"
     initrd.write_bytes(_initial_ram_disk(parts))
     disk = directory / "guest.qcow2"
-    _root_disk(parts, disk, size)
+    _root_disk(parts, disk, size, database_files() if database else {})
     return GuestSystem(parts.kernel, initrd, disk)
 
 
-def _root_disk(parts: GuestParts, disk: Path, size: str) -> None:
+def _root_disk(parts: GuestParts, disk: Path, size: str, more: Mapping[str, Path]) -> None:
     with tempfile.TemporaryDirectory(prefix="root-", dir=disk.parent) as scratch:
         root = Path(scratch) / "root"
         for name in ("bin", "sbin", "dev", "proc", "sys", "tmp", "data", "journal"):
@@ -57,6 +66,9 @@ def _root_disk(parts: GuestParts, disk: Path, size: str) -> None:
         for applet in _output([str(parts.busybox), "--list"]).split():
             if applet != "busybox":
                 (root / "bin" / applet).symlink_to("busybox")
+        for place, path in more.items():
+            (root / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, root / place)
         shutil.copy(INIT, root / "sbin" / "init")
         (root / "sbin" / "init").chmod(0o755)
         raw = Path(scratch) / "root.raw"

@@ -16,6 +16,8 @@ from tests.e2e.guest.disk import GuestSystem
 from tests.e2e.guest.machine import Machine, MachineError
 
 BOOT_TIMEOUT_S = 90.0
+LEDGER_BALANCE = "1000"
+"""Of all accounts together, whatever is moved between them."""
 KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 random.trust_cpu=on"
 
 
@@ -23,7 +25,8 @@ class Guest(Machine):
     """The built guest on the disk at `uri`.
 
     `files` maps file numbers to the SHA-256 of their synced content, `records` those of the
-    4 KiB records of the journal workload.
+    4 KiB records of the journal workload, `entries` numbers to the tokens of the transactions that
+    the database has committed.
     """
 
     def __init__(self, system: GuestSystem, uri: str, directory: Path) -> None:
@@ -38,6 +41,7 @@ class Guest(Machine):
         )
         self.files: dict[int, str] = {}
         self.records: dict[int, str] = {}
+        self.entries: dict[int, str] = {}
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._reader: threading.Thread | None = None
 
@@ -76,6 +80,24 @@ class Guest(Machine):
             raise MachineError(f"the guest found damage among {len(self.files)} files: {answer}")
         return int(answer[1])
 
+    def audit(self) -> int:
+        """The guest's database must be whole and hold all entries; returns how many it has."""
+        found: dict[int, str] = {}
+        said: dict[str, str] = {}
+        for line in self.run("audit"):
+            word, _, rest = line.partition(" ")
+            if word == "ENTRY":
+                number, _, token = rest.partition(" ")
+                found[int(number)] = token
+            else:
+                said[word] = rest
+        if said != {"INTEGRITY": "ok", "BALANCE": LEDGER_BALANCE}:
+            raise MachineError(f"the guest's database is damaged: {said}")
+        lost = {number for number, token in self.entries.items() if found.get(number) != token}
+        if lost:
+            raise MachineError(f"of {len(self.entries)} committed entries are lost: {sorted(lost)}")
+        return len(found)
+
     def power_off(self, *, timeout_s: float = 60.0) -> None:
         """Shuts the guest down cleanly; returns when QEMU has ended by itself."""
         self.run("off", timeout_s=timeout_s)
@@ -90,6 +112,8 @@ class Guest(Machine):
             self.files[int(words[1])] = words[2]
         elif words[0] == "COMMITTED":
             self.records[int(words[1])] = words[2]
+        elif words[0] == "RECORDED":
+            self.entries[int(words[1])] = words[2]
 
     def _line(self, timeout_s: float) -> str:
         deadline = time.monotonic() + timeout_s

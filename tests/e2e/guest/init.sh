@@ -5,6 +5,8 @@
 #   write FIRST COUNT KIB   files of random content         SYNCED n sha256     a line each
 #   commit FIRST COUNT      4 KiB records, fsync after each  COMMITTED n sha256  a line each
 #   remove FIRST COUNT      deletes files, discards          REMOVED n
+#   record FIRST COUNT MODE  transactions of a database       RECORDED n token     a line each
+#   audit                   reads the database              INTEGRITY, BALANCE, ENTRY n token
 #   verify                  reads all files from the disk    VERIFIED good bad
 #   off                     makes the disk clean, powers off
 #
@@ -64,6 +66,39 @@ remove_files() {
     echo "REMOVED $2"
 }
 
+# Each transaction moves money between two accounts and notes a token, which is told once it is
+# committed. sqlite3 prints a line when it has one, since its output is a terminal. With less than
+# EXTRA the removal of a journal, which is the commit, may be undone by a power cut.
+record_entries() {
+    number=$1
+    end=$(($1 + $2))
+    {
+        echo ".bail on"
+        echo "PRAGMA journal_mode=$3;"
+        echo "PRAGMA synchronous=EXTRA;"
+        echo "CREATE TABLE IF NOT EXISTS accounts(id INTEGER PRIMARY KEY, balance INTEGER);"
+        echo "CREATE TABLE IF NOT EXISTS entries(number INTEGER PRIMARY KEY, token, filler);"
+        echo "WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i+1 FROM n WHERE i<9)"
+        echo "INSERT OR IGNORE INTO accounts SELECT i, 100 FROM n;"
+        while [ "$number" -lt "$end" ]; do
+            echo "BEGIN;"
+            echo "UPDATE accounts SET balance=balance-1 WHERE id=$number%10;"
+            echo "INSERT INTO entries VALUES($number, hex(randomblob(16)), randomblob(3000));"
+            echo "UPDATE accounts SET balance=balance+1 WHERE id=($number*7+3)%10;"
+            echo "COMMIT;"
+            echo "SELECT 'RECORDED $number '||token FROM entries WHERE number=$number;"
+            number=$((number + 1))
+        done
+    } | sqlite3 -batch /data/ledger.db
+}
+
+audit_entries() {
+    sqlite3 -batch /data/ledger.db "
+        SELECT 'INTEGRITY '||integrity_check FROM pragma_integrity_check;
+        SELECT 'BALANCE '||sum(balance) FROM accounts;
+        SELECT 'ENTRY '||number||' '||token FROM entries;"
+}
+
 verify_files() {
     [ -f /data/SHA256SUMS ] || touch /data/SHA256SUMS
     sync
@@ -81,6 +116,8 @@ while read -r command first second third; do
         write) write_files "$first" "$second" "$third" ;;
         commit) commit_records "$first" "$second" ;;
         remove) remove_files "$first" "$second" ;;
+        record) record_entries "$first" "$second" "$third" ;;
+        audit) audit_entries ;;
         verify) verify_files ;;
         off)
             umount /tmp

@@ -1,4 +1,4 @@
-"""The guest's kernel, modules and shell, from Debian's packages without installing them.
+"""The guest's kernel, modules, shell and database, from Debian's packages without installing them.
 
 Owns the cache directory: a set of files is either there whole or not at all, and is fetched once.
 Refuses machines that are not amd64 Debian relatives, since the kernel package is theirs.
@@ -11,12 +11,14 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 CACHE = Path(__file__).resolve().parents[3] / ".cache" / "guest"
 KERNEL_META_PACKAGE = "linux-image-cloud-amd64"
 SHELL_PACKAGE = "busybox-static"
+DATABASE_PACKAGE = "sqlite3"
 # What the guest needs beyond what is built into the cloud kernel (ext4 is): its disk.
 WANTED_MODULES = ("virtio_pci", "virtio_blk")
 
@@ -55,18 +57,77 @@ def guest_parts(cache: Path = CACHE) -> GuestParts:
     return GuestParts(parts / "vmlinuz", parts / "busybox", modules)
 
 
-def _fetch(scratch: Path) -> Path:
+def database_files(cache: Path = CACHE) -> dict[str, Path]:
+    """The sqlite3 program and the libraries that it needs, by where they belong in the guest.
+
+    Fetched like the other parts; raises GuestBuildError where the packages cannot be had.
+    """
+    parts = cache / "database"
+    if not parts.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="fetch-", dir=cache) as scratch:
+            fresh = _fetch_database(Path(scratch))
+            try:
+                fresh.rename(parts)
+            except OSError:
+                if not parts.exists():
+                    raise
+    return {str(path.relative_to(parts)): path for path in parts.rglob("*") if path.is_file()}
+
+
+def _fetch_database(scratch: Path) -> Path:
+    tree = _unpacked(scratch, _database_packages)
+    libraries = {path.name: path for path in sorted(tree.rglob("*.so*"))}
+    program = _only(tree, "bin/sqlite3")
+    fresh = scratch / "database"
+    found = {"bin/sqlite3": program}
+    unread = [program]
+    while unread:
+        # Names of libraries stand in a program's table of strings.
+        names = re.findall(rb"\0((?:lib|ld-)[\w+-]+\.so\.\d+)(?=\0)", unread.pop().read_bytes())
+        for name in {each.decode() for each in names} & libraries.keys():
+            place = f"lib64/{name}" if name.startswith("ld-") else f"lib/x86_64-linux-gnu/{name}"
+            if place not in found:
+                found[place] = libraries[name]
+                unread.append(libraries[name])
+    for place, path in found.items():
+        (fresh / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, fresh / place)
+        (fresh / place).chmod(0o755)
+    return fresh
+
+
+def _database_packages() -> list[str]:
+    depends = _run(
+        [
+            *("apt-cache", "depends", "--recurse", "--no-recommends", "--no-suggests"),
+            *("--no-conflicts", "--no-breaks", "--no-replaces", "--no-enhances"),
+            DATABASE_PACKAGE,
+        ]
+    )
+    named = set(re.findall(r"^(\S+)", depends, re.MULTILINE))
+    libraries = sorted(name for name in named if re.match(r"lib|zlib", name) and ":" not in name)
+    return [DATABASE_PACKAGE, *libraries]
+
+
+def _unpacked(scratch: Path, wanted: Callable[[], list[str]]) -> Path:
+    """The files of packages, in a folder of their own."""
     packages = scratch / "packages"
     tree = scratch / "tree"
     packages.mkdir()
     try:
-        _download(packages)
+        _run(["apt-get", "download", *wanted()], cwd=packages)
     except GuestBuildError:
         # The lists may never have been fetched, or name versions that are gone by now.
         _run([*_as_root(), "apt-get", "update"])
-        _download(packages)
+        _run(["apt-get", "download", *wanted()], cwd=packages)
     for package in sorted(packages.glob("*.deb")):
         _run(["dpkg-deb", "-x", str(package), str(tree)])
+    return tree
+
+
+def _fetch(scratch: Path) -> Path:
+    tree = _unpacked(scratch, lambda: [_kernel_package(), SHELL_PACKAGE])
     fresh = scratch / "parts"
     (fresh / "modules").mkdir(parents=True)
     order = _load_order(tree)
@@ -76,10 +137,6 @@ def _fetch(scratch: Path) -> Path:
     shutil.copy(_only(tree, "bin/busybox"), fresh / "busybox")
     shutil.copy(_only(tree, "boot/vmlinuz-*"), fresh / "vmlinuz")
     return fresh
-
-
-def _download(into: Path) -> None:
-    _run(["apt-get", "download", _kernel_package(), SHELL_PACKAGE], cwd=into)
 
 
 def _as_root() -> list[str]:

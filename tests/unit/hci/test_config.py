@@ -136,3 +136,14 @@ def test_lookup_takes_option_then_variable_then_system_then_dev(
 @pytest.mark.parametrize("text", ["127.0.0.1:1", "[::1]:65535", "host.example:7101"])
 def test_endpoint_prints_as_it_was_written(text: str) -> None:
     assert str(Endpoint.parse(text)) == text
+
+
+def test_default_folder_of_a_user_without_a_home_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(ConfigError, match="no home folder: set HOME"):
+        config.default_dev_dir({})

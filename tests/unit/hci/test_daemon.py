@@ -1,5 +1,7 @@
 """What the daemons share."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -44,3 +46,15 @@ def test_steps_end_when_it_is_time_to_end(ending: daemon.Ending) -> None:
 
     assert daemon.take_steps((started.set, never), ending, lambda _error: None) == 1
     assert started.is_set()
+
+
+def test_daemon_may_open_as_many_files_as_the_host_lets_it() -> None:
+    # With the usual 1,024 a gateway ran out at its thousandth disk, and then took a whole core for
+    # connections that it could not accept.
+    program = (
+        "import resource; from hci import daemon; daemon.take_files(); "
+        "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    command = f"ulimit -Sn 1000; ulimit -Hn 5000; exec {sys.executable} -c '{program}'"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["5000", "5000"]

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +12,14 @@ from etcd.errors import LeaseNotFound
 from etcd.memory import MemoryEtcd
 from etcd.records import ImageRecord, Layer, NodeRecord
 from hci import control_pb2 as pb
+from hci.history import HistoryWatch
 from hci.node import NodeControl, NodeDaemon
 from shard.digest import UNREADABLE, digest
 from shard.ids import ImageId
 from shard.membership import Policy
 from vmstore.catalog import Catalog
 from vmstore.errors import RecordChanged
+from vmstore.ledger import Ledger
 
 IMAGE = ImageId("cd" * 16)
 
@@ -32,6 +35,8 @@ def record() -> ImageRecord:
         placement_version=1,
         sets=(("node1", "node2", "node3"),),
         layers=(Layer(id=1),),
+        epoch=1,
+        holder="f" * 32,
     )
 
 
@@ -85,7 +90,13 @@ class Registering(NodeDaemon):
         self.trouble = ""
         self._session = None
         self._session_lost = threading.Event()
-        self._watching = False
+        self._unconfirmed: set[ImageId] = set()
+        self._run = "a" * 32
+        self.engine.inventory = lambda: {"images": [], "deleted": []}
+        self.ledger = Ledger(Path(":memory:"))
+        self.history = HistoryWatch(
+            "node1", self.etcd, self.catalog, self.ledger, self._holdings, self._on_deleted
+        )
 
     def look_after(self) -> None:
         self._look_after()
@@ -137,9 +148,9 @@ def test_node_that_registers_again_watches_once(
     watches: list[str] = []
     watch = node.memory.watch
 
-    def counted(prefix: str, on_notice: Any) -> object:
+    def counted(prefix: str, on_notice: Any, from_revision: int | None = None) -> object:
         watches.append(prefix)
-        return watch(prefix, on_notice)
+        return watch(prefix, on_notice, from_revision)
 
     monkeypatch.setattr(node.memory, "watch", counted)
     for _ in range(3):

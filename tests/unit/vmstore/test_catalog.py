@@ -148,6 +148,19 @@ def test_pool_with_bad_numbers_is_refused(catalog: Catalog) -> None:
     assert list(catalog.pools()) == ["vms"]
 
 
+def test_pool_whose_records_would_be_too_long_is_refused(etcd: MemoryEtcd, empty: Catalog) -> None:
+    # It was made, and no node took the records of its images; or they were taken until a node was
+    # lost, when they grew, and writes waited for ever.
+    for number in range(1, 4):
+        long = replace(node(number), name=f"hv-frankfurt-rack{number}", host=f"host{number}")
+        empty.announce_node(long, etcd.grant_lease(20))
+    with pytest.raises(BadValue, match=r"1024 replica sets of nodes .* (\d+) would do") as said:
+        empty.create_pool("p", replica_sets=1024)
+    fewer = int(str(said.value).split(";")[1].split()[0])
+    assert fewer > 300
+    empty.create_pool("p", replica_sets=fewer)
+
+
 def test_pool_with_too_few_nodes_up_is_refused(etcd: MemoryEtcd, empty: Catalog) -> None:
     for number in (1, 2):
         empty.announce_node(node(number), etcd.grant_lease(10))

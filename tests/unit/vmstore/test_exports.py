@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 
 from etcd.errors import EtcdUnavailable, LeaseNotFound
+from etcd.records import ImageRecord
 from tests.unit.vmstore.gateway import ScriptedGateway, scripted_gateway
 from vmstore import exports
 from vmstore.errors import ClientBarred
 from vmstore.holder import Phase
 from vmstore.holding import Held
+from vmstore.names import ImageName
 from vmstore.served import Served
+from vmstore.stored import Stored
 
 GUEST, OTHER = "10:111", "20:222"
 
@@ -187,3 +190,26 @@ def test_image_that_is_claimed_from_maintenance_is_known_as_used(gateway: Script
     lease = gateway.lease_of_image()
     assert lease is not None
     assert not lease.maintenance
+
+
+def test_client_that_left_while_its_image_was_looked_up_has_nothing_opened(
+    gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Those who had left were remembered, up to a number of them, then forgotten all at once: an
+    # image that was being looked up for one of them was opened, and nobody was left to close it.
+    looked_up, find = threading.Event(), gateway.catalog.find
+
+    def slow_find(name: ImageName) -> Stored[ImageRecord]:
+        assert looked_up.wait(20)
+        return find(name)
+
+    monkeypatch.setattr(gateway.catalog, "find", slow_find)
+    gateway.connect(1)
+    gateway.leave(1)
+    for client in range(100, 10_200):
+        gateway.leave(client)
+    looked_up.set()
+    gateway.connect(2)
+    assert gateway.answer(2)[0] == "export"
+    gateway.leave(2)
+    gateway.until(lambda: gateway.open_images == 0, "the image stays open for who has left")

@@ -112,6 +112,26 @@ def test_close_while_taking_the_lease_is_asked_again_by_the_driver() -> None:
     assert holder.phase is Phase.SERVING
 
 
+def test_node_lost_long_before_the_open_is_left_behind_at_once() -> None:
+    """A host died with guest and node: elsewhere the guest waited for the node a second time."""
+    holder = Holder(holder=ME, now_s=20.0)
+    holder.step(events.LeaseTaken(record(), {"node3": 20.0 - h.GRACE_S}))
+    # Those that are connected and have not answered yet are waited for.
+    assert holder.step(events.Tick(20.1)) == []
+    assert holder.step(peeked("node1")) == []
+    (change,) = changes(holder.step(peeked("node2")))
+    assert change.after.stale == {0: {"node3": 1}}
+
+
+def test_node_lost_just_before_the_open_has_the_rest_of_its_grace() -> None:
+    holder = Holder(holder=ME, now_s=20.0)
+    holder.step(events.LeaseTaken(record(), {"node3": 19.0}))
+    holder.step(peeked("node1"))
+    holder.step(peeked("node2"))
+    assert holder.step(events.Tick(19.0 + h.GRACE_S - 0.1)) == []
+    assert len(changes(holder.step(events.Tick(19.0 + h.GRACE_S)))) == 1
+
+
 def test_absent_node_is_left_behind_after_the_grace_and_not_before() -> None:
     holder = gathering()
     holder.step(peeked("node1"))

@@ -153,8 +153,10 @@ impl EventLoop {
     }
 
     fn client_ready(&mut self, index: usize, event: Ready) {
-        if !self.clients.contains(index) {
-            return;
+        let Some(client) = self.clients.get(index) else { return };
+        if event.gone && client.is_paused() {
+            // It is not read now, so nothing else would tell that it has gone.
+            return self.end_client(index);
         }
         if event.readable {
             self.read_client(index);

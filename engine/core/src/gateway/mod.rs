@@ -214,3 +214,31 @@ impl Drop for Gateway {
         self.stop();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    /// While policy looks for the answer, a client is not read. One that left meanwhile was noticed only
+    /// with the answer, and until then the kernel told of it without pause: the loop took a whole core.
+    #[test]
+    fn a_client_that_leaves_before_its_answer_is_gone_at_once() {
+        let path = std::env::temp_dir().join(format!("hci-gateway-{}", std::process::id()));
+        let listener = UnixListener::bind(&path).expect("a socket");
+        let gateway = Gateway::start().expect("a gateway");
+        gateway.order(Command::Listen(listener.into()));
+        let mut client = UnixStream::connect(&path).expect("it listens");
+        std::fs::remove_file(&path).expect("it was there");
+        client.read_exact(&mut [0; 18]).expect("a greeting");
+        let go = b"\0\0\0\x03IHAVEOPT\0\0\0\x07\0\0\0\x09\0\0\0\x03p/i\0\0";
+        client.write_all(go).expect("it reads");
+        let events = gateway.event_source();
+        let asked = events.next(Duration::from_secs(20));
+        assert!(matches!(asked, Some(GatewayEvent::Asked { .. })), "{asked:?}");
+        drop(client);
+        let gone = events.next(Duration::from_secs(20));
+        assert!(matches!(gone, Some(GatewayEvent::ClientGone { .. })), "{gone:?}");
+    }
+}

@@ -1,11 +1,13 @@
 //! What both daemons' event loops share: readiness, buffered streams, clocks. Level-triggered epoll and
 //! plain reads and writes; `docs/decisions/` says why.
 
+mod memory;
 mod outgoing;
 mod peer;
 mod poller;
 mod stream;
 
+pub use memory::{SharedMemory, Slot, Slots};
 pub use outgoing::{Outgoing, Sink};
 pub use peer::{peer_process, tune_accepted};
 pub use poller::{Poller, Ready, Waker};

@@ -14,6 +14,9 @@ pub struct Ready {
     pub token: u64,
     pub readable: bool,
     pub writable: bool,
+    /// The peer is gone for good: it takes no answer any more. Told also to who wants neither to
+    /// read nor to write, and again at once until the descriptor is closed.
+    pub gone: bool,
 }
 
 /// An epoll instance.
@@ -68,6 +71,7 @@ impl Poller {
                 token: event.data.u64(),
                 readable: flags.contains(EventFlags::IN) || ended,
                 writable: flags.contains(EventFlags::OUT) || flags.contains(EventFlags::ERR),
+                gone: flags.intersects(EventFlags::ERR | EventFlags::HUP),
             }
         }));
         Ok(())

@@ -1,13 +1,15 @@
 //! A non-blocking connection with what was read and what waits to be written.
 
-use super::Outgoing;
+use super::{Outgoing, Sink};
 use bytes::{BufMut, BytesMut};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::net::{
-    AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, ipproto,
-    socket_with, sockopt,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, ipproto,
+    recvmsg, sendmsg, socket_with, sockopt,
 };
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
@@ -40,6 +42,9 @@ pub struct Stream {
     output: Outgoing,
     writing: bool,
     reading: bool,
+    /// Whether descriptors are taken from the peer, and the last that came.
+    takes_descriptors: bool,
+    descriptor: Option<OwnedFd>,
 }
 
 impl Stream {
@@ -51,7 +56,15 @@ impl Stream {
             output: Outgoing::new(),
             writing: false,
             reading: true,
+            takes_descriptors: false,
+            descriptor: None,
         }
+    }
+
+    /// Takes over a socket whose peer, if it is a process of this host, may send a descriptor.
+    pub fn accepted(fd: OwnedFd) -> Stream {
+        let takes_descriptors = sockopt::socket_domain(&fd) == Ok(AddressFamily::UNIX);
+        Stream { takes_descriptors, ..Stream::new(fd) }
     }
 
     /// Begins to connect; writability tells the end of it, `connected` its outcome.
@@ -94,8 +107,12 @@ impl Stream {
         let capacity = room.len();
         // SAFETY: `read` only writes to the slice, and never leaves written bytes uninitialised.
         let room = unsafe { room.as_uninit_slice_mut() };
-        let read = match rustix::io::read(&self.fd, room) {
-            Ok((read, _)) => read.len(),
+        let read = match self.takes_descriptors {
+            true => receive(&self.fd, room, &mut self.descriptor),
+            false => rustix::io::read(&self.fd, room).map(|(read, _)| read.len()),
+        };
+        let read = match read {
+            Ok(read) => read,
             Err(rustix::io::Errno::AGAIN) => return Ok(Filled::Drained),
             Err(rustix::io::Errno::INTR) => return Ok(Filled::More),
             Err(error) => return Err(error.into()),
@@ -106,6 +123,28 @@ impl Stream {
         // SAFETY: the kernel has written `read` bytes at the front of the spare room.
         unsafe { self.input.advance_mut(read) };
         Ok(if read < capacity { Filled::Drained } else { Filled::More })
+    }
+
+    /// The descriptor that came with what was read, once; no other comes after it.
+    pub fn take_descriptor(&mut self) -> Option<OwnedFd> {
+        self.takes_descriptors &= self.descriptor.is_none();
+        self.descriptor.take()
+    }
+
+    /// Sends a few bytes with a descriptor, at once. Not possible while others wait to be written.
+    pub fn send_with(&mut self, bytes: &[u8], descriptor: BorrowedFd<'_>) -> io::Result<()> {
+        if !self.output.is_empty() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let descriptors = [descriptor];
+        control.push(SendAncillaryMessage::ScmRights(&descriptors));
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        let sent = sendmsg(&self.fd, &[IoSlice::new(bytes)], &mut control, flags)?;
+        // The rest, if the socket took only a part, follows as usual.
+        self.output.bytes(&bytes[sent..]);
+        Ok(())
     }
 
     /// What waits to be written; `flush` writes it.
@@ -123,10 +162,10 @@ impl Stream {
         while !self.output.is_empty() {
             let mut slices = [IoSlice::new(&[]); WRITE_SLICES];
             let count = self.output.gather(&mut slices);
-            let sent = rustix::net::sendmsg(
+            let sent = sendmsg(
                 &self.fd,
                 &slices[..count],
-                &mut rustix::net::SendAncillaryBuffer::default(),
+                &mut SendAncillaryBuffer::default(),
                 SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
             );
             match sent {
@@ -154,6 +193,26 @@ impl Stream {
     pub fn registered(&mut self, writing: bool) {
         (self.reading, self.writing) = (true, writing);
     }
+}
+
+/// Reads, and keeps the last descriptor that came along; others are closed.
+fn receive(
+    fd: &OwnedFd,
+    room: &mut [MaybeUninit<u8>],
+    kept: &mut Option<OwnedFd>,
+) -> rustix::io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    // SAFETY: `recvmsg` only writes to the slice, and its length is what was written.
+    let room = unsafe { &mut *(room as *mut [MaybeUninit<u8>] as *mut [u8]) };
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let received = recvmsg(fd, &mut [IoSliceMut::new(room)], &mut control, flags)?;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+            *kept = descriptors.last().or(kept.take());
+        }
+    }
+    Ok(received.bytes)
 }
 
 /// Listens on a TCP address.

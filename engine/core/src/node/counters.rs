@@ -34,12 +34,13 @@ impl Counters {
                 self.bad_blocks += u64::from(*status == Status::BadBlock);
                 return;
             }
+            Outcome::Placed { bytes, .. } => *bytes as u64,
             Outcome::AnswerDurable { .. } => 0,
             Outcome::Park | Outcome::Close => return,
         };
         let taken = frame.payload.len() as u64;
         match frame.kind {
-            kind::READ => {
+            kind::READ | kind::READ_INTO => {
                 self.reads += 1;
                 self.read_bytes += given;
             }

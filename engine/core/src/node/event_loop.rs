@@ -4,9 +4,12 @@
 use super::jobs::{Done, Jobs};
 use super::requests::{Outcome, Requests, Scratch};
 use super::sessions::Sessions;
-use super::{Command, Counters, Failure, Identity, NodeStatus, ReadShard};
-use crate::geometry::BLOCK_BYTES;
-use crate::io::{Filled, Poller, Ready, Sink, Stream, Waker, boottime_ns, tune_accepted};
+use super::{Command, Counters, Failure, Identity, Inventory, NodeStatus, ReadShard};
+use crate::geometry::{BLOCK_BYTES, ImageId};
+use crate::io::{
+    Filled, Poller, Ready, SharedMemory, Sink, Stream, Waker, boottime_ns, tune_accepted,
+};
+use crate::store::disk::Errno;
 use crate::store::{Store, StoreError};
 use crate::wire::messages::{Head, Hello, HelloReply, Number};
 use crate::wire::{Frame, FrameReader, Prefix, REPLY, Status, VERSION, encode, kind};
@@ -41,6 +44,8 @@ struct Connection {
     opened_ns: u64,
     /// A request that waits for room in the log; nothing is taken from the connection before it.
     parked: Option<Frame>,
+    /// What the gateway, a process of this host, has handed over for answers.
+    memory: Option<SharedMemory>,
 }
 
 /// An answer that waits for a sync.
@@ -76,6 +81,8 @@ pub(super) struct EventLoop {
     checkpoint_after_ns: u64,
     counters: Counters,
     signed_ns: u64,
+    /// See `now_and_then`.
+    next_look_ns: u64,
     touched: Vec<usize>,
 }
 
@@ -111,6 +118,7 @@ impl EventLoop {
             checkpoint_after_ns: 0,
             counters: Counters::default(),
             signed_ns: 0,
+            next_look_ns: 0,
             touched: Vec::new(),
         })
     }
@@ -133,9 +141,7 @@ impl EventLoop {
             for event in &ready {
                 self.ready(*event);
             }
-            if ready.is_empty() {
-                self.end_strangers();
-            }
+            self.now_and_then()?;
             while let Some(done) = self.jobs.finished() {
                 self.job_done(done)?;
             }
@@ -152,7 +158,11 @@ impl EventLoop {
         match event.token & !0xffff_ffff {
             LISTENER => self.accept(index),
             CONNECTION => {
-                if event.readable {
+                let paused = self.connections.get(index).is_some_and(Connection::is_paused);
+                if event.gone && paused {
+                    // It is not read now, so nothing else would tell that it has gone.
+                    self.end(index);
+                } else if event.readable {
                     self.read(index);
                 }
                 self.touched.push(index);
@@ -171,12 +181,13 @@ impl EventLoop {
             tune_accepted(&fd);
             let entry = self.connections.vacant_entry();
             let token = CONNECTION | entry.key() as u64;
-            let stream = Stream::new(fd);
+            let stream = Stream::accepted(fd);
             if self.poller.add(stream.fd(), token, false).is_ok() {
                 self.serial += 1;
                 let opened_ns = boottime_ns();
                 let id = self.serial << 32 | entry.key() as u64;
-                entry.insert(Connection { stream, id, greeted: false, opened_ns, parked: None });
+                let (greeted, parked, memory) = (false, None, None);
+                entry.insert(Connection { stream, id, greeted, opened_ns, parked, memory });
             }
         }
     }
@@ -231,18 +242,26 @@ impl EventLoop {
         if !self.connections[index].greeted {
             return self.greet(index, &frame);
         }
-        let connection = self.connections[index].id;
+        if frame.kind == kind::MEMORY {
+            return self.take_memory(index, &frame);
+        }
+        let Connection { id: connection, memory, .. } = &mut self.connections[index];
+        let (connection, memory) = (*connection, memory.as_mut());
         let mut requests = Requests {
             store: &mut self.store,
             sessions: &mut self.sessions,
             scratch: &mut self.scratch,
             connection,
+            memory,
         };
         let outcome = requests.handle(&frame);
         self.counters.request(&frame, &outcome);
         match outcome {
             Outcome::Answer { status, head, payload } => {
                 self.answer(index, Prefix::reply(&frame, status), &head, payload);
+            }
+            Outcome::Placed { head, .. } => {
+                self.answer(index, Prefix::reply(&frame, Status::Ok), &head, Bytes::new());
             }
             Outcome::AnswerDurable { with_number } => {
                 let prefix = Prefix::reply(&frame, Status::Ok);
@@ -257,6 +276,21 @@ impl EventLoop {
                 return false;
             }
         }
+        true
+    }
+
+    /// The gateway hands memory over. One that cannot be used is refused, and reads come without it.
+    fn take_memory(&mut self, index: usize, frame: &Frame) -> bool {
+        let connection = &mut self.connections[index];
+        let mapped = connection.stream.take_descriptor().map(SharedMemory::of_peer);
+        let status = match mapped {
+            Some(Ok(memory)) if frame.head.is_empty() && frame.payload.is_empty() => {
+                connection.memory = Some(memory);
+                Status::Ok
+            }
+            _ => Status::Malformed,
+        };
+        self.answer(index, Prefix::reply(frame, status), &[], Bytes::new());
         true
     }
 
@@ -470,8 +504,21 @@ impl EventLoop {
         }
     }
 
-    fn end_strangers(&mut self) {
+    /// What needs no event to be due, also of a node that is never at rest.
+    fn now_and_then(&mut self) -> Result<(), StoreError> {
         let now_ns = boottime_ns();
+        if now_ns < self.next_look_ns {
+            return Ok(());
+        }
+        self.next_look_ns = now_ns + TICK.as_nanos() as u64;
+        self.end_strangers(now_ns);
+        if self.jobs.has_failed() {
+            return Err(StoreError::Failed { errno: Errno::IO });
+        }
+        Ok(())
+    }
+
+    fn end_strangers(&mut self, now_ns: u64) {
         let late = |c: &Connection| !c.greeted && now_ns - c.opened_ns > GREETING_NS;
         let late: Vec<usize> =
             self.connections.iter().filter(|(_, c)| late(c)).map(|(index, _)| index).collect();
@@ -497,6 +544,7 @@ impl EventLoop {
                 Command::LogBytes { image, done } => {
                     let _ = done.send(self.store.log_resident_bytes(&image));
                 }
+                Command::Inventory(done) => drop(done.send(self.inventory())),
                 Command::Status(done) => drop(done.send(self.status())),
                 Command::Stop => return Ok(false),
             }
@@ -534,6 +582,12 @@ impl EventLoop {
             place.copy_from_slice(block);
         }
         Ok(Some(content))
+    }
+
+    fn inventory(&self) -> Inventory {
+        let of = |id: ImageId| self.store.image(&id).map(|record| (id, record.clone()));
+        let images = self.store.images().into_iter().filter_map(of).collect();
+        Inventory { images, deleted: self.store.deleted_images() }
     }
 
     fn status(&self) -> NodeStatus {

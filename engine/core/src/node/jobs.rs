@@ -45,6 +45,11 @@ impl Jobs {
     pub(super) fn finished(&self) -> Option<Done> {
         self.done.try_recv().ok()
     }
+
+    /// Whether a thread has ended, which only a defect makes it do: what it was at will never be done.
+    pub(super) fn has_failed(&self) -> bool {
+        self.threads.iter().any(JoinHandle::is_finished)
+    }
 }
 
 impl Drop for Jobs {
@@ -74,4 +79,31 @@ fn spawn<J: Send + 'static>(
     };
     let thread = std::thread::Builder::new().name(name.into()).spawn(work)?;
     Ok((jobs, thread))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::Poller;
+    use std::time::{Duration, Instant};
+
+    /// The thread of a job that panicked was gone, and the node went on answering pings: gateways waited
+    /// for it without end.
+    #[test]
+    fn a_job_that_panics_is_noticed() {
+        let poller = Poller::new().expect("an epoll");
+        let waker = Waker::new(&poller, 0).expect("an eventfd");
+        let mut jobs = Jobs::start(&waker).expect("two threads");
+        assert!(!jobs.has_failed());
+        let (finished, _done) = mpsc::channel();
+        let (_broken, thread) = spawn("broken", waker, finished, |(): ()| panic!("a defect"))
+            .map(|(jobs, thread)| (jobs.send(()), thread))
+            .expect("a thread");
+        jobs.threads.push(thread);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !jobs.has_failed() {
+            assert!(Instant::now() < deadline, "nobody noticed");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
 }

@@ -12,7 +12,7 @@ pub use counters::Counters;
 
 use crate::geometry::{ImageId, LayerId};
 use crate::io::{Poller, Waker};
-use crate::store::{Store, StoreError, UsageHandle};
+use crate::store::{ImageRecord, Store, StoreError, UsageHandle};
 use event_loop::{EventLoop, WAKER};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -44,7 +44,15 @@ pub struct NodeStatus {
     pub no_space: bool,
 }
 
+/// What a node holds of images: the records of those that it has, the ids of those deleted.
+#[derive(Clone, Debug, Default)]
+pub struct Inventory {
+    pub images: Vec<(ImageId, ImageRecord)>,
+    pub deleted: Vec<ImageId>,
+}
+
 pub(crate) enum Command {
+    Inventory(mpsc::Sender<Inventory>),
     Listen(OwnedFd),
     Delete { image: ImageId, done: mpsc::Sender<Result<(), StoreError>> },
     ReadShard(ReadShard),
@@ -129,6 +137,16 @@ impl NodeHandle {
             errno => Err(io::Error::from(errno)),
         })?;
         Ok(files + self.ask(|done| Command::LogBytes { image, done }).unwrap_or(0))
+    }
+
+    /// Which images are here, and which were deleted. None: no answer.
+    pub fn inventory(&self) -> Option<Inventory> {
+        self.ask(Command::Inventory)
+    }
+
+    /// Images that have a folder on the disk.
+    pub fn folders(&self) -> io::Result<Vec<ImageId>> {
+        Ok(self.usage.folders()?)
     }
 
     pub fn status(&self) -> Option<NodeStatus> {

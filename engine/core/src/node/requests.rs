@@ -4,15 +4,17 @@
 use super::sessions::{Session, Sessions};
 use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, ShardKey, Tag};
+use crate::io::SharedMemory;
 use crate::rules::{Rule, broken};
 use crate::store::{
-    BlockState, CopyBlock, RecordHead, Stamp, Store, StoreError, WRITTEN_PER_PAGE, WriteOp,
-    WrittenCursor,
+    BlockState, CopyBlock, Placed, ReadBuffer, RecordHead, Stamp, Store, StoreError,
+    WRITTEN_PER_PAGE, WriteOp, WrittenCursor,
 };
 use crate::wire::codec::Short;
 use crate::wire::messages::{
     self, Attach, BlocksReply, Copy, DIRTY_ENTRIES_MAX, DirtyEntry, DirtyFrom, DirtyReply, Flush,
-    Head, Io, Level, Peek, PeekReply, ShardRange, WRITTEN_SHARDS_MAX, WrittenAbove, WrittenReply,
+    Head, Io, IoInto, Level, Peek, PeekReply, ShardRange, WRITTEN_SHARDS_MAX, WrittenAbove,
+    WrittenReply,
 };
 use crate::wire::{Frame, PAYLOAD_BYTES_MAX, Status, flag, kind};
 use bytes::{BufMut, Bytes, BytesMut};
@@ -28,6 +30,8 @@ const _: () = assert!(WRITTEN_PER_PAGE <= WRITTEN_SHARDS_MAX, "an answer holds a
 pub(crate) enum Outcome {
     /// Answer with this head and payload once the batch is in the log.
     Answer { status: Status, head: Bytes, payload: Bytes },
+    /// Answer with this head: so many bytes of data are in the peer's memory.
+    Placed { head: Bytes, bytes: usize },
     /// Answer once everything so far is durable; a flush's answer names the flush number.
     AnswerDurable { with_number: bool },
     /// The log is full: try again after a checkpoint, and take nothing else from the connection.
@@ -51,6 +55,8 @@ pub(crate) struct Requests<'a> {
     pub sessions: &'a mut Sessions,
     pub scratch: &'a mut Scratch,
     pub connection: u64,
+    /// What the peer has handed over for answers.
+    pub memory: Option<&'a mut SharedMemory>,
 }
 
 /// How a request ends early.
@@ -101,6 +107,7 @@ impl Requests<'_> {
             kind::READ => self.read(frame),
             kind::FLUSH => self.flush(frame),
             kind::ZERO => self.zero(frame),
+            kind::READ_INTO => self.read_into(frame),
             kind::STATUS => self.status(frame),
             kind::PING => Ok(ok()),
             kind::PEEK => self.peek(frame),
@@ -212,6 +219,21 @@ impl Requests<'_> {
         Ok(self.answer_blocks(payload))
     }
 
+    fn read_into(&mut self, frame: &Frame) -> Step {
+        let IoInto { io, at } = IoInto::take(frame.head.clone())?;
+        let (first, blocks) = block_range(&io)?;
+        let session = self.session(frame, io.epoch)?.clone();
+        let place = self.memory.as_mut().and_then(|memory| memory.room(at, io.length as usize));
+        let mut placed = Placed::new(place.ok_or(Refused::Close)?);
+        let states = &mut self.scratch.states;
+        states.clear();
+        let (image, layers, shard) = (&session.image, &session.layers, io.shard);
+        self.store.read_blocks(image, layers, shard, first, blocks, states, &mut placed)?;
+        let bytes = placed.filled();
+        let head = self.head_of_blocks();
+        Ok(Outcome::Placed { head, bytes })
+    }
+
     fn status(&mut self, frame: &Frame) -> Step {
         let io = Io::take(frame.head.clone())?;
         let session = self.session(frame, io.epoch)?.clone();
@@ -226,9 +248,13 @@ impl Requests<'_> {
     }
 
     fn answer_blocks(&mut self, payload: Bytes) -> Outcome {
+        Outcome::Answer { status: Status::Ok, head: self.head_of_blocks(), payload }
+    }
+
+    fn head_of_blocks(&mut self) -> Bytes {
         let Scratch { states, heads, .. } = &mut *self.scratch;
         messages::put_blocks(heads, states.iter().copied());
-        Outcome::Answer { status: Status::Ok, head: heads.split().freeze(), payload }
+        heads.split().freeze()
     }
 
     fn flush(&mut self, frame: &Frame) -> Step {

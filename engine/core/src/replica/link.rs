@@ -3,10 +3,16 @@
 //! A link that hears nothing for `LOST_NS` is ended. A pause of our own (the process was stopped) is
 //! not the node's silence: `tick` grants a fresh second after one.
 
-use crate::io::{Address, Filled, Poller, Sink, Stream};
-use crate::wire::messages::{Head, Hello, HelloReply};
-use crate::wire::{Frame, FrameReader, Prefix, REPLY, Status, VERSION, encode, kind};
+use crate::io::{Address, Filled, Poller, Sink, Slot, Slots, Stream};
+use crate::wire::messages::{Head, Hello, HelloReply, IO_BYTES, Io, IoInto, data_bytes};
+use crate::wire::{
+    Frame, FrameReader, PAYLOAD_BYTES_MAX, PREFIX_BYTES, Prefix, REPLY, Status, VERSION, decode,
+    encode, kind,
+};
 use bytes::{Bytes, BytesMut};
+use rustix::fd::AsFd;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 const SECOND_NS: u64 = 1_000_000_000;
 /// Heartbeat, declared lost, time to connect and greet, and between attempts.
@@ -14,6 +20,10 @@ const PING_NS: u64 = SECOND_NS;
 const LOST_NS: u64 = 4 * SECOND_NS;
 const CONNECT_NS: u64 = 2 * SECOND_NS;
 const RETRY_NS: u64 = SECOND_NS / 10;
+/// Reads of this size and more come through memory; below it a socket is as quick.
+const IN_MEMORY_FROM: u32 = 16 << 10;
+/// So many may be under way, or on their way to clients, before others take the socket again.
+const SLOTS: u32 = 64;
 
 /// Where a node is, and as whom to ask it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,7 +48,17 @@ enum State {
     Idle { retry_at_ns: u64 },
     Connecting { stream: Stream, deadline_ns: u64 },
     Greeting { stream: Stream, deadline_ns: u64 },
-    Ready { stream: Stream, heard_ns: u64, pinged_ns: u64 },
+    Ready { stream: Stream, heard_ns: u64, pinged_ns: u64, memory: Memory },
+}
+
+/// Where a node of this host puts the data of larger reads.
+#[derive(Default)]
+struct Memory {
+    /// None over TCP, and where the node has not taken it.
+    slots: Option<Slots>,
+    taken: bool,
+    /// Reads under way, by channel and tag.
+    reads: HashMap<(u32, u64), Slot>,
 }
 
 /// A link and its state.
@@ -47,6 +67,8 @@ pub struct Link {
     token: u64,
     state: State,
     next_address: usize,
+    /// The node was reached over a unix socket.
+    is_local: bool,
     pub hello: HelloReply,
 }
 
@@ -54,7 +76,14 @@ impl Link {
     /// `token`: under which its descriptor is registered.
     pub fn new(target: LinkTarget, token: u64) -> Link {
         let state = State::Idle { retry_at_ns: 0 };
-        Link { target, token, state, next_address: 0, hello: HelloReply::default() }
+        Link {
+            target,
+            token,
+            state,
+            next_address: 0,
+            is_local: false,
+            hello: HelloReply::default(),
+        }
     }
 
     pub fn target(&self) -> &LinkTarget {
@@ -67,7 +96,8 @@ impl Link {
 
     /// Queues a frame on a ready link; on any other it is dropped, as on a connection that broke.
     pub fn push(&mut self, head: Bytes, payload: Bytes) {
-        if let State::Ready { stream, .. } = &mut self.state {
+        if let State::Ready { stream, memory, .. } = &mut self.state {
+            let head = memory.read_into(&head).unwrap_or(head);
             stream.output().data(head);
             stream.output().data(payload);
         }
@@ -104,7 +134,7 @@ impl Link {
                     self.end(poller, now_ns, "no answer while connecting".into(), events);
                 }
             }
-            State::Ready { stream, heard_ns, pinged_ns } => {
+            State::Ready { stream, heard_ns, pinged_ns, .. } => {
                 if paused {
                     *heard_ns = (*heard_ns).max(now_ns - (LOST_NS - SECOND_NS).min(now_ns));
                 }
@@ -126,6 +156,7 @@ impl Link {
     fn connect(&mut self, poller: &Poller, now_ns: u64) {
         let address = &self.target.addresses[self.next_address % self.target.addresses.len()];
         self.next_address += 1;
+        self.is_local = matches!(address, Address::Unix(_));
         let started = Stream::connect(address).and_then(|mut stream| {
             poller.add(stream.fd(), self.token, true)?;
             stream.registered(true);
@@ -205,10 +236,13 @@ impl Link {
         if !frame.is_reply() {
             return Err("the node asks instead of answering".into());
         }
-        if let State::Ready { heard_ns, .. } = &mut self.state {
+        if let State::Ready { heard_ns, memory, .. } = &mut self.state {
             *heard_ns = now_ns;
-            if frame.kind != kind::PING | REPLY {
-                events.push(LinkEvent::Frame(frame));
+            match frame.kind & !REPLY {
+                kind::PING => {}
+                kind::MEMORY => memory.answered(frame.status),
+                kind::READ_INTO => events.push(LinkEvent::Frame(memory.read(frame)?)),
+                _ => events.push(LinkEvent::Frame(frame)),
             }
             return Ok(());
         }
@@ -224,8 +258,12 @@ impl Link {
         }
         let hello = HelloReply::take(frame.head).map_err(|_| "malformed greeting".to_string())?;
         let state = std::mem::replace(&mut self.state, State::Idle { retry_at_ns: 0 });
-        if let State::Greeting { stream, .. } = state {
-            self.state = State::Ready { stream, heard_ns: now_ns, pinged_ns: now_ns };
+        if let State::Greeting { mut stream, .. } = state {
+            let memory = match self.is_local {
+                true => Memory::hand_over(&mut stream),
+                false => Memory::default(),
+            };
+            self.state = State::Ready { stream, heard_ns: now_ns, pinged_ns: now_ns, memory };
         }
         self.next_address = 0;
         self.hello = hello.clone();
@@ -247,5 +285,130 @@ impl Link {
                 let _ = poller.remove(stream.fd());
             }
         }
+    }
+}
+
+impl Memory {
+    /// Makes memory and sends it. Without it reads go over the socket as all else does.
+    fn hand_over(stream: &mut Stream) -> Memory {
+        let Ok((slots, fd)) = Slots::new(PAYLOAD_BYTES_MAX, SLOTS) else {
+            return Memory::default();
+        };
+        let mut frame = BytesMut::new();
+        encode(&mut frame, Prefix::request(kind::MEMORY, 0, 0, 0), 0, |_| {});
+        match stream.send_with(&frame, fd.as_fd()) {
+            Ok(()) => Memory { slots: Some(slots), ..Memory::default() },
+            Err(_) => Memory::default(),
+        }
+    }
+
+    fn answered(&mut self, status: Status) {
+        self.taken = status == Status::Ok;
+    }
+
+    /// The frame that asks for the same with the data in a slot; none if it is no read, too small to be
+    /// worth it, or no slot is free.
+    fn read_into(&mut self, frame: &Bytes) -> Option<Bytes> {
+        let slots = self.slots.as_ref().filter(|_| self.taken)?;
+        let (prefix, head) = decode(frame);
+        if prefix.kind != kind::READ {
+            return None;
+        }
+        let io = Io::take(head).ok().filter(|io| io.length >= IN_MEMORY_FROM)?;
+        let Entry::Vacant(entry) = self.reads.entry((prefix.channel, prefix.tag)) else {
+            return None;
+        };
+        let slot = entry.insert(slots.take(io.length as usize)?);
+        let mut frame = BytesMut::with_capacity(PREFIX_BYTES + IO_BYTES + 8);
+        let into = Prefix { kind: kind::READ_INTO, ..prefix };
+        encode(&mut frame, into, 0, |out| IoInto { io, at: slot.offset() }.put(out));
+        Some(frame.freeze())
+    }
+
+    /// The answer as it would have come without a slot.
+    fn read(&mut self, frame: Frame) -> Result<Frame, String> {
+        let slot = self.reads.remove(&(frame.channel, frame.tag));
+        let slot = slot.ok_or("the node answers a read that was not asked")?;
+        let kind = kind::READ | REPLY;
+        if frame.status != Status::Ok {
+            return Ok(Frame { kind, ..frame });
+        }
+        let length = data_bytes(&frame.head).map_err(|_| "malformed block list")?;
+        let payload = slot.filled(length).ok_or("more data than was asked for")?;
+        Ok(Frame { kind, payload, ..frame })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::content::Block;
+    use crate::io::SharedMemory;
+    use crate::wire::messages::put_blocks;
+    use std::os::unix::net::UnixStream;
+
+    /// A gateway's end that has handed memory over, and the node's end that has taken it.
+    fn pair() -> (Memory, SharedMemory) {
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        let mut memory = Memory::hand_over(&mut Stream::new(ours.into()));
+        let mut node = Stream::accepted(theirs.into());
+        node.fill(PREFIX_BYTES).expect("read");
+        let frame = FrameReader::next(&mut node.input).expect("valid").expect("whole");
+        assert_eq!(frame.kind, kind::MEMORY);
+        let taken = SharedMemory::of_peer(node.take_descriptor().expect("came along"));
+        memory.answered(Status::Ok);
+        (memory, taken.expect("sealed"))
+    }
+
+    fn read_of(length: u32, tag: u64) -> Bytes {
+        let io = Io { shard: 1, offset: 0, length, epoch: 1, generation: 1, sequence: 0 };
+        let mut frame = BytesMut::new();
+        encode(&mut frame, Prefix::request(kind::READ, 0, 3, tag), 0, |out| io.put(out));
+        frame.freeze()
+    }
+
+    fn answer(tag: u64, status: Status, blocks: &[Block]) -> Frame {
+        let mut head = BytesMut::new();
+        put_blocks(&mut head, blocks.iter().copied());
+        let (head, payload) = (head.freeze(), Bytes::new());
+        Frame { kind: kind::READ_INTO | REPLY, flags: 0, status, channel: 3, tag, head, payload }
+    }
+
+    #[test]
+    fn large_read_comes_through_memory_as_if_it_had_come_by_the_socket() {
+        let (mut memory, mut node) = pair();
+        let asked = memory.read_into(&read_of(16 << 10, 7)).expect("large enough");
+        let (prefix, head) = decode(&asked);
+        let into = IoInto::take(head).expect("whole");
+        assert_eq!((prefix.kind, prefix.channel, prefix.tag), (kind::READ_INTO, 3, 7));
+        node.room(into.at, 4096).expect("inside").fill(std::mem::MaybeUninit::new(9));
+        let blocks = [Block::Absent, Block::Data(1), Block::Zero, Block::Absent];
+        let read = memory.read(answer(7, Status::Ok, &blocks)).expect("asked");
+        assert_eq!((read.kind, &read.payload[..]), (kind::READ | REPLY, &[9; 4096][..]));
+        assert!(memory.reads.is_empty());
+    }
+
+    #[test]
+    fn small_reads_other_kinds_and_reads_over_the_slots_take_the_socket() {
+        let (mut memory, _node) = pair();
+        assert!(memory.read_into(&read_of(4096, 1)).is_none());
+        let mut ping = BytesMut::new();
+        encode(&mut ping, Prefix::request(kind::PING, 0, 0, 0), 0, |_| {});
+        assert!(memory.read_into(&ping.freeze()).is_none());
+        for tag in 0..u64::from(SLOTS) {
+            assert!(memory.read_into(&read_of(1 << 20, tag)).is_some());
+        }
+        assert!(memory.read_into(&read_of(1 << 20, 99)).is_none());
+        memory.read(answer(0, Status::BadBlock, &[])).expect("asked");
+        assert!(memory.read_into(&read_of(1 << 20, 1)).is_none(), "one of this tag is under way");
+        assert!(memory.read_into(&read_of(1 << 20, 99)).is_some());
+    }
+
+    #[test]
+    fn answers_that_nobody_asked_for_or_that_are_too_long_end_the_link() {
+        let (mut memory, _node) = pair();
+        assert!(memory.read(answer(1, Status::Ok, &[])).is_err());
+        memory.read_into(&read_of(1 << 20, 1)).expect("a slot");
+        assert!(memory.read(answer(1, Status::Ok, &[Block::Data(1); 257])).is_err());
     }
 }

@@ -140,6 +140,7 @@ impl NodeRun {
             sessions: &mut self.sessions,
             scratch: &mut self.scratch,
             connection,
+            memory: None,
         };
         let outcome = requests.handle(&frame);
         self.store.append()?;
@@ -157,7 +158,8 @@ impl NodeRun {
                 self.parked.push_back((connection, frame));
                 None
             }
-            Outcome::Close => {
+            // Nobody hands memory over here.
+            Outcome::Placed { .. } | Outcome::Close => {
                 self.sent_away.push(connection);
                 None
             }

@@ -20,7 +20,7 @@ use super::disk::{Disk, DiskResult, Errno, FileRef};
 use super::images::{ImageRecord, image_folder, write_record_file};
 use super::index::{Place, Run};
 use super::log::{SyncGate, create_segment};
-use super::read::read_singly;
+use super::read::{ReadBuffer, read_singly, read_whole};
 use super::recovery::Tail;
 use super::shard_file::{ShardMeta, read_meta, shard_folder, shard_path, write_meta};
 use super::{BlockState, Store, StoreError};
@@ -355,16 +355,18 @@ impl Copier<'_> {
 
     /// Appends `blocks` blocks from the log to the buffer; what cannot be read is zeros.
     fn read_log(&mut self, place: Place, blocks: usize) {
-        let start = self.buffer.len();
+        let length = blocks * BLOCK;
         let first = self.job.segments.first().map_or(0, |(segment, _)| *segment);
-        if let Some((_, file)) = self.job.segments.get((place.segment - first) as usize) {
-            let offset = u64::from(place.offset);
-            if file.read_at(offset, blocks * BLOCK, &mut self.buffer).is_err() {
-                // An unreadable block fails its checksum and becomes `Bad`.
-                read_singly(file, offset, blocks, start, &mut self.buffer);
-            }
+        let Some((_, file)) = self.job.segments.get((place.segment - first) as usize) else {
+            return self.buffer.resize(self.buffer.len() + length, 0);
+        };
+        let (offset, room) = (u64::from(place.offset), self.buffer.room(length));
+        if read_whole(&**file, offset, room).is_err() {
+            // An unreadable block fails its checksum and becomes `Bad`.
+            read_singly(&**file, offset, room);
         }
-        self.buffer.resize(start + blocks * BLOCK, 0);
+        // SAFETY: both ways of reading fill the room.
+        unsafe { self.buffer.advance(length) };
     }
 }
 

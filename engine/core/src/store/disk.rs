@@ -7,6 +7,7 @@
 
 use std::any::Any;
 use std::io::IoSlice;
+use std::mem::MaybeUninit;
 use std::sync::Arc;
 
 use bytes::BytesMut;
@@ -22,7 +23,16 @@ pub type LockGuard = Box<dyn Any + Send + Sync>;
 /// One open file.
 pub trait DiskFile: Send + Sync {
     /// Appends up to `length` bytes from `offset` on to `out`; fewer only at the file's end.
-    fn read_at(&self, offset: u64, length: usize, out: &mut BytesMut) -> DiskResult<usize>;
+    fn read_at(&self, offset: u64, length: usize, out: &mut BytesMut) -> DiskResult<usize> {
+        out.reserve(length);
+        let count = self.read_into(offset, &mut out.spare_capacity_mut()[..length])?;
+        // SAFETY: `read_into` initialised the first `count` bytes of the spare capacity.
+        unsafe { out.set_len(out.len() + count) };
+        Ok(count)
+    }
+    /// Fills the front of `room` from `offset` on, and says how many bytes; fewer than there is room
+    /// for only at the file's end.
+    fn read_into(&self, offset: u64, room: &mut [MaybeUninit<u8>]) -> DiskResult<usize>;
     /// Writes all slices one after the other, beginning at `offset`. The slices may be consumed.
     fn write_at(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> DiskResult<()>;
     /// Makes everything written, punched and allocated before the call durable (not the file's

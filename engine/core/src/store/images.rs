@@ -69,6 +69,10 @@ impl Images {
         self.deleted.contains(image)
     }
 
+    pub fn deleted(&self) -> impl Iterator<Item = ImageId> {
+        self.deleted.iter().copied()
+    }
+
     /// The record of an image that may be worked on.
     pub fn require(&self, image: &ImageId) -> Result<&RecordHead, StoreError> {
         match self.known.get(image) {

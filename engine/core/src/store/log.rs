@@ -364,15 +364,15 @@ pub fn segment_path(slot: u32) -> String {
 }
 
 /// Creates a segment's file with its space reserved, so that a write to it never finds the disk full.
-/// Durable when it returns.
+/// Durable when it returns. The file has its length last: what an interruption left is told by that.
 pub fn create_segment(disk: &dyn Disk, slot: u32, segment_bytes: u32) -> DiskResult<FileRef> {
     let file = disk.create(&segment_path(slot))?;
     file.set_len(0)?;
-    file.set_len(u64::from(segment_bytes))?;
     file.allocate(0, u64::from(segment_bytes))?;
     if file.allocated_bytes()? < u64::from(segment_bytes) {
         write_zeros(&*file, segment_bytes)?;
     }
+    file.set_len(u64::from(segment_bytes))?;
     file.sync_data()?;
     disk.sync_dir("log")?;
     Ok(file)

@@ -56,7 +56,7 @@ use disk::{Disk, DiskResult, Errno, FileRef, LockGuard};
 pub use errors::StoreError;
 pub use images::{BODY_BYTES_MAX, ImageRecord, RecordHead};
 use log::{Class, Log};
-pub use read::{BlockSummary, ShardSummary};
+pub use read::{BlockSummary, Placed, ReadBuffer, ShardSummary};
 pub use record::CopyBlock;
 use record::{HEADER_BYTES, Header, Kind};
 pub use recovery::Recovery;
@@ -255,6 +255,13 @@ impl Store {
     /// Whether the image was deleted here.
     pub fn is_deleted(&self, image: &ImageId) -> bool {
         self.state.images.is_deleted(image)
+    }
+
+    /// Ids of the images that were deleted here.
+    pub fn deleted_images(&self) -> Vec<ImageId> {
+        let mut ids: Vec<_> = self.state.images.deleted().collect();
+        ids.sort_unstable();
+        ids
     }
 
     /// The image's dirty shards, in order.

@@ -1,5 +1,6 @@
 //! Reading: blocks are looked up in the log's index first, then in the shard file, layer by layer.
 
+use std::mem::MaybeUninit;
 use std::sync::Arc;
 
 use bytes::BytesMut;
@@ -9,7 +10,7 @@ use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, ShardKey, Tag};
 use crate::rules::{Rule, broken};
 
-use super::disk::{Errno, FileRef};
+use super::disk::{DiskFile, DiskResult, Errno, FileRef};
 use super::index::Place;
 use super::shard_file::{ShardMeta, read_meta, shard_path};
 use super::{BlockState, Store, StoreError};
@@ -105,7 +106,8 @@ impl Store {
         outcome
     }
 
-    /// `read`, with the checksum of each data block beside its state.
+    /// `read`, with the checksum of each data block beside its state, and the content to wherever the
+    /// caller wants it.
     #[allow(clippy::too_many_arguments)]
     pub fn read_blocks(
         &mut self,
@@ -115,9 +117,9 @@ impl Store {
         first_block: u32,
         blocks: u32,
         content: &mut Vec<Block>,
-        data: &mut BytesMut,
+        data: &mut impl ReadBuffer,
     ) -> Result<(), StoreError> {
-        let data_before = data.len();
+        let data_before = data.filled();
         let mut found = std::mem::take(&mut self.scratch);
         let outcome = self
             .look_up(image, layers, shard, (first_block, blocks), &mut found)
@@ -209,7 +211,7 @@ impl Store {
         shard: u64,
         first_block: u32,
         found: &[Found],
-        data: &mut BytesMut,
+        data: &mut impl ReadBuffer,
     ) -> Result<(), StoreError> {
         let bad = |index: usize| {
             let block = first_block + index as u32;
@@ -224,15 +226,16 @@ impl Store {
                     let run = run_length(&found[index..]);
                     let (file, offset) =
                         self.source_of(image, shard, first_block + index as u32, &found[index])?;
-                    let start = data.len();
-                    match file.read_at(offset, run * BLOCK, data) {
-                        Ok(_) => {}
+                    let start = data.filled();
+                    let room = data.room(run * BLOCK);
+                    match read_whole(&*file, offset, room) {
                         // A bad sector somewhere in the run: what it spoiled fails its checksum.
-                        Err(Errno::IO) => read_singly(&file, offset, run, start, data),
-                        Err(errno) => return Err(errno.into()),
+                        Err(Errno::IO) => read_singly(&*file, offset, room),
+                        read => read?,
                     }
-                    data.resize(start + run * BLOCK, 0);
-                    let contents = data[start..].chunks_exact(BLOCK);
+                    // SAFETY: both ways of reading fill the room.
+                    unsafe { data.advance(run * BLOCK) };
+                    let contents = data.since(start).chunks_exact(BLOCK);
                     for (step, content) in contents.enumerate() {
                         if crc32c(content) != found[index + step].crc
                             && !broken(Rule::ReadsAreVerified)
@@ -327,20 +330,91 @@ fn run_length(found: &[Found]) -> usize {
     1 + found.windows(2).take_while(|pair| follows(pair)).count()
 }
 
-/// Reads blocks one by one to `start` of `data`; those that cannot be read stay zero.
-pub(super) fn read_singly(
-    file: &FileRef,
+/// Fills the room; what lies past the file's end is zeros.
+pub(super) fn read_whole(
+    file: &dyn DiskFile,
     offset: u64,
-    blocks: usize,
-    start: usize,
-    data: &mut BytesMut,
-) {
-    data.truncate(start);
-    for index in 0..blocks {
-        let at = start + index * BLOCK;
-        if file.read_at(offset + (index * BLOCK) as u64, BLOCK, data).is_err() {
-            data.truncate(at);
+    room: &mut [MaybeUninit<u8>],
+) -> DiskResult<()> {
+    let count = file.read_into(offset, room)?;
+    room[count..].fill(MaybeUninit::new(0));
+    Ok(())
+}
+
+/// Fills the room block by block; those that cannot be read are zeros.
+pub(super) fn read_singly(file: &dyn DiskFile, offset: u64, room: &mut [MaybeUninit<u8>]) {
+    for (at, block) in (offset..).step_by(BLOCK).zip(room.chunks_mut(BLOCK)) {
+        if read_whole(file, at, block).is_err() {
+            block.fill(MaybeUninit::new(0));
         }
-        data.resize(at + BLOCK, 0);
+    }
+}
+
+/// Where the content of blocks is put, one after the other.
+pub trait ReadBuffer {
+    /// Bytes that are there.
+    fn filled(&self) -> usize;
+    /// What is there from `start` on.
+    fn since(&self, start: usize) -> &[u8];
+    /// Room for exactly `length` more bytes.
+    fn room(&mut self, length: usize) -> &mut [MaybeUninit<u8>];
+    /// The first `length` bytes of the room count as filled.
+    ///
+    /// # Safety
+    /// They are.
+    unsafe fn advance(&mut self, length: usize);
+    /// Forgets all but the first `length` bytes.
+    fn truncate(&mut self, length: usize);
+}
+
+impl ReadBuffer for BytesMut {
+    fn filled(&self) -> usize {
+        self.len()
+    }
+    fn since(&self, start: usize) -> &[u8] {
+        &self[start..]
+    }
+    fn room(&mut self, length: usize) -> &mut [MaybeUninit<u8>] {
+        self.reserve(length);
+        &mut self.spare_capacity_mut()[..length]
+    }
+    unsafe fn advance(&mut self, length: usize) {
+        // SAFETY: the caller's word.
+        unsafe { self.set_len(self.len() + length) };
+    }
+    fn truncate(&mut self, length: usize) {
+        BytesMut::truncate(self, length);
+    }
+}
+
+/// A buffer in memory of somebody else, with room for all that is read into it.
+pub struct Placed<'a> {
+    place: &'a mut [MaybeUninit<u8>],
+    filled: usize,
+}
+
+impl<'a> Placed<'a> {
+    pub fn new(place: &'a mut [MaybeUninit<u8>]) -> Placed<'a> {
+        Placed { place, filled: 0 }
+    }
+}
+
+impl ReadBuffer for Placed<'_> {
+    fn filled(&self) -> usize {
+        self.filled
+    }
+    fn since(&self, start: usize) -> &[u8] {
+        let filled = &self.place[start..self.filled];
+        // SAFETY: `advance` was told that these bytes are there.
+        unsafe { std::slice::from_raw_parts(filled.as_ptr().cast(), filled.len()) }
+    }
+    fn room(&mut self, length: usize) -> &mut [MaybeUninit<u8>] {
+        &mut self.place[self.filled..][..length]
+    }
+    unsafe fn advance(&mut self, length: usize) {
+        self.filled += length;
+    }
+    fn truncate(&mut self, length: usize) {
+        self.filled = self.filled.min(length);
     }
 }

@@ -1,11 +1,11 @@
 //! A folder of the real file system, through `rustix`.
 
 use std::io::IoSlice;
+use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
-use bytes::BytesMut;
 use rustix::fs::{
     AtFlags, CWD, Dir, FallocateFlags, FlockOperation, Mode, OFlags, fallocate, fdatasync, flock,
     fstat, fstatvfs, fsync, ftruncate, mkdirat, openat, renameat, syncfs, unlinkat,
@@ -25,12 +25,10 @@ pub struct RealFile {
 }
 
 impl DiskFile for RealFile {
-    fn read_at(&self, offset: u64, length: usize, out: &mut BytesMut) -> DiskResult<usize> {
-        out.reserve(length);
+    fn read_into(&self, offset: u64, room: &mut [MaybeUninit<u8>]) -> DiskResult<usize> {
         let mut done = 0;
-        while done < length {
-            let spare = &mut out.spare_capacity_mut()[..length - done];
-            let count = match pread(&self.fd, spare, offset + done as u64) {
+        while done < room.len() {
+            let count = match pread(&self.fd, &mut room[done..], offset + done as u64) {
                 Ok((filled, _)) => filled.len(),
                 Err(Errno::INTR) => continue,
                 Err(errno) => return Err(errno),
@@ -38,8 +36,6 @@ impl DiskFile for RealFile {
             if count == 0 {
                 break;
             }
-            // SAFETY: `pread` initialised the first `count` bytes of the spare capacity.
-            unsafe { out.set_len(out.len() + count) };
             done += count;
         }
         Ok(done)

@@ -164,6 +164,11 @@ impl Store {
             _lock: lock,
         };
         if store.log.live().is_empty() {
+            if store.log.free_segments() == 0 {
+                // All of them are lost; that is reported.
+                let made = create_segment(&*store.disk, 0, segment_bytes)?;
+                store.log.grow(vec![(0, made)], false);
+            }
             store.roll()?;
         }
         Ok((store, recovery))

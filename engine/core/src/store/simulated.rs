@@ -6,6 +6,7 @@
 //! them. The same calls with the same seeds give the same disk.
 
 use std::io::IoSlice;
+use std::mem::MaybeUninit;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::BytesMut;
@@ -173,15 +174,21 @@ impl SimDisk {
 }
 
 impl DiskFile for SimFile {
-    fn read_at(&self, offset: u64, length: usize, out: &mut BytesMut) -> DiskResult<usize> {
+    fn read_into(&self, offset: u64, room: &mut [MaybeUninit<u8>]) -> DiskResult<usize> {
         let state = &mut *self.disk.state();
         state.alive(self.run)?;
+        let length = room.len();
         let pages =
             (self.inode, offset / PAGE)..(self.inode, (offset + length as u64).div_ceil(PAGE));
         if length > 0 && state.bad_sectors.range(pages).next().is_some() {
             return Err(Errno::IO);
         }
-        Ok(state.inode(self.inode)?.cached.read(offset, length, out))
+        let mut content = BytesMut::with_capacity(length);
+        let count = state.inode(self.inode)?.cached.read(offset, length, &mut content);
+        for (to, from) in room.iter_mut().zip(content) {
+            to.write(from);
+        }
+        Ok(count)
     }
 
     fn write_at(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> DiskResult<()> {

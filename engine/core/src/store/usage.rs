@@ -18,6 +18,12 @@ impl UsageHandle {
         UsageHandle { disk }
     }
 
+    /// Images that have a folder on the disk, with a record or without one.
+    pub fn folders(&self) -> DiskResult<Vec<ImageId>> {
+        let names = self.disk.list("images")?;
+        Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
+    }
+
     /// Bytes that the image's shard files take on the disk. What is still in the log only is
     /// counted by `Store::log_resident_bytes`.
     pub fn physical_bytes(&self, image: &ImageId) -> DiskResult<u64> {

@@ -80,6 +80,15 @@ fn head_checksum(frame: &[u8]) -> u32 {
     ::crc32c::crc32c_append(first, &frame[12..])
 }
 
+/// Kind, flags, channel and tag of an encoded frame, and its head.
+pub fn decode(frame: &Bytes) -> (Prefix, Bytes) {
+    let head_bytes = lengths(frame).0 as usize;
+    let mut fields = &frame[12..PREFIX_BYTES];
+    let (kind, flags, _status) = (fields.get_u8(), fields.get_u8(), fields.get_u16_le());
+    let prefix = Prefix::request(kind, flags, fields.get_u32_le(), fields.get_u64_le());
+    (prefix, frame.slice(PREFIX_BYTES..PREFIX_BYTES + head_bytes))
+}
+
 /// Cuts frames out of what was received.
 #[derive(Default)]
 pub struct FrameReader;
@@ -131,7 +140,7 @@ impl FrameReader {
     }
 }
 
-fn lengths(input: &BytesMut) -> (u32, u32) {
+fn lengths(input: &[u8]) -> (u32, u32) {
     let mut prefix = &input[..8];
     (prefix.get_u32_le(), prefix.get_u32_le())
 }

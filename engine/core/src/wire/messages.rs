@@ -4,7 +4,7 @@
 use super::codec::{Fields, Short, put_list, put_text};
 use super::{MAGIC, VERSION};
 use crate::content::Block;
-use crate::geometry::{ImageId, LayerId, Tag};
+use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, Tag};
 use bytes::{BufMut, Bytes, BytesMut};
 
 /// A head that can be written and read back.
@@ -257,6 +257,24 @@ impl Head for Io {
     }
 }
 
+/// READ_INTO: a READ whose data goes into the memory that MEMORY has handed over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IoInto {
+    pub io: Io,
+    /// Where in the memory; there is room for `io.length` bytes.
+    pub at: u64,
+}
+
+impl Head for IoInto {
+    fn put(&self, out: &mut BytesMut) {
+        self.io.put(out);
+        out.put_u64_le(self.at);
+    }
+    fn take_fields(f: &mut Fields) -> Result<Self, Short> {
+        Ok(IoInto { io: Io::take_fields(f)?, at: f.u64()? })
+    }
+}
+
 /// WRITE's head: the range, then one checksum per touched block, read into `checksums`.
 pub fn take_write(head: Bytes, checksums: &mut Vec<u32>) -> Result<Io, Short> {
     let mut fields = Fields(head);
@@ -314,6 +332,13 @@ pub fn take_blocks(head: Bytes, blocks: &mut Vec<Block>) -> Result<(), Short> {
         blocks.push(take_block(&mut fields)?);
     }
     Ok(())
+}
+
+/// Bytes of data that belong to a list of blocks.
+pub fn data_bytes(head: &Bytes) -> Result<usize, Short> {
+    let mut blocks = Vec::new();
+    take_blocks(head.clone(), &mut blocks)?;
+    Ok(blocks.iter().filter(|block| block.is_data()).count() * BLOCK_BYTES as usize)
 }
 
 /// FLUSH carries the clear that the flush before it allowed; CLEAR carries it alone.

@@ -12,7 +12,7 @@ pub mod codec;
 mod frame;
 pub mod messages;
 
-pub use frame::{Frame, FrameReader, Prefix, encode};
+pub use frame::{Frame, FrameReader, Prefix, decode, encode};
 
 /// Opens every HELLO head (docs/wire.md, "Hello"); its layout is the same in all versions.
 pub const MAGIC: [u8; 8] = *b"HCIWIRE\n";
@@ -36,12 +36,14 @@ pub mod kind {
     pub const ATTACH: u8 = 5;
     pub const DETACH: u8 = 6;
     pub const CONFIRM: u8 = 7;
+    pub const MEMORY: u8 = 8;
     pub const WRITE: u8 = 16;
     pub const ZERO: u8 = 17;
     pub const READ: u8 = 18;
     pub const STATUS: u8 = 19;
     pub const FLUSH: u8 = 20;
     pub const CLEAR: u8 = 21;
+    pub const READ_INTO: u8 = 22;
     pub const DIRTY: u8 = 32;
     pub const SUMMARY: u8 = 33;
     pub const FETCH: u8 = 34;

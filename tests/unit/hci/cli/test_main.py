@@ -1,6 +1,7 @@
 """The command line: what it prints, and how it ends when it cannot."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -317,3 +318,18 @@ def test_arbiters_are_listed_with_their_pools(hci: Run, etcd: MemoryEtcd) -> Non
     assert (listed["name"], listed["state"], listed["pools"]) == ("witness", "down", ["p"])
     pools = {pool["name"]: pool["arbiter"] for pool in json.loads(hci("pool", "ls", "--json")[1])}
     assert pools == {"p": "witness", "vms": None}
+
+
+def test_daemon_that_is_told_to_end_while_it_is_imported_ends(tmp_path: Path) -> None:
+    # The command's handler raised SystemExit in a callback of an import, where it was lost: the
+    # daemon went on to start, and served on.
+    program = (
+        "import os, signal, sys; from hci import cli; import hci.cli.app as app;"
+        "app.app = lambda *_, **__: (os.kill(os.getpid(), signal.SIGTERM), sys.exit(0));"
+        "cli.main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", program, "--config", str(tmp_path / "hci.toml")]
+    daemon = subprocess.run([*command, "node", "serve", "--name", "node1"])
+    assert daemon.returncode == -signal.SIGTERM
+    other = subprocess.run([*command, "image", "import", "node", "vms/serve"])
+    assert other.returncode == 128 + signal.SIGTERM, "what is half done is undone"

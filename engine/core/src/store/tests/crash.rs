@@ -11,6 +11,7 @@ use bytes::{Bytes, BytesMut};
 
 use super::rig::*;
 use crate::geometry::{BLOCK_BYTES, Tag};
+use crate::store::log::create_segment;
 use crate::store::simulated::{Crash, Seeded, SimDisk};
 use crate::store::{CheckpointJob, Stamp, Store, StoreError, SyncJob, WriteOp};
 
@@ -495,4 +496,41 @@ fn segments_freed_by_a_killed_checkpoint_are_reused_only_under_a_durable_tail() 
             assert!(found == vec![6; written as usize * BLOCK], "kill {kill_step}, seed {seed}");
         }
     }
+}
+
+/// A segment that was being made when the process was killed had its length and not its space. It was
+/// taken for a free one, and a write to it that found the disk full ended the store.
+#[test]
+fn kill_while_a_segment_is_made_leaves_none_without_its_space() {
+    const BYTES: u32 = 64 << 10;
+    for step in 1.. {
+        let disk = SimDisk::new();
+        let run = disk.run();
+        run.create_dir("log").expect("an empty disk");
+        disk.crash_at(disk.steps() + step, Crash::Kill);
+        let made = create_segment(&*run, 0, BYTES);
+        disk.kill();
+        if let Ok(file) = disk.run().open("log/0000")
+            && file.length() == Ok(u64::from(BYTES))
+        {
+            let allocated = file.allocated_bytes().expect("it is open");
+            assert!(allocated >= u64::from(BYTES), "killed at step {step}: {allocated}");
+        }
+        if made.is_ok() {
+            break;
+        }
+    }
+}
+
+/// The open of a store whose log is gone panicked where it has to say that it is damaged.
+#[test]
+fn open_without_any_log_file_says_damaged() {
+    let disk = SimDisk::new();
+    drop(new_store(&disk));
+    let run = disk.run();
+    for name in run.list("log").expect("a folder") {
+        run.unlink(&format!("log/{name}")).expect("a file");
+    }
+    let (_store, recovery) = open(&disk).expect("what is left opens");
+    assert!(recovery.damaged);
 }

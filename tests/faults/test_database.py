@@ -1,0 +1,157 @@
+"""A guest with ext4 and a database: what it was told is committed is there, whatever dies.
+
+Each round does something to the cluster at a random moment while the guest commits transactions,
+then pulls the guest's plug in the midst of one, boots it again through another gateway, and has it
+audit its database. Acknowledgements come over the guest's serial port, and are kept outside of it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+from tests.devcluster import POOL
+from tests.e2e.guest.disk import GuestSystem, build_guest
+from tests.e2e.guest.driver import Guest
+from tests.e2e.guest.evidence import check_file_system
+from tests.faults.load import drawn_seed, rounds
+from tests.hosts.cluster import HostCluster
+from tests.hosts.line import Line
+
+MODES = ("wal", "delete")
+ENOUGH = 400
+AFTER = 30
+"""Transactions that must still be committed once the fault has begun."""
+LONGEST_OUTAGE_S = 8.0
+
+
+def test_guests_database_keeps_every_committed_transaction(
+    hosts: HostCluster, tmp_path: Path
+) -> None:
+    system = build_guest(tmp_path / "build", database=True)
+    hosts.hci("image", "import", str(system.disk), f"{POOL}/database")
+    entries: dict[int, str] = {}
+    for number in range(rounds(2)):
+        chance = Random(drawn_seed(number))
+        # The gateway whose guest it was, and the other one, in turn.
+        gateway = hosts.gateways[number % 2]
+        directory = tmp_path / f"round-{number}"
+        directory.mkdir()
+        _suffer(hosts, system, gateway, directory, entries, number, chance)
+        hosts.network.mend()
+        hosts.run("all")
+        hosts.await_health("ok", "healing")
+    last = tmp_path / "last"
+    last.mkdir()
+    with Guest(system, hosts.url_at("gateway2", "database"), last) as guest:
+        guest.entries.update(entries)
+        print(f"{guest.audit()} transactions, {len(entries)} of them acknowledged")
+        guest.power_off()
+        assert guest.io_errors() == []
+    hosts.await_health("ok")
+    hosts.must_be_equal("database")
+    raw = tmp_path / "exported.raw"
+    hosts.hci("image", "export", f"{POOL}/database", str(raw))
+    check_file_system(raw)
+
+
+def _suffer(
+    hosts: HostCluster,
+    system: GuestSystem,
+    gateway: str,
+    directory: Path,
+    entries: dict[int, str],
+    number: int,
+    chance: Random,
+) -> None:
+    with Guest(system, hosts.url_at(gateway, "database"), directory) as guest:
+        if entries:
+            guest.entries.update(entries)
+            guest.audit()
+        fault = _draw(hosts, gateway, chance)
+        moment = chance.randrange(5, 60)
+        mode = chance.choice(MODES)
+        pulled_after = chance.randrange(AFTER, 2 * AFTER)
+        thread = threading.Thread(target=fault, name="fault")
+        first = 1_000_000 * number
+        known = len(guest.entries)
+        seen_after = 0
+        for _ in guest.follow(f"record {first} {ENOUGH} {mode}", timeout_s=60):
+            count = len(guest.entries) - known
+            if count == moment and thread.ident is None:
+                print(f"  {fault.__name__} after {count} transactions, journal {mode}")
+                thread.start()
+            seen_after += thread.ident is not None
+            if seen_after > pulled_after and not thread.is_alive():
+                break
+        assert guest.io_errors() == []
+        assert len(guest.entries) - known > moment, "nothing was committed after the fault"
+        guest.process.send_signal(signal.SIGKILL)
+        guest.process.wait()
+        thread.join()
+        entries.update(guest.entries)
+
+
+def _draw(hosts: HostCluster, gateway: str, chance: Random) -> Callable[[], None]:
+    """Something that befalls the cluster, and is over or lasts when it returns."""
+    others = [name for name in hosts.nodes if name not in hosts.beside(gateway)]
+    node = chance.choice(others)
+    outage_s = chance.uniform(0.5, LONGEST_OUTAGE_S)
+
+    def node_killed() -> None:
+        hosts.kill(chance.choice(hosts.nodes))
+
+    def gateway_killed() -> None:
+        hosts.kill(gateway)
+        hosts.run(gateway)
+
+    def gateway_and_node_killed() -> None:
+        hosts.kill_together([gateway, node])
+        hosts.run(gateway)
+
+    def all_nodes_killed() -> None:
+        hosts.kill_together(hosts.nodes)
+        hosts.run_together(hosts.nodes)
+
+    def everything_killed() -> None:
+        hosts.kill("all")
+        hosts.run("all")
+
+    def host_silent() -> None:
+        hosts.isolate(hosts.beside(node))
+
+    def node_cut_off_for_a_while() -> None:
+        hosts.network.cut([node], [gateway])
+        time.sleep(outage_s)
+        hosts.network.mend()
+
+    def node_stopped_for_a_while() -> None:
+        pid = int(hosts.members()[node]["pid"])
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(outage_s)
+        os.kill(pid, signal.SIGCONT)
+
+    def lines_bad() -> None:
+        rest = [name for name in hosts.members() if name != gateway]
+        line = Line(delay_ms=5, jitter_ms=3, loss=0.02, duplicate=0.02, reorder=0.05)
+        hosts.network.set(line, [gateway], rest)
+        hosts.network.set(line, rest, [gateway])
+
+    return chance.choice(
+        [
+            node_killed,
+            gateway_killed,
+            gateway_and_node_killed,
+            all_nodes_killed,
+            everything_killed,
+            host_silent,
+            node_cut_off_for_a_while,
+            node_stopped_for_a_while,
+            lines_bad,
+        ]
+    )

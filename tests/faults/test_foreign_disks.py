@@ -1,0 +1,98 @@
+"""A node on another node's disk, an emptied one, an older copy, or a copy that runs beside it."""
+
+from __future__ import annotations
+
+import shutil
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.devcluster import DevCluster
+from tests.faults.nbd_session import NbdSession
+
+
+def data_dir(cluster: DevCluster, node: str) -> Path:
+    return Path(cluster.members()[node]["data_dir"])
+
+
+@contextmanager
+def disk_of(cluster: DevCluster, node: str, disk: Path | None) -> Iterator[None]:
+    """Gives a node, which does not run, another disk; None is an empty one."""
+    own = data_dir(cluster, node)
+    aside = own.with_name(own.name + "-aside")
+    own.rename(aside)
+    if disk is not None:
+        shutil.copytree(disk, own)
+    try:
+        yield
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+        aside.rename(own)
+
+
+def refusal(cluster: DevCluster, node: str) -> str:
+    refused = cluster.try_hci("dev", "run", node)
+    assert refused.returncode == 1
+    return refused.stderr
+
+
+def test_node_on_a_disk_that_is_not_its_own_is_refused(cluster: DevCluster, tmp_path: Path) -> None:
+    cluster.create("goes-on", "16M")
+    old = tmp_path / "old"
+    with NbdSession(cluster.url("goes-on"), 1) as session:
+        session.call("write", 0, 64, 1)
+        session.call("flush")
+        cluster.kill("node3")
+        shutil.copytree(data_dir(cluster, "node3"), old)
+        cluster.run("node3")
+        cluster.kill("node3")
+        cluster.run("node3")
+        cluster.kill("node3")
+        with disk_of(cluster, "node3", None):
+            assert "is registered with the store" in refusal(cluster, "node3")
+        with disk_of(cluster, "node3", data_dir(cluster, "node2")):
+            assert "node2" in refusal(cluster, "node3")
+        with disk_of(cluster, "node3", old):
+            said = refusal(cluster, "node3")
+            assert "the cluster saw start" in said
+            assert "an older copy of the disk was put back" in said
+        session.call("write", 0, 32, 2)
+        session.call("flush")
+        cluster.run("node3")
+        cluster.await_health("ok")
+        assert session.call("read", 0, 64) == [2] * 32 + [1] * 32
+    cluster.must_be_equal("goes-on")
+
+
+def test_copy_of_a_disk_is_refused_while_its_original_runs(
+    cluster: DevCluster, tmp_path: Path
+) -> None:
+    cluster.kill("node3")
+    copy = tmp_path / "copy"
+    shutil.copytree(data_dir(cluster, "node3"), copy)
+    cluster.run("node3")
+    text = cluster.config.read_text()
+    own = tomllib.loads(text)["node"]["node3"]
+    other = cluster.directory / "copied.toml"
+    for key, value in (("data_dir", str(copy)), ("listen", ""), ("control", ""), ("socket", "")):
+        before = str(own[key])
+        host, _, port = before.rpartition(":")
+        # One beside is in use by nobody who stays: the process ends before it serves anyone.
+        after = value or (f"{host}:{_free_port()}" if port.isdigit() else f"{before}2")
+        text = text.replace(f'"{before}"', f'"{after}"')
+    text = "\n".join(line for line in text.splitlines() if not line.startswith("metrics"))
+    other.write_text(text)
+    refused = cluster.try_hci("--config", str(other), "node", "serve", "--name", "node3",
+                              timeout_s=60)  # fmt: skip
+    assert refused.returncode == 1
+    assert "with a copy of this store" in refused.stderr
+    assert "never copy a data_dir" in refused.stderr
+    cluster.await_health("ok")
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])

@@ -1,0 +1,108 @@
+"""Deleted images stay deleted, and what is left over is found and collected safely."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.devcluster import POOL, DevCluster
+from tests.faults.nbd_session import NbdSession
+
+WAIT_S = 60.0
+
+
+def until(what: str, holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {WAIT_S:.0f} s: {what}"
+        time.sleep(0.2)
+
+
+def leftovers(cluster: DevCluster) -> list[dict[str, Any]]:
+    listed: list[dict[str, Any]] = cluster.json("cluster", "leftovers")["leftovers"]
+    return listed
+
+
+def folder(cluster: DevCluster, node: str, image_id: str) -> Path:
+    return Path(cluster.members()[node]["data_dir"]) / "images" / image_id
+
+
+def test_image_deleted_while_a_node_was_away_never_comes_back(cluster: DevCluster) -> None:
+    cluster.create("gone", "16M")
+    with NbdSession(cluster.url("gone"), 1) as session:
+        session.call("write", 0, 256, 1)
+        session.call("flush")
+    until("it is closed", lambda: cluster.info("gone")["clean"])
+    image_id = cluster.info("gone")["id"]
+    cluster.kill("node3")
+    cluster.remove("gone")
+    until(
+        "node3 is awaited",
+        lambda: (
+            [(each["kind"], each["nodes"]) for each in leftovers(cluster)]
+            == [("deleted", ["node3"])]
+        ),
+    )
+    refused = cluster.try_hci("cluster", "leftovers", image_id, "--collect", "--yes")
+    assert "is no leftover that can be collected" in refused.stderr
+    cluster.run("node3")
+    until("nobody is awaited", lambda: not leftovers(cluster))
+    for node in cluster.nodes:
+        at = folder(cluster, node, image_id)
+        until(f"the data is gone from {node}", lambda at=at: not at.exists())  # type: ignore[misc]
+    # A node whose process starts anew still knows that it was deleted.
+    cluster.kill("node3")
+    cluster.run("node3")
+    cluster.await_health("ok")
+    assert cluster.json("image", "ls") == []
+    assert leftovers(cluster) == []
+
+
+def test_unknown_data_is_shown_and_deleted_by_name_only(cluster: DevCluster) -> None:
+    image_id = "ab" * 16
+    at = folder(cluster, "node2", image_id)
+    cluster.kill("node2")
+    shard = at / "1" / "00" / "0"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(b"x" * 8192)
+    cluster.run("node2")
+    cluster.await_health("ok")
+    (found,) = leftovers(cluster)
+    assert (found["kind"], found["image"], found["nodes"]) == ("unknown", image_id, ["node2"])
+    assert found["physical_bytes"] >= 8192
+    sizes = {node["name"]: node["unknown_bytes"] for node in cluster.json("node", "ls")}
+    assert sizes["node2"] >= 8192 and sizes["node1"] == 0
+    assert "that etcd does not know" in cluster.hci("status")
+    cluster.hci("cluster", "leftovers", "--collect", "--yes")
+    assert at.exists(), "nothing unknown is deleted unless it is named"
+    unconfirmed = cluster.try_hci("cluster", "leftovers", image_id, "--collect")
+    assert "--yes" in unconfirmed.stderr and at.exists()
+    cluster.hci("cluster", "leftovers", image_id, "--collect", "--yes")
+    until("it is gone", lambda: not at.exists() and not leftovers(cluster))
+
+
+def test_interrupted_import_is_found_and_collected(cluster: DevCluster, tmp_path: Path) -> None:
+    source = tmp_path / "source.raw"
+    source.write_bytes(os.urandom(96 << 20))
+    running = subprocess.Popen(
+        cluster.command("image", "import", str(source), f"{POOL}/half"),
+        env=cluster.environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    until("it has begun", lambda: cluster.json("image", "ls"))
+    running.kill()
+    running.wait()
+    until("it is left over", lambda: [e["collectable"] for e in leftovers(cluster)] == [True])
+    (found,) = leftovers(cluster)
+    assert (found["kind"], found["name"]) == ("import", f"{POOL}/half")
+    cluster.hci("cluster", "leftovers", "--collect", "--yes")
+    assert cluster.json("image", "ls") == []
+    until("nothing is left", lambda: not leftovers(cluster))
+    cluster.hci("image", "import", str(source), f"{POOL}/half", timeout_s=120)
+    assert leftovers(cluster) == [], "what was imported whole is no leftover"
