@@ -110,7 +110,7 @@ class Faults:
         serving = [host for host, guest in enumerate(cluster.guests) if guest.life is Life.RUNNING]
         if serving and self.chance.random() < 0.8:
             alone = serving[0]
-        length_s = self.chance.choice((8.0, 20.0, 30.0))
+        length_s = self.chance.choice((8.0, 25.0, 30.0))
         for gateway in range(cluster.shape.gateways):
             for node in range(cluster.shape.nodes):
                 if (gateway == alone) != (node == alone):

@@ -60,6 +60,8 @@ KINDS = (
         "holders",
         {"pause_gateway": 5, "second": 4, "cut_host": 2, "kill_gateway": 2, "cut_etcd": 3,
          "partition": 2, "split": 14},
+        # Blocks beside those that are waited for, or a holder that is cut off reads nothing more.
+        (Shape(shards=16), Shape(shards=8), Shape(nodes=4, gateways=3, replica_sets=2, shards=8)),
     ),
     Kind(
         "etcd",
