@@ -11,6 +11,12 @@ pub enum Rule {
     SessionIsCurrent,
     /// A node refuses requests below the epoch of its record.
     EpochIsCurrent,
+    /// A node refuses requests below the generation of its record.
+    GenerationIsCurrent,
+    /// With a new generation every dirty shard of a node counts as written in it.
+    DirtyCountsAsNewer,
+    /// A dirty entry that is dropped leaves the generation that it counted as to its shard.
+    GenerationOutlivesEntry,
     /// A node refuses an equal record that says something else.
     EqualRecordsAgree,
     /// A node refuses a lower record.
@@ -64,9 +70,12 @@ pub enum Rule {
 }
 
 impl Rule {
-    pub const ALL: [Rule; 27] = [
+    pub const ALL: [Rule; 30] = [
         Rule::SessionIsCurrent,
         Rule::EpochIsCurrent,
+        Rule::GenerationIsCurrent,
+        Rule::DirtyCountsAsNewer,
+        Rule::GenerationOutlivesEntry,
         Rule::EqualRecordsAgree,
         Rule::RecordsGrow,
         Rule::ClearIsAnswered,

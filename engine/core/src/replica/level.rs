@@ -92,13 +92,13 @@ impl ImageIo {
             copier: Copier::default(),
             stage: Stage::Comparing,
         });
-        self.ask_again(joiners);
         participants.iter().for_each(|node| self.ask_dirty(node, 0));
     }
 
     /// Changes in flight that a former instance of a joiner had answered may be lost with its memory, and
-    /// be on nobody that it is levelled with yet: it is sent them once more, when it is up.
-    fn ask_again(&mut self, joiners: NodeMask) {
+    /// be on nobody that it is levelled with yet: it is sent them once more, when it is up. From the
+    /// beginning of its admission on, or the record that it stores would let them be answered.
+    pub(super) fn ask_again(&mut self, joiners: NodeMask) {
         if broken(Rule::UnansweredAskedAgain) {
             return;
         }

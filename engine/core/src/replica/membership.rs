@@ -150,6 +150,9 @@ impl ImageIo {
             replica.state = ReplicaState::Joining { stored: false };
             let same = replica.served.is_some() && replica.served == replica.instance;
             replica.purpose = if resume && same { Purpose::Resume } else { Purpose::Level };
+            if replica.purpose == Purpose::Level {
+                self.ask_again(NodeMask::one(node));
+            }
             self.send_record(NodeMask::one(node));
         }
     }

@@ -61,7 +61,8 @@ impl ImageDirty {
     fn observe(&mut self, epoch: u64, generation: u64) {
         if generation > self.generation {
             self.generation = generation;
-            for entry in self.shards.values_mut() {
+            let counted = self.shards.values_mut().filter(|_| !broken(Rule::DirtyCountsAsNewer));
+            for entry in counted {
                 entry.generation = entry.generation.max(generation);
             }
         }
@@ -209,7 +210,8 @@ impl DirtyMaps {
             map.shards.retain(|shard, entry| {
                 let keep = !gone(*shard, entry);
                 *entries -= usize::from(!keep);
-                if !keep && entry.generation > entry.written {
+                let leaves = !keep && entry.generation > entry.written;
+                if leaves && !broken(Rule::GenerationOutlivesEntry) {
                     let (layer, generation) = (entry.layer, entry.generation);
                     dropped.push(Dropped { shard: *shard, layer, generation });
                 }
