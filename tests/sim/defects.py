@@ -189,13 +189,13 @@ DEFECTS = (
     # The arbiter
     Defect("confirmed before the answer", "9: a grant that etcd committed", "pairs", 10,
            patch=_never_confirmed),
-    Defect("a grant may be replaced", "9: stuck on a grant", "pairs", 150,
-           patch=_grants_are_kept),
-    Defect("judged by what etcd holds", "9: refuses a healed node for ever", "pairs", 60,
-           patch=_judged_by_what_it_heard),
 )  # fmt: skip
 
 CANDIDATES = (
+    Defect("a grant may be replaced", "9: stuck on a grant", "pairs", 0,
+           patch=_grants_are_kept),
+    Defect("judged by what etcd holds", "9: refuses a healed node for ever", "pairs", 0,
+           patch=_judged_by_what_it_heard),
     Defect("sets go on alone", "20: a dead pair stalls another", "everything", 0,
            patch=_no_set_goes_alone),
     Defect("equal records agree", "7: etcd restored", "restored", 0, ("EqualRecordsAgree",),
