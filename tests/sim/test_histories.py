@@ -58,7 +58,7 @@ def test_random_histories_keep_the_invariants() -> None:
 
 
 @pytest.mark.skipif(SEED is not None, reason="one seed was asked for")
-@pytest.mark.parametrize("seed", [3, 6, 13, 20, 27])
+@pytest.mark.parametrize("seed", [3, 9, 10, 14, 15])
 def test_two_runs_of_a_seed_give_the_same_history(seed: int) -> None:
     texts = []
     for hash_seed in ("1", "77"):
