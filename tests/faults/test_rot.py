@@ -271,7 +271,8 @@ def test_scrub_that_is_interrupted_goes_on(rotting: DevCluster, killed: str) -> 
             rotting.run(victim)
         until("it is through", lambda: status(rotting, "slow")["state"] == "done")
     line = status(rotting, "slow")
-    assert line["found"] == line["repaired"] == 1
+    # What was found since it was last saved is repaired, and not counted again.
+    assert line["found"] == line["repaired"] <= 1
     await_in_sync(rotting, "slow")
     until("the image is closed", lambda: rotting.info("slow")["clean"])
     rotting.must_be_equal("slow")
