@@ -61,7 +61,7 @@ class ImageVotes:
 class Record:
     """The record in one data directory. Safe to use from several threads, not twice per image.
 
-    `sync` makes a file or directory durable; tests replace it.
+    `sync` makes a file or directory durable, `new_id` names a new record; tests replace both.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class Record:
         name: str,
         cluster: str,
         sync: Callable[[int], None] = os.fsync,
+        new_id: Callable[[], str] = lambda: secrets.token_hex(16),
     ) -> None:
         """Open the record, or make one in an empty directory.
 
@@ -86,7 +87,7 @@ class Record:
         try:
             former = self._former(name, cluster)
             if former is None:
-                former = Identity(secrets.token_hex(16), name, cluster, 0)
+                former = Identity(new_id(), name, cluster, 0)
             self._votes.mkdir(mode=0o700, exist_ok=True)
             self.identity = replace(former, start_counter=former.start_counter + 1)
             self._write(data_dir / "arbiter", _identity_json(self.identity))

@@ -93,6 +93,24 @@ class Gateway:
     def end_heal(self, channel: int, attempt: int) -> None:
         """Give that heal up; the node stays stale."""
 
+    def scrub(
+        self,
+        channel: int,
+        *,
+        attempt: int,
+        from_shard: int,
+        bytes_per_second: int,
+        share_percent: int,
+    ) -> None:
+        """Read and compare all replicas in sync from a shard on (`scrub_ended`).
+
+        At most `bytes_per_second` on each node (0: no limit), and `share_percent` of the time while
+        clients ask for something.
+        """
+
+    def end_scrub(self, channel: int, attempt: int) -> None:
+        """End that scrub before it is through."""
+
     def set_lease_deadline(self, channel: int, deadline_ns: int) -> None:
         """Past this time of CLOCK_BOOTTIME reads need the nodes' word for our epoch."""
 

@@ -6,7 +6,7 @@
     /hci/pools/NAME             PoolRecord        /hci/tombstones/ID     TombstoneRecord
     /hci/placement/POOL         PlacementRecord   /hci/arbiters/NAME     ArbiterRecord
     /hci/lost                   LostRecord        /hci/voting/NAME       AliveRecord
-                                                  /hci/imports/ID        ImportRecord
+    /hci/scrubs/ID              ScrubRecord       /hci/imports/ID        ImportRecord
 
 `alive`, `voting` and `leases` keys are bound to etcd leases. An image's NAME is a UTF-8 path and
 may contain slashes; pools, nodes, arbiters and ids never do.
@@ -27,6 +27,7 @@ LEASES = PREFIX + "leases/"
 TOMBSTONES = PREFIX + "tombstones/"
 ARBITERS = PREFIX + "arbiters/"
 VOTING = PREFIX + "voting/"
+SCRUBS = PREFIX + "scrubs/"
 IMPORTS = PREFIX + "imports/"
 
 BOUND = (ALIVE, LEASES, VOTING)
@@ -93,6 +94,11 @@ def arbiter(name: str) -> str:
 def voting(name: str) -> str:
     """Return the key that exists while a thin arbiter runs."""
     return VOTING + name
+
+
+def scrub(image_id: ImageId) -> str:
+    """Return the key that says how an image's scrub stands."""
+    return SCRUBS + image_id
 
 
 def unfinished_import(image_id: ImageId) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Self, TypeVar
 from hci.errors import ConfigError
 from shard import geometry, ids
 from shard.errors import HciError
+from shard.scrub import ScrubLimits
 from vmstore.healing import HealLimits
 
 T = TypeVar("T")
@@ -134,7 +135,7 @@ class DevConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """The whole file. `heal` is how much of the hosts a heal may take."""
+    """The whole file. `heal` and `scrub` are how much of the hosts these may take."""
 
     path: Path
     cluster: ClusterConfig
@@ -143,6 +144,7 @@ class Config:
     arbiters: Mapping[str, ArbiterConfig]
     dev: DevConfig | None
     heal: HealLimits = field(default_factory=HealLimits)
+    scrub: ScrubLimits = field(default_factory=ScrubLimits)
 
     def node(self, name: str) -> NodeConfig:
         """Return the node's section. Raises ConfigError where the file has none."""
@@ -221,8 +223,9 @@ def parse(text: str, path: Path) -> Config:
     arbiters = {name: _arbiter(name, table) for name, table in top.members("arbiter").items()}
     dev = _dev(top.table("dev")) if top.has("dev") else None
     heal = _heal(top.table("heal")) if top.has("heal") else HealLimits()
+    scrub = _scrub(top.table("scrub")) if top.has("scrub") else ScrubLimits()
     top.finish()
-    return Config(path, cluster, nodes, gateways, arbiters, dev, heal)
+    return Config(path, cluster, nodes, gateways, arbiters, dev, heal, scrub)
 
 
 def _cluster(table: "_Table") -> ClusterConfig:
@@ -239,6 +242,17 @@ def _heal(table: "_Table") -> HealLimits:
     limits = HealLimits(
         bytes_per_second=table.take("bytes_per_second", _rate, usual.bytes_per_second),
         shards_at_once=table.take("shards_at_once", _shards_at_once, usual.shards_at_once),
+        share_percent=table.take("share_percent", _percent, usual.share_percent),
+    )
+    table.finish()
+    return limits
+
+
+def _scrub(table: "_Table") -> ScrubLimits:
+    usual = ScrubLimits()
+    limits = ScrubLimits(
+        every_s=table.take("every", _every, usual.every_s),
+        bytes_per_second=table.take("bytes_per_second", _rate, usual.bytes_per_second),
         share_percent=table.take("share_percent", _percent, usual.share_percent),
     )
     table.finish()
@@ -414,6 +428,16 @@ def _rate(value: Any) -> int:
     if bytes_per_second != 0 and bytes_per_second < SLOWEST_HEAL:
         raise ValueError("must be at least 1M each second, or 0 for no limit")
     return bytes_per_second
+
+
+def _every(value: Any) -> int:
+    """Return seconds; 0: never."""
+    if value == 0 and type(value) is int:
+        return 0
+    found = re.fullmatch(r"([1-9][0-9]{0,5})([mhdw])", _text(value))
+    if found is None:
+        raise ValueError('must look like "12h", "7d" or "2w", or be 0 for never')
+    return int(found[1]) * {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}[found[2]]
 
 
 def _shards_at_once(value: Any) -> int:

@@ -7,6 +7,7 @@ HciError                    one line for a person (`shard.errors`)
 │   └── Refused             it answered that it cannot; the text says why
 ├── DaemonError             a daemon cannot start, or a part of it has failed
 ├── DevError                a cluster on this machine did not do what was asked
+├── ScrubFailed             a scrub that was waited for did not come to its end
 └── Unsupported             this build or machine lacks what was asked for
 """
 
@@ -53,3 +54,10 @@ class DevError(HciError):
 
 class Unsupported(HciError):
     """This build or this machine lacks what was asked for."""
+
+
+class ScrubFailed(HciError):
+    """A scrub that was waited for has ended early; ask for another one."""
+
+    def __init__(self, image: str, why: str) -> None:
+        super().__init__(f"the scrub of {image} has ended early: {why}")

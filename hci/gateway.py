@@ -25,13 +25,14 @@ from hci.config import Config, GatewayConfig
 from hci.control_pb2_grpc import GatewayControlServicer, add_GatewayControlServicer_to_server
 from hci.errors import DaemonError
 from shard.errors import HciError
-from shard.ids import image_id
+from shard.ids import ImageId, image_id
 from vmstore.caretaker import Caretaker
 from vmstore.catalog import Catalog
 from vmstore.errors import OtherCluster, UnknownImage
 from vmstore.exports import Exports
 from vmstore.holder import Holder, Phase, closing_waits_for
 from vmstore.resizing import RESIZE_LIMIT_S
+from vmstore.scrubbing import Scrubber
 from vmstore.served import Served
 from vmstore.serving import OpenImage
 
@@ -39,6 +40,9 @@ log = structlog.get_logger()
 
 POLL_S = 0.5
 BACKLOG = 128
+
+SCRUB_COUNTERS = ("next_shard", "shards_done", "shards_left", "read_bytes", "found", "repaired")
+"""What is told of a scrub under way, each with `scrub_` before it."""
 
 _STATES = {
     Phase.TAKING: pb.OpenImage.STATE_OPENING,
@@ -97,6 +101,14 @@ class GatewayDaemon:
         self.exports.failed = ending.fail
         self.caretaker = Caretaker(
             self.catalog, self.exports.maintain, self.exports.maintained, random.SystemRandom()
+        )
+        self.scrubber = Scrubber(
+            self.catalog,
+            self.exports,
+            self.exports.rot_log,
+            self.scrub_of,
+            config.scrub,
+            random.SystemRandom(),
         )
 
     def run(self) -> None:
@@ -176,6 +188,7 @@ class GatewayDaemon:
             lambda: self.etcd.watch(keys.NODES, self._on_nodes),
             lambda: self.etcd.watch(keys.LOST, self._on_mark),
             self.caretaker.watch,
+            self.scrubber.watch,
             self._link_nodes,
         )
         try:
@@ -205,6 +218,7 @@ class GatewayDaemon:
 
     def _look_after(self) -> None:
         self.caretaker.look(time.monotonic())
+        self.scrubber.look(time.monotonic(), time.time_ns() // 1_000_000)
         if not self._nodes_changed.is_set():
             return
         self._nodes_changed.clear()
@@ -242,6 +256,12 @@ class GatewayDaemon:
             # Stopped, or about to be.
             return {}
         return {image["channel"]: image for image in images}
+
+    def scrub_of(self, image: ImageId) -> dict[str, Any] | None:
+        """Return how far the scrub of an image is that is open here."""
+        found = [open_image for open_image in self.exports.snapshot() if open_image.image == image]
+        state = self.of_engine().get(found[0].channel) if found else None
+        return state["scrub"] if state is not None else None
 
     def _samples(self) -> metrics.Samples:
         """Return the gateway's metrics."""
@@ -293,6 +313,19 @@ class GatewayDaemon:
                     "equal in, after an unclean end or the return of a node.",
                     {(name,): found["level"]["shards_left"] for name, found in asked
                      if found["level"]}, ["image"])  # fmt: skip
+        yield counter("hci_image_rot_blocks_total", "Blocks found damaged, repaired, given up or "
+                      "undecided since the gateway started.",
+                      dict(self.exports.rot_log.counts()), ["image", "kind"])  # fmt: skip
+        yield gauge("hci_image_unrepairable_blocks", "Damaged on every node in sync.",
+                    {(name,): len(found["rot"]["unrepairable"]) for name, found in asked},
+                    ["image"])  # fmt: skip
+        scrubs = {(name,): found["scrub"] for name, found in asked if found["scrub"]}
+        yield gauge("hci_scrub_shards_left", "Of the scrubs under way.",
+                    {who: scrub["shards_left"] for who, scrub in scrubs.items()},
+                    ["image"])  # fmt: skip
+        yield gauge("hci_scrub_read_bytes", "Read of each node by the scrubs under way.",
+                    {who: scrub["read_bytes"] for who, scrub in scrubs.items()},
+                    ["image"])  # fmt: skip
         moved = {
             (name, direction): found["counters"][f"{direction}_bytes"]
             for name, found in asked
@@ -318,7 +351,7 @@ class GatewayControl(GatewayControlServicer):
         self, request: pb.GatewayStatusRequest, context: grpc.ServicerContext
     ) -> pb.GatewayStatus:
         gateway = self._gateway
-        of_engine = gateway.of_engine()
+        seen = gateway.of_engine()
         return pb.GatewayStatus(
             name=gateway.own.name,
             holder_id=gateway.holder,
@@ -327,7 +360,7 @@ class GatewayControl(GatewayControlServicer):
             trouble=gateway.trouble,
             version=VERSION,
             images=[
-                _image_status(image, of_engine.get(image.channel, {}), gateway.exports)
+                _image_status(image, seen.get(image.channel, {}), gateway.exports)
                 for image in gateway.exports.snapshot()
             ],
             counters={"pid": os.getpid()},
@@ -379,9 +412,20 @@ def _progress(
     )
 
 
-def _image_status(image: OpenImage, found: dict[str, Any], exports: Exports) -> pb.OpenImage:
-    """Return an image's status; `found` is what the engine says of it."""
-    level = found.get("level") or {}
+def _counters(seen: dict[str, Any]) -> dict[str, int]:
+    """Return what is told of an image's levelling, rot and scrub while there is any."""
+    level, scrub = seen.get("level"), seen.get("scrub")
+    counters = {f"levelling_{name}": count for name, count in (level or {}).items()}
+    if (rot := seen.get("rot")) is not None:
+        counters |= {f"rot_{what}": rot[what] for what in ("found", "repaired", "waiting")}
+        counters["rot_unrepairable"] = len(rot["unrepairable"])
+    if scrub is not None:
+        counters |= {f"scrub_{what}": scrub[what] for what in SCRUB_COUNTERS}
+    return counters
+
+
+def _image_status(image: OpenImage, seen: dict[str, Any], exports: Exports) -> pb.OpenImage:
+    """Return an image's status; `seen` is what the engine says of it."""
     holder, record = image.holder, image.holder.record
     status = pb.OpenImage(
         image_id=image.image,
@@ -389,8 +433,8 @@ def _image_status(image: OpenImage, found: dict[str, Any], exports: Exports) -> 
         state=_STATES[holder.phase],
         trouble=holder.trouble,
         clients=sum(1 for user in image.users if user > 0),
-        heal=_progress(image, found.get("heal"), exports),
-        counters={f"levelling_{name}": count for name, count in level.items()},
+        heal=_progress(image, seen.get("heal"), exports),
+        counters=_counters(seen),
     )
     if record is None:
         return status

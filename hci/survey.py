@@ -13,6 +13,7 @@ from arbiter import arbiter_pb2 as arbiter_pb
 from arbiter.errors import ArbiterError
 from etcd.errors import EtcdUnavailable
 from etcd.records import ArbiterRecord, ImageRecord, NodeRecord, PlacementRecord, PoolRecord
+from etcd.scrubs import ScrubRecord
 from hci import control_pb2 as pb
 from hci.config import Config
 from hci.connect import arbiter_client, catalog
@@ -107,6 +108,7 @@ class Survey:
     pools: Mapping[str, PoolRecord] = field(default_factory=dict)
     placements: Mapping[str, PlacementRecord] = field(default_factory=dict)
     images: Mapping[str, ImageRecord] = field(default_factory=dict)
+    scrubs: Mapping[str, ScrubRecord] = field(default_factory=dict)
     arbiters: Sequence[ArbiterView] = ()
     is_dev: bool = False
     lost: str = ""
@@ -132,6 +134,7 @@ def survey(config: Config) -> Survey:
     try:
         with catalog(config) as records:
             pools = records.pools()
+            entries, scrubs = records.images(), records.scrubs()
             lost = records.lost()
             return Survey(
                 lost=f"{lost.record.by} found that {lost.record.why}" if lost is not None else "",
@@ -140,7 +143,12 @@ def survey(config: Config) -> Survey:
                 gateways=gateways,
                 pools=pools,
                 placements=_placements(records, pools),
-                images={str(entry.name): entry.image.record for entry in records.images()},
+                images={str(entry.name): entry.image.record for entry in entries},
+                scrubs={
+                    str(entry.name): scrubs[entry.image.record.id].record
+                    for entry in entries
+                    if entry.image.record.id in scrubs
+                },
                 arbiters=_arbiters(config, records.arbiters(), pools),
                 is_dev=is_dev,
             )
@@ -230,6 +238,8 @@ def _judge_gateways(found: Survey) -> Iterator[Problem]:
             yield Problem(worst, f"{gateway.name} is {gateway.state}", f"start it: `{start}`")
         for image in gateway.images:
             yield from _judge_open(image)
+            yield from _judge_rot(found, image)
+    yield from _judge_scrubs(found)
 
 
 def _judge_arbiters(found: Survey) -> Iterator[Problem]:
@@ -282,6 +292,40 @@ def _judge_open(image: pb.OpenImage) -> Iterator[Problem]:
         yield Problem(
             Health.UNAVAILABLE, what, "bring etcd and its nodes back; it resumes by itself"
         )
+
+
+def _judge_rot(found: Survey, image: pb.OpenImage) -> Iterator[Problem]:
+    waiting, bad = image.counters["rot_waiting"], image.counters["rot_unrepairable"]
+    if waiting:
+        what = f"{waiting} damaged places of {image.name} are being repaired"
+        yield Problem(
+            Health.HEALING, what, "wait, and watch the disk: see `bitrot_found` in the log"
+        )
+    if bad and image.name not in found.scrubs:
+        what = f"{bad} blocks of {image.name} are damaged on every node"
+        yield Problem(Health.DEGRADED, what, _RESTORE.format(image.name))
+
+
+_RESTORE = (
+    "reads of them fail until they are written as a whole: restore them in the guest or from a "
+    "backup, then `hci scrub start {0}`; `hci scrub status {0}` names them"
+)
+
+
+def _judge_scrubs(found: Survey) -> Iterator[Problem]:
+    for name, record in sorted(found.scrubs.items()):
+        every = record.bad
+        bad = sum(blocks.blocks for blocks in every if not blocks.nodes)
+        differ = sum(blocks.blocks for blocks in every if blocks.nodes)
+        if bad:
+            what = f"{bad} blocks of {name} are damaged on every node"
+            yield Problem(Health.DEGRADED, what, _RESTORE.format(name))
+        if differ:
+            what = (
+                f"{differ} blocks of {name} differ between nodes, and nothing says which is right"
+            )
+            advice = f"have the guest write them again; `hci scrub status {name}` names them"
+            yield Problem(Health.DEGRADED, what, advice)
 
 
 def _judge_pools(found: Survey) -> Iterator[Problem]:

@@ -57,6 +57,7 @@ from vmstore.errors import (
 )
 from vmstore.holding import INTACT
 from vmstore.names import ImageName
+from vmstore.scrubs import ScrubRecords
 from vmstore.stored import R, Stored, commit, put_found, read, stored
 
 REPLICA_SETS_MAX = 1024
@@ -80,7 +81,7 @@ def _random_image_id() -> ImageId:
     return image_id_from_bytes(secrets.token_bytes(16))
 
 
-class Catalog(ArbiterRecords):
+class Catalog(ArbiterRecords, ScrubRecords):
     """Reads and changes the records of one cluster.
 
     All methods raise EtcdUnavailable (nothing changed: try again), changing ones also

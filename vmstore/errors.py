@@ -32,6 +32,7 @@ HciError
     ├── RecoveryRefused           what a recovery needs is not there, or is in doubt
     └── Conflict                  a transaction lost against another one
         ├── RecordChanged         read again and decide anew
+        │   └── LeaseMoved        by the caller itself, which took a lapsed lease again
         ├── LeaseLost             the lease is another's or gone: stop serving
         └── HistoryLost           etcd is behind what is known: stop, tell a person
 """
@@ -323,6 +324,14 @@ class RecordChanged(Conflict):
     def __init__(self, what: str) -> None:
         self.what = what
         super().__init__(f"{what} was changed by another program meanwhile; try again")
+
+
+class LeaseMoved(RecordChanged):
+    """The caller's own lease was taken again since, under another etcd lease. It tries again."""
+
+    def __init__(self, image: ImageId) -> None:
+        self.image = image
+        super().__init__(f"the lease of image {image}")
 
 
 class LeaseLost(Conflict):

@@ -16,6 +16,7 @@ from etcd.lease import Session
 from etcd.records import ImageRecord
 from shard.errors import HciError
 from shard.ids import ImageId
+from shard.scrub import ScrubLimits
 from vmstore import events
 from vmstore.catalog import Catalog
 from vmstore.deciding import TICK_S, Deciding
@@ -42,6 +43,8 @@ class _Care:
 
     pin: int
     idle_since_s: float
+    scrub: bool = False
+    """For a scrub that is not through."""
 
 
 class Exports(Resizing):
@@ -85,9 +88,53 @@ class Exports(Resizing):
 
     # For the caretaker: any thread
 
-    def maintain(self, name: ImageName) -> None:
-        """Open an image that nobody has open, to heal it, until it is or somebody wants it."""
-        self._deciding.put(lambda: self._care_for(name))
+    def maintain(self, name: ImageName, *, scrub: bool = False) -> None:
+        """Open an image that nobody has open, to heal it, until it is or somebody wants it.
+
+        With `scrub` to scrub it, until `scrubbed` is called.
+        """
+        self._deciding.put(lambda: self._care_for(name, scrub))
+
+    def serving(self) -> dict[ImageId, ImageName]:
+        """Return the images that serve here, whoever for."""
+        images = self.snapshot()
+        return {i.image: i.name for i in images if i.holder.phase is Phase.SERVING}
+
+    def scrub(self, image: ImageId, attempt: int, from_shard: int, limits: ScrubLimits) -> None:
+        """Begin a scrub of an image that serves; `rot_log` hears of its end."""
+
+        def begin() -> None:
+            found = self._images.get(image)
+            if found is not None:
+                self._engine.scrub(
+                    found.channel,
+                    attempt=attempt,
+                    from_shard=from_shard,
+                    bytes_per_second=limits.bytes_per_second,
+                    share_percent=limits.share_percent,
+                )
+
+        self._deciding.put(begin)
+
+    def end_scrub(self, image: ImageId, attempt: int) -> None:
+        """End a scrub before it is through."""
+
+        def end() -> None:
+            found = self._images.get(image)
+            if found is not None:
+                self._engine.end_scrub(found.channel, attempt)
+
+        self._deciding.put(end)
+
+    def scrubbed(self, image: ImageId) -> None:
+        """An image that was opened for its scrub is no longer needed for that."""
+
+        def over() -> None:
+            care = self._cared_for.get(image)
+            if care is not None:
+                care.scrub = False
+
+        self._deciding.put(over)
 
     def maintained(self) -> int:
         """Return how many images are open for that."""
@@ -265,7 +312,7 @@ class Exports(Resizing):
 
     # Maintenance
 
-    def _care_for(self, name: ImageName) -> None:
+    def _care_for(self, name: ImageName, scrub: bool) -> None:
         def found(stored: Stored[ImageRecord]) -> None:
             if stored.record.id in self._images or self._stopping:
                 return
@@ -273,7 +320,7 @@ class Exports(Resizing):
             image = self._use(name, stored, maintenance=True)
             image.users.add(pin)
             self._client_image[pin] = image.image
-            self._cared_for[image.image] = _Care(pin, self._deciding.now_s())
+            self._cared_for[image.image] = _Care(pin, self._deciding.now_s(), scrub)
 
         self._later(lambda: self._catalog.find(name), found, lambda _error: None)
 
@@ -289,7 +336,8 @@ class Exports(Resizing):
             record = image.holder.record
             healed = record is not None and not record.stale
             idle = self._deciding.now_s() - care.idle_since_s > PATIENCE_S
-            if healed or idle or not image.maintenance:
+            over = (healed or idle) and not care.scrub
+            if over or not image.maintenance:
                 del self._cared_for[image_id]
                 self._client_left(care.pin)
         for image in list(self._images.values()):

@@ -32,6 +32,7 @@ from shard.ids import ImageId
 from vmstore.errors import (
     ArbiterNotFilled,
     ArbiterRetired,
+    LeaseMoved,
     NoArbiter,
     RecordChanged,
     UnknownArbiter,
@@ -129,6 +130,8 @@ def change(held: Held, after: ImageRecord, progress: Progress) -> Steps:
         try:
             held = yield from _commit(Commit(held, after, grant, found.pool), progress)
             break
+        except LeaseMoved:
+            raise
         except RecordChanged:
             # By ourselves, unheard, or the pool has another arbiter now: that one is asked.
             found, arbiter = yield from _look(held)

@@ -28,6 +28,7 @@ from vmstore.errors import (
     HistoryLost,
     InUse,
     LeaseLost,
+    LeaseMoved,
     RecordChanged,
     RecordsLost,
     ShrinkRefused,
@@ -181,6 +182,8 @@ class Holding:
         revision = commit(
             self._etcd, [*held.image.unchanged, KeyAbsent(lease_key)], [put], self._lease_found(put)
         )
+        if revision is None and self._lease_found(put)() is not None:
+            return replace(held, etcd_lease=etcd_lease)  # in a call whose answer was lost
         if revision is None:
             current = self.lease_of(held.record.id)
             if current is not None and current.value == put.value:
@@ -285,4 +288,7 @@ class Holding:
             raise LeaseLost(known.id, current.record.gateway)
         if found.epoch > known.epoch or (current is None and not lease_may_be_gone):
             raise LeaseLost(known.id, None)
+        item = self._etcd.get(keys.lease(known.id))
+        if item is not None and item.lease != held.etcd_lease:
+            raise LeaseMoved(known.id)
         raise RecordChanged(f"image {known.id}")

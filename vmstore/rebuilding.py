@@ -59,7 +59,9 @@ def _begin(etcd: Etcd, now: Mapping[str, KeyValue], plan: Plan) -> Put:
         if marked is not None:
             record = LostRecord(by=marked.by, why=marked.why, recovery=plan.recovery)
     put = Put(keys.LOST, record.encode())
-    if commit(etcd, _as_read(now, keys.LOST), [put], put_found(etcd, put)) is None:
+    # A recovery that ended since is told by the cluster's record.
+    compares = [*_as_read(now, keys.LOST), *_as_read(now, keys.CLUSTER)]
+    if commit(etcd, compares, [put], put_found(etcd, put)) is None:
         raise RecoveryRefused(AGAIN)
     return put
 

@@ -29,6 +29,7 @@ from vmstore.errors import (
     HistoryLost,
     InUse,
     LeaseLost,
+    LeaseMoved,
     RecordChanged,
     RecordsLost,
     UnknownImage,
@@ -40,6 +41,7 @@ from vmstore.holder import OPEN_LIMIT_S, Holder, Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName
 from vmstore.progress import HealLog
+from vmstore.scrubbing import RotLog
 from vmstore.served import Served
 from vmstore.stored import Stored
 
@@ -120,6 +122,7 @@ class Serving(ABC):
         self._granter = Granter(catalog, self._voters)
         self._heal_limits = heal_limits
         self.heal_log = HealLog()
+        self.rot_log = RotLog()
         self._lease: Session | None = None
         self._images: dict[ImageId, OpenImage] = {}
         self._by_channel: dict[int, OpenImage] = {}
@@ -435,6 +438,9 @@ class Serving(ABC):
         def failed(error: HciError) -> None:
             if granting.may_pass(error):
                 self._step(image, events.MembershipDelayed(str(error), progress.maybe_taken))
+            elif isinstance(error, LeaseMoved):
+                # Taken again while the change was on its way: it is asked for under the new one.
+                self._step(image, events.MembershipDelayed(str(error)))
             elif _is_behind(error):
                 # What needs no change goes on: the nodes know whose the image is.
                 self._step(image, events.MembershipDelayed(str(error)))
@@ -456,13 +462,17 @@ class Serving(ABC):
         def release() -> None:
             try:
                 self._catalog.release(held, clean=clean)
-            except RecordChanged:
-                # By ourselves, in a change whose answer was lost or came after all.
+            except RecordChanged as error:
+                # By ourselves, in a change whose answer was lost or came after all, or the lease
+                # was taken again meanwhile.
                 found = self._catalog.image(image.image)
                 own = (held.record.epoch, held.record.holder)
                 if (found.record.epoch, found.record.holder) != own:
                     raise
-                self._catalog.release(Held(found, held.lease, held.etcd_lease), clean=False)
+                assert self._lease is not None
+                moved = isinstance(error, LeaseMoved)
+                etcd_lease = self._lease.lease if moved else held.etcd_lease
+                self._catalog.release(Held(found, held.lease, etcd_lease), clean=False)
 
         def released(_result: None) -> None:
             log.info("image_released", image=str(image.name), clean=clean)
@@ -536,6 +546,8 @@ class Serving(ABC):
         if kind == "zeroed":
             self._zeroed(image, event["done"])
             return
+        if self.rot_log.on_event(image.image, str(image.name), event, image.node_names):
+            return
         node = image.node_names[event["node"]] if "node" in event else ""
         match kind:
             case "peeked":
@@ -547,9 +559,6 @@ class Serving(ABC):
                 self._step(image, events.ReplicaBlocking(node))
             case "replica_failed":
                 self._step(image, events.ReplicaFailed(node, event["status"]))
-            case "bad_block":
-                log.error("bitrot_found", image=str(image.name), node=node, shard=event["shard"],
-                          block=event["block"])  # fmt: skip
             case "admitted":
                 levelling = frozenset(image.node_names[index] for index in event["levelling"])
                 if levelling:

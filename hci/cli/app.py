@@ -14,7 +14,18 @@ from typer.main import get_command
 
 from hci.cli.session import Session
 
-MODULES = ("status", "image", "pool", "node", "gateway", "arbiter", "heal", "cluster", "dev")
+MODULES = (
+    "status",
+    "image",
+    "pool",
+    "node",
+    "gateway",
+    "arbiter",
+    "heal",
+    "scrub",
+    "cluster",
+    "dev",
+)
 """Of this package, each with an `app`: a command or a group of them, called as its module is."""
 
 

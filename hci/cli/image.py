@@ -1,5 +1,6 @@
 """`hci image`: create, list, look at, change, remove, import, export and check images."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from etcd.records import ImageRecord
+from etcd.scrubs import ScrubRecord
 from hci import images
 from hci.cli import output, session
 from hci.cli.output import AsJson
@@ -70,17 +72,33 @@ def info(context: typer.Context, name: Image, as_json: AsJson = False) -> None:
         record = records.find(parse_image_name(name)).record
         holder = images.holder_of(records, record.id)
         used = images.used_bytes(record, records.nodes())
-    values = {**_row(name, record, holder), **_details(record, used)}
+        scrub = records.scrub_of(record.id)
+    values = {**_row(name, record, holder), **_details(record, used), **_scrubbed(scrub)}
     if as_json:
         output.as_json(values)
         return
     values["size_bytes"] = f"{record.size_bytes} ({geometry.format_size(record.size_bytes)})"
     values["used_bytes"] = ", ".join(f"{node} {output.size(used[node])}" for node in used) or "-"
     values["stale"] = _stale_words(record)
+    bad = scrub.bad
+    values["bad_blocks"] = ", ".join(f"{each.block} of shard {each.shard}" for each in bad) or "-"
+    at_s = values["scrubbed_at"]
+    values["scrubbed_at"] = time.ctime(at_s) if at_s else "-"
     values["replica_sets"] = "; ".join(", ".join(members) for members in record.sets)
     width = max(map(len, values))
     for key, value in values.items():
         typer.echo(f"{key:<{width}}  {'-' if value in (None, []) else value}")
+
+
+def _scrubbed(scrub: ScrubRecord) -> dict[str, Any]:
+    """Return what is known of damage that no replica can repair, and since when."""
+    return {
+        "scrubbed_at": scrub.finished_ms / 1000 or None,
+        "bad_blocks": [
+            {"shard": b.shard, "block": b.block, "blocks": b.blocks, "nodes": list(b.nodes)}
+            for b in scrub.bad
+        ],
+    }
 
 
 @app.command("rm")

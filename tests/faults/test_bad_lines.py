@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from random import Random
 
 import pytest
 
@@ -44,9 +45,9 @@ def test_far_node_is_waited_for_and_stays_in_sync(hosts: HostCluster, delay_ms: 
 
 def test_lost_doubled_and_reordered_packets_cost_time_only(hosts: HostCluster) -> None:
     hosts.create("noise", "16M")
-    for number in range(rounds(2)):
+    for number in range(rounds(1)):
         seed = drawn_seed(number)
-        loss = 0.01 + 0.04 * (number % 2)
+        loss = Random(seed).uniform(0.01, 0.05)
         line = Line(delay_ms=2, jitter_ms=1, loss=loss, duplicate=0.02, reorder=0.05)
         print(f"  {line}")
         with NbdSession(hosts.url_at("gateway1", "noise"), seed) as session:

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
+import pytest
+
 from tests.devcluster import POOL
 from tests.e2e.guest.disk import GuestSystem, build_guest
 from tests.e2e.guest.driver import Guest
@@ -30,13 +32,14 @@ AFTER = 30
 LONGEST_OUTAGE_S = 8.0
 
 
+@pytest.mark.timeout(300 + 100 * rounds(1))
 def test_guests_database_keeps_every_committed_transaction(
     hosts: HostCluster, tmp_path: Path
 ) -> None:
     system = build_guest(tmp_path / "build", database=True)
     hosts.hci("image", "import", str(system.disk), f"{POOL}/database")
     entries: dict[int, str] = {}
-    for number in range(rounds(2)):
+    for number in range(rounds(1)):
         chance = Random(drawn_seed(number))
         # The gateway whose guest it was, and the other one, in turn.
         gateway = hosts.gateways[number % 2]

@@ -19,7 +19,7 @@ def until(what: str, holds: Callable[[], object]) -> None:
     deadline = time.monotonic() + WAIT_S
     while not holds():
         assert time.monotonic() < deadline, f"not within {WAIT_S:.0f} s: {what}"
-        time.sleep(0.2)
+        time.sleep(0.02)
 
 
 def leftovers(cluster: DevCluster) -> list[dict[str, Any]]:
@@ -88,6 +88,7 @@ def test_unknown_data_is_shown_and_deleted_by_name_only(cluster: DevCluster) -> 
 def test_interrupted_import_is_found_and_collected(cluster: DevCluster, tmp_path: Path) -> None:
     source = tmp_path / "source.raw"
     source.write_bytes(os.urandom(96 << 20))
+    log = Path(cluster.members()["gateway1"]["log"])
     running = subprocess.Popen(
         cluster.command("image", "import", str(source), f"{POOL}/half"),
         env=cluster.environment(),
@@ -95,7 +96,8 @@ def test_interrupted_import_is_found_and_collected(cluster: DevCluster, tmp_path
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    until("it has begun", lambda: cluster.json("image", "ls"))
+    opened = f"event=image_opened image={POOL}/half"
+    until("it has begun", lambda: opened in log.read_text())
     running.kill()
     running.wait()
     until("it is left over", lambda: [e["collectable"] for e in leftovers(cluster)] == [True])

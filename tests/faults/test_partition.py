@@ -105,7 +105,7 @@ def test_random_partitions_under_writes_lose_nothing_and_heal(hosts: HostCluster
     first = drawn_seed()
     with NbdSession(hosts.url_at("gateway1", "random"), first) as session:
         with writing(session, first) as writer:
-            for number in range(rounds(3)):
+            for number in range(rounds(2)):
                 chance = Random(first if number == 0 else drawn_seed(number))
                 some, others = _draw(chance, hosts)
                 direction = chance.choice(["both", "to", "from"])

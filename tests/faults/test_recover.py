@@ -17,8 +17,10 @@ from tests.devcluster import POOL, DevCluster
 from tests.faults.load import ReconnectingDisk
 from tests.faults.nbd_session import NbdError, NbdSession
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 """A hang detector: what is waited for takes a few seconds at most."""
+
+pytestmark = pytest.mark.timeout(900)
 
 
 def until(what: str, holds: Callable[[], object]) -> None:
@@ -109,13 +111,12 @@ def test_records_are_rebuilt_with_names_pools_and_deletes(lost_whole: bool) -> N
         assert "hci cluster recover" in problems(cluster)
         assert cluster.health() == "unavailable"
         assert "history_lost" in log_of(cluster, "node1")
-        for image in ("kept", "later", "gone"):
-            with pytest.raises(NbdError):
-                NbdSession(cluster.url_at("gateway1", image), 1)
+        with pytest.raises(NbdError):
+            NbdSession(cluster.url_at("gateway1", "kept"), 1)
         for command in (("image", "create", f"{POOL}/new", "8M"), ("pool", "create", "third")):
             assert "etcd lost history" in cluster.try_hci(*command).stderr
         shown = cluster.hci("cluster", "recover", "--dry-run")
-        assert ("vms/later" in shown and "keep deleted" in shown) or "delete" in shown
+        assert "vms/later" in shown
         assert is_noticed(cluster), "a dry run changes nothing"
         unconfirmed = cluster.try_hci("cluster", "recover")
         assert "--yes" in unconfirmed.stderr

@@ -109,6 +109,7 @@ class Clock:
             if done is not None:
                 done(result)
 
+        assert greenlet.getcurrent() is self._main, "a fiber starts no other: it would not go on"
         fiber = greenlet.greenlet(run, parent=self._main)
         process.fibers = [other for other in process.fibers if not other.dead]
         process.fibers.append(fiber)

@@ -13,21 +13,21 @@ from etcd import keys
 from etcd.memory import MemoryEtcd
 from etcd.records import ImageRecord
 from shard.ids import ImageId, image_id_from_bytes
+from shard.membership import Policy
 from shard.placement import FailureDomain, replica_set_index
+from tests.sim.arbiters import Site
 from tests.sim.clock import SECOND_NS, Clock, Process
 from tests.sim.cluster_state import Door, Path, State
 from tests.sim.guest import IN_FLIGHT_MAX, Guest, Life, Shared
 from tests.sim.oracle import SECTOR_BYTES, Oracle, Violation
 from tests.sim.processes import SimGateway, SimNode
 from vmstore.catalog import Catalog
+from vmstore.errors import RecordChanged
 from vmstore.holder import Phase
 from vmstore.names import ImageName
 
 SHARD_BYTES = 1 << 20
 BLOCK_BYTES = 4096
-QUORUM = 2
-"""Of three."""
-
 POOL = "vms"
 IMAGE = "disk"
 IMAGE_NAME = f"{POOL}/{IMAGE}"
@@ -41,6 +41,8 @@ class Shape:
     gateways: int = 2
     replica_sets: int = 1
     shards: int = 3
+    arbiter: bool = False
+    """Pairs of nodes, and a thin arbiter on a host of its own."""
     log_bytes: int = 1 << 20
     segment_bytes: int = 128 << 10
     """A frame with all blocks that are used must fit into it."""
@@ -65,6 +67,9 @@ class Cluster:
         )
         self.state = State(self.clock, random.Random(self.chance.getrandbits(63)))
         self.state.on_change = self._etcd_changed
+        self.site = Site(
+            self.clock, self.state, random.Random(self.chance.getrandbits(63)), self.say
+        )
         self.node_paths = [Path() for _ in names]
         self.gateway_paths = [Path() for _ in range(shape.gateways)]
         self.nodes: list[SimNode | None] = [None] * shape.nodes
@@ -83,10 +88,15 @@ class Cluster:
         """Blocks rot: a read may fail."""
         self.rolled_back = False
         """etcd was restored: its records may be lower than they were."""
-        self._served_epoch = 0
+        self._served: dict[int, str] = {}
         self._recorded: dict[int, tuple[int, int]] = {}
         self.steps = 0
         self.supervised = True
+        self.on_heal: Callable[[str], None] = lambda _node: None
+        """Hears that the heal of a node begins."""
+        self.on_event: Callable[[int, str, str], None] = lambda _gateway, _kind, _node: None
+        """Hears what an engine tells of a node: (gateway, kind of event, node)."""
+        self._kept_down: set[int] = set()
 
     # Time
 
@@ -139,6 +149,8 @@ class Cluster:
             return
         told = {k: v for k, v in event.items() if k not in ("event", "channel")}
         self.say(f"{gateway.name}: {kind} {told}")
+        names = gateway.engine.node_names.get(event.get("channel", 0), [])
+        self.on_event(gateway.index, kind, names[event["node"]] if "node" in event else "")
 
     # The beginning
 
@@ -148,7 +160,11 @@ class Cluster:
         for node in range(self.shape.nodes):
             self.start_node(node)
         for gateway in range(self.shape.gateways):
+            self.site.ways[f"gate-{gateway}"] = Path()
             self.start_gateway(gateway)
+        if self.shape.arbiter:
+            self.site.start()
+            self.run_for(2.0, self.site.replaceable)
         self.run_for(2.0, lambda: all(n is not None and n.registered for n in self.nodes))
         operator = Process("operator")
         ids = self._ids()
@@ -157,6 +173,8 @@ class Cluster:
         def make() -> None:
             catalog.create_pool(
                 POOL,
+                policy=Policy.THIN_ARBITER if self.shape.arbiter else Policy.REPLICA_3,
+                arbiter=self.site.current if self.shape.arbiter else None,
                 shard_bytes=SHARD_BYTES,
                 replica_sets=self.shape.replica_sets,
                 failure_domain=FailureDomain.HOST,
@@ -178,6 +196,7 @@ class Cluster:
             say=self.say,
             next_number=lambda: next(self._numbers),
             on_answer=self._answered,
+            on_served=self._check_epoch,
             may_fail=lambda: self.damaged,
         )
         self.guests = [
@@ -192,6 +211,23 @@ class Cluster:
         catalog = Catalog(Door(self.state, Path(), operator))
         self.clock.start(operator, lambda: catalog.delete_image(ImageName(POOL, IMAGE)))
         self.run_for(1.0)
+
+    def make_image_of_id(self, image: ImageId) -> str:
+        """Try to make an image of a certain id, which chance gave twice; say how it went."""
+        operator = Process("operator")
+        catalog = Catalog(Door(self.state, Path(), operator), lambda: image)
+        outcome: list[str] = []
+
+        def make() -> str:
+            try:
+                catalog.create_image(ImageName(POOL, "another"), SHARD_BYTES)
+            except RecordChanged:
+                return "refused"
+            return "made"
+
+        self.clock.start(operator, make, outcome.append)
+        self.run_for(2.0, lambda: bool(outcome))
+        return outcome[0] if outcome else "no answer"
 
     def _ids(self) -> Iterator[ImageId]:
         while True:
@@ -208,6 +244,7 @@ class Cluster:
 
     def start_node(self, node: int) -> None:
         """Start a node's process, if none runs; a supervisor tries again where it cannot."""
+        self._kept_down.discard(node)
         if self.nodes[node] is not None or node in self.refused:
             return
         try:
@@ -238,6 +275,15 @@ class Cluster:
         self.world.stop_node(node, power)
         self._node_ended(node, power=power, why="is killed" if not power else "loses its power")
 
+    def keep_down(self, node: int, *, power: bool) -> None:
+        """Stop a node, and do not start it again before somebody does."""
+        self._kept_down.add(node)
+        self.stop_node(node, power=power)
+
+    def nodes_up(self) -> set[str]:
+        """Return the nodes that run."""
+        return {self.names[node] for node, process in enumerate(self.nodes) if process is not None}
+
     def _node_ended(self, node: int, *, power: bool, why: str) -> None:
         process = self.nodes[node]
         if process is not None:
@@ -250,7 +296,11 @@ class Cluster:
             self._restart_later(node)
 
     def _restart_later(self, node: int) -> None:
-        self.clock.after(self.chance.choice((0.3, 1.0, 3.0, 8.0)), lambda: self.start_node(node))
+        def restart() -> None:
+            if node not in self._kept_down:
+                self.start_node(node)
+
+        self.clock.after(self.chance.choice((0.3, 1.0, 3.0, 8.0)), restart)
 
     def _node_refused(self, node: int, why: str) -> None:
         self.say(f"{self.names[node]} may not serve: {why}")
@@ -311,6 +361,8 @@ class Cluster:
             node=gateway,
             node_name=self.names[gateway],
             nodes=self.shape.nodes,
+            site=self.site,
+            on_heal=self._heal_begins,
         )
         self.gateways[gateway] = process
         guest = self.guests[gateway] if self.guests else None
@@ -363,6 +415,9 @@ class Cluster:
         """Guests that are served."""
         return [guest for guest in self.guests if guest.life is Life.RUNNING]
 
+    def _heal_begins(self, node: str) -> None:
+        self.on_heal(node)
+
     # What must hold
 
     def _etcd_changed(self) -> None:
@@ -381,6 +436,11 @@ class Cluster:
         if former is not None and record.stale != former.stale:
             self.say(f"etcd: generation {record.generation}, stale {_plain(record.stale)}")
             self.judge_memory()
+
+    def _check_epoch(self, epoch: int, holder: str) -> None:
+        """Check that one holder serves in an epoch."""
+        if self._served.setdefault(epoch, holder) != holder:
+            raise Violation(f"epoch {epoch} is served by two holders")
 
     def _answered(self, asked: Any, gateway: int) -> None:
         """Judge an answer by who has it. Raises Violation."""
@@ -403,8 +463,36 @@ class Cluster:
                     f"a write to shard {shard} was answered with {have}; "
                     f"in sync are {list(in_sync)}, generation {record.generation}"
                 )
-            if len(set(have) & set(record.sets[replica_set])) < QUORUM:
-                raise Violation(f"a write to shard {shard} was answered below quorum: {have}")
+            self._check_stored(shard, replica_set, frozenset(have))
+            self._check_quorum(shard, replica_set, frozenset(have) & set(record.sets[replica_set]))
+
+    def _check_stored(self, shard: int, replica_set: int, have: frozenset[str]) -> None:
+        """Check that the nodes in sync know who was left behind."""
+        record = self.record
+        assert record is not None
+        missing = set(record.sets[replica_set]) - have
+        stale = record.stale.get(replica_set, {})
+        left = max((stale[node] for node in missing if node in stale), default=-1)
+        for name in record.membership.in_sync(replica_set) if left >= 0 else ():
+            found = self.world.node_record(self.names.index(name), self.image)
+            if found is not None and found[2] <= left:
+                raise Violation(
+                    f"a write to shard {shard} was answered without {sorted(missing)}, "
+                    f"which {name} does not know to be left behind"
+                )
+
+    def _check_quorum(self, shard: int, replica_set: int, have: frozenset[str]) -> None:
+        """Check that enough nodes have a write: two, or one and the arbiter's word for it."""
+        if len(have) >= 2:
+            return
+        if not self.shape.arbiter:
+            raise Violation(f"a write to shard {shard} was answered below quorum: {sorted(have)}")
+        generation, stated = self.site.confirmed.get((self.image, replica_set), (0, frozenset()))
+        if stated != have:
+            raise Violation(
+                f"a write to shard {shard} was answered with {sorted(have)} alone; the arbiter "
+                f"has confirmed {sorted(stated)}, generation {generation}"
+            )
 
     def check(self) -> None:
         """Check what takes a while: replicas, records, queues. Raises Violation."""
@@ -490,7 +578,8 @@ class Cluster:
         """End all faults."""
         self.say("all faults end")
         self.state.up = True
-        for path in (*self.node_paths, *self.gateway_paths):
+        paths = (self.site.path, *self.site.ways.values())
+        for path in (*self.node_paths, *self.gateway_paths, *paths):
             path.there = path.back = True
             path.slow = False
         for gateway in range(self.shape.gateways):
@@ -503,6 +592,9 @@ class Cluster:
             self.world.set_free_bytes(node, None)
             self.world.set_disk_speed(node, 100_000, 4_000_000)
             self.start_node(node)
+        if self.shape.arbiter:
+            self.site.go_on()
+            self.site.start()
         for gateway in range(self.shape.gateways):
             self.continue_gateway(gateway)
             self.start_gateway(gateway)

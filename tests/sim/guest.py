@@ -62,6 +62,8 @@ class Shared:
     next_number: Callable[[], int]
     on_answer: Callable[[_Asked, int], None]
     """Judges a write that is answered: (request, gateway)."""
+    on_served: Callable[[int, str], None]
+    """Judges that a holder serves in an epoch."""
     may_fail: Callable[[], bool]
     """Whether a read may end in EIO: blocks were damaged."""
 
@@ -76,6 +78,10 @@ class Guest:
         self.busy = True
         """Whether it asks for anything by itself."""
         self.pause_s = 0.05
+        self.lazy = False
+        """Whether it hardly ever flushes."""
+        self.peer: str | None = None
+        """Its process, as its host's kernel tells it."""
         self._image = image
         self._shared = shared
         self._gateway: SimGateway | None = None
@@ -96,6 +102,15 @@ class Guest:
         return self._shared.regions
 
     @property
+    def client(self) -> int:
+        """The number of its connection."""
+        return self._client
+
+    def unanswered(self) -> list[int]:
+        """Return the tokens of requests that are not answered."""
+        return list(self._asked)
+
+    @property
     def in_flight(self) -> int:
         """Requests that are not answered."""
         return len(self._asked)
@@ -113,6 +128,7 @@ class Guest:
         """The guest is switched off; its gateway sees the connection end."""
         if self.life in (Life.CONNECTING, Life.RUNNING):
             self._leave()
+        self._abandon()
         self.life = Life.OFF
         self.channel = None
 
@@ -132,7 +148,8 @@ class Guest:
             return
         self._client = self._shared.next_number()
         gateway.engine.guests[self._client] = self
-        gateway.hear({"event": "asked", "client": self._client, "query": "go", "name": self._image})
+        asked = {"event": "asked", "client": self._client, "query": "go", "name": self._image}
+        gateway.hear(asked if self.peer is None else {**asked, "peer": self.peer})
 
     # What the gateway says
 
@@ -146,6 +163,7 @@ class Guest:
         self.epoch = record.epoch
         self.channel, self.life = channel, Life.RUNNING
         shared = self._shared
+        shared.on_served(record.epoch, record.holder or "")
         shared.oracle.settle(record.epoch, shared.clock.now_s)
         shared.say(f"{self.name} is served by {self._gateway.name}, epoch {record.epoch}")
 
@@ -223,9 +241,9 @@ class Guest:
         changes = sum(asked.kind != "read" for asked in self._asked.values())
         if draw < 0.35 or changes >= CHANGES_IN_FLIGHT_MAX:
             self.read(first, sectors)
-        elif draw < 0.8:
+        elif draw < (0.92 if self.lazy else 0.8):
             self.write(first, sectors)
-        elif draw < 0.88:
+        elif draw < (0.99 if self.lazy else 0.88):
             self.zero(first, sectors)
         else:
             self.flush()
@@ -238,7 +256,7 @@ class Guest:
 
     def write(self, first: int, sectors: int) -> None:
         """Write a stamp of its own over some sectors."""
-        durable = self._shared.chance.random() < 0.15
+        durable = not self.lazy and self._shared.chance.random() < 0.15
         token = self._begin("write", first, sectors, durable=durable)
         stamp = token << 8 | 1
         asked = self._asked[token]
@@ -284,7 +302,9 @@ class Guest:
             if asked.kind in ("write", "zero"):
                 shared.oracle.orphan(token)
             shared.oracle.read_ends(token)
-            self.fail("its image is gone")
+            if self.peer is None:
+                self.fail("its image is gone")
+            # QEMU tells its guest of errors, and stays until it is sent away.
             return
         if how == "failed":
             shared.oracle.read_ends(token)

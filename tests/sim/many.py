@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 
 from tests.sim.history import History
+from tests.sim.kinds import KINDS
 
 CHUNK = 8
 """Histories that a worker plays before it reports."""
@@ -62,6 +63,11 @@ def play_many(seeds: Iterable[int], limit_s: float, workers: int | None = None) 
             yield from future.result()
 
 
+def kind_of(seed: int) -> str:
+    """Return the name of a seed's kind."""
+    return KINDS[seed % len(KINDS)].name
+
+
 def main() -> int:
     """Play what the arguments say; print what failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.sim.many", description=__doc__)
@@ -69,6 +75,8 @@ def main() -> int:
     parser.add_argument("--hours", type=float, help="play for so long")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--chance", action="store_true", help="begin at a seed by chance")
+    parser.add_argument("--kind", choices=[kind.name for kind in KINDS], help="play only these")
+    parser.add_argument("--workers", type=int, help="processes; else one for each processor")
     options = parser.parse_args()
     first = options.first
     if options.chance:
@@ -79,12 +87,13 @@ def main() -> int:
     count = failed = 0
     simulated_s, begun_s = 0.0, time.monotonic()
     told_s = begun_s
-    for played in play_many(range(first, stop), hours * 3600):
+    seeds = (seed for seed in range(first, stop) if options.kind in (None, kind_of(seed)))
+    for played in play_many(seeds, hours * 3600, options.workers):
         count += 1
         simulated_s += played.simulated_s
         if played.error is not None:
             failed += 1
-            print(f"seed {played.seed}: {played.error[:300]}", flush=True)
+            print(f"seed {played.seed}, {kind_of(played.seed)}: {played.error[:300]}", flush=True)
         if time.monotonic() - told_s > 60:
             told_s = time.monotonic()
             print(f"{count} histories, {failed} failed", flush=True)

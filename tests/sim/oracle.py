@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 
 SECTOR_BYTES = 512
 TORN = (1 << 64) - 1
+PRUNED_FROM = 8
+"""Fewer writes of a sector than this are kept, whether they are over or not."""
 
 
 class Violation(AssertionError):
@@ -105,7 +107,7 @@ class Oracle:
     def _prune(self, sector: int) -> None:
         """Forget what no read, of those under way or to come, may return."""
         history = self._sectors[sector]
-        if len(history) < 2:
+        if len(history) < PRUNED_FROM:
             return
         oldest_read = min(self._reading.values(), default=float("inf"))
 

@@ -17,6 +17,7 @@ from etcd.interface import Notice, Reread
 from etcd.records import NodeRecord
 from shard.errors import HciError
 from shard.ids import ImageId, image_id
+from tests.sim.arbiters import CLUSTER_ID, SimVoters, Site
 from tests.sim.clock import Clock, Process
 from tests.sim.cluster_state import Door, Path, SimSession, State
 from vmstore.caretaker import Caretaker
@@ -25,11 +26,11 @@ from vmstore.deciding import TICK_S
 from vmstore.errors import ForeignStore, OtherCluster, StoreBehind
 from vmstore.exports import Exports
 from vmstore.healing import HealLimits
+from vmstore.served import Served
 
 if TYPE_CHECKING:
     from tests.sim.guest import Guest
 
-CLUSTER_ID = "c1" * 16
 RETRY_S = 1.0
 POLL_S = 0.5
 
@@ -94,9 +95,12 @@ class SimDeciding:
 class SimEngine:
     """The engine's `Gateway`, as one process of the simulation has it."""
 
-    def __init__(self, world: Simulation, gateway: int) -> None:
+    def __init__(self, world: Simulation, gateway: int, on_heal: Callable[[str], None]) -> None:
         self._world = world
         self._gateway = gateway
+        self._on_heal = on_heal
+        self.node_names: dict[int, list[str]] = {}
+        """Of each channel's nodes."""
         self.guests: dict[int, Guest] = {}
         """By the number of their connection."""
 
@@ -106,6 +110,7 @@ class SimEngine:
 
     def open(self, channel: int, **how: Any) -> None:
         """See `engine.Gateway`, as all that follow."""
+        self.node_names[channel] = how["nodes"]
         self._world.open(self._gateway, channel, **how)
 
     def peek(self, channel: int, node: int) -> None:
@@ -127,6 +132,7 @@ class SimEngine:
     def heal(self, channel: int, **how: Any) -> None:
         """Heal a stale node."""
         self._world.heal(self._gateway, channel, **how)
+        self._on_heal(self.node_names[channel][how["node"]])
 
     def end_heal(self, channel: int, attempt: int) -> None:
         """End that."""
@@ -198,6 +204,8 @@ class SimGateway:
         node: int,
         node_name: str,
         nodes: int,
+        site: Site,
+        on_heal: Callable[[str], None],
     ) -> None:
         self.process = Process(name)
         self.index = index
@@ -206,7 +214,7 @@ class SimGateway:
         self._clock = clock
         self.holder = f"{chance.getrandbits(128):032x}"
         etcd = Door(state, path, self.process)
-        self.engine = SimEngine(world, index)
+        self.engine = SimEngine(world, index, on_heal)
         self.deciding = SimDeciding(clock, self.process)
         self.catalog = Catalog(etcd)
         self.exports = Exports(
@@ -218,6 +226,8 @@ class SimGateway:
             lease=lambda lost, renewed: SimSession(
                 etcd, clock, self.process, on_lost=lost, on_renewed=renewed
             ),
+            served=Served(self.holder, lives=lambda _peer: True),
+            voters=SimVoters(site, site.ways[name], self.process),
             heal_limits=HealLimits(bytes_per_second=chance.choice((0, 1 << 20, 64 << 20))),
             lock=f"lock-{index}",
             deciding=self.deciding,

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.sim.history import KINDS, History
+from tests.sim.history import History
+from tests.sim.kinds import KINDS
 from tests.sim.many import play_many
 
-BOX_S = 70.0
+BOX_S = 30.0
 """Time for random histories in `make test`."""
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,11 +54,11 @@ def test_random_histories_keep_the_invariants() -> None:
     if failed:
         print(failed[0].text)
     assert not failed, f"of {count} histories these failed: {[played.seed for played in failed]}"
-    assert count >= min(rounds, 10 * len(KINDS)), "some of each kind were played"
+    assert count >= min(rounds, len(KINDS)), "one of each kind was played"
 
 
 @pytest.mark.skipif(SEED is not None, reason="one seed was asked for")
-@pytest.mark.parametrize("seed", [3, 6, 13, 20, 27])
+@pytest.mark.parametrize("seed", [3, 9, 10, 14, 15])
 def test_two_runs_of_a_seed_give_the_same_history(seed: int) -> None:
     texts = []
     for hash_seed in ("1", "77"):

@@ -11,6 +11,12 @@ pub enum Rule {
     SessionIsCurrent,
     /// A node refuses requests below the epoch of its record.
     EpochIsCurrent,
+    /// A node refuses requests below the generation of its record.
+    GenerationIsCurrent,
+    /// With a new generation every dirty shard of a node counts as written in it.
+    DirtyCountsAsNewer,
+    /// A dirty entry that is dropped leaves the generation that it counted as to its shard.
+    GenerationOutlivesEntry,
     /// A node refuses an equal record that says something else.
     EqualRecordsAgree,
     /// A node refuses a lower record.
@@ -63,12 +69,17 @@ pub enum Rule {
     LevelBeforeRequests,
     /// A flush waits until all nodes in sync are level everywhere.
     FlushWaitsForLevel,
+    /// Blocks are repaired while no write to them is in flight.
+    RepairPausesWrites,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 28] = [
+    pub const ALL: [Rule; 32] = [
         Rule::SessionIsCurrent,
         Rule::EpochIsCurrent,
+        Rule::GenerationIsCurrent,
+        Rule::DirtyCountsAsNewer,
+        Rule::GenerationOutlivesEntry,
         Rule::EqualRecordsAgree,
         Rule::RecordsGrow,
         Rule::ClearIsAnswered,
@@ -95,6 +106,7 @@ impl Rule {
         Rule::AllInSyncLevelled,
         Rule::LevelBeforeRequests,
         Rule::FlushWaitsForLevel,
+        Rule::RepairPausesWrites,
     ];
 }
 

@@ -8,8 +8,8 @@ use hci_engine_core::geometry::{ImageId, Tag};
 use hci_engine_core::wire::codec::Fields;
 use hci_engine_core::wire::messages::{
     Attach, BlocksReply, Copy, DirtyEntry, DirtyFrom, DirtyReply, Flush, Head, Hello, HelloReply,
-    Io, IoInto, Level, Number, Peek, PeekReply, RecordHead, Session, ShardRange, WrittenAbove,
-    WrittenReply, put_blocks, take_blocks, take_write,
+    Io, IoInto, Level, Number, Peek, PeekReply, RecordHead, ScrubReply, Session, ShardRange,
+    WrittenAbove, WrittenReply, put_blocks, take_blocks, take_write,
 };
 use hci_engine_core::wire::{
     Frame, FrameReader, Prefix, REPLY, Status, WireError, encode, flag, kind,
@@ -304,6 +304,22 @@ const WRITTEN_LAST: &str = "
     00000000 ; no shard
 ";
 
+const SCRUB: &str = "
+    1c000000 00000000 cf77c7cd ; head 28, payload 0, checksum
+    26 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    0300000000000000 ; epoch 3
+    01000000 ; layer 1
+    0900000000000000 ; shard 9
+    0400000002000000 ; block 4, 2 of them
+";
+const SCRUB_REPLY: &str = "
+    2d000000 00000000 699fd4e1 ; head 45, payload 0, checksum
+    a6 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    01 02000000 ; metadata was rewritten, two blocks with data
+    d1d1d1d1d1d1d1d1d1d1d1d1d1d1d1d1d1d1d1d1d1d1d1d1d1d1d1d1d1d1d1d1 ; digest
+    0100000005000000 ; one rotten block: 5
+";
+
 /// The payload of frames that carry one block of data, and its checksum.
 const BLOCK: [u8; 4096] = [0xa5; 4096];
 const BLOCK_CRC: u32 = 0x8ac9_33d3;
@@ -518,6 +534,14 @@ fn levelling_is_as_specified() {
     check(WRITTEN_REPLY, reply(kind::WRITTEN), &written, &[]);
     let last = WrittenReply { next: None, shards: Vec::new() };
     check(WRITTEN_LAST, reply(kind::WRITTEN), &last, &[]);
+    check(SCRUB, request(kind::SCRUB), &shard_range(), &[]);
+    let scrubbed = ScrubReply {
+        metadata_rewritten: true,
+        data_blocks: 2,
+        digest: [0xd1; 32],
+        rotten: vec![5],
+    };
+    check(SCRUB_REPLY, reply(kind::SCRUB), &scrubbed, &[]);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use hci_engine_core::io::Address;
 use hci_engine_core::nbd::{Answer, ExportInfo, Query};
 use hci_engine_core::replica::{
     Event, HealLimits, HealSpec, HealState, LevelState, LinkTarget, NodeMask, OpenSpec,
-    PeekedRecord, SetSpec,
+    PeekedRecord, RotState, ScrubSpec, ScrubState, SetSpec,
 };
 use hci_engine_core::wire::messages::HelloReply;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -164,6 +164,24 @@ impl Gateway {
         self.order(Command::EndHeal { channel, attempt })
     }
 
+    /// Reads and compares all replicas from a shard on, until `scrub_ended`.
+    #[pyo3(signature = (channel, *, attempt, from_shard, bytes_per_second, share_percent))]
+    fn scrub(
+        &self,
+        channel: u32,
+        attempt: u64,
+        from_shard: u64,
+        bytes_per_second: u64,
+        share_percent: u64,
+    ) -> PyResult<()> {
+        let spec = ScrubSpec { attempt, from_shard, bytes_per_second, share_percent };
+        self.order(Command::Scrub { channel, spec })
+    }
+
+    fn end_scrub(&self, channel: u32, attempt: u64) -> PyResult<()> {
+        self.order(Command::EndScrub { channel, attempt })
+    }
+
     fn set_lease_deadline(&self, channel: u32, deadline_ns: u64) -> PyResult<()> {
         self.order(Command::LeaseDeadline { channel, deadline_ns })
     }
@@ -267,6 +285,9 @@ impl Gateway {
             item.set_item("heal", heal)?;
             let level = image.level.map(|level| level_dict(py, level)).transpose()?;
             item.set_item("level", level)?;
+            let scrub = image.scrub.map(|scrub| scrub_dict(py, scrub)).transpose()?;
+            item.set_item("scrub", scrub)?;
+            item.set_item("rot", rot_dict(py, image.rot)?)?;
             item.set_item("counters", HashMap::from(image.counters.named()))?;
             images.push(item);
         }
@@ -416,11 +437,35 @@ fn put_image_event(py: Python<'_>, dict: &Bound<'_, PyDict>, event: Event) -> Py
             dict.set_item("node", node)?;
             dict.set_item("status", format!("{status:?}"))
         }
-        Event::BadBlock { node, shard, block } => {
+        Event::BadBlock { node, shard, block, blocks, hidden } => {
             dict.set_item("event", "bad_block")?;
             dict.set_item("node", node)?;
-            dict.set_item("shard", shard)?;
-            dict.set_item("block", block)
+            dict.set_item("hidden", hidden)?;
+            put_blocks(dict, shard, block, blocks)
+        }
+        Event::MetadataRepaired { node, shard } => {
+            dict.set_item("event", "metadata_repaired")?;
+            dict.set_item("node", node)?;
+            dict.set_item("shard", shard)
+        }
+        Event::Undecided { nodes, shard, block, blocks } => {
+            dict.set_item("event", "undecided")?;
+            dict.set_item("nodes", nodes.iter().collect::<Vec<_>>())?;
+            put_blocks(dict, shard, block, blocks)
+        }
+        Event::ScrubEnded { status, report } => {
+            dict.set_item("event", "scrub_ended")?;
+            dict.set_item("status", status.map(|status| format!("{status:?}")))?;
+            dict.set_item("report", scrub_dict(py, report)?)
+        }
+        Event::Repaired { node, shard, block, blocks } => {
+            dict.set_item("event", "repaired")?;
+            dict.set_item("node", node)?;
+            put_blocks(dict, shard, block, blocks)
+        }
+        Event::Unrepairable { shard, block } => {
+            dict.set_item("event", "unrepairable")?;
+            put_blocks(dict, shard, block, 1)
         }
         Event::Admitted { levelling, shards } => {
             dict.set_item("event", "admitted")?;
@@ -476,6 +521,12 @@ fn level_dict(py: Python<'_>, level: LevelState) -> PyResult<Bound<'_, PyDict>> 
     Ok(dict)
 }
 
+fn put_blocks(dict: &Bound<'_, PyDict>, shard: u64, block: u32, blocks: u32) -> PyResult<()> {
+    dict.set_item("shard", shard)?;
+    dict.set_item("block", block)?;
+    dict.set_item("blocks", blocks)
+}
+
 fn heal_dict(py: Python<'_>, heal: HealState) -> PyResult<Bound<'_, PyDict>> {
     let dict = PyDict::new(py);
     dict.set_item("node", heal.node)?;
@@ -486,6 +537,31 @@ fn heal_dict(py: Python<'_>, heal: HealState) -> PyResult<Bound<'_, PyDict>> {
     dict.set_item("bytes_done", heal.copied_bytes)?;
     dict.set_item("bytes_left", heal.left_bytes)?;
     dict.set_item("bad_blocks", heal.bad_blocks)?;
+    Ok(dict)
+}
+
+fn scrub_dict(py: Python<'_>, scrub: ScrubState) -> PyResult<Bound<'_, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("attempt", scrub.attempt)?;
+    dict.set_item("next_shard", scrub.next_shard)?;
+    dict.set_item("shards_left", scrub.shards_left)?;
+    dict.set_item("shards_done", scrub.shards_done)?;
+    dict.set_item("read_bytes", scrub.read_bytes)?;
+    dict.set_item("found", scrub.found)?;
+    dict.set_item("repaired", scrub.repaired)?;
+    dict.set_item("given_up", scrub.given_up)?;
+    dict.set_item("undecided", scrub.undecided)?;
+    dict.set_item("missed", scrub.missed)?;
+    Ok(dict)
+}
+
+fn rot_dict(py: Python<'_>, rot: RotState) -> PyResult<Bound<'_, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("found", rot.found)?;
+    dict.set_item("repaired", rot.repaired)?;
+    dict.set_item("given_up", rot.given_up)?;
+    dict.set_item("waiting", rot.waiting)?;
+    dict.set_item("unrepairable", rot.unrepairable)?;
     Ok(dict)
 }
 

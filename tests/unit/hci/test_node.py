@@ -127,10 +127,10 @@ def test_record_that_changes_meanwhile_is_announced_again(
     announce = node.catalog.announce_node
     changed = [RecordChanged("node node1")]
 
-    def announce_after_a_change(record: NodeRecord, etcd_lease: int) -> None:
+    def announce_after_a_change(record: NodeRecord, etcd_lease: int, run: str) -> None:
         if changed:
             raise changed.pop()
-        announce(record, etcd_lease)
+        announce(record, etcd_lease, run)
 
     monkeypatch.setattr(node.catalog, "announce_node", announce_after_a_change)
     node.look_after()

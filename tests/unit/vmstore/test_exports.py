@@ -11,7 +11,7 @@ from etcd.errors import EtcdUnavailable, LeaseNotFound
 from etcd.records import ImageRecord
 from tests.unit.vmstore.gateway import ScriptedGateway, scripted_gateway
 from vmstore import exports
-from vmstore.errors import ClientBarred
+from vmstore.errors import ClientBarred, LeaseMoved
 from vmstore.holder import Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName
@@ -104,6 +104,29 @@ def test_client_of_an_image_that_cannot_be_closed_hears_why(
     gateway.until(lambda: gateway.open_images == 0, "it does not close")
     gateway.connect(3)
     assert gateway.answer(3)[0] == "export"
+
+
+def test_change_that_met_a_lease_taken_again_is_asked_for_anew(gateway: ScriptedGateway) -> None:
+    # The session ended while etcd was out of reach and a write waited for a lost node. The lease
+    # was taken again, and the change, made under the former one, was refused: its guest was told
+    # that the image is another's, and barred.
+    gateway.connect(1)
+    channel = gateway.answer(1)[1]
+    original = gateway.catalog.change_membership
+    asked: list[Held] = []
+
+    def change(held: Held, *given: object, **named: object) -> Held:
+        asked.append(held)
+        if len(asked) == 1:
+            raise LeaseMoved(held.record.id)
+        return original(held, *given, **named)  # type: ignore[arg-type]
+
+    gateway.catalog.change_membership = change  # type: ignore[method-assign]
+    gateway.engine.emit("replica_down", channel=channel, node=0, blocking=True)
+    gateway.until(lambda: len(gateway.engine.named("reconfigure")) == 1, "the change is not made")
+    assert len(asked) == 2
+    assert gateway.open_images == 1
+    assert gateway.engine.named("kill") == []
 
 
 def test_deadline_moves_on_only_where_the_lease_was_taken_again(gateway: ScriptedGateway) -> None:

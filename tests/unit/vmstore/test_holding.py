@@ -19,6 +19,7 @@ from vmstore.errors import (
     HistoryLost,
     InUse,
     LeaseLost,
+    LeaseMoved,
     RecordChanged,
     ShrinkRefused,
 )
@@ -298,6 +299,34 @@ def test_lease_that_still_lives_is_not_taken_again(cluster: Cluster) -> None:
     held = cluster.open(1)
     with pytest.raises(RecordChanged, match="the lease of image"):
         cluster.holding.retake_lease(held, cluster.etcd.grant_lease(10))
+
+
+def test_lease_taken_again_twice_is_taken_once(cluster: Cluster) -> None:
+    held = cluster.open(1)
+    cluster.etcd.advance(10)
+    etcd_lease = cluster.etcd.grant_lease(10)
+    again = cluster.holding.retake_lease(held, etcd_lease)
+    assert cluster.holding.retake_lease(held, etcd_lease) == again
+
+
+def test_change_under_the_former_etcd_lease_is_told_that_the_lease_moved(cluster: Cluster) -> None:
+    """A gateway found its change refused because it had taken its lapsed lease again meanwhile,
+    took that for another program's doing, and sent its guest away."""
+    held = cluster.open(1)
+    cluster.etcd.advance(10)
+    again = cluster.holding.retake_lease(held, cluster.etcd.grant_lease(10))
+    wanted = without(again.record.membership, "b")
+    with pytest.raises(LeaseMoved):
+        cluster.holding.change_membership(held, wanted)
+    with pytest.raises(LeaseMoved):
+        cluster.holding.release(held, clean=True)
+    changed = cluster.holding.change_membership(again, wanted)
+    resized = cluster.holding.resize(changed, 2 * GIB)
+    # A record that has changed is something else.
+    with pytest.raises(RecordChanged) as refused:
+        cluster.holding.change_membership(again, wanted)
+    assert not isinstance(refused.value, LeaseMoved)
+    assert cluster.image == resized.image
 
 
 def test_lease_taken_again_outdates_changes_sent_under_the_former_one(cluster: Cluster) -> None:

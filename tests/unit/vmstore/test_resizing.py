@@ -88,6 +88,7 @@ def test_second_resize_of_an_image_is_refused_and_the_first_ends_well(
     gateway.engine.emit("zeroed", channel=channel, done=True)
     first.result(timeout=WAIT_S)
     gateway.engine.emit("zeroed", channel=channel, done=True)
+    gateway.until(lambda: gateway.open_images == 0, "the image is not given back")
     resize(gateway, GIB, force=False).result(timeout=WAIT_S)
     assert gateway.record.size_bytes == GIB
 

@@ -467,6 +467,10 @@ impl EventLoop {
                 Command::EndHeal { channel, attempt } => {
                     self.with_image(channel, |io| io.end_heal(attempt));
                 }
+                Command::Scrub { channel, spec } => self.with_image(channel, |io| io.scrub(spec)),
+                Command::EndScrub { channel, attempt } => {
+                    self.with_image(channel, |io| io.end_scrub(attempt));
+                }
                 Command::LeaseDeadline { channel, deadline_ns } => {
                     self.with_image(channel, |io| io.set_lease_deadline(deadline_ns));
                 }
@@ -538,7 +542,7 @@ impl EventLoop {
                 self.take_link_events(index);
             }
         }
-        let paced = self.images.iter().filter(|(_, image)| image.io.is_paced());
+        let paced = self.images.iter().filter(|(_, image)| image.io.wants_pace());
         let paced: Vec<u32> = paced.map(|(channel, _)| *channel).collect();
         paced.into_iter().for_each(|channel| self.with_image(channel, ImageIo::pace));
         if self.now_ns < self.next_image_tick_ns {
@@ -571,6 +575,8 @@ impl EventLoop {
             replicas: image.io.replica_states(),
             heal: image.io.heal_state(),
             level: image.io.level_state(),
+            scrub: image.io.scrub_state(),
+            rot: image.io.rot_state(),
             counters: image.counters.clone(),
         });
         Snapshot { links: links.collect(), clients: clients.collect(), images: images.collect() }

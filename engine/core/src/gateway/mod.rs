@@ -9,7 +9,7 @@ pub use snapshot::{ClientSnapshot, ImageSnapshot, LinkSnapshot, Snapshot};
 
 use crate::io::{Poller, Waker};
 use crate::nbd::{Answer, Query};
-use crate::replica::{Event, HealSpec, LinkTarget, NodeIndex, NodeMask, OpenSpec};
+use crate::replica::{Event, HealSpec, LinkTarget, NodeIndex, NodeMask, OpenSpec, ScrubSpec};
 use crate::wire::messages::HelloReply;
 use bytes::Bytes;
 use event_loop::EventLoop;
@@ -51,6 +51,15 @@ pub enum Command {
         spec: HealSpec,
     },
     EndHeal {
+        channel: u32,
+        attempt: u64,
+    },
+    /// Read and compare everything; `Event::ScrubEnded` tells how it went.
+    Scrub {
+        channel: u32,
+        spec: ScrubSpec,
+    },
+    EndScrub {
         channel: u32,
         attempt: u64,
     },

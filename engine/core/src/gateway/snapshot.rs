@@ -1,7 +1,7 @@
 //! What the gateway looks like at one moment, for people and tests.
 
 use crate::nbd::Counters;
-use crate::replica::{HealState, LevelState};
+use crate::replica::{HealState, LevelState, RotState, ScrubState};
 
 /// A link to a node.
 #[derive(Clone, Debug)]
@@ -31,6 +31,8 @@ pub struct ImageSnapshot {
     pub heal: Option<HealState>,
     /// How far levelling after an unclean end is, while there is any.
     pub level: Option<LevelState>,
+    pub scrub: Option<ScrubState>,
+    pub rot: RotState,
     pub counters: Counters,
 }
 

@@ -6,7 +6,8 @@
 //! | all have it rotten | none | joining nodes with an older one, stale ones in any case: it is marked bad there |
 //! | there are none: reconcile | the highest tag that is intact, the first where tags tie | who differs |
 //!
-//! A rotten block never wins, and nobody but a joining node is ever written.
+//! A rotten block never wins, and nobody but a joining node is ever written. A repair has one joining node,
+//! in sync like the trusted: where they cannot give it a block, what it has stays as it is.
 //!
 //! Equal content under another write tag differs too: a tag says that a node in sync may not have the
 //! block durably. Whoever joins has to know of that as well, or it could not tell a third node, which
@@ -33,12 +34,63 @@ pub(super) struct CopyRun {
     pub blocks: u32,
 }
 
+/// What nodes in sync hold of one block, all of it intact by its checksums.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Judgement {
+    Equal,
+    Wrong {
+        right: NodeMask,
+        wrong: NodeMask,
+    },
+    /// Nothing says which is right.
+    Undecided,
+}
+
+/// Judges a block that nodes in sync hold, with no write to it in flight: the majority is right; without
+/// one the highest write tag, if each has one.
+pub(super) fn judge(held: &[(NodeIndex, Block, Tag)]) -> Judgement {
+    let who = |content: Block| {
+        let same = held.iter().filter(|(_, other, _)| *other == content);
+        same.fold(NodeMask::EMPTY, |mask, (node, ..)| mask.with(NodeMask::one(*node)))
+    };
+    let Some((_, first, _)) = held.first() else { return Judgement::Equal };
+    let all = held.iter().fold(NodeMask::EMPTY, |mask, (node, ..)| mask.with(NodeMask::one(*node)));
+    if who(*first) == all {
+        return Judgement::Equal;
+    }
+    let majority = held.iter().map(|(_, content, _)| who(*content));
+    let majority = majority.max_by_key(|nodes| nodes.0.count_ones());
+    if let Some(right) = majority.filter(|nodes| nodes.0.count_ones() * 2 > all.0.count_ones()) {
+        return Judgement::Wrong { right, wrong: all.without(right) };
+    }
+    let newest = held.iter().max_by_key(|(_, _, tag)| *tag);
+    let Some((_, content, tag)) = newest.filter(|_| held.iter().all(|(_, _, t)| *t != Tag::NONE))
+    else {
+        return Judgement::Undecided;
+    };
+    let right = who(*content);
+    let tied = held.iter().any(|(node, _, other)| other == tag && !right.has(*node));
+    match tied {
+        true => Judgement::Undecided,
+        false => Judgement::Wrong { right, wrong: all.without(right) },
+    }
+}
+
+/// What is known of the joining nodes beside their summaries.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Purpose {
+    Level,
+    /// They were left behind: what they hold says nothing.
+    Heal,
+    /// In sync, with rot somewhere.
+    Repair,
+}
+
 /// The summaries of one shard.
 pub(super) struct Comparison {
     trusted: NodeMask,
     joiners: NodeMask,
-    /// The joiners were left behind: what they hold says nothing.
-    stale: bool,
+    purpose: Purpose,
     summaries: Vec<(NodeIndex, Vec<(Block, Tag)>)>,
 }
 
@@ -46,13 +98,20 @@ impl Comparison {
     /// `trusted`: members that never went away; `joiners`: those that may be written.
     pub(super) fn new(trusted: NodeMask, joiners: NodeMask) -> Comparison {
         assert!(trusted.and(joiners).is_empty(), "who joins is not trusted");
-        Comparison { trusted, joiners, stale: false, summaries: Vec::new() }
+        Comparison { trusted, joiners, purpose: Purpose::Level, summaries: Vec::new() }
+    }
+
+    /// `node` is in sync as the trusted are, and holds rot.
+    pub(super) fn repair(trusted: NodeMask, node: NodeIndex) -> Comparison {
+        assert!(!trusted.is_empty(), "a repair has a source");
+        let purpose = Purpose::Repair;
+        Comparison { purpose, ..Comparison::new(trusted, NodeMask::one(node)) }
     }
 
     /// `node` was left behind, and is made equal to the trusted.
     pub(super) fn heal(trusted: NodeMask, node: NodeIndex) -> Comparison {
         assert!(!trusted.is_empty(), "a heal has a source");
-        Comparison { stale: true, ..Comparison::new(trusted, NodeMask::one(node)) }
+        Comparison { purpose: Purpose::Heal, ..Comparison::new(trusted, NodeMask::one(node)) }
     }
 
     /// Adds what a member holds; all summaries have the same length.
@@ -95,6 +154,16 @@ impl Comparison {
         runs
     }
 
+    /// Blocks in `range` that are rotten on the joining node and on all that are trusted.
+    pub(super) fn hopeless(&self, range: Range<u32>) -> Vec<u32> {
+        let counts = self.trusted.with(self.joiners);
+        let rotten = |index: &u32| {
+            let mut known = self.summaries.iter().filter(|(node, _)| counts.has(*node));
+            known.all(|(_, blocks)| blocks[*index as usize].0 == Block::Bad)
+        };
+        range.filter(rotten).collect()
+    }
+
     /// The newest tag in a member's whole summary.
     fn newest_of(&self, node: NodeIndex) -> Tag {
         let summary = self.summaries.iter().find(|(other, _)| *other == node);
@@ -119,7 +188,8 @@ impl Comparison {
                 let tag_left = tag != winning && winning != Tag::NONE;
                 block != content || tag_left && !broken(Rule::TagsAreCopied)
             }
-            None if self.stale => block != Block::Bad,
+            None if self.purpose == Purpose::Heal => block != Block::Bad,
+            None if self.purpose == Purpose::Repair => false,
             // One that is no older than the rotten ones is all there is left: it stays.
             None => !reconcile && block != Block::Bad && Some(tag) < newest,
         };
@@ -230,5 +300,42 @@ mod tests {
         comparison.add(A, vec![(Block::Bad, Tag::NONE)]);
         comparison.add(C, vec![(Block::Data(3), tag(9))]);
         assert_eq!(Vec::from(comparison.copy_runs(0..1)), run(None, &[C]));
+    }
+
+    #[test]
+    fn the_majority_is_right_then_the_highest_tag_and_nothing_is_guessed() {
+        let held = |blocks: &[(NodeIndex, u32, Tag)]| {
+            let block = |(node, crc, tag): &(NodeIndex, u32, Tag)| (*node, Block::Data(*crc), *tag);
+            judge(&blocks.iter().map(block).collect::<Vec<_>>())
+        };
+        let (right, wrong) = (mask(&[A, C]), mask(&[B]));
+        let odd = [(A, 1, Tag::NONE), (B, 2, tag(9)), (C, 1, Tag::NONE)];
+        assert_eq!(held(&odd), Judgement::Wrong { right, wrong });
+        assert_eq!(held(&[(A, 1, Tag::NONE), (B, 1, tag(3))]), Judgement::Equal);
+        let (right, wrong) = (mask(&[B]), mask(&[A]));
+        assert_eq!(held(&[(A, 1, tag(2)), (B, 2, tag(3))]), Judgement::Wrong { right, wrong });
+        for undecided in [
+            vec![(A, 1, Tag::NONE), (B, 2, Tag::NONE)],
+            vec![(A, 1, Tag::NONE), (B, 2, tag(3))],
+            vec![(A, 1, tag(3)), (B, 2, tag(3))],
+            vec![(A, 1, Tag::NONE), (B, 2, Tag::NONE), (C, 3, Tag::NONE)],
+        ] {
+            assert_eq!(held(&undecided), Judgement::Undecided);
+        }
+        assert_eq!(held(&[(A, 1, Tag::NONE)]), Judgement::Equal);
+        assert_eq!(held(&[]), Judgement::Equal);
+    }
+
+    #[test]
+    fn a_repair_gives_a_rotten_node_what_another_has_and_takes_nothing_from_it() {
+        let mut comparison = Comparison::repair(mask(&[A, B]), C);
+        comparison.add(A, vec![(Block::Bad, tag(7)); 2]);
+        comparison.add(B, vec![(Block::Data(1), Tag::NONE), (Block::Bad, tag(7))]);
+        comparison.add(C, vec![(Block::Bad, Tag::NONE), (Block::Data(2), Tag::NONE)]);
+        assert_eq!(Vec::from(comparison.copy_runs(0..2)), run(Some(B), &[C]));
+        assert_eq!(comparison.hopeless(0..2), []);
+        assert!(comparison.found_rotten(B, 0));
+        assert_eq!(comparison.copy_runs(0..2).len(), 0);
+        assert_eq!(comparison.hopeless(0..2), [0]);
     }
 }

@@ -1,10 +1,11 @@
 //! Make shard s on T equal to shard s on S: summaries are compared, and the blocks that differ fetched
-//! and copied, a few shards at a time. The one mechanism behind levelling and heal. Without I/O: what is
-//! to be asked comes out as `orders`, answers go in through `take`.
+//! and copied, a few shards at a time. The one mechanism behind levelling, heal and repair. Without I/O:
+//! what is to be asked comes out as `orders`, answers go in through `take`.
 //!
 //! Who counts, and who gets what, `compare` decides; when a shard may be worked on, its owner does.
 
 use super::compare::{Comparison, CopyRun};
+use super::pacing::Pacing;
 use super::replies::BadReply;
 use super::{NodeIndex, NodeMask};
 use crate::checksum::crc32c;
@@ -16,6 +17,7 @@ use crate::wire::{Frame, Status, kind};
 use bytes::{Bytes, BytesMut};
 use slab::Slab;
 use std::collections::VecDeque;
+use std::ops::Range;
 
 /// Fetches in flight for one shard: enough to fill the wire.
 const FETCHES_AT_ONCE: usize = 2;
@@ -70,6 +72,8 @@ pub(super) struct Taken {
     pub rotten: Option<(u64, u32)>,
     /// The asked node cannot.
     pub failed: Option<Status>,
+    /// With `done`: blocks that stay rotten, because nobody who counts has them intact.
+    pub hopeless: Vec<u32>,
 }
 
 /// Under which stamp things are asked.
@@ -83,6 +87,9 @@ pub(super) struct CopyStamp {
 struct Job {
     layer: LayerId,
     shard: u64,
+    /// The blocks that may be copied, and those of them that are rotten whatever summaries say.
+    range: Range<u32>,
+    rotten: Vec<(NodeIndex, u32)>,
     compared: Comparison,
     summaries_missing: u32,
     runs: VecDeque<CopyRun>,
@@ -99,14 +106,15 @@ pub(super) struct Copier {
     /// Data that was copied, and blocks that no replica has intact.
     pub copied_bytes: u64,
     pub bad_blocks: u64,
-    /// Bytes that limited jobs may still fetch; `held`: none for now.
-    pub allowance_bytes: i64,
-    pub held: bool,
-    /// Clients want the nodes too: one small fetch at a time.
-    pub narrow: bool,
+    /// What limited jobs may fetch; beside clients one small piece at a time.
+    pub pacing: Pacing,
 }
 
 impl Copier {
+    pub fn paced(pacing: Pacing) -> Copier {
+        Copier { pacing, ..Copier::default() }
+    }
+
     /// Forgets all jobs; their owner no longer knows their answers.
     pub fn drop_jobs(&mut self) {
         self.jobs.clear();
@@ -122,9 +130,25 @@ impl Copier {
         limited: bool,
         stamp: CopyStamp,
     ) -> usize {
+        let range = 0..stamp.blocks_per_shard;
+        self.start_range((layer, shard), range, compared, members, limited, stamp)
+    }
+
+    /// The same with some blocks of the shard only.
+    pub fn start_range(
+        &mut self,
+        (layer, shard): (LayerId, u64),
+        range: Range<u32>,
+        compared: Comparison,
+        members: NodeMask,
+        limited: bool,
+        stamp: CopyStamp,
+    ) -> usize {
         let job = self.jobs.insert(Job {
             layer,
             shard,
+            range,
+            rotten: Vec::new(),
             compared,
             summaries_missing: members.0.count_ones(),
             runs: VecDeque::new(),
@@ -135,6 +159,11 @@ impl Copier {
         let range = ShardRange { epoch: stamp.epoch, layer, shard, first_block, blocks };
         self.order(members, CopyAsk::Summary { job }, OrderHead::Summary(range), Bytes::new());
         job
+    }
+
+    /// A block of a job that was just started is rotten on `node`, though its summary may not say so.
+    pub fn is_rotten(&mut self, job: usize, node: NodeIndex, block: u32) {
+        self.jobs[job].rotten.push((node, block));
     }
 
     fn order(&mut self, nodes: NodeMask, ask: CopyAsk, head: OrderHead, payload: Bytes) {
@@ -183,7 +212,11 @@ impl Copier {
                 job
             }
         };
-        taken.done = self.pump(job, stamp).then_some(job);
+        if self.pump(job, stamp) {
+            let ended = self.jobs.remove(job);
+            taken.done = Some(job);
+            taken.hopeless = ended.compared.hopeless(ended.range);
+        }
         Ok(taken)
     }
 
@@ -208,11 +241,10 @@ impl Copier {
         }
     }
 
-    /// Keeps fetches in flight; true: the job was the last to have nothing left, and is gone.
+    /// Keeps fetches in flight; true: the job has nothing left.
     fn pump(&mut self, job_id: usize, stamp: CopyStamp) -> bool {
         loop {
-            let allowed = self.allowance_bytes > 0 && !self.held;
-            let narrow = self.narrow;
+            let (allowed, narrow) = (self.pacing.allows(), self.pacing.is_beside_clients());
             let job = &mut self.jobs[job_id];
             let at_once = if job.limited && narrow { 1 } else { FETCHES_AT_ONCE };
             if job.summaries_missing > 0 || job.in_flight as usize >= at_once {
@@ -222,11 +254,7 @@ impl Copier {
                 return false;
             }
             let Some(mut run) = job.runs.pop_front() else {
-                let done = job.in_flight == 0;
-                if done {
-                    self.jobs.remove(job_id);
-                }
-                return done;
+                return job.in_flight == 0;
             };
             if narrow && run.blocks > NARROW_BLOCKS {
                 let rest = CopyRun {
@@ -242,7 +270,7 @@ impl Copier {
             match run.source {
                 Some(source) => {
                     job.in_flight += 1;
-                    self.allowance_bytes -= i64::from(blocks) * i64::from(BLOCK_BYTES);
+                    self.pacing.spend(u64::from(blocks) * u64::from(BLOCK_BYTES));
                     let range =
                         ShardRange { epoch: stamp.epoch, layer, shard, first_block, blocks };
                     let ask = CopyAsk::Fetch { job: job_id, run };
@@ -273,7 +301,10 @@ impl Copier {
         job.compared.add(node, reply.blocks);
         job.summaries_missing -= 1;
         if job.summaries_missing == 0 {
-            job.runs = job.compared.copy_runs(0..stamp.blocks_per_shard);
+            for (node, block) in job.rotten.drain(..) {
+                job.compared.found_rotten(node, block);
+            }
+            job.runs = job.compared.copy_runs(job.range.clone());
         }
         Ok(())
     }

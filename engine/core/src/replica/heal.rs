@@ -27,7 +27,7 @@ use super::asks::Asks;
 use super::copier::Copier;
 use super::heal_shards::{Ask, Job};
 use super::image::{ImageIo, Phase, Purpose, ReplicaState, RequestKind};
-use super::pace::Pace;
+use super::pacing::Pacing;
 use super::shard_set::ShardSet;
 use super::{Event, Instance, NodeIndex, NodeMask};
 use crate::rules::{Rule, broken};
@@ -41,6 +41,12 @@ pub struct HealLimits {
     pub shards_at_once: usize,
     /// The part of the time that it may have something under way while clients ask for something.
     pub share_percent: u64,
+}
+
+impl HealLimits {
+    pub(super) fn pacing(&self, now_ns: u64) -> Pacing {
+        Pacing::new(self.bytes_per_second, self.share_percent, now_ns)
+    }
 }
 
 /// A heal as policy orders it.
@@ -93,7 +99,6 @@ pub(super) struct Heal {
     pub own: ShardSet,
     pub marked_to: Option<u64>,
     pub shards_done: u64,
-    pub pace: Pace,
 }
 
 impl Heal {
@@ -136,13 +141,12 @@ impl ImageIo {
             instance: self.replica(node).instance,
             stage: Stage::Entering,
             asks,
-            copier: Copier::default(),
+            copier: Copier::paced(spec.limits.pacing(self.now_ns)),
             jobs: Vec::new(),
             list: ShardSet::default(),
             own: ShardSet::default(),
             marked_to: None,
             shards_done: 0,
-            pace: Pace::new(spec.limits, self.now_ns),
             spec,
         });
         if is_up {
@@ -160,9 +164,9 @@ impl ImageIo {
         }
     }
 
-    /// Whether there is something to `pace`.
-    pub fn is_paced(&self) -> bool {
-        self.heal.is_some() || self.is_levelling()
+    /// Whether something goes on that `pace` drives.
+    pub fn wants_pace(&self) -> bool {
+        self.heal.is_some() || self.is_levelling() || self.is_scrubbing()
     }
 
     /// How far the heal under way is.

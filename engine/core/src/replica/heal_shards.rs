@@ -136,7 +136,7 @@ impl ImageIo {
                     return Ok(());
                 }
                 if let Some((shard, block)) = taken.rotten {
-                    self.event(Event::BadBlock { node, shard, block });
+                    self.found_rot(node, shard, block);
                 }
                 self.send_heal_orders();
                 if let Some(done) = taken.done {
@@ -229,11 +229,12 @@ impl ImageIo {
             match heal.stage {
                 Stage::Listing if idle => heal.stage = Stage::Copying,
                 Stage::Copying => {
-                    let at_once = match heal.copier.narrow {
+                    let pacing = &heal.copier.pacing;
+                    let at_once = match pacing.is_beside_clients() {
                         true => 1,
-                        false => heal.pace.limits.shards_at_once.max(1),
+                        false => heal.spec.limits.shards_at_once.max(1),
                     };
-                    if heal.jobs.len() >= at_once || heal.copier.held {
+                    if heal.jobs.len() >= at_once || pacing.is_held() {
                         return;
                     }
                     match heal.list.pop_first() {
@@ -493,6 +494,7 @@ impl ImageIo {
     /// Time has passed: what the rate allows goes on.
     pub fn pace(&mut self) {
         self.pace_levelling();
+        self.pace_scrub();
         self.refill_heal();
         let stamp = self.copy_stamp();
         if let Some(heal) = &mut self.heal {
@@ -505,14 +507,15 @@ impl ImageIo {
 
     /// Whether something waits until it may use some time again.
     pub(super) fn is_held(&self) -> bool {
-        self.heal.as_ref().is_some_and(|heal| heal.copier.held) || self.is_levelling_held()
+        self.heal.as_ref().is_some_and(|heal| heal.copier.pacing.is_held())
+            || self.is_levelling_held()
     }
 
     fn refill_heal(&mut self) {
         let (now_ns, asked_ns) = (self.now_ns, self.asked_ns);
         if let Some(heal) = &mut self.heal {
             let busy = !heal.asks.is_empty();
-            heal.pace.reckon(&mut heal.copier, busy, now_ns, asked_ns);
+            heal.copier.pacing.refill(now_ns, asked_ns, busy);
         }
     }
 }

@@ -4,6 +4,8 @@ use super::admission::Admission;
 use super::heal::{Heal, HealLimits};
 use super::level::Leveller;
 use super::locks::{BlockLocks, Range};
+use super::repair::Repairs;
+use super::scrub::Scrub;
 use super::shard_set::ShardSet;
 use super::{Event, Extent, Instance, IoError, NodeIndex, NodeMask, Outcome, Output, Token};
 use crate::content::Run;
@@ -99,6 +101,8 @@ pub(super) enum RequestKind {
     Zero,
     Status,
     Flush,
+    /// Ours: writes are paused while blocks are compared and copied.
+    Pause,
 }
 
 /// A client's request, or one of our own (`token` none).
@@ -136,8 +140,10 @@ pub(super) struct Part {
     pub waiting: NodeMask,
     /// Who of them was asked.
     pub sent: NodeMask,
-    /// Reads: who failed it. Flushes: see `marks`.
+    /// Reads: who failed it. Changes: who met rot where it would have to be merged, and has not made it.
     pub tried: NodeMask,
+    /// Times that it waited for a repair.
+    pub awaited: u8,
     /// Reads past the lease time: data is here, epochs are being confirmed.
     pub confirming: bool,
     /// Flushes: write marks at sending, by node, and the sequence that may be cleared after.
@@ -192,6 +198,8 @@ pub struct ImageIo {
     /// Flushes that wait until every node in sync is whole.
     pub(super) held_flushes: Vec<usize>,
     pub(super) heal: Option<Heal>,
+    pub(super) repairs: Repairs,
+    pub(super) scrub: Option<Scrub>,
     pub(super) bytes_since_flush: u64,
     pub(super) ticks_since_flush: u32,
     pub(super) store_told: bool,
@@ -247,6 +255,8 @@ impl ImageIo {
             leveller: Leveller::new(spec.levelling),
             held_flushes: Vec::new(),
             heal: None,
+            repairs: Repairs::default(),
+            scrub: None,
             bytes_since_flush: 0,
             ticks_since_flush: 0,
             store_told: true,
@@ -447,7 +457,8 @@ impl ImageIo {
         if let Some(token) = request.token {
             self.outputs.push_back(Output::Answer { token, outcome });
         }
-        let holds = matches!(request.kind, RequestKind::Write | RequestKind::Zero);
+        let holds =
+            matches!(request.kind, RequestKind::Write | RequestKind::Zero | RequestKind::Pause);
         // A request of no bytes holds nothing.
         if holds && request.length > 0 {
             let mut ready = Vec::new();

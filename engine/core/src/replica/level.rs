@@ -23,7 +23,6 @@ use super::compare::Comparison;
 use super::copier::{Copier, CopyAsk, CopyStamp};
 use super::heal::HealLimits;
 use super::image::{ImageIo, Part, Phase};
-use super::pace::Pace;
 use super::replies::BadReply;
 use super::shard_set::ShardSet;
 use super::{Event, NodeIndex, NodeMask};
@@ -88,7 +87,7 @@ pub(super) struct Leveller {
     /// Nodes that policy takes for not whole.
     told: NodeMask,
     shards_done: u64,
-    pace: Pace,
+    limits: HealLimits,
 }
 
 /// How far levelling is, for people.
@@ -107,7 +106,7 @@ impl Leveller {
             demanded: ShardSet::default(),
             cursor: 0,
             asks: Asks::new(0),
-            copier: Copier::default(),
+            copier: Copier::paced(limits.pacing(0)),
             jobs: Vec::new(),
             copied: Vec::new(),
             flushing: Vec::new(),
@@ -118,7 +117,7 @@ impl Leveller {
             resting: false,
             told: NodeMask::EMPTY,
             shards_done: 0,
-            pace: Pace::new(limits, 0),
+            limits,
         }
     }
 
@@ -145,7 +144,7 @@ impl ImageIo {
     }
 
     pub(super) fn is_levelling_held(&self) -> bool {
-        self.is_levelling() && self.leveller.copier.held
+        self.is_levelling() && self.leveller.copier.pacing.is_held()
     }
 
     /// Whether the last steps are under way, in which the nodes forget what was dirty.
@@ -317,7 +316,7 @@ impl ImageIo {
                     return Ok(());
                 }
                 if let Some((shard, block)) = taken.rotten {
-                    self.event(Event::BadBlock { node, shard, block });
+                    self.found_rot(node, shard, block);
                 }
                 self.send_level_orders();
                 if let Some(copy) = taken.done {
@@ -381,7 +380,7 @@ impl ImageIo {
         let (now_ns, asked_ns) = (self.now_ns, self.asked_ns);
         let leveller = &mut self.leveller;
         let busy = !leveller.asks.is_empty();
-        leveller.pace.reckon(&mut leveller.copier, busy, now_ns, asked_ns);
+        leveller.copier.pacing.refill(now_ns, asked_ns, busy);
     }
 
     /// A second has passed: what failed is tried again.
@@ -418,11 +417,12 @@ impl ImageIo {
             return true;
         }
         let urgent = !self.held_flushes.is_empty();
-        let at_once = match self.leveller.copier.narrow {
+        let pacing = &self.leveller.copier.pacing;
+        let at_once = match pacing.is_beside_clients() {
             true => 1,
-            false => self.leveller.pace.limits.shards_at_once.max(1),
+            false => self.leveller.limits.shards_at_once.max(1),
         };
-        if !urgent && (under_way >= at_once || self.leveller.copier.held) {
+        if !urgent && (under_way >= at_once || pacing.is_held()) {
             return false;
         }
         while let Some(shard) = self.leveller.unlevelled.next(self.leveller.cursor) {
@@ -548,6 +548,7 @@ impl ImageIo {
         again.sort_unstable();
         again.into_iter().for_each(|(_, id)| self.send_missing(id, up));
         self.dispatch_parked_reads();
+        self.repairs_of_level(&level);
     }
 
     /// Flushes that waited for nodes to be whole go on.

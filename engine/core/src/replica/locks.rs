@@ -1,6 +1,9 @@
 //! Which blocks have a change in flight. Writes hold their blocks, reads wait for them; who waits is let
-//! through in order of arrival, so that a wide write is never starved by narrow ones. Who copies a shard
-//! pauses the writes to it: none begins, those in flight go on.
+//! through in order of arrival, so that a wide write is never starved by narrow ones.
+//!
+//! Writes are kept out in two ways. Who copies blocks to a node that gets the writes too waits its turn, like
+//! a writer, until none is in flight (`Mode::Pause`). Who copies a shard to a node that gets none of them
+//! has no new one begin, and those in flight go on (`pause`).
 
 use crate::rules::{Rule, broken};
 use std::collections::{BTreeMap, VecDeque};
@@ -25,15 +28,17 @@ pub enum Mode {
     Read,
     /// Keeps everything else out.
     Write,
+    /// Keeps writes out, and waits for those in flight.
+    Pause,
 }
 
 impl Mode {
     fn excludes(self, other: Mode) -> bool {
-        (self, other) != (Mode::Read, Mode::Read)
+        !matches!((self, other), (Mode::Read, Mode::Read | Mode::Pause) | (Mode::Pause, Mode::Read))
     }
 
     fn holds(self) -> bool {
-        self == Mode::Write
+        self != Mode::Read
     }
 }
 
@@ -53,8 +58,8 @@ impl Waiter {
 /// The locks of one image. Held ranges never overlap.
 #[derive(Default)]
 pub struct BlockLocks {
-    /// End by first block, of writes.
-    held: BTreeMap<u64, u64>,
+    /// End and mode by first block.
+    held: BTreeMap<u64, (u64, Mode)>,
     waiting: VecDeque<Waiter>,
     /// Where no write begins.
     paused: Vec<Range>,
@@ -78,8 +83,19 @@ impl BlockLocks {
     /// Gives `range` back and appends to `ready` those who may go on now.
     pub fn release(&mut self, range: Range, ready: &mut Vec<usize>) {
         let held = self.held.remove(&range.first);
-        assert_eq!(held, Some(range.end), "a lock is released as it was taken");
+        assert_eq!(held.map(|(end, _)| end), Some(range.end), "a lock is released as it was taken");
         self.let_in(ready);
+    }
+
+    /// Gives up waiting, or what is held, as `id`, and appends to `ready` those who may go on now.
+    pub fn withdraw(&mut self, id: usize, range: Range, ready: &mut Vec<usize>) {
+        match self.waiting.iter().position(|waiter| waiter.id == id) {
+            Some(index) => {
+                self.waiting.remove(index);
+                self.let_in(ready);
+            }
+            None => self.release(range, ready),
+        }
     }
 
     /// No write to `range` begins from now on. Nothing is said of those in flight.
@@ -113,15 +129,17 @@ impl BlockLocks {
     }
 
     fn is_kept_out(&self, new: &Waiter) -> bool {
-        let before_end = self.held.range(..new.range.end).next_back();
-        before_end.is_some_and(|(_, end)| *end > new.range.first)
-            || new.mode.holds() && self.paused.iter().any(|paused| paused.overlaps(&new.range))
+        let before_end = self.held.range(..new.range.end).rev();
+        let mut overlapping = before_end.take_while(|(_, (end, _))| *end > new.range.first);
+        let paused = || self.paused.iter().any(|paused| paused.overlaps(&new.range));
+        overlapping.any(|(_, (_, mode))| mode.excludes(new.mode))
+            || new.mode == Mode::Write && paused()
     }
 
     fn hold(&mut self, new: &Waiter) {
         let Range { first, end } = new.range;
         assert!(first < end, "an empty range holds nothing");
-        let former = self.held.insert(first, end);
+        let former = self.held.insert(first, (end, new.mode));
         assert_eq!(former, None, "held ranges never overlap");
     }
 }
@@ -186,5 +204,36 @@ mod tests {
         locks.resume(range(0, 8), &mut ready);
         assert_eq!(ready, [3]);
         assert!(locks.paused.is_empty());
+    }
+
+    #[test]
+    fn who_pauses_in_turn_waits_for_writes_and_lets_reads_through() {
+        let mut locks = BlockLocks::default();
+        assert!(locks.enter(1, range(2, 3), Mode::Write));
+        assert!(!locks.enter(2, range(0, 8), Mode::Pause), "it waits for the write in flight");
+        assert!(locks.enter(3, range(4, 5), Mode::Read), "a read overtakes it");
+        assert!(!locks.enter(4, range(4, 5), Mode::Write), "a write does not");
+        let mut ready = Vec::new();
+        locks.release(range(2, 3), &mut ready);
+        assert_eq!(ready, [2]);
+        assert!(locks.enter(5, range(2, 3), Mode::Read));
+        ready.clear();
+        locks.release(range(0, 8), &mut ready);
+        assert_eq!(ready, [4]);
+    }
+
+    #[test]
+    fn who_withdraws_keeps_nobody_waiting() {
+        let mut locks = BlockLocks::default();
+        assert!(locks.enter(1, range(0, 1), Mode::Write));
+        assert!(!locks.enter(2, range(0, 8), Mode::Pause));
+        assert!(!locks.enter(3, range(7, 8), Mode::Write));
+        let mut ready = Vec::new();
+        locks.withdraw(2, range(0, 8), &mut ready);
+        assert_eq!(ready, [3]);
+        locks.release(range(0, 1), &mut ready);
+        assert!(locks.enter(4, range(0, 1), Mode::Pause));
+        locks.withdraw(4, range(0, 1), &mut ready);
+        assert!(locks.enter(5, range(0, 1), Mode::Write));
     }
 }

@@ -79,6 +79,8 @@ impl ImageIo {
             self.begin_levelling_again();
             self.go_on_levelling();
         }
+        self.repairs_without(node);
+        self.restart_scrub();
     }
 
     fn is_resuming(&self, node: NodeIndex) -> bool {
@@ -157,6 +159,9 @@ impl ImageIo {
             replica.state = ReplicaState::Joining { stored: false };
             let same = replica.served.is_some() && replica.served == replica.instance;
             replica.purpose = if resume && same { Purpose::Resume } else { Purpose::Level };
+            if replica.purpose == Purpose::Level {
+                self.ask_again(NodeMask::one(node));
+            }
             self.send_record(NodeMask::one(node));
         }
     }
@@ -262,6 +267,9 @@ impl ImageIo {
         unsent.sort_by_key(|(sequence, id)| (*sequence == 0, *sequence, *id));
         unsent.into_iter().for_each(|(_, id)| self.send_missing(id, nodes));
         self.dispatch_parked_reads();
+        self.repairs_have_hope();
+        self.restart_repairs();
+        self.restart_scrub();
     }
 
     /// The record of a new generation: who is in sync in each set from now on. Requests that waited
@@ -311,6 +319,8 @@ impl ImageIo {
         self.send_record_to_connected(storing.with(told));
         self.after_store();
         self.dispatch_parked_reads();
+        self.restart_repairs();
+        self.restart_scrub();
     }
 
     fn send_record_to_connected(&mut self, nodes: NodeMask) {

@@ -33,8 +33,10 @@ mod level;
 mod link;
 mod locks;
 mod membership;
-mod pace;
+mod pacing;
+mod repair;
 mod replies;
+mod scrub;
 mod shard_set;
 mod submit;
 #[cfg(test)]
@@ -44,6 +46,7 @@ pub use heal::{HealLimits, HealSpec, HealState};
 pub use image::{ImageIo, OpenSpec, Queues, SetSpec};
 pub use level::LevelState;
 pub use link::{Link, LinkEvent, LinkTarget};
+pub use scrub::{ScrubSpec, ScrubState};
 
 use crate::content::Run;
 use crate::geometry::ImageId;
@@ -146,8 +149,19 @@ pub enum Event {
     ReplicaBlocking { node: NodeIndex },
     /// A node in sync failed a request; it is asked again each second.
     ReplicaFailed { node: NodeIndex, status: Status },
-    /// A stored block was rotten on this node; the answer came from another.
-    BadBlock { node: NodeIndex, shard: u64, block: u32 },
+    /// Stored blocks are rotten on this node; another answers, and they are repaired from there. Told once
+    /// until that is over. `hidden`: they match their checksums, and are not what most others have.
+    BadBlock { node: NodeIndex, shard: u64, block: u32, blocks: u32, hidden: bool },
+    /// Blocks of a node are what the others have again, durably.
+    Repaired { node: NodeIndex, shard: u64, block: u32, blocks: u32 },
+    /// A shard's damaged metadata was rewritten by its node, from memory.
+    MetadataRepaired { node: NodeIndex, shard: u64 },
+    /// Replicas of blocks differ, all match their checksums, and nothing says which is right.
+    Undecided { nodes: NodeMask, shard: u64, block: u32, blocks: u32 },
+    /// A scrub is through (no status), or has ended early; `report` says how far it came.
+    ScrubEnded { status: Option<Status>, report: ScrubState },
+    /// A block is rotten on every node in sync: it can be read again when it was written as a whole.
+    Unrepairable { shard: u64, block: u32 },
     /// The nodes asked by `admit` are `Up`; of all that are, `levelling` are not whole: they are made
     /// level in so many shards, on demand and in the background.
     Admitted { levelling: NodeMask, shards: u64 },
@@ -166,6 +180,19 @@ pub enum Event {
     Fenced { node: NodeIndex, status: Status },
     /// `close` is done. Not `clean`: the next holder has to reconcile.
     Closed { clean: bool },
+}
+
+/// What became of the rot that was found in an image since it was opened.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RotState {
+    /// Blocks found bad, made good, and given up.
+    pub found: u64,
+    pub repaired: u64,
+    pub given_up: u64,
+    /// Repairs that wait or are under way.
+    pub waiting: u64,
+    /// Shard and block of what is rotten on every node in sync.
+    pub unrepairable: Vec<(u64, u32)>,
 }
 
 /// A record as a node holds it.

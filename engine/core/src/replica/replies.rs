@@ -29,9 +29,11 @@ impl ImageIo {
         if is_ask(frame.tag) {
             self.take_dirty(node, frame.clone())?;
             self.take_level(node, frame.clone())?;
+            self.take_repair(node, frame.clone())?;
+            self.take_scrub(node, frame.clone())?;
             return self.take_heal(node, frame);
         }
-        if self.is_held() {
+        if self.is_held() || self.is_scrub_held() {
             self.pace();
         }
         match frame.kind & !REPLY {
@@ -55,6 +57,10 @@ impl ImageIo {
         let Some(id) = self.part_of(frame.tag) else { return Ok(()) };
         if !self.parts[id].sent.has(node) {
             return Ok(());
+        }
+        let changes = matches!(self.parts[id].kind, RequestKind::Write | RequestKind::Zero);
+        if frame.status == Status::BadBlock && changes {
+            return self.cannot_merge(id, node, frame.head);
         }
         if frame.status != Status::Ok {
             self.failed(id, node, frame.status);
@@ -110,15 +116,19 @@ impl ImageIo {
             RequestKind::Read | RequestKind::Status => {
                 part.confirming && part.waiting.and(self.sets[part.set as usize].in_sync).is_empty()
             }
+            RequestKind::Pause => false,
         };
         if !counted {
             return;
         }
         let part = self.parts.remove(id);
         match part.kind {
-            RequestKind::Write | RequestKind::Zero => self.sequence_answered(part.sequence),
+            RequestKind::Write | RequestKind::Zero => {
+                self.sequence_answered(part.sequence);
+                self.overwritten(part.shard, part.offset, part.length);
+            }
             RequestKind::Flush => self.flush_done(part.clear_sequence),
-            RequestKind::Read | RequestKind::Status => {}
+            RequestKind::Read | RequestKind::Status | RequestKind::Pause => {}
         }
         self.part_done(part.request);
     }
@@ -162,7 +172,15 @@ impl ImageIo {
             return Ok(());
         }
         let good = match frame.status {
-            Status::Ok => self.read_content(id, frame)?,
+            Status::Ok => match self.read_content(id, frame)? {
+                None => true,
+                Some(index) => {
+                    let part = &self.parts[id];
+                    let (shard, block) = (part.shard, part.blocks().start + index);
+                    self.found_rot(node, shard, block);
+                    false
+                }
+            },
             Status::StaleEpoch | Status::StaleGeneration | Status::Deleted => {
                 self.parts[id].waiting = NodeMask::EMPTY;
                 self.fence(node, frame.status);
@@ -171,7 +189,10 @@ impl ImageIo {
             Status::BadBlock => {
                 let block = Fields(frame.head).u32().map_err(|_| BadReply("no block named"))?;
                 let shard = self.parts[id].shard;
-                self.event(Event::BadBlock { node, shard, block });
+                if !self.parts[id].blocks().contains(&block) {
+                    return Err(BadReply("a block that was not asked for"));
+                }
+                self.found_rot(node, shard, block);
                 false
             }
             status => {
@@ -193,8 +214,9 @@ impl ImageIo {
         Ok(())
     }
 
-    /// Puts a read part's answer into its request. False: a block did not match its checksum.
-    fn read_content(&mut self, id: usize, frame: Frame) -> Result<bool, BadReply> {
+    /// Puts a read part's answer into its request; or gives the index of a block that did not match its
+    /// checksum.
+    fn read_content(&mut self, id: usize, frame: Frame) -> Result<Option<u32>, BadReply> {
         let part = &self.parts[id];
         let mut blocks = Vec::new();
         take_blocks(frame.head, &mut blocks).map_err(|_| BadReply("malformed block list"))?;
@@ -207,27 +229,29 @@ impl ImageIo {
         if part.kind == RequestKind::Status {
             let extents = extents_of(&blocks, skip, part.length);
             self.requests[request].extents[position] = extents;
-            return Ok(true);
+            return Ok(None);
         }
-        if blocks.contains(&Block::Bad) {
-            return Ok(false);
+        if let Some(index) = blocks.iter().position(|block| *block == Block::Bad) {
+            return Ok(Some(index as u32));
         }
         let data_blocks = blocks.iter().filter(|block| block.is_data()).count();
         if frame.payload.len() != data_blocks * BLOCK_BYTES as usize {
             return Err(BadReply("payload and block list disagree"));
         }
-        let stored = blocks.iter().filter_map(|b| match b {
-            Block::Data(checksum) => Some(*checksum),
+        let stored = blocks.iter().enumerate().filter_map(|(index, block)| match block {
+            Block::Data(checksum) => Some((index as u32, *checksum)),
             _ => None,
         });
-        let intact = frame.payload.chunks_exact(BLOCK_BYTES as usize).zip(stored);
-        let good = |(data, checksum): (&[u8], u32)| crc32c(data) == checksum;
-        if !intact.into_iter().all(good) && !broken(Rule::ReadsAreVerified) {
-            return Ok(false);
+        let mut contents = frame.payload.chunks_exact(BLOCK_BYTES as usize).zip(stored);
+        let damaged = contents.find(|(data, (_, checksum))| crc32c(data) != *checksum);
+        if let Some((_, (index, _))) = damaged
+            && !broken(Rule::ReadsAreVerified)
+        {
+            return Ok(Some(index));
         }
         let runs = runs_of(&blocks, frame.payload, skip, part.length);
         self.requests[request].runs[position] = runs;
-        Ok(true)
+        Ok(None)
     }
 
     /// Past the lease time: a read is answered when every in-sync node has confirmed the epoch since.
@@ -266,6 +290,8 @@ impl ImageIo {
         self.leveller = Leveller::new(self.spec.levelling);
         self.held_flushes.clear();
         self.heal = None;
+        self.repairs = Default::default();
+        self.scrub = None;
         for request in self.requests.drain() {
             if let Some(token) = request.token {
                 let outcome = Outcome::Failed(IoError::Shutdown);
@@ -283,6 +309,8 @@ impl ImageIo {
         }
         // One that is settled may be taken in at this moment: nothing is answered that it lacks.
         self.fail_heal_unless_settled(Status::NoSession);
+        self.close_scrub();
+        self.close_repairs();
         self.phase = Phase::Closing;
         self.go_on_closing();
     }

@@ -116,6 +116,7 @@ impl ImageIo {
         }
         let mode = match kind {
             RequestKind::Write | RequestKind::Zero => Mode::Write,
+            RequestKind::Pause => Mode::Pause,
             RequestKind::Read | RequestKind::Status | RequestKind::Flush => Mode::Read,
         };
         if self.locks.enter(id, Self::block_range(offset, length), mode) {
@@ -127,8 +128,14 @@ impl ImageIo {
     pub(super) fn start(&mut self, id: usize) {
         let request = &self.requests[id];
         let (kind, length) = (request.kind, request.length);
-        if kind == RequestKind::Flush {
-            return self.start_flush(id);
+        match kind {
+            RequestKind::Flush => return self.start_flush(id),
+            RequestKind::Pause => {
+                let known = self.repair_paused(id) || self.scrub_paused(id);
+                assert!(known, "who pauses writes is known");
+                return;
+            }
+            _ => {}
         }
         if length == 0 {
             return self.finish_request(id);
@@ -211,6 +218,7 @@ impl ImageIo {
             waiting: wanted,
             sent: NodeMask::EMPTY,
             tried: NodeMask::EMPTY,
+            awaited: 0,
             confirming: false,
             marks: Vec::new(),
             clear_sequence: 0,
@@ -258,6 +266,7 @@ impl ImageIo {
         }
         let part = &mut self.parts[id];
         part.sent = part.sent.with(nodes);
+        part.tried = part.tried.without(nodes);
         let io = Io {
             shard: part.shard,
             offset: part.offset,
@@ -289,6 +298,9 @@ impl ImageIo {
                 return if !gated.is_empty() {
                     self.demand(shard)
                 };
+            }
+            if self.may_be_repaired(id) {
+                return;
             }
             // Every replica has failed it.
             self.parts.remove(id);
@@ -422,6 +434,8 @@ impl ImageIo {
             self.submit_own_flush();
         }
         self.send_unsent();
+        self.start_repairs();
+        self.retry_forgotten_reads();
     }
 
     /// Sends again what a replica that is up failed, or was not asked.
@@ -446,7 +460,7 @@ impl ImageIo {
             RequestKind::Read | RequestKind::Status if part.confirming => {
                 self.send_confirm(id, missing);
             }
-            RequestKind::Read | RequestKind::Status => {}
+            RequestKind::Read | RequestKind::Status | RequestKind::Pause => {}
         }
     }
 

@@ -193,7 +193,7 @@ impl World {
             self.tick_link(gateway, index, paused);
         }
         let images = &self.gateways[gateway].images;
-        let healing = images.iter().filter(|(_, image)| image.io.is_paced());
+        let healing = images.iter().filter(|(_, image)| image.io.wants_pace());
         let healing: Vec<u32> = healing.map(|(channel, _)| *channel).collect();
         for channel in healing {
             self.with_image(gateway, channel, ImageIo::pace);

@@ -61,7 +61,8 @@ impl ImageDirty {
     fn observe(&mut self, epoch: u64, generation: u64) {
         if generation > self.generation {
             self.generation = generation;
-            for entry in self.shards.values_mut() {
+            let counted = self.shards.values_mut().filter(|_| !broken(Rule::DirtyCountsAsNewer));
+            for entry in counted {
                 entry.generation = entry.generation.max(generation);
             }
         }
@@ -180,20 +181,6 @@ impl DirtyMaps {
         self.drop_where(image, |shard, entry| entry.sticky && wanted.binary_search(&shard).is_ok())
     }
 
-    /// A write to the shard failed on some node: only a heal or reconcile makes it level.
-    pub fn fail(&mut self, image: &ImageId, shard: u64) {
-        let map = self.images.entry(*image).or_default();
-        let generation = map.generation;
-        let entries = &mut self.entries;
-        let entry = map.shards.entry(shard).or_insert_with(|| {
-            *entries += 1;
-            let (last, first, settled) = (Tag::NONE, Tag::NONE, Tag::NONE);
-            let (written, layer, sticky) = (generation, 0, false);
-            DirtyEntry { last, first, settled, generation, written, layer, sticky }
-        });
-        entry.stick();
-    }
-
     /// A new instance of the store begins.
     pub fn all_sticky(&mut self) {
         let entries = self.images.values_mut().flat_map(|image| image.shards.values_mut());
@@ -223,7 +210,8 @@ impl DirtyMaps {
             map.shards.retain(|shard, entry| {
                 let keep = !gone(*shard, entry);
                 *entries -= usize::from(!keep);
-                if !keep && entry.generation > entry.written {
+                let leaves = !keep && entry.generation > entry.written;
+                if leaves && !broken(Rule::GenerationOutlivesEntry) {
                     let (layer, generation) = (entry.layer, entry.generation);
                     dropped.push(Dropped { shard: *shard, layer, generation });
                 }

@@ -33,6 +33,8 @@ pub trait DiskFile: Send + Sync {
     /// Fills the front of `room` from `offset` on, and says how many bytes; fewer than there is room
     /// for only at the file's end.
     fn read_into(&self, offset: u64, room: &mut [MaybeUninit<u8>]) -> DiskResult<usize>;
+    /// Has the next read of the range come from the device, where the kernel can do that: a hint.
+    fn forget_cached(&self, _offset: u64, _length: u64) {}
     /// Writes all slices one after the other, beginning at `offset`. The slices may be consumed.
     fn write_at(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> DiskResult<()>;
     /// Makes everything written, punched and allocated before the call durable (not the file's

@@ -29,6 +29,7 @@ mod read;
 pub mod real;
 mod record;
 mod recovery;
+mod scrub;
 mod shard_file;
 #[cfg(any(test, feature = "simulation"))]
 pub mod simulated;
@@ -60,7 +61,10 @@ pub use read::{BlockSummary, Placed, ReadBuffer, ShardSummary};
 pub use record::CopyBlock;
 use record::{HEADER_BYTES, Header, Kind};
 pub use recovery::Recovery;
+pub use scrub::Scrubbed;
 use shard_file::ShardMeta;
+#[cfg(test)]
+pub(crate) use shard_file::shard_path;
 use state::State;
 use superblock::Superblock;
 pub use sync::{SyncDone, SyncJob};

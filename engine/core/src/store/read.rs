@@ -35,6 +35,21 @@ pub struct Found {
     crc: u32,
 }
 
+impl Found {
+    pub(super) fn state(&self) -> BlockState {
+        self.state
+    }
+
+    /// Of data: the checksum that it should have.
+    pub(super) fn crc(&self) -> u32 {
+        self.crc
+    }
+
+    pub(super) fn is_in_file(&self) -> bool {
+        matches!(self.source, Source::File(_))
+    }
+}
+
 const NOT_FOUND: Found =
     Found { state: BlockState::Absent, source: Source::Nowhere, layer: 0, crc: 0 };
 
@@ -157,7 +172,7 @@ impl Store {
     }
 
     /// Fills `found` with where each block is, appending the batch where one is only staged.
-    fn look_up(
+    pub(super) fn look_up(
         &mut self,
         image: &ImageId,
         layers: &[LayerId],
@@ -251,7 +266,7 @@ impl Store {
     }
 
     /// The file and offset of a data block.
-    fn source_of(
+    pub(super) fn source_of(
         &mut self,
         image: &ImageId,
         shard: u64,
@@ -275,7 +290,7 @@ impl Store {
     }
 
     /// The shard's file, kept open; `None` where there is none.
-    fn shard_file(&mut self, key: &ShardKey) -> Result<Option<FileRef>, StoreError> {
+    pub(super) fn shard_file(&mut self, key: &ShardKey) -> Result<Option<FileRef>, StoreError> {
         if let Some(file) = self.files.get(key) {
             return Ok(Some(Arc::clone(file)));
         }
@@ -316,7 +331,7 @@ impl Store {
 }
 
 /// How many of the blocks lie one after the other in one file, from the first one on.
-fn run_length(found: &[Found]) -> usize {
+pub(super) fn run_length(found: &[Found]) -> usize {
     let follows = |pair: &[Found]| {
         pair[1].state == BlockState::Data
             && match (pair[0].source, pair[1].source) {

@@ -2,13 +2,15 @@
 
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
 use rustix::fs::{
-    AtFlags, CWD, Dir, FallocateFlags, FlockOperation, Mode, OFlags, fallocate, fdatasync, flock,
-    fstat, fstatvfs, fsync, ftruncate, mkdirat, openat, renameat, syncfs, unlinkat,
+    Advice, AtFlags, CWD, Dir, FallocateFlags, FlockOperation, Mode, OFlags, fadvise, fallocate,
+    fdatasync, flock, fstat, fstatvfs, fsync, ftruncate, mkdirat, openat, renameat, syncfs,
+    unlinkat,
 };
 use rustix::io::{Errno, pread, pwritev};
 
@@ -83,6 +85,11 @@ impl DiskFile for RealFile {
 
     fn length(&self) -> DiskResult<u64> {
         Ok(fstat(&self.fd)?.st_size as u64)
+    }
+
+    fn forget_cached(&self, offset: u64, length: u64) {
+        // Where that fails the kernel's copy is read, which is no worse than any other read.
+        let _ = fadvise(&self.fd, offset, NonZeroU64::new(length), Advice::DontNeed);
     }
 
     fn allocated_bytes(&self) -> DiskResult<u64> {

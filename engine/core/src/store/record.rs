@@ -29,7 +29,6 @@ pub enum Kind {
     Image = 5,
     Clear = 6,
     Level = 7,
-    Failed = 8,
     Flush = 9,
     Delete = 10,
     Observe = 11,
@@ -37,8 +36,8 @@ pub enum Kind {
 
 impl Kind {
     fn from_u8(value: u8) -> Option<Kind> {
-        use Kind::{Clear, Copy, Delete, Failed, Flush, Head, Image, Level, Observe, Write, Zero};
-        let all = [Head, Write, Zero, Copy, Image, Clear, Level, Failed, Flush, Delete, Observe];
+        use Kind::{Clear, Copy, Delete, Flush, Head, Image, Level, Observe, Write, Zero};
+        let all = [Head, Write, Zero, Copy, Image, Clear, Level, Flush, Delete, Observe];
         all.into_iter().find(|kind| *kind as u8 == value)
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Replay stops at the first record that is not valid, not next in number, or of an older instance
 //! than the one before it. If anything proves that this record had been synced, the log is damaged:
-//! that is reported (`Recovery::damaged`), and stays reported until `Store::acknowledge_damage`.
+//! that is reported (`Recovery::damaged`), at every later start too.
 
 use std::collections::{HashSet, VecDeque};
 use std::io::IoSlice;
@@ -172,15 +172,6 @@ impl Store {
             store.roll()?;
         }
         Ok((store, recovery))
-    }
-
-    /// The caller has made durable that everything here is stale: the damage is dealt with.
-    pub fn acknowledge_damage(&mut self) -> Result<(), StoreError> {
-        self.check()?;
-        let superblock = Superblock { damaged: false, ..self.superblock.clone() };
-        superblock.save(&*self.disk)?;
-        self.superblock = superblock;
-        Ok(())
     }
 }
 

@@ -97,19 +97,6 @@ impl Store {
         Ok(())
     }
 
-    /// A write to the shard failed on some node: its entry stays until healed or reconciled.
-    /// On `LogFull` the entry is sticky in memory all the same; retry before any clear.
-    pub fn mark_failed(&mut self, image: ImageId, shard: u64) -> Result<(), StoreError> {
-        self.check()?;
-        self.state.images.require(&image)?;
-        self.check_dirty_room(&image, shard)?;
-        self.state.dirty.fail(&image, shard);
-        let mut header = Header::new(Kind::Failed, image);
-        header.key.shard = shard;
-        self.stage_small(header, &[], Class::Small)?;
-        Ok(())
-    }
-
     /// Deletes the image for ever (durable at the next sync); its files go with a later checkpoint.
     /// An image that is not known here is deleted too: it will never be accepted.
     pub fn delete(&mut self, image: ImageId) -> Result<(), StoreError> {

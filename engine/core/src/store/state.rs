@@ -173,7 +173,6 @@ impl State {
                     extra.chunks(8).map(|bytes| Reader::new(bytes).u64()).collect();
                 self.apply_level(&image, &shards?, place);
             }
-            Kind::Failed => self.dirty.fail(&image, header.key.shard),
             Kind::Flush => self.flush_number = self.flush_number.max(reader.u64()?),
             Kind::Delete => self.apply_delete(&image),
             Kind::Observe => {

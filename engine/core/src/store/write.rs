@@ -7,6 +7,7 @@ use bytes::{Bytes, BytesMut};
 
 use crate::checksum::crc32c;
 use crate::geometry::{BLOCK_BYTES, ImageId, ShardKey, blocks_touched};
+use crate::rules::{Rule, broken};
 
 use super::log::Class;
 use super::record::{COPY_EXTRA, CopyBlock, HEADER_BYTES, Header, Kind, WRITE_EXTRA, encode_copy};
@@ -186,7 +187,8 @@ impl Store {
     fn holds_nothing(&mut self, op: &WriteOp<'_>, shard_bytes: u32) -> Result<bool, StoreError> {
         let key = op.key();
         let fresh = op.layers.len() == 1 && self.state.index.get(&key).is_none();
-        Ok(fresh && self.meta(&key, shard_bytes)?.version == 0)
+        let meta = self.meta(&key, shard_bytes)?;
+        Ok(fresh && meta.version == 0 && !meta.rewrite_both)
     }
 
     /// Whether the change may be made at all; gives the shard size.
@@ -196,7 +198,7 @@ impl Store {
         if op.layers.is_empty() {
             return Err(StoreError::OutOfRange);
         }
-        if op.stamp.epoch < head.epoch {
+        if op.stamp.epoch < head.epoch && !broken(Rule::EpochIsCurrent) {
             return Err(StoreError::EpochLower { stored: Box::new(*head) });
         }
         Ok(head.shard_bytes)
@@ -219,7 +221,8 @@ impl Store {
         if bytes > self.log.request_bytes_max() {
             return Err(StoreError::TooLarge);
         }
-        let longest = HEADER_BYTES + per_record as usize * (BLOCK + COPY_EXTRA);
+        // None is longer than all of them together: copies are mostly of blocks without data.
+        let longest = (HEADER_BYTES + per_record as usize * (BLOCK + COPY_EXTRA)).min(bytes);
         let head = self.head_bytes();
         let room = self.log.has_room(bytes, records, longest, head);
         if room { Ok(()) } else { Err(StoreError::LogFull) }

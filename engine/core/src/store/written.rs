@@ -117,7 +117,8 @@ impl Store {
     fn generation_in_file(&mut self, key: &ShardKey, shard_bytes: u32) -> DiskResult<Option<u64>> {
         if let Some(meta) = self.metas.get(key) {
             // Damaged metadata has a version and no generation.
-            return Ok((meta.generation > 0 || meta.version == 0).then_some(meta.generation));
+            let known = meta.generation > 0 || meta.version == 0 && !meta.rewrite_both;
+            return Ok(known.then_some(meta.generation));
         }
         let file = self.disk.open(&shard_path(key))?;
         read_generation(&*file, key, shard_bytes)

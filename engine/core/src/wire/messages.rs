@@ -452,7 +452,7 @@ fn take_tag(f: &mut Fields) -> Result<Tag, Short> {
     Ok(Tag { epoch: f.u64()?, sequence: f.u64()? })
 }
 
-/// SUMMARY and FETCH: blocks of one shard of one layer.
+/// SUMMARY, FETCH and SCRUB: blocks of one shard of one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShardRange {
     pub epoch: u64,
@@ -614,5 +614,41 @@ impl Head for WrittenReply {
         let next = (f.u32()?, f.u64()?);
         let next = more.then_some(next);
         Ok(WrittenReply { next, shards: f.list(8, Fields::u64)? })
+    }
+}
+
+/// Most blocks of one SCRUB.
+pub const SCRUB_BLOCKS_MAX: usize = 256;
+
+/// Answer to SCRUB: what was read, and what of it is rotten.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ScrubReply {
+    /// The shard's metadata was damaged, and is whole again.
+    pub metadata_rewritten: bool,
+    pub data_blocks: u32,
+    /// BLAKE3 of states and content.
+    pub digest: [u8; 32],
+    /// Block indexes within the shard, ascending.
+    pub rotten: Vec<u32>,
+}
+
+impl Head for ScrubReply {
+    fn put(&self, out: &mut BytesMut) {
+        out.put_u8(u8::from(self.metadata_rewritten));
+        out.put_u32_le(self.data_blocks);
+        out.put_slice(&self.digest);
+        put_list(out, &self.rotten, |out, block| out.put_u32_le(*block));
+    }
+    fn take_fields(f: &mut Fields) -> Result<Self, Short> {
+        let reply = ScrubReply {
+            metadata_rewritten: f.u8()? != 0,
+            data_blocks: f.u32()?,
+            digest: f.array()?,
+            rotten: f.list(4, Fields::u32)?,
+        };
+        if reply.rotten.len() > SCRUB_BLOCKS_MAX || !reply.rotten.is_sorted_by(|a, b| a < b) {
+            return Err(Short);
+        }
+        Ok(reply)
     }
 }

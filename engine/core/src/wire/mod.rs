@@ -50,6 +50,7 @@ pub mod kind {
     pub const COPY: u8 = 35;
     pub const LEVEL: u8 = 36;
     pub const WRITTEN: u8 = 37;
+    pub const SCRUB: u8 = 38;
 }
 
 /// Flag bits of requests.

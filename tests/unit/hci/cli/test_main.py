@@ -218,6 +218,7 @@ def test_nodes_that_do_not_answer_are_listed_as_down(hci: Run, etcd: MemoryEtcd)
     ]
     assert set(nodes[0]) == {
         *("name", "state", "address", "zone", "data_dir", "capacity_bytes", "used_bytes"),
+        "unknown_bytes",
     }
 
 

@@ -6,9 +6,10 @@ use super::policy::{Policy, QUORUM, Stored, digest};
 use crate::content::Run;
 use crate::geometry::{BLOCK_BYTES, Geometry, ImageId};
 use crate::replica::{
-    Event, HealLimits, ImageIo, Instance, NodeIndex, NodeMask, OpenSpec, Outcome, Output, SetSpec,
-    Token,
+    Event, HealLimits, ImageIo, Instance, NodeIndex, NodeMask, OpenSpec, Outcome, Output,
+    ScrubSpec, ScrubState, SetSpec, Token,
 };
+use crate::simulation::LogSize;
 use crate::store::simulated::Seeded;
 use crate::wire::{Frame, FrameReader, flag};
 use bytes::{Bytes, BytesMut};
@@ -32,7 +33,12 @@ pub enum Faults {
     GuardedPowerCuts,
     /// Power is cut anywhere: every flushed write survives.
     PowerCuts,
+    /// Shard files of one node rot, which is also cut off and killed; everything that is asked is answered.
+    Rot,
 }
+
+/// The node that rots, from which everything is read.
+pub const ROTTING: usize = 0;
 
 #[derive(Default)]
 struct SimLink {
@@ -72,7 +78,11 @@ pub struct Cluster {
     healed: u64,
 }
 
-fn spec(record: Stored) -> OpenSpec {
+fn rots(faults: Faults) -> NodeMask {
+    if faults == Faults::Rot { NodeMask::one(ROTTING as NodeIndex) } else { NodeMask::EMPTY }
+}
+
+fn spec(record: Stored, faults: Faults) -> OpenSpec {
     let geometry = Geometry {
         size_bytes: 2 * REGIONS as u64 * u64::from(SHARD_BYTES),
         shard_bytes: SHARD_BYTES,
@@ -91,13 +101,23 @@ fn spec(record: Stored) -> OpenSpec {
         body: Bytes::new(),
         nodes: (1..=NODES).map(|number| format!("node{number}")).collect(),
         sets: vec![SetSpec { members: NodeMask((1 << NODES) - 1), in_sync: record.in_sync }],
-        local: None,
+        local: rots(faults).first(),
         levelling: HealLimits { bytes_per_second: 0, shards_at_once: 1, share_percent: 100 },
     }
 }
 
 impl Cluster {
     pub fn new(seed: u64, faults: Faults) -> Cluster {
+        Cluster::with_log(seed, faults, LogSize::default())
+    }
+
+    /// One whose logs take a whole shard at once.
+    pub fn roomy(seed: u64, faults: Faults) -> Cluster {
+        let log = LogSize { log_bytes: 32 << 20, segment_bytes: 4 << 20 };
+        Cluster::with_log(seed, faults, log)
+    }
+
+    fn with_log(seed: u64, faults: Faults, log: LogSize) -> Cluster {
         let in_sync = NodeMask((1 << NODES) - 1);
         let record = Stored { epoch: 1, generation: 1, in_sync, since: [0; 8] };
         let mut cluster = Cluster {
@@ -105,11 +125,11 @@ impl Cluster {
             now: 1,
             faults,
             calm: [1, 3, 10, 30, 90][(seed % 5) as usize],
-            nodes: (0..NODES).map(SimNode::new).collect(),
+            nodes: (0..NODES).map(|node| SimNode::new(node, log)).collect(),
             links: (0..NODES).map(|_| SimLink::default()).collect(),
             connections: 0,
-            io: ImageIo::new(spec(record)),
-            policy: Policy::new(record, NODES),
+            io: ImageIo::new(spec(record, faults)),
+            policy: Policy::new(record, NODES, rots(faults)),
             events: VecDeque::new(),
             oracle: Oracle::new(SECTORS, faults == Faults::PowerCuts),
             asked: HashMap::new(),
@@ -189,6 +209,8 @@ impl Cluster {
             let idle = self.events.is_empty()
                 && self.policy.proposal.is_none()
                 && self.io.requests_in_flight() == 0
+                && self.io.rot_state().waiting == 0
+                && !self.io.is_scrubbing()
                 && self.nodes.iter().all(SimNode::is_idle)
                 && self.links.iter().all(|l| l.to_node.is_empty() && l.late.is_empty());
             let whole = self.policy.all_up() && self.policy.record.in_sync.0 == (1 << NODES) - 1;
@@ -252,8 +274,9 @@ impl Cluster {
         self.carry_out();
     }
 
-    fn tick(&mut self) {
+    pub fn tick(&mut self) {
         self.io.tick();
+        self.io.pace();
         self.carry_out();
     }
 
@@ -402,11 +425,39 @@ impl Cluster {
     }
 
     fn misfortune(&mut self, node: usize) {
+        if self.faults == Faults::Rot {
+            return match self.random.below(20) {
+                0..13 => self.rot(),
+                13..15 => self.scrub(),
+                15..17 => self.cut(ROTTING),
+                17..19 => self.restart_node(ROTTING, false),
+                _ => self.restart_gateway(),
+            };
+        }
         match self.random.below(20) {
             0..8 => self.cut(node),
             8..18 => self.restart(node),
             _ => self.restart_gateway(),
         }
+    }
+
+    pub fn scrub(&mut self) {
+        let (bytes_per_second, share_percent) = (0, 100);
+        let spec = ScrubSpec { attempt: 1, from_shard: 0, bytes_per_second, share_percent };
+        self.io.scrub(spec);
+        self.carry_out();
+    }
+
+    /// A byte of a shard file flips: of a block that is used, or of its metadata.
+    pub fn rot(&mut self) {
+        let shard = self.random.below(2 * REGIONS as u64);
+        let last = u64::from(SHARD_BYTES - 2 * BLOCK_BYTES);
+        let offset = match self.random.below(4) {
+            0 => u64::from(SHARD_BYTES) + self.random.below(10 << 10),
+            _ if shard.is_multiple_of(2) => last + self.random.below(2 * u64::from(BLOCK_BYTES)),
+            _ => self.random.below(2 * u64::from(BLOCK_BYTES)),
+        };
+        self.nodes[ROTTING].rot(shard, offset);
     }
 
     fn restart(&mut self, node: usize) {
@@ -418,7 +469,7 @@ impl Cluster {
         let guarded = others(self.policy.record.in_sync)
             && self.policy.proposal.is_none_or(|proposal| others(proposal.in_sync));
         let power = match self.faults {
-            Faults::Kills => false,
+            Faults::Kills | Faults::Rot => false,
             Faults::GuardedPowerCuts => guarded && self.random.chance(50),
             Faults::PowerCuts => self.random.chance(50),
         };
@@ -437,7 +488,7 @@ impl Cluster {
     /// A node comes back with a disk that is empty.
     pub fn replace_disk(&mut self, node: usize) {
         self.restart_node(node, false);
-        self.nodes[node] = SimNode::new(node);
+        self.nodes[node] = SimNode::new(node, LogSize::default());
     }
 
     /// The holder dies; another opens the image.
@@ -455,8 +506,8 @@ impl Cluster {
         }
         record.epoch += 1;
         self.healed += self.policy.healed;
-        self.io = ImageIo::new(spec(record));
-        self.policy = Policy::new(record, NODES);
+        self.io = ImageIo::new(spec(record, self.faults));
+        self.policy = Policy::new(record, NODES, rots(self.faults));
         self.events.clear();
         self.asked.clear();
         self.oracle.gateway_gone();
@@ -465,6 +516,37 @@ impl Cluster {
     }
 
     // The end
+
+    /// Reads everything from the node that rots, until what is rotten there is repaired.
+    pub fn find_rot(&mut self) {
+        for _ in 0..2 * REGION_SECTORS {
+            let found = self.io.rot_state().found;
+            self.read_everything();
+            self.settle();
+            if self.io.rot_state().found == found {
+                break;
+            }
+        }
+        self.check_rot();
+    }
+
+    /// Scrubs everything; gives what that found.
+    pub fn scrub_all(&mut self) -> ScrubState {
+        self.settle();
+        self.policy.scrubbed = None;
+        self.scrub();
+        while self.policy.scrubbed.is_none() {
+            self.step(false);
+        }
+        self.settle();
+        self.check_rot();
+        self.policy.scrubbed.take().expect("it is through")
+    }
+
+    fn check_rot(&self) {
+        let rot = self.io.rot_state();
+        assert_eq!((rot.waiting, rot.given_up), (0, 0), "{rot:?}");
+    }
 
     /// Stale nodes that were taken in, by any holder.
     pub fn healed(&self) -> u64 {

@@ -7,4 +7,5 @@ mod levels;
 mod node;
 mod oracle;
 mod policy;
+mod rot;
 mod scripted;

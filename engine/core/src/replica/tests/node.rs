@@ -4,7 +4,7 @@ use crate::checksum::crc32c;
 use crate::geometry::{BLOCK_BYTES, ImageId, ShardKey, Tag};
 use crate::replica::Instance;
 use crate::simulation;
-use crate::store::{BlockState, CopyBlock};
+use crate::store::{BlockState, CopyBlock, shard_path};
 use crate::wire::Frame;
 use bytes::Bytes;
 
@@ -13,9 +13,9 @@ pub struct SimNode {
 }
 
 impl SimNode {
-    pub fn new(index: usize) -> SimNode {
+    pub fn new(index: usize, log: simulation::LogSize) -> SimNode {
         let name = format!("node{}", index + 1);
-        let mut inner = simulation::SimNode::new(&name, Default::default());
+        let mut inner = simulation::SimNode::new(&name, log);
         inner.start().expect("the store opens");
         SimNode { inner }
     }
@@ -52,6 +52,12 @@ impl SimNode {
         store.append().expect("the log takes a batch");
     }
 
+    /// A byte of a shard's file flips, if it has that many.
+    pub fn rot(&mut self, shard: u64, offset: u64) {
+        let image = ImageId([0xA1; 16]);
+        self.inner.disk.corrupt(&shard_path(&ShardKey { image, layer: 1, shard }), offset);
+    }
+
     /// Takes the next frame of a connection; false: the connection waits for room in the log.
     pub fn takes(&self, connection: u64) -> bool {
         self.seen().takes(connection)
@@ -79,6 +85,14 @@ impl SimNode {
         self.run().begin_checkpoint(parked).expect("it begins");
         for (connection, frame) in self.run().finish_checkpoint().expect("a checkpoint succeeds") {
             self.take(connection, frame);
+        }
+    }
+
+    /// Everything goes from the log to files.
+    pub fn checkpoint_all(&mut self) {
+        let store = &mut self.run().store;
+        if let Some(job) = store.begin_checkpoint(true).expect("it begins") {
+            store.finish_checkpoint(job.run()).expect("a checkpoint succeeds");
         }
     }
 

@@ -1,7 +1,9 @@
 //! A policy that is just enough to run histories: the rules of `vmstore/holder.py`, of which this is
 //! no copy: no grace, no disks to judge, one replica set.
 
-use crate::replica::{Event, HealLimits, HealSpec, ImageIo, Instance, NodeIndex, NodeMask};
+use crate::replica::{
+    Event, HealLimits, HealSpec, ImageIo, Instance, NodeIndex, NodeMask, ScrubState,
+};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Standing {
@@ -48,6 +50,10 @@ pub struct Policy {
     attempts: u64,
     /// Stale nodes that were taken in.
     pub healed: u64,
+    /// Nodes on whose disks something may rot.
+    pub rots: NodeMask,
+    /// What the last scrub found that was through.
+    pub scrubbed: Option<ScrubState>,
 }
 
 pub const QUORUM: u32 = 2;
@@ -57,7 +63,7 @@ pub fn digest(generation: u64, in_sync: NodeMask) -> [u8; 32] {
 }
 
 impl Policy {
-    pub fn new(record: Stored, nodes: usize) -> Policy {
+    pub fn new(record: Stored, nodes: usize, rots: NodeMask) -> Policy {
         Policy {
             record,
             proposal: None,
@@ -71,6 +77,8 @@ impl Policy {
             heal: None,
             attempts: 0,
             healed: 0,
+            rots,
+            scrubbed: None,
         }
     }
 
@@ -126,7 +134,17 @@ impl Policy {
             }
             Event::ReplicaFailed { node, status } => panic!("node {node} fails: {status:?}"),
             Event::Fenced { node, status } => panic!("node {node} fences us: {status:?}"),
-            Event::BadBlock { .. } => panic!("nothing rots here"),
+            Event::BadBlock { node, .. } => {
+                assert!(self.rots.has(node), "nothing rots here");
+            }
+            Event::Repaired { node, .. } => assert!(self.rots.has(node), "nothing rots here"),
+            Event::MetadataRepaired { node, .. } => {
+                assert!(self.rots.has(node), "nothing rots here");
+            }
+            Event::Unrepairable { .. } => panic!("others have it"),
+            Event::Undecided { .. } => panic!("the majority is right"),
+            Event::ScrubEnded { status: None, report } => self.scrubbed = Some(report),
+            Event::ScrubEnded { .. } => {}
         }
         self.go_on(io);
     }

@@ -54,7 +54,7 @@ fn clear_drops_what_was_last_written_by_then_and_nothing_sticky() {
     let mut rig = Rig::new();
     (0..4).for_each(|shard| rig.fill(shard, 0, 1, 1));
     rig.fill(1, 5, 1, 2);
-    rig.store.mark_failed(IMAGE, 2).expect("mark");
+    rig.fill(2, 6, 1, 2);
     rig.store.clear(IMAGE, tag(1, 4), &[("node2".to_owned(), 9)]).expect("clear");
     assert_eq!(rig.dirty(), [1, 2]);
     rig.sync();

@@ -7,4 +7,5 @@ mod model;
 mod read_write;
 mod rig;
 mod rot;
+mod scrub;
 mod written;

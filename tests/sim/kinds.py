@@ -1,0 +1,144 @@
+"""The kinds of random histories: what befalls a cluster, and how often one thing or another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.sim.cluster import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What befalls a cluster, and how often one thing rather than another."""
+
+    name: str
+    faults: dict[str, int]
+    shapes: tuple[Shape, ...] = (
+        Shape(),
+        Shape(nodes=4, gateways=3, replica_sets=2),
+        Shape(nodes=5, gateways=2, replica_sets=3, shards=4),
+    )
+    sparse: bool = False
+    """Guests write seldom, and flush almost never."""
+    may_stall: bool = False
+    """It may end with writes that wait for a heal, or for a person."""
+
+
+SMALL_LOG = Shape(log_bytes=512 << 10)
+"""Soon full: checkpoints put the data into shard files all the time."""
+
+PAIRS = (
+    Shape(nodes=2, arbiter=True),
+    Shape(nodes=3, gateways=3, replica_sets=3, arbiter=True),
+)
+
+HEALING = (
+    Shape(),
+    Shape(shards=12),
+    Shape(nodes=5, gateways=2, replica_sets=3, shards=8),
+    Shape(nodes=2, arbiter=True),
+)
+
+SPARSE = (
+    Shape(shards=24),
+    Shape(nodes=2, shards=24, arbiter=True),
+)
+"""So many shards that a heal's list has few of them."""
+
+KINDS = (
+    Kind("kills", {"kill_node": 6, "kill_gateway": 3, "crash_node": 2, "reset": 3}),
+    Kind(
+        "power",
+        {"cut_node": 5, "cut_all": 2, "crash_node": 3, "cut_host": 2, "kill_gateway": 1,
+         "interrupt_admission": 3},
+    ),
+    Kind(
+        "network",
+        {"partition": 5, "isolate": 3, "reset": 4, "slow_path": 3, "kill_node": 1, "pause_node": 2},
+    ),
+    Kind(
+        "holders",
+        {"pause_gateway": 5, "second": 4, "cut_host": 2, "kill_gateway": 2, "cut_etcd": 3,
+         "partition": 2, "split": 14},
+        # Blocks beside those that are waited for, or a holder that is cut off reads nothing more.
+        (Shape(shards=16), Shape(shards=8), Shape(nodes=4, gateways=3, replica_sets=2, shards=8)),
+    ),
+    Kind(
+        "etcd",
+        {"etcd_down": 4, "cut_etcd": 4, "slow_etcd": 2, "kill_node": 4, "kill_gateway": 2,
+         "second": 1},
+    ),
+    Kind(
+        "disks",
+        {"slow_disk": 3, "full_disk": 3, "fail_sync": 2, "crash_node": 3, "cut_node": 2,
+         "kill_gateway": 1},
+    ),
+    Kind(
+        "rot",
+        {"rot": 8, "kill_node": 4, "cut_node": 2, "kill_gateway": 2, "cut_host": 1},
+        (SMALL_LOG,),
+        # Part of a rotten block cannot be written before it is repaired, which is not built.
+        may_stall=True,
+    ),
+    Kind(
+        "swapped",
+        {"snapshot": 6, "roll_back": 6, "kill_node": 2, "kill_gateway": 3, "cut_node": 1},
+        # One of two nodes in sync is not believed any more: its set waits, and cannot be healed.
+        may_stall=True,
+    ),
+    Kind(
+        "restored",
+        {"back_up": 4, "restore_etcd": 3, "second": 3, "cut_host": 2, "kill_gateway": 3,
+         "kill_node": 4, "pause_gateway": 2},
+        may_stall=True,
+    ),
+    Kind(
+        "everything",
+        {"kill_node": 4, "cut_node": 3, "cut_all": 1, "crash_node": 2, "pause_node": 2,
+         "kill_gateway": 2, "cut_host": 1, "pause_gateway": 2, "second": 2, "partition": 3,
+         "isolate": 2, "reset": 3, "slow_path": 2, "etcd_down": 2, "cut_etcd": 2, "slow_etcd": 1,
+         "slow_disk": 1, "full_disk": 1, "fail_sync": 1},
+    ),
+    Kind(
+        "heals",
+        {"interrupt_heal": 6, "interrupt_end_of_heal": 4, "leave_behind": 2, "guests_leave": 3,
+         "second": 1, "kill_node": 1, "reset": 1, "full_disk": 1, "slow_path": 1,
+         "slow_etcd": 1},
+        HEALING,
+    ),
+    Kind(
+        "missed",
+        {"lose_with_write": 5, "slow_listing": 5, "lose_sources": 3},
+        SPARSE,
+        sparse=True,
+    ),
+    Kind("vanishing", {"vanish": 5, "reset": 1, "slow_path": 2}),
+    Kind(
+        "late",
+        {"late_frames": 6, "reset": 2, "slow_path": 2, "kill_gateway": 1, "partition": 1},
+    ),
+    Kind(
+        "pairs",
+        {"lose_in_order": 5, "kill_node": 3, "cut_node": 2, "leave_behind": 2, "crash_node": 1,
+         "kill_arbiter": 2, "cut_arbiter": 1, "crash_arbiter": 1, "pause_arbiter": 1,
+         "cut_to_arbiter": 3, "slow_arbiter": 2, "cut_arbiter_from_etcd": 1, "etcd_down": 2,
+         "cut_etcd": 2, "kill_gateway": 2, "pause_gateway": 1, "cut_host": 1, "partition": 2,
+         "split": 2, "second": 2},
+        PAIRS,
+    ),
+    Kind(
+        "arbiters",
+        {"empty_arbiter": 3, "snapshot_arbiter": 4, "roll_back_arbiter": 4, "replace_arbiter": 1,
+         "crash_arbiter": 2, "cut_arbiter": 2, "lose_in_order": 3, "interrupt_heal": 3,
+         "leave_behind": 3, "kill_node": 3, "kill_gateway": 3, "cut_to_arbiter": 1, "second": 1,
+         "guests_leave": 1},
+        PAIRS,
+    ),
+    Kind(
+        "pairs restored",
+        {"back_up": 4, "restore_etcd": 3, "leave_behind": 4, "kill_node": 3, "cut_host": 2,
+         "kill_gateway": 3, "kill_arbiter": 2, "lose_in_order": 2, "second": 2},
+        PAIRS,
+        may_stall=True,
+    ),
+)  # fmt: skip

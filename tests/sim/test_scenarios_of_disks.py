@@ -1,0 +1,280 @@
+"""The design's histories about disks and dirty maps: each passes, and is noticed when broken."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+from tests.sim.defects import breaking
+from tests.sim.oracle import Violation
+from tests.sim.stage import Stage, broken
+from vmstore.holder import Holder
+
+
+def clear_while_a_newer_write_is_in_flight() -> None:
+    """History 3: a clear must not name a write that one node has refused so far."""
+    stage = Stage(1)
+    cluster, first = stage.cluster, stage.at(1)
+    stage.write(first)
+    stage.flush()
+    # Nobody can be left behind; node 1 has no room, and refuses what the others take.
+    cluster.state.up = False
+    cluster.world.set_free_bytes(1, 0)
+    for block in range(1, 100):
+        stage.guest.write(stage.at(1, block), 8)
+        stage.run(0.05)
+    stage.guest.flush()
+    stage.run(4.0)
+    cluster.stop_gateway(0, host=False)
+    cluster.world.set_free_bytes(1, None)
+    cluster.state.up = True
+    stage.move_to(1)
+    stage.settle()
+
+
+def power_cycle_an_idle_node() -> None:
+    """History 3: its entries stay until it was made level, whatever was flushed meanwhile."""
+    stage = Stage(2)
+    first = stage.at(1)
+    stage.write(first)
+    stage.cut(1)
+    stage.start(1)
+    stage.run(6.0)
+    stage.flush()
+    stage.run(4.0)
+    stage.cut(0, 2)
+    stage.start(0, 2)
+    stage.settle()
+
+
+def test_node_that_lost_its_power_while_idle_gets_back_what_it_lost() -> None:
+    power_cycle_an_idle_node()
+
+
+def fail_a_sync() -> None:
+    """History 15: what a failed sync left is not there on retry."""
+    stage = Stage(3)
+    stage.write(stage.at(1))
+    stage.cluster.world.fail_sync(0, 0)
+    stage.guest.flush()
+    stage.run(0.2)
+    if stage.cluster.nodes[0] is not None:
+        raise Violation("a node goes on after a sync has failed")
+    stage.start(0)
+    stage.settle()
+
+
+def test_node_whose_sync_failed_ends() -> None:
+    fail_a_sync()
+
+
+def test_sync_that_is_tried_again_is_noticed() -> None:
+    with broken("FailedSyncEnds", match="goes on"):
+        fail_a_sync()
+
+
+def roll_a_disk_back_within_its_run() -> None:
+    """History 16: the start counter tells nothing; its peers know its flush number."""
+    stage = Stage(4)
+    cluster, first = stage.cluster, stage.at(1)
+    stage.write(first)
+    stage.flush()
+    stage.run(4.0)
+    cluster.world.snapshot_disk(0)
+    stage.write(first)
+    stage.flush()
+    stage.run(4.0)
+    stage.kill(0)
+    cluster.world.restore_disk(0)
+    cluster.judge_memory()
+    stage.start(0)
+    stage.run(4.0)
+    for _ in range(4):
+        stage.read(first)
+    stage.settle()
+
+
+def believe_any_disk() -> Any:
+    return mock.patch.object(Holder, "_judge_disks", return_value=None)
+
+
+def test_disk_that_was_rolled_back_within_one_run_is_stale_since_ever() -> None:
+    roll_a_disk_back_within_its_run()
+
+
+def test_rolled_back_disk_that_is_believed_is_noticed() -> None:
+    with broken(patch=believe_any_disk):
+        roll_a_disk_back_within_its_run()
+
+
+def write_two_parts_of_a_block() -> None:
+    """History 17: two writes of 512 bytes share a block, and each replica has both."""
+    stage = Stage(5)
+    first = stage.at(1)
+    stage.write(first)
+    for index in range(4):
+        stage.slow(0, index % 3, 2 + index * 3)
+        stage.guest.write(first + 2 * index, 1)
+        stage.guest.write(first + 2 * index + 1, 1)
+    stage.answered()
+    stage.read(first)
+    stage.cut(0, 1, 2)
+    stage.start(0, 1, 2)
+    stage.settle()
+
+
+def test_two_writes_of_parts_of_a_block_are_both_there_on_each_replica() -> None:
+    write_two_parts_of_a_block()
+
+
+def read_rot_on_one_replica() -> None:
+    """History 17 and invariant 6: what does not match its checksum is never returned."""
+    stage = Stage(6, log_bytes=512 << 10)
+    cluster = stage.cluster
+    for block in range(0, 256, 8):
+        # Until checkpoints have put the first ones into their shard's file.
+        stage.write(stage.at(1, block), 64)
+        stage.flush()
+    stage.run(6.0)
+    cluster.damaged = True
+    found = [cluster.world.corrupt(0, 0, place) for place in range(9, 1 << 20, 2048)]
+    assert any(found), f"there is a shard file to damage: {cluster.world.disk_paths(0)}"
+    stage.kill(0)
+    stage.start(0)
+    stage.run(2.0)
+    stage.until(cluster.all_level, "the node is back")
+    for block in range(0, 256, 8):
+        stage.read(stage.at(1, block), 64)
+
+
+def test_rotten_block_is_read_from_another_replica() -> None:
+    read_rot_on_one_replica()
+
+
+def test_rotten_block_that_is_returned_is_noticed() -> None:
+    with broken("ReadsAreVerified", match="a mixture|read as"):
+        read_rot_on_one_replica()
+
+
+def flush_before_the_power_goes(seed: int) -> None:
+    """Invariant 1: a flushed write survives the power of the last node."""
+    stage = Stage(seed, nodes=2, arbiter=True)
+    stage.kill(1)
+    stage.write(stage.at(1))
+    for block in range(6):
+        stage.write(stage.at(1, block))
+    stage.flush()
+    stage.cut(0)
+    stage.start(0)
+    for block in range(6):
+        stage.read(stage.at(1, block))
+    stage.settle()
+
+
+def test_flushed_writes_survive_a_power_cut_of_all_nodes() -> None:
+    for seed in range(40, 44):
+        flush_before_the_power_goes(seed)
+
+
+def test_flush_that_is_answered_early_is_noticed() -> None:
+    noticed = 0
+    for seed in range(40, 44):
+        try:
+            with breaking("FlushIsDurable"):
+                flush_before_the_power_goes(seed)
+        except Violation:
+            noticed += 1
+    assert noticed, "what chance leaves on a disk is lost at least once"
+
+
+def two_blocks_of_a_shard_are_newest_on_two_nodes(*, seed: int) -> None:
+    """History 18: of one shard each of two nodes has the newest of another block."""
+    stage = Stage(seed)
+    cluster = stage.cluster
+    one, two = stage.at(1, 0), stage.at(1, 1)
+    stage.write(one, 16)
+    stage.flush()
+    # A partial loss of memory: each node keeps what chance has put on its disk.
+    for _ in range(4):
+        stage.write(one)
+        stage.write(two)
+    stage.hold(0, 1, 2)
+    stage.guest.write(two, 8)
+    stage.run(0.02)
+    cluster.stop_gateway(0, host=False)
+    stage.let_go(0, 1, 2)
+    stage.cut(1)
+    stage.start(1)
+    stage.move_to(1)
+    stage.read(one, 16, host=1)
+    stage.settle()
+
+
+def test_newest_block_wins_whatever_else_its_shard_has() -> None:
+    two_blocks_of_a_shard_are_newest_on_two_nodes(seed=8)
+
+
+def answer_before_the_record_is_stored() -> None:
+    """Invariant 4: who was left behind is told of before an answer needs nobody of it."""
+    stage = Stage(10)
+    cluster, first = stage.cluster, stage.at(1)
+    stage.write(first)
+    for node in (0, 2):
+        cluster.world.set_disk_speed(node, 3_000_000_000, 3_000_000_000)
+    stage.kill(1)
+    stage.guest.write(first, 8)
+    stage.run(1.0)
+    if stage.guest.in_flight == 0:
+        raise Violation("a write was answered that no node knows the membership of")
+    stage.start(1)
+    stage.settle()
+
+
+def test_write_waits_until_the_new_membership_is_stored() -> None:
+    answer_before_the_record_is_stored()
+
+
+def test_answer_before_the_membership_is_stored_is_noticed() -> None:
+    with broken("StoredBeforeAnswer", match="left behind"):
+        answer_before_the_record_is_stored()
+
+
+def test_cleared_shards_are_level_where_a_node_refused_a_write() -> None:
+    clear_while_a_newer_write_is_in_flight()
+
+
+def last_nodes_lose_power_while_a_change_is_made(seed: int) -> None:
+    """A write that waited for a membership is not answered by who has lost it."""
+    stage = Stage(seed, nodes=2, arbiter=True)
+    cluster, first = stage.cluster, stage.at(1)
+    stage.write(first)
+    stage.flush()
+    way = cluster.site.ways["gate-0"]
+    way.back = False
+    stage.kill(0)
+    stage.guest.write(first, 8)
+    stage.run(0.1)
+    stage.cut(1)
+    way.back = True
+    stage.start(1)
+    stage.answered()
+    stage.read(first)
+    stage.start(0)
+    stage.settle()
+
+
+def test_write_that_its_node_lost_before_the_answer_is_asked_again() -> None:
+    """A restarted node stored the record, and so let an answer go for what it had lost."""
+    for seed in range(30, 36):
+        last_nodes_lose_power_while_a_change_is_made(seed)
+
+
+def test_write_that_is_not_asked_again_is_noticed() -> None:
+    noticed = 0
+    for seed in range(30, 36):
+        try:
+            with breaking("UnansweredAskedAgain"):
+                last_nodes_lose_power_while_a_change_is_made(seed)
+        except Violation:
+            noticed += 1
+    assert noticed, "what chance leaves on a disk is lost at least once"

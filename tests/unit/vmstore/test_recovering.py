@@ -1,0 +1,216 @@
+"""What is proof that etcd lost history, and what is planned to be written instead."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from etcd import keys
+from etcd.interface import KeyValue, Put
+from etcd.memory import MemoryEtcd
+from etcd.records import ClusterRecord, ImageRecord, Layer, NameRecord, TombstoneRecord
+from shard.digest import membership_digest
+from shard.ids import ImageId
+from shard.membership import Policy
+from vmstore.errors import RecoveryRefused
+from vmstore.history import FORCED_STEP, HeldRecord, Known, judge
+from vmstore.ledger import Ledger
+from vmstore.rebuilding import carry_out
+from vmstore.recovering import Member, Plan, Sources, plan
+
+IMAGE = ImageId("ab" * 16)
+NAME = keys.name("vms", "disk")
+CLUSTER = ClusterRecord(id="c" * 32)
+HOLDER = "d" * 32
+SETS = (("node1", "node2", "node3"),)
+
+
+def record(epoch: int, generation: int, stale: Mapping[str, int] | None = None) -> ImageRecord:
+    return ImageRecord(
+        id=IMAGE,
+        pool="vms",
+        policy=Policy.REPLICA_3,
+        size_bytes=1 << 30,
+        shard_bytes=1 << 22,
+        placement_key=IMAGE,
+        placement_version=1,
+        sets=SETS,
+        layers=(Layer(id=1),),
+        epoch=epoch,
+        holder=HOLDER if epoch else None,
+        generation=generation,
+        stale={0: dict(stale)} if stale else {},
+    )
+
+
+def held(image: ImageRecord) -> HeldRecord:
+    digest = membership_digest(image.membership)
+    return HeldRecord(IMAGE, image.epoch, image.holder or "", image.generation, digest, image)
+
+
+def items(*image: ImageRecord, named: bool = True) -> dict[str, KeyValue]:
+    found = {keys.CLUSTER: KeyValue(keys.CLUSTER, CLUSTER.encode(), 1)}
+    for each in image:
+        found[each.key] = KeyValue(each.key, each.encode(), 2)
+        if named:
+            found[NAME] = KeyValue(NAME, NameRecord(image=each.id).encode(), 2)
+    return found
+
+
+def node(name: str, stored: ImageRecord | None, **known: object) -> Member:
+    records = items(stored) if stored is not None else {}
+    store = {IMAGE: held(stored)} if stored is not None else {}
+    made = Known(name, held=store, records=records)
+    return Member(name, "e" * 32, 1, replace(made, **known))  # type: ignore[arg-type]
+
+
+def sources(now: dict[str, KeyValue], *members: Member) -> Sources:
+    heard = {member.name: member for member in members}
+    away = {name: "it does not answer" for name in SETS[0] if name not in heard}
+    return Sources(CLUSTER.id, heard, {}, away, now)
+
+
+def written(found: Plan) -> ImageRecord:
+    (value,) = [w.values[keys.image(IMAGE)] for w in found.writes if keys.image(IMAGE) in w.values]
+    assert value is not None
+    return ImageRecord.decode(keys.image(IMAGE), value)
+
+
+@pytest.mark.parametrize(
+    ("now", "lost"),
+    [
+        (items(record(5, 3)), ""),
+        (items(record(6, 3)), ""),
+        (items(record(4, 3)), "epoch 4"),
+        (items(record(5, 2)), "generation 2"),
+        (items(replace(record(5, 3), holder="f" * 32)), "another holder"),
+        (items(record(5, 3, {"node1": 1})), "another holder"),
+        (items(), "is stored here and is not in it"),
+        ({}, "nothing of this cluster"),
+    ],
+)
+def test_etcd_behind_a_store_has_lost_history(now: dict[str, KeyValue], lost: str) -> None:
+    verdict = judge(node("node1", record(5, 3)).known, {k: i.value for k, i in now.items()})
+    assert lost in "; ".join(verdict.lost) if lost else not verdict.lost
+    assert not verdict.contested
+
+
+def test_etcd_that_was_recovered_meanwhile_leaves_the_image_contested() -> None:
+    recovered = items(record(4, 3))
+    cluster = replace(CLUSTER, recoveries=1)
+    recovered[keys.CLUSTER] = KeyValue(keys.CLUSTER, cluster.encode(), 3)
+    now = {key: item.value for key, item in recovered.items()}
+    verdict = judge(node("node1", record(5, 3)).known, now)
+    assert not verdict.lost
+    assert set(verdict.contested) == {IMAGE}
+
+
+def test_highest_record_of_two_nodes_counts_and_rises_by_two() -> None:
+    found = plan(
+        sources({}, node("node1", record(4, 2)), node("node2", record(5, 3, {"node1": 2}))), HOLDER
+    )
+    assert found.needed and not found.missing
+    made = written(found)
+    assert (made.epoch, made.generation, made.holder) == (7, 5, HOLDER)
+    assert made.stale == {0: {"node1": 2}}
+    assert not made.clean
+    assert made.last_use == record(5, 3).last_use
+
+
+def test_one_node_of_three_is_not_enough_unless_forced() -> None:
+    found = plan(sources({}, node("node1", record(5, 3))), HOLDER)
+    (missing,) = found.missing
+    assert "node2, node3 missing" in missing.missing[0]
+    assert missing.losses
+    assert written(found).generation == 3 + FORCED_STEP
+
+
+def test_tombstone_of_any_node_keeps_an_image_deleted() -> None:
+    old = items(record(2, 1))
+    deleted = node("node2", None, deleted=frozenset({IMAGE}))
+    found = plan(sources(old, node("node1", None), deleted), HOLDER)
+    values = {key: value for write in found.writes for key, value in write.values.items()}
+    assert values[keys.image(IMAGE)] is None and values[NAME] is None
+    tombstone = values[keys.tombstone(IMAGE)]
+    assert tombstone is not None
+    awaits = TombstoneRecord.decode(keys.tombstone(IMAGE), tombstone).awaits
+    assert awaits == ("node1", "node2", "node3")
+
+
+def test_recovery_is_carried_out_once() -> None:
+    etcd = MemoryEtcd()
+    members = (node("node1", record(5, 3)), node("node2", record(5, 3)))
+
+    def now() -> dict[str, KeyValue]:
+        return {item.key: item for item in etcd.get_prefix(keys.PREFIX).items}
+
+    first = sources(now(), *members)
+    found = plan(first, HOLDER)
+    carry_out(etcd, first, found)
+    assert etcd.get(keys.LOST) is None
+    item = etcd.get(keys.image(IMAGE))
+    assert item is not None
+    made = ImageRecord.decode(item.key, item.value)
+    assert (made.epoch, made.generation) == (7, 5)
+    assert not plan(sources(now(), *members), HOLDER).needed
+    with pytest.raises(RecoveryRefused, match="run `hci cluster recover` again"):
+        carry_out(etcd, first, found)
+
+
+def test_interrupted_recovery_keeps_what_it_wrote() -> None:
+    etcd = MemoryEtcd()
+    members = (node("node1", record(5, 3)), node("node2", record(5, 3)))
+    first = sources({}, *members)
+    found = plan(first, HOLDER)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(etcd, first, found, progress=_interrupt)
+    marked = {item.key: item for item in etcd.get_prefix(keys.PREFIX).items}
+    assert keys.LOST in marked
+    again = plan(sources(marked, *members), "f" * 32)
+    assert again.recovery == found.recovery
+    carry_out(etcd, sources(marked, *members), again)
+    item = etcd.get(keys.image(IMAGE))
+    assert item is not None
+    assert ImageRecord.decode(item.key, item.value).generation == 5
+
+
+def _interrupt(done: float) -> None:
+    if done < 1.0:
+        raise KeyboardInterrupt
+
+
+def test_ledger_is_what_etcd_said_after_a_restart(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger")
+    ledger.take(items(record(5, 3)).values(), {})
+    ledger.close()
+    again = Ledger(tmp_path / "ledger")
+    assert again.records() == items(record(5, 3))
+    again.close()
+
+
+def test_damaged_ledger_is_put_aside(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    path.write_bytes(b"not a database" * 1000)
+    ledger = Ledger(path)
+    assert ledger.records() == {}
+    assert path.with_name("ledger.damaged").exists()
+    ledger.close()
+
+
+def test_nothing_begins_while_etcd_is_marked_as_lost() -> None:
+    from vmstore.catalog import Catalog
+    from vmstore.errors import RecordsLost
+    from vmstore.names import ImageName
+
+    etcd = MemoryEtcd()
+    for key, item in items(record(5, 3)).items():
+        etcd.transaction([], [Put(key, item.value)])
+    catalog = Catalog(etcd)
+    image = catalog.find(ImageName("vms", "disk"))
+    catalog.mark_lost("node1", "it is older", catalog.stored_cluster())
+    lease = etcd.grant_lease(10)
+    with pytest.raises(RecordsLost, match="node1 found that it is older"):
+        catalog.take_lease(image, gateway="gateway1", holder=HOLDER, etcd_lease=lease)
+    with pytest.raises(RecordsLost):
+        catalog.delete_image(ImageName("vms", "disk"))
