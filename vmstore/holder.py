@@ -372,7 +372,16 @@ class Holder:
         waits = node.standing is Standing.WAITING
         let_in_first = waits and name in self.record.membership.all_in_sync()
         there = waits or node.standing is Standing.UP
-        return there and not let_in_first and not self._is_failing(node)
+        return there and not let_in_first and not self._is_failing(node) and self._is_told(name)
+
+    def _is_told(self, name: str) -> bool:
+        """Whether the record says of a store that is not the one it was that nothing on it counts.
+
+        A change may have been on its way that left its node behind as one that was merely lost.
+        """
+        assert self.record is not None
+        stale = self.record.membership.stale.values()
+        return name not in self.emptied or all(nodes.get(name, 0) == 0 for nodes in stale)
 
     def _to_take_in(self) -> dict[int, set[str]]:
         return self.heals.to_take_in() if self.phase is Phase.SERVING else {}
@@ -559,7 +568,7 @@ class Holder:
         self._on_taken_in(record)
         in_sync = record.membership.all_in_sync()
         self.blocking &= in_sync
-        self.emptied &= in_sync
+        self.emptied = {name for name in self.emptied if name in in_sync or not self._is_told(name)}
         self.levelling &= in_sync
         for name, node in self.nodes.items():
             if name not in in_sync:

@@ -81,6 +81,7 @@ class Cluster:
         self.record: ImageRecord | None = None
         """As etcd has it."""
         self._record_value = b""
+        self._latest: ImageRecord | None = None
         self._checked_value: bytes | None = None
         self.refused: set[int] = set()
         """Nodes that may not register, and wait for a person."""
@@ -327,15 +328,18 @@ class Cluster:
         """Find out whether unflushed writes may be gone."""
         if self.record is None:
             return
-        membership = self.record.membership
         lost = set()
-        for index in range(len(self.record.sets)):
-            holders = [self.names.index(name) for name in membership.in_sync(index)]
-            if not any(self.world.remembers(node, self.image) for node in holders):
-                lost.add(index)
+        # A holder may go on by the record that a restored etcd has lost.
+        for record in (self.record, self._latest or self.record):
+            for index in range(len(record.sets)):
+                holders = [self.names.index(name) for name in record.membership.in_sync(index)]
+                if not any(self.world.remembers(node, self.image) for node in holders):
+                    lost.add(index)
         if lost:
             per_shard = SHARD_BYTES // SECTOR_BYTES
-            self.oracle.memory_lost(lambda sector: self.set_of(sector // per_shard) in lost)
+            self.oracle.memory_lost(
+                lambda sector: self.set_of(sector // per_shard) in lost, self.clock.now_s
+            )
 
     def set_of(self, shard: int) -> int:
         """Return the replica set of a shard."""
@@ -428,6 +432,9 @@ class Cluster:
             return
         record = ImageRecord.decode(keys.image(self.image), item)
         former, self.record, self._record_value = self.record, record, item
+        latest = self._latest
+        if latest is None or (record.epoch, record.generation) >= (latest.epoch, latest.generation):
+            self._latest = record
         if former is not None and not self.rolled_back:
             if record.epoch < former.epoch or record.generation < former.generation:
                 raise Violation(f"etcd went back: {former} to {record}")

@@ -167,6 +167,9 @@ DEFECTS = (
            ("UnansweredAskedAgain",)),
     Defect("levelled means durable", "5: copies that are not synced", "power", 30,
            ("LevelIsDurable",)),
+    Defect("level before requests", "18: copies that land on newer data", "kills", 40,
+           ("LevelBeforeRequests",)),
+    Defect("a flush waits for levelling", "invariant 1", "power", 40, ("FlushWaitsForLevel",)),
     Defect("reconcile where nobody stayed", "4: all nodes killed", "kills", 10,
            patch=_never_reconcile),
     # Heal

@@ -9,7 +9,8 @@ An orphan's gateway has ended; it has happened or never will when the next holde
 
 A write supersedes another where it began after the other had ended, or where a read returned it
 when the other had ended. A power cut of the last in-sync node that remembers puts every write that
-was not flushed in doubt: it may be gone, and what it superseded may be back, until a read tells.
+was not flushed in doubt: it may be gone, and what it superseded may be back, until a read tells. So
+it does with one whose answer was on its way.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ SECTOR_BYTES = 512
 TORN = (1 << 64) - 1
 PRUNED_FROM = 8
 """Fewer writes of a sector than this are kept, whether they are over or not."""
+UNDER_WAY_S = 0.01
+"""So long after a node's end an answer of its may still arrive, of what is gone."""
 
 
 class Violation(AssertionError):
@@ -47,6 +50,8 @@ class Written:
     durable: bool = False
     shaken: bool = False
     """Memory was lost while it was in flight, when part of it may have been all done."""
+    lost_at: float = float("-inf")
+    """When memory was last lost while it was in flight."""
     superseded_by: list[Written] = field(default_factory=list)
 
 
@@ -89,7 +94,8 @@ class Oracle:
         for sector, entry in zip(change.sectors, change.entries, strict=True):
             entry.ended = now if entry.ended is None else entry.ended
             entry.known = min(entry.known, now)
-            entry.answered, entry.sure = True, not entry.shaken or durable
+            under_way = now - entry.lost_at < UNDER_WAY_S
+            entry.answered, entry.sure = True, durable or not (entry.shaken or under_way)
             if durable:
                 entry.durable = True
             elif entry.sure:
@@ -150,13 +156,14 @@ class Oracle:
         for sector in {entry.sector for entry in covered}:
             self._prune(sector)
 
-    def memory_lost(self, concerns: Callable[[int], bool]) -> None:
+    def memory_lost(self, concerns: Callable[[int], bool], now: float) -> None:
         """The last in-sync node that remembered these sectors has lost its power."""
         for sector, history in self._sectors.items():
             if concerns(sector):
                 for entry in history:
                     entry.sure &= entry.durable
                     entry.shaken |= entry.ended is None and entry.wide
+                    entry.lost_at = now if entry.ended is None else entry.lost_at
         self._unflushed = [entry for entry in self._unflushed if entry.sure]
 
     def check_read(self, first: int, stamps: list[int], begun: float, now: float) -> None:

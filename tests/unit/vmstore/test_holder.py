@@ -180,6 +180,21 @@ def test_store_behind_what_a_peer_was_told_is_stale_since_zero() -> None:
     assert change.after.stale == {0: {"node3": 0}}
 
 
+def test_rolled_back_store_of_a_node_being_left_behind_is_stale_since_zero_first() -> None:
+    """A node came back with a disk of before while the change was on its way that left it behind:
+    it was healed as one that had merely missed the last writes."""
+    holder = serving()
+    (change,) = changes(holder.step(events.ReplicaDown("node2", blocking=True)))
+    back = view(record(), peers={"node2": 10})
+    assert holder.step(events.Peeked("node2", 2, 9, False, back, 2)) == []
+    effects = holder.step(events.MembershipChanged(change.after))
+    assert effects == [wanted.Reconfigure(change.after)]
+    (distrust,) = changes(holder.step(events.Stored(change.after.generation)))
+    assert distrust.after.stale == {0: {"node2": 0}}
+    effects = holder.step(events.MembershipChanged(distrust.after))
+    assert [effect.sets for effect in effects if isinstance(effect, wanted.Heal)] == [((0, 0),)]
+
+
 @pytest.mark.parametrize(
     "known", [{"epoch": 4}, {"epoch": 3}, {"generation": 2}, {"digest": b"other"}]
 )

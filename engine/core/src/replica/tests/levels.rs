@@ -121,6 +121,54 @@ fn levelling_that_is_interrupted_leaves_nothing_behind() {
     }
 }
 
+/// A rotten block was repaired from the only other node that was there, which had lost an answered write.
+#[test]
+fn rot_is_not_repaired_from_a_node_that_is_not_level() {
+    let mut cluster = Cluster::roomy(7, Faults::GuardedPowerCuts);
+    cluster.settle();
+    cluster.write(0, 16);
+    cluster.flush();
+    cluster.settle();
+    cluster.write(0, 16);
+    exchange(&mut cluster);
+    assert_eq!(cluster.io.requests_in_flight(), 0, "answered, and not flushed");
+    cluster.restart_node(2, true);
+    steps_until(&mut cluster, "it is up again", |c| c.io.replica_states()[2].1 == "levelling");
+    cluster.nodes[0].checkpoint_all();
+    cluster.nodes[0].rot(0, 254 * 4096 + 7);
+    cluster.cut(1);
+    while cluster.intercept(kind::SUMMARY).is_some() {}
+    cluster.read(0, 16);
+    exchange(&mut cluster);
+    let rot = cluster.io.rot_state();
+    assert_eq!((rot.found, rot.repaired, rot.waiting), (1, 0, 1), "it waits");
+    equal_everywhere(cluster);
+}
+
+/// An image that is closed before all is level keeps what is dirty, and its end is not clean.
+#[test]
+fn close_amid_levelling_leaves_it_to_the_next_holder() {
+    for seed in 1..30 {
+        let mut cluster = serving(Faults::Kills);
+        cluster.random = Seeded::new(seed);
+        (0..4).for_each(|region| cluster.write(32 * region, 32));
+        (0..20).for_each(|_| cluster.deliver_request((seed % 3) as usize));
+        cluster.restart_gateway();
+        steps_until(&mut cluster, "it opens", |c| c.io.is_running());
+        (0..seed % 9).for_each(|_| cluster.step(false));
+        let left = cluster.io.level_state().map_or(0, |state| state.shards_left);
+        assert!(left > 0, "there is something left to level");
+        cluster.write(4, 8);
+        cluster.io.close();
+        cluster.step(false);
+        steps_until(&mut cluster, "it closes", |c| c.closed.is_some());
+        let level = cluster.io.level_state().is_none();
+        assert!(level || cluster.closed == Some(false), "not level, and called clean");
+        cluster.restart_gateway();
+        equal_everywhere(cluster);
+    }
+}
+
 /// The stories above, each told with its rule broken.
 #[test]
 fn broken_rules_of_levelling_are_noticed_by_their_stories() {
