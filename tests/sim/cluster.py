@@ -335,7 +335,9 @@ class Cluster:
                 lost.add(index)
         if lost:
             per_shard = SHARD_BYTES // SECTOR_BYTES
-            self.oracle.memory_lost(lambda sector: self.set_of(sector // per_shard) in lost)
+            self.oracle.memory_lost(
+                lambda sector: self.set_of(sector // per_shard) in lost, self.clock.now_s
+            )
 
     def set_of(self, shard: int) -> int:
         """Return the replica set of a shard."""

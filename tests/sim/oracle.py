@@ -47,6 +47,8 @@ class Written:
     durable: bool = False
     shaken: bool = False
     """Memory was lost while it was in flight, when part of it may have been all done."""
+    lost: float = float("-inf")
+    """When its last memory went, if it was not durable: a read from before tells nothing since."""
     superseded_by: list[Written] = field(default_factory=list)
 
 
@@ -150,12 +152,14 @@ class Oracle:
         for sector in {entry.sector for entry in covered}:
             self._prune(sector)
 
-    def memory_lost(self, concerns: Callable[[int], bool]) -> None:
+    def memory_lost(self, concerns: Callable[[int], bool], now: float) -> None:
         """The last in-sync node that remembered these sectors has lost its power."""
         for sector, history in self._sectors.items():
             if concerns(sector):
                 for entry in history:
                     entry.sure &= entry.durable
+                    if not entry.durable:
+                        entry.lost = now
                     entry.shaken |= entry.ended is None and entry.wide
         self._unflushed = [entry for entry in self._unflushed if entry.sure]
 
@@ -182,6 +186,8 @@ class Oracle:
         return any(newer.sure and newer.known < begun for newer in entry.superseded_by)
 
     def _seen(self, sector: int, entry: Written, begun: float, now: float) -> None:
+        if begun <= entry.lost:
+            return
         entry.sure = True
         entry.known = min(entry.known, now)
         if not entry.durable and all(entry is not other for other in self._unflushed):
