@@ -50,8 +50,8 @@ class Written:
     durable: bool = False
     shaken: bool = False
     """Memory was lost while it was in flight, when part of it may have been all done."""
-    lost_at: float = float("-inf")
-    """When memory was last lost while it was in flight."""
+    lost: float = float("-inf")
+    """When its last memory went, if it was not durable: a read from before tells nothing since."""
     superseded_by: list[Written] = field(default_factory=list)
 
 
@@ -94,7 +94,7 @@ class Oracle:
         for sector, entry in zip(change.sectors, change.entries, strict=True):
             entry.ended = now if entry.ended is None else entry.ended
             entry.known = min(entry.known, now)
-            under_way = now - entry.lost_at < UNDER_WAY_S
+            under_way = now - entry.lost < UNDER_WAY_S
             entry.answered, entry.sure = True, durable or not (entry.shaken or under_way)
             if durable:
                 entry.durable = True
@@ -162,8 +162,9 @@ class Oracle:
             if concerns(sector):
                 for entry in history:
                     entry.sure &= entry.durable
+                    if not entry.durable:
+                        entry.lost = now
                     entry.shaken |= entry.ended is None and entry.wide
-                    entry.lost_at = now if entry.ended is None else entry.lost_at
         self._unflushed = [entry for entry in self._unflushed if entry.sure]
 
     def check_read(self, first: int, stamps: list[int], begun: float, now: float) -> None:
@@ -189,6 +190,8 @@ class Oracle:
         return any(newer.sure and newer.known < begun for newer in entry.superseded_by)
 
     def _seen(self, sector: int, entry: Written, begun: float, now: float) -> None:
+        if begun <= entry.lost:
+            return
         entry.sure = True
         entry.known = min(entry.known, now)
         if not entry.durable and all(entry is not other for other in self._unflushed):

@@ -156,7 +156,7 @@ class Stage:
 
 @contextmanager
 def broken(
-    *rules: str, patch: Callable[[], AbstractContextManager[Any]] = nullcontext, match: str = ""
+    *rules: str, patch: Callable[[], AbstractContextManager[Any]] = nullcontext, match: str = "."
 ) -> Iterator[None]:
     """Break rules, and expect the oracle to notice within."""
     with breaking(*rules), patch(), pytest.raises(Violation, match=match) as caught:

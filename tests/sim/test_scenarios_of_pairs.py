@@ -52,7 +52,7 @@ def regain(stage: Stage, part: str) -> None:
         stage.start(int(part[-1]))
 
 
-@pytest.mark.parametrize("order", itertools.permutations(PARTS), ids="-".join)
+@pytest.mark.parametrize("order", list(itertools.permutations(PARTS)), ids="-".join)
 def test_pair_goes_on_after_losing_its_parts_in_any_order(order: tuple[str, ...]) -> None:
     """While two of three agree and etcd has its majority writes go on; after it all is level."""
     stage = pair()
