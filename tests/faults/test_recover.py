@@ -257,14 +257,7 @@ def test_running_guest_goes_on_before_and_after(lost_whole: bool, tmp_path: Path
                 session.call("write", 0, 64, 1)
                 put_back(cluster, kept)
                 until("it is noticed", lambda: is_noticed(cluster))
-                end = time.monotonic() + 13
-                version = 1
-                while time.monotonic() < end:
-                    version += 1
-                    session.call("write", 0, 64, version)
-                    session.call("flush")
-                    assert session.call("read", 0, 64) == [version] * 64
-                    time.sleep(0.5)
+                version = session.go_on(13, 64)
                 recover(cluster)
                 session.call("write", 0, 32, version + 1)
                 session.call("flush")
