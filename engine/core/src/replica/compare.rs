@@ -9,6 +9,9 @@
 //! A rotten block never wins, and nobody but a joining node is ever written. A repair has one joining node,
 //! in sync like the trusted: where they cannot give it a block, what it has stays as it is.
 //!
+//! A block that turned out rotten when it was read has its checksum still, which says what it should hold.
+//! A joining node that holds just that is not marked bad: it has the right content, and perhaps alone.
+//!
 //! Equal content under another write tag differs too: a tag says that a node in sync may not have the
 //! block durably. Whoever joins has to know of that as well, or it could not tell a third node, which
 //! lost the block in a power cut, that it has to be healed.
@@ -92,13 +95,16 @@ pub(super) struct Comparison {
     joiners: NodeMask,
     purpose: Purpose,
     summaries: Vec<(NodeIndex, Vec<(Block, Tag)>)>,
+    /// What blocks should hold that turned out rotten when they were read.
+    rotten: Vec<(NodeIndex, u32, Block)>,
 }
 
 impl Comparison {
     /// `trusted`: members that never went away; `joiners`: those that may be written.
     pub(super) fn new(trusted: NodeMask, joiners: NodeMask) -> Comparison {
         assert!(trusted.and(joiners).is_empty(), "who joins is not trusted");
-        Comparison { trusted, joiners, purpose: Purpose::Level, summaries: Vec::new() }
+        let (summaries, rotten) = (Vec::new(), Vec::new());
+        Comparison { trusted, joiners, purpose: Purpose::Level, summaries, rotten }
     }
 
     /// `node` is in sync as the trusted are, and holds rot.
@@ -125,7 +131,8 @@ impl Comparison {
         let known = summary.and_then(|(_, blocks)| blocks.get_mut(block as usize));
         match known.filter(|known| known.0 != Block::Bad) {
             Some(known) => {
-                known.0 = Block::Bad;
+                let held = std::mem::replace(&mut known.0, Block::Bad);
+                self.rotten.push((node, block, held));
                 true
             }
             None => false,
@@ -183,11 +190,18 @@ impl Comparison {
         };
         let winner = intact.max_by_key(|(node, (_, tag))| rank(*node, *tag));
         let newest = all().filter(|(node, _)| counts(*node)).map(|(_, (_, tag))| tag).max();
+        let is_right = |block: Block| {
+            let of_trusted = |(node, at, held): &&(NodeIndex, u32, Block)| {
+                self.trusted.has(*node) && *at as usize == index && *held == block
+            };
+            block.is_data() && self.rotten.iter().any(|rotten| of_trusted(&rotten))
+        };
         let differs = |block: Block, tag: Tag| match winner {
             Some((_, (content, winning))) => {
                 let tag_left = tag != winning && winning != Tag::NONE;
                 block != content || tag_left && !broken(Rule::TagsAreCopied)
             }
+            None if is_right(block) => false,
             None if self.purpose == Purpose::Heal => block != Block::Bad,
             None if self.purpose == Purpose::Repair => false,
             // One that is no older than the rotten ones is all there is left: it stays.
@@ -300,6 +314,21 @@ mod tests {
         comparison.add(A, vec![(Block::Bad, Tag::NONE)]);
         comparison.add(C, vec![(Block::Data(3), tag(9))]);
         assert_eq!(Vec::from(comparison.copy_runs(0..1)), run(None, &[C]));
+    }
+
+    /// The block was equal on a stale node but for its tag, and rotten on the only source: it was marked bad
+    /// on the one node that had it.
+    #[test]
+    fn who_holds_what_the_checksum_of_a_rotten_block_says_keeps_it() {
+        for comparison in [Comparison::heal(mask(&[A]), C), Comparison::new(mask(&[A]), mask(&[C]))] {
+            let mut comparison = comparison;
+            comparison.add(A, vec![(Block::Data(1), tag(9)); 2]);
+            comparison.add(C, vec![(Block::Data(1), tag(3)), (Block::Data(2), tag(3))]);
+            assert_eq!(comparison.copy_runs(0..2), [CopyRun { blocks: 2, ..run(Some(A), &[C])[0] }]);
+            assert!(comparison.found_rotten(A, 0) && comparison.found_rotten(A, 1));
+            let older = CopyRun { first_block: 1, ..run(None, &[C])[0] };
+            assert_eq!(comparison.copy_runs(0..2), [older], "only what is not the right content");
+        }
     }
 
     #[test]

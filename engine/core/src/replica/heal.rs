@@ -328,5 +328,7 @@ impl ImageIo {
             replica.state = ReplicaState::Up;
             replica.blocking_told = false;
         }
+        // It may have what is rotten on all the others.
+        self.repairs_have_hope();
     }
 }

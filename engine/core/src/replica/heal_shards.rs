@@ -19,8 +19,8 @@ use super::{Event, NodeIndex, NodeMask};
 use crate::geometry::{IMAGE_BYTES_MAX, LayerId};
 use crate::rules::{Rule, broken};
 use crate::wire::messages::{
-    DIRTY_ENTRIES_MAX, DirtyFrom, DirtyReply, Flush, Head, Level, Number, WRITTEN_SHARDS_MAX,
-    WrittenAbove, WrittenReply,
+    DIRTY_ENTRIES_MAX, DirtyFrom, DirtyReply, Flush, Head, Level, WRITTEN_SHARDS_MAX, WrittenAbove,
+    WrittenReply,
 };
 use crate::wire::{Frame, Status, kind};
 use bytes::{Bytes, BytesMut};
@@ -149,11 +149,7 @@ impl ImageIo {
             }
             Ask::Written { above, from } => self.take_written(node, above, from, frame)?,
             Ask::Dirty { from_shard } => self.take_own_dirty(node, from_shard, frame)?,
-            Ask::Flush => {
-                let number =
-                    Number::take(frame.head).map_err(|_| BadReply("flush without number"))?;
-                self.replica(node).flush_number = number.0;
-            }
+            Ask::Flush => self.take_flush_number(node, frame.head)?,
             Ask::Level => {}
         }
         self.go_on_healing();

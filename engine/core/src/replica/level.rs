@@ -28,7 +28,7 @@ use super::shard_set::ShardSet;
 use super::{Event, NodeIndex, NodeMask};
 use crate::geometry::{BLOCK_BYTES, LayerId};
 use crate::rules::{Rule, broken};
-use crate::wire::messages::{DIRTY_ENTRIES_MAX, Flush, Head, Level, Number};
+use crate::wire::messages::{DIRTY_ENTRIES_MAX, Flush, Head, Level};
 use crate::wire::{Frame, Status, kind};
 use bytes::{Bytes, BytesMut};
 
@@ -328,9 +328,7 @@ impl ImageIo {
                 return Ok(());
             }
             Ask::Flush => {
-                let number =
-                    Number::take(frame.head).map_err(|_| BadReply("flush without number"))?;
-                self.replica(node).flush_number = number.0;
+                self.take_flush_number(node, frame.head)?;
                 self.count_level_answer();
             }
             Ask::Level => self.count_level_answer(),

@@ -32,7 +32,7 @@ use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, LayerId};
 use crate::rules::{Rule, broken};
 use crate::wire::codec::Fields;
-use crate::wire::messages::{BlocksReply, Flush, Head, Number};
+use crate::wire::messages::{BlocksReply, Flush, Head};
 use crate::wire::{Frame, Status, kind};
 use bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
@@ -424,9 +424,7 @@ impl ImageIo {
             Ask::Copy(ask) => self.take_repair_copy(index, node, ask, frame)?,
             Ask::Flush if frame.status != Status::Ok => self.fail_repair(index, frame.status),
             Ask::Flush => {
-                let number =
-                    Number::take(frame.head).map_err(|_| BadReply("flush without number"))?;
-                self.replica(node).flush_number = number.0;
+                self.take_flush_number(node, frame.head)?;
                 self.end_repair(index);
             }
         }

@@ -67,8 +67,7 @@ impl ImageIo {
             return Ok(());
         }
         if frame.kind & !REPLY == kind::FLUSH {
-            let number = Number::take(frame.head).map_err(|_| BadReply("flush without number"))?;
-            self.replica(node).flush_number = number.0;
+            self.take_flush_number(node, frame.head)?;
             let mark = self.parts[id].marks.iter().find(|(other, _)| *other == node);
             let mark = mark.map(|(_, mark)| *mark);
             let replica = self.replica(node);
@@ -78,6 +77,17 @@ impl ImageIo {
         part.waiting = part.waiting.without(NodeMask::one(node));
         self.complete_if_answered(id);
         self.heal_applied();
+        Ok(())
+    }
+
+    /// `node` has synced, and says which of its flushes that was.
+    pub(super) fn take_flush_number(
+        &mut self,
+        node: NodeIndex,
+        head: Bytes,
+    ) -> Result<(), BadReply> {
+        let number = Number::take(head).map_err(|_| BadReply("flush without number"))?;
+        self.replica(node).flush_number = number.0;
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! Levelling on demand and in the background, each the story of a mistake that one of its rules closes.
 
 use super::cluster::{Cluster, Faults, NODES};
+use crate::replica::NodeMask;
 use crate::rules::{Rule, break_rules};
 use crate::store::simulated::Seeded;
 use crate::wire::kind;
@@ -142,6 +143,49 @@ fn rot_is_not_repaired_from_a_node_that_is_not_level() {
     exchange(&mut cluster);
     let rot = cluster.io.rot_state();
     assert_eq!((rot.found, rot.repaired, rot.waiting), (1, 0, 1), "it waits");
+}
+
+/// A block was rotten on the node that stayed, and older on one that had lost its memory, where it was marked
+/// bad. The third one, which was away, had it: it stayed unreadable although that one came back.
+#[test]
+fn block_that_is_bad_on_all_present_is_repaired_from_who_was_away() {
+    for how in ["resumes", "was killed", "was left behind"] {
+        let mut cluster = Cluster::roomy(7, Faults::Rot);
+        cluster.settle();
+        cluster.write(0, 16);
+        cluster.flush();
+        cluster.settle();
+        cluster.write(0, 16);
+        exchange(&mut cluster);
+        assert_eq!(cluster.io.requests_in_flight(), 0, "answered, and not flushed");
+        cluster.policy.rots = NodeMask(0b11);
+        cluster.policy.may_give_up = how == "was left behind";
+        cluster.cut(2);
+        cluster.nodes[0].checkpoint_all();
+        cluster.nodes[0].rot(0, 254 * 4096 + 7);
+        cluster.restart_node(1, true);
+        if how == "was left behind" {
+            cluster.write(64, 8);
+        }
+        let mut marked = 0;
+        for _ in 0..20_000 {
+            (0..2).for_each(|node| cluster.connect(node));
+            cluster.step(false);
+            marked = marked.max(cluster.io.level_state().map_or(0, |state| state.bad_blocks));
+        }
+        assert_eq!((marked, cluster.io.requests_in_flight()), (1, 0), "{how}");
+        let left_behind = cluster.policy.record.in_sync == NodeMask(0b11);
+        assert_eq!(left_behind, how == "was left behind");
+        if how == "was killed" {
+            cluster.restart_node(2, false);
+        }
+        cluster.settle();
+        cluster.read_everything();
+        cluster.settle();
+        cluster.scrub_all();
+        assert!(cluster.io.rot_state().unrepairable.is_empty(), "{how}");
+        cluster.check_replicas(false);
+    }
 }
 
 /// An image that is closed before all is level keeps what is dirty, and its end is not clean.

@@ -52,6 +52,8 @@ pub struct Policy {
     pub healed: u64,
     /// Nodes on whose disks something may rot.
     pub rots: NodeMask,
+    /// Blocks may be rotten on all that are in sync.
+    pub may_give_up: bool,
     /// What the last scrub found that was through.
     pub scrubbed: Option<ScrubState>,
 }
@@ -78,6 +80,7 @@ impl Policy {
             attempts: 0,
             healed: 0,
             rots,
+            may_give_up: false,
             scrubbed: None,
         }
     }
@@ -141,7 +144,7 @@ impl Policy {
             Event::MetadataRepaired { node, .. } => {
                 assert!(self.rots.has(node), "nothing rots here");
             }
-            Event::Unrepairable { .. } => panic!("others have it"),
+            Event::Unrepairable { .. } => assert!(self.may_give_up, "others have it"),
             Event::Undecided { .. } => panic!("the majority is right"),
             Event::ScrubEnded { status: None, report } => self.scrubbed = Some(report),
             Event::ScrubEnded { .. } => {}
