@@ -320,11 +320,15 @@ mod tests {
     /// on the one node that had it.
     #[test]
     fn who_holds_what_the_checksum_of_a_rotten_block_says_keeps_it() {
-        for comparison in [Comparison::heal(mask(&[A]), C), Comparison::new(mask(&[A]), mask(&[C]))] {
+        for comparison in [Comparison::heal(mask(&[A]), C), Comparison::new(mask(&[A]), mask(&[C]))]
+        {
             let mut comparison = comparison;
             comparison.add(A, vec![(Block::Data(1), tag(9)); 2]);
             comparison.add(C, vec![(Block::Data(1), tag(3)), (Block::Data(2), tag(3))]);
-            assert_eq!(comparison.copy_runs(0..2), [CopyRun { blocks: 2, ..run(Some(A), &[C])[0] }]);
+            assert_eq!(
+                comparison.copy_runs(0..2),
+                [CopyRun { blocks: 2, ..run(Some(A), &[C])[0] }]
+            );
             assert!(comparison.found_rotten(A, 0) && comparison.found_rotten(A, 1));
             let older = CopyRun { first_block: 1, ..run(None, &[C])[0] };
             assert_eq!(comparison.copy_runs(0..2), [older], "only what is not the right content");
