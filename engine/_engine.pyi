@@ -22,6 +22,20 @@ class Gateway:
     def stop_listening(self) -> None:
         """Let connections that arrive from now on wait in the socket."""
 
+    def limit(
+        self,
+        *,
+        clients: int,
+        client_bytes: int,
+        total_bytes: int,
+        handshake_ms: int,
+        idle_ms: int,
+    ) -> None:
+        """Bound what NBD clients may have: connections, bytes under way each and in all, time.
+
+        One that asks for nothing for `idle_ms` is sent away; 0: nobody is.
+        """
+
     def link(
         self, node: str, *, cluster: str, gateway: str, address: str, socket: str | None = None
     ) -> None:
@@ -116,6 +130,9 @@ class Gateway:
 
     def disconnect(self, channel: int) -> None:
         """End the connections of an image's clients, without answers."""
+
+    def reconnect(self, channel: int) -> None:
+        """End them too, each when what it has asked for is answered."""
 
     def close(self, channel: int) -> None:
         """Flush, clear, let go (`closed`)."""

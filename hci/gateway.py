@@ -97,6 +97,7 @@ class GatewayDaemon:
             served=Served(self.holder, path=own.run_dir / "served.json", boot=daemon.boot_id()),
             lock=lock,
             heal_limits=config.heal,
+            read_only=own.is_read_only,
         )
         self.exports.failed = ending.fail
         self.caretaker = Caretaker(
@@ -132,6 +133,14 @@ class GatewayDaemon:
     def _serve(self, sockets: list[socket.socket]) -> None:
         if not self._wait_for_etcd():
             return
+        limits = self.own.limits
+        self.engine.limit(
+            clients=limits.clients_max,
+            client_bytes=limits.client_bytes_in_flight,
+            total_bytes=limits.bytes_in_flight,
+            handshake_ms=limits.handshake_timeout_s * 1000,
+            idle_ms=limits.idle_timeout_s * 1000,
+        )
         for listening in sockets:
             self.engine.listen(listening.detach())
         self.serving = True
@@ -146,11 +155,21 @@ class GatewayDaemon:
         return Session(self.etcd, on_lost=on_lost, on_renewed=on_renewed)
 
     def _sockets(self) -> list[socket.socket]:
-        """Return the sockets that NBD clients connect to. Raises DaemonError."""
-        sockets = [daemon.activated_socket() or self._bind_unix()]
-        if self.own.nbd_listen is not None:
-            sockets.append(self._bind_tcp())
-        return sockets
+        """Return the sockets that NBD clients connect to. Raises DaemonError.
+
+        Those that a supervisor holds outlive this process: clients that connect between it and the
+        next one wait in them.
+        """
+        given = daemon.activated_sockets()
+        unix = [each for each in given if each.family == socket.AF_UNIX]
+        tcp = [each for each in given if each.family in (socket.AF_INET, socket.AF_INET6)]
+        if len(unix) + len(tcp) < len(given):
+            raise DaemonError("a socket in LISTEN_FDS is neither a unix socket nor TCP")
+        if not unix:
+            unix = [self._bind_unix()]
+        if not tcp and self.own.nbd_listen is not None:
+            tcp = [self._bind_tcp()]
+        return unix + tcp
 
     def _bind_unix(self) -> socket.socket:
         path = self.own.nbd_socket
@@ -270,6 +289,10 @@ class GatewayDaemon:
         gauge, counter = metrics.gauge, metrics.counter
         yield gauge("hci_gateway_up", "1: serves; 0: is starting or stopping.", int(self.serving))
         yield gauge("hci_gateway_clients", "NBD connections open now.", len(seen["clients"]))
+        yield counter("hci_gateway_clients_refused_total", "NBD connections closed as they came, "
+                      "for there were `clients_max`.", seen["refused_clients"])  # fmt: skip
+        yield gauge("hci_gateway_bytes_in_flight", "Kept in memory for clients' requests.",
+                    seen["bytes_in_flight"])  # fmt: skip
         links = {(node,): int(ready) for node, ready in seen["links"]}
         yield gauge("hci_gateway_link_up", "1: the node answers.", links, ["node"])
         images = [(str(image.name), image) for image in self.exports.snapshot()]
@@ -379,13 +402,15 @@ class GatewayControl(GatewayControlServicer):
         if not names:
             raise UnknownImage(image)
         try:
-            self._gateway.exports.resize(names[0], request.size_bytes, force=request.force)
+            told_before = self._gateway.exports.resize(
+                names[0], request.size_bytes, force=request.force, reconnect=request.reconnect
+            )
         except TimeoutError as error:
             raise HciError(
                 f"image {names[0]} is still being resized after {RESIZE_LIMIT_S:.0f} s, and that "
                 "goes on; `hci image info` says when it has its new size"
             ) from error
-        return pb.ResizeReply(size_bytes=request.size_bytes)
+        return pb.ResizeReply(size_bytes=request.size_bytes, connections_to_renew=told_before)
 
 
 def _progress(

@@ -26,7 +26,7 @@ from vmstore.healing import HealLimits
 from vmstore.holder import OPEN_LIMIT_S, Phase, closing_waits_for
 from vmstore.holding import Held
 from vmstore.names import ImageName, parse_image_name
-from vmstore.resizing import RESIZER, Resizing
+from vmstore.resizing import RECONNECT_S, RESIZER, Resizing
 from vmstore.served import Served
 from vmstore.serving import RELEASE_RETRY_S, OpenImage, nothing_more
 from vmstore.stored import Stored
@@ -48,7 +48,10 @@ class _Care:
 
 
 class Exports(Resizing):
-    """Serves the images of one cluster to NBD clients of one engine; see `Serving`."""
+    """Serves the images of one cluster to NBD clients of one engine; see `Serving`.
+
+    `read_only` says of an image's name whether clients may only read it.
+    """
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class Exports(Resizing):
         served: Served | None = None,
         lock: str | None = None,
         deciding: Deciding | None = None,
+        read_only: Callable[[str], bool] = lambda _name: False,
     ) -> None:
         super().__init__(
             engine,
@@ -78,6 +82,7 @@ class Exports(Resizing):
             lock=lock,
             deciding=deciding,
         )
+        self._read_only = read_only
         self._client_image: dict[int, ImageId] = {}
         self._peers: dict[int, str] = {}
         """The processes of clients, where they are known."""
@@ -244,7 +249,11 @@ class Exports(Resizing):
         self, client: int, name: ImageName, record: ImageRecord, channel: int | None
     ) -> None:
         self._engine.answer_export(
-            client, name=str(name), size_bytes=record.size_bytes, read_only=False, channel=channel
+            client,
+            name=str(name),
+            size_bytes=record.size_bytes,
+            read_only=self._read_only(str(name)),
+            channel=channel,
         )
 
     def _refuse(self, client: int, error: HciError) -> None:
@@ -271,7 +280,10 @@ class Exports(Resizing):
             return
         if client in image.users:
             image.users.discard(client)
-            self._process_left(image, peer)
+            if client in image.sent_away:
+                image.sent_away.discard(client)
+            else:
+                self._process_left(image, peer)
         image.waiting = [waiter for waiter in image.waiting if waiter[0] != client]
         self._close_if_unused(image)
 
@@ -285,6 +297,17 @@ class Exports(Resizing):
         if peer is not None and peer not in others and serves:
             self._served.left(image.image, peer)
             self._later(self._served.save, nothing_more, nothing_more)
+
+    def _reconnect(self, image: OpenImage) -> None:
+        clients = {user for user in image.users if user > 0}
+        if not clients:
+            return
+        image.sent_away |= clients
+        pin = self._take_pin()
+        image.users.add(pin)
+        self._client_image[pin] = image.image
+        self._deciding.after(RECONNECT_S, lambda: self._client_left(pin))
+        self._engine.reconnect(image.channel)
 
     def _close_if_unused(self, image: OpenImage) -> None:
         if not image.users and not image.waiting:

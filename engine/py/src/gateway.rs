@@ -4,6 +4,7 @@ use crate::ids::{hex, parse_id};
 use hci_engine_core::gateway::{Command, Gateway as Core, GatewayEvent};
 use hci_engine_core::geometry::Geometry;
 use hci_engine_core::io::Address;
+use hci_engine_core::nbd::budget::ClientLimits;
 use hci_engine_core::nbd::{Answer, ExportInfo, Query};
 use hci_engine_core::replica::{
     Event, HealLimits, HealSpec, HealState, LinkTarget, NodeMask, OpenSpec, PeekedRecord, RotState,
@@ -50,6 +51,25 @@ impl Gateway {
         // SAFETY: the caller hands the descriptor over and does not use it again.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         self.order(Command::Listen(fd))
+    }
+
+    #[pyo3(signature = (*, clients, client_bytes, total_bytes, handshake_ms, idle_ms))]
+    fn limit(
+        &self,
+        clients: usize,
+        client_bytes: u64,
+        total_bytes: u64,
+        handshake_ms: u64,
+        idle_ms: u64,
+    ) -> PyResult<()> {
+        let ns = |ms: u64| ms.saturating_mul(1_000_000);
+        self.order(Command::Limit(ClientLimits {
+            clients,
+            client_bytes,
+            bytes: total_bytes,
+            handshake_ns: ns(handshake_ms),
+            idle_ns: ns(idle_ms),
+        }))
     }
 
     #[pyo3(signature = (node, *, cluster, gateway, address, socket=None))]
@@ -206,6 +226,11 @@ impl Gateway {
         self.order(Command::Disconnect { channel })
     }
 
+    /// Ends them, each when what it has asked for is answered.
+    fn reconnect(&self, channel: u32) -> PyResult<()> {
+        self.order(Command::Reconnect { channel })
+    }
+
     /// The image has another size; clients that connect from now on see it.
     fn resize(&self, channel: u32, size_bytes: u64, body: Vec<u8>) -> PyResult<()> {
         self.order(Command::Resize { channel, size_bytes, body: body.into() })
@@ -269,6 +294,8 @@ impl Gateway {
         result.set_item("links", links.collect::<Vec<_>>())?;
         let clients = snapshot.clients.into_iter().map(|client| (client.id, client.channel));
         result.set_item("clients", clients.collect::<Vec<_>>())?;
+        result.set_item("refused_clients", snapshot.refused_clients)?;
+        result.set_item("bytes_in_flight", snapshot.bytes_in_flight)?;
         let mut images = Vec::new();
         for image in snapshot.images {
             let item = PyDict::new(py);

@@ -1,11 +1,12 @@
 """The configuration file: what is taken, and how each mistake is told."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from hci import config
-from hci.config import DEFAULT_LOG_BYTES, Endpoint
+from hci.config import DEFAULT_LOG_BYTES, ClientLimits, Endpoint
 from hci.errors import ConfigError
 
 PATH = Path("/etc/hci/hci.toml")
@@ -30,6 +31,12 @@ control = "127.0.0.1:7301"
 nbd_socket = "/run/hci/nbd.sock"
 nbd_listen = "127.0.0.1:10809"
 run_dir = "/run/hci"
+clients_max = 100
+client_bytes_in_flight = "32M"
+bytes_in_flight = "1G"
+handshake_timeout = "1m"
+idle_timeout = "12h"
+read_only = ["vms/golden-*", "iso/*"]
 
 [arbiter.witness]
 data_dir = "/srv/witness"
@@ -147,3 +154,31 @@ def test_default_folder_of_a_user_without_a_home_is_asked_for(
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.raises(ConfigError, match="no home folder: set HOME"):
         config.default_dev_dir({})
+
+
+def test_config_of_a_gateway_has_limits_and_patterns() -> None:
+    gateway = config.parse(WHOLE, PATH).gateway("gateway1")
+    assert gateway.limits == ClientLimits(100, 32 << 20, 1 << 30, 60, 43_200)
+    assert gateway.is_read_only("vms/golden-debian")
+    assert gateway.is_read_only("iso/a")
+    assert not gateway.is_read_only("vms/web")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("clients_max = 0", "from 1 to 60000"),
+        ('bytes_in_flight = "1K"', "at least 1M"),
+        ('handshake_timeout = "2d"', "from 1s to 1h"),
+        ("handshake_timeout = 0", "from 1s to 1h"),
+        ("idle_timeout = 5", "must be a string"),
+        ('idle_timeout = "5 s"', "must look like"),
+        ('read_only = "vms/*"', "must be a list"),
+    ],
+)
+def test_config_with_a_wrong_limit_is_refused_by_its_name(line: str, told: str) -> None:
+    key = line.split(" ", maxsplit=1)[0]
+    text = re.sub(rf"^{key} = .*$", line, WHOLE, flags=re.MULTILINE)
+    with pytest.raises(ConfigError, match=f"gateway.gateway1.{key}") as caught:
+        config.parse(text, PATH)
+    assert told in str(caught.value)

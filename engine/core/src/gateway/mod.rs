@@ -8,6 +8,7 @@ mod snapshot;
 pub use snapshot::{ClientSnapshot, ImageSnapshot, LinkSnapshot, Snapshot};
 
 use crate::io::{Poller, Waker};
+use crate::nbd::budget::ClientLimits;
 use crate::nbd::{Answer, Query};
 use crate::replica::{Event, HealSpec, LinkTarget, NodeIndex, NodeMask, OpenSpec, ScrubSpec};
 use crate::wire::messages::HelloReply;
@@ -24,6 +25,8 @@ use std::time::Duration;
 pub enum Command {
     /// Accept NBD clients on this listening socket.
     Listen(OwnedFd),
+    /// Go by these limits from now on.
+    Limit(ClientLimits),
     /// Keep a connection to this node (in place of an older one of the same name).
     Link(LinkTarget),
     Unlink(String),
@@ -83,6 +86,10 @@ pub enum Command {
     StopListening,
     /// End the connections of an image's clients; what they have in flight is not answered.
     Disconnect {
+        channel: u32,
+    },
+    /// End the connections of an image's clients, each when what it has asked for is answered.
+    Reconnect {
         channel: u32,
     },
     /// An image's new size, and the record that says so.

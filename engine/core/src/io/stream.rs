@@ -152,6 +152,11 @@ impl Stream {
         &mut self.output
     }
 
+    /// The same, to look at.
+    pub fn output_ref(&self) -> &Outgoing {
+        &self.output
+    }
+
     /// Bytes that wait to be written.
     pub fn pending_bytes(&self) -> usize {
         self.output.len()

@@ -20,7 +20,7 @@ use super::constants::{
 };
 use super::options::{self, Malformed, Wanted};
 use super::{
-    ExportInfo, Limits, ProtocolError, ReplyStyle, Session, shortened, transmission_flags,
+    Contexts, ExportInfo, Limits, ProtocolError, ReplyStyle, Session, shortened, transmission_flags,
 };
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
@@ -84,8 +84,8 @@ pub struct Handshake {
     state: State,
     no_zeroes: bool,
     replies: ReplyStyle,
-    /// The name that the last SET_META_CONTEXT selected `base:allocation` for.
-    base_allocation_for: Option<String>,
+    /// What the last SET_META_CONTEXT selected, and for which name.
+    contexts: Option<(String, Contexts)>,
     options_seen: u32,
 }
 
@@ -96,7 +96,7 @@ impl Handshake {
             state: State::Greeting,
             no_zeroes: false,
             replies: ReplyStyle::Simple,
-            base_allocation_for: None,
+            contexts: None,
             options_seen: 0,
         }
     }
@@ -220,8 +220,10 @@ impl Handshake {
             self.state = State::Ended;
             return Err(ProtocolError::TooManyOptions(self.limits.max_options));
         }
+        let extended = self.replies == ReplyStyle::Extended;
         match option {
-            option::EXPORT_NAME if too_long => {
+            // It has no reply that could say no.
+            option::EXPORT_NAME if too_long || extended => {
                 self.state = State::Ended;
                 Ok(Some(Step::Close))
             }
@@ -256,11 +258,15 @@ impl Handshake {
                 Some(Step::Ask(Query::List))
             }
             option::STRUCTURED_REPLY if data.is_empty() => {
-                self.replies = ReplyStyle::Structured;
+                self.structured_reply(out);
+                None
+            }
+            option::EXTENDED_HEADERS if data.is_empty() => {
+                self.replies = ReplyStyle::Extended;
                 reply(out, option, option_reply::ACK, &[]);
                 None
             }
-            option::LIST | option::STRUCTURED_REPLY => {
+            option::LIST | option::STRUCTURED_REPLY | option::EXTENDED_HEADERS => {
                 malformed(out, option, Malformed::Invalid("this option takes no data"));
                 None
             }
@@ -288,6 +294,17 @@ impl Handshake {
         }
     }
 
+    /// There is no way back from extended headers.
+    fn structured_reply(&mut self, out: &mut BytesMut) {
+        let option = option::STRUCTURED_REPLY;
+        if self.replies == ReplyStyle::Extended {
+            let message = "extended headers were negotiated already";
+            return refuse(out, option, option_reply::ERR_EXT_HEADER_REQD, message);
+        }
+        self.replies = ReplyStyle::Structured;
+        reply(out, option, option_reply::ACK, &[]);
+    }
+
     /// Answers an option whose data was too long to keep. Unknown options are told that instead,
     /// and ABORT means the same with any data.
     fn refuse_drained(&mut self, option: u32, out: &mut BytesMut) {
@@ -296,11 +313,12 @@ impl Handshake {
             option::INFO,
             option::GO,
             option::STRUCTURED_REPLY,
+            option::EXTENDED_HEADERS,
             option::LIST_META_CONTEXT,
             option::SET_META_CONTEXT,
         ];
         if option == option::SET_META_CONTEXT {
-            self.base_allocation_for = None;
+            self.contexts = None;
         }
         if known.contains(&option) {
             let limit = self.limits.max_option_bytes;
@@ -321,13 +339,13 @@ impl Handshake {
         Step::Ask(query)
     }
 
-    /// Section «Metadata querying». The wildcard `base:` lists, and selects nothing.
+    /// Section «Metadata querying». The wildcards `base:` and `qemu:` list, and select nothing.
     fn meta_context(&mut self, option: u32, data: Bytes, out: &mut BytesMut) {
         let set = option == option::SET_META_CONTEXT;
         if set {
-            self.base_allocation_for = None;
+            self.contexts = None;
         }
-        if self.replies != ReplyStyle::Structured {
+        if self.replies == ReplyStyle::Simple {
             let message = "metadata contexts need structured replies: ask for those first";
             return malformed(out, option, Malformed::Invalid(message));
         }
@@ -335,18 +353,24 @@ impl Handshake {
             Ok(queries) => queries,
             Err(error) => return malformed(out, option, error),
         };
-        let matched = match option {
-            option::SET_META_CONTEXT => queries.base_allocation,
-            _ => queries.count == 0 || queries.base || queries.base_allocation,
-        };
-        if matched {
+        let all = !set && queries.count == 0;
+        let allocation = queries.allocation || all || (!set && queries.base);
+        let depth = queries.depth || all || (!set && queries.qemu);
+        let mut tell = |matched: bool, id: u32, name: &str| {
             // The id in a list is reserved, and zero.
-            let id = if set { context::BASE_ALLOCATION_ID } else { 0 };
-            let name = context::BASE_ALLOCATION.as_bytes();
-            reply(out, option, option_reply::META_CONTEXT, &[&id.to_be_bytes(), name]);
-        }
-        if set && matched {
-            self.base_allocation_for = Some(queries.export);
+            let id = if set { id } else { 0 };
+            if matched {
+                let parts: [&[u8]; 2] = [&id.to_be_bytes(), name.as_bytes()];
+                reply(out, option, option_reply::META_CONTEXT, &parts);
+            }
+            matched.then_some(id)
+        };
+        let contexts = Contexts {
+            allocation: tell(allocation, context::BASE_ALLOCATION_ID, context::BASE_ALLOCATION),
+            depth: tell(depth, context::ALLOCATION_DEPTH_ID, context::ALLOCATION_DEPTH),
+        };
+        if set && !contexts.is_empty() {
+            self.contexts = Some((queries.export, contexts));
         }
         reply(out, option, option_reply::ACK, &[]);
     }
@@ -404,12 +428,12 @@ impl Handshake {
 
     fn transmission(&mut self, export: ExportInfo, name: &str) -> Step {
         self.state = State::Ended;
-        let selected = self.base_allocation_for.take().is_some_and(|selected| selected == name);
+        let selected = self.contexts.take().filter(|(selected, _)| selected == name);
         Step::Transmission(Session {
             export,
             limits: self.limits,
             replies: self.replies,
-            base_allocation: selected.then_some(context::BASE_ALLOCATION_ID),
+            contexts: selected.map(|(_, contexts)| contexts).unwrap_or_default(),
             no_zeroes: self.no_zeroes,
         })
     }
