@@ -16,8 +16,17 @@ class Gateway:
     """
 
     def __new__(cls) -> Gateway: ...
-    def listen(self, fd: int) -> None:
-        """Take over a listening socket, by descriptor."""
+    def listen(self, fd: int, tls: str = "off") -> None:
+        """Take over a listening socket, by descriptor. `tls`: off, optional or required."""
+
+    def set_tls(
+        self, *, certificate: bytes, key: bytes, client_authorities: bytes | None = None
+    ) -> None:
+        """Show this certificate to connections that begin with TLS from now on; all in PEM.
+
+        With `client_authorities` clients must have a certificate that one of these has signed.
+        Raises ValueError where they cannot be used.
+        """
 
     def stop_listening(self) -> None:
         """Let connections that arrive from now on wait in the socket."""

@@ -115,6 +115,31 @@ class ClientLimits:
 
 
 @dataclass(frozen=True)
+class AccessRule:
+    """Which clients may open which images; each is known by what its certificate says."""
+
+    clients: tuple[str, ...]
+    images: tuple[str, ...]
+    read_only: bool
+
+
+@dataclass(frozen=True)
+class TlsConfig:
+    """TLS for NBD clients of a gateway."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None
+    """Clients must have a certificate that one of these authorities has signed; None: need none."""
+    tcp: str
+    """For clients over TCP: required, optional or off."""
+    socket: str
+    """For those over the unix socket, which its owner and mode guard anyway."""
+    access: tuple[AccessRule, ...]
+    """None: who is let in may open everything."""
+
+
+@dataclass(frozen=True)
 class GatewayConfig:
     """A gateway."""
 
@@ -129,6 +154,7 @@ class GatewayConfig:
     limits: ClientLimits = field(default_factory=ClientLimits)
     read_only: tuple[str, ...] = ()
     """Patterns of the names of images that nobody may write to here."""
+    tls: TlsConfig | None = None
 
     def is_read_only(self, image: str) -> bool:
         """Return whether clients of this gateway may only read an image."""
@@ -315,9 +341,33 @@ def _gateway(name: str, table: "_Table") -> GatewayConfig:
         metrics=table.take("metrics", _endpoint, None),
         limits=_client_limits(table),
         read_only=table.take("read_only", _patterns, ()),
+        tls=_tls(table.table("tls")) if table.has("tls") else None,
     )
     table.finish()
     return gateway
+
+
+def _tls(table: "_Table") -> TlsConfig:
+    tls = TlsConfig(
+        certificate=table.take("certificate", _path),
+        key=table.take("key", _path),
+        client_ca=table.take("client_ca", _path, None),
+        tcp=table.take("tcp", _tls_mode, "required"),
+        socket=table.take("socket", _tls_mode, "off"),
+        access=tuple(_access_rule(each) for each in table.tables("access")),
+    )
+    table.finish()
+    return tls
+
+
+def _access_rule(table: "_Table") -> AccessRule:
+    rule = AccessRule(
+        clients=table.take("clients", _patterns),
+        images=table.take("images", _patterns),
+        read_only=table.take("read_only", _flag, False),
+    )
+    table.finish()
+    return rule
 
 
 def _client_limits(table: "_Table") -> ClientLimits:
@@ -402,6 +452,14 @@ class _Table:
         inner = _Table(self._path, self._full(kind), values)
         return {name: inner.table(name) for name in values}
 
+    def tables(self, key: str) -> list["_Table"]:
+        """Return the tables `[[key]]`, of which there may be none."""
+        values = self.take(key, _mappings, [])
+        return [
+            _Table(self._path, f"{self._full(key)}.{number}", value)
+            for number, value in enumerate(values)
+        ]
+
     def finish(self) -> None:
         """Refuse what nobody asked for."""
         unknown = sorted(set(self._values) - self._known)
@@ -417,6 +475,24 @@ def _mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("must be a table")
     return value
+
+
+def _mappings(value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise ValueError("must be a list of tables")
+    return [_mapping(entry) for entry in value]
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def _tls_mode(value: Any) -> str:
+    if value not in ("required", "optional", "off"):
+        raise ValueError("must be required, optional or off")
+    return str(value)
 
 
 def _text(value: Any) -> str:

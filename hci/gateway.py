@@ -19,7 +19,7 @@ from etcd.errors import EtcdError
 from etcd.interface import Notice, Reread
 from etcd.lease import Session
 from etcd.records import NodeRecord
-from hci import control, daemon, metrics
+from hci import control, daemon, metrics, tls
 from hci import control_pb2 as pb
 from hci.config import Config, GatewayConfig
 from hci.control_pb2_grpc import GatewayControlServicer, add_GatewayControlServicer_to_server
@@ -29,7 +29,7 @@ from shard.ids import ImageId, image_id
 from vmstore.caretaker import Caretaker
 from vmstore.catalog import Catalog
 from vmstore.errors import OtherCluster, UnknownImage
-from vmstore.exports import Exports
+from vmstore.exports import Exports, Permission, Visitor
 from vmstore.holder import Holder, Phase, closing_waits_for
 from vmstore.resizing import RESIZE_LIMIT_S
 from vmstore.scrubbing import Scrubber
@@ -97,7 +97,10 @@ class GatewayDaemon:
             served=Served(self.holder, path=own.run_dir / "served.json", boot=daemon.boot_id()),
             lock=lock,
             heal_limits=config.heal,
-            read_only=own.is_read_only,
+            permitted=self._permitted,
+        )
+        self.credentials = (
+            tls.Credentials(own.tls, self.engine, time.monotonic) if own.tls is not None else None
         )
         self.exports.failed = ending.fail
         self.caretaker = Caretaker(
@@ -141,8 +144,11 @@ class GatewayDaemon:
             handshake_ms=limits.handshake_timeout_s * 1000,
             idle_ms=limits.idle_timeout_s * 1000,
         )
+        if self.credentials is not None:
+            self.credentials.load()
         for listening in sockets:
-            self.engine.listen(listening.detach())
+            mode = self._tls_mode(listening)
+            self.engine.listen(listening.detach(), mode)
         self.serving = True
         own = self.own
         log.info("gateway_started", gateway=own.name, holder=self.holder,
@@ -170,6 +176,19 @@ class GatewayDaemon:
         if not tcp and self.own.nbd_listen is not None:
             tcp = [self._bind_tcp()]
         return unix + tcp
+
+    def _tls_mode(self, listening: socket.socket) -> str:
+        if self.own.tls is None:
+            return "off"
+        return self.own.tls.socket if listening.family == socket.AF_UNIX else self.own.tls.tcp
+
+    def _permitted(self, visitor: Visitor, image: str) -> Permission:
+        """Return what a client may do with an image."""
+        allowed = Permission.WRITE
+        if not visitor.trusted and self.own.tls is not None:
+            names = tls.identities(visitor.certificate)
+            allowed = tls.permission(names, image, self.own.tls.access)
+        return min(allowed, Permission.READ) if self.own.is_read_only(image) else allowed
 
     def _bind_unix(self) -> socket.socket:
         path = self.own.nbd_socket
@@ -236,6 +255,8 @@ class GatewayDaemon:
             self.exports.look_again()
 
     def _look_after(self) -> None:
+        if self.credentials is not None:
+            self.credentials.look()
         self.caretaker.look(time.monotonic())
         self.scrubber.look(time.monotonic(), time.time_ns() // 1_000_000)
         if not self._nodes_changed.is_set():

@@ -76,8 +76,8 @@ class Resizing(Serving):
         """Change the size of an image, opening it for that where it is closed.
 
         Return how many connections go by the former size: those that were there, unless they were
-        asked to `reconnect`. Raises InUse where clients have it open and it would shrink, ShrinkRefused, BeingResized,
-        TimeoutError where it is not done yet, and what an open raises.
+        asked to `reconnect`. Raises InUse where clients have it open and it would shrink,
+        ShrinkRefused, BeingResized, TimeoutError where it is not done yet, and what an open raises.
         """
         resize = Resize(size_bytes, force, Future(), reconnect)
         self._deciding.put(lambda: self._find_to_resize(name, resize))

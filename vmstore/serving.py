@@ -528,6 +528,8 @@ class Serving(ABC):
         kind = event["event"]
         if kind in ("asked", "client_gone"):
             self._on_client(event)
+        elif kind == "tls_refused":
+            log.warning("client_refused", why=f"its TLS handshake failed: {event['why']}")
         elif kind == "link_up":
             self._away.pop(event["name"], None)
             log.info("node_connected", node=event["name"], instance=event["start_counter"])

@@ -15,7 +15,7 @@ PATIENCE_S = 60
 
 
 class Visitor(threading.Thread):
-    """Connects, reads and leaves, again and again. Whom the old process had let in may be cut off."""
+    """Connects, reads and leaves, again and again. One that a gateway let in may be cut off."""
 
     def __init__(self, uri: str) -> None:
         super().__init__(name="visitor")

@@ -1,10 +1,11 @@
-"""A raw NBD connection over a unix socket: says what it is told to, right or wrong.
+"""A raw NBD connection: says what it is told to, right or wrong.
 
 For what no foreign client can be made to send, and for leaving out what every one of them does.
 """
 
 import contextlib
 import socket
+import ssl
 import struct
 from typing import Self
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -12,7 +13,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 IHAVEOPT = b"IHAVEOPT"
 OPTION_REPLY_MAGIC = 0x0003E889045565A9
 REQUEST_MAGIC = 0x25609513
-EXPORT_NAME, ABORT, LIST, INFO, GO, EXTENDED_HEADERS = 1, 2, 3, 6, 7, 11
+EXPORT_NAME, ABORT, LIST, STARTTLS, INFO, GO, EXTENDED_HEADERS = 1, 2, 3, 5, 6, 7, 11
 READ, WRITE, DISCONNECT, FLUSH = 0, 1, 2, 3
 PATIENCE_S = 30
 """A hang detector: how long any answer may take."""
@@ -24,6 +25,9 @@ class Client:
     def __init__(self, uri: str) -> None:
         parts = urlsplit(uri)
         self.name = unquote(parts.path).removeprefix("/").encode()
+        if parts.hostname is not None:
+            self.socket = socket.create_connection((parts.hostname, parts.port), PATIENCE_S)
+            return
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.socket.settimeout(PATIENCE_S)
         self.socket.connect(parse_qs(parts.query)["socket"][0])
@@ -64,6 +68,25 @@ class Client:
         magic, option, kind, length = struct.unpack(">QIII", self.receive(20))
         assert magic == OPTION_REPLY_MAGIC
         return option, kind, self.receive(length)
+
+    def start_tls(self, context: ssl.SSLContext, name: str = "127.0.0.1") -> Self:
+        """Greets and goes on under TLS; raises what `ssl` says where that fails."""
+        self.greet()
+        self.option(STARTTLS)
+        assert self.option_reply() == (STARTTLS, 1, b"")
+        self.socket = context.wrap_socket(self.socket, server_hostname=name)
+        return self
+
+    def go(self) -> tuple[int, int]:
+        """Opens the export, simple replies, where that is allowed: (reply type, flags)."""
+        self.option(GO, struct.pack(">I", len(self.name)) + self.name + b"\0\0")
+        flags = 0
+        while True:
+            _, kind, data = self.option_reply()
+            if kind == 3:
+                flags = struct.unpack(">HQH", data)[2]
+            else:
+                return kind, flags
 
     def open(self) -> Self:
         """Goes to the transmission phase, with simple replies."""

@@ -4,29 +4,37 @@ import contextlib
 import json
 import tomllib
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from tests.devcluster import DevCluster
 
 GATEWAY = "gateway1"
 
+Setting = bool | int | str | Sequence["Setting"] | Mapping[str, "Setting"]
+
 
 @contextlib.contextmanager
-def gateway_with(cluster: DevCluster, **settings: str | int | list[str]) -> Iterator[None]:
-    """Runs the gateway with more keys in its section; afterwards as it was before."""
+def gateway_with(cluster: DevCluster, **settings: Setting) -> Iterator[None]:
+    """Runs the gateway with these keys in its section; afterwards as it was before."""
     before = cluster.config.read_text()
-    lines = [f"{key} = {_toml(value)}" for key, value in settings.items()]
-    section = f"[gateway.{GATEWAY}]\n"
-    assert section in before
-    _restart_with(cluster, before.replace(section, section + "\n".join(lines) + "\n"))
+    head, section, rest = before.partition(f"[gateway.{GATEWAY}]\n")
+    assert section
+    own, bracket, others = rest.partition("\n[")
+    kept = [line for line in own.splitlines() if line.partition(" = ")[0] not in settings]
+    lines = [*kept, *(f"{key} = {_toml(value)}" for key, value in settings.items())]
+    _restart_with(cluster, head + section + "\n".join(lines) + "\n" + bracket + others)
     try:
         yield
     finally:
         _restart_with(cluster, before)
 
 
-def _toml(value: str | int | list[str]) -> str:
-    return str(value) if isinstance(value, int) else json.dumps(value)
+def _toml(value: Setting) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(inner) for inner in value) + "]"
+    return json.dumps(value)
 
 
 def _restart_with(cluster: DevCluster, config: str) -> None:

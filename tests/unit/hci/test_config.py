@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hci import config
-from hci.config import DEFAULT_LOG_BYTES, ClientLimits, Endpoint
+from hci.config import DEFAULT_LOG_BYTES, AccessRule, ClientLimits, Endpoint
 from hci.errors import ConfigError
 
 PATH = Path("/etc/hci/hci.toml")
@@ -181,4 +181,47 @@ def test_config_with_a_wrong_limit_is_refused_by_its_name(line: str, told: str) 
     text = re.sub(rf"^{key} = .*$", line, WHOLE, flags=re.MULTILINE)
     with pytest.raises(ConfigError, match=f"gateway.gateway1.{key}") as caught:
         config.parse(text, PATH)
+    assert told in str(caught.value)
+
+
+TLS = """
+[gateway.gateway1.tls]
+certificate = "/etc/hci/server-cert.pem"
+key = "/etc/hci/server-key.pem"
+client_ca = "/etc/hci/ca-cert.pem"
+
+[[gateway.gateway1.tls.access]]
+clients = ["CN=host*"]
+images = ["vms/*"]
+
+[[gateway.gateway1.tls.access]]
+clients = ["DNS:backup.example.org"]
+images = ["*"]
+read_only = true
+"""
+
+
+def test_config_of_tls_is_read_with_its_rules() -> None:
+    found = config.parse(WHOLE + TLS, PATH).gateway("gateway1").tls
+    assert found is not None
+    assert (found.tcp, found.socket) == ("required", "off")
+    assert found.client_ca == Path("/etc/hci/ca-cert.pem")
+    assert found.access == (
+        AccessRule(("CN=host*",), ("vms/*",), read_only=False),
+        AccessRule(("DNS:backup.example.org",), ("*",), read_only=True),
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('client_ca = "', 'tcp = "maybe"\nclient_ca = "', "gateway.gateway1.tls.tcp"),
+        ("read_only = true", "read_only = 1", "gateway.gateway1.tls.access.1.read_only"),
+        ('images = ["*"]', "", "gateway.gateway1.tls.access.1.images is missing"),
+        ('images = ["vms/*"]', 'image = ["vms/*"]', "gateway.gateway1.tls.access.0.images"),
+    ],
+)
+def test_config_of_tls_with_a_slip_is_refused_by_its_name(old: str, new: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.parse(WHOLE + TLS.replace(old, new), PATH)
     assert told in str(caught.value)

@@ -3,10 +3,13 @@
 use super::snapshot::{ClientSnapshot, ImageSnapshot, LinkSnapshot, Snapshot};
 use super::{Command, EventQueue, GatewayEvent};
 use crate::geometry::BLOCK_BYTES;
-use crate::io::{Filled, Poller, Ready, Stream, Waker, boottime_ns, peer_process, tune_accepted};
+use crate::io::{
+    Filled, Poller, Ready, Stream, TlsConfig, Waker, boottime_ns, peer_process, tune_accepted,
+};
+use crate::nbd::Query;
 use crate::nbd::budget::Budget;
 use crate::nbd::serve::{Client, Need};
-use crate::nbd::{Answer, Counters, Limits};
+use crate::nbd::{Answer, Counters, Limits, TlsMode};
 use crate::replica::{
     Event, ImageIo, Instance, Link, LinkEvent, LinkTarget, NodeIndex, OpenSpec, Outcome, Output,
     Token,
@@ -55,7 +58,9 @@ pub(super) struct EventLoop {
     waker: Waker,
     commands: mpsc::Receiver<Command>,
     events: Arc<EventQueue>,
-    listeners: Vec<OwnedFd>,
+    listeners: Vec<(OwnedFd, TlsMode)>,
+    /// Of connections that begin with TLS from now on.
+    tls: Option<TlsConfig>,
     links: Slab<Link>,
     link_names: HashMap<String, usize>,
     clients: Slab<Client>,
@@ -87,6 +92,7 @@ impl EventLoop {
             commands,
             events,
             listeners: Vec::new(),
+            tls: None,
             links: Slab::new(),
             link_names: HashMap::new(),
             clients: Slab::new(),
@@ -142,7 +148,7 @@ impl EventLoop {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         // A few at a time, so that a flood of connections does not starve those that are served.
         for _ in 0..16 {
-            let Some(listener) = self.listeners.get(listener) else { return };
+            let Some((listener, tls)) = self.listeners.get(listener) else { return };
             let Ok(fd) = rustix::net::accept_with(listener, flags) else { return };
             if self.clients.len() >= self.budget.limits.clients {
                 self.refused_clients += 1;
@@ -155,7 +161,8 @@ impl EventLoop {
             self.client_serial += 1;
             let id = self.client_serial << 32 | index as u64;
             let deadline_ns = self.now_ns + self.budget.limits.handshake_ns;
-            let client = Client::new(Stream::new(fd), id, peer, &self.limits, deadline_ns);
+            let stream = Stream::new(fd);
+            let client = Client::new(stream, id, peer, &self.limits, *tls, deadline_ns);
             if self.poller.add(client.stream.fd(), CLIENT | index as u64, false).is_ok() {
                 entry.insert(client);
                 self.flush_client(index);
@@ -185,6 +192,9 @@ impl EventLoop {
                 return self.flush_client(index);
             }
             match client.fill(self.now_ns) {
+                Err(error) if client.stream.is_in_tls_handshake() => {
+                    return self.refuse_tls(index, &error);
+                }
                 Ok(Filled::Closed) | Err(_) => return self.end_client(index),
                 Ok(filled) => {
                     self.process_client(index);
@@ -199,17 +209,14 @@ impl EventLoop {
     /// Works on what a client has sent, in whichever phase it is.
     fn process_client(&mut self, index: usize) {
         let Some(client) = self.clients.get_mut(index) else { return };
-        let (id, before) = (client.id, client.channel());
-        let need = match before {
+        let need = match client.channel() {
             None => client.handshake(self.now_ns),
             Some(_) => Ok(Need::Nothing),
         };
         match need {
             Err(_) | Ok(Need::End) => return self.end_client(index),
-            Ok(Need::Ask(query)) => {
-                let peer = client.peer.clone();
-                self.events.push(GatewayEvent::Asked { client: id, peer, query });
-            }
+            Ok(Need::Ask(query)) => self.ask(index, query),
+            Ok(Need::StartTls) => return self.start_tls(index),
             Ok(Need::Nothing) => {}
         }
         self.serve_client(index);
@@ -291,12 +298,34 @@ impl EventLoop {
         let answered = self.clients[index].answer(answer, channel, self.now_ns);
         match answered {
             Err(_) | Ok(Need::End) => self.end_client(index),
-            Ok(Need::Ask(query)) => {
-                let peer = self.clients[index].peer.clone();
-                self.events.push(GatewayEvent::Asked { client: id, peer, query });
-            }
+            Ok(Need::Ask(query)) => self.ask(index, query),
+            Ok(Need::StartTls) => self.start_tls(index),
             Ok(Need::Nothing) => self.process_client(index),
         }
+    }
+
+    /// Hands a client's query to policy, with what is known of who asks.
+    fn ask(&mut self, index: usize, query: Query) {
+        let Some(client) = self.clients.get(index) else { return };
+        let (id, peer, trusted) = (client.id, client.peer.clone(), client.trusted);
+        let certificate = client.stream.peer_certificate();
+        self.events.push(GatewayEvent::Asked { client: id, peer, trusted, certificate, query });
+    }
+
+    fn start_tls(&mut self, index: usize) {
+        let Some(client) = self.clients.get_mut(index) else { return };
+        let begun = self.tls.as_ref().map(|config| client.stream.start_tls(config));
+        match begun {
+            Some(Ok(())) => self.flush_client(index),
+            _ => self.end_client(index),
+        }
+    }
+
+    /// A client that could not show who it is; policy hears why.
+    fn refuse_tls(&mut self, index: usize, error: &io::Error) {
+        let why = error.to_string();
+        self.events.push(GatewayEvent::TlsRefused { why });
+        self.end_client(index);
     }
 
     // Links
@@ -486,7 +515,8 @@ impl EventLoop {
     fn obey(&mut self) -> bool {
         while let Ok(command) = self.commands.try_recv() {
             match command {
-                Command::Listen(fd) => self.listen(fd),
+                Command::Listen(fd, tls) => self.listen(fd, tls),
+                Command::Tls(config) => self.tls = Some(config),
                 Command::Limit(limits) => self.budget.limits = limits,
                 Command::Link(target) => self.add_link(target),
                 Command::Unlink(node) => self.remove_link(&node),
@@ -533,7 +563,7 @@ impl EventLoop {
         true
     }
 
-    fn listen(&mut self, fd: OwnedFd) {
+    fn listen(&mut self, fd: OwnedFd, tls: TlsMode) {
         let token = LISTENER | self.listeners.len() as u64;
         let ready = rustix::io::ioctl_fionbio(&fd, true)
             .map_err(io::Error::from)
@@ -541,7 +571,7 @@ impl EventLoop {
         if let Err(error) = ready {
             panic!("a listening socket cannot be polled: {error}");
         }
-        self.listeners.push(fd);
+        self.listeners.push((fd, tls));
     }
 
     /// Lets an image go when all that it still had to say is said; its clients leave with it.

@@ -7,9 +7,9 @@ mod snapshot;
 
 pub use snapshot::{ClientSnapshot, ImageSnapshot, LinkSnapshot, Snapshot};
 
-use crate::io::{Poller, Waker};
+use crate::io::{Poller, TlsConfig, Waker};
 use crate::nbd::budget::ClientLimits;
-use crate::nbd::{Answer, Query};
+use crate::nbd::{Answer, Query, TlsMode};
 use crate::replica::{Event, HealSpec, LinkTarget, NodeIndex, NodeMask, OpenSpec, ScrubSpec};
 use crate::wire::messages::HelloReply;
 use bytes::Bytes;
@@ -24,7 +24,9 @@ use std::time::Duration;
 /// What Python orders. `channel` names an open image.
 pub enum Command {
     /// Accept NBD clients on this listening socket.
-    Listen(OwnedFd),
+    Listen(OwnedFd, TlsMode),
+    /// Connections that begin with TLS from now on show these certificates.
+    Tls(TlsConfig),
     /// Go by these limits from now on.
     Limit(ClientLimits),
     /// Keep a connection to this node (in place of an older one of the same name).
@@ -122,7 +124,15 @@ pub enum GatewayEvent {
         client: u64,
         /// See `io::peer_process`.
         peer: Option<String>,
+        /// Came by a listener without TLS, whose clients nobody asks who they are.
+        trusted: bool,
+        /// The certificate that it has shown over TLS, in DER.
+        certificate: Option<Bytes>,
         query: Query,
+    },
+    /// A client's TLS handshake failed.
+    TlsRefused {
+        why: String,
     },
     /// A client that was served from `channel`, or had a query under way, is gone.
     ClientGone {
@@ -244,7 +254,7 @@ mod tests {
         let path = std::env::temp_dir().join(format!("hci-gateway-{}", std::process::id()));
         let listener = UnixListener::bind(&path).expect("a socket");
         let gateway = Gateway::start().expect("a gateway");
-        gateway.order(Command::Listen(listener.into()));
+        gateway.order(Command::Listen(listener.into(), TlsMode::Off));
         let mut client = UnixStream::connect(&path).expect("it listens");
         std::fs::remove_file(&path).expect("it was there");
         client.read_exact(&mut [0; 18]).expect("a greeting");

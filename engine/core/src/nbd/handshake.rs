@@ -9,6 +9,7 @@
 //! | `Options` | an option that is too long | `Draining` |
 //! | `Draining` | its last byte | `Options`, answered ERR_TOO_BIG or ERR_UNSUP |
 //! | `Waiting` | [`Handshake::answer`] | `Options`, or `Ended` with a [`Session`] |
+//! | `Options` | STARTTLS where there is TLS | `Options`, all that was negotiated forgotten |
 //! | any | ABORT, a bad EXPORT_NAME, a [`ProtocolError`] | `Ended` |
 //!
 //! Only GO and EXPORT_NAME may open an export. Metadata contexts are accepted for any name and hold
@@ -20,7 +21,8 @@ use super::constants::{
 };
 use super::options::{self, Malformed, Wanted};
 use super::{
-    Contexts, ExportInfo, Limits, ProtocolError, ReplyStyle, Session, shortened, transmission_flags,
+    Contexts, ExportInfo, Limits, ProtocolError, ReplyStyle, Session, TlsMode, shortened,
+    transmission_flags,
 };
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
@@ -29,6 +31,8 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 pub enum Step {
     /// Receive more and call [`Handshake::receive`] again.
     NeedInput,
+    /// Send the output, then go on under TLS. Nothing that came before may be taken for what comes then.
+    StartTls,
     /// Find the answer and give it to [`Handshake::answer`].
     Ask(Query),
     /// The handshake is over; what is left of the input belongs to the transmission phase.
@@ -81,6 +85,8 @@ enum Waiting {
 #[derive(Debug)]
 pub struct Handshake {
     limits: Limits,
+    tls: TlsMode,
+    secured: bool,
     state: State,
     no_zeroes: bool,
     replies: ReplyStyle,
@@ -93,12 +99,24 @@ impl Handshake {
     pub fn new(limits: &Limits) -> Self {
         Handshake {
             limits: *limits,
+            tls: TlsMode::Off,
+            secured: false,
             state: State::Greeting,
             no_zeroes: false,
             replies: ReplyStyle::Simple,
             contexts: None,
             options_seen: 0,
         }
+    }
+
+    /// For a listener with TLS.
+    pub fn with_tls(self, tls: TlsMode) -> Self {
+        Handshake { tls, ..self }
+    }
+
+    /// Whether the client goes on under TLS.
+    pub fn is_secured(&self) -> bool {
+        self.secured
     }
 
     /// Writes what the server says first. Called once, before anything is received.
@@ -223,7 +241,7 @@ impl Handshake {
         let extended = self.replies == ReplyStyle::Extended;
         match option {
             // It has no reply that could say no.
-            option::EXPORT_NAME if too_long || extended => {
+            option::EXPORT_NAME if too_long || extended || self.needs_tls() => {
                 self.state = State::Ended;
                 Ok(Some(Step::Close))
             }
@@ -241,6 +259,11 @@ impl Handshake {
     /// Deals with one whole option.
     fn take_option(&mut self, option: u32, data: Bytes, out: &mut BytesMut) -> Option<Step> {
         match option {
+            option::STARTTLS => self.start_tls(&data, out),
+            _ if self.needs_tls() && option != option::ABORT => {
+                refuse(out, option, option_reply::ERR_TLS_REQD, "this server asks for TLS first");
+                None
+            }
             option::EXPORT_NAME => Some(match options::export_name(data) {
                 Ok(name) => self.ask_export(option, name, Wanted::default()),
                 Err(_) => {
@@ -281,17 +304,34 @@ impl Handshake {
                 self.meta_context(option, data, out);
                 None
             }
-            // TLS begins here once a listener can carry it: ACK, then a new `Options` state
-            // behind the TLS session, with what was negotiated before forgotten.
-            option::STARTTLS => {
-                refuse(out, option, option_reply::ERR_UNSUP, "this server has no TLS");
-                None
-            }
             _ => {
                 refuse(out, option, option_reply::ERR_UNSUP, "this option is not supported");
                 None
             }
         }
+    }
+
+    fn needs_tls(&self) -> bool {
+        self.tls == TlsMode::Required && !self.secured
+    }
+
+    /// Section «TLS support». What was negotiated in plain, somebody else may have sent.
+    fn start_tls(&mut self, data: &Bytes, out: &mut BytesMut) -> Option<Step> {
+        let option = option::STARTTLS;
+        if self.tls == TlsMode::Off {
+            refuse(out, option, option_reply::ERR_UNSUP, "this server has no TLS");
+        } else if self.secured {
+            malformed(out, option, Malformed::Invalid("TLS has begun already"));
+        } else if !data.is_empty() {
+            malformed(out, option, Malformed::Invalid("this option takes no data"));
+        } else {
+            reply(out, option, option_reply::ACK, &[]);
+            self.secured = true;
+            self.replies = ReplyStyle::Simple;
+            self.contexts = None;
+            return Some(Step::StartTls);
+        }
+        None
     }
 
     /// There is no way back from extended headers.
@@ -320,7 +360,7 @@ impl Handshake {
         if option == option::SET_META_CONTEXT {
             self.contexts = None;
         }
-        if known.contains(&option) {
+        if known.contains(&option) && !self.needs_tls() {
             let limit = self.limits.max_option_bytes;
             let message = format!("the option is longer than {limit} bytes");
             refuse(out, option, option_reply::ERR_TOO_BIG, &message);

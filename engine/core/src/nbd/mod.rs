@@ -75,6 +75,18 @@ pub struct ExportInfo {
     pub description: String,
 }
 
+/// Whether a listener's clients go on under TLS. Section «TLS support».
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum TlsMode {
+    /// `NOTLS`.
+    #[default]
+    Off,
+    /// `SELECTIVETLS`: as the client likes.
+    Optional,
+    /// `FORCEDTLS`: nothing else is answered before.
+    Required,
+}
+
 /// How requests are sent and answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum ReplyStyle {

@@ -7,7 +7,7 @@
 use super::budget::{Budget, Charge, GUARANTEED_BYTES};
 use super::{
     Answer, Command, Counters, Errno, Handshake, Limits, Parsed, ProtocolError, Query, Request,
-    RequestReader, Session, Step, block_status, check, done, error, read,
+    RequestReader, Session, Step, TlsMode, block_status, check, done, error, read,
 };
 use crate::geometry::BLOCK_BYTES;
 use crate::io::{Filled, Sink, Stream};
@@ -70,6 +70,8 @@ pub enum Need {
     Nothing,
     /// Policy answers with `Client::answer`.
     Ask(Query),
+    /// Send what waits, go on under TLS, and call `Client::handshake` again.
+    StartTls,
     /// Close the connection.
     End,
 }
@@ -81,6 +83,8 @@ pub struct Client {
     pub id: u64,
     /// The process that connected, where the socket tells (`io::peer_process`).
     pub peer: Option<String>,
+    /// Came by a listener without TLS.
+    pub trusted: bool,
     phase: Phase,
     in_flight: Slab<InFlight>,
     charge: Charge,
@@ -97,15 +101,17 @@ impl Client {
         id: u64,
         peer: Option<String>,
         limits: &Limits,
+        tls: TlsMode,
         deadline_ns: u64,
     ) -> Client {
-        let mut handshake = Handshake::new(limits);
+        let mut handshake = Handshake::new(limits).with_tls(tls);
         let mut greeting = BytesMut::new();
         handshake.greeting(&mut greeting);
         let mut client = Client {
             stream,
             id,
             peer,
+            trusted: tls == TlsMode::Off,
             phase: Phase::Handshake { handshake, deadline_ns },
             in_flight: Slab::new(),
             charge: Charge::default(),
@@ -245,6 +251,7 @@ impl Client {
     fn after(&mut self, step: Step, channel: Option<u32>, now_ns: u64) -> Need {
         match step {
             Step::NeedInput => Need::Nothing,
+            Step::StartTls => Need::StartTls,
             Step::Ask(query) => {
                 let phase = std::mem::replace(&mut self.phase, Phase::Leaving { session: None });
                 if let Phase::Handshake { handshake, deadline_ns } = phase {
