@@ -6,7 +6,7 @@ each name with its kind before it, as in `CN=host1`, `DNS:host1.example.org`, `I
 `anonymous`. Whether a certificate is to be believed was checked by the engine, in the handshake.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import structlog
@@ -25,12 +25,12 @@ ANONYMOUS = "anonymous"
 LOOK_S = 2.0
 """How often the certificate's files are looked at, in case they were replaced."""
 
-_KINDS: tuple[tuple[str, type[x509.GeneralName]], ...] = (
-    ("DNS", x509.DNSName),
-    ("URI", x509.UniformResourceIdentifier),
-    ("IP", x509.IPAddress),
-    ("email", x509.RFC822Name),
-)
+_KINDS: Mapping[type[x509.GeneralName], str] = {
+    x509.DNSName: "DNS",
+    x509.UniformResourceIdentifier: "URI",
+    x509.IPAddress: "IP",
+    x509.RFC822Name: "email",
+}
 
 
 def identities(certificate: bytes | None) -> tuple[str, ...]:
@@ -45,9 +45,9 @@ def identities(certificate: bytes | None) -> tuple[str, ...]:
             extension = found.extensions.get_extension_for_class(x509.SubjectAlternativeName)
         except x509.ExtensionNotFound:
             return tuple(names)
-        for kind, type_ in _KINDS:
-            values = extension.value.get_values_for_type(type_)
-            names += [f"{kind}:{value!s}" for value in values]
+        for name in extension.value:
+            kind = _KINDS.get(type(name))
+            names += [f"{kind}:{name.value!s}"] if kind is not None else []
         return tuple(names)
     except (ValueError, TypeError, x509.DuplicateExtension) as error:
         log.warning("client_certificate_malformed", why=str(error))

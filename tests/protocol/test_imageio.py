@@ -76,8 +76,16 @@ def test_imageio_extents_tell_data_from_holes(client: nbd.Client) -> None:
         zero,
         (7 * MIB, hole),
     ]
+    # It turns a depth of 0 into a flag of its own, and no other depth into any.
+    backing = nbd.EXTENT_BACKING
     depths = extents(client, "qemu:allocation-depth", 0, 16 * MIB)
-    assert depths == [(4 * MIB, 0), (MIB, 1), (3 * MIB, 0), (MIB, 1), (7 * MIB, 0)]
+    assert depths == [
+        (4 * MIB, backing),
+        (MIB, 0),
+        (3 * MIB, backing),
+        (MIB, 0),
+        (7 * MIB, backing),
+    ]
 
 
 def test_imageio_gets_errors_it_understands(client: nbd.Client) -> None:

@@ -6,7 +6,8 @@ use hci_engine_core::content::Run;
 use hci_engine_core::io::Outgoing;
 use hci_engine_core::nbd::{
     Addressee, Answer, Command, Contexts, Errno, ExportInfo, Extent, Flags, Handshake, Limits,
-    Parsed, ReplyStyle, Request, RequestReader, Session, Step, block_status, done, error, read,
+    Parsed, ReplyStyle, Request, RequestReader, Session, Step, TlsMode, block_status, done, error,
+    read,
 };
 use std::io::IoSlice;
 
@@ -39,7 +40,11 @@ struct Client {
 
 impl Client {
     fn new(client_flags: &str) -> Client {
-        let mut handshake = Handshake::new(&Limits::default());
+        Client::with_tls(client_flags, TlsMode::Off)
+    }
+
+    fn with_tls(client_flags: &str, tls: TlsMode) -> Client {
+        let mut handshake = Handshake::new(&Limits::default()).with_tls(tls);
         handshake.greeting(&mut BytesMut::new());
         let mut client = Client { handshake, input: BytesMut::new() };
         assert_eq!(client.send(client_flags), (Step::NeedInput, vec![]));
@@ -367,4 +372,52 @@ fn golden_extended_block_status_has_a_chunk_for_each_context() {
              0000000140000000 0000000000000000 0000000000001000 0000000000000001"
     );
     assert_eq!(bytes, hex(&expected));
+}
+
+#[test]
+fn golden_tls_is_refused_where_there_is_none() {
+    let (_, out) = Client::new(FIXED).send("49484156454f5054 00000005 00000000");
+    assert_eq!(out[..16], hex("0003e889045565a9 00000005 80000001"));
+}
+
+#[test]
+fn golden_tls_that_is_required_goes_before_everything_but_abort() {
+    let mut client = Client::with_tls(FIXED, TlsMode::Required);
+    for option in ["00000003", "00000006", "00000007", "00000008", "0000000a", "00000063"] {
+        let (step, out) = client.send(&format!("49484156454f5054 {option} 00000000"));
+        assert_eq!(step, Step::NeedInput);
+        assert_eq!(out[..16], hex(&format!("0003e889045565a9 {option} 80000005")));
+    }
+    // One that is too long to keep is told the same, once it is past.
+    let long = format!("49484156454f5054 00000007 00005000 {}", "00".repeat(0x5000));
+    assert_eq!(client.send(&long).1[..16], hex("0003e889045565a9 00000007 80000005"));
+    let (step, out) = client.send("49484156454f5054 00000005 00000000");
+    assert_eq!((step, out), (Step::StartTls, hex("0003e889045565a9 00000005 00000001 00000000")));
+    let (_, out) = client.send("49484156454f5054 00000008 00000000");
+    assert_eq!(out, hex("0003e889045565a9 00000008 00000001 00000000"));
+    let (_, out) = client.send("49484156454f5054 00000005 00000000");
+    assert_eq!(out[..16], hex("0003e889045565a9 00000005 80000003"));
+
+    let mut client = Client::with_tls(FIXED, TlsMode::Required);
+    let (step, out) = client.send("49484156454f5054 00000002 00000000");
+    assert_eq!((step, out), (Step::Close, hex("0003e889045565a9 00000002 00000001 00000000")));
+    let mut client = Client::with_tls(FIXED, TlsMode::Required);
+    let (step, out) = client.send("49484156454f5054 00000001 00000005 766d732f61");
+    assert_eq!((step, out), (Step::Close, vec![]), "there is no reply that says no");
+}
+
+#[test]
+fn golden_tls_forgets_what_was_negotiated_before() {
+    let mut client = Client::with_tls(FIXED_NO_ZEROES, TlsMode::Optional);
+    client.send("49484156454f5054 0000000b 00000000");
+    client.send(
+        "49484156454f5054 0000000a 00000020
+         00000005 766d732f61 00000001 0000000f 626173653a616c6c6f636174696f6e",
+    );
+    assert_eq!(client.send("49484156454f5054 00000005 00000000").0, Step::StartTls);
+    client.send("49484156454f5054 00000007 0000000b 00000005 766d732f61 0000");
+    let (step, _) = client.answer(Answer::Export(disk()));
+    let Step::Transmission(session) = step else { panic!("GO opens the export, not {step:?}") };
+    assert_eq!(session.replies, ReplyStyle::Simple);
+    assert!(session.contexts.is_empty());
 }

@@ -37,8 +37,8 @@ def test_identities_name_everything_that_the_certificate_says(tmp_path: Path) ->
         "CN=host1",
         "DNS:host1.example.org",
         "DNS:host1",
-        "URI:spiffe://site/host1",
         "IP:10.0.0.7",
+        "URI:spiffe://site/host1",
         "email:ops@example.org",
     )
 
