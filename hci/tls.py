@@ -8,6 +8,7 @@ each name with its kind before it, as in `CN=host1`, `DNS:host1.example.org`, `I
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 import structlog
 from cryptography import x509
@@ -33,6 +34,7 @@ _KINDS: Mapping[type[x509.GeneralName], str] = {
 }
 
 
+@lru_cache(maxsize=256)
 def identities(certificate: bytes | None) -> tuple[str, ...]:
     """Return what a client is called by its certificate, in DER; nothing where it is malformed."""
     if certificate is None:

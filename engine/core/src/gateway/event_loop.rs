@@ -280,8 +280,9 @@ impl EventLoop {
     }
 
     fn end_client(&mut self, index: usize) {
-        let Some(client) = self.clients.try_remove(index) else { return };
+        let Some(mut client) = self.clients.try_remove(index) else { return };
         client.release(&mut self.budget);
+        client.stream.end();
         // Closing the descriptor unregisters it as well.
         let _ = self.poller.remove(client.stream.fd());
         let (client, channel) = (client.id, client.last_channel());

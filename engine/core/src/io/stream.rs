@@ -77,6 +77,13 @@ impl Stream {
         Ok(())
     }
 
+    /// Says goodbye where the protocol has a word for it: the connection is about to be closed.
+    pub fn end(&mut self) {
+        if let Some(tls) = &mut self.tls {
+            tls.close(&self.fd);
+        }
+    }
+
     /// Whether the peer has yet to show who it is.
     pub fn is_in_tls_handshake(&self) -> bool {
         self.tls.as_ref().is_some_and(|tls| tls.is_handshaking())

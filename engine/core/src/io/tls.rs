@@ -146,6 +146,12 @@ impl Tls {
         Ok(if read < self.received.len() { Filled::Drained } else { Filled::More })
     }
 
+    /// Tells the peer that the session ends here, as far as the socket takes it.
+    pub fn close(&mut self, fd: impl AsFd) {
+        self.connection.send_close_notify();
+        let _ = self.connection.write_tls(&mut Socket(fd.as_fd()));
+    }
+
     /// Encrypts what waits, and writes what the socket takes.
     pub fn flush(&mut self, fd: impl AsFd, output: &mut Outgoing) -> io::Result<()> {
         loop {
