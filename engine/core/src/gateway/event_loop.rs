@@ -260,8 +260,7 @@ impl EventLoop {
         self.flush_client(index);
         let Some(client) = self.clients.get(index) else { return };
         if !client.is_paused(&self.budget) && !client.stream.input.is_empty() {
-            self.serve_client(index);
-            self.flush_client(index);
+            self.process_client(index);
         }
     }
 

@@ -247,6 +247,46 @@ mod tests {
     use std::io::{Read, Write};
     use std::os::unix::net::{UnixListener, UnixStream};
 
+    /// Answers each question for a list with 100 KB of names, as long as one comes within `patience`.
+    fn answer_lists(gateway: &Gateway, patience: Duration) -> usize {
+        let events = gateway.event_source();
+        let mut answered = 0;
+        while let Some(GatewayEvent::Asked { client, .. }) = events.next(patience) {
+            let answer = Answer::Names(vec!["p/".repeat(500); 100]);
+            gateway.order(Command::Answer { client, answer, channel: None });
+            answered += 1;
+        }
+        answered
+    }
+
+    /// Lists that nobody took were all kept; and once they were bounded by not reading the client, the
+    /// questions that it had already sent were never answered.
+    #[test]
+    fn a_client_that_takes_no_lists_is_held_back_and_answered_later() {
+        const ASKED: usize = 60;
+        let path = std::env::temp_dir().join(format!("hci-lists-{}", std::process::id()));
+        let listener = UnixListener::bind(&path).expect("a socket");
+        let gateway = Gateway::start().expect("a gateway");
+        gateway.order(Command::Listen(listener.into(), TlsMode::Off));
+        let mut client = UnixStream::connect(&path).expect("it listens");
+        std::fs::remove_file(&path).expect("it was there");
+        client.read_exact(&mut [0; 18]).expect("a greeting");
+        let list = b"IHAVEOPT\0\0\0\x03\0\0\0\0";
+        client.write_all(&[&b"\0\0\0\x03"[..], &list.repeat(ASKED)].concat()).expect("it reads");
+        let before = answer_lists(&gateway, Duration::from_secs(2));
+        assert!((1..30).contains(&before), "{before} lists were kept");
+        let taker = std::thread::spawn(move || {
+            let mut left = ASKED * (100 * (20 + 4 + 1000) + 20);
+            let mut buffer = vec![0; 1 << 20];
+            while left > 0 {
+                left -= client.read(&mut buffer).expect("more");
+            }
+        });
+        let after = answer_lists(&gateway, Duration::from_secs(5));
+        assert_eq!(before + after, ASKED);
+        taker.join().expect("all were sent");
+    }
+
     /// While policy looks for the answer, a client is not read. One that left meanwhile was noticed only
     /// with the answer, and until then the kernel told of it without pause: the loop took a whole core.
     #[test]

@@ -23,6 +23,8 @@ const STEP_BYTES: u64 = 1 << 30;
 /// extents; the client asks on from its end.
 const STATUS_BYTES_MAX: u64 = 64 << 30;
 const STATUS_EXTENTS: usize = 64;
+/// A client that asks for lists and does not take them is not read past this.
+const OPTION_REPLIES_MAX: usize = 1 << 20;
 /// A client that takes nothing of its answers for so long is ended where others wait for it.
 const STUCK_NS: u64 = 30_000_000_000;
 /// A byte is kept for so many that a block status asks for: at the worst each block is an extent.
@@ -140,7 +142,7 @@ impl Client {
     /// is always read to its end.
     pub fn is_paused(&self, budget: &Budget) -> bool {
         match self.phase {
-            Phase::Handshake { .. } => false,
+            Phase::Handshake { .. } => self.stream.pending_bytes() >= OPTION_REPLIES_MAX,
             Phase::Asking { .. } | Phase::Leaving { .. } => true,
             Phase::Serving { .. } => {
                 self.charge.receiving == 0
@@ -160,9 +162,10 @@ impl Client {
         !self.charge.is_nothing(output) || next_bytes > GUARANTEED_BYTES
     }
 
-    /// It does not take its answers, while others wait for the memory that these are kept in.
+    /// It does not take its answers, or does not end its write, while others wait for the memory.
     pub fn is_stuck(&self, now_ns: u64) -> bool {
-        self.stream.pending_bytes() > 0 && now_ns.saturating_sub(self.heard_ns) > STUCK_NS
+        let owes = self.stream.pending_bytes() > 0 || self.charge.receiving > 0;
+        owes && now_ns.saturating_sub(self.heard_ns) > STUCK_NS
     }
 
     /// Brings the budget up to date with what it has under way.
