@@ -16,11 +16,34 @@ class Gateway:
     """
 
     def __new__(cls) -> Gateway: ...
-    def listen(self, fd: int) -> None:
-        """Take over a listening socket, by descriptor."""
+    def listen(self, fd: int, tls: str = "off") -> None:
+        """Take over a listening socket, by descriptor. `tls`: off, optional or required."""
+
+    def set_tls(
+        self, *, certificate: bytes, key: bytes, client_authorities: bytes | None = None
+    ) -> None:
+        """Show this certificate to connections that begin with TLS from now on; all in PEM.
+
+        With `client_authorities` clients must have a certificate that one of these has signed.
+        Raises ValueError where they cannot be used.
+        """
 
     def stop_listening(self) -> None:
         """Let connections that arrive from now on wait in the socket."""
+
+    def limit(
+        self,
+        *,
+        clients: int,
+        client_bytes: int,
+        total_bytes: int,
+        handshake_ms: int,
+        idle_ms: int,
+    ) -> None:
+        """Bound what NBD clients may have: connections, bytes under way each and in all, time.
+
+        One that asks for nothing for `idle_ms` is sent away; 0: nobody is.
+        """
 
     def link(
         self, node: str, *, cluster: str, gateway: str, address: str, socket: str | None = None
@@ -122,6 +145,9 @@ class Gateway:
 
     def disconnect(self, channel: int) -> None:
         """End the connections of an image's clients, without answers."""
+
+    def reconnect(self, channel: int) -> None:
+        """End them too, each when what it has asked for is answered."""
 
     def close(self, channel: int) -> None:
         """Flush, clear, let go (`closed`)."""

@@ -11,6 +11,7 @@ import socket
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -34,6 +35,12 @@ Its segments are created as they are needed."""
 
 SMALLEST_LOG_BYTES = 16 << 20
 """Below this a few of the largest requests (32 MiB, cut into shards) would fill the log at once."""
+
+SMALLEST_CLIENT_BYTES = 1 << 20
+"""Less would have a client's sequential requests wait for each other."""
+
+LARGEST_CLIENTS = 60_000
+"""A daemon opens at most 65,536 files, a few of them for nodes and etcd."""
 
 SLOWEST_HEAL = 1 << 20
 """Slower heals would hold a fetch back for more than a second."""
@@ -93,6 +100,46 @@ class NodeConfig:
 
 
 @dataclass(frozen=True)
+class ClientLimits:
+    """What NBD clients of a gateway may take; a client past its share is read later."""
+
+    clients_max: int = 4096
+    """Connections; more are closed as they come. A host's guests have a few disks each."""
+    client_bytes_in_flight: int = 64 << 20
+    """Two of the largest requests, or QEMU's sixteen at once of 4 MiB."""
+    bytes_in_flight: int = 512 << 20
+    """Of all clients. Each may have as much of it as is left free: one half, two a third each."""
+    handshake_timeout_s: int = 30
+    idle_timeout_s: int = 0
+    """0: never. A guest may leave its disk alone for days."""
+
+
+@dataclass(frozen=True)
+class AccessRule:
+    """Which clients may open which images; each is known by what its certificate says."""
+
+    clients: tuple[str, ...]
+    images: tuple[str, ...]
+    read_only: bool
+
+
+@dataclass(frozen=True)
+class TlsConfig:
+    """TLS for NBD clients of a gateway."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None
+    """Clients must have a certificate that one of these authorities has signed; None: need none."""
+    tcp: str
+    """For clients over TCP: required, optional or off."""
+    socket: str
+    """For those over the unix socket, which its owner and mode guard anyway."""
+    access: tuple[AccessRule, ...]
+    """None: who is let in may open everything."""
+
+
+@dataclass(frozen=True)
 class GatewayConfig:
     """A gateway."""
 
@@ -104,6 +151,14 @@ class GatewayConfig:
     run_dir: Path
     """Sockets and the lock that only this gateway's death frees; need not survive a reboot."""
     metrics: Endpoint | None
+    limits: ClientLimits = field(default_factory=ClientLimits)
+    read_only: tuple[str, ...] = ()
+    """Patterns of the names of images that nobody may write to here."""
+    tls: TlsConfig | None = None
+
+    def is_read_only(self, image: str) -> bool:
+        """Return whether clients of this gateway may only read an image."""
+        return any(fnmatchcase(image, pattern) for pattern in self.read_only)
 
 
 @dataclass(frozen=True)
@@ -284,9 +339,50 @@ def _gateway(name: str, table: "_Table") -> GatewayConfig:
         nbd_listen=table.take("nbd_listen", _endpoint, None),
         run_dir=table.take("run_dir", _path),
         metrics=table.take("metrics", _endpoint, None),
+        limits=_client_limits(table),
+        read_only=table.take("read_only", _patterns, ()),
+        tls=_tls(table.table("tls")) if table.has("tls") else None,
     )
     table.finish()
     return gateway
+
+
+def _tls(table: "_Table") -> TlsConfig:
+    tls = TlsConfig(
+        certificate=table.take("certificate", _path),
+        key=table.take("key", _path),
+        client_ca=table.take("client_ca", _path, None),
+        tcp=table.take("tcp", _tls_mode, "required"),
+        socket=table.take("socket", _tls_mode, "off"),
+        access=tuple(_access_rule(each) for each in table.tables("access")),
+    )
+    table.finish()
+    return tls
+
+
+def _access_rule(table: "_Table") -> AccessRule:
+    rule = AccessRule(
+        clients=table.take("clients", _patterns),
+        images=table.take("images", _patterns),
+        read_only=table.take("read_only", _flag, False),
+    )
+    table.finish()
+    return rule
+
+
+def _client_limits(table: "_Table") -> ClientLimits:
+    usual = ClientLimits()
+    return ClientLimits(
+        clients_max=table.take("clients_max", _clients, usual.clients_max),
+        client_bytes_in_flight=table.take(
+            "client_bytes_in_flight", _bytes_in_flight, usual.client_bytes_in_flight
+        ),
+        bytes_in_flight=table.take("bytes_in_flight", _bytes_in_flight, usual.bytes_in_flight),
+        handshake_timeout_s=table.take(
+            "handshake_timeout", _handshake_timeout, usual.handshake_timeout_s
+        ),
+        idle_timeout_s=table.take("idle_timeout", _time, usual.idle_timeout_s),
+    )
 
 
 def _arbiter(name: str, table: "_Table") -> ArbiterConfig:
@@ -356,6 +452,14 @@ class _Table:
         inner = _Table(self._path, self._full(kind), values)
         return {name: inner.table(name) for name in values}
 
+    def tables(self, key: str) -> list["_Table"]:
+        """Return the tables `[[key]]`, of which there may be none."""
+        values = self.take(key, _mappings, [])
+        return [
+            _Table(self._path, f"{self._full(key)}.{number}", value)
+            for number, value in enumerate(values)
+        ]
+
     def finish(self) -> None:
         """Refuse what nobody asked for."""
         unknown = sorted(set(self._values) - self._known)
@@ -371,6 +475,24 @@ def _mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("must be a table")
     return value
+
+
+def _mappings(value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise ValueError("must be a list of tables")
+    return [_mapping(entry) for entry in value]
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def _tls_mode(value: Any) -> str:
+    if value not in ("required", "optional", "off"):
+        raise ValueError("must be required, optional or off")
+    return str(value)
 
 
 def _text(value: Any) -> str:
@@ -428,6 +550,42 @@ def _rate(value: Any) -> int:
     if bytes_per_second != 0 and bytes_per_second < SLOWEST_HEAL:
         raise ValueError("must be at least 1M each second, or 0 for no limit")
     return bytes_per_second
+
+
+def _patterns(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError('must be a list such as ["vms/golden-*"]')
+    return tuple(_text(entry) for entry in value)
+
+
+def _clients(value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= LARGEST_CLIENTS:
+        raise ValueError(f"must be a number from 1 to {LARGEST_CLIENTS}")
+    return value
+
+
+def _bytes_in_flight(value: Any) -> int:
+    size_bytes = value if type(value) is int else geometry.parse_size(_text(value))
+    if size_bytes < SMALLEST_CLIENT_BYTES:
+        raise ValueError("must be at least 1M")
+    return size_bytes
+
+
+def _time(value: Any) -> int:
+    """Return seconds; 0: never."""
+    if value == 0 and type(value) is int:
+        return 0
+    found = re.fullmatch(r"([1-9][0-9]{0,5})([smhd])", _text(value))
+    if found is None:
+        raise ValueError('must look like "30s", "10m" or "12h", or be 0 for never')
+    return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[found[2]]
+
+
+def _handshake_timeout(value: Any) -> int:
+    seconds = _time(value)
+    if not 1 <= seconds <= 3600:
+        raise ValueError("must be from 1s to 1h")
+    return seconds
 
 
 def _every(value: Any) -> int:

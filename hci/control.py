@@ -137,10 +137,17 @@ class GatewayClient(_Client):
         """How the gateway is, and which images it holds."""
         return self._call(self._stub.Status, pb.GatewayStatusRequest())
 
-    def resize(self, image: ImageId, size_bytes: int, *, force: bool) -> int:
-        """Change the size of an image that no other gateway holds; return the size it has now."""
-        request = pb.ResizeRequest(image_id=image, size_bytes=size_bytes, force=force)
-        return self._call(self._stub.Resize, request, RESIZE_DEADLINE_S).size_bytes
+    def resize(
+        self, image: ImageId, size_bytes: int, *, force: bool, reconnect: bool = False
+    ) -> int:
+        """Change the size of an image that no other gateway holds.
+
+        Return how many connections go by the former size; `reconnect` has them connect anew.
+        """
+        request = pb.ResizeRequest(
+            image_id=image, size_bytes=size_bytes, force=force, reconnect=reconnect
+        )
+        return self._call(self._stub.Resize, request, RESIZE_DEADLINE_S).connections_to_renew
 
 
 def server(daemon: str, address: Endpoint, register: Callable[[grpc.Server], None]) -> grpc.Server:

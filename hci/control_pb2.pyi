@@ -781,19 +781,23 @@ class ResizeRequest(_message.Message):
     IMAGE_ID_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     FORCE_FIELD_NUMBER: _builtins.int
+    RECONNECT_FIELD_NUMBER: _builtins.int
     image_id: _builtins.str
     size_bytes: _builtins.int
     force: _builtins.bool
+    reconnect: _builtins.bool
+    """Have the clients that are there connect anew, so that they see it."""
     def __init__(
         self,
         *,
         image_id: _builtins.str = ...,
         size_bytes: _builtins.int = ...,
         force: _builtins.bool = ...,
+        reconnect: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "image_id", b"image_id", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "image_id", b"image_id", "reconnect", b"reconnect", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -804,15 +808,19 @@ class ResizeReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    CONNECTIONS_TO_RENEW_FIELD_NUMBER: _builtins.int
     size_bytes: _builtins.int
+    connections_to_renew: _builtins.int
+    """Connections that go by the former size until they are renewed."""
     def __init__(
         self,
         *,
         size_bytes: _builtins.int = ...,
+        connections_to_renew: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connections_to_renew", b"connections_to_renew", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -139,10 +140,15 @@ def numeric(address: Endpoint | str) -> str:
     return str(Endpoint(host, endpoint.port))
 
 
-def activated_socket() -> socket.socket | None:
-    """Return the listening socket that the supervisor passed (sd_listen_fds(3)), if it did."""
+FIRST_ACTIVATED = 3
+"""SD_LISTEN_FDS_START."""
+
+
+def activated_sockets() -> list[socket.socket]:
+    """Return the listening sockets that the supervisor passed (sd_listen_fds(3)), if it did."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
-        return None
-    if os.environ.get("LISTEN_FDS") != "1":
-        raise DaemonError("one socket is expected in LISTEN_FDS: that of NBD clients")
-    return socket.socket(fileno=3)
+        return []
+    count = os.environ.get("LISTEN_FDS", "")
+    if not re.fullmatch(r"[1-9][0-9]?", count):
+        raise DaemonError(f"LISTEN_FDS = {count!r} is not a number of sockets")
+    return [socket.socket(fileno=FIRST_ACTIVATED + number) for number in range(int(count))]

@@ -19,7 +19,7 @@ from etcd.errors import EtcdError
 from etcd.interface import Notice, Reread
 from etcd.lease import Session
 from etcd.records import NodeRecord
-from hci import control, daemon, metrics
+from hci import control, daemon, metrics, tls
 from hci import control_pb2 as pb
 from hci.config import Config, GatewayConfig
 from hci.control_pb2_grpc import GatewayControlServicer, add_GatewayControlServicer_to_server
@@ -29,7 +29,7 @@ from shard.ids import ImageId, image_id
 from vmstore.caretaker import Caretaker
 from vmstore.catalog import Catalog
 from vmstore.errors import OtherCluster, UnknownImage
-from vmstore.exports import Exports
+from vmstore.exports import Exports, Permission, Visitor
 from vmstore.holder import Holder, Phase, closing_waits_for
 from vmstore.resizing import RESIZE_LIMIT_S
 from vmstore.scrubbing import Scrubber
@@ -97,6 +97,10 @@ class GatewayDaemon:
             served=Served(self.holder, path=own.run_dir / "served.json", boot=daemon.boot_id()),
             lock=lock,
             heal_limits=config.heal,
+            permitted=self._permitted,
+        )
+        self.credentials = (
+            tls.Credentials(own.tls, self.engine, time.monotonic) if own.tls is not None else None
         )
         self.exports.failed = ending.fail
         self.caretaker = Caretaker(
@@ -132,8 +136,19 @@ class GatewayDaemon:
     def _serve(self, sockets: list[socket.socket]) -> None:
         if not self._wait_for_etcd():
             return
+        limits = self.own.limits
+        self.engine.limit(
+            clients=limits.clients_max,
+            client_bytes=limits.client_bytes_in_flight,
+            total_bytes=limits.bytes_in_flight,
+            handshake_ms=limits.handshake_timeout_s * 1000,
+            idle_ms=limits.idle_timeout_s * 1000,
+        )
+        if self.credentials is not None:
+            self.credentials.load()
         for listening in sockets:
-            self.engine.listen(listening.detach())
+            mode = self._tls_mode(listening)
+            self.engine.listen(listening.detach(), mode)
         self.serving = True
         own = self.own
         log.info("gateway_started", gateway=own.name, holder=self.holder,
@@ -146,11 +161,34 @@ class GatewayDaemon:
         return Session(self.etcd, on_lost=on_lost, on_renewed=on_renewed)
 
     def _sockets(self) -> list[socket.socket]:
-        """Return the sockets that NBD clients connect to. Raises DaemonError."""
-        sockets = [daemon.activated_socket() or self._bind_unix()]
-        if self.own.nbd_listen is not None:
-            sockets.append(self._bind_tcp())
-        return sockets
+        """Return the sockets that NBD clients connect to. Raises DaemonError.
+
+        Those that a supervisor holds outlive this process: clients that connect between it and the
+        next one wait in them.
+        """
+        given = daemon.activated_sockets()
+        unix = [each for each in given if each.family == socket.AF_UNIX]
+        tcp = [each for each in given if each.family in (socket.AF_INET, socket.AF_INET6)]
+        if len(unix) + len(tcp) < len(given):
+            raise DaemonError("a socket in LISTEN_FDS is neither a unix socket nor TCP")
+        if not unix:
+            unix = [self._bind_unix()]
+        if not tcp and self.own.nbd_listen is not None:
+            tcp = [self._bind_tcp()]
+        return unix + tcp
+
+    def _tls_mode(self, listening: socket.socket) -> str:
+        if self.own.tls is None:
+            return "off"
+        return self.own.tls.socket if listening.family == socket.AF_UNIX else self.own.tls.tcp
+
+    def _permitted(self, visitor: Visitor, image: str) -> Permission:
+        """Return what a client may do with an image."""
+        allowed = Permission.WRITE
+        if not visitor.trusted and self.own.tls is not None:
+            names = tls.identities(visitor.certificate)
+            allowed = tls.permission(names, image, self.own.tls.access)
+        return min(allowed, Permission.READ) if self.own.is_read_only(image) else allowed
 
     def _bind_unix(self) -> socket.socket:
         path = self.own.nbd_socket
@@ -217,6 +255,8 @@ class GatewayDaemon:
             self.exports.look_again()
 
     def _look_after(self) -> None:
+        if self.credentials is not None:
+            self.credentials.look()
         self.caretaker.look(time.monotonic())
         self.scrubber.look(time.monotonic(), time.time_ns() // 1_000_000)
         if not self._nodes_changed.is_set():
@@ -270,6 +310,10 @@ class GatewayDaemon:
         gauge, counter = metrics.gauge, metrics.counter
         yield gauge("hci_gateway_up", "1: serves; 0: is starting or stopping.", int(self.serving))
         yield gauge("hci_gateway_clients", "NBD connections open now.", len(seen["clients"]))
+        yield counter("hci_gateway_clients_refused_total", "NBD connections closed as they came, "
+                      "for there were `clients_max`.", seen["refused_clients"])  # fmt: skip
+        yield gauge("hci_gateway_bytes_in_flight", "Kept in memory for clients' requests.",
+                    seen["bytes_in_flight"])  # fmt: skip
         links = {(node,): int(ready) for node, ready in seen["links"]}
         yield gauge("hci_gateway_link_up", "1: the node answers.", links, ["node"])
         images = [(str(image.name), image) for image in self.exports.snapshot()]
@@ -385,13 +429,15 @@ class GatewayControl(GatewayControlServicer):
         if not names:
             raise UnknownImage(image)
         try:
-            self._gateway.exports.resize(names[0], request.size_bytes, force=request.force)
+            told_before = self._gateway.exports.resize(
+                names[0], request.size_bytes, force=request.force, reconnect=request.reconnect
+            )
         except TimeoutError as error:
             raise HciError(
                 f"image {names[0]} is still being resized after {RESIZE_LIMIT_S:.0f} s, and that "
                 "goes on; `hci image info` says when it has its new size"
             ) from error
-        return pb.ResizeReply(size_bytes=request.size_bytes)
+        return pb.ResizeReply(size_bytes=request.size_bytes, connections_to_renew=told_before)
 
 
 def _progress(

@@ -90,9 +90,15 @@ def _delete_at(node: NodeRecord, image: ImageId) -> None:
 
 
 def resize(
-    config: Config, records: Catalog, name: ImageName, size_bytes: int, *, force: bool
-) -> None:
-    """Change an image's size.
+    config: Config,
+    records: Catalog,
+    name: ImageName,
+    size_bytes: int,
+    *,
+    force: bool,
+    reconnect: bool = False,
+) -> int:
+    """Change an image's size; return how many connections do not see it until they are renewed.
 
     One that nobody has open grows by its record alone. Else its gateway does it, and a shrink of a
     closed one is a gateway's work too: it discards what is cut off.
@@ -104,12 +110,12 @@ def resize(
     holder = holder_of(records, record.id)
     if records.lease_of(record.id) is None and size_bytes >= record.size_bytes:
         records.grow_image(name, size_bytes)
-        return
+        return 0
     if holder is not None and holder not in config.gateways:
         raise InUse(str(name), holder)
     gateway = gateway_for(config, holder)
     with GatewayClient(gateway.name, gateway.control) as client:
-        client.resize(record.id, size_bytes, force=force)
+        return client.resize(record.id, size_bytes, force=force, reconnect=reconnect)
 
 
 def import_file(

@@ -6,6 +6,7 @@ this happens on the deciding thread of `Serving`, but for what says otherwise.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import structlog
@@ -26,7 +27,7 @@ from vmstore.healing import HealLimits
 from vmstore.holder import OPEN_LIMIT_S, Phase, closing_waits_for
 from vmstore.holding import Held
 from vmstore.names import ImageName, parse_image_name
-from vmstore.resizing import RESIZER, Resizing
+from vmstore.resizing import RECONNECT_S, RESIZER, Resizing
 from vmstore.served import Served
 from vmstore.serving import RELEASE_RETRY_S, OpenImage, nothing_more
 from vmstore.stored import Stored
@@ -35,6 +36,24 @@ log = structlog.get_logger()
 
 PATIENCE_S = 10.0
 """How long an image that was opened to be healed stays open while no heal is under way."""
+
+
+class Permission(IntEnum):
+    """What a client may do with an image; the higher one includes the lower."""
+
+    NONE = 0
+    READ = 1
+    WRITE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Visitor:
+    """Who asks: what is known of a client before it is let in."""
+
+    trusted: bool
+    """Came where nobody is asked who he is: what guards that place has let it in."""
+    certificate: bytes | None
+    """What it has shown over TLS, in DER."""
 
 
 @dataclass(slots=True)
@@ -48,7 +67,10 @@ class _Care:
 
 
 class Exports(Resizing):
-    """Serves the images of one cluster to NBD clients of one engine; see `Serving`."""
+    """Serves the images of one cluster to NBD clients of one engine; see `Serving`.
+
+    `permitted` says what a client may do with an image, by its name.
+    """
 
     def __init__(
         self,
@@ -64,6 +86,7 @@ class Exports(Resizing):
         served: Served | None = None,
         lock: str | None = None,
         deciding: Deciding | None = None,
+        permitted: Callable[[Visitor, str], Permission] = lambda _visitor, _name: Permission.WRITE,
     ) -> None:
         super().__init__(
             engine,
@@ -78,6 +101,8 @@ class Exports(Resizing):
             lock=lock,
             deciding=deciding,
         )
+        self._permitted = permitted
+        self._visitors: dict[int, Visitor] = {}
         self._client_image: dict[int, ImageId] = {}
         self._peers: dict[int, str] = {}
         """The processes of clients, where they are known."""
@@ -151,6 +176,8 @@ class Exports(Resizing):
             peer = event.get("peer")
             if peer is not None:
                 self._peers[event["client"]] = peer
+            visitor = Visitor(event.get("trusted", True), event.get("certificate"))
+            self._visitors[event["client"]] = visitor
             self._on_asked(event["client"], event["query"], event["name"])
         else:
             self._client_left(event["client"])
@@ -159,7 +186,7 @@ class Exports(Resizing):
         if query == "list":
             self._later(
                 lambda: [str(entry.name) for entry in self._catalog.images()],
-                lambda names: self._engine.answer_names(client, names),
+                lambda names: self._engine.answer_names(client, self._seen_by(client, names)),
                 lambda error: self._refuse(client, error),
             )
             return
@@ -167,6 +194,10 @@ class Exports(Resizing):
             image_name = parse_image_name(name or "")
         except HciError as error:
             self._say_no(client, "unknown", str(error))
+            return
+        if self._permission(client, image_name) is Permission.NONE:
+            # Whether there is such an image is nothing that it has to know.
+            self._say_no(client, "refused", f"you may not open {image_name}")
             return
         opens = query in ("go", "export_name")
         self._asking.add(client)
@@ -244,8 +275,23 @@ class Exports(Resizing):
         self, client: int, name: ImageName, record: ImageRecord, channel: int | None
     ) -> None:
         self._engine.answer_export(
-            client, name=str(name), size_bytes=record.size_bytes, read_only=False, channel=channel
+            client,
+            name=str(name),
+            size_bytes=record.size_bytes,
+            read_only=self._permission(client, name) is Permission.READ,
+            channel=channel,
         )
+
+    def _permission(self, client: int, name: ImageName) -> Permission:
+        visitor = self._visitors.get(client)
+        # One that has left meanwhile gets no answer, whatever that is.
+        return self._permitted(visitor, str(name)) if visitor is not None else Permission.NONE
+
+    def _seen_by(self, client: int, names: list[str]) -> list[str]:
+        visitor = self._visitors.get(client)
+        if visitor is None:
+            return []
+        return [name for name in names if self._permitted(visitor, name) is not Permission.NONE]
 
     def _refuse(self, client: int, error: HciError) -> None:
         if isinstance(error, UnknownImage | UnknownPool):
@@ -264,6 +310,7 @@ class Exports(Resizing):
 
     def _client_left(self, client: int) -> None:
         self._asking.discard(client)
+        self._visitors.pop(client, None)
         peer = self._peers.pop(client, None)
         image_id = self._client_image.pop(client, None)
         image = self._images.get(image_id) if image_id is not None else None
@@ -271,7 +318,10 @@ class Exports(Resizing):
             return
         if client in image.users:
             image.users.discard(client)
-            self._process_left(image, peer)
+            if client in image.sent_away:
+                image.sent_away.discard(client)
+            else:
+                self._process_left(image, peer)
         image.waiting = [waiter for waiter in image.waiting if waiter[0] != client]
         self._close_if_unused(image)
 
@@ -285,6 +335,17 @@ class Exports(Resizing):
         if peer is not None and peer not in others and serves:
             self._served.left(image.image, peer)
             self._later(self._served.save, nothing_more, nothing_more)
+
+    def _reconnect(self, image: OpenImage) -> None:
+        clients = {user for user in image.users if user > 0}
+        if not clients:
+            return
+        image.sent_away |= clients
+        pin = self._take_pin()
+        image.users.add(pin)
+        self._client_image[pin] = image.image
+        self._deciding.after(RECONNECT_S, lambda: self._client_left(pin))
+        self._engine.reconnect(image.channel)
 
     def _close_if_unused(self, image: OpenImage) -> None:
         if not image.users and not image.waiting:

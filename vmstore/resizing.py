@@ -5,6 +5,10 @@
     shrinks    it serves, and no client is    what is cut off is discarded, while clients that come
                there                          are refused; then as above
 
+A client goes by the size that it was told when it connected. Those that are there when an image has
+grown are asked to connect anew, where the caller wants that: their connections end when what they
+asked for is answered, and the image stays open until they are back.
+
 One resize of an image at a time. All is decided on the deciding thread, so that no client comes
 between the question whether one is there and the first byte that is discarded. A resize ends, one
 way or the other, at the latest with the image.
@@ -29,6 +33,10 @@ RESIZE_LIMIT_S = 660.0
 """How long a caller waits: for the image to open, and for all that a shrink cuts off to be
 discarded. What is not done by then goes on."""
 
+RECONNECT_S = 10.0
+"""How long an image stays open for clients that were asked to connect anew: QEMU tries again with
+its next request, then after 1, 2, 4 s."""
+
 RESIZER = -1
 """Stands for a resize among the users of an image; clients have positive numbers."""
 
@@ -39,7 +47,8 @@ class Resize:
 
     size_bytes: int
     force: bool
-    done: "Future[None]"
+    done: "Future[int]"
+    reconnect: bool = False
     shrinks: bool = False
     """Whether data is being discarded: no client is let in."""
 
@@ -52,20 +61,27 @@ class Resizing(Serving):
         """Close the image if nobody uses it any more."""
 
     @abstractmethod
+    def _reconnect(self, image: OpenImage) -> None:
+        """Have the image's clients connect anew."""
+
+    @abstractmethod
     def _claim(self, image: OpenImage) -> None:
         """Keep an image that was opened for maintenance; it is opened anew for who waits."""
 
     # For the control service: any thread
 
-    def resize(self, name: ImageName, size_bytes: int, *, force: bool) -> None:
+    def resize(
+        self, name: ImageName, size_bytes: int, *, force: bool, reconnect: bool = False
+    ) -> int:
         """Change the size of an image, opening it for that where it is closed.
 
-        Raises InUse where clients have it open and it would shrink, ShrinkRefused, BeingResized,
-        TimeoutError where it is not done yet, and what an open raises.
+        Return how many connections go by the former size: those that were there, unless they were
+        asked to `reconnect`. Raises InUse where clients have it open and it would shrink,
+        ShrinkRefused, BeingResized, TimeoutError where it is not done yet, and what an open raises.
         """
-        resize = Resize(size_bytes, force, Future())
+        resize = Resize(size_bytes, force, Future(), reconnect)
         self._deciding.put(lambda: self._find_to_resize(name, resize))
-        resize.done.result(timeout=RESIZE_LIMIT_S)
+        return resize.done.result(timeout=RESIZE_LIMIT_S)
 
     def stop(self) -> None:
         """See `Serving`. No caller waits for an image that did not close in time."""
@@ -146,6 +162,8 @@ class Resizing(Serving):
             image.held = new
             image.holder.record = new.record
             self._engine.resize(image.channel, size_bytes, new.record.encode())
+            if resize.reconnect:
+                self._reconnect(image)
             go_on()
             self._end_resize(image, None)
 
@@ -166,7 +184,8 @@ class Resizing(Serving):
             return
         image.users.discard(RESIZER)
         if error is None:
-            resize.done.set_result(None)
+            told_before = image.users - image.sent_away
+            resize.done.set_result(sum(user > 0 for user in told_before))
         else:
             resize.done.set_exception(error)
         self._close_if_unused(image)

@@ -76,6 +76,8 @@ class OpenImage:
     waiting: list[tuple[int, ImageName]] = field(default_factory=list)
     """Clients that are answered when it is open."""
     users: set[int] = field(default_factory=set)
+    sent_away: set[int] = field(default_factory=set)
+    """Users who were asked to connect anew: their processes come back, with what they had asked."""
     resize: "Resize | None" = None
     """A change of its size that is under way."""
     late: dict[int, float] = field(default_factory=dict)
@@ -531,6 +533,8 @@ class Serving(ABC):
         kind = event["event"]
         if kind in ("asked", "client_gone"):
             self._on_client(event)
+        elif kind == "tls_refused":
+            log.warning("client_refused", why=f"its TLS handshake failed: {event['why']}")
         elif kind == "link_up":
             self._away.pop(event["name"], None)
             log.info("node_connected", node=event["name"], instance=event["start_counter"])

@@ -115,13 +115,33 @@ def resize(
     name: Image,
     size: Size,
     force: Annotated[bool, typer.Option(help="Shrink, and lose what lies past the end.")] = False,
+    reconnect: Annotated[
+        bool,
+        typer.Option(
+            help="Have clients connect anew, between two requests, so that they see it: for QEMU "
+            "with reconnect-delay. Then tell QEMU, by block_resize or `virsh blockresize`."
+        ),
+    ] = False,
 ) -> None:
-    """Change the size of an image; a guest that has it open sees it after it reconnects."""
+    """Change the size of an image; who has it open sees it after connecting anew."""
     here = session.of(context)
     size_bytes = geometry.parse_size(size)
     with here.catalog() as records, output.waiting(f"resizing {name}"):
-        images.resize(here.config, records, parse_image_name(name), size_bytes, force=force)
+        told_before = images.resize(
+            here.config,
+            records,
+            parse_image_name(name),
+            size_bytes,
+            force=force,
+            reconnect=reconnect,
+        )
     typer.echo(f"{name} has {geometry.format_size(size_bytes)} now")
+    if told_before:
+        typer.echo(
+            f"{told_before} connections do not see it until they connect anew; for QEMU with "
+            "reconnect-delay, run this again with --reconnect",
+            err=True,
+        )
 
 
 @app.command()

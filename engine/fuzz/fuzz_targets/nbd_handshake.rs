@@ -2,7 +2,9 @@
 #![no_main]
 
 use bytes::BytesMut;
-use hci_engine_core::nbd::{Answer, ExportInfo, Handshake, Limits, ProtocolError, Query, Step};
+use hci_engine_core::nbd::{
+    Answer, ExportInfo, Handshake, Limits, ProtocolError, Query, Step, TlsMode,
+};
 use libfuzzer_sys::fuzz_target;
 
 fn answer(query: &Query) -> Answer {
@@ -25,8 +27,8 @@ fn answer(query: &Query) -> Answer {
     }
 }
 
-fn play(limits: &Limits, pieces: impl Iterator<Item = impl AsRef<[u8]>>) -> Played {
-    let mut handshake = Handshake::new(limits);
+fn play(limits: &Limits, tls: TlsMode, pieces: impl Iterator<Item = impl AsRef<[u8]>>) -> Played {
+    let mut handshake = Handshake::new(limits).with_tls(tls);
     let (mut input, mut out) = (BytesMut::new(), BytesMut::new());
     handshake.greeting(&mut out);
     let mut end = Ok(Step::NeedInput);
@@ -49,7 +51,9 @@ type Played = (Result<Step, ProtocolError>, BytesMut, BytesMut);
 
 fuzz_target!(|bytes: &[u8]| {
     let limits = Limits { max_option_bytes: 512, max_options: 20, ..Limits::default() };
-    let whole = play(&limits, std::iter::once(bytes));
-    let bytewise = play(&limits, bytes.chunks(1));
-    assert_eq!(whole, bytewise);
+    for tls in [TlsMode::Off, TlsMode::Optional, TlsMode::Required] {
+        let whole = play(&limits, tls, std::iter::once(bytes));
+        let bytewise = play(&limits, tls, bytes.chunks(1));
+        assert_eq!(whole, bytewise);
+    }
 });

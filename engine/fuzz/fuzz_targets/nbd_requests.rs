@@ -3,13 +3,13 @@
 
 use bytes::BytesMut;
 use hci_engine_core::nbd::{
-    ExportInfo, Limits, Parsed, ProtocolError, ReplyStyle, RequestReader, Session, check,
+    Contexts, ExportInfo, Limits, Parsed, ProtocolError, ReplyStyle, RequestReader, Session, check,
 };
 use libfuzzer_sys::fuzz_target;
 
 const MAX_PAYLOAD: u32 = 64;
 
-fn session() -> Session {
+fn session(replies: ReplyStyle) -> Session {
     Session {
         export: ExportInfo {
             name: "vms/a".to_owned(),
@@ -19,21 +19,23 @@ fn session() -> Session {
             description: String::new(),
         },
         limits: Limits { max_payload: MAX_PAYLOAD, ..Limits::default() },
-        replies: ReplyStyle::Structured,
-        base_allocation: Some(1),
+        replies,
+        contexts: Contexts { allocation: Some(1), depth: None },
         no_zeroes: true,
     }
 }
 
-fn parse<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> (Vec<Parsed>, Option<ProtocolError>) {
-    let session = session();
+type Outcome = (Vec<Parsed>, Option<ProtocolError>);
+
+fn parse<'a>(replies: ReplyStyle, pieces: impl Iterator<Item = &'a [u8]>) -> Outcome {
+    let session = session(replies);
     let mut reader = RequestReader::new(&session);
     let (mut input, mut parsed) = (BytesMut::new(), Vec::new());
     for piece in pieces {
         input.extend_from_slice(piece);
         loop {
             let wanted = reader.wanted(&input);
-            assert!(wanted <= 28 + MAX_PAYLOAD as usize);
+            assert!(wanted <= 32 + MAX_PAYLOAD as usize);
             match reader.next(&mut input) {
                 Err(error) => return (parsed, Some(error)),
                 Ok(None) => break,
@@ -43,18 +45,21 @@ fn parse<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> (Vec<Parsed>, Option<Pro
                         && check(request, &session).is_ok()
                         && request.command.writes()
                     {
-                        let end = request.offset + u64::from(request.length);
+                        let end = request.offset + request.length;
                         assert!(end <= session.export.size_bytes);
                     }
                     parsed.push(next);
                 }
             }
         }
-        assert!(input.len() < 28 + MAX_PAYLOAD as usize);
+        assert!(input.len() < 32 + MAX_PAYLOAD as usize);
     }
     (parsed, None)
 }
 
 fuzz_target!(|bytes: &[u8]| {
-    assert_eq!(parse(std::iter::once(bytes)), parse(bytes.chunks(1)));
+    for replies in [ReplyStyle::Structured, ReplyStyle::Extended] {
+        let whole = parse(replies, std::iter::once(bytes));
+        assert_eq!(whole, parse(replies, bytes.chunks(1)));
+    }
 });

@@ -6,8 +6,8 @@ use bytes::{Bytes, BytesMut};
 use hci_engine_core::content::Block;
 use hci_engine_core::wire::messages::{
     Attach, BlocksReply, Copy, DirtyFrom, DirtyReply, Flush, Head, Hello, HelloReply, Io, Level,
-    Number, Peek, PeekReply, RecordHead, Session, ShardRange, WrittenAbove, WrittenReply, put_blocks,
-    take_blocks, take_write,
+    Number, Peek, PeekReply, RecordHead, Session, ShardRange, WrittenAbove, WrittenReply,
+    put_blocks, take_blocks, take_write,
 };
 use hci_engine_core::wire::{Frame, FrameReader, HEAD_BYTES_MAX, Prefix, REPLY, encode, kind};
 use libfuzzer_sys::fuzz_target;

@@ -3,8 +3,9 @@
 use crate::ids::{hex, parse_id};
 use hci_engine_core::gateway::{Command, Gateway as Core, GatewayEvent};
 use hci_engine_core::geometry::Geometry;
-use hci_engine_core::io::Address;
-use hci_engine_core::nbd::{Answer, ExportInfo, Query};
+use hci_engine_core::io::{Address, TlsConfig};
+use hci_engine_core::nbd::budget::ClientLimits;
+use hci_engine_core::nbd::{Answer, ExportInfo, Query, TlsMode};
 use hci_engine_core::replica::{
     Event, HealLimits, HealSpec, HealState, LevelState, LinkTarget, NodeMask, OpenSpec,
     PeekedRecord, RotState, ScrubSpec, ScrubState, SetSpec,
@@ -43,13 +44,52 @@ impl Gateway {
     }
 
     /// Takes over a listening socket, by descriptor.
-    fn listen(&self, fd: i32) -> PyResult<()> {
+    #[pyo3(signature = (fd, tls="off"))]
+    fn listen(&self, fd: i32, tls: &str) -> PyResult<()> {
         if fd < 0 {
             return Err(PyValueError::new_err("no descriptor"));
         }
+        let tls = match tls {
+            "off" => TlsMode::Off,
+            "optional" => TlsMode::Optional,
+            "required" => TlsMode::Required,
+            _ => return Err(PyValueError::new_err(format!("no such way of TLS: {tls}"))),
+        };
         // SAFETY: the caller hands the descriptor over and does not use it again.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        self.order(Command::Listen(fd))
+        self.order(Command::Listen(fd, tls))
+    }
+
+    /// Connections that begin with TLS from now on show this certificate; all in PEM.
+    #[pyo3(signature = (*, certificate, key, client_authorities=None))]
+    fn set_tls(
+        &self,
+        certificate: &[u8],
+        key: &[u8],
+        client_authorities: Option<&[u8]>,
+    ) -> PyResult<()> {
+        let config = TlsConfig::new(certificate, key, client_authorities)
+            .map_err(|bad| PyValueError::new_err(bad.0))?;
+        self.order(Command::Tls(config))
+    }
+
+    #[pyo3(signature = (*, clients, client_bytes, total_bytes, handshake_ms, idle_ms))]
+    fn limit(
+        &self,
+        clients: usize,
+        client_bytes: u64,
+        total_bytes: u64,
+        handshake_ms: u64,
+        idle_ms: u64,
+    ) -> PyResult<()> {
+        let ns = |ms: u64| ms.saturating_mul(1_000_000);
+        self.order(Command::Limit(ClientLimits {
+            clients,
+            client_bytes,
+            bytes: total_bytes,
+            handshake_ns: ns(handshake_ms),
+            idle_ns: ns(idle_ms),
+        }))
     }
 
     #[pyo3(signature = (node, *, cluster, gateway, address, socket=None))]
@@ -208,6 +248,11 @@ impl Gateway {
         self.order(Command::Disconnect { channel })
     }
 
+    /// Ends them, each when what it has asked for is answered.
+    fn reconnect(&self, channel: u32) -> PyResult<()> {
+        self.order(Command::Reconnect { channel })
+    }
+
     /// The image has another size; clients that connect from now on see it.
     fn resize(&self, channel: u32, size_bytes: u64, body: Vec<u8>) -> PyResult<()> {
         self.order(Command::Resize { channel, size_bytes, body: body.into() })
@@ -271,6 +316,8 @@ impl Gateway {
         result.set_item("links", links.collect::<Vec<_>>())?;
         let clients = snapshot.clients.into_iter().map(|client| (client.id, client.channel));
         result.set_item("clients", clients.collect::<Vec<_>>())?;
+        result.set_item("refused_clients", snapshot.refused_clients)?;
+        result.set_item("bytes_in_flight", snapshot.bytes_in_flight)?;
         let mut images = Vec::new();
         for image in snapshot.images {
             let item = PyDict::new(py);
@@ -362,7 +409,7 @@ pub(crate) fn mask(nodes: &[u8]) -> PyResult<NodeMask> {
 pub(crate) fn event_dict(py: Python<'_>, event: GatewayEvent) -> PyResult<Bound<'_, PyDict>> {
     let dict = PyDict::new(py);
     match event {
-        GatewayEvent::Asked { client, peer, query } => {
+        GatewayEvent::Asked { client, peer, trusted, certificate, query } => {
             let (query, name) = match query {
                 Query::List => ("list", None),
                 Query::Info { name } => ("info", Some(name)),
@@ -372,8 +419,15 @@ pub(crate) fn event_dict(py: Python<'_>, event: GatewayEvent) -> PyResult<Bound<
             dict.set_item("event", "asked")?;
             dict.set_item("client", client)?;
             dict.set_item("peer", peer)?;
+            let certificate = certificate.map(|der| PyBytes::new(py, &der));
+            dict.set_item("certificate", certificate)?;
+            dict.set_item("trusted", trusted)?;
             dict.set_item("query", query)?;
             dict.set_item("name", name)?;
+        }
+        GatewayEvent::TlsRefused { why } => {
+            dict.set_item("event", "tls_refused")?;
+            dict.set_item("why", why)?;
         }
         GatewayEvent::ClientGone { client, channel } => {
             dict.set_item("event", "client_gone")?;

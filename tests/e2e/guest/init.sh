@@ -7,6 +7,8 @@
 #   remove FIRST COUNT      deletes files, discards          REMOVED n
 #   record FIRST COUNT MODE  transactions of a database       RECORDED n token     a line each
 #   audit                   reads the database              INTEGRITY, BALANCE, ENTRY n token
+#   size                    looks at the disk                SIZE bytes
+#   end KIB                 random content at its very end   END sha256
 #   verify                  reads all files from the disk    VERIFIED good bad
 #   off                     makes the disk clean, powers off
 #
@@ -99,6 +101,16 @@ audit_entries() {
         SELECT 'ENTRY '||number||' '||token FROM entries;"
 }
 
+disk_kib() {
+    echo $(($(cat /sys/block/vda/size) / 2))
+}
+
+write_end() {
+    dd if=/dev/urandom of=/tmp/end bs=1k count="$1" status=none || return 1
+    dd if=/tmp/end of=/dev/vda bs=1k seek=$(($(disk_kib) - $1)) conv=notrunc,fsync status=none || return 1
+    echo "END $(sum_of /tmp/end)"
+}
+
 verify_files() {
     [ -f /data/SHA256SUMS ] || touch /data/SHA256SUMS
     sync
@@ -118,6 +130,8 @@ while read -r command first second third; do
         remove) remove_files "$first" "$second" ;;
         record) record_entries "$first" "$second" "$third" ;;
         audit) audit_entries ;;
+        size) echo "SIZE $(($(disk_kib) * 1024))" ;;
+        end) write_end "$first" ;;
         verify) verify_files ;;
         off)
             umount /tmp

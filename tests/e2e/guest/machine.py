@@ -118,6 +118,23 @@ class Machine:
                 return {key: n for key, n in device["stats"].items() if isinstance(n, int)}
         raise MachineError("QEMU lists no counters for its disk")
 
+    def ask(self, command: str, **arguments: Any) -> Any:
+        """Asks QEMU's monitor; raises MachineError with what it said where it refuses."""
+        if self._qmp is None:
+            raise MachineError("the machine has not been started")
+        try:
+            return self._qmp.cmd(
+                command, **{key.replace("_", "-"): v for key, v in arguments.items()}
+            )
+        except QMPError as refused:
+            raise MachineError(f"{command}: {refused}") from refused
+
+    def disk_bytes(self) -> int:
+        """The size that QEMU has for its disk."""
+        nodes = cast(list[dict[str, Any]], self.ask("query-named-block-nodes"))
+        found = [node for node in nodes if node["node-name"] == "disk"]
+        return int(found[0]["image"]["virtual-size"])
+
     def console_tail(self, lines: int = 8) -> str:
         """The last lines of the guest's console and of QEMU's own messages."""
         found: list[str] = []

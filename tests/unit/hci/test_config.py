@@ -1,11 +1,12 @@
 """The configuration file: what is taken, and how each mistake is told."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from hci import config
-from hci.config import DEFAULT_LOG_BYTES, Endpoint
+from hci.config import DEFAULT_LOG_BYTES, AccessRule, ClientLimits, Endpoint
 from hci.errors import ConfigError
 
 PATH = Path("/etc/hci/hci.toml")
@@ -30,6 +31,12 @@ control = "127.0.0.1:7301"
 nbd_socket = "/run/hci/nbd.sock"
 nbd_listen = "127.0.0.1:10809"
 run_dir = "/run/hci"
+clients_max = 100
+client_bytes_in_flight = "32M"
+bytes_in_flight = "1G"
+handshake_timeout = "1m"
+idle_timeout = "12h"
+read_only = ["vms/golden-*", "iso/*"]
 
 [arbiter.witness]
 data_dir = "/srv/witness"
@@ -147,3 +154,74 @@ def test_default_folder_of_a_user_without_a_home_is_asked_for(
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.raises(ConfigError, match="no home folder: set HOME"):
         config.default_dev_dir({})
+
+
+def test_config_of_a_gateway_has_limits_and_patterns() -> None:
+    gateway = config.parse(WHOLE, PATH).gateway("gateway1")
+    assert gateway.limits == ClientLimits(100, 32 << 20, 1 << 30, 60, 43_200)
+    assert gateway.is_read_only("vms/golden-debian")
+    assert gateway.is_read_only("iso/a")
+    assert not gateway.is_read_only("vms/web")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("clients_max = 0", "from 1 to 60000"),
+        ('bytes_in_flight = "1K"', "at least 1M"),
+        ('handshake_timeout = "2d"', "from 1s to 1h"),
+        ("handshake_timeout = 0", "from 1s to 1h"),
+        ("idle_timeout = 5", "must be a string"),
+        ('idle_timeout = "5 s"', "must look like"),
+        ('read_only = "vms/*"', "must be a list"),
+    ],
+)
+def test_config_with_a_wrong_limit_is_refused_by_its_name(line: str, told: str) -> None:
+    key = line.split(" ", maxsplit=1)[0]
+    text = re.sub(rf"^{key} = .*$", line, WHOLE, flags=re.MULTILINE)
+    with pytest.raises(ConfigError, match=f"gateway.gateway1.{key}") as caught:
+        config.parse(text, PATH)
+    assert told in str(caught.value)
+
+
+TLS = """
+[gateway.gateway1.tls]
+certificate = "/etc/hci/server-cert.pem"
+key = "/etc/hci/server-key.pem"
+client_ca = "/etc/hci/ca-cert.pem"
+
+[[gateway.gateway1.tls.access]]
+clients = ["CN=host*"]
+images = ["vms/*"]
+
+[[gateway.gateway1.tls.access]]
+clients = ["DNS:backup.example.org"]
+images = ["*"]
+read_only = true
+"""
+
+
+def test_config_of_tls_is_read_with_its_rules() -> None:
+    found = config.parse(WHOLE + TLS, PATH).gateway("gateway1").tls
+    assert found is not None
+    assert (found.tcp, found.socket) == ("required", "off")
+    assert found.client_ca == Path("/etc/hci/ca-cert.pem")
+    assert found.access == (
+        AccessRule(("CN=host*",), ("vms/*",), read_only=False),
+        AccessRule(("DNS:backup.example.org",), ("*",), read_only=True),
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('client_ca = "', 'tcp = "maybe"\nclient_ca = "', "gateway.gateway1.tls.tcp"),
+        ("read_only = true", "read_only = 1", "gateway.gateway1.tls.access.1.read_only"),
+        ('images = ["*"]', "", "gateway.gateway1.tls.access.1.images is missing"),
+        ('images = ["vms/*"]', 'image = ["vms/*"]', "gateway.gateway1.tls.access.0.images"),
+    ],
+)
+def test_config_of_tls_with_a_slip_is_refused_by_its_name(old: str, new: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.parse(WHOLE + TLS.replace(old, new), PATH)
+    assert told in str(caught.value)

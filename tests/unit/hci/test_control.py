@@ -50,7 +50,7 @@ class Gateway(GatewayControlServicer):
     def Resize(self, request: Any, context: Any) -> pb.ResizeReply:  # noqa: N802
         if request.size_bytes == SLOW_BYTES:
             time.sleep(3 * SHORT_DEADLINE_S)
-            return pb.ResizeReply(size_bytes=SLOW_BYTES)
+            return pb.ResizeReply(size_bytes=SLOW_BYTES, connections_to_renew=2)
         if not request.force:
             raise HciError("vms/a would shrink; use --force")
         raise RuntimeError("a slip")
@@ -136,5 +136,5 @@ def test_server_on_a_port_in_use_says_which(address: Endpoint) -> None:
 def test_resize_is_waited_for_longer_than_the_gateway_takes(address: Endpoint) -> None:
     # A shrink that took longer than other calls was reported as failed while it went on.
     with GatewayClient("gateway1", address, deadline_s=SHORT_DEADLINE_S) as gateway:
-        assert gateway.resize(IMAGE, SLOW_BYTES, force=True) == SLOW_BYTES
+        assert gateway.resize(IMAGE, SLOW_BYTES, force=True) == 2
     assert control.RESIZE_DEADLINE_S > RESIZE_LIMIT_S

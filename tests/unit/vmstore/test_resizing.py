@@ -122,3 +122,28 @@ def test_resize_of_an_image_that_closes_says_so(gateway: ScriptedGateway) -> Non
     )
     with pytest.raises(HciError, match="is being closed"):
         resize(gateway, 2 * GIB).result(timeout=WAIT_S)
+
+
+def test_image_that_grows_tells_how_many_connections_go_by_the_former_size(
+    gateway: ScriptedGateway,
+) -> None:
+    for client in (1, 2):
+        gateway.connect(client)
+        gateway.answer(client)
+    assert gateway.exports.resize(gateway.name, 2 * GIB, force=False) == 2
+    assert gateway.engine.named("reconnect") == []
+
+
+def test_clients_that_are_asked_to_connect_anew_are_let_in_with_the_new_size(
+    gateway: ScriptedGateway,
+) -> None:
+    gateway.connect(1)
+    _, channel = gateway.answer(1)
+    told_before = gateway.exports.resize(gateway.name, 2 * GIB, force=False, reconnect=True)
+    assert told_before == 0
+    assert gateway.engine.named("reconnect") == [((channel,), {})]
+    gateway.leave(1)
+    gateway.connect(2)
+    assert gateway.answer(2) == ("export", channel), "it stayed open in between"
+    answers = gateway.engine.named("answer_export")
+    assert answers[-1][1]["size_bytes"] == 2 * GIB

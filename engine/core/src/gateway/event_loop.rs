@@ -3,9 +3,13 @@
 use super::snapshot::{ClientSnapshot, ImageSnapshot, LinkSnapshot, Snapshot};
 use super::{Command, EventQueue, GatewayEvent};
 use crate::geometry::BLOCK_BYTES;
-use crate::io::{Filled, Poller, Ready, Stream, Waker, boottime_ns, peer_process, tune_accepted};
+use crate::io::{
+    Filled, Poller, Ready, Stream, TlsConfig, Waker, boottime_ns, peer_process, tune_accepted,
+};
+use crate::nbd::Query;
+use crate::nbd::budget::Budget;
 use crate::nbd::serve::{Client, Need};
-use crate::nbd::{Answer, Counters, Limits};
+use crate::nbd::{Answer, Counters, Limits, TlsMode};
 use crate::replica::{
     Event, ImageIo, Instance, Link, LinkEvent, LinkTarget, NodeIndex, OpenSpec, Outcome, Output,
     Token,
@@ -29,7 +33,8 @@ const TICK_NS: u64 = 100_000_000;
 const IMAGE_TICK_NS: u64 = 1_000_000_000;
 /// A gap between ticks that means that we stood still, not the others.
 const PAUSE_NS: u64 = 2_000_000_000;
-const CLIENTS_MAX: usize = 4096;
+/// Times that a client is read before others have their turn.
+const READS_IN_TURN: usize = 16;
 /// The client of our own zeroing requests.
 const NOBODY: u64 = u64::MAX;
 
@@ -53,11 +58,17 @@ pub(super) struct EventLoop {
     waker: Waker,
     commands: mpsc::Receiver<Command>,
     events: Arc<EventQueue>,
-    listeners: Vec<OwnedFd>,
+    listeners: Vec<(OwnedFd, TlsMode)>,
+    /// Of connections that begin with TLS from now on.
+    tls: Option<TlsConfig>,
     links: Slab<Link>,
     link_names: HashMap<String, usize>,
     clients: Slab<Client>,
     client_serial: u64,
+    refused_clients: u64,
+    budget: Budget,
+    /// Clients that the budget holds back, in the order in which they go on.
+    held: Vec<usize>,
     images: HashMap<u32, OpenImage>,
     touched: Vec<u32>,
     limits: Limits,
@@ -81,10 +92,14 @@ impl EventLoop {
             commands,
             events,
             listeners: Vec::new(),
+            tls: None,
             links: Slab::new(),
             link_names: HashMap::new(),
             clients: Slab::new(),
             client_serial: 0,
+            refused_clients: 0,
+            budget: Budget::default(),
+            held: Vec::new(),
             images: HashMap::new(),
             touched: Vec::new(),
             limits: Limits::default(),
@@ -133,9 +148,10 @@ impl EventLoop {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         // A few at a time, so that a flood of connections does not starve those that are served.
         for _ in 0..16 {
-            let Some(listener) = self.listeners.get(listener) else { return };
+            let Some((listener, tls)) = self.listeners.get(listener) else { return };
             let Ok(fd) = rustix::net::accept_with(listener, flags) else { return };
-            if self.clients.len() >= CLIENTS_MAX {
+            if self.clients.len() >= self.budget.limits.clients {
+                self.refused_clients += 1;
                 continue;
             }
             tune_accepted(&fd);
@@ -144,7 +160,9 @@ impl EventLoop {
             let index = entry.key();
             self.client_serial += 1;
             let id = self.client_serial << 32 | index as u64;
-            let client = Client::new(Stream::new(fd), id, peer, &self.limits, self.now_ns);
+            let deadline_ns = self.now_ns + self.budget.limits.handshake_ns;
+            let stream = Stream::new(fd);
+            let client = Client::new(stream, id, peer, &self.limits, *tls, deadline_ns);
             if self.poller.add(client.stream.fd(), CLIENT | index as u64, false).is_ok() {
                 entry.insert(client);
                 self.flush_client(index);
@@ -154,7 +172,7 @@ impl EventLoop {
 
     fn client_ready(&mut self, index: usize, event: Ready) {
         let Some(client) = self.clients.get(index) else { return };
-        if event.gone && client.is_paused() {
+        if event.gone && client.is_paused(&self.budget) {
             // It is not read now, so nothing else would tell that it has gone.
             return self.end_client(index);
         }
@@ -162,18 +180,21 @@ impl EventLoop {
             self.read_client(index);
         }
         if event.writable {
-            self.flush_client(index);
+            self.resume_client(index);
         }
     }
 
     fn read_client(&mut self, index: usize) {
-        loop {
+        // Level-triggered: told again of what is left.
+        for _ in 0..READS_IN_TURN {
             let Some(client) = self.clients.get_mut(index) else { return };
-            if client.is_paused() {
-                // Level-triggered: told again, unless the interest is dropped meanwhile.
+            if client.is_paused(&self.budget) {
                 return self.flush_client(index);
             }
-            match client.fill() {
+            match client.fill(self.now_ns) {
+                Err(error) if client.stream.is_in_tls_handshake() => {
+                    return self.refuse_tls(index, &error);
+                }
                 Ok(Filled::Closed) | Err(_) => return self.end_client(index),
                 Ok(filled) => {
                     self.process_client(index);
@@ -188,17 +209,14 @@ impl EventLoop {
     /// Works on what a client has sent, in whichever phase it is.
     fn process_client(&mut self, index: usize) {
         let Some(client) = self.clients.get_mut(index) else { return };
-        let (id, before) = (client.id, client.channel());
-        let need = match before {
-            None => client.handshake(),
+        let need = match client.channel() {
+            None => client.handshake(self.now_ns),
             Some(_) => Ok(Need::Nothing),
         };
         match need {
             Err(_) | Ok(Need::End) => return self.end_client(index),
-            Ok(Need::Ask(query)) => {
-                let peer = client.peer.clone();
-                self.events.push(GatewayEvent::Asked { client: id, peer, query });
-            }
+            Ok(Need::Ask(query)) => self.ask(index, query),
+            Ok(Need::StartTls) => return self.start_tls(index),
             Ok(Need::Nothing) => {}
         }
         self.serve_client(index);
@@ -209,7 +227,8 @@ impl EventLoop {
         let Some(client) = self.clients.get_mut(index) else { return };
         let Some(channel) = client.channel() else { return };
         let Some(image) = self.images.get_mut(&channel) else { return self.end_client(index) };
-        let served = client.serve(&mut image.io);
+        let served = client.serve(&mut image.io, &self.budget);
+        client.account(&mut self.budget);
         self.touch(channel);
         if served.is_err() {
             self.end_client(index);
@@ -218,8 +237,13 @@ impl EventLoop {
 
     fn flush_client(&mut self, index: usize) {
         let Some(client) = self.clients.get_mut(index) else { return };
-        let written = client.stream.flush();
-        let paused = client.is_paused();
+        let written = client.flush(self.now_ns);
+        client.account(&mut self.budget);
+        let paused = client.is_paused(&self.budget);
+        if paused && !client.held && client.is_over(&self.budget) {
+            client.held = true;
+            self.held.push(index);
+        }
         let changed = match (written, client.stream.interest_change(paused)) {
             (Ok(()), Some((read, write))) => {
                 self.poller.change(client.stream.fd(), CLIENT | index as u64, read, write)
@@ -231,8 +255,33 @@ impl EventLoop {
         }
     }
 
+    /// Sends what waits; then what the client has sent meanwhile, and was held back, goes on.
+    fn resume_client(&mut self, index: usize) {
+        self.flush_client(index);
+        let Some(client) = self.clients.get(index) else { return };
+        if !client.is_paused(&self.budget) && !client.stream.input.is_empty() {
+            self.process_client(index);
+        }
+    }
+
+    /// Those that the budget held back go on, where it got room.
+    fn resume_held(&mut self) {
+        if self.held.is_empty() || !self.budget.take_freed() {
+            return;
+        }
+        for index in std::mem::take(&mut self.held) {
+            // Another client may have the place by now: it loses nothing.
+            if let Some(client) = self.clients.get_mut(index) {
+                client.held = false;
+                self.resume_client(index);
+            }
+        }
+    }
+
     fn end_client(&mut self, index: usize) {
-        let Some(client) = self.clients.try_remove(index) else { return };
+        let Some(mut client) = self.clients.try_remove(index) else { return };
+        client.release(&mut self.budget);
+        client.stream.end();
         // Closing the descriptor unregisters it as well.
         let _ = self.poller.remove(client.stream.fd());
         let (client, channel) = (client.id, client.last_channel());
@@ -249,12 +298,34 @@ impl EventLoop {
         let answered = self.clients[index].answer(answer, channel, self.now_ns);
         match answered {
             Err(_) | Ok(Need::End) => self.end_client(index),
-            Ok(Need::Ask(query)) => {
-                let peer = self.clients[index].peer.clone();
-                self.events.push(GatewayEvent::Asked { client: id, peer, query });
-            }
+            Ok(Need::Ask(query)) => self.ask(index, query),
+            Ok(Need::StartTls) => self.start_tls(index),
             Ok(Need::Nothing) => self.process_client(index),
         }
+    }
+
+    /// Hands a client's query to policy, with what is known of who asks.
+    fn ask(&mut self, index: usize, query: Query) {
+        let Some(client) = self.clients.get(index) else { return };
+        let (id, peer, trusted) = (client.id, client.peer.clone(), client.trusted);
+        let certificate = client.stream.peer_certificate();
+        self.events.push(GatewayEvent::Asked { client: id, peer, trusted, certificate, query });
+    }
+
+    fn start_tls(&mut self, index: usize) {
+        let Some(client) = self.clients.get_mut(index) else { return };
+        let begun = self.tls.as_ref().map(|config| client.stream.start_tls(config));
+        match begun {
+            Some(Ok(())) => self.flush_client(index),
+            _ => self.end_client(index),
+        }
+    }
+
+    /// A client that could not show who it is; policy hears why.
+    fn refuse_tls(&mut self, index: usize, error: &io::Error) {
+        let why = error.to_string();
+        self.events.push(GatewayEvent::TlsRefused { why });
+        self.end_client(index);
     }
 
     // Links
@@ -401,7 +472,8 @@ impl EventLoop {
                         let index = (token.client & 0xffff_ffff) as usize;
                         let client = self.clients.get_mut(index);
                         if let Some(client) = client.filter(|client| client.id == token.client) {
-                            client.reply(token.cookie, outcome, &mut image.counters);
+                            let (counters, io) = (&mut image.counters, &mut image.io);
+                            client.reply(token.cookie, outcome, counters, io);
                             if clients.last() != Some(&index) {
                                 clients.push(index);
                             }
@@ -416,19 +488,11 @@ impl EventLoop {
         }
         self.flush_links(links);
         for index in clients {
-            self.unpause(index);
-            self.flush_client(index);
+            self.resume_client(index);
         }
+        self.resume_held();
         if !self.touched.is_empty() {
             self.settle();
-        }
-    }
-
-    /// A client that was held back, and need not be any more, goes on with what it has sent.
-    fn unpause(&mut self, index: usize) {
-        let buffered = |client: &Client| !client.is_paused() && !client.stream.input.is_empty();
-        if self.clients.get(index).is_some_and(buffered) {
-            self.serve_client(index);
         }
     }
 
@@ -451,7 +515,9 @@ impl EventLoop {
     fn obey(&mut self) -> bool {
         while let Ok(command) = self.commands.try_recv() {
             match command {
-                Command::Listen(fd) => self.listen(fd),
+                Command::Listen(fd, tls) => self.listen(fd, tls),
+                Command::Tls(config) => self.tls = Some(config),
+                Command::Limit(limits) => self.budget.limits = limits,
                 Command::Link(target) => self.add_link(target),
                 Command::Unlink(node) => self.remove_link(&node),
                 Command::Open(spec) => self.open(spec),
@@ -481,7 +547,11 @@ impl EventLoop {
                 Command::Disconnect { channel } => self.disconnect(channel),
                 Command::Resize { channel, size_bytes, body } => {
                     self.with_image(channel, |io| io.resize(size_bytes, body));
+                    for index in self.clients_of(channel) {
+                        self.clients[index].grown(size_bytes);
+                    }
                 }
+                Command::Reconnect { channel } => self.dismiss(channel),
                 Command::Zero { channel, offset, length } => self.zero(channel, offset, length),
                 Command::Answer { client, answer, channel } => {
                     self.answer_query(client, answer, channel);
@@ -493,7 +563,7 @@ impl EventLoop {
         true
     }
 
-    fn listen(&mut self, fd: OwnedFd) {
+    fn listen(&mut self, fd: OwnedFd, tls: TlsMode) {
         let token = LISTENER | self.listeners.len() as u64;
         let ready = rustix::io::ioctl_fionbio(&fd, true)
             .map_err(io::Error::from)
@@ -501,27 +571,38 @@ impl EventLoop {
         if let Err(error) = ready {
             panic!("a listening socket cannot be polled: {error}");
         }
-        self.listeners.push(fd);
+        self.listeners.push((fd, tls));
     }
 
     /// Lets an image go when all that it still had to say is said; its clients leave with it.
     fn forget(&mut self, channel: u32) {
         self.settle();
         self.images.remove(&channel);
-        let served = |client: &Client| client.channel() == Some(channel);
-        let clients = self.clients.iter().filter(|(_, client)| served(client));
-        let clients: Vec<usize> = clients.map(|(index, _)| index).collect();
-        for index in clients {
+        for index in self.clients_of(channel) {
             self.clients[index].leave();
             self.flush_client(index);
         }
     }
 
     fn disconnect(&mut self, channel: u32) {
+        self.clients_of(channel).into_iter().for_each(|index| self.end_client(index));
+    }
+
+    /// Has an image's clients connect anew: what they have asked for is answered before.
+    fn dismiss(&mut self, channel: u32) {
+        for index in self.clients_of(channel) {
+            self.read_client(index);
+            if let Some(client) = self.clients.get_mut(index) {
+                client.leave();
+                self.flush_client(index);
+            }
+        }
+    }
+
+    fn clients_of(&self, channel: u32) -> Vec<usize> {
         let of_image = |client: &Client| client.channel() == Some(channel);
         let clients = self.clients.iter().filter(|(_, client)| of_image(client));
-        let clients: Vec<usize> = clients.map(|(index, _)| index).collect();
-        clients.into_iter().for_each(|index| self.end_client(index));
+        clients.map(|(index, _)| index).collect()
     }
 
     fn zero(&mut self, channel: u32, offset: u64, length: u64) {
@@ -551,7 +632,11 @@ impl EventLoop {
         self.next_image_tick_ns = self.now_ns + IMAGE_TICK_NS;
         let channels: Vec<u32> = self.images.keys().copied().collect();
         channels.into_iter().for_each(|channel| self.with_image(channel, ImageIo::tick));
-        let late = self.clients.iter().filter(|(_, client)| client.is_late(self.now_ns));
+        let idle_ns = self.budget.limits.idle_ns;
+        let (now_ns, scarce) = (self.now_ns, !self.held.is_empty());
+        let is_late =
+            |client: &Client| client.is_late(now_ns, idle_ns) || scarce && client.is_stuck(now_ns);
+        let late = self.clients.iter().filter(|(_, client)| is_late(client));
         let late: Vec<usize> = late.map(|(index, _)| index).collect();
         late.into_iter().for_each(|index| self.end_client(index));
     }
@@ -579,7 +664,13 @@ impl EventLoop {
             rot: image.io.rot_state(),
             counters: image.counters.clone(),
         });
-        Snapshot { links: links.collect(), clients: clients.collect(), images: images.collect() }
+        Snapshot {
+            links: links.collect(),
+            clients: clients.collect(),
+            refused_clients: self.refused_clients,
+            bytes_in_flight: self.budget.used(),
+            images: images.collect(),
+        }
     }
 }
 

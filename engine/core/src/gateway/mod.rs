@@ -7,8 +7,9 @@ mod snapshot;
 
 pub use snapshot::{ClientSnapshot, ImageSnapshot, LinkSnapshot, Snapshot};
 
-use crate::io::{Poller, Waker};
-use crate::nbd::{Answer, Query};
+use crate::io::{Poller, TlsConfig, Waker};
+use crate::nbd::budget::ClientLimits;
+use crate::nbd::{Answer, Query, TlsMode};
 use crate::replica::{Event, HealSpec, LinkTarget, NodeIndex, NodeMask, OpenSpec, ScrubSpec};
 use crate::wire::messages::HelloReply;
 use bytes::Bytes;
@@ -23,7 +24,11 @@ use std::time::Duration;
 /// What Python orders. `channel` names an open image.
 pub enum Command {
     /// Accept NBD clients on this listening socket.
-    Listen(OwnedFd),
+    Listen(OwnedFd, TlsMode),
+    /// Connections that begin with TLS from now on show these certificates.
+    Tls(TlsConfig),
+    /// Go by these limits from now on.
+    Limit(ClientLimits),
     /// Keep a connection to this node (in place of an older one of the same name).
     Link(LinkTarget),
     Unlink(String),
@@ -85,6 +90,10 @@ pub enum Command {
     Disconnect {
         channel: u32,
     },
+    /// End the connections of an image's clients, each when what it has asked for is answered.
+    Reconnect {
+        channel: u32,
+    },
     /// An image's new size, and the record that says so.
     Resize {
         channel: u32,
@@ -115,7 +124,15 @@ pub enum GatewayEvent {
         client: u64,
         /// See `io::peer_process`.
         peer: Option<String>,
+        /// Came by a listener without TLS, whose clients nobody asks who they are.
+        trusted: bool,
+        /// The certificate that it has shown over TLS, in DER.
+        certificate: Option<Bytes>,
         query: Query,
+    },
+    /// A client's TLS handshake failed.
+    TlsRefused {
+        why: String,
     },
     /// A client that was served from `channel`, or had a query under way, is gone.
     ClientGone {
@@ -230,6 +247,46 @@ mod tests {
     use std::io::{Read, Write};
     use std::os::unix::net::{UnixListener, UnixStream};
 
+    /// Answers each question for a list with 100 KB of names, as long as one comes within `patience`.
+    fn answer_lists(gateway: &Gateway, patience: Duration) -> usize {
+        let events = gateway.event_source();
+        let mut answered = 0;
+        while let Some(GatewayEvent::Asked { client, .. }) = events.next(patience) {
+            let answer = Answer::Names(vec!["p/".repeat(500); 100]);
+            gateway.order(Command::Answer { client, answer, channel: None });
+            answered += 1;
+        }
+        answered
+    }
+
+    /// Lists that nobody took were all kept; and once they were bounded by not reading the client, the
+    /// questions that it had already sent were never answered.
+    #[test]
+    fn a_client_that_takes_no_lists_is_held_back_and_answered_later() {
+        const ASKED: usize = 60;
+        let path = std::env::temp_dir().join(format!("hci-lists-{}", std::process::id()));
+        let listener = UnixListener::bind(&path).expect("a socket");
+        let gateway = Gateway::start().expect("a gateway");
+        gateway.order(Command::Listen(listener.into(), TlsMode::Off));
+        let mut client = UnixStream::connect(&path).expect("it listens");
+        std::fs::remove_file(&path).expect("it was there");
+        client.read_exact(&mut [0; 18]).expect("a greeting");
+        let list = b"IHAVEOPT\0\0\0\x03\0\0\0\0";
+        client.write_all(&[&b"\0\0\0\x03"[..], &list.repeat(ASKED)].concat()).expect("it reads");
+        let before = answer_lists(&gateway, Duration::from_secs(2));
+        assert!((1..30).contains(&before), "{before} lists were kept");
+        let taker = std::thread::spawn(move || {
+            let mut left = ASKED * (100 * (20 + 4 + 1000) + 20);
+            let mut buffer = vec![0; 1 << 20];
+            while left > 0 {
+                left -= client.read(&mut buffer).expect("more");
+            }
+        });
+        let after = answer_lists(&gateway, Duration::from_secs(5));
+        assert_eq!(before + after, ASKED);
+        taker.join().expect("all were sent");
+    }
+
     /// While policy looks for the answer, a client is not read. One that left meanwhile was noticed only
     /// with the answer, and until then the kernel told of it without pause: the loop took a whole core.
     #[test]
@@ -237,7 +294,7 @@ mod tests {
         let path = std::env::temp_dir().join(format!("hci-gateway-{}", std::process::id()));
         let listener = UnixListener::bind(&path).expect("a socket");
         let gateway = Gateway::start().expect("a gateway");
-        gateway.order(Command::Listen(listener.into()));
+        gateway.order(Command::Listen(listener.into(), TlsMode::Off));
         let mut client = UnixStream::connect(&path).expect("it listens");
         std::fs::remove_file(&path).expect("it was there");
         client.read_exact(&mut [0; 18]).expect("a greeting");

@@ -40,5 +40,9 @@ pub struct ImageSnapshot {
 pub struct Snapshot {
     pub links: Vec<LinkSnapshot>,
     pub clients: Vec<ClientSnapshot>,
+    /// Connections that were closed as they came, for there were too many.
+    pub refused_clients: u64,
+    /// What is kept for clients' requests.
+    pub bytes_in_flight: u64,
     pub images: Vec<ImageSnapshot>,
 }

@@ -6,12 +6,14 @@ mod outgoing;
 mod peer;
 mod poller;
 mod stream;
+mod tls;
 
 pub use memory::{SharedMemory, Slot, Slots};
 pub use outgoing::{Outgoing, Sink};
 pub use peer::{peer_process, tune_accepted};
 pub use poller::{Poller, Ready, Waker};
 pub use stream::{Address, Filled, Stream, listen_tcp, listen_unix};
+pub use tls::{BadCredentials, TlsConfig};
 
 use rustix::time::{ClockId, clock_gettime};
 

@@ -1,7 +1,8 @@
 //! A non-blocking connection with what was read and what waits to be written.
 
+use super::tls::{Tls, TlsConfig};
 use super::{Outgoing, Sink};
-use bytes::{BufMut, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -45,6 +46,7 @@ pub struct Stream {
     /// Whether descriptors are taken from the peer, and the last that came.
     takes_descriptors: bool,
     descriptor: Option<OwnedFd>,
+    tls: Option<Box<Tls>>,
 }
 
 impl Stream {
@@ -58,7 +60,38 @@ impl Stream {
             reading: true,
             takes_descriptors: false,
             descriptor: None,
+            tls: None,
         }
+    }
+
+    /// Goes on under TLS, as its server; whatever waits goes out before.
+    ///
+    /// # Errors
+    /// It does not go out at once, or the peer has already sent more: it might be somebody else's.
+    pub fn start_tls(&mut self, config: &TlsConfig) -> io::Result<()> {
+        self.flush()?;
+        if !self.output.is_empty() || !self.input.is_empty() {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        self.tls = Some(Box::new(Tls::new(config)?));
+        Ok(())
+    }
+
+    /// Says goodbye where the protocol has a word for it: the connection is about to be closed.
+    pub fn end(&mut self) {
+        if let Some(tls) = &mut self.tls {
+            tls.close(&self.fd);
+        }
+    }
+
+    /// Whether the peer has yet to show who it is.
+    pub fn is_in_tls_handshake(&self) -> bool {
+        self.tls.as_ref().is_some_and(|tls| tls.is_handshaking())
+    }
+
+    /// The certificate that the peer has shown, in DER.
+    pub fn peer_certificate(&self) -> Option<Bytes> {
+        self.tls.as_ref()?.peer_certificate()
     }
 
     /// Takes over a socket whose peer, if it is a process of this host, may send a descriptor.
@@ -102,6 +135,9 @@ impl Stream {
 
     /// Reads once, with room for at least `wanted` bytes.
     pub fn fill(&mut self, wanted: usize) -> io::Result<Filled> {
+        if let Some(tls) = &mut self.tls {
+            return tls.fill(&self.fd, &mut self.input);
+        }
         self.input.reserve(wanted.max(READ_BYTES / 2));
         let room = self.input.chunk_mut();
         let capacity = room.len();
@@ -152,13 +188,25 @@ impl Stream {
         &mut self.output
     }
 
+    /// The same, to look at.
+    pub fn output_ref(&self) -> &Outgoing {
+        &self.output
+    }
+
     /// Bytes that wait to be written.
     pub fn pending_bytes(&self) -> usize {
-        self.output.len()
+        self.output.len() + usize::from(self.has_encrypted())
+    }
+
+    fn has_encrypted(&self) -> bool {
+        self.tls.as_ref().is_some_and(|tls| tls.wants_write())
     }
 
     /// Writes what the socket takes.
     pub fn flush(&mut self) -> io::Result<()> {
+        if let Some(tls) = &mut self.tls {
+            return tls.flush(&self.fd, &mut self.output);
+        }
         while !self.output.is_empty() {
             let mut slices = [IoSlice::new(&[]); WRITE_SLICES];
             let count = self.output.gather(&mut slices);
@@ -181,7 +229,7 @@ impl Stream {
     /// The interest to register if it differs from what was last asked for: (readable, writable).
     /// `paused`: nothing is to be read for now.
     pub fn interest_change(&mut self, paused: bool) -> Option<(bool, bool)> {
-        let wanted = (!paused, !self.output.is_empty());
+        let wanted = (!paused, !self.output.is_empty() || self.has_encrypted());
         if wanted == (self.reading, self.writing) {
             return None;
         }

@@ -26,11 +26,11 @@ impl Counters {
         match request.command {
             Command::Read => {
                 self.reads += 1;
-                self.read_bytes += u64::from(request.length);
+                self.read_bytes += request.length;
             }
             Command::Write => {
                 self.writes += 1;
-                self.written_bytes += u64::from(request.length);
+                self.written_bytes += request.length;
             }
             Command::WriteZeroes | Command::Trim => self.zeroes += 1,
             Command::Flush => self.flushes += 1,

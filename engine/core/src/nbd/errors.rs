@@ -72,6 +72,8 @@ pub enum ProtocolError {
     TooManyOptions(u32),
     /// A request did not begin with the request magic.
     RequestMagic(u32),
+    /// A request has a payload of more bytes than are worth reading past.
+    PayloadLength(u64),
 }
 
 impl fmt::Display for ProtocolError {
@@ -88,6 +90,9 @@ impl fmt::Display for ProtocolError {
             }
             ProtocolError::RequestMagic(magic) => {
                 write!(f, "expected an NBD request, got magic {magic:#010x}")
+            }
+            ProtocolError::PayloadLength(length) => {
+                write!(f, "a request has {length} bytes of payload")
             }
         }
     }

@@ -9,6 +9,7 @@
 //! | `Options` | an option that is too long | `Draining` |
 //! | `Draining` | its last byte | `Options`, answered ERR_TOO_BIG or ERR_UNSUP |
 //! | `Waiting` | [`Handshake::answer`] | `Options`, or `Ended` with a [`Session`] |
+//! | `Options` | STARTTLS where there is TLS | `Options`, all that was negotiated forgotten |
 //! | any | ABORT, a bad EXPORT_NAME, a [`ProtocolError`] | `Ended` |
 //!
 //! Only GO and EXPORT_NAME may open an export. Metadata contexts are accepted for any name and hold
@@ -20,7 +21,8 @@ use super::constants::{
 };
 use super::options::{self, Malformed, Wanted};
 use super::{
-    ExportInfo, Limits, ProtocolError, ReplyStyle, Session, shortened, transmission_flags,
+    Contexts, ExportInfo, Limits, ProtocolError, ReplyStyle, Session, TlsMode, shortened,
+    transmission_flags,
 };
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
@@ -29,6 +31,8 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 pub enum Step {
     /// Receive more and call [`Handshake::receive`] again.
     NeedInput,
+    /// Send the output, then go on under TLS. Nothing that came before may be taken for what comes then.
+    StartTls,
     /// Find the answer and give it to [`Handshake::answer`].
     Ask(Query),
     /// The handshake is over; what is left of the input belongs to the transmission phase.
@@ -81,11 +85,13 @@ enum Waiting {
 #[derive(Debug)]
 pub struct Handshake {
     limits: Limits,
+    tls: TlsMode,
+    secured: bool,
     state: State,
     no_zeroes: bool,
     replies: ReplyStyle,
-    /// The name that the last SET_META_CONTEXT selected `base:allocation` for.
-    base_allocation_for: Option<String>,
+    /// What the last SET_META_CONTEXT selected, and for which name.
+    contexts: Option<(String, Contexts)>,
     options_seen: u32,
 }
 
@@ -93,12 +99,24 @@ impl Handshake {
     pub fn new(limits: &Limits) -> Self {
         Handshake {
             limits: *limits,
+            tls: TlsMode::Off,
+            secured: false,
             state: State::Greeting,
             no_zeroes: false,
             replies: ReplyStyle::Simple,
-            base_allocation_for: None,
+            contexts: None,
             options_seen: 0,
         }
+    }
+
+    /// For a listener with TLS.
+    pub fn with_tls(self, tls: TlsMode) -> Self {
+        Handshake { tls, ..self }
+    }
+
+    /// Whether the client goes on under TLS.
+    pub fn is_secured(&self) -> bool {
+        self.secured
     }
 
     /// Writes what the server says first. Called once, before anything is received.
@@ -220,8 +238,10 @@ impl Handshake {
             self.state = State::Ended;
             return Err(ProtocolError::TooManyOptions(self.limits.max_options));
         }
+        let extended = self.replies == ReplyStyle::Extended;
         match option {
-            option::EXPORT_NAME if too_long => {
+            // It has no reply that could say no.
+            option::EXPORT_NAME if too_long || extended || self.needs_tls() => {
                 self.state = State::Ended;
                 Ok(Some(Step::Close))
             }
@@ -239,6 +259,11 @@ impl Handshake {
     /// Deals with one whole option.
     fn take_option(&mut self, option: u32, data: Bytes, out: &mut BytesMut) -> Option<Step> {
         match option {
+            option::STARTTLS => self.start_tls(&data, out),
+            _ if self.needs_tls() && option != option::ABORT => {
+                refuse(out, option, option_reply::ERR_TLS_REQD, "this server asks for TLS first");
+                None
+            }
             option::EXPORT_NAME => Some(match options::export_name(data) {
                 Ok(name) => self.ask_export(option, name, Wanted::default()),
                 Err(_) => {
@@ -256,11 +281,15 @@ impl Handshake {
                 Some(Step::Ask(Query::List))
             }
             option::STRUCTURED_REPLY if data.is_empty() => {
-                self.replies = ReplyStyle::Structured;
+                self.structured_reply(out);
+                None
+            }
+            option::EXTENDED_HEADERS if data.is_empty() => {
+                self.replies = ReplyStyle::Extended;
                 reply(out, option, option_reply::ACK, &[]);
                 None
             }
-            option::LIST | option::STRUCTURED_REPLY => {
+            option::LIST | option::STRUCTURED_REPLY | option::EXTENDED_HEADERS => {
                 malformed(out, option, Malformed::Invalid("this option takes no data"));
                 None
             }
@@ -275,17 +304,45 @@ impl Handshake {
                 self.meta_context(option, data, out);
                 None
             }
-            // TLS begins here once a listener can carry it: ACK, then a new `Options` state
-            // behind the TLS session, with what was negotiated before forgotten.
-            option::STARTTLS => {
-                refuse(out, option, option_reply::ERR_UNSUP, "this server has no TLS");
-                None
-            }
             _ => {
                 refuse(out, option, option_reply::ERR_UNSUP, "this option is not supported");
                 None
             }
         }
+    }
+
+    fn needs_tls(&self) -> bool {
+        self.tls == TlsMode::Required && !self.secured
+    }
+
+    /// Section «TLS support». What was negotiated in plain, somebody else may have sent.
+    fn start_tls(&mut self, data: &Bytes, out: &mut BytesMut) -> Option<Step> {
+        let option = option::STARTTLS;
+        if self.tls == TlsMode::Off {
+            refuse(out, option, option_reply::ERR_UNSUP, "this server has no TLS");
+        } else if self.secured {
+            malformed(out, option, Malformed::Invalid("TLS has begun already"));
+        } else if !data.is_empty() {
+            malformed(out, option, Malformed::Invalid("this option takes no data"));
+        } else {
+            reply(out, option, option_reply::ACK, &[]);
+            self.secured = true;
+            self.replies = ReplyStyle::Simple;
+            self.contexts = None;
+            return Some(Step::StartTls);
+        }
+        None
+    }
+
+    /// There is no way back from extended headers.
+    fn structured_reply(&mut self, out: &mut BytesMut) {
+        let option = option::STRUCTURED_REPLY;
+        if self.replies == ReplyStyle::Extended {
+            let message = "extended headers were negotiated already";
+            return refuse(out, option, option_reply::ERR_EXT_HEADER_REQD, message);
+        }
+        self.replies = ReplyStyle::Structured;
+        reply(out, option, option_reply::ACK, &[]);
     }
 
     /// Answers an option whose data was too long to keep. Unknown options are told that instead,
@@ -296,13 +353,14 @@ impl Handshake {
             option::INFO,
             option::GO,
             option::STRUCTURED_REPLY,
+            option::EXTENDED_HEADERS,
             option::LIST_META_CONTEXT,
             option::SET_META_CONTEXT,
         ];
         if option == option::SET_META_CONTEXT {
-            self.base_allocation_for = None;
+            self.contexts = None;
         }
-        if known.contains(&option) {
+        if known.contains(&option) && !self.needs_tls() {
             let limit = self.limits.max_option_bytes;
             let message = format!("the option is longer than {limit} bytes");
             refuse(out, option, option_reply::ERR_TOO_BIG, &message);
@@ -321,13 +379,13 @@ impl Handshake {
         Step::Ask(query)
     }
 
-    /// Section «Metadata querying». The wildcard `base:` lists, and selects nothing.
+    /// Section «Metadata querying». The wildcards `base:` and `qemu:` list, and select nothing.
     fn meta_context(&mut self, option: u32, data: Bytes, out: &mut BytesMut) {
         let set = option == option::SET_META_CONTEXT;
         if set {
-            self.base_allocation_for = None;
+            self.contexts = None;
         }
-        if self.replies != ReplyStyle::Structured {
+        if self.replies == ReplyStyle::Simple {
             let message = "metadata contexts need structured replies: ask for those first";
             return malformed(out, option, Malformed::Invalid(message));
         }
@@ -335,18 +393,24 @@ impl Handshake {
             Ok(queries) => queries,
             Err(error) => return malformed(out, option, error),
         };
-        let matched = match option {
-            option::SET_META_CONTEXT => queries.base_allocation,
-            _ => queries.count == 0 || queries.base || queries.base_allocation,
-        };
-        if matched {
+        let all = !set && queries.count == 0;
+        let allocation = queries.allocation || all || (!set && queries.base);
+        let depth = queries.depth || all || (!set && queries.qemu);
+        let mut tell = |matched: bool, id: u32, name: &str| {
             // The id in a list is reserved, and zero.
-            let id = if set { context::BASE_ALLOCATION_ID } else { 0 };
-            let name = context::BASE_ALLOCATION.as_bytes();
-            reply(out, option, option_reply::META_CONTEXT, &[&id.to_be_bytes(), name]);
-        }
-        if set && matched {
-            self.base_allocation_for = Some(queries.export);
+            let id = if set { id } else { 0 };
+            if matched {
+                let parts: [&[u8]; 2] = [&id.to_be_bytes(), name.as_bytes()];
+                reply(out, option, option_reply::META_CONTEXT, &parts);
+            }
+            matched.then_some(id)
+        };
+        let contexts = Contexts {
+            allocation: tell(allocation, context::BASE_ALLOCATION_ID, context::BASE_ALLOCATION),
+            depth: tell(depth, context::ALLOCATION_DEPTH_ID, context::ALLOCATION_DEPTH),
+        };
+        if set && !contexts.is_empty() {
+            self.contexts = Some((queries.export, contexts));
         }
         reply(out, option, option_reply::ACK, &[]);
     }
@@ -404,12 +468,12 @@ impl Handshake {
 
     fn transmission(&mut self, export: ExportInfo, name: &str) -> Step {
         self.state = State::Ended;
-        let selected = self.base_allocation_for.take().is_some_and(|selected| selected == name);
+        let selected = self.contexts.take().filter(|(selected, _)| selected == name);
         Step::Transmission(Session {
             export,
             limits: self.limits,
             replies: self.replies,
-            base_allocation: selected.then_some(context::BASE_ALLOCATION_ID),
+            contexts: selected.map(|(_, contexts)| contexts).unwrap_or_default(),
             no_zeroes: self.no_zeroes,
         })
     }

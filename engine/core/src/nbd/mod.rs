@@ -11,6 +11,7 @@
 //!
 //! The specification is the NBD project's `doc/proto.md`; section names in comments are its own.
 
+pub mod budget;
 pub mod constants;
 mod counters;
 mod errors;
@@ -23,7 +24,7 @@ pub mod serve;
 pub use counters::Counters;
 pub use errors::{Errno, ProtocolError};
 pub use handshake::{Answer, Handshake, Query, Step};
-pub use reply::{Extent, block_status, done, error, read};
+pub use reply::{Addressee, Extent, block_status, done, error, read};
 pub use request::{Command, Flags, Parsed, Refusal, Request, RequestReader, check};
 
 use constants::{MAX_STRING_BYTES, transmission_flags as flag};
@@ -74,7 +75,19 @@ pub struct ExportInfo {
     pub description: String,
 }
 
-/// How requests are answered from here on; extended headers will be a third way.
+/// Whether a listener's clients go on under TLS. Section «TLS support».
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum TlsMode {
+    /// `NOTLS`.
+    #[default]
+    Off,
+    /// `SELECTIVETLS`: as the client likes.
+    Optional,
+    /// `FORCEDTLS`: nothing else is answered before.
+    Required,
+}
+
+/// How requests are sent and answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum ReplyStyle {
     /// One header per request; the data of a read follows it whole.
@@ -82,6 +95,23 @@ pub enum ReplyStyle {
     Simple,
     /// Chunks (section «Structured reply chunk message»).
     Structured,
+    /// Chunks with headers for lengths of 64 bits (section «Extended reply chunk message»).
+    Extended,
+}
+
+/// Metadata contexts that a client selected, by the ids that it was told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Contexts {
+    /// `base:allocation`.
+    pub allocation: Option<u32>,
+    /// `qemu:allocation-depth`.
+    pub depth: Option<u32>,
+}
+
+impl Contexts {
+    pub fn is_empty(&self) -> bool {
+        *self == Contexts::default()
+    }
 }
 
 /// What the handshake settled for one connection.
@@ -90,16 +120,16 @@ pub struct Session {
     pub export: ExportInfo,
     pub limits: Limits,
     pub replies: ReplyStyle,
-    /// Context id of `base:allocation`, where the client selected it for this export.
-    pub base_allocation: Option<u32>,
+    /// What the client selected for this export.
+    pub contexts: Contexts,
     /// The client declined the 124 zero bytes after EXPORT_NAME.
     pub no_zeroes: bool,
 }
 
 impl Session {
-    /// Whether structured replies were negotiated.
+    /// Whether replies come in chunks.
     pub fn structured(&self) -> bool {
-        self.replies == ReplyStyle::Structured
+        self.replies != ReplyStyle::Simple
     }
 
     /// The flags that this session was told (section «Transmission flags»).
@@ -119,7 +149,7 @@ fn transmission_flags(export: &ExportInfo, replies: ReplyStyle) -> u16 {
     if export.multi_conn {
         flags |= flag::CAN_MULTI_CONN;
     }
-    if replies == ReplyStyle::Structured {
+    if replies != ReplyStyle::Simple {
         flags |= flag::SEND_DF;
     }
     flags

@@ -47,14 +47,17 @@ pub(super) fn info_request(mut data: Bytes) -> Result<(String, Wanted), Malforme
 }
 
 /// What the queries of LIST_META_CONTEXT or SET_META_CONTEXT ask of the contexts that exist here.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct MetaQueries {
     pub export: String,
     pub count: u32,
     /// A query names `base:allocation`.
-    pub base_allocation: bool,
-    /// A query is the wildcard `base:`.
+    pub allocation: bool,
+    /// A query names `qemu:allocation-depth`.
+    pub depth: bool,
+    /// A query is the wildcard `base:`, or `qemu:`.
     pub base: bool,
+    pub qemu: bool,
 }
 
 /// Reads the data of LIST_META_CONTEXT and SET_META_CONTEXT: an export's name and queries.
@@ -62,11 +65,15 @@ pub(super) fn meta_queries(mut data: Bytes) -> Result<MetaQueries, Malformed> {
     let export = counted_text(&mut data)?;
     let count =
         data.try_get_u32().map_err(|_| Malformed::Invalid("the count of queries is missing"))?;
-    let mut queries = MetaQueries { export, count, base_allocation: false, base: false };
+    let mut queries = MetaQueries { export, count, ..MetaQueries::default() };
     for _ in 0..count {
-        let query = counted_text(&mut data)?;
-        queries.base_allocation |= query == context::BASE_ALLOCATION;
-        queries.base |= query == context::BASE;
+        match counted_text(&mut data)?.as_str() {
+            context::BASE_ALLOCATION => queries.allocation = true,
+            context::ALLOCATION_DEPTH => queries.depth = true,
+            context::BASE => queries.base = true,
+            context::QEMU => queries.qemu = true,
+            _ => {}
+        }
     }
     if data.has_remaining() {
         return Err(Malformed::Invalid("there are bytes after the last query"));

@@ -1,8 +1,12 @@
 //! Requests of the transmission phase: cut out of the stream ([`RequestReader`]), and judged
 //! against what was negotiated ([`check`]) before anything is done for them.
 
-use super::constants::{REQUEST_HEADER_BYTES, REQUEST_MAGIC, command, command_flags};
-use super::{Errno, ProtocolError, Session};
+use super::constants::{
+    EXTENDED_REQUEST_HEADER_BYTES, EXTENDED_REQUEST_MAGIC, REQUEST_HEADER_BYTES, REQUEST_MAGIC,
+    command, command_flags,
+};
+use super::reply::Addressee;
+use super::{Errno, ProtocolError, ReplyStyle, Session};
 use bytes::{Buf, Bytes, BytesMut};
 
 /// What a client asks for. Section «Request types».
@@ -33,6 +37,11 @@ impl Command {
             command::BLOCK_STATUS => Command::BlockStatus,
             _ => return None,
         })
+    }
+
+    /// Whether it is done piece by piece: it may be longer than what an image does at once.
+    pub fn is_stepwise(self) -> bool {
+        matches!(self, Command::Trim | Command::WriteZeroes | Command::BlockStatus)
     }
 
     /// Whether it can change the export's content.
@@ -70,6 +79,11 @@ impl Flags {
     pub fn fast_zero(self) -> bool {
         self.0 & command_flags::FAST_ZERO != 0
     }
+
+    /// With extended headers: so many bytes of payload follow.
+    pub fn payload(self) -> bool {
+        self.0 & command_flags::PAYLOAD_LEN != 0
+    }
 }
 
 /// One whole request. `cookie` is the client's, given back with the reply and nothing else;
@@ -80,8 +94,15 @@ pub struct Request {
     pub flags: Flags,
     pub cookie: u64,
     pub offset: u64,
-    pub length: u32,
+    pub length: u64,
     pub payload: Bytes,
+}
+
+impl Request {
+    /// Whom its reply is for.
+    pub fn addressee(&self) -> Addressee {
+        Addressee { cookie: self.cookie, offset: self.offset }
+    }
 }
 
 /// What stood next in the stream.
@@ -90,61 +111,116 @@ pub enum Parsed {
     /// Not yet judged: see [`check`].
     Request(Request),
     /// To be answered with `errno`; the connection lives on.
-    Refused { cookie: u64, errno: Errno, message: &'static str },
+    Refused { to: Addressee, errno: Errno, message: &'static str },
 }
 
 /// Cuts requests out of one connection's stream without copying their payload.
 #[derive(Debug)]
 pub struct RequestReader {
     max_payload: u32,
-    /// A write that is too long to keep: its cookie, and how much of its payload is still to come.
-    draining: Option<(u64, u32)>,
+    extended: bool,
+    draining: Option<Draining>,
+}
+
+/// A payload that is not kept, and how the request is refused once it is past.
+#[derive(Debug)]
+struct Draining {
+    to: Addressee,
+    left: u32,
+    message: &'static str,
+}
+
+/// A request's header. Section «Request message».
+struct Header {
+    flags: Flags,
+    number: u16,
+    to: Addressee,
+    length: u64,
+}
+
+impl Header {
+    /// Bytes that follow it. With extended headers a flag says so, which a write must have.
+    fn payload_bytes(&self, extended: bool) -> u64 {
+        let follows = if extended { self.flags.payload() } else { self.number == command::WRITE };
+        if follows { self.length } else { 0 }
+    }
 }
 
 impl RequestReader {
-    /// The style of replies will decide the form of request headers once those can be extended.
     pub fn new(session: &Session) -> Self {
-        RequestReader { max_payload: session.limits.max_payload, draining: None }
+        let extended = session.replies == ReplyStyle::Extended;
+        RequestReader { max_payload: session.limits.max_payload, extended, draining: None }
+    }
+
+    fn header_bytes(&self) -> usize {
+        if self.extended { EXTENDED_REQUEST_HEADER_BYTES } else { REQUEST_HEADER_BYTES }
+    }
+
+    /// The next header, once it is there whole.
+    fn header(&self, input: &BytesMut) -> Result<Option<Header>, ProtocolError> {
+        let Some(mut header) = input.get(..self.header_bytes()) else {
+            return Ok(None);
+        };
+        let magic = header.get_u32();
+        if magic != if self.extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC } {
+            return Err(ProtocolError::RequestMagic(magic));
+        }
+        let (flags, number) = (Flags(header.get_u16()), header.get_u16());
+        let to = Addressee { cookie: header.get_u64(), offset: header.get_u64() };
+        let length = if self.extended { header.get_u64() } else { u64::from(header.get_u32()) };
+        Ok(Some(Header { flags, number, to, length }))
     }
 
     /// Takes the next request off `input`; None until it is whole.
     ///
-    /// A payload shares `input`'s memory. A write longer than `max_payload` is drained as it comes.
+    /// A payload shares `input`'s memory. One longer than `max_payload`, or of a command that has none,
+    /// is drained as it comes.
     /// After a [`ProtocolError`] the stream has no boundary any more: close the connection.
     pub fn next(&mut self, input: &mut BytesMut) -> Result<Option<Parsed>, ProtocolError> {
-        if let Some((cookie, left)) = self.draining {
-            return Ok(self.drain(cookie, left, input));
+        if let Some(draining) = self.draining.take() {
+            return Ok(self.drain(draining, input));
         }
-        let Some(mut header) = input.get(..REQUEST_HEADER_BYTES) else {
+        let Some(header) = self.header(input)? else {
             return Ok(None);
         };
-        let magic = header.get_u32();
-        if magic != REQUEST_MAGIC {
-            return Err(ProtocolError::RequestMagic(magic));
+        let (to, length) = (header.to, header.length);
+        let payload_bytes = header.payload_bytes(self.extended);
+        if let Some(message) = self.misfit(&header, payload_bytes) {
+            let left = u32::try_from(payload_bytes)
+                .map_err(|_| ProtocolError::PayloadLength(payload_bytes))?;
+            input.advance(self.header_bytes());
+            return Ok(self.drain(Draining { to, left, message }, input));
         }
-        let (flags, number) = (Flags(header.get_u16()), header.get_u16());
-        let (cookie, offset, length) = (header.get_u64(), header.get_u64(), header.get_u32());
-        let Some(command) = Command::from_wire(number) else {
-            input.advance(REQUEST_HEADER_BYTES);
-            let message = "this command is not supported";
-            return Ok(Some(Parsed::Refused { cookie, errno: Errno::Invalid, message }));
-        };
-        let payload_bytes = if command == Command::Write { length } else { 0 };
-        if payload_bytes > self.max_payload {
-            input.advance(REQUEST_HEADER_BYTES);
-            return Ok(self.drain(cookie, payload_bytes, input));
-        }
-        let whole = REQUEST_HEADER_BYTES + payload_bytes as usize;
+        let whole = self.header_bytes() + payload_bytes as usize;
         if input.len() < whole {
             return Ok(None);
         }
-        input.advance(REQUEST_HEADER_BYTES);
+        input.advance(self.header_bytes());
         let payload = match payload_bytes {
             0 => Bytes::new(),
             _ => input.split_to(payload_bytes as usize).freeze(),
         };
+        let Some(command) = Command::from_wire(header.number) else {
+            return Ok(Some(Parsed::Refused { to, errno: Errno::Invalid, message: UNKNOWN }));
+        };
+        // Without extended headers the flag is unknown, and refused with those.
+        let known = if self.extended { command_flags::PAYLOAD_LEN } else { 0 };
+        let flags = Flags(header.flags.0 & !known);
+        let (cookie, offset) = (to.cookie, to.offset);
         let request = Request { command, flags, cookie, offset, length, payload };
         Ok(Some(Parsed::Request(request)))
+    }
+
+    /// Why a request cannot be taken with the payload that it has.
+    fn misfit(&self, header: &Header, payload_bytes: u64) -> Option<&'static str> {
+        let writes = header.number == command::WRITE;
+        if payload_bytes > u64::from(self.max_payload) {
+            Some(TOO_LONG)
+        } else if self.extended && writes != header.flags.payload() {
+            Some("writes have a payload, and say so; other commands have none")
+        } else {
+            None
+        }
     }
 
     /// How many more bytes make the next request whole, as far as `input` tells; 0 if it is, or if
@@ -153,31 +229,50 @@ impl RequestReader {
         if self.draining.is_some() {
             return 0;
         }
-        let Some(mut header) = input.get(..REQUEST_HEADER_BYTES) else {
-            return REQUEST_HEADER_BYTES - input.len();
+        let Ok(Some(header)) = self.header(input) else {
+            return self.header_bytes().saturating_sub(input.len());
         };
-        let (magic, _flags, number) = (header.get_u32(), header.get_u16(), header.get_u16());
-        header.advance(16);
-        let length = header.get_u32();
-        if magic != REQUEST_MAGIC || number != command::WRITE || length > self.max_payload {
+        let payload_bytes = header.payload_bytes(self.extended);
+        if self.misfit(&header, payload_bytes).is_some() {
             return 0;
         }
-        (REQUEST_HEADER_BYTES + length as usize).saturating_sub(input.len())
+        (self.header_bytes() + payload_bytes as usize).saturating_sub(input.len())
     }
 
-    fn drain(&mut self, cookie: u64, left: u32, input: &mut BytesMut) -> Option<Parsed> {
-        let now = input.len().min(left as usize);
+    /// Bytes that the next request reads or writes, as far as `input` tells.
+    pub fn next_bytes(&self, input: &BytesMut) -> u64 {
+        match self.header(input) {
+            Ok(Some(header)) if matches!(header.number, command::READ | command::WRITE) => {
+                header.length
+            }
+            _ => 0,
+        }
+    }
+
+    /// Bytes of the write whose payload is still arriving, header and all; 0 where none is.
+    pub fn arriving(&self, input: &BytesMut) -> u64 {
+        match self.wanted(input) {
+            missing if missing > 0 && input.len() >= self.header_bytes() => {
+                (input.len() + missing) as u64
+            }
+            _ => 0,
+        }
+    }
+
+    fn drain(&mut self, mut draining: Draining, input: &mut BytesMut) -> Option<Parsed> {
+        let now = input.len().min(draining.left as usize);
         input.advance(now);
-        let left = left - now as u32;
-        if left > 0 {
-            self.draining = Some((cookie, left));
+        draining.left -= now as u32;
+        let (to, message) = (draining.to, draining.message);
+        if draining.left > 0 {
+            self.draining = Some(draining);
             return None;
         }
-        self.draining = None;
-        Some(Parsed::Refused { cookie, errno: Errno::Invalid, message: TOO_LONG })
+        Some(Parsed::Refused { to, errno: Errno::Invalid, message })
     }
 }
 
+const UNKNOWN: &str = "this command is not supported";
 const TOO_LONG: &str = "the request is longer than the maximum block size";
 
 /// A request that is not carried out: the errno for the reply, and why, for people.
@@ -219,7 +314,7 @@ pub fn check(request: &Request, session: &Session) -> Result<(), Refusal> {
             _ => refusal(Errno::Invalid, "a flush has neither offset nor length"),
         };
     }
-    if command == Command::BlockStatus && session.base_allocation.is_none() {
+    if command == Command::BlockStatus && session.contexts.is_empty() {
         return refusal(Errno::Invalid, "no metadata context was negotiated");
     }
     if command == Command::BlockStatus && request.length == 0 {
@@ -230,11 +325,11 @@ pub fn check(request: &Request, session: &Session) -> Result<(), Refusal> {
 
 fn check_range(request: &Request, session: &Session) -> Result<(), Refusal> {
     let carries_data = matches!(request.command, Command::Read | Command::Write);
-    if carries_data && request.length > session.limits.max_payload {
+    if carries_data && request.length > u64::from(session.limits.max_payload) {
         return refusal(Errno::Invalid, TOO_LONG);
     }
     let min_block = u64::from(session.limits.min_block);
-    let length = u64::from(request.length);
+    let length = request.length;
     if !request.offset.is_multiple_of(min_block) || !length.is_multiple_of(min_block) {
         return refusal(Errno::Invalid, "the request is not aligned to the minimum block size");
     }

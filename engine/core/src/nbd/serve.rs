@@ -1,12 +1,13 @@
 //! One NBD client's connection: its bytes become requests to an image, the image's answers become
 //! replies. The gateway's event loop owns the connection and says when it is ready.
 //!
-//! A client may have `IN_FLIGHT_MAX` requests and `IN_FLIGHT_BYTES_MAX` bytes under way; past that
-//! its connection is not read, so that one greedy client cannot take all memory.
+//! A client may have `IN_FLIGHT_MAX` requests under way, and as many bytes as the [`Budget`] allows;
+//! past that its connection is not read, so that one greedy client cannot take all memory.
 
+use super::budget::{Budget, Charge, GUARANTEED_BYTES};
 use super::{
     Answer, Command, Counters, Errno, Handshake, Limits, Parsed, ProtocolError, Query, Request,
-    RequestReader, Session, Step, block_status, check, done, error, read,
+    RequestReader, Session, Step, TlsMode, block_status, check, done, error, read,
 };
 use crate::geometry::BLOCK_BYTES;
 use crate::io::{Filled, Sink, Stream};
@@ -16,24 +17,43 @@ use bytes::BytesMut;
 use slab::Slab;
 
 const IN_FLIGHT_MAX: usize = 256;
-const IN_FLIGHT_BYTES_MAX: u64 = 64 << 20;
-const REPLY_BYTES_MAX: usize = 64 << 20;
-/// A block status answer covers at most this much; the client asks on from its end.
-const STATUS_BYTES_MAX: u32 = 1 << 30;
-/// A handshake that takes longer is ended.
-const HANDSHAKE_NS: u64 = 30_000_000_000;
+/// Zeroes and block status are done in steps that end at multiples of this.
+const STEP_BYTES: u64 = 1 << 30;
+/// A block status answer covers at most this much, and takes no further step once it has found so many
+/// extents; the client asks on from its end.
+const STATUS_BYTES_MAX: u64 = 64 << 30;
+const STATUS_EXTENTS: usize = 64;
+/// A client that asks for lists and does not take them is not read past this.
+const OPTION_REPLIES_MAX: usize = 1 << 20;
+/// A client that takes nothing of its answers for so long is ended where others wait for it.
+const STUCK_NS: u64 = 30_000_000_000;
+/// A byte is kept for so many that a block status asks for: at the worst each block is an extent.
+const STATUS_BYTES_PER_BYTE: u64 = BLOCK_BYTES as u64 / 8;
 /// Bits of base:allocation's flags (NBD specification, "Metadata contexts").
 const STATE_HOLE: u32 = 1;
 const STATE_ZERO: u32 = 2;
+
+/// A request that is with the image.
+struct InFlight {
+    request: Request,
+    /// Flags of `wire::flag` for what it changes.
+    flags: u8,
+    /// What a long one has yet to ask of the image.
+    next: u64,
+    end: u64,
+    /// What a block status has found so far.
+    extents: Vec<super::Extent>,
+}
 
 enum Phase {
     Handshake {
         handshake: Handshake,
         deadline_ns: u64,
     },
-    /// A query is with policy.
+    /// A query is with policy; afterwards the client has `left_ns` for the rest.
     Asking {
         handshake: Handshake,
+        left_ns: u64,
     },
     Serving {
         session: Session,
@@ -52,6 +72,8 @@ pub enum Need {
     Nothing,
     /// Policy answers with `Client::answer`.
     Ask(Query),
+    /// Send what waits, go on under TLS, and call `Client::handshake` again.
+    StartTls,
     /// Close the connection.
     End,
 }
@@ -63,9 +85,15 @@ pub struct Client {
     pub id: u64,
     /// The process that connected, where the socket tells (`io::peer_process`).
     pub peer: Option<String>,
+    /// Came by a listener without TLS.
+    pub trusted: bool,
     phase: Phase,
-    in_flight: Slab<Request>,
-    in_flight_bytes: u64,
+    in_flight: Slab<InFlight>,
+    charge: Charge,
+    /// When it last said something, or took something of what we say.
+    heard_ns: u64,
+    /// Waits in the loop's list of those that the budget holds back.
+    pub held: bool,
     last_channel: Option<u32>,
 }
 
@@ -75,16 +103,24 @@ impl Client {
         id: u64,
         peer: Option<String>,
         limits: &Limits,
-        now_ns: u64,
+        tls: TlsMode,
+        deadline_ns: u64,
     ) -> Client {
-        let mut handshake = Handshake::new(limits);
+        let mut handshake = Handshake::new(limits).with_tls(tls);
         let mut greeting = BytesMut::new();
         handshake.greeting(&mut greeting);
-        let phase = Phase::Handshake { handshake, deadline_ns: now_ns + HANDSHAKE_NS };
-        let in_flight = Slab::new();
-        let (in_flight_bytes, last_channel) = (0, None);
-        let mut client =
-            Client { stream, id, peer, phase, in_flight, in_flight_bytes, last_channel };
+        let mut client = Client {
+            stream,
+            id,
+            peer,
+            trusted: tls == TlsMode::Off,
+            phase: Phase::Handshake { handshake, deadline_ns },
+            in_flight: Slab::new(),
+            charge: Charge::default(),
+            heard_ns: 0,
+            held: false,
+            last_channel: None,
+        };
         client.stream.output().data(greeting.freeze());
         client
     }
@@ -102,16 +138,56 @@ impl Client {
         self.last_channel
     }
 
-    /// Nothing is read from it until answers have gone out.
-    pub fn is_paused(&self) -> bool {
-        self.in_flight.len() >= IN_FLIGHT_MAX
-            || self.in_flight_bytes >= IN_FLIGHT_BYTES_MAX
-            || self.stream.pending_bytes() >= REPLY_BYTES_MAX
-            || matches!(self.phase, Phase::Asking { .. } | Phase::Leaving { .. })
+    /// Nothing is read from it until answers have gone out. A request whose payload has begun to arrive
+    /// is always read to its end.
+    pub fn is_paused(&self, budget: &Budget) -> bool {
+        match self.phase {
+            Phase::Handshake { .. } => self.stream.pending_bytes() >= OPTION_REPLIES_MAX,
+            Phase::Asking { .. } | Phase::Leaving { .. } => true,
+            Phase::Serving { .. } => {
+                self.charge.receiving == 0
+                    && (self.in_flight.len() >= IN_FLIGHT_MAX || self.is_over(budget))
+            }
+        }
     }
 
-    pub fn is_late(&self, now_ns: u64) -> bool {
-        matches!(self.phase, Phase::Handshake { deadline_ns, .. } if now_ns > deadline_ns)
+    /// The budget holds it back.
+    pub fn is_over(&self, budget: &Budget) -> bool {
+        let Phase::Serving { reader, .. } = &self.phase else { return false };
+        let output = self.stream.output_ref();
+        if budget.allows(&self.charge, output) {
+            return false;
+        }
+        let next_bytes = reader.next_bytes(&self.stream.input);
+        !self.charge.is_nothing(output) || next_bytes > GUARANTEED_BYTES
+    }
+
+    /// It does not take its answers, or does not end its write, while others wait for the memory.
+    pub fn is_stuck(&self, now_ns: u64) -> bool {
+        let owes = self.stream.pending_bytes() > 0 || self.charge.receiving > 0;
+        owes && now_ns.saturating_sub(self.heard_ns) > STUCK_NS
+    }
+
+    /// Brings the budget up to date with what it has under way.
+    pub fn account(&mut self, budget: &mut Budget) {
+        budget.account(&mut self.charge, self.stream.output_ref());
+    }
+
+    /// Gives back what it had under way: it is gone.
+    pub fn release(&self, budget: &mut Budget) {
+        budget.release(&self.charge);
+    }
+
+    /// It has not opened an export in time, or asked for nothing for too long.
+    pub fn is_late(&self, now_ns: u64, idle_ns: u64) -> bool {
+        match self.phase {
+            Phase::Handshake { deadline_ns, .. } => now_ns > deadline_ns,
+            Phase::Serving { .. } => {
+                let quiet_ns = now_ns.saturating_sub(self.heard_ns);
+                idle_ns > 0 && self.in_flight.is_empty() && quiet_ns > idle_ns
+            }
+            Phase::Asking { .. } | Phase::Leaving { .. } => false,
+        }
     }
 
     /// Done with: told to leave, and nothing left to say.
@@ -122,7 +198,8 @@ impl Client {
     }
 
     /// Reads once from the socket. `Closed` ends the connection.
-    pub fn fill(&mut self) -> std::io::Result<Filled> {
+    pub fn fill(&mut self, now_ns: u64) -> std::io::Result<Filled> {
+        self.heard_ns = now_ns;
         let wanted = match &self.phase {
             Phase::Serving { reader, .. } => reader.wanted(&self.stream.input),
             _ => 0,
@@ -130,16 +207,26 @@ impl Client {
         self.stream.fill(wanted)
     }
 
+    /// Writes what the socket takes.
+    pub fn flush(&mut self, now_ns: u64) -> std::io::Result<()> {
+        let before = self.stream.pending_bytes();
+        let written = self.stream.flush();
+        if self.stream.pending_bytes() < before {
+            self.heard_ns = now_ns;
+        }
+        written
+    }
+
     /// Takes the handshake on with what was read.
     ///
     /// # Errors
     /// The client does not speak NBD: close the connection.
-    pub fn handshake(&mut self) -> Result<Need, ProtocolError> {
+    pub fn handshake(&mut self, now_ns: u64) -> Result<Need, ProtocolError> {
         let Phase::Handshake { handshake, .. } = &mut self.phase else { return Ok(Need::Nothing) };
         let mut out = BytesMut::new();
         let step = handshake.receive(&mut self.stream.input, &mut out)?;
         self.stream.output().data(out.freeze());
-        Ok(self.after(step, None))
+        Ok(self.after(step, None, now_ns))
     }
 
     /// Policy's answer to the query; `channel`: the image that the client gets.
@@ -153,24 +240,26 @@ impl Client {
         now_ns: u64,
     ) -> Result<Need, ProtocolError> {
         let phase = std::mem::replace(&mut self.phase, Phase::Leaving { session: None });
-        let Phase::Asking { mut handshake } = phase else {
+        let Phase::Asking { mut handshake, left_ns } = phase else {
             self.phase = phase;
             return Ok(Need::Nothing);
         };
         let mut out = BytesMut::new();
         let step = handshake.answer(answer, &mut out)?;
         self.stream.output().data(out.freeze());
-        self.phase = Phase::Handshake { handshake, deadline_ns: now_ns + HANDSHAKE_NS };
-        Ok(self.after(step, channel))
+        self.phase = Phase::Handshake { handshake, deadline_ns: now_ns + left_ns };
+        Ok(self.after(step, channel, now_ns))
     }
 
-    fn after(&mut self, step: Step, channel: Option<u32>) -> Need {
+    fn after(&mut self, step: Step, channel: Option<u32>, now_ns: u64) -> Need {
         match step {
             Step::NeedInput => Need::Nothing,
+            Step::StartTls => Need::StartTls,
             Step::Ask(query) => {
                 let phase = std::mem::replace(&mut self.phase, Phase::Leaving { session: None });
-                if let Phase::Handshake { handshake, .. } = phase {
-                    self.phase = Phase::Asking { handshake };
+                if let Phase::Handshake { handshake, deadline_ns } = phase {
+                    let left_ns = deadline_ns.saturating_sub(now_ns);
+                    self.phase = Phase::Asking { handshake, left_ns };
                 }
                 Need::Ask(query)
             }
@@ -179,6 +268,7 @@ impl Client {
                 let reader = RequestReader::new(&session);
                 self.phase = Phase::Serving { session, reader, channel };
                 self.last_channel = Some(channel);
+                self.heard_ns = now_ns;
                 Need::Nothing
             }
             Step::Close => {
@@ -192,20 +282,27 @@ impl Client {
     ///
     /// # Errors
     /// The stream has lost its boundaries: close the connection.
-    pub fn serve(&mut self, image: &mut ImageIo) -> Result<(), ProtocolError> {
-        while !self.is_paused() {
+    pub fn serve(&mut self, image: &mut ImageIo, budget: &Budget) -> Result<(), ProtocolError> {
+        while !self.is_paused(budget) {
             let Phase::Serving { session, reader, .. } = &mut self.phase else { return Ok(()) };
-            let Some(parsed) = reader.next(&mut self.stream.input)? else { return Ok(()) };
+            let Some(parsed) = reader.next(&mut self.stream.input)? else {
+                self.charge.receiving = reader.arriving(&self.stream.input);
+                return Ok(());
+            };
+            self.charge.receiving = 0;
             match parsed {
-                Parsed::Refused { cookie, errno, message } => {
-                    error(self.stream.output(), session.replies, cookie, errno, message);
+                Parsed::Refused { to, errno, message } => {
+                    error(self.stream.output(), session.replies, to, errno, message);
                 }
                 Parsed::Request(request) => match check(&request, session) {
+                    Ok(()) if request.command == Command::Cache => {
+                        done(self.stream.output(), session.replies, request.addressee());
+                    }
                     Ok(()) => self.submit(request, image),
                     Err(refusal) => {
                         let (errno, message) = (refusal.errno, refusal.message);
                         let out = self.stream.output();
-                        error(out, session.replies, request.cookie, errno, message);
+                        error(out, session.replies, request.addressee(), errno, message);
                     }
                 },
             }
@@ -216,82 +313,145 @@ impl Client {
     fn submit(&mut self, mut request: Request, image: &mut ImageIo) {
         let payload = std::mem::take(&mut request.payload);
         let (command, offset, length) = (request.command, request.offset, request.length);
+        if command == Command::Disconnect {
+            return self.leave();
+        }
         let fua = if request.flags.fua() { flag::FUA } else { 0 };
         let keep = if request.flags.no_hole() { flag::KEEP_ALLOCATED } else { 0 };
+        let (next, end) = match command {
+            Command::Trim => whole_blocks(offset, length, image.size_bytes()),
+            Command::BlockStatus => (offset, offset + length.min(STATUS_BYTES_MAX)),
+            _ => (offset, offset + length),
+        };
+        self.charge.in_flight += kept_bytes(&request);
+        let flags = fua | keep;
+        let extents = Vec::new();
+        let cookie = self.in_flight.insert(InFlight { request, flags, next, end, extents });
+        let token = Token { client: self.id, cookie: cookie as u64 };
         match command {
-            Command::Disconnect => return self.leave(),
-            Command::Cache => return done(self.stream.output(), request.cookie),
-            _ => {}
-        }
-        if matches!(command, Command::Read | Command::Write) {
-            self.in_flight_bytes += u64::from(length);
-        }
-        let cookie = self.in_flight.insert(request) as u64;
-        let token = Token { client: self.id, cookie };
-        match command {
-            Command::Read => image.read(token, offset, length),
+            // `check` has kept these below the largest payload.
+            Command::Read => image.read(token, offset, length as u32),
             Command::Write => image.write(token, offset, payload, fua),
             Command::Flush => image.flush(token),
-            Command::WriteZeroes => image.zero(token, offset, length, fua | keep),
-            Command::Trim => {
-                let (offset, length) = whole_blocks(offset, length, image.size_bytes());
-                image.zero(token, offset, length, fua);
-            }
-            Command::BlockStatus => image.status(token, offset, length.min(STATUS_BYTES_MAX)),
-            Command::Disconnect | Command::Cache => {}
+            _ => self.step(cookie, image),
+        }
+    }
+
+    /// Asks the image for the next piece of a long request.
+    fn step(&mut self, cookie: usize, image: &mut ImageIo) {
+        let asked = &mut self.in_flight[cookie];
+        let at = asked.next;
+        asked.next = asked.end.min((at / STEP_BYTES + 1) * STEP_BYTES);
+        let length = (asked.next - at) as u32;
+        let token = Token { client: self.id, cookie: cookie as u64 };
+        match asked.request.command {
+            Command::BlockStatus => image.status(token, at, length),
+            _ => image.zero(token, at, length, asked.flags),
         }
     }
 
     /// Takes no more requests; when what is in flight is answered the connection ends.
     pub fn leave(&mut self) {
+        self.charge.receiving = 0;
         let phase = std::mem::replace(&mut self.phase, Phase::Leaving { session: None });
         if let Phase::Serving { session, .. } = phase {
             self.phase = Phase::Leaving { session: Some(session) };
         }
     }
 
-    /// Replies to the request that `cookie` of a token names.
-    pub fn reply(&mut self, cookie: u64, outcome: Outcome, counters: &mut Counters) {
-        let Some(request) = self.in_flight.try_remove(cookie as usize) else { return };
-        counters.answered(&request, &outcome);
-        if matches!(request.command, Command::Read | Command::Write) {
-            self.in_flight_bytes -= u64::from(request.length);
+    /// Replies to the request that `cookie` of a token names, or goes on with it.
+    pub fn reply(
+        &mut self,
+        cookie: u64,
+        mut outcome: Outcome,
+        counters: &mut Counters,
+        image: &mut ImageIo,
+    ) {
+        let cookie = cookie as usize;
+        let Some(asked) = self.in_flight.get_mut(cookie) else { return };
+        if asked.takes(&mut outcome) {
+            return self.step(cookie, image);
         }
+        let InFlight { request, extents, .. } = self.in_flight.remove(cookie);
+        counters.answered(&request, &outcome);
+        self.charge.in_flight -= kept_bytes(&request);
         let (Phase::Serving { session, .. } | Phase::Leaving { session: Some(session) }) =
             &self.phase
         else {
             return;
         };
-        let out = self.stream.output();
+        let (out, to) = (self.stream.output(), request.addressee());
         match outcome {
-            Outcome::Done => done(out, request.cookie),
+            Outcome::Done => done(out, session.replies, to),
             Outcome::Read(runs) => read(out, session.replies, &request, &runs),
-            Outcome::Extents(extents) => {
-                let extents: Vec<_> = extents.iter().map(allocation).collect();
-                block_status(out, session, &request, &extents);
-            }
+            Outcome::Extents(_) => block_status(out, session, &request, &extents),
             Outcome::Failed(failure) => {
                 let (errno, message) = match failure {
                     IoError::Io => (Errno::Io, "no replica could answer"),
                     IoError::Shutdown => (Errno::Shutdown, "the image is no longer served here"),
                 };
-                error(out, session.replies, request.cookie, errno, message);
+                error(out, session.replies, to, errno, message);
             }
+        }
+    }
+
+    /// The image it is served from is larger now, and it may write there.
+    pub fn grown(&mut self, size_bytes: u64) {
+        if let Phase::Serving { session, .. } = &mut self.phase {
+            session.export.size_bytes = session.export.size_bytes.max(size_bytes);
         }
     }
 }
 
-/// TRIM is a hint: only whole blocks of the range are discarded. The image's end counts as one.
-fn whole_blocks(offset: u64, length: u32, size_bytes: u64) -> (u64, u32) {
-    let block = u64::from(BLOCK_BYTES);
-    let end = offset + u64::from(length);
-    let first = offset.next_multiple_of(block);
-    let end = if end == size_bytes { end } else { end / block * block };
-    if first >= end { (offset, 0) } else { (first, (end - first) as u32) }
+impl InFlight {
+    /// Takes what the image said of one step; whether there is another one to take.
+    fn takes(&mut self, outcome: &mut Outcome) -> bool {
+        match outcome {
+            Outcome::Extents(found) => {
+                for extent in found.drain(..) {
+                    self.found(allocation(&extent));
+                }
+                let most = if self.request.flags.one_extent() { 1 } else { STATUS_EXTENTS };
+                self.next < self.end && self.extents.len() <= most
+            }
+            Outcome::Done => self.next < self.end && self.request.command.is_stepwise(),
+            Outcome::Read(_) | Outcome::Failed(_) => false,
+        }
+    }
+
+    /// One more extent, joined with the one before where both say the same.
+    fn found(&mut self, extent: super::Extent) {
+        match self.extents.last_mut() {
+            Some(last) if (last.flags, last.depth) == (extent.flags, extent.depth) => {
+                last.length += extent.length;
+            }
+            _ => self.extents.push(extent),
+        }
+    }
 }
 
+/// What is kept in memory for a request at the worst.
+fn kept_bytes(request: &Request) -> u64 {
+    match request.command {
+        Command::Read | Command::Write => request.length,
+        Command::BlockStatus => request.length.min(STEP_BYTES) / STATUS_BYTES_PER_BYTE,
+        _ => 0,
+    }
+}
+
+/// TRIM is a hint: only whole blocks of the range are discarded. The image's end counts as one.
+fn whole_blocks(offset: u64, length: u64, size_bytes: u64) -> (u64, u64) {
+    let block = u64::from(BLOCK_BYTES);
+    let end = offset + length;
+    let first = offset.next_multiple_of(block);
+    let end = if end == size_bytes { end } else { end / block * block };
+    if first >= end { (offset, offset) } else { (first, end) }
+}
+
+/// What an image of one layer has, it has itself: its depth is 1.
 fn allocation(extent: &Extent) -> super::Extent {
     let hole = if extent.hole { STATE_HOLE } else { 0 };
     let zero = if extent.zero { STATE_ZERO } else { 0 };
-    super::Extent { length: u64::from(extent.length), flags: hole | zero }
+    let depth = u32::from(!extent.hole);
+    super::Extent { length: u64::from(extent.length), flags: hole | zero, depth }
 }

@@ -1,9 +1,12 @@
 //! What a client sends, and a driver that plays a whole handshake.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use hci_engine_core::nbd::constants::{IHAVEOPT, OPTION_REPLY_MAGIC, REQUEST_MAGIC};
+use hci_engine_core::nbd::constants::{
+    EXTENDED_REQUEST_MAGIC, IHAVEOPT, OPTION_REPLY_MAGIC, REQUEST_MAGIC,
+};
 use hci_engine_core::nbd::{
-    Answer, ExportInfo, Handshake, Limits, ProtocolError, Query, ReplyStyle, Session, Step,
+    Answer, Contexts, ExportInfo, Handshake, Limits, ProtocolError, Query, ReplyStyle, Session,
+    Step,
 };
 
 pub fn disk() -> ExportInfo {
@@ -17,8 +20,9 @@ pub fn disk() -> ExportInfo {
 }
 
 pub fn session(replies: ReplyStyle) -> Session {
-    let base_allocation = (replies == ReplyStyle::Structured).then_some(1);
-    Session { export: disk(), limits: Limits::default(), replies, base_allocation, no_zeroes: true }
+    let allocation = (replies != ReplyStyle::Simple).then_some(1);
+    let contexts = Contexts { allocation, depth: None };
+    Session { export: disk(), limits: Limits::default(), replies, contexts, no_zeroes: true }
 }
 
 /// One option with its header.
@@ -71,6 +75,26 @@ pub fn request(
     bytes.put_u64(cookie);
     bytes.put_u64(offset);
     bytes.put_u32(length);
+    bytes.put_slice(payload);
+    bytes
+}
+
+/// The same with extended headers; `flags` say whether the length is that of the payload.
+pub fn extended_request(
+    flags: u16,
+    number: u16,
+    cookie: u64,
+    offset: u64,
+    length: u64,
+    payload: &[u8],
+) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    bytes.put_u32(EXTENDED_REQUEST_MAGIC);
+    bytes.put_u16(flags);
+    bytes.put_u16(number);
+    bytes.put_u64(cookie);
+    bytes.put_u64(offset);
+    bytes.put_u64(length);
     bytes.put_slice(payload);
     bytes
 }

@@ -1,6 +1,6 @@
 //! Whatever bytes come, in whatever pieces: no panic, no growth, and always the same answer.
 
-use crate::client::{info_data, meta_data, option, play, request, session};
+use crate::client::{extended_request, info_data, meta_data, option, play, request, session};
 use bytes::BytesMut;
 use hci_engine_core::nbd::{Limits, Parsed, ProtocolError, ReplyStyle, RequestReader, check};
 use proptest::collection::vec;
@@ -23,7 +23,12 @@ fn cut<'a>(bytes: &'a [u8], places: &[Index]) -> Vec<&'a [u8]> {
 /// One option: often well formed, sometimes not.
 fn any_option() -> impl Strategy<Value = Vec<u8>> {
     let name = prop_oneof![Just("vms/a"), Just("vms/busy"), Just("none"), Just("")];
-    let query = prop_oneof![Just("base:"), Just("base:allocation"), Just("qemu:x"), Just("")];
+    let query = prop_oneof![
+        Just("base:"),
+        Just("base:allocation"),
+        Just("qemu:allocation-depth"),
+        Just("")
+    ];
     let info = (6u32..8, name.clone(), vec(0u16..5, 0..4))
         .prop_map(|(number, name, kinds)| option(number, &info_data(name, &kinds)));
     let meta = (9u32..11, name, vec(query, 0..4))
@@ -45,6 +50,17 @@ fn small() -> Limits {
     Limits { max_option_bytes: 200, max_payload: 64, max_options: 6, ..Limits::default() }
 }
 
+const STYLES: [ReplyStyle; 3] = [ReplyStyle::Simple, ReplyStyle::Structured, ReplyStyle::Extended];
+
+fn any_extended_request() -> impl Strategy<Value = Vec<u8>> {
+    let header = (any::<u16>(), 0u16..10, any::<u64>(), any::<u64>(), 0u64..100);
+    let whole = header.prop_map(|(flags, command, cookie, offset, length)| {
+        let payload = if flags & 1 << 5 != 0 { vec![7; length as usize] } else { vec![] };
+        extended_request(flags, command, cookie, offset, length, &payload)
+    });
+    prop_oneof![9 => whole, 1 => vec(any::<u8>(), 0..60)]
+}
+
 fn any_request() -> impl Strategy<Value = Vec<u8>> {
     let header = (any::<u16>(), 0u16..10, any::<u64>(), any::<u64>(), 0u32..100);
     let whole = header.prop_map(|(flags, command, cookie, offset, length)| {
@@ -55,8 +71,8 @@ fn any_request() -> impl Strategy<Value = Vec<u8>> {
 }
 
 /// Everything that a reader makes of the pieces, until it gives up; checks its bounds on the way.
-fn parse(pieces: &[&[u8]]) -> (Vec<Parsed>, Option<ProtocolError>) {
-    let mut session = session(ReplyStyle::Structured);
+fn parse(style: ReplyStyle, pieces: &[&[u8]]) -> (Vec<Parsed>, Option<ProtocolError>) {
+    let mut session = session(style);
     session.limits = small();
     let mut reader = RequestReader::new(&session);
     let (mut input, mut parsed) = (BytesMut::new(), Vec::new());
@@ -76,7 +92,7 @@ fn parse(pieces: &[&[u8]]) -> (Vec<Parsed>, Option<ProtocolError>) {
                 Ok(None) => break,
             }
         }
-        assert!(input.len() < 28 + 64, "less than a request is kept");
+        assert!(input.len() < 32 + 64, "less than a request is kept");
     }
     (parsed, None)
 }
@@ -114,6 +130,19 @@ proptest! {
         places in vec(any::<Index>(), 0..6),
     ) {
         let input = requests.concat();
+        let parse = |pieces: &[&[u8]]| parse(ReplyStyle::Structured, pieces);
+        let whole = parse(&[&input]);
+        prop_assert_eq!(&parse(&cut(&input, &places)), &whole);
+        prop_assert_eq!(&parse(&input.chunks(1).collect::<Vec<_>>()), &whole);
+    }
+
+    #[test]
+    fn extended_requests_in_any_pieces_are_the_same(
+        requests in vec(any_extended_request(), 0..8),
+        places in vec(any::<Index>(), 0..6),
+    ) {
+        let input = requests.concat();
+        let parse = |pieces: &[&[u8]]| parse(ReplyStyle::Extended, pieces);
         let whole = parse(&[&input]);
         prop_assert_eq!(&parse(&cut(&input, &places)), &whole);
         prop_assert_eq!(&parse(&input.chunks(1).collect::<Vec<_>>()), &whole);
@@ -121,6 +150,8 @@ proptest! {
 
     #[test]
     fn requests_of_arbitrary_bytes_never_panic(input in vec(any::<u8>(), 0..500)) {
-        parse(&[&input]);
+        for style in STYLES {
+            parse(style, &[&input]);
+        }
     }
 }

@@ -5,7 +5,7 @@ use bytes::{Buf, Bytes};
 use hci_engine_core::content::Run;
 use hci_engine_core::io::{Outgoing, Sink};
 use hci_engine_core::nbd::{
-    Command, Errno, Extent, Flags, ReplyStyle, Request, block_status, done, error, read,
+    Addressee, Command, Errno, Extent, Flags, ReplyStyle, Request, block_status, done, error, read,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -29,8 +29,12 @@ impl Sink for Collected {
     }
 }
 
-fn request(command: Command, flags: u16, offset: u64, length: u32) -> Request {
+fn request(command: Command, flags: u16, offset: u64, length: u64) -> Request {
     Request { command, flags: Flags(flags), cookie: 9, offset, length, payload: Bytes::new() }
+}
+
+fn to(cookie: u64) -> Addressee {
+    Addressee { cookie, offset: 0 }
 }
 
 fn data(length: usize) -> Run {
@@ -53,7 +57,7 @@ fn chunks(bytes: &[u8]) -> Vec<Chunk> {
     chunks
 }
 
-fn read_chunks(flags: u16, length: u32, runs: &[Run]) -> Vec<Chunk> {
+fn read_chunks(flags: u16, length: u64, runs: &[Run]) -> Vec<Chunk> {
     let mut out = Collected::default();
     read(&mut out, ReplyStyle::Structured, &request(Command::Read, flags, 4096, length), runs);
     chunks(&out.0)
@@ -108,15 +112,16 @@ fn read_with_runs_too_short_is_a_mistake_of_the_caller() {
 #[test]
 fn error_with_a_long_message_stays_a_valid_string() {
     let mut out = Collected::default();
-    error(&mut out, ReplyStyle::Structured, 9, Errno::Io, &"ä".repeat(4000));
+    error(&mut out, ReplyStyle::Structured, to(9), Errno::Io, &"ä".repeat(4000));
     let chunks = chunks(&out.0);
     assert_eq!((chunks[0].0, chunks[0].1, chunks[0].2.len()), (1, 0x8001, 6 + 4096));
 }
 
-fn status(flags: u16, length: u32, extents: &[(u64, u32)]) -> Vec<(u32, u32)> {
+fn status(flags: u16, length: u64, extents: &[(u64, u32)]) -> Vec<(u32, u32)> {
     let mut session = session(ReplyStyle::Structured);
     session.limits.max_extents = 3;
-    let extents: Vec<_> = extents.iter().map(|&(length, flags)| Extent { length, flags }).collect();
+    let extents: Vec<_> =
+        extents.iter().map(|&(length, flags)| Extent { length, flags, depth: 0 }).collect();
     let mut out = Collected::default();
     block_status(&mut out, &session, &request(Command::BlockStatus, flags, 0, length), &extents);
     let (_, _, mut payload) = chunks(&out.0).remove(0);
@@ -151,11 +156,11 @@ fn outgoing_sent_in_any_pieces_is_the_same_stream() {
         out
     };
     let mut queue = |out: &mut Outgoing| {
-        done(out, 1);
-        done(out, 2);
+        done(out, ReplyStyle::Simple, to(1));
+        done(out, ReplyStyle::Simple, to(2));
         let runs = [Run::Hole(200_000), data(3), Run::Hole(2)];
         read(out, ReplyStyle::Simple, &request(Command::Read, 0, 0, 200_005), &runs);
-        done(out, 3);
+        done(out, ReplyStyle::Simple, to(3));
     };
     let whole = drain(fill(&mut queue), usize::MAX, 16);
     assert_eq!(whole.len(), 4 * 16 + 200_005);
@@ -209,8 +214,8 @@ proptest! {
     fn read_of_any_runs_is_the_same_in_every_style(runs in vec(any_run(), 0..10)) {
         let mut simple = Collected::default();
         let length = runs.iter().map(|run| match run {
-            Run::Data(data) => data.len() as u32,
-            Run::Hole(length) => *length,
+            Run::Data(data) => data.len() as u64,
+            Run::Hole(length) => u64::from(*length),
         });
         let length = length.sum();
         let request = request(Command::Read, 0, 4096, length);

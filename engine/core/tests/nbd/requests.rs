@@ -1,11 +1,11 @@
 //! Requests: cut out of the stream, and judged.
 
-use crate::client::{request, session};
+use crate::client::{extended_request, request, session};
 use bytes::{BufMut, Bytes, BytesMut};
 use hci_engine_core::nbd::constants::{command as cmd, command_flags as flag};
 use hci_engine_core::nbd::{
-    Command, Errno, Flags, Limits, Parsed, ProtocolError, ReplyStyle, Request, RequestReader,
-    Session, check,
+    Addressee, Command, Contexts, Errno, Flags, Limits, Parsed, ProtocolError, ReplyStyle, Request,
+    RequestReader, Session, check,
 };
 
 const SIZE: u64 = 1 << 20;
@@ -29,7 +29,7 @@ fn judge(
     command: Command,
     flags: u16,
     offset: u64,
-    length: u32,
+    length: u64,
 ) -> Option<Errno> {
     let flags = Flags(flags);
     let request = Request { command, flags, cookie: 1, offset, length, payload: Bytes::new() };
@@ -37,7 +37,7 @@ fn judge(
 }
 
 /// The errno for a request of an ordinary structured session.
-fn refused(command: Command, flags: u16, offset: u64, length: u32) -> Option<Errno> {
+fn refused(command: Command, flags: u16, offset: u64, length: u64) -> Option<Errno> {
     judge(&session(ReplyStyle::Structured), command, flags, offset, length)
 }
 
@@ -76,7 +76,10 @@ fn request_with_a_command_not_known_is_refused_and_the_next_is_read() {
     let stream = [request(0, 99, 5, 0, 4096, b""), request(0, cmd::FLUSH, 6, 0, 0, b"")].concat();
     let mut input = BytesMut::from(&stream[..]);
     let first = reader.next(&mut input);
-    assert!(matches!(first, Ok(Some(Parsed::Refused { cookie: 5, errno: Errno::Invalid, .. }))));
+    assert!(matches!(
+        first,
+        Ok(Some(Parsed::Refused { to: Addressee { cookie: 5, .. }, errno: Errno::Invalid, .. }))
+    ));
     assert!(matches!(reader.next(&mut input), Ok(Some(Parsed::Request(_)))));
 }
 
@@ -99,7 +102,10 @@ fn write_too_long_is_drained_without_keeping_it_and_the_next_is_read() {
     }
     input.extend_from_slice(&request(0, cmd::READ, 6, 0, 1, b""));
     let first = reader.next(&mut input);
-    assert!(matches!(first, Ok(Some(Parsed::Refused { cookie: 5, errno: Errno::Invalid, .. }))));
+    assert!(matches!(
+        first,
+        Ok(Some(Parsed::Refused { to: Addressee { cookie: 5, .. }, errno: Errno::Invalid, .. }))
+    ));
     let Ok(Some(Parsed::Request(next))) = reader.next(&mut input) else { panic!("no request") };
     assert_eq!(next.cookie, 6);
 }
@@ -128,6 +134,63 @@ fn wanted_says_what_makes_the_next_request_whole() {
     assert_eq!(reader().wanted(&BytesMut::from(&too_long[..])), 0);
     let read = request(0, cmd::READ, 5, 0, 4096, b"");
     assert_eq!(reader().wanted(&BytesMut::from(&read[..])), 0);
+}
+
+fn extended_reader() -> RequestReader {
+    RequestReader::new(&session(ReplyStyle::Extended))
+}
+
+/// What of a stream of extended requests is refused, and what is taken: (cookie, taken).
+fn outcomes(stream: &[Vec<u8>]) -> Vec<(u64, bool)> {
+    let (mut reader, mut input) = (extended_reader(), BytesMut::from(&stream.concat()[..]));
+    let mut found = Vec::new();
+    while let Ok(Some(parsed)) = reader.next(&mut input) {
+        found.push(match parsed {
+            Parsed::Request(request) => (request.cookie, true),
+            Parsed::Refused { to, .. } => (to.cookie, false),
+        });
+    }
+    assert!(input.is_empty(), "every request was read to its end");
+    found
+}
+
+#[test]
+fn extended_payload_where_none_belongs_is_read_past_and_refused() {
+    let stream = [
+        extended_request(flag::PAYLOAD_LEN, cmd::READ, 1, 0, 5, b"stray"),
+        extended_request(0, cmd::WRITE, 2, 0, 4096, b""),
+        extended_request(flag::PAYLOAD_LEN, cmd::BLOCK_STATUS, 3, 0, 12, b"which to say"),
+        extended_request(flag::PAYLOAD_LEN, cmd::FLUSH, 4, 0, 0, b""),
+        extended_request(flag::PAYLOAD_LEN, 99, 5, 0, 3, b"abc"),
+        extended_request(flag::PAYLOAD_LEN, cmd::WRITE, 6, 0, 4, b"data"),
+    ];
+    let taken = [(1, false), (2, false), (3, false), (4, false), (5, false), (6, true)];
+    assert_eq!(outcomes(&stream), taken);
+}
+
+#[test]
+fn extended_payload_beyond_all_measure_ends_the_connection() {
+    let length = 1 << 32;
+    let write = extended_request(flag::PAYLOAD_LEN, cmd::WRITE, 1, 0, length, b"");
+    let refused = extended_reader().next(&mut BytesMut::from(&write[..]));
+    assert_eq!(refused, Err(ProtocolError::PayloadLength(length)));
+}
+
+#[test]
+fn extended_and_compact_requests_do_not_mix() {
+    let compact = request(0, cmd::READ, 1, 0, 1, b"    ");
+    let refused = extended_reader().next(&mut BytesMut::from(&compact[..]));
+    assert_eq!(refused, Err(ProtocolError::RequestMagic(0x2560_9513)));
+    let extended = extended_request(0, cmd::READ, 1, 0, 1, b"");
+    let refused = reader().next(&mut BytesMut::from(&extended[..]));
+    assert_eq!(refused, Err(ProtocolError::RequestMagic(0x21e4_1c71)));
+}
+
+#[test]
+fn arriving_counts_a_write_from_its_header_to_its_end() {
+    let whole = request(0, cmd::WRITE, 5, 0, 4, b"data");
+    let arriving = |length: usize| reader().arriving(&BytesMut::from(&whole[..length]));
+    assert_eq!([0, 27, 28, 31, 32].map(arriving), [0, 0, 32, 32, 0]);
 }
 
 #[test]
@@ -166,7 +229,7 @@ fn check_lengths_without_data_are_not_bound_by_the_payload() {
     session.export.size_bytes = 1 << 40;
     use Command::*;
     for command in [Trim, Cache, WriteZeroes, BlockStatus] {
-        assert_eq!(judge(&session, command, 0, 0, u32::MAX), None);
+        assert_eq!(judge(&session, command, 0, 0, 1 << 40), None);
     }
     for command in [Read, Write] {
         assert_eq!(judge(&session, command, 0, 0, 32 << 20), None);
@@ -212,7 +275,7 @@ fn check_read_only_export_takes_no_writes() {
 #[test]
 fn check_block_status_needs_its_context() {
     let mut session = session(ReplyStyle::Structured);
-    session.base_allocation = None;
+    session.contexts = Contexts::default();
     assert_eq!(judge(&session, Command::BlockStatus, 0, 0, 1), Some(Errno::Invalid));
 }
 
@@ -234,7 +297,7 @@ fn check_alignment_follows_the_minimum_block_size() {
 
 #[test]
 fn check_disconnect_is_never_refused() {
-    assert_eq!(refused(Command::Disconnect, u16::MAX, u64::MAX, u32::MAX), None);
+    assert_eq!(refused(Command::Disconnect, u16::MAX, u64::MAX, u64::MAX), None);
 }
 
 #[test]
