@@ -134,6 +134,10 @@ class SimEngine:
         self._world.heal(self._gateway, channel, **how)
         self._on_heal(self.node_names[channel][how["node"]])
 
+    def writes_lost(self, channel: int, sets: list[int]) -> None:
+        """Have the next flush of a client fail."""
+        self._world.writes_lost(self._gateway, channel, sets)
+
     def end_heal(self, channel: int, attempt: int) -> None:
         """End that."""
         self._world.end_heal(self._gateway, channel, attempt)
