@@ -228,7 +228,7 @@ def parse(text: str, path: Path) -> Config:
     arbiters = {name: _arbiter(name, table) for name, table in top.members("arbiter").items()}
     dev = _dev(top.table("dev")) if top.has("dev") else None
     heal = _heal(top.table("heal")) if top.has("heal") else HealLimits()
-    slow = _slow(top.table("slow")) if top.has("slow") else SlowLimits()
+    slow = _slow(top.table("slow"), path) if top.has("slow") else SlowLimits()
     scrub = _scrub(top.table("scrub")) if top.has("scrub") else ScrubLimits()
     top.finish()
     return Config(path, cluster, nodes, gateways, arbiters, dev, heal, slow, scrub)
@@ -254,7 +254,7 @@ def _heal(table: "_Table") -> HealLimits:
     return limits
 
 
-def _slow(table: "_Table") -> SlowLimits:
+def _slow(table: "_Table", path: Path) -> SlowLimits:
     usual = SlowLimits()
     limits = SlowLimits(
         report_ms=table.take("report_ms", _milliseconds, usual.report_ms),
@@ -265,6 +265,9 @@ def _slow(table: "_Table") -> SlowLimits:
         back_after_s=float(table.take("back_after_s", _slow_seconds, int(usual.back_after_s))),
     )
     table.finish()
+    if 0 < limits.leave_behind_ms < limits.report_ms:
+        told = f"slow.leave_behind_ms = {limits.leave_behind_ms}: must be 0, or at least report_ms"
+        raise ConfigError(told, path)
     return limits
 
 

@@ -83,6 +83,8 @@ class OpenImage:
     """Of its nodes: which memory holds what they answered and have not synced."""
     late: dict[int, float] = field(default_factory=dict)
     """Since when clients wait for it to be closed."""
+    slow: dict[str, int] = field(default_factory=dict)
+    """Nodes that were told to be slow, and by how many milliseconds."""
     slow_left_behind: int = 0
     """How often a node was left behind because it was slow."""
     writes_lost: int = 0
@@ -334,6 +336,15 @@ class Serving(ABC):
             image.last_trouble = trouble
             if trouble:
                 log.warning("image_trouble", image=str(image.name), why=trouble)
+        self._tell_slow(image)
+
+    def _tell_slow(self, image: OpenImage) -> None:
+        before, image.slow = image.slow, image.holder.slowness.slow()
+        for node in image.slow.keys() - before.keys():
+            lag_ms = image.slow[node]
+            log.warning("replica_slow", image=str(image.name), node=node, lag_ms=lag_ms)
+        for node in before.keys() - image.slow.keys():
+            log.info("replica_not_slow", image=str(image.name), node=node)
 
     def _carry_out(self, image: OpenImage, effect: effects.Effect) -> None:
         match effect:
@@ -580,7 +591,8 @@ class Serving(ABC):
             case "replica_blocking":
                 self._step(image, events.ReplicaBlocking(node))
             case "lags":
-                self._lags(image, {image.node_names[n]: lag_ms for n, lag_ms in event["lags"]})
+                lags = {image.node_names[index]: lag_ms for index, lag_ms in event["lags"]}
+                self._step(image, events.Lags(lags))
             case "writes_lost":
                 image.writes_lost += 1
                 log.error("unflushed_writes_lost", image=str(image.name),
@@ -619,16 +631,6 @@ class Serving(ABC):
                 self._lost(image, events.Fenced(node))
             case "closed":
                 self._step(image, events.Closed(event["clean"]))
-
-    def _lags(self, image: OpenImage, lags: dict[str, int]) -> None:
-        slowness = image.holder.slowness
-        before = slowness.slow()
-        self._step(image, events.Lags(lags))
-        after = slowness.slow()
-        for node in after.keys() - before.keys():
-            log.warning("replica_slow", image=str(image.name), node=node, lag_ms=after[node])
-        for node in before.keys() - after.keys():
-            log.info("replica_not_slow", image=str(image.name), node=node)
 
     # Writes that were answered and not flushed
 

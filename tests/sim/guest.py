@@ -309,7 +309,7 @@ class Guest:
         if how == "failed":
             shared.oracle.read_ends(token)
             if asked.kind == "flush":
-                shared.oracle.flush_failed(asked.begun, now)
+                shared.oracle.flush_failed(asked.covered or [], asked.begun, now)
                 shared.say(f"{self.name} hears that what it wrote may be gone")
                 return
             assert asked.kind == "read" and shared.may_fail(), f"a {asked.kind} failed with EIO"

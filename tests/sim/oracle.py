@@ -75,6 +75,7 @@ class Oracle:
         self._forgotten: list[Written] = []
         """Answered and not flushed when the last memory of them went; no flush has failed since."""
         self._loss_untold = False
+        self._lost_s = float("-inf")
         self._told_s = float("-inf")
         self.losses_told = 0
         self._reading: dict[int, float] = {}
@@ -155,13 +156,17 @@ class Oracle:
         """Return what a flush that is sent now covers."""
         return [*self._unflushed, *self._forgotten]
 
-    def flush_failed(self, begun: float, now: float) -> None:
+    def flush_failed(self, covered: list[Written], begun: float, now: float) -> None:
         """It says that answered writes may be gone. Raises Violation if nobody lost any memory."""
         if not self._loss_untold and begun > self._told_s:
             raise Violation("a flush failed, and nobody had lost what it covers")
-        self._loss_untold, self._told_s = False, now
+        if begun > self._lost_s:
+            # It covers all that was lost; one that was on its way may not have.
+            self._loss_untold = False
+        self._told_s = now
         self.losses_told += 1
-        self._forgotten.clear()
+        told = set(map(id, covered))
+        self._forgotten = [entry for entry in self._forgotten if id(entry) not in told]
 
     def flushed(self, covered: list[Written], now: float) -> None:
         """It is answered. Raises Violation where what it covers is known to be gone."""
@@ -191,7 +196,7 @@ class Oracle:
                     if not entry.durable:
                         entry.lost = now
                     entry.shaken |= entry.ended is None and entry.wide
-        self._loss_untold = True
+        self._loss_untold, self._lost_s = True, now
         known = {id(entry) for entry in self._forgotten}
         lost = [entry for entry in self._unflushed if not entry.sure and entry.answered]
         self._forgotten += [entry for entry in lost if id(entry) not in known]

@@ -301,6 +301,7 @@ impl Cluster {
                 }
                 Output::Answer { token, outcome } => self.answered(token.cookie, outcome),
                 Output::Event(Event::Closed { clean }) => self.closed = Some(clean),
+                Output::Event(Event::Lags { .. } | Event::WritesLost { .. }) => {}
                 Output::Event(event) => {
                     let instance = match &event {
                         Event::Peeked { node, .. } => {

@@ -124,8 +124,8 @@ impl Policy {
                     }
                 }
             }
-            Event::Stored { .. } | Event::Closed { .. } | Event::WritesLost { .. } => {}
-            Event::Lags { .. } => {}
+            Event::Stored { .. } | Event::Closed { .. } => {}
+            Event::WritesLost { .. } | Event::Lags { .. } => {}
             Event::Healed { attempt, .. } => {
                 if let Some(heal) = self.heal.as_mut().filter(|heal| heal.attempt == attempt) {
                     heal.healed = true;
