@@ -113,6 +113,12 @@ class Gateway:
         While clients ask for something it works `share_percent` of the time.
         """
 
+    def writes_lost(self, channel: int, sets: list[int]) -> None:
+        """Have the next flush of a client fail.
+
+        What the holder before answered in these replica sets may be gone, and its clients live on.
+        """
+
     def end_heal(self, channel: int, attempt: int) -> None:
         """Give that heal up; the node stays stale."""
 
@@ -376,6 +382,7 @@ class Simulation:
         shards_at_once: int,
         share_percent: int,
     ) -> None: ...
+    def writes_lost(self, gateway: int, channel: int, sets: list[int]) -> None: ...
     def end_heal(self, gateway: int, channel: int, attempt: int) -> None: ...
     def resize(self, gateway: int, channel: int, size_bytes: int, body: bytes) -> None: ...
     def close(self, gateway: int, channel: int) -> None: ...

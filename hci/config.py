@@ -20,6 +20,7 @@ from shard import geometry, ids
 from shard.errors import HciError
 from shard.scrub import ScrubLimits
 from vmstore.healing import HealLimits
+from vmstore.slowness import SlowLimits
 
 T = TypeVar("T")
 
@@ -190,7 +191,10 @@ class DevConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """The whole file. `heal` and `scrub` are how much of the hosts these may take."""
+    """The whole file.
+
+    `heal` and `scrub` are how much of the hosts these may take, `slow` when a node is too slow.
+    """
 
     path: Path
     cluster: ClusterConfig
@@ -199,6 +203,7 @@ class Config:
     arbiters: Mapping[str, ArbiterConfig]
     dev: DevConfig | None
     heal: HealLimits = field(default_factory=HealLimits)
+    slow: SlowLimits = field(default_factory=SlowLimits)
     scrub: ScrubLimits = field(default_factory=ScrubLimits)
 
     def node(self, name: str) -> NodeConfig:
@@ -278,9 +283,10 @@ def parse(text: str, path: Path) -> Config:
     arbiters = {name: _arbiter(name, table) for name, table in top.members("arbiter").items()}
     dev = _dev(top.table("dev")) if top.has("dev") else None
     heal = _heal(top.table("heal")) if top.has("heal") else HealLimits()
+    slow = _slow(top.table("slow"), path) if top.has("slow") else SlowLimits()
     scrub = _scrub(top.table("scrub")) if top.has("scrub") else ScrubLimits()
     top.finish()
-    return Config(path, cluster, nodes, gateways, arbiters, dev, heal, scrub)
+    return Config(path, cluster, nodes, gateways, arbiters, dev, heal, slow, scrub)
 
 
 def _cluster(table: "_Table") -> ClusterConfig:
@@ -300,6 +306,23 @@ def _heal(table: "_Table") -> HealLimits:
         share_percent=table.take("share_percent", _percent, usual.share_percent),
     )
     table.finish()
+    return limits
+
+
+def _slow(table: "_Table", path: Path) -> SlowLimits:
+    usual = SlowLimits()
+    limits = SlowLimits(
+        report_ms=table.take("report_ms", _milliseconds, usual.report_ms),
+        leave_behind_ms=table.take(
+            "leave_behind_ms", _milliseconds_or_never, usual.leave_behind_ms
+        ),
+        for_s=float(table.take("for_s", _slow_seconds, int(usual.for_s))),
+        back_after_s=float(table.take("back_after_s", _slow_seconds, int(usual.back_after_s))),
+    )
+    table.finish()
+    if 0 < limits.leave_behind_ms < limits.report_ms:
+        told = f"slow.leave_behind_ms = {limits.leave_behind_ms}: must be 0, or at least report_ms"
+        raise ConfigError(told, path)
     return limits
 
 
@@ -607,6 +630,22 @@ def _shards_at_once(value: Any) -> int:
 def _percent(value: Any) -> int:
     if type(value) is not int or not 1 <= value <= 100:
         raise ValueError("must be a number from 1 to 100")
+    return value
+
+
+def _milliseconds(value: Any) -> int:
+    if type(value) is not int or not 10 <= value <= 60_000:
+        raise ValueError("must be a number of milliseconds from 10 to 60000")
+    return value
+
+
+def _milliseconds_or_never(value: Any) -> int:
+    return 0 if value == 0 and type(value) is int else _milliseconds(value)
+
+
+def _slow_seconds(value: Any) -> int:
+    if type(value) is not int or not 3 <= value <= 3600:
+        raise ValueError("must be a number of seconds from 3 to 3600")
     return value
 
 

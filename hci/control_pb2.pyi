@@ -630,6 +630,7 @@ class OpenImage(_message.Message):
     IN_SYNC_FIELD_NUMBER: _builtins.int
     HEAL_FIELD_NUMBER: _builtins.int
     COUNTERS_FIELD_NUMBER: _builtins.int
+    SLOW_FIELD_NUMBER: _builtins.int
     image_id: _builtins.str
     name: _builtins.str
     state: Global___OpenImage.State.ValueType
@@ -648,6 +649,8 @@ class OpenImage(_message.Message):
     def counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Requests and bytes by kind, checksum errors found and repaired."""
 
+    @_builtins.property
+    def slow(self) -> _containers.RepeatedCompositeFieldContainer[Global___SlowNode]: ...
     def __init__(
         self,
         *,
@@ -661,14 +664,44 @@ class OpenImage(_message.Message):
         in_sync: _abc.Iterable[Global___InSync] | None = ...,
         heal: Global___Progress | None = ...,
         counters: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        slow: _abc.Iterable[Global___SlowNode] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heal", b"heal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clients", b"clients", "counters", b"counters", "epoch", b"epoch", "generation", b"generation", "heal", b"heal", "image_id", b"image_id", "in_sync", b"in_sync", "name", b"name", "state", b"state", "trouble", b"trouble"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clients", b"clients", "counters", b"counters", "epoch", b"epoch", "generation", b"generation", "heal", b"heal", "image_id", b"image_id", "in_sync", b"in_sync", "name", b"name", "slow", b"slow", "state", b"state", "trouble", b"trouble"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OpenImage: _TypeAlias = OpenImage  # noqa: Y015
+
+@_typing.final
+class SlowNode(_message.Message):
+    """A node that answers much later than the others, or was left behind because it did."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    LAG_MS_FIELD_NUMBER: _builtins.int
+    RESTS_S_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    lag_ms: _builtins.int
+    """On the average; 0 where it was left behind."""
+    rests_s: _builtins.float
+    """Until it is healed; 0 where it serves."""
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        lag_ms: _builtins.int = ...,
+        rests_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lag_ms", b"lag_ms", "node", b"node", "rests_s", b"rests_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SlowNode: _TypeAlias = SlowNode  # noqa: Y015
 
 @_typing.final
 class InSync(_message.Message):

@@ -97,6 +97,7 @@ class GatewayDaemon:
             served=Served(self.holder, path=own.run_dir / "served.json", boot=daemon.boot_id()),
             lock=lock,
             heal_limits=config.heal,
+            slow_limits=config.slow,
             permitted=self._permitted,
         )
         self.credentials = (
@@ -363,6 +364,21 @@ class GatewayDaemon:
         yield gauge("hci_image_unrepairable_blocks", "Damaged on every node in sync.",
                     {(name,): len(found["rot"]["unrepairable"]) for name, found in asked},
                     ["image"])  # fmt: skip
+        slow = {
+            (name, node): lag_ms / 1000
+            for name, image in images
+            for node, lag_ms in image.holder.slowness.slow().items()
+        }
+        yield gauge("hci_image_replica_lag_seconds", "How much later than the quickest a node "
+                    "answers that is slow.", slow, ["image", "node"])  # fmt: skip
+        yield counter("hci_image_slow_replicas_left_behind_total", "Nodes left behind because they "
+                      "were too slow, since the image was opened.",
+                      {(name,): image.slow_left_behind for name, image in images},
+                      ["image"])  # fmt: skip
+        yield counter("hci_image_writes_lost_total", "Times that answered, unflushed writes went "
+                      "with the power of all nodes in sync, since the image was opened.",
+                      {(name,): image.writes_lost for name, image in images},
+                      ["image"])  # fmt: skip
         scrubs = {(name,): found["scrub"] for name, found in asked if found["scrub"]}
         yield gauge("hci_scrub_shards_left", "Of the scrubs under way.",
                     {who: scrub["shards_left"] for who, scrub in scrubs.items()},
@@ -481,6 +497,7 @@ def _image_status(image: OpenImage, seen: dict[str, Any], exports: Exports) -> p
         clients=sum(1 for user in image.users if user > 0),
         heal=_progress(image, seen.get("heal"), exports),
         counters=_counters(seen),
+        slow=_slow(holder),
     )
     if record is None:
         return status
@@ -498,6 +515,14 @@ def _image_status(image: OpenImage, seen: dict[str, Any], exports: Exports) -> p
     if holder.phase is Phase.CLOSING and stalled_by:
         status.trouble = f"it waits {closing_waits_for(holder)}"
     return status
+
+
+def _slow(holder: Holder) -> list[pb.SlowNode]:
+    """Return the nodes that keep clients waiting, and those that rest because they did."""
+    slowness = holder.slowness
+    slow = [pb.SlowNode(node=node, lag_ms=lag) for node, lag in sorted(slowness.slow().items())]
+    resting = sorted(slowness.resting(holder.now_s).items())
+    return [*slow, *(pb.SlowNode(node=node, rests_s=rests_s) for node, rests_s in resting)]
 
 
 def _waits_for_a_change(holder: Holder) -> bool:

@@ -5,6 +5,7 @@ import secrets
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -39,6 +40,9 @@ from vmstore.errors import (
 from vmstore.ledger import Ledger
 
 log = structlog.get_logger()
+
+FORGOTTEN = "forgotten"
+"""A file in a node's folder: the boot in which its store failed, and the id of the memory since."""
 
 POLL_S = 0.5
 _FULL = "the disk is full: writes are refused until there is room"
@@ -114,7 +118,7 @@ class NodeDaemon:
                 cluster=self.config.cluster.id,
                 name=own.name,
                 new_store_id=secrets.token_hex(16),
-                boot=daemon.boot_id(),
+                boot=memory_id(own.data_dir),
                 log_bytes=own.log_bytes,
             )
         except (OSError, RuntimeError) as error:
@@ -140,6 +144,7 @@ class NodeDaemon:
     def _look_after(self) -> None:
         failure = self.engine.failure()
         if failure is not None:
+            forget_memory(self.own.data_dir)
             self.ending.fail(f"node {self.own.name}: {failure}")
             return
         if self._session_lost.is_set():
@@ -402,3 +407,25 @@ class NodeControl(NodeControlServicer):
             freed = 0
         self._node.bury(image)
         return pb.DeleteReply(freed_bytes=freed)
+
+
+def memory_id(data_dir: Path) -> str:
+    """Return what names the memory that holds what this store's processes have not synced.
+
+    It is the kernel's boot id, unless a former process of the same boot ended by a failed sync: the
+    kernel has given up what that was to write. Then it is what that process left behind.
+    """
+    boot = daemon.boot_id()
+    try:
+        former, memory = (data_dir / FORGOTTEN).read_text().split()
+    except (FileNotFoundError, ValueError):
+        return boot
+    return memory if former == boot else boot
+
+
+def forget_memory(data_dir: Path) -> None:
+    """Have the next process of this boot have another memory. It need not outlive the boot."""
+    try:
+        (data_dir / FORGOTTEN).write_text(f"{daemon.boot_id()} {secrets.token_hex(16)}")
+    except OSError as error:
+        log.error("forgotten_not_written", folder=str(data_dir), why=str(error))

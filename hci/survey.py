@@ -369,6 +369,24 @@ def _judge_images(found: Survey) -> Iterator[Problem]:
                     f"start the arbiter or {missing}; writes resume by themselves",
                 )
     yield from _judge_stale(found, up)
+    yield from _judge_slow(found)
+
+
+def _judge_slow(found: Survey) -> Iterator[Problem]:
+    """A node that answers is slow for some images, or all."""
+    slow: dict[str, list[tuple[int, str]]] = {}
+    for gateway in found.gateways:
+        for image in gateway.images:
+            for node in image.slow:
+                if node.lag_ms:
+                    slow.setdefault(node.node, []).append((node.lag_ms, image.name))
+    for name, lags in sorted(slow.items()):
+        lag_ms, waits = max(lags)
+        yield Problem(
+            Health.DEGRADED,
+            f"{name} is slow: writes to image {waits} wait {lag_ms} ms for it alone",
+            f"see to the disk and the network of {name}",
+        )
 
 
 def _judge_stale(found: Survey, up: set[str]) -> Iterator[Problem]:
@@ -381,6 +399,12 @@ def _judge_stale(found: Survey, up: set[str]) -> Iterator[Problem]:
     images = [image for gateway in found.gateways for image in gateway.images]
     healed = {(image.heal.node, image.name) for image in images if image.HasField("heal")}
     trouble = {image.name: image.trouble for image in images if image.trouble}
+    rests = {
+        (slow.node, image.name): slow.rests_s
+        for image in images
+        for slow in image.slow
+        if slow.rests_s
+    }
     healer = any(gateway.state == "up" for gateway in found.gateways)
     for node, names in sorted(stale.items()):
         waiting = [name for name in dict.fromkeys(names) if (node, name) not in healed]
@@ -392,6 +416,9 @@ def _judge_stale(found: Survey, up: set[str]) -> Iterator[Problem]:
         why = next((trouble[name] for name in waiting if name in trouble), "")
         if node not in up:
             yield Problem(Health.DEGRADED, what, f"it missed writes and is not read; start {node}")
+        elif resting := [rests[node, name] for name in waiting if (node, name) in rests]:
+            advice = f"it was too slow; it is healed in {max(resting):.0f} s; see to its disk"
+            yield Problem(Health.DEGRADED, what, advice)
         elif why:
             yield Problem(Health.DEGRADED, what, f"{why}; it is tried again by itself")
         elif not healer:

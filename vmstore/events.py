@@ -67,6 +67,13 @@ class ReplicaFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Lags:
+    """So many milliseconds later than the quickest nodes answered in the last second."""
+
+    lags: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Admitted:
     """The nodes asked for by `Admit` serve; of all that do, `levelling` are not level yet."""
 
@@ -176,7 +183,7 @@ class Tick:
 
 
 Event = (
-    LeaseTaken | Peeked | ReplicaDown | ReplicaBlocking | ReplicaFailed | Admitted | AdmitFailed
-    | Levelled | Healed | HealFailed | Stored | Fenced | MembershipChanged | MembershipDelayed
-    | Lost | Close | Closed | Released | Fail | Tick
+    LeaseTaken | Peeked | ReplicaDown | ReplicaBlocking | ReplicaFailed | Lags | Admitted
+    | AdmitFailed | Levelled | Healed | HealFailed | Stored | Fenced | MembershipChanged
+    | MembershipDelayed | Lost | Close | Closed | Released | Fail | Tick
 )  # fmt: skip

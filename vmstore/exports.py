@@ -30,6 +30,7 @@ from vmstore.names import ImageName, parse_image_name
 from vmstore.resizing import RECONNECT_S, RESIZER, Resizing
 from vmstore.served import Served
 from vmstore.serving import RELEASE_RETRY_S, OpenImage, nothing_more
+from vmstore.slowness import SlowLimits
 from vmstore.stored import Stored
 
 log = structlog.get_logger()
@@ -82,6 +83,7 @@ class Exports(Resizing):
         local_node: Callable[[], str | None],
         lease: Callable[[Callable[[], None], Callable[[float], None]], Session],
         heal_limits: HealLimits,
+        slow_limits: SlowLimits | None = None,
         voters: Voters | None = None,
         served: Served | None = None,
         lock: str | None = None,
@@ -97,6 +99,7 @@ class Exports(Resizing):
             lease=lease,
             voters=voters,
             heal_limits=heal_limits,
+            slow_limits=slow_limits,
             served=served,
             lock=lock,
             deciding=deciding,

@@ -16,6 +16,9 @@ and brings the answers back as events. Time arrives as `Tick` events.
 After an unclean end, or when a node in sync returns, replicas are made level while the image
 serves; until then one that is not does not stand in for one that is lost (`levelling`).
 
+A node that keeps clients waiting although the others are quick is left behind too, where all others
+are well and the quorum allows (`slowness`); it is healed after a rest.
+
 A stale node that is there is healed while the image serves (`healing`); the record takes it in when
 it is level, and lost ones out in the same change.
 
@@ -58,6 +61,7 @@ from vmstore.events import (
     Fenced,
     Healed,
     HealFailed,
+    Lags,
     LeaseTaken,
     Levelled,
     Lost,
@@ -73,6 +77,7 @@ from vmstore.events import (
 )
 from vmstore.healing import Heals
 from vmstore.judging import emptied, problem_of
+from vmstore.slowness import Slowness
 
 GRACE_S = 3.0
 """How long a new holder waits for nodes in sync that do not answer before it goes on without them:
@@ -148,6 +153,9 @@ class Holder:
     undecided: bool = False
     """Whether etcd may have taken the proposal: then it is made until its outcome is known."""
     heals: Heals = field(default_factory=Heals)
+    slowness: Slowness = field(default_factory=Slowness)
+    too_slow: str | None = None
+    """Whom the proposal leaves behind although it is there."""
     storing: bool = False
     paused: bool = False
     """Another change of the record is under way: none is proposed."""
@@ -208,6 +216,9 @@ class Holder:
                 self.blocking.add(node)
                 if self.waiting_since_s is None:
                     self.waiting_since_s = self.now_s
+                return self._go_on()
+            case Lags(lags):
+                self.slowness.heard(lags, self.now_s)
                 return self._go_on()
             case Admitted(levelling):
                 return self._on_admitted(levelling)
@@ -275,6 +286,7 @@ class Holder:
         node = self.nodes[peeked.node]
         node.standing = Standing.WAITING
         node.instance = peeked.instance
+        self.slowness.came(peeked.node, peeked.instance, self.now_s)
         node.away_since_s = None
         self.heals.came(peeked.node)
         problem = problem_of(peeked, self.record)
@@ -296,6 +308,7 @@ class Holder:
         node.instance = None
         node.peeked = None
         node.failed_at_s = None
+        self.slowness.gone(name)
         if self.waiting_since_s is None:
             self.waiting_since_s = self.now_s
 
@@ -327,7 +340,9 @@ class Holder:
             lost = set()
         if self.storing and not lost & self.blocking:
             return None
-        plan = rejoin(membership, self._to_take_in(), lost, self.emptied)
+        self.too_slow = None if lost else self._too_slow()
+        slow = set() if self.too_slow is None else {self.too_slow}
+        plan = rejoin(membership, self._to_take_in(), lost | slow, self.emptied)
         match plan:
             case Ready() | Wait():
                 return None
@@ -336,6 +351,22 @@ class Holder:
                     self.record, generation=membership.generation, stale=membership.stale
                 )
                 return ChangeMembership(self.record, self.proposal)
+
+    def _too_slow(self) -> str | None:
+        """Return a node that is not worth waiting for: all others of its sets are well."""
+        assert self.record is not None
+        if self.phase is not Phase.SERVING:
+            return None
+        well = {name for name in self._in_sync_names() - self.levelling if self._is_well(name)}
+        name = self.slowness.too_slow(well, self.now_s)
+        membership = self.record.membership
+        sets = [set(membership.in_sync(index)) for index in range(len(membership.sets))]
+        others_are_well = all(of_set - {name} <= well for of_set in sets if name in of_set)
+        return name if others_are_well else None
+
+    def _is_well(self, name: str) -> bool:
+        node = self.nodes[name]
+        return node.standing is Standing.UP and not self._is_failing(node)
 
     # Heal
 
@@ -372,6 +403,7 @@ class Holder:
         waits = node.standing is Standing.WAITING
         let_in_first = waits and name in self.record.membership.all_in_sync()
         there = waits or node.standing is Standing.UP
+        there = there and not self.slowness.rests(name, self.now_s)
         return there and not let_in_first and not self._is_failing(node) and self._is_told(name)
 
     def _is_told(self, name: str) -> bool:
@@ -389,6 +421,10 @@ class Holder:
     def _give_up_heal(self) -> list[Effect]:
         """Nobody waits for a node that is lost, unless it may have been taken in."""
         heal = self.heals.now
+        if heal is not None and self.slowness.too_slow({heal.node}, self.now_s) is not None:
+            # Changes of what is level wait for it as for a node in sync.
+            self.slowness.left_behind(heal.node, self.now_s)
+            return self._end_heal(heal.attempt)
         if heal is None or not heal.healed:
             return []
         node = self.nodes[heal.node]
@@ -567,6 +603,9 @@ class Holder:
         self.record, self.proposal, self.undecided = record, None, False
         self._on_taken_in(record)
         in_sync = record.membership.all_in_sync()
+        if self.too_slow is not None:
+            self.slowness.left_behind(self.too_slow, self.now_s)
+            self.too_slow = None
         self.blocking &= in_sync
         self.emptied = {name for name in self.emptied if name in in_sync or not self._is_told(name)}
         self.levelling &= in_sync
@@ -587,12 +626,13 @@ class Holder:
         self.undecided = self.undecided or maybe_taken
         if self.undecided:
             return []
-        self.proposal = None
+        self.proposal = self.too_slow = None
         return self._go_on()
 
     def _on_tick(self) -> list[Effect]:
         if self.phase is Phase.ENDED:
             return []
+        self.slowness.look(self.now_s)
         if self.retry_at_s is not None and self.now_s >= self.retry_at_s:
             self.retry_at_s = None
             if self.record is not None and self.proposal is not None:

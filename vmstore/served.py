@@ -10,6 +10,9 @@ ticks since boot. Nothing is known of a client over TCP.
     served         admit: written down before the client is let in   it leaves in order, or ends
     barred         the image was another's after it was served      it ends
 
+With the processes of an image goes the *memory* of what they were answered: which boot of its host
+each node in sync had. Where all have another one, what was not flushed may be gone.
+
 What is known stands in a file too, so that a gateway that was killed and replaced knows whom it
 served. It is replaced whole, and needs no sync: it speaks of processes, none of which outlives what
 a sync protects from.
@@ -86,6 +89,7 @@ class Served:
         self._writing = threading.Lock()
         self._holders: list[str] = []
         self._images: dict[ImageId, _Image] = {}
+        self._memory: dict[ImageId, dict[str, str]] = {}
         if path is not None:
             self._read(path)
         self._holders = [*self._holders, holder][-HOLDERS_MAX:]
@@ -108,6 +112,8 @@ class Served:
     def taken(self, before: ImageRecord, now: ImageRecord) -> None:
         """Note that the lease was taken or claimed: `before` is the record that it was taken by."""
         with self._lock:
+            if before.clean:
+                self._memory.pop(now.id, None)
             known = self._images.get(now.id)
             if known is None:
                 return
@@ -159,6 +165,29 @@ class Served:
             if known is not None:
                 known.served.discard(peer)
 
+    def remember(self, image: ImageId, memory: Mapping[str, str]) -> bool:
+        """Note in which boot each node in sync has all that was answered; say whether it is new."""
+        with self._lock:
+            if self._memory.get(image) == memory:
+                return False
+            self._memory[image] = dict(memory)
+            return True
+
+    def memory(self, image: ImageId) -> Mapping[str, str]:
+        """Return what was noted last; nothing where no process lives that was served then."""
+        with self._lock:
+            known = self._images.get(image)
+            if known is None or not any(self._lives(peer) for peer in known.served):
+                return {}
+            return self._memory.get(image, {})
+
+    def forget_memory(self, image: ImageId) -> None:
+        """An image is closed; what matters to those who may come back stays."""
+        with self._lock:
+            known = self._images.get(image)
+            if known is None or not known.served:
+                self._memory.pop(image, None)
+
     def lost(self, image: ImageId) -> None:
         """Note that an image is another's: whom it was served to is barred."""
         with self._lock:
@@ -209,6 +238,7 @@ class Served:
                 "holder": known.holder,
                 "served": sorted(known.served),
                 "barred": sorted(known.barred),
+                "memory": self._memory.get(image, {}),
             }
             for image, known in self._images.items()
         }
@@ -226,12 +256,16 @@ class Served:
             self._images = {
                 ImageId(image): _image(values) for image, values in document["images"].items()
             }
+            self._memory = {
+                ImageId(image): {str(k): str(v) for k, v in values.get("memory", {}).items()}
+                for image, values in document["images"].items()
+            }
         except FileNotFoundError:
             return
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             # Written whole by every process, so the host went down while it was: no client lives.
             log.error("served_not_readable", path=str(path), why=str(error))
-            self._holders, self._images = [], {}
+            self._holders, self._images, self._memory = [], {}, {}
 
 
 def _image(values: Mapping[str, Any]) -> _Image:

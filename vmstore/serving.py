@@ -43,6 +43,7 @@ from vmstore.names import ImageName
 from vmstore.progress import HealLog
 from vmstore.scrubbing import RotLog
 from vmstore.served import Served
+from vmstore.slowness import SlowLimits, Slowness
 from vmstore.stored import Stored
 
 if TYPE_CHECKING:
@@ -80,8 +81,16 @@ class OpenImage:
     """Users who were asked to connect anew: their processes come back, with what they had asked."""
     resize: "Resize | None" = None
     """A change of its size that is under way."""
+    boots: dict[str, str] = field(default_factory=dict)
+    """Of its nodes: which memory holds what they answered and have not synced."""
     late: dict[int, float] = field(default_factory=dict)
     """Since when clients wait for it to be closed."""
+    slow: dict[str, int] = field(default_factory=dict)
+    """Nodes that were told to be slow, and by how many milliseconds."""
+    slow_left_behind: int = 0
+    """How often a node was left behind because it was slow."""
+    writes_lost: int = 0
+    """How often answered writes were lost with the power of all nodes in sync."""
     behind: bool = False
     """Whether etcd was found to have lost history of it."""
     last_trouble: str = ""
@@ -107,6 +116,7 @@ class Serving(ABC):
         local_node: Callable[[], str | None],
         lease: Callable[[Callable[[], None], Callable[[float], None]], Session],
         heal_limits: HealLimits,
+        slow_limits: SlowLimits | None = None,
         voters: Voters | None = None,
         served: Served | None = None,
         lock: str | None = None,
@@ -123,6 +133,7 @@ class Serving(ABC):
         self._voters = voters or Arbiters()
         self._granter = Granter(catalog, self._voters)
         self._heal_limits = heal_limits
+        self._slow_limits = slow_limits or SlowLimits()
         self.heal_log = HealLog()
         self.rot_log = RotLog()
         self._lease: Session | None = None
@@ -207,7 +218,11 @@ class Serving(ABC):
             image=found.record.id,
             name=name,
             channel=channel,
-            holder=Holder(holder=self._holder_id, now_s=self._deciding.now_s()),
+            holder=Holder(
+                holder=self._holder_id,
+                now_s=self._deciding.now_s(),
+                slowness=Slowness(self._slow_limits),
+            ),
             maintenance=maintenance,
         )
         self._images[image.image] = image
@@ -323,6 +338,15 @@ class Serving(ABC):
             image.last_trouble = trouble
             if trouble:
                 log.warning("image_trouble", image=str(image.name), why=trouble)
+        self._tell_slow(image)
+
+    def _tell_slow(self, image: OpenImage) -> None:
+        before, image.slow = image.slow, image.holder.slowness.slow()
+        for node in image.slow.keys() - before.keys():
+            lag_ms = image.slow[node]
+            log.warning("replica_slow", image=str(image.name), node=node, lag_ms=lag_ms)
+        for node in before.keys() - image.slow.keys():
+            log.info("replica_not_slow", image=str(image.name), node=node)
 
     def _carry_out(self, image: OpenImage, effect: effects.Effect) -> None:
         match effect:
@@ -345,6 +369,7 @@ class Serving(ABC):
                 self._reconfigure(image, record)
             case effects.Serve():
                 log.info("image_opened", image=str(image.name), epoch=self._epoch(image))
+                self._tell_losses(image)
                 self._opened(image)
             case effects.Refuse(reason):
                 self._refused(image, reason)
@@ -433,9 +458,15 @@ class Serving(ABC):
         held = image.held
         progress = granting.Progress()
 
+        slow = image.holder.too_slow
+
         def changed(new: Held) -> None:
             image.held = new
+            if slow is not None:
+                log.warning("slow_replica_left_behind", image=str(image.name), node=slow)
+                image.slow_left_behind += 1
             self._step(image, events.MembershipChanged(new.record))
+            self._remember(image)
 
         def failed(error: HciError) -> None:
             if granting.may_pass(error):
@@ -497,6 +528,7 @@ class Serving(ABC):
     def _forget(self, image: OpenImage) -> None:
         self._engine.forget(image.channel)
         self.heal_log.ends(image.image)
+        self._served.forget_memory(image.image)
         del self._images[image.image]
         del self._by_channel[image.channel]
         self._forgotten(image)
@@ -555,12 +587,20 @@ class Serving(ABC):
         node = image.node_names[event["node"]] if "node" in event else ""
         match kind:
             case "peeked":
+                image.boots[node] = event.get("boot", "")
                 self._step(image, _peeked(node, event))
             case "replica_down":
                 log.warning("replica_lost", image=str(image.name), node=node)
                 self._step(image, events.ReplicaDown(node, event["blocking"]))
             case "replica_blocking":
                 self._step(image, events.ReplicaBlocking(node))
+            case "lags":
+                lags = {image.node_names[index]: lag_ms for index, lag_ms in event["lags"]}
+                self._step(image, events.Lags(lags))
+            case "writes_lost":
+                image.writes_lost += 1
+                log.error("unflushed_writes_lost", image=str(image.name),
+                          changes=event["changes"])  # fmt: skip
             case "replica_failed":
                 self._step(image, events.ReplicaFailed(node, event["status"]))
             case "admitted":
@@ -569,10 +609,12 @@ class Serving(ABC):
                     log.info("levelling_begins", image=str(image.name), nodes=sorted(levelling),
                              shards=event["shards"])  # fmt: skip
                 self._step(image, events.Admitted(levelling))
+                self._remember(image)
             case "levelled":
                 log.info("replicas_level", image=str(image.name), node=node,
                          shards=event["shards"], copied_bytes=event["copied_bytes"])  # fmt: skip
                 self._step(image, events.Levelled(node))
+                self._remember(image)
             case "admit_failed":
                 log.warning("admit_failed", image=str(image.name), node=node, why=event["status"])
                 self._step(image, events.AdmitFailed(node))
@@ -593,6 +635,40 @@ class Serving(ABC):
                 self._lost(image, events.Fenced(node))
             case "closed":
                 self._step(image, events.Closed(event["clean"]))
+
+    # Writes that were answered and not flushed
+
+    def _tell_losses(self, image: OpenImage) -> None:
+        """Have the next flush fail where what clients that live on were answered may be gone.
+
+        That is so where they were served before, by this gateway or its predecessor, and all nodes
+        in sync of a set lost their power since. While an image is served the engine sees to it.
+        """
+        record = image.holder.record
+        assert record is not None
+        former = self._served.memory(image.image)
+        membership = record.membership
+        lost = [
+            index
+            for index in range(len(record.sets))
+            if former
+            and all(image.boots.get(n) != former.get(n) for n in membership.in_sync(index))
+        ]
+        if lost:
+            image.writes_lost += 1
+            log.error("unflushed_writes_lost", image=str(image.name), replica_sets=lost)
+            self._engine.writes_lost(image.channel, lost)
+        self._remember(image)
+
+    def _remember(self, image: OpenImage) -> None:
+        """Write down whose memory holds what is answered, once all in sync have all of it."""
+        holder = image.holder
+        if holder.record is None or holder.phase is not Phase.SERVING or holder.levelling:
+            return
+        in_sync = holder.record.membership.all_in_sync()
+        boots = {node: image.boots[node] for node in sorted(in_sync) if node in image.boots}
+        if self._served.remember(image.image, boots):
+            self._later(self._served.save, nothing_more, nothing_more)
 
     # The etcd lease
 

@@ -171,6 +171,8 @@ DEFECTS = (
            ("LevelBeforeRequests",)),
     Defect("reconcile where nobody stayed", "4: all nodes killed", "kills", 10,
            patch=_never_reconcile),
+    Defect("a loss is told", "answered, unflushed writes that went with all power", "power", 60,
+           ("LossIsTold",)),
     # Heal
     Defect("dirty shards count as newer", "2, 10: missed by the heal list", "missed", 20,
            ("DirtyCountsAsNewer",)),

@@ -308,6 +308,10 @@ class Guest:
             return
         if how == "failed":
             shared.oracle.read_ends(token)
+            if asked.kind == "flush":
+                shared.oracle.flush_failed(asked.covered or [], asked.begun, now)
+                shared.say(f"{self.name} hears that what it wrote may be gone")
+                return
             assert asked.kind == "read" and shared.may_fail(), f"a {asked.kind} failed with EIO"
             return
         self.answers += 1
@@ -318,6 +322,6 @@ class Guest:
             shared.oracle.check_read(asked.first, stamps, asked.begun, now)
             shared.oracle.read_ends(token)
         elif asked.kind == "flush":
-            shared.oracle.flushed(asked.covered or [])
+            shared.oracle.flushed(asked.covered or [], now)
         else:
             shared.oracle.answered(token, now, durable=asked.durable)

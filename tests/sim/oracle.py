@@ -10,7 +10,8 @@ An orphan's gateway has ended; it has happened or never will when the next holde
 A write supersedes another where it began after the other had ended, or where a read returned it
 when the other had ended. A power cut of the last in-sync node that remembers puts every write that
 was not flushed in doubt: it may be gone, and what it superseded may be back, until a read tells. So
-it does with one whose answer was on its way.
+it does with one whose answer was on its way. The flush that was to make such a write durable fails;
+one that does not says that it is there.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class Written:
     """Memory was lost while it was in flight, when part of it may have been all done."""
     lost: float = float("-inf")
     """When its last memory went, if it was not durable: a read from before tells nothing since."""
+    gone: bool = False
+    """A read found what it had superseded."""
     superseded_by: list[Written] = field(default_factory=list)
 
 
@@ -69,6 +72,12 @@ class Oracle:
         self._shard_sectors = shard_sectors
         self._open: dict[int, _Change] = {}
         self._unflushed: list[Written] = []
+        self._forgotten: list[Written] = []
+        """Answered and not flushed when the last memory of them went; no flush has failed since."""
+        self._loss_untold = False
+        self._lost_s = float("-inf")
+        self._told_s = float("-inf")
+        self.losses_told = 0
         self._reading: dict[int, float] = {}
         self.reads = 0
 
@@ -137,6 +146,7 @@ class Oracle:
 
     def settle(self, epoch: int, now: float) -> None:
         """A holder of this epoch serves: what earlier ones sent has happened, or never will."""
+        self._forgotten = [entry for entry in self._forgotten if entry.epoch >= epoch]
         for history in self._sectors.values():
             for entry in history:
                 if entry.ended is None and entry.epoch < epoch:
@@ -144,13 +154,34 @@ class Oracle:
 
     def flush_begins(self) -> list[Written]:
         """Return what a flush that is sent now covers."""
-        return list(self._unflushed)
+        return [*self._unflushed, *self._forgotten]
 
-    def flushed(self, covered: list[Written]) -> None:
-        """It is answered."""
+    def flush_failed(self, covered: list[Written], begun: float, now: float) -> None:
+        """It says that answered writes may be gone. Raises Violation if nobody lost any memory."""
+        if not self._loss_untold and begun > self._told_s:
+            raise Violation("a flush failed, and nobody had lost what it covers")
+        if begun > self._lost_s:
+            # It covers all that was lost; one that was on its way may not have.
+            self._loss_untold = False
+        self._told_s = now
+        self.losses_told += 1
+        told = set(map(id, covered))
+        self._forgotten = [entry for entry in self._forgotten if id(entry) not in told]
+
+    def flushed(self, covered: list[Written], now: float) -> None:
+        """It is answered. Raises Violation where what it covers is known to be gone."""
+        promised = {id(entry) for entry in self._forgotten}
         for entry in covered:
+            if id(entry) in promised:
+                if entry.gone:
+                    raise Violation(
+                        f"a flush was answered, but sector {entry.sector} has lost {_told(entry)}"
+                    )
+                entry.sure, entry.known = True, min(entry.known, now)
+                self._supersede(entry.sector, entry)
             if entry.sure:
                 entry.durable = True
+        self._forgotten = [entry for entry in self._forgotten if not entry.durable]
         done = set(map(id, covered))
         self._unflushed = [entry for entry in self._unflushed if id(entry) not in done]
         for sector in {entry.sector for entry in covered}:
@@ -165,6 +196,10 @@ class Oracle:
                     if not entry.durable:
                         entry.lost = now
                     entry.shaken |= entry.ended is None and entry.wide
+        self._loss_untold, self._lost_s = True, now
+        known = {id(entry) for entry in self._forgotten}
+        lost = [entry for entry in self._unflushed if not entry.sure and entry.answered]
+        self._forgotten += [entry for entry in lost if id(entry) not in known]
         self._unflushed = [entry for entry in self._unflushed if entry.sure]
 
     def check_read(self, first: int, stamps: list[int], begun: float, now: float) -> None:
@@ -200,6 +235,7 @@ class Oracle:
             if other is entry or other.ended is None or other.ended >= begun:
                 continue
             # It had ended before the read, which did not return it: it is not there any more.
+            other.gone |= other in entry.superseded_by
             if other in entry.superseded_by:
                 entry.superseded_by.remove(other)
             if entry not in other.superseded_by:

@@ -27,12 +27,17 @@ from vmstore.errors import ForeignStore, OtherCluster, StoreBehind
 from vmstore.exports import Exports
 from vmstore.healing import HealLimits
 from vmstore.served import Served
+from vmstore.slowness import SlowLimits
 
 if TYPE_CHECKING:
     from tests.sim.guest import Guest
 
 RETRY_S = 1.0
 POLL_S = 0.5
+
+
+SLOW = SlowLimits(report_ms=100, leave_behind_ms=800, for_s=4.0, back_after_s=3.0)
+"""Times that fit a history."""
 
 
 class SimDeciding:
@@ -134,6 +139,10 @@ class SimEngine:
         self._world.heal(self._gateway, channel, **how)
         self._on_heal(self.node_names[channel][how["node"]])
 
+    def writes_lost(self, channel: int, sets: list[int]) -> None:
+        """Have the next flush of a client fail."""
+        self._world.writes_lost(self._gateway, channel, sets)
+
     def end_heal(self, channel: int, attempt: int) -> None:
         """End that."""
         self._world.end_heal(self._gateway, channel, attempt)
@@ -229,6 +238,7 @@ class SimGateway:
             served=Served(self.holder, lives=lambda _peer: True),
             voters=SimVoters(site, site.ways[name], self.process),
             heal_limits=HealLimits(bytes_per_second=chance.choice((0, 1 << 20, 64 << 20))),
+            slow_limits=SLOW,
             lock=f"lock-{index}",
             deciding=self.deciding,
         )

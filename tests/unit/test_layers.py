@@ -39,6 +39,7 @@ PURE = (
     "vmstore/judging.py",
     "vmstore/names.py",
     "vmstore/recovering.py",
+    "vmstore/slowness.py",
     "vmstore/stored.py",
 )
 """Code that decides, and so can be run by a simulator. A module listed here may not exist yet."""

@@ -69,12 +69,14 @@ pub enum Rule {
     LevelBeforeRequests,
     /// A flush waits until all nodes in sync are level everywhere.
     FlushWaitsForLevel,
+    /// A flush fails whose answered writes may be gone.
+    LossIsTold,
     /// Blocks are repaired while no write to them is in flight.
     RepairPausesWrites,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 32] = [
+    pub const ALL: [Rule; 33] = [
         Rule::SessionIsCurrent,
         Rule::EpochIsCurrent,
         Rule::GenerationIsCurrent,
@@ -106,6 +108,7 @@ impl Rule {
         Rule::AllInSyncLevelled,
         Rule::LevelBeforeRequests,
         Rule::FlushWaitsForLevel,
+        Rule::LossIsTold,
         Rule::RepairPausesWrites,
     ];
 }

@@ -200,6 +200,10 @@ impl Gateway {
         self.order(Command::Heal { channel, spec })
     }
 
+    fn writes_lost(&self, channel: u32, sets: Vec<usize>) -> PyResult<()> {
+        self.order(Command::WritesLost { channel, sets })
+    }
+
     fn end_heal(&self, channel: u32, attempt: u64) -> PyResult<()> {
         self.order(Command::EndHeal { channel, attempt })
     }
@@ -549,6 +553,15 @@ fn put_image_event(py: Python<'_>, dict: &Bound<'_, PyDict>, event: Event) -> Py
             dict.set_item("node", node)?;
             dict.set_item("attempt", attempt)?;
             dict.set_item("status", format!("{status:?}"))
+        }
+        Event::Lags { lags } => {
+            dict.set_item("event", "lags")?;
+            let lags: Vec<_> = lags.iter().map(|(node, ms)| (u32::from(*node), *ms)).collect();
+            dict.set_item("lags", lags)
+        }
+        Event::WritesLost { changes } => {
+            dict.set_item("event", "writes_lost")?;
+            dict.set_item("changes", changes)
         }
         Event::Stored { generation } => {
             dict.set_item("event", "stored")?;

@@ -344,6 +344,11 @@ impl Simulation {
         Ok(())
     }
 
+    fn writes_lost(&self, gateway: usize, channel: u32, sets: Vec<usize>) -> PyResult<()> {
+        self.at_gateway(gateway)?.with_image(gateway, channel, |io| io.former_writes_lost(&sets));
+        Ok(())
+    }
+
     fn end_heal(&self, gateway: usize, channel: u32, attempt: u64) -> PyResult<()> {
         self.at_gateway(gateway)?.with_image(gateway, channel, |io| io.end_heal(attempt));
         Ok(())

@@ -8,6 +8,7 @@ import pytest
 from hci import config
 from hci.config import DEFAULT_LOG_BYTES, AccessRule, ClientLimits, Endpoint
 from hci.errors import ConfigError
+from vmstore.slowness import SlowLimits
 
 PATH = Path("/etc/hci/hci.toml")
 
@@ -43,6 +44,12 @@ data_dir = "/srv/witness"
 listen = "127.0.0.1:7401"
 host = "far"
 metrics = "127.0.0.1:9703"
+
+[slow]
+report_ms = 300
+leave_behind_ms = 4000
+for_s = 20
+back_after_s = 90
 """
 
 SMALL = """
@@ -66,6 +73,7 @@ def test_config_with_every_key_is_read() -> None:
     assert (node.data_dir, node.zone, node.log_bytes) == (Path("/srv/node1"), "cellar", 64 << 20)
     assert str(node.listen) == "127.0.0.1:7101"
     assert found.gateway("gateway1").nbd_listen == Endpoint("127.0.0.1", 10809)
+    assert found.slow == SlowLimits(300, 4000, 20.0, 90.0)
     assert found.dev is None
 
 
@@ -75,6 +83,7 @@ def test_config_with_only_what_is_needed_has_defaults() -> None:
     assert (node.socket, node.zone, node.log_bytes) == (None, "default", DEFAULT_LOG_BYTES)
     assert node.host
     assert found.gateways == {}
+    assert found.slow == SlowLimits()
 
 
 @pytest.mark.parametrize(
@@ -100,6 +109,10 @@ def test_config_with_only_what_is_needed_has_defaults() -> None:
         ("[node.node1]", "[node.Node_1]", "node.Node_1: 'Node_1' is not a node name"),
         ("[node.node1]", "[[node.node1]]", "must be a table"),
         ('["127.0.0.1:2379", "[::1]:2379"]', "[]", "cluster.etcd = []: must be a list such as"),
+        ("report_ms = 300", "report_ms = 5", "slow.report_ms = 5: must be a number of "),
+        ("leave_behind_ms = 4000", "leave_behind_ms = -1", "slow.leave_behind_ms = -1: must be "),
+        ("leave_behind_ms = 4000", "leave_behind_ms = 200", "must be 0, or at least report_ms"),
+        ("for_s = 20", "for_s = 0.5", "slow.for_s = 0.5: must be a number of seconds"),
         ("[cluster]", "[cluster", "is not valid TOML"),
         ('"/run/hci/nbd.sock"', f'"/run/{"x" * 120}"', "a socket's path has at most 107 bytes"),
     ],

@@ -12,8 +12,9 @@ from etcd.errors import LeaseNotFound
 from etcd.memory import MemoryEtcd
 from etcd.records import ImageRecord, NodeRecord
 from hci import control_pb2 as pb
+from hci import daemon
 from hci.history import HistoryWatch
-from hci.node import NodeControl, NodeDaemon
+from hci.node import FORGOTTEN, NodeControl, NodeDaemon, forget_memory, memory_id
 from shard.digest import UNREADABLE, digest
 from shard.ids import ImageId
 from tests.unit.samples import image_record
@@ -147,3 +148,19 @@ def test_node_that_registers_again_watches_once(
         assert list(node.catalog.alive()) == ["node1"]
         node.lose_session()
     assert len(watches) == 1
+
+
+def test_memory_is_that_of_the_boot_until_a_sync_has_failed_in_it(tmp_path: Path) -> None:
+    # The kernel gives up what a failed sync was to write: answered writes went without a power cut.
+    boot = daemon.boot_id()
+    assert memory_id(tmp_path) == boot
+    forget_memory(tmp_path)
+    since = memory_id(tmp_path)
+    assert since != boot and len(since) == len(boot) and memory_id(tmp_path) == since
+    forget_memory(tmp_path)
+    assert memory_id(tmp_path) not in (boot, since)
+    (tmp_path / FORGOTTEN).write_text(f"{'0' * 32} {since}")
+    assert memory_id(tmp_path) == boot, "that was before the host came up"
+    (tmp_path / FORGOTTEN).write_text("")
+    assert memory_id(tmp_path) == boot
+    forget_memory(tmp_path / "gone")

@@ -114,6 +114,11 @@ def healing(trouble: str, heal: pb.Progress | None = None) -> GatewayView:
     return GatewayView("gateway1", "up", "h", "", [image])
 
 
+def slow(node: pb.SlowNode) -> GatewayView:
+    image = pb.OpenImage(name="vms/a", state=pb.OpenImage.STATE_SERVING, slow=[node])
+    return GatewayView("gateway1", "up", "h", "", [image])
+
+
 def test_cluster_without_problems_is_ok() -> None:
     assert WELL.problems == []
     assert WELL.health is Health.OK
@@ -159,6 +164,20 @@ def test_cluster_without_problems_is_ok() -> None:
             ),
             Health.DEGRADED,
             "node3 is stale for vms/a the heal of node3 ended early: NoSpace",
+        ),
+        (
+            replace(WELL, gateways=(slow(pb.SlowNode(node="node3", lag_ms=340)),)),
+            Health.DEGRADED,
+            "node3 is slow: writes to image vms/a wait 340 ms for it alone",
+        ),
+        (
+            replace(
+                WELL,
+                gateways=(slow(pb.SlowNode(node="node3", rests_s=42.0)),),
+                images={"vms/a": image(stale={0: {"node3": 1}}, generation=2)},
+            ),
+            Health.DEGRADED,
+            "node3 is stale for vms/a it was too slow; it is healed in 42 s",
         ),
         (
             replace(

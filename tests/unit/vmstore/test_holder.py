@@ -16,6 +16,7 @@ from vmstore import events
 from vmstore import healing as healing_rules
 from vmstore import holder as h
 from vmstore.holder import Holder, Phase, Standing
+from vmstore.slowness import SlowLimits, Slowness
 
 ME = "ab" * 16
 IMAGE = ImageId("cd" * 16)
@@ -401,6 +402,69 @@ def test_close_ends_a_heal() -> None:
     assert holder.step(events.Close()) == [wanted.EndHeal(1), wanted.CloseImage()]
 
 
+def lagging(
+    holder: Holder, node: str, seconds: int = 12, lag_ms: int = 5000
+) -> list[wanted.Effect]:
+    """Let a node keep the others waiting for so long; return what is done about it."""
+    effects: list[wanted.Effect] = []
+    for _ in range(seconds):
+        effects += holder.step(events.Tick(holder.now_s + 1))
+        lags = {name: lag_ms if name == node else 0 for name in NODES}
+        effects += holder.step(events.Lags(lags))
+    return effects
+
+
+def test_node_that_keeps_all_waiting_is_left_behind_rests_and_is_healed() -> None:
+    holder = serving()
+    assert lagging(holder, "node2", lag_ms=500) == [], "slow, and not too slow"
+    assert holder.slowness.slow() == {"node2": 500}
+    change = changes(lagging(holder, "node2"))[0]
+    assert change.after.stale == {0: {"node2": 1}}
+    assert holder.step(events.MembershipChanged(change.after)) == [wanted.Reconfigure(change.after)]
+    holder.step(events.Stored(2))
+    left_s = holder.now_s
+    assert holder.step(events.Tick(left_s + 59)) == []
+    heal = wanted.Heal("node2", 1, 1, ((0, 1),))
+    assert holder.step(events.Tick(left_s + 60)) == [heal]
+    holder.step(events.Healed("node2", 1))
+    assert holder.record is not None
+
+
+def test_heal_of_a_node_that_is_still_too_slow_is_given_up_and_tried_later() -> None:
+    holder = serving(record(**STALE))
+    holder.step(peeked("node3"))
+    assert holder.heals.now is not None
+    effects = lagging(holder, "node3")
+    assert wanted.EndHeal(1) in effects and changes(effects) == []
+    assert not [
+        e for e in effects[effects.index(wanted.EndHeal(1)) :] if isinstance(e, wanted.Heal)
+    ]
+    effects = holder.step(events.Tick(holder.now_s + 60))
+    assert [e.attempt for e in effects if isinstance(e, wanted.Heal)] == [2]
+
+
+def test_slow_node_is_waited_for_where_the_others_are_not_well() -> None:
+    at_quorum = serving(record(**STALE))
+    assert changes(lagging(at_quorum, "node2")) == []
+    one_away = serving()
+    one_away.step(events.ReplicaDown("node1", False))
+    assert changes(lagging(one_away, "node2")) == []
+    one_fails = serving()
+    one_fails.step(events.Tick(1.0))
+    one_levels = serving()
+    one_levels.levelling.add("node3")
+    assert changes(lagging(one_levels, "node2")) == []
+
+
+def test_slow_node_that_was_started_anew_need_not_rest() -> None:
+    holder = serving()
+    change = changes(lagging(holder, "node2"))[0]
+    holder.step(events.MembershipChanged(change.after))
+    holder.step(events.ReplicaDown("node2", False))
+    effects = holder.step(peeked("node2", 2))
+    assert [type(effect) for effect in effects] == [wanted.Heal]
+
+
 class Histories(RuleBasedStateMachine):
     """Random orders of what engine and etcd may say; the model keeps to what they can say."""
 
@@ -408,6 +472,7 @@ class Histories(RuleBasedStateMachine):
         super().__init__()
         self.now_s = 0.0
         self.holder = gathering()
+        self.holder.slowness = Slowness(SlowLimits(for_s=3, back_after_s=3))
         self.instance = dict.fromkeys(NODES, 1)
         self.connected: set[str] = set()
         self.waiting: set[str] = set()
@@ -549,6 +614,14 @@ class Histories(RuleBasedStateMachine):
                 self.asked = None
             self.tell(events.MembershipDelayed("it waits", maybe_taken))
 
+    @rule(node=st.sampled_from(NODES), lag_ms=st.sampled_from((0, 300, 9000)))
+    def lag(self, node: str, lag_ms: int) -> None:
+        if self.holder.phase is Phase.SERVING:
+            for _ in range(4):
+                asked = self.up | ({self.heal.node} if self.heal is not None else set())
+                self.tell(events.Lags({name: lag_ms * (name == node) for name in asked}))
+                self.tick(1.0)
+
     @rule(pause_s=st.floats(0.05, 4.0))
     def tick(self, pause_s: float) -> None:
         opening = self.holder.phase in (Phase.GATHERING, Phase.JOINING)
@@ -566,7 +639,7 @@ class Histories(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Once all are there and etcd answers, all become in sync, and a close ends it."""
-        for step in range(200):
+        for step in range(400):
             for node in NODES:
                 self.come(node, False)
             if self.joining:

@@ -182,3 +182,37 @@ def test_maintenance_elsewhere_bars_nobody_unless_it_was_claimed_for_clients(hos
     served.taken(healed, mine)
     served.admit(NAME, GUEST, mine)
     assert host.gateway(THIRD).check(NAME, GUEST, mine) is None
+
+
+def test_memory_of_answers_outlives_the_gateway_as_long_as_a_guest_does(host: Host) -> None:
+    memory = {"node1": "aa", "node2": "bb"}
+    served = host.gateway(FIRST)
+    mine = replace(take(served, record(0, None), FIRST), clean=False)
+    assert served.remember(IMAGE, memory) and not served.remember(IMAGE, memory)
+    assert served.memory(IMAGE) == {}, "nobody was answered anything"
+    served.admit(NAME, GUEST, mine)
+    assert host.gateway(SECOND).memory(IMAGE) == memory
+    assert host.gateway(SECOND).remember(IMAGE, {**memory, "node2": "cc"})
+    host.living.remove(GUEST)
+    assert host.gateway(THIRD).memory(IMAGE) == {}, "who was answered is gone"
+
+
+def test_memory_of_answers_ends_with_a_clean_end_and_with_the_host(host: Host) -> None:
+    served = host.gateway(FIRST)
+    mine = take(served, record(0, None), FIRST)
+    served.remember(IMAGE, {"node1": "aa"})
+    served.admit(NAME, GUEST, mine)
+    served.forget_memory(IMAGE)
+    assert served.memory(IMAGE), "it was closed under a client that may come back"
+    unclean = replace(mine, clean=False)
+    again = host.gateway(SECOND)
+    again.taken(unclean, replace(unclean, epoch=2, holder=SECOND))
+    assert again.memory(IMAGE) == {"node1": "aa"}
+    clean = host.gateway(SECOND)
+    clean.taken(replace(mine, clean=True), replace(mine, epoch=2, holder=SECOND))
+    assert clean.memory(IMAGE) == {}
+    served.left(IMAGE, GUEST)
+    served.forget_memory(IMAGE)
+    assert served.memory(IMAGE) == {}
+    host.boot = "b1" * 16
+    assert host.gateway(THIRD).memory(IMAGE) == {}

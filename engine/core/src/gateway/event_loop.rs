@@ -342,8 +342,8 @@ impl EventLoop {
             match event {
                 LinkEvent::Frame(frame) => self.take_frame(index, frame),
                 LinkEvent::Up(hello) => {
-                    let instance = instance_of(&hello);
-                    self.for_images_of(index, |io, node| io.link_up(node, instance));
+                    let (instance, boot) = (instance_of(&hello), hello.boot);
+                    self.for_images_of(index, |io, node| io.link_up(node, instance, boot));
                     self.events.push(GatewayEvent::LinkUp { hello });
                 }
                 LinkEvent::Down(why) => {
@@ -426,7 +426,7 @@ impl EventLoop {
         for (node, link) in links.iter().enumerate() {
             let ready = link.map(|link| &self.links[link]).filter(|link| link.is_ready());
             if let Some(link) = ready {
-                io.link_up(node as NodeIndex, instance_of(&link.hello));
+                io.link_up(node as NodeIndex, instance_of(&link.hello), link.hello.boot);
             }
         }
         let counters = Counters::default();
@@ -532,6 +532,9 @@ impl EventLoop {
                 Command::Heal { channel, spec } => self.with_image(channel, |io| io.heal(spec)),
                 Command::EndHeal { channel, attempt } => {
                     self.with_image(channel, |io| io.end_heal(attempt));
+                }
+                Command::WritesLost { channel, sets } => {
+                    self.with_image(channel, |io| io.former_writes_lost(&sets));
                 }
                 Command::Scrub { channel, spec } => self.with_image(channel, |io| io.scrub(spec)),
                 Command::EndScrub { channel, attempt } => {

@@ -59,6 +59,11 @@ pub enum Command {
         channel: u32,
         attempt: u64,
     },
+    /// What the holder before answered in these replica sets may be gone, and its clients are still here.
+    WritesLost {
+        channel: u32,
+        sets: Vec<usize>,
+    },
     /// Read and compare everything; `Event::ScrubEnded` tells how it went.
     Scrub {
         channel: u32,

@@ -136,6 +136,7 @@ impl ImageIo {
             let attempt = spec.attempt;
             return self.event(Event::HealFailed { node, attempt, status: Status::NoSession });
         }
+        self.remembers_anew(node);
         let asks = Asks::new(self.next_serial());
         self.heal = Some(Heal {
             instance: self.replica(node).instance,

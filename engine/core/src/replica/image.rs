@@ -2,8 +2,10 @@
 
 use super::admission::Admission;
 use super::heal::{Heal, HealLimits};
+use super::lag::{Lag, Timing};
 use super::level::Leveller;
 use super::locks::{BlockLocks, Range};
+use super::memory::Memory;
 use super::repair::Repairs;
 use super::scrub::Scrub;
 use super::shard_set::ShardSet;
@@ -74,6 +76,8 @@ pub(super) struct Replica {
     pub instance: Option<Instance>,
     pub served: Option<Instance>,
     pub purpose: Purpose,
+    /// Of the host, when it greeted last.
+    pub boot: Option<[u8; 16]>,
     pub flush_number: u64,
     /// Counts the times that it was asked for its record.
     pub peeks: u64,
@@ -84,6 +88,7 @@ pub(super) struct Replica {
     pub blocking_told: bool,
     /// Shards that it may hold otherwise than others in sync do: it is asked nothing of them.
     pub doubtful: ShardSet,
+    pub lag: Lag,
 }
 
 pub(super) struct Set {
@@ -92,6 +97,7 @@ pub(super) struct Set {
     /// In-sync nodes that have not stored `storing_generation`, the one that changed this set.
     pub storing: NodeMask,
     pub storing_generation: u64,
+    pub memory: Memory,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -149,6 +155,10 @@ pub(super) struct Part {
     /// Flushes: write marks at sending, by node, and the sequence that may be cleared after.
     pub marks: Vec<(NodeIndex, u64)>,
     pub clear_sequence: u64,
+    /// Flushes: of each set, how many answered changes it covers.
+    pub covers: Vec<u64>,
+    /// Changes and flushes: how their answers come in.
+    pub timing: Timing,
 }
 
 /// How much waits in an image: clients' requests, their parts, and sequences from the first one that is
@@ -205,6 +215,8 @@ pub struct ImageIo {
     pub(super) store_told: bool,
     /// A node has no room in its dirty map: a flush of our own is under way, a clear follows it.
     pub(super) dirty_full: bool,
+    /// Policy was told that some node lags.
+    pub(super) lags_told: bool,
     /// Time after which reads need the nodes' word that this is still the holder, and now.
     pub(super) lease_deadline_ns: u64,
     pub(super) now_ns: u64,
@@ -225,18 +237,21 @@ impl ImageIo {
             instance: None,
             served: None,
             purpose: Purpose::Level,
+            boot: None,
             flush_number: 0,
             peeks: 0,
             write_mark: 0,
             flushed_mark: None,
             blocking_told: false,
             doubtful: ShardSet::default(),
+            lag: Lag::default(),
         });
         let sets = spec.sets.iter().map(|set| Set {
             members: set.members,
             in_sync: set.in_sync,
             storing: NodeMask::EMPTY,
             storing_generation: 0,
+            memory: Memory::default(),
         });
         ImageIo {
             replicas: replicas.collect(),
@@ -261,6 +276,7 @@ impl ImageIo {
             ticks_since_flush: 0,
             store_told: true,
             dirty_full: false,
+            lags_told: false,
             lease_deadline_ns: u64::MAX,
             now_ns: 0,
             asked_ns: 0,

@@ -559,6 +559,7 @@ impl ImageIo {
     }
 
     fn tell_levelled(&mut self) {
+        self.whole_remember();
         let whole = self.whole();
         let (shards, copied_bytes) = (self.leveller.shards_done, self.leveller.copier.copied_bytes);
         for node in self.leveller.told.and(whole).iter() {

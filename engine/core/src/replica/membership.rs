@@ -9,11 +9,12 @@ use crate::wire::{Frame, Status, kind};
 use bytes::Bytes;
 
 impl ImageIo {
-    /// The connection to `node` is ready; `instance` is the one that greeted on it.
-    pub fn link_up(&mut self, node: NodeIndex, instance: Instance) {
+    /// The connection to `node` is ready; `instance` is the one that greeted on it, `boot` that of its host.
+    pub fn link_up(&mut self, node: NodeIndex, instance: Instance, boot: [u8; 16]) {
         if self.phase == Phase::Dead || self.replica(node).state != ReplicaState::Down {
             return;
         }
+        self.heard_boot(node, boot);
         let replica = self.replica(node);
         replica.instance = Some(instance);
         if replica.served.is_some_and(|served| served != instance) {
@@ -307,6 +308,7 @@ impl ImageIo {
         self.store_told = false;
         self.clear.pending = self.clear.pending.and(self.in_sync_everywhere());
         self.heal_reconfigured();
+        self.judge_memory();
         for node in before.without(self.in_sync_anywhere()).iter() {
             self.let_go(node);
         }

@@ -29,10 +29,12 @@ mod copier;
 mod heal;
 mod heal_shards;
 mod image;
+mod lag;
 mod level;
 mod link;
 mod locks;
 mod membership;
+mod memory;
 mod pacing;
 mod repair;
 mod replies;
@@ -174,6 +176,12 @@ pub enum Event {
     Healed { node: NodeIndex, attempt: u64, copied_bytes: u64, bad_blocks: u64 },
     /// A heal has ended early; the node is as stale as before. `node` is the one that was healed.
     HealFailed { node: NodeIndex, attempt: u64, status: Status },
+    /// So many milliseconds later than the first one nodes answered, on the average of the last second, or
+    /// have kept others waiting by now. Told where it is much, and once when it no longer is.
+    Lags { lags: Vec<(NodeIndex, u64)> },
+    /// All nodes in sync have lost their power, and may lack so many changes that were answered since the
+    /// last flush. Their clients hear it with the next one.
+    WritesLost { changes: u64 },
     /// All in-sync nodes of the changed sets hold this generation.
     Stored { generation: u64 },
     /// A node knows a later holder, or a later membership: nothing more is answered, ever.

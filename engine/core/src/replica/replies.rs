@@ -10,7 +10,7 @@ use crate::geometry::BLOCK_BYTES;
 use crate::rules::{Rule, broken};
 use crate::wire::codec::Fields;
 use crate::wire::messages::{Head, Number, Session, take_blocks};
-use crate::wire::{Frame, REPLY, Status, kind};
+use crate::wire::{Frame, REPLY, Status, flag, kind};
 use bytes::Bytes;
 
 /// An answer that no honest node gives; its connection has to end.
@@ -73,6 +73,7 @@ impl ImageIo {
             let replica = self.replica(node);
             replica.flushed_mark = replica.flushed_mark.max(mark);
         }
+        self.measure(id, node);
         let part = &mut self.parts[id];
         part.waiting = part.waiting.without(NodeMask::one(node));
         self.complete_if_answered(id);
@@ -135,9 +136,13 @@ impl ImageIo {
         match part.kind {
             RequestKind::Write | RequestKind::Zero => {
                 self.sequence_answered(part.sequence);
+                self.change_answered(part.set, part.flags & flag::FUA != 0);
                 self.overwritten(part.shard, part.offset, part.length);
             }
-            RequestKind::Flush => self.flush_done(part.clear_sequence),
+            RequestKind::Flush => {
+                self.flush_covered(part.request, &part.covers);
+                self.flush_done(part.clear_sequence);
+            }
             RequestKind::Read | RequestKind::Status | RequestKind::Pause => {}
         }
         self.part_done(part.request);

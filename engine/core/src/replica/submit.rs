@@ -2,6 +2,7 @@
 //! choosing the replica that a read goes to.
 
 use super::image::{ImageIo, Part, Phase, Request, RequestKind};
+use super::lag::Timing;
 use super::locks::Mode;
 use super::{Event, IoError, NodeIndex, NodeMask, Outcome, Output, Token};
 use crate::checksum::block_checksums;
@@ -222,6 +223,8 @@ impl ImageIo {
             confirming: false,
             marks: Vec::new(),
             clear_sequence: 0,
+            covers: Vec::new(),
+            timing: Timing::default(),
         })
     }
 
@@ -372,8 +375,9 @@ impl ImageIo {
             true => self.next_sequence - 1,
             false => self.answered_through(),
         };
+        let covers = self.flush_covers();
         let part = &mut self.parts[id];
-        (part.wanted, part.waiting) = (waiting, waiting);
+        (part.wanted, part.waiting, part.covers) = (waiting, waiting, covers);
         part.clear_sequence = clear_sequence;
         let up = waiting.and(self.attached());
         self.send_flush(id, up);
@@ -421,6 +425,7 @@ impl ImageIo {
         if !matches!(self.phase, Phase::Running | Phase::Closing) {
             return;
         }
+        self.tell_lags();
         self.tick_levelling();
         self.ticks_since_flush += 1;
         let idle_clear = self.clear.pending.and(self.whole());
@@ -452,8 +457,9 @@ impl ImageIo {
 
     /// Sends a part to those of `nodes` that wait for it and were not asked.
     pub(super) fn send_missing(&mut self, id: usize, nodes: NodeMask) {
-        let part = &self.parts[id];
+        let part = &mut self.parts[id];
         let missing = part.waiting.without(part.sent).and(nodes);
+        part.asked_late(missing);
         match part.kind {
             RequestKind::Write | RequestKind::Zero => self.send_change(id, missing),
             RequestKind::Flush => self.send_flush(id, missing),

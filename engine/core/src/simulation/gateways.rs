@@ -307,11 +307,13 @@ impl World {
         }
         match item {
             Item::Greeting(hello) => {
-                let instance = instance_of(&hello);
+                let (instance, boot) = (instance_of(&hello), hello.boot);
                 link.hello = hello.clone();
                 link.state =
                     LinkState::Ready { connection: id, heard_ns: now_ns, pinged_ns: now_ns };
-                self.for_images_of(gateway, node, |io, index| io.link_up(index, instance));
+                self.for_images_of(gateway, node, |io, index| {
+                    io.link_up(index, instance, boot);
+                });
                 self.tell(gateway, GatewayEvent::LinkUp { hello });
             }
             Item::Close => self.end_link(gateway, id, "closed by the node"),
@@ -346,7 +348,7 @@ impl World {
         for (index, node) in nodes.iter().enumerate() {
             let link = self.gateways[gateway].links.iter().find(|link| link.node == *node);
             if let Some(link) = link.filter(|l| matches!(l.state, LinkState::Ready { .. })) {
-                io.link_up(index as NodeIndex, instance_of(&link.hello));
+                io.link_up(index as NodeIndex, instance_of(&link.hello), link.hello.boot);
             }
         }
         self.gateways[gateway].images.insert(channel, Image { io, nodes });

@@ -19,7 +19,7 @@ pub(super) struct Node {
     /// Counts the runs of its process.
     pub run: u64,
     pub paused: bool,
-    /// Names the boot of its host: power cuts begin a new one.
+    /// Names the memory of its host: power cuts begin a new one, and syncs that fail.
     boot: u64,
     /// What was due while it was paused.
     held: Vec<Action>,
@@ -61,6 +61,7 @@ impl World {
             let power = (crash == Some(Crash::PowerCut)).then(|| self.random.number());
             self.nodes[node].sim.stop(power);
             // A sync of the opening may have failed, too.
+            self.nodes[node].boot += 1;
             self.remembers.retain(|(other, _)| *other != node);
             return Err(error);
         }
@@ -239,7 +240,8 @@ impl World {
         let power = crashed && slot.armed == Some(Crash::PowerCut);
         self.stop_node(node, power);
         if io_failed {
-            // The kernel gives up what a failed sync left.
+            // The kernel gives up what a failed sync left; the node's next process says so.
+            self.nodes[node].boot += 1;
             self.remembers.retain(|(other, _)| *other != node);
         }
         let power = power || io_failed;

@@ -6,7 +6,7 @@ use super::policy::{Policy, QUORUM, Stored, digest};
 use crate::content::Run;
 use crate::geometry::{BLOCK_BYTES, Geometry, ImageId};
 use crate::replica::{
-    Event, HealLimits, ImageIo, Instance, NodeIndex, NodeMask, OpenSpec, Outcome, Output,
+    Event, HealLimits, ImageIo, Instance, IoError, NodeIndex, NodeMask, OpenSpec, Outcome, Output,
     ScrubSpec, ScrubState, SetSpec, Token,
 };
 use crate::simulation::LogSize;
@@ -70,10 +70,14 @@ pub struct Cluster {
     pub oracle: Oracle,
     asked: HashMap<u64, Asked>,
     cookies: u64,
+    /// Counts the power cuts of each host.
+    boots: [u8; NODES],
     /// Lost what was not synced since it was last up.
     forgetful: [bool; NODES],
     opened: bool,
     pub closed: Option<bool>,
+    /// Flushes that failed because of power cuts.
+    pub losses_told: u64,
     /// Stale nodes that former holders took in.
     healed: u64,
 }
@@ -134,9 +138,11 @@ impl Cluster {
             oracle: Oracle::new(SECTORS, faults == Faults::PowerCuts),
             asked: HashMap::new(),
             cookies: 0,
+            boots: [0; NODES],
             forgetful: [false; NODES],
             opened: false,
             closed: None,
+            losses_told: 0,
             healed: 0,
         };
         (0..NODES).for_each(|node| cluster.connect(node));
@@ -295,6 +301,7 @@ impl Cluster {
                 }
                 Output::Answer { token, outcome } => self.answered(token.cookie, outcome),
                 Output::Event(Event::Closed { clean }) => self.closed = Some(clean),
+                Output::Event(Event::Lags { .. } | Event::WritesLost { .. }) => {}
                 Output::Event(event) => {
                     let instance = match &event {
                         Event::Peeked { node, .. } => {
@@ -395,6 +402,10 @@ impl Cluster {
                 self.oracle.write_answered(cookie, self.now, durable);
             }
             (Asked::Flush, Outcome::Done) => self.oracle.flush_answered(cookie, self.now),
+            (Asked::Flush, Outcome::Failed(IoError::Io)) if self.oracle.flushed_only => {
+                self.losses_told += 1;
+                self.oracle.flush_failed(cookie);
+            }
             (_, outcome) => panic!("a request got {outcome:?}"),
         }
         self.now += 1;
@@ -409,7 +420,8 @@ impl Cluster {
         self.connections += 1;
         self.links[node].up = true;
         self.links[node].connection = self.connections;
-        self.io.link_up(node as NodeIndex, self.nodes[node].instance());
+        let boot = [self.boots[node]; 16];
+        self.io.link_up(node as NodeIndex, self.nodes[node].instance(), boot);
         self.carry_out();
     }
 
@@ -479,6 +491,7 @@ impl Cluster {
 
     pub fn restart_node(&mut self, node: usize, power: bool) {
         self.forgetful[node] |= power;
+        self.boots[node] = self.boots[node].wrapping_add(u8::from(power));
         let seed = power.then(|| self.random.number());
         self.nodes[node].restart(seed);
         self.links[node].late.clear();
@@ -511,7 +524,8 @@ impl Cluster {
         self.policy = Policy::new(record, NODES, rots(self.faults));
         self.events.clear();
         self.asked.clear();
-        self.oracle.gateway_gone();
+        let forgetful = self.forgetful.iter().any(|forgetful| *forgetful);
+        self.oracle.gateway_gone(forgetful);
         self.opened = false;
         self.closed = None;
     }

@@ -4,6 +4,7 @@ mod cluster;
 mod heals;
 mod histories;
 mod levels;
+mod memory;
 mod node;
 mod oracle;
 mod policy;

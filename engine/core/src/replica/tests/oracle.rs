@@ -14,8 +14,17 @@ struct Written {
     answered: Option<u64>,
     /// Sure to outlive a power cut from then on.
     flushed: Option<u64>,
+    /// Nothing is promised of it any more.
+    doubtful: bool,
     /// Its gateway is gone: it counts as answered from the next open on, whatever became of it.
     orphan: bool,
+}
+
+impl Written {
+    fn new() -> Written {
+        let (id, stamp, begun, answered, flushed) = (0, 0, 0, None, None);
+        Written { id, stamp, begun, answered, flushed, doubtful: false, orphan: false }
+    }
 }
 
 /// All writes to the region, in order of their begin.
@@ -34,6 +43,7 @@ impl Oracle {
             begun: 0,
             answered: Some(0),
             flushed: Some(0),
+            doubtful: false,
             orphan: false,
         };
         Oracle { sectors: vec![vec![zero]; sectors], flushed_only, flushes: HashMap::new() }
@@ -46,8 +56,7 @@ impl Oracle {
         (id, stamp): (u64, u64),
         now: u64,
     ) {
-        let written =
-            Written { id, stamp, begun: now, answered: None, flushed: None, orphan: false };
+        let written = Written { id, stamp, begun: now, ..Written::new() };
         self.sectors[first..first + sectors].iter_mut().for_each(|s| s.push(written));
     }
 
@@ -65,13 +74,29 @@ impl Oracle {
     pub fn flush_answered(&mut self, id: u64, now: u64) {
         let begun = self.flushes.remove(&id).expect("a flush that began");
         for written in self.sectors.iter_mut().flatten().filter(|w| !w.orphan) {
-            if written.answered.is_some_and(|at| at < begun) && written.flushed.is_none() {
+            let covered = written.answered.is_some_and(|at| at < begun) && !written.doubtful;
+            if covered && written.flushed.is_none() {
                 written.flushed = Some(now);
             }
         }
     }
 
-    pub fn gateway_gone(&mut self) {
+    /// A flush says that what was answered and not flushed may be gone.
+    pub fn flush_failed(&mut self, id: u64) {
+        self.flushes.remove(&id).expect("a flush that began");
+        self.doubt();
+    }
+
+    fn doubt(&mut self) {
+        let unflushed = self.sectors.iter_mut().flatten().filter(|w| w.flushed.is_none());
+        unflushed.for_each(|written| written.doubtful |= written.answered.is_some());
+    }
+
+    /// `forgetful`: memory was lost, of which the next holder does not tell.
+    pub fn gateway_gone(&mut self, forgetful: bool) {
+        if forgetful {
+            self.doubt();
+        }
         self.flushes.clear();
         let open = self.sectors.iter_mut().flatten().filter(|w| w.answered.is_none());
         open.for_each(|written| written.orphan = true);

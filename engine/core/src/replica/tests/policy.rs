@@ -125,6 +125,7 @@ impl Policy {
                 }
             }
             Event::Stored { .. } | Event::Closed { .. } => {}
+            Event::WritesLost { .. } | Event::Lags { .. } => {}
             Event::Healed { attempt, .. } => {
                 if let Some(heal) = self.heal.as_mut().filter(|heal| heal.attempt == attempt) {
                     heal.healed = true;
@@ -250,6 +251,16 @@ impl Policy {
             io.admit(&self.with_serials(join), false);
         }
         self.begin_heal(io);
+    }
+
+    /// A record without these nodes, whoever is there to go on.
+    pub fn leaves_behind(&mut self, nodes: NodeMask, io: &mut ImageIo) {
+        let mut since = self.record.since;
+        nodes.iter().for_each(|node| since[usize::from(node)] = self.record.generation);
+        let in_sync = self.record.in_sync.without(nodes);
+        let generation = self.record.generation + 1;
+        self.proposal = Some(Stored { generation, in_sync, since, ..self.record });
+        self.proposal_taken(io);
     }
 
     /// The cluster's state took the proposal.

@@ -123,7 +123,7 @@ fn a_node_stale_in_a_set_keeps_its_dirty_entries_of_that_set() {
     let mut dirty = [sets.shard_of_set(0), sets.shard_of_set(1)];
     dirty.sort_unstable();
     let instance = |node: u8| Instance { store: [node; 16], start_counter: 1 };
-    (0..4).for_each(|node| sets.io.link_up(node, instance(node)));
+    (0..4).for_each(|node| sets.io.link_up(node, instance(node), [0; 16]));
     sets.run(&dirty);
     assert!(sets.io.is_running(), "{:?}", sets.io.replica_states());
     let token = Token { client: 1, cookie: 1 };
