@@ -206,8 +206,19 @@ impl EventLoop {
         }
     }
 
+    /// Whether nothing of a client is to be worked on now; one that is gone has nothing.
+    fn is_paused(&self, index: usize) -> bool {
+        self.clients.get(index).is_none_or(|client| client.is_paused(&self.budget))
+    }
+
     /// Works on what a client has sent, in whichever phase it is.
     fn process_client(&mut self, index: usize) {
+        if self.is_paused(index) {
+            self.flush_client(index);
+            if self.is_paused(index) {
+                return;
+            }
+        }
         let Some(client) = self.clients.get_mut(index) else { return };
         let need = match client.channel() {
             None => client.handshake(self.now_ns),
@@ -258,8 +269,8 @@ impl EventLoop {
     /// Sends what waits; then what the client has sent meanwhile, and was held back, goes on.
     fn resume_client(&mut self, index: usize) {
         self.flush_client(index);
-        let Some(client) = self.clients.get(index) else { return };
-        if !client.is_paused(&self.budget) && !client.stream.input.is_empty() {
+        let waits = |client: &Client| !client.stream.input.is_empty();
+        if self.clients.get(index).is_some_and(waits) && !self.is_paused(index) {
             self.process_client(index);
         }
     }
