@@ -10,10 +10,10 @@ use super::replies::BadReply;
 use super::{NodeIndex, NodeMask};
 use crate::checksum::crc32c;
 use crate::content::Block;
-use crate::geometry::{BLOCK_BYTES, LayerId, Tag};
+use crate::geometry::{BLOCK_BYTES, LayerId, SHARD_BYTES_MAX, Tag};
 use crate::wire::codec::Fields;
-use crate::wire::messages::{BlocksReply, Copy, Head, ShardRange};
-use crate::wire::{Frame, Status, kind};
+use crate::wire::messages::{BlocksReply, Copy, Head, ShardRange, TAGGED_BLOCK_BYTES};
+use crate::wire::{Frame, HEAD_BYTES_MAX, PAYLOAD_BYTES_MAX, Status, kind};
 use bytes::{Bytes, BytesMut};
 use slab::Slab;
 use std::collections::VecDeque;
@@ -23,6 +23,13 @@ use std::ops::Range;
 const FETCHES_AT_ONCE: usize = 2;
 /// Blocks of a fetch beside clients: no request of theirs waits long behind it.
 const NARROW_BLOCKS: u32 = 64;
+
+// Whatever differs, no frame is larger than the wire takes: summaries are of one shard, copies of one payload.
+const _: () = assert!(
+    (SHARD_BYTES_MAX / BLOCK_BYTES) as usize * TAGGED_BLOCK_BYTES + 64 <= HEAD_BYTES_MAX
+        && PAYLOAD_BYTES_MAX / BLOCK_BYTES as usize * (TAGGED_BLOCK_BYTES + 4) + 64
+            <= HEAD_BYTES_MAX
+);
 
 /// What a frame in flight was for.
 #[derive(Clone, Debug)]
@@ -378,5 +385,79 @@ fn verify_fetch(reply: &BlocksReply, run: &CopyRun, payload: &Bytes) -> Result<(
     match (chunks.next(), chunks.remainder().is_empty()) {
         (None, true) => Ok(()),
         _ => Err(BadReply("a fetch longer than its block list")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BLOCKS: u32 = SHARD_BYTES_MAX / BLOCK_BYTES;
+    const STAMP: CopyStamp = CopyStamp { epoch: 1, generation: 1, blocks_per_shard: BLOCKS };
+
+    fn frame(kind: u8, head: &impl Head, payload: Bytes) -> Frame {
+        let mut bytes = BytesMut::new();
+        head.put(&mut bytes);
+        let (head, status) = (bytes.freeze(), Status::Ok);
+        Frame { kind, flags: 0, status, channel: 1, tag: 0, head, payload }
+    }
+
+    /// Plays nodes of which the second lacks every `step`th block; gives what was fetched, piece by piece.
+    fn fetched(copier: &mut Copier, step: u32, limited: bool) -> Vec<u32> {
+        let block = vec![7; BLOCK_BYTES as usize];
+        let held = (Block::Data(crc32c(&block)), Tag::NONE);
+        let members = NodeMask(0b11);
+        let compared = Comparison::new(NodeMask::one(0), NodeMask::one(1));
+        let _ = copier.start((1, 0), compared, members, limited, STAMP);
+        let (mut pieces, mut ended) = (Vec::new(), false);
+        while let Some(order) = copier.orders.pop_front() {
+            for node in order.nodes.iter() {
+                let answer = match (&order.head, &order.ask) {
+                    (OrderHead::Summary(_), _) => {
+                        let lacks = |index: &u32| node == 1 && index.is_multiple_of(step);
+                        let absent = (Block::Absent, Tag::NONE);
+                        let of = |index| if lacks(&index) { absent } else { held };
+                        let blocks = (0..BLOCKS).map(of).collect();
+                        frame(kind::SUMMARY, &BlocksReply { generation: 1, blocks }, Bytes::new())
+                    }
+                    (OrderHead::Fetch(range), _) => {
+                        pieces.push(range.blocks);
+                        let blocks = vec![held; range.blocks as usize];
+                        let content = block.repeat(range.blocks as usize);
+                        let reply = BlocksReply { generation: 1, blocks };
+                        frame(kind::FETCH, &reply, Bytes::from(content))
+                    }
+                    (OrderHead::Copy(copy), _) => frame(kind::COPY, copy, Bytes::new()),
+                };
+                assert!(answer.head.len() <= HEAD_BYTES_MAX);
+                let taken = copier.take(node, order.ask.clone(), answer, STAMP);
+                ended |= taken.expect("an honest answer").done.is_some();
+            }
+        }
+        assert!(ended, "all is copied");
+        pieces
+    }
+
+    #[test]
+    fn whole_shard_that_differs_travels_in_pieces_that_fit() {
+        let pieces = fetched(&mut Copier::default(), 1, false);
+        assert_eq!(pieces.iter().sum::<u32>(), BLOCKS);
+        assert!(pieces.iter().all(|blocks| blocks * BLOCK_BYTES <= PAYLOAD_BYTES_MAX as u32));
+    }
+
+    #[test]
+    fn beside_clients_every_piece_is_small_also_of_what_somebody_waits_for() {
+        let mut copier = Copier::paced(Pacing::new(0, 25, 0));
+        copier.pacing.refill(1_000_000_000, 1_000_000_000, false);
+        assert!(copier.pacing.is_beside_clients());
+        let pieces = fetched(&mut copier, 1, false);
+        assert_eq!(pieces.iter().sum::<u32>(), BLOCKS);
+        assert!(pieces.iter().all(|blocks| *blocks <= NARROW_BLOCKS));
+    }
+
+    #[test]
+    fn blocks_that_differ_here_and_there_travel_alone() {
+        let pieces = fetched(&mut Copier::default(), 2, false);
+        assert_eq!((pieces.len(), pieces[0]), (BLOCKS as usize / 2, 1));
     }
 }

@@ -506,8 +506,11 @@ fn put_tagged(out: &mut BytesMut, blocks: &[(Block, Tag)]) {
     });
 }
 
+/// Of a block's state, checksum and tag.
+pub const TAGGED_BLOCK_BYTES: usize = 21;
+
 fn take_tagged(f: &mut Fields) -> Result<Vec<(Block, Tag)>, Short> {
-    f.list(21, |f| Ok((take_block(f)?, take_tag(f)?)))
+    f.list(TAGGED_BLOCK_BYTES, |f| Ok((take_block(f)?, take_tag(f)?)))
 }
 
 /// COPY: make these blocks so, with their source's tags, under the orderer's epoch and generation.
