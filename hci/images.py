@@ -68,7 +68,8 @@ def url(gateway: GatewayConfig, name: ImageName, *, tcp: bool = False) -> str:
         return transfer.nbd_uri(str(name), gateway.nbd_socket)
     if gateway.nbd_listen is None:
         raise ConfigError(f"gateway.{gateway.name} has no `nbd_listen`, so it has no TCP address")
-    return f"nbd://{gateway.nbd_listen}/{quote(str(name))}"
+    scheme = "nbds" if gateway.tls is not None and gateway.tls.tcp != "off" else "nbd"
+    return f"{scheme}://{gateway.nbd_listen}/{quote(str(name))}"
 
 
 def remove(records: Catalog, name: ImageName) -> None:

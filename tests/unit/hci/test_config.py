@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from hci import config
+from hci import config, images
 from hci.config import DEFAULT_LOG_BYTES, AccessRule, ClientLimits, Endpoint
 from hci.errors import ConfigError
+from vmstore.names import parse_image_name
 from vmstore.slowness import SlowLimits
 
 PATH = Path("/etc/hci/hci.toml")
@@ -219,6 +220,9 @@ def test_config_of_tls_is_read_with_its_rules() -> None:
     assert found is not None
     assert (found.tcp, found.socket) == ("required", "off")
     assert found.client_ca == Path("/etc/hci/ca-cert.pem")
+    gateway = config.parse(WHOLE + TLS, PATH).gateway("gateway1")
+    url = images.url(gateway, parse_image_name("vms/a"), tcp=True)
+    assert url == "nbds://127.0.0.1:10809/vms/a"
     assert found.access == (
         AccessRule(("CN=host*",), ("vms/*",), read_only=False),
         AccessRule(("DNS:backup.example.org",), ("*",), read_only=True),
