@@ -165,7 +165,7 @@ DEFECTS = (
     Defect("a flush is durable", "invariant 1", "power", 40, ("FlushIsDurable",)),
     Defect("unanswered writes are asked again", "invariant 2", "power", 100,
            ("UnansweredAskedAgain",)),
-    Defect("levelled means durable", "5: copies that are not synced", "power", 60,
+    Defect("levelled means durable", "5: copies that are not synced", "power", 200,
            ("LevelIsDurable",)),
     Defect("level before requests", "18: copies that land on newer data", "kills", 40,
            ("LevelBeforeRequests",)),
