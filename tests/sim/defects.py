@@ -186,7 +186,7 @@ DEFECTS = (
            ("HealedNodeAnswers",)),
     Defect("a lost healed node is awaited", "5: the end of a heal races an answer", "heals", 20,
            ("LostHealedIsAwaited",)),
-    Defect("a heal needs its sources", "5: a new holder trusts old marks", "missed", 40,
+    Defect("a heal needs its sources", "5: a new holder trusts old marks", "missed", 120,
            ("HealNeedsItsSources",)),
     Defect("healed means durable", "5: copies that are not synced", "heals", 60,
            ("HealedIsDurable",)),
