@@ -165,13 +165,23 @@ class Gateway:
 class Node:
     """A storage node's store, and the event loop that serves it to gateways.
 
-    Opening it locks the folder, replays the log and raises the start counter. Raises OSError where
+    Opening it locks the folder, replays the log and raises the start counter, above `seen_counter`
+    too. Nothing that it has of the images `distrusted` counts. Raises OSError where
     the folder cannot be used, RuntimeError where the store in it cannot (another cluster's or
     node's, open elsewhere, damaged).
     """
 
     def __new__(
-        cls, data_dir: str, *, cluster: str, name: str, new_store_id: str, boot: str, log_bytes: int
+        cls,
+        data_dir: str,
+        *,
+        cluster: str,
+        name: str,
+        new_store_id: str,
+        boot: str,
+        log_bytes: int,
+        seen_counter: int = 0,
+        distrusted: list[str] = ...,
     ) -> Node: ...
     @property
     def start_counter(self) -> int: ...
@@ -199,7 +209,8 @@ class Node:
 
     def inventory(self) -> dict[str, Any]:
         """Return `images`, each with image, epoch, holder, generation, digest and body of its
-        record, and `deleted`: ids of images that were deleted here."""
+        record; `deleted`: ids of images that were deleted here; and `distrusted`: of those given
+        at the start whose heal has not begun yet."""
 
     def folders(self) -> list[str]:
         """Return the images that have a folder on the disk, with a record or without one."""
@@ -254,8 +265,10 @@ class Simulation:
         ("node_ended", node, whether it may have lost what was not synced, why).
         """
 
-    def start_node(self, node: int) -> tuple[str, int]:
-        """Start a process; return store and start counter. Raises RuntimeError."""
+    def start_node(
+        self, node: int, seen_counter: int = 0, distrusted: list[str] = ...
+    ) -> tuple[str, int]:
+        """Start a process, as `Node` is made; return store and start counter. Raises RuntimeError."""
 
     def stop_node(self, node: int, power: bool) -> None:
         """Kill it; with `power` all goes that was not synced."""
@@ -385,6 +398,12 @@ class Simulation:
     def flush(self, gateway: int, channel: int, client: int, cookie: int) -> bool: ...
     def node_record(self, node: int, image: str) -> tuple[int, str, int, bytes] | None:
         """Return epoch, holder, generation and digest of the record on a running node."""
+
+    def images(self, node: int) -> list[str]:
+        """Return the images that a running node has a record of."""
+
+    def distrusted(self, node: int) -> list[str]:
+        """Return those of which nothing counts that it has, since its store was set back."""
 
     def dirty(self, node: int, image: str) -> list[int]:
         """Return the dirty shards of a running node."""

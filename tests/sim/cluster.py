@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from shard.placement import FailureDomain, replica_set_index
 from tests.sim.arbiters import Site
 from tests.sim.clock import SECOND_NS, Clock, Process
 from tests.sim.cluster_state import Door, Path, State
-from tests.sim.guest import IN_FLIGHT_MAX, Guest, Life, Shared
+from tests.sim.guest import BLOCK_BYTES, IN_FLIGHT_MAX, Guest, Life, Shared
 from tests.sim.oracle import SECTOR_BYTES, Oracle, Violation
 from tests.sim.processes import SimGateway, SimNode
 from vmstore.catalog import Catalog
@@ -27,7 +27,6 @@ from vmstore.holder import Phase
 from vmstore.names import ImageName
 
 SHARD_BYTES = 1 << 20
-BLOCK_BYTES = 4096
 POOL = "vms"
 IMAGE = "disk"
 IMAGE_NAME = f"{POOL}/{IMAGE}"
@@ -98,6 +97,10 @@ class Cluster:
         self.on_event: Callable[[int, str, str], None] = lambda _gateway, _kind, _node: None
         """Hears what an engine tells of a node: (gateway, kind of event, node)."""
         self._kept_down: set[int] = set()
+        self._counters: dict[int, int] = {}
+        """The highest start counter of each node so far."""
+        self._marks: dict[int, tuple[int, frozenset[str]]] = {}
+        """Of nodes that were set back: what was seen of them, and what is distrusted on them."""
 
     # Time
 
@@ -248,15 +251,16 @@ class Cluster:
         self._kept_down.discard(node)
         if self.nodes[node] is not None or node in self.refused:
             return
+        seen, marked = self._marks.get(node, (0, frozenset()))
         try:
-            store_id, counter = self.world.start_node(node)
+            store_id, counter = self.world.start_node(node, seen, sorted(marked))
         except RuntimeError as error:
             self.say(f"{self.names[node]} cannot start: {error}")
             self.judge_memory()
             self._restart_later(node)
             return
         self.say(f"{self.names[node]} starts, instance {counter}")
-        self.nodes[node] = SimNode(
+        self.nodes[node] = process = SimNode(
             self.clock,
             self.world,
             self.state,
@@ -265,8 +269,42 @@ class Cluster:
             name=self.names[node],
             store_id=store_id,
             start_counter=counter,
-            refused=lambda why: self._node_refused(node, why),
+            run=f"{node:016x}{next(self._numbers):016x}",
+            refused=lambda why, for_good: self._node_refused(node, why, for_good=for_good),
+            set_back=lambda seen: self._node_set_back(node, seen),
         )
+        if counter <= self._counters.get(node, 0):
+            # It is judged before it listens.
+            self.world.pause_node(node)
+            self._serve_when_judged(node, process)
+        self._counters[node] = max(counter, self._counters.get(node, 0))
+
+    def _serve_when_judged(self, node: int, process: SimNode) -> None:
+        if self.nodes[node] is process:
+            if process.may_serve:
+                self.world.continue_node(node)
+            else:
+                self.clock.after(0.01, lambda: self._serve_when_judged(node, process))
+
+    def _node_set_back(self, node: int, seen: int) -> None:
+        """Go on as a new instance, on which nothing counts that it holds."""
+        _, marked = self._marks.get(node, (0, frozenset()))
+        self._marks[node] = (seen, marked | frozenset(self.world.images(node)))
+        self.say(f"{self.names[node]} was set back, the cluster saw start {seen}")
+
+        def again() -> None:
+            if self.nodes[node] is not None:
+                self.stop_node(node, power=False)
+                self.start_node(node)
+
+        self.clock.after(0, again)
+
+    def _forget_marks(self) -> None:
+        """As a node's daemon does: cross out what a holder has begun to heal."""
+        for node, (seen, marked) in self._marks.items():
+            if self.nodes[node] is not None:
+                left = frozenset(self.world.distrusted(node))
+                self._marks[node] = (seen if left else 0, marked & left)
 
     def stop_node(self, node: int, *, power: bool) -> None:
         """Kill a node's process, or cut its host's power."""
@@ -303,9 +341,10 @@ class Cluster:
 
         self.clock.after(self.chance.choice((0.3, 1.0, 3.0, 8.0)), restart)
 
-    def _node_refused(self, node: int, why: str) -> None:
+    def _node_refused(self, node: int, why: str, *, for_good: bool) -> None:
         self.say(f"{self.names[node]} may not serve: {why}")
-        self.refused.add(node)
+        if for_good:
+            self.refused.add(node)
         self.clock.after(0, lambda: self.stop_node(node, power=False))
 
     def pause_node(self, node: int) -> None:
@@ -503,6 +542,7 @@ class Cluster:
 
     def check(self) -> None:
         """Check what takes a while: replicas, records, queues. Raises Violation."""
+        self._forget_marks()
         self._check_records()
         self._check_replicas()
         self._check_queues()
@@ -581,9 +621,9 @@ class Cluster:
 
     # The end
 
-    def mend(self) -> None:
-        """End all faults."""
-        self.say("all faults end")
+    def mend(self, away: Collection[int] = (), *, arbiter: bool = True) -> None:
+        """End all faults, but that some nodes, or the arbiter, stay away."""
+        self.say("all faults end" if arbiter and not away else "all faults end but for some")
         self.state.up = True
         paths = (self.site.path, *self.site.ways.values())
         for path in (*self.node_paths, *self.gateway_paths, *paths):
@@ -598,13 +638,70 @@ class Cluster:
             self.continue_node(node)
             self.world.set_free_bytes(node, None)
             self.world.set_disk_speed(node, 100_000, 4_000_000)
-            self.start_node(node)
+            if node in away:
+                self.keep_down(node, power=False)
+            else:
+                self.start_node(node)
         if self.shape.arbiter:
             self.site.go_on()
-            self.site.start()
+            if arbiter:
+                self.site.start()
+            else:
+                self.site.keep_down(power=False)
         for gateway in range(self.shape.gateways):
             self.continue_gateway(gateway)
             self.start_gateway(gateway)
+
+    def overdue(self, limit_s: float) -> str:
+        """Say what has waited for so long although those who are here suffice; empty: nothing."""
+        record = self.record
+        assert record is not None
+        if record.stale and not self._may_change():
+            # What etcd has taken counts when the arbiter has heard of it.
+            return ""
+        goes_on = [self._goes_on(index) for index in range(len(record.sets))]
+        if all(goes_on) and not self.serving():
+            return "nobody is served, and each set has its quorum"
+        for guest in self.serving():
+            for kind, begun_s, blocks in self._able(guest, goes_on):
+                if begun_s < self.clock.now_s - limit_s:
+                    where = f"blocks {blocks.start} to {blocks.stop}" if blocks else "all"
+                    return f"a {kind} of {guest.name} waits ({where}), and its sets can go on"
+        if not (self.serving() and all(goes_on) and self._may_change()):
+            return ""
+        up = self.nodes_up()
+        waits = sorted(up & {name for stale in record.stale.values() for name in stale})
+        return f"{', '.join(waits)} are here, and are not healed" if waits else ""
+
+    def _able(self, guest: Guest, goes_on: list[bool]) -> list[tuple[str, float, range]]:
+        """Return the unanswered requests of sets that can go on, and that wait for no other one."""
+        per_shard = SHARD_BYTES // BLOCK_BYTES
+
+        def goes(blocks: range) -> bool:
+            return all(goes_on[self.set_of(block // per_shard)] for block in blocks)
+
+        able = [each for each in guest.waiting() if each[2] and goes(each[2])]
+        held = [each for each in guest.waiting() if each[2] and not goes(each[2])]
+        while held:
+            # Whoever shares a block with one that waits waits behind it.
+            one = held.pop()[2]
+            behind = [each for each in able if each[2].start < one.stop and one.start < each[2].stop]
+            able = [each for each in able if each not in behind]
+            held += behind
+        flushes = [each for each in guest.waiting() if not each[2]]
+        return able + (flushes if all(goes_on) else [])
+
+    def _goes_on(self, index: int) -> bool:
+        """Whether a set can answer writes with the nodes that are up."""
+        assert self.record is not None
+        in_sync = set(self.record.membership.in_sync(index))
+        here = in_sync & self.nodes_up()
+        if here == in_sync:
+            return True
+        return len(here) >= self.record.policy.quorum and self._may_change()
+
+    def _may_change(self) -> bool:
+        return not self.shape.arbiter or self.site.replaceable()
 
     def all_level(self) -> bool:
         """Whether a guest is served, nothing waits, and every node in sync is there."""

@@ -6,8 +6,8 @@ import random
 from collections.abc import Callable
 
 from etcd.memory import Backup
-from tests.sim.cluster import BLOCK_BYTES, SHARD_BYTES, Cluster
-from tests.sim.guest import Life
+from tests.sim.cluster import SHARD_BYTES, Cluster
+from tests.sim.guest import BLOCK_BYTES, Life
 from tests.sim.processes import SimNode
 
 
@@ -215,6 +215,19 @@ class Faults:
         cluster.judge_memory()
         cluster.say(f"{cluster.names[victim]}: the disk's snapshot is put back")
         cluster.start_node(victim)
+
+    def set_back(self) -> None:
+        """A snapshot of any former run is put back: the start counter is behind, or as it was."""
+        cluster, victim = self.cluster, self._victim
+        if self._snapshot_of is None:
+            self.snapshot()
+            return
+        self._snapshot_of = None
+        cluster.keep_down(victim, power=False)
+        cluster.world.restore_disk(victim)
+        cluster.judge_memory()
+        cluster.say(f"{cluster.names[victim]}: an older copy of its disk is put back")
+        self._for_a_while(lambda: cluster.start_node(victim), 0.0, 0.5, 4.0)
 
     def back_up(self) -> None:
         """Somebody backs etcd up."""

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 from engine._engine import Simulation
 from tests.sim.clock import Clock
-from tests.sim.oracle import Oracle, Written
+from tests.sim.oracle import SECTOR_BYTES, Oracle, Written
 
 if TYPE_CHECKING:
     from tests.sim.processes import SimGateway
 
+BLOCK_BYTES = 4096
 IN_FLIGHT_MAX = 12
 CHANGES_IN_FLIGHT_MAX = 5
 """What waits for a lost node must not keep a guest from reading."""
@@ -109,6 +110,18 @@ class Guest:
     def unanswered(self) -> list[int]:
         """Return the tokens of requests that are not answered."""
         return list(self._asked)
+
+    def waiting(self) -> list[tuple[str, float, range]]:
+        """Return what is not answered: what it is, when it was asked, and the blocks it is of."""
+        per_block = BLOCK_BYTES // SECTOR_BYTES
+        return [
+            (
+                asked.kind,
+                asked.begun,
+                range(asked.first // per_block, -(-(asked.first + asked.sectors) // per_block)),
+            )
+            for asked in self._asked.values()
+        ]
 
     @property
     def in_flight(self) -> int:

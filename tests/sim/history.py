@@ -9,13 +9,17 @@ from dataclasses import dataclass, field
 import structlog
 
 from tests.sim.cluster import Cluster
-from tests.sim.faults import Faults
 from tests.sim.guest import Life
 from tests.sim.kinds import KINDS
 from tests.sim.oracle import Violation
+from tests.sim.strikes import Strikes
 
 SETTLE_S = 90.0
 """Until everything works again after the last fault: opening takes 20 s at most, leases 10."""
+
+OVERDUE_S = 12.0
+"""What can be answered is answered within this time when no fault begins: a silent node is given up
+after 4 s, a lost one left behind after 3 more."""
 
 CHECK_S = 0.7
 
@@ -44,7 +48,7 @@ class Outcome:
         return "\n".join([head, *self.lines, tail])
 
 
-class History(Faults):
+class History(Strikes):
     """Plays one seed."""
 
     def __init__(self, seed: int, *, frames: bool = False) -> None:
@@ -117,6 +121,8 @@ class History(Faults):
         cluster.clock.after(0.5, self._keep_guests)
         cluster.run_for(self.length_s)
         self._over = True
+        if self.kind.some_away:
+            self.mended_but_for_some()
         self.mended()
 
     def _check(self) -> None:
@@ -145,6 +151,28 @@ class History(Faults):
         act()
         pause_s = self.chance.expovariate(1 / self.pause_s)
         self.cluster.clock.after(pause_s, self._next_fault)
+
+    def mended_but_for_some(self) -> None:
+        """Some stay away, all other faults end: who can go on without them does. Raises Violation."""
+        cluster = self.cluster
+        nodes, arbiter = self._choose_away()
+        cluster.mend(nodes, arbiter=arbiter)
+        # As in `mended`; what is asked meanwhile is judged when it has had its time.
+        cluster.run_for(15.0)
+        cluster.run_for(30.0, lambda: bool(cluster.serving()))
+        cluster.run_for(OVERDUE_S)
+        if not cluster.run_for(SETTLE_S, lambda: not cluster.overdue(OVERDUE_S)):
+            raise Violation(f"{cluster.overdue(OVERDUE_S)}: {self._stuck()}")
+        cluster.say("all that can go on does")
+
+    def _choose_away(self) -> tuple[frozenset[int], bool]:
+        """Return the nodes that stay away, and whether the arbiter is there."""
+        shape = self.cluster.shape
+        if shape.arbiter and self.chance.random() < 0.2:
+            return frozenset(), False
+        most = 2 if shape.replica_sets > 1 and not shape.arbiter else 1
+        count = self.chance.randint(1, most)
+        return frozenset(self.chance.sample(range(shape.nodes), count)), True
 
     def mended(self) -> None:
         """End all faults; everything must work again, and hold what it should. Raises Violation."""

@@ -22,6 +22,8 @@ class Kind:
     """Guests write seldom, and flush almost never."""
     may_stall: bool = False
     """It may end with writes that wait for a heal, or for a person."""
+    some_away: bool = False
+    """Some stay away when all other faults have ended: who can go on without them does."""
 
 
 SMALL_LOG = Shape(log_bytes=512 << 10)
@@ -30,6 +32,12 @@ SMALL_LOG = Shape(log_bytes=512 << 10)
 PAIRS = (
     Shape(nodes=2, arbiter=True),
     Shape(nodes=3, gateways=3, replica_sets=3, arbiter=True),
+)
+
+SEVERAL_SETS = (
+    Shape(nodes=4, gateways=2, replica_sets=2, shards=6),
+    Shape(nodes=5, gateways=2, replica_sets=3, shards=6),
+    Shape(nodes=6, gateways=2, replica_sets=2, shards=6),
 )
 
 HEALING = (
@@ -89,7 +97,7 @@ KINDS = (
     Kind(
         "restored",
         {"back_up": 4, "restore_etcd": 3, "second": 3, "cut_host": 2, "kill_gateway": 3,
-         "kill_node": 4, "pause_gateway": 2},
+         "kill_node": 4, "pause_gateway": 2, "restore_under_two": 4},
         may_stall=True,
     ),
     Kind(
@@ -140,5 +148,37 @@ KINDS = (
          "kill_gateway": 3, "kill_arbiter": 2, "lose_in_order": 2, "second": 2},
         PAIRS,
         may_stall=True,
+    ),
+    Kind(
+        "levels",
+        {"strike_levelling": 6, "lose_memory_but_one": 3, "flush_first": 3, "cut_node": 1},
+        (Shape(shards=6), Shape(nodes=2, shards=6, arbiter=True)),
+        sparse=True,
+    ),
+    Kind(
+        "refused",
+        {"refuse_and_flush": 4, "full_disk": 1, "kill_node": 1, "reset": 1},
+        (SMALL_LOG,),
+    ),
+    Kind(
+        "set back",
+        {"set_back": 8, "kill_node": 4, "kill_gateway": 2, "cut_node": 1, "second": 1, "reset": 1,
+         "etcd_down": 1, "leave_behind": 1},
+        (Shape(), Shape(shards=6), Shape(nodes=5, gateways=2, replica_sets=3, shards=6)),
+        # Where one of two in sync was set back its set waits for a third.
+        may_stall=True,
+    ),
+    Kind(
+        "some away",
+        {"kill_node": 4, "leave_behind": 3, "kill_gateway": 2, "reset": 2, "cut_node": 1},
+        SEVERAL_SETS,
+        some_away=True,
+    ),
+    Kind(
+        "votes",
+        {"strike_vote": 4, "strike_heal_vote": 4, "leave_behind": 1, "kill_gateway": 1,
+         "cut_arbiter": 1},
+        PAIRS,
+        some_away=True,
     ),
 )  # fmt: skip

@@ -27,6 +27,7 @@ from vmstore.errors import ForeignStore, OtherCluster, StoreBehind
 from vmstore.exports import Exports
 from vmstore.healing import HealLimits
 from vmstore.served import Served
+from vmstore.set_back import may_run_elsewhere, only_here, seen_later
 
 if TYPE_CHECKING:
     from tests.sim.guest import Guest
@@ -279,7 +280,9 @@ class SimNode:
         name: str,
         store_id: str,
         start_counter: int,
-        refused: Callable[[str], None],
+        run: str,
+        refused: Callable[[str, bool], None],
+        set_back: Callable[[int], None],
     ) -> None:
         self.process = Process(name)
         self.index = index
@@ -293,7 +296,10 @@ class SimNode:
         self._catalog = Catalog(self._etcd)
         self._store_id = store_id
         self._start_counter = start_counter
+        self._run = run
         self._refused = refused
+        self._set_back = set_back
+        self.may_serve = False
         clock.start(self.process, self._look_after)
 
     def _look_after(self) -> None:
@@ -308,11 +314,6 @@ class SimNode:
     def _register(self) -> None:
         try:
             self._catalog.init_cluster(CLUSTER_ID)
-            if self.session is not None:
-                self.session.close()
-            self.session = session = SimSession(
-                self._etcd, self._clock, self.process, on_lost=self._lost
-            )
             record = NodeRecord(
                 name=self.name,
                 address=f"{self.name}:1",
@@ -324,8 +325,16 @@ class SimNode:
                 capacity_bytes=1 << 40,
                 store_id=self._store_id,
                 start_counter=self._start_counter,
+                run=self._run,
             )
-            self._catalog.announce_node(record, session.lease)
+            if not self._judge(record):
+                return
+            if self.session is not None:
+                self.session.close()
+            self.session = session = SimSession(
+                self._etcd, self._clock, self.process, on_lost=self._lost
+            )
+            self._catalog.announce_node(record, session.lease, self._run)
             session.start()
             if not self._watching:
                 self._etcd.watch(keys.TOMBSTONES, self._on_tombstones)
@@ -333,13 +342,31 @@ class SimNode:
             for image in self._catalog.tombstones():
                 self._bury(image)
         except (OtherCluster, ForeignStore, StoreBehind) as error:
-            self._refused(str(error))
+            self._refused(str(error), True)
         except EtcdError:
-            return
+            self.may_serve = True
         except HciError:
             return
         else:
             self.registered = True
+
+    def _judge(self, own: NodeRecord) -> bool:
+        """As `NodeDaemon._may_serve`."""
+        known = self._catalog.nodes().get(own.name)
+        if known is None or not seen_later(known, own):
+            self.may_serve = True
+            return True
+        alive = self._catalog.alive()
+        if may_run_elsewhere(alive.get(own.name), own):
+            return False
+        images = (entry.image.record for entry in self._catalog.images())
+        lonely = only_here(images, own.name, alive)
+        if lonely:
+            behind = StoreBehind(own.name, known.start_counter, own.start_counter, lonely)
+            self._refused(str(behind), False)
+        else:
+            self._set_back(known.start_counter)
+        return False
 
     def _on_tombstones(self, notice: Notice) -> None:
         found = notice.items if isinstance(notice, Reread) else notice.changes

@@ -573,6 +573,7 @@ fn record_dict(py: Python<'_>, record: PeekedRecord) -> PyResult<Bound<'_, PyDic
     dict.set_item("digest", PyBytes::new(py, &record.digest))?;
     dict.set_item("dirty", record.dirty)?;
     dict.set_item("flush_number", record.flush_number)?;
+    dict.set_item("distrusted", record.distrusted)?;
     dict.set_item("peers", record.peers)?;
     dict.set_item("body", PyBytes::new(py, &record.body))?;
     Ok(dict)

@@ -35,7 +35,9 @@ impl Node {
 #[pymethods]
 impl Node {
     #[new]
-    #[pyo3(signature = (data_dir, *, cluster, name, new_store_id, boot, log_bytes))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
+    #[pyo3(signature = (data_dir, *, cluster, name, new_store_id, boot, log_bytes, seen_counter=0,
+                        distrusted=Vec::new()))]
     fn new(
         py: Python<'_>,
         data_dir: &str,
@@ -44,22 +46,28 @@ impl Node {
         new_store_id: &str,
         boot: &str,
         log_bytes: u64,
+        seen_counter: u64,
+        distrusted: Vec<String>,
     ) -> PyResult<Self> {
+        let distrusted =
+            distrusted.iter().map(|image| parse_id(image)).collect::<PyResult<Vec<_>>>()?;
         let cluster = parse_id(cluster)?.0;
         let mut config = StoreConfig::new(cluster, &name, parse_id(new_store_id)?.0, log_bytes);
         // Small segments are made, checkpointed and recycled in small steps.
         config.segment_bytes = Some((log_bytes / 8).clamp(4 << 20, 32 << 20) as u32 / 4096 * 4096);
+        config.seen_counter = seen_counter;
         let boot = parse_id(boot)?.0;
         py.detach(|| {
             let disk = RealDisk::open_dir(Path::new(data_dir)).map_err(|errno| {
                 PyOSError::new_err((errno.raw_os_error(), data_dir.to_string()))
             })?;
-            let (store, recovery) = Store::open(disk, &config).map_err(refused)?;
+            let (mut store, recovery) = Store::open(disk, &config).map_err(refused)?;
             if recovery.damaged {
                 return Err(PyRuntimeError::new_err(
                     "the log is damaged: writes that were flushed are missing from it",
                 ));
             }
+            store.distrust(distrusted);
             let (start_counter, id) = (store.instance(), store.id());
             let created = recovery.created;
             let identity = Identity { cluster, node: name, store: id, boot };
@@ -128,6 +136,8 @@ impl Node {
         dict.set_item("images", images.collect::<PyResult<Vec<_>>>()?)?;
         let deleted: Vec<String> = found.deleted.iter().map(ToString::to_string).collect();
         dict.set_item("deleted", deleted)?;
+        let distrusted: Vec<String> = found.distrusted.iter().map(ToString::to_string).collect();
+        dict.set_item("distrusted", distrusted)?;
         Ok(dict)
     }
 

@@ -124,8 +124,16 @@ impl Simulation {
 
     // Nodes
 
-    fn start_node(&self, node: usize) -> PyResult<(String, u64)> {
-        let started = self.at_node(node)?.start_node(node);
+    #[pyo3(signature = (node, seen_counter=0, distrusted=Vec::new()))]
+    fn start_node(
+        &self,
+        node: usize,
+        seen_counter: u64,
+        distrusted: Vec<String>,
+    ) -> PyResult<(String, u64)> {
+        let distrusted =
+            distrusted.iter().map(|image| parse_id(image)).collect::<PyResult<Vec<_>>>()?;
+        let started = self.at_node(node)?.start_node(node, seen_counter, &distrusted);
         let instance = started.map_err(|error| PyRuntimeError::new_err(error.to_string()))?;
         Ok((hex(&instance.store), instance.start_counter))
     }
@@ -426,6 +434,18 @@ impl Simulation {
     fn node_record(&self, node: usize, image: &str) -> PyResult<Option<RecordTuple>> {
         let record = self.at_node(node)?.node_record(node, &parse_id(image)?);
         Ok(record.map(|head| (head.epoch, hex(&head.holder), head.generation, head.digest)))
+    }
+
+    /// Images of a running node that were set back with its store.
+    fn distrusted(&self, node: usize) -> PyResult<Vec<String>> {
+        let found = self.at_node(node)?.distrusted(node);
+        Ok(found.iter().map(ToString::to_string).collect())
+    }
+
+    /// All images that a running node has a record of.
+    fn images(&self, node: usize) -> PyResult<Vec<String>> {
+        let found = self.at_node(node)?.images(node);
+        Ok(found.iter().map(ToString::to_string).collect())
     }
 
     fn dirty(&self, node: usize, image: &str) -> PyResult<Vec<u64>> {

@@ -587,7 +587,11 @@ impl EventLoop {
     fn inventory(&self) -> Inventory {
         let of = |id: ImageId| self.store.image(&id).map(|record| (id, record.clone()));
         let images = self.store.images().into_iter().filter_map(of).collect();
-        Inventory { images, deleted: self.store.deleted_images() }
+        Inventory {
+            images,
+            deleted: self.store.deleted_images(),
+            distrusted: self.store.distrusted(),
+        }
     }
 
     fn status(&self) -> NodeStatus {

@@ -49,6 +49,8 @@ pub struct NodeStatus {
 pub struct Inventory {
     pub images: Vec<(ImageId, ImageRecord)>,
     pub deleted: Vec<ImageId>,
+    /// Images that were set back with the store, until their heal begins.
+    pub distrusted: Vec<ImageId>,
 }
 
 pub(crate) enum Command {

@@ -14,6 +14,16 @@ impl World {
         run.store.image(image).map(|record| record.head)
     }
 
+    /// The images that a running node has a record of.
+    pub fn images(&self, node: usize) -> Vec<ImageId> {
+        self.nodes[node].sim.run.as_ref().map(|run| run.store.images()).unwrap_or_default()
+    }
+
+    /// Those of which nothing counts that it has, since its store was set back.
+    pub fn distrusted(&self, node: usize) -> Vec<ImageId> {
+        self.nodes[node].sim.run.as_ref().map(|run| run.store.distrusted()).unwrap_or_default()
+    }
+
     /// The dirty shards of a running node.
     pub fn dirty(&self, node: usize, image: &ImageId) -> BTreeSet<u64> {
         let run = self.nodes[node].sim.run.as_ref();
