@@ -99,10 +99,11 @@ class Gateway:
         *,
         attempt: int,
         from_shard: int,
+        end_shard: int | None,
         bytes_per_second: int,
         share_percent: int,
     ) -> None:
-        """Read and compare all replicas in sync from a shard on (`scrub_ended`).
+        """Read and compare all replicas in sync from a shard on, up to another (`scrub_ended`).
 
         At most `bytes_per_second` on each node (0: no limit), and `share_percent` of the time while
         clients ask for something.
@@ -365,6 +366,21 @@ class Simulation:
     ) -> None: ...
     def end_heal(self, gateway: int, channel: int, attempt: int) -> None: ...
     def resize(self, gateway: int, channel: int, size_bytes: int, body: bytes) -> None: ...
+    def scrub(
+        self,
+        gateway: int,
+        channel: int,
+        *,
+        attempt: int,
+        from_shard: int,
+        end_shard: int | None,
+        bytes_per_second: int,
+        share_percent: int,
+    ) -> None: ...
+    def end_scrub(self, gateway: int, channel: int, attempt: int) -> None: ...
+    def scrub_state(self, gateway: int, channel: int) -> dict[str, Any] | None:
+        """Return how far the scrub of an image is, None where there is none."""
+
     def close(self, gateway: int, channel: int) -> None: ...
     def kill(self, gateway: int, channel: int) -> None: ...
     def forget(self, gateway: int, channel: int) -> None: ...
@@ -399,8 +415,8 @@ class Simulation:
     def node_record(self, node: int, image: str) -> tuple[int, str, int, bytes] | None:
         """Return epoch, holder, generation and digest of the record on a running node."""
 
-    def images(self, node: int) -> list[str]:
-        """Return the images that a running node has a record of."""
+    def inventory(self, node: int) -> dict[str, Any]:
+        """Return what a running node holds, as `Node.inventory`."""
 
     def distrusted(self, node: int) -> list[str]:
         """Return those of which nothing counts that it has, since its store was set back."""

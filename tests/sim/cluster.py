@@ -5,13 +5,17 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from engine._engine import Simulation
 from etcd import keys
+from etcd.errors import EtcdError
 from etcd.memory import MemoryEtcd
 from etcd.records import ImageRecord
+from etcd.scrubs import ScrubRecord
+from shard.errors import HciError
 from shard.ids import ImageId, image_id_from_bytes
 from shard.membership import Policy
 from shard.placement import FailureDomain, replica_set_index
@@ -20,10 +24,12 @@ from tests.sim.clock import SECOND_NS, Clock, Process
 from tests.sim.cluster_state import Door, Path, State
 from tests.sim.guest import BLOCK_BYTES, IN_FLIGHT_MAX, Guest, Life, Shared
 from tests.sim.oracle import SECTOR_BYTES, Oracle, Violation
-from tests.sim.processes import SimGateway, SimNode
+from tests.sim.processes import CUTTER, SimGateway, SimNode
+from tests.sim.recovery import Recoverer, new_ledger
 from vmstore.catalog import Catalog
 from vmstore.errors import RecordChanged
 from vmstore.holder import Phase
+from vmstore.ledger import Ledger
 from vmstore.names import ImageName
 
 SHARD_BYTES = 1 << 20
@@ -97,6 +103,12 @@ class Cluster:
         self.on_event: Callable[[int, str, str], None] = lambda _gateway, _kind, _node: None
         """Hears what an engine tells of a node: (gateway, kind of event, node)."""
         self._kept_down: set[int] = set()
+        self._ledgers: list[Ledger] = []
+        self._used: tuple[range, ...] = ()
+        """The sectors that guests use."""
+        self._cuts: dict[tuple[int, int], list[int]] = {}
+        self.scrubs = False
+        """Whether gateways scrub."""
         self._counters: dict[int, int] = {}
         """The highest start counter of each node so far."""
         self._marks: dict[int, tuple[int, frozenset[str]]] = {}
@@ -135,7 +147,9 @@ class Cluster:
             _, gateway, client, token, how, stamps = happening
             process = self.gateways[gateway]
             guest = process.engine.guests.get(client) if process is not None else None
-            if guest is not None:
+            if process is not None and client == CUTTER:
+                process.hear(process.engine.cut(token, how))
+            elif guest is not None:
                 guest.answered(token, how, stamps)
         elif kind == "event":
             _, gateway, event = happening
@@ -191,12 +205,13 @@ class Cluster:
         assert made, "a healthy cluster makes an image"
         self._etcd_changed()
         assert self.record is not None
+        self._used = tuple(self._regions())
         shared = Shared(
             clock=self.clock,
             world=self.world,
             chance=random.Random(self.chance.getrandbits(63)),
             oracle=self.oracle,
-            regions=tuple(self._regions()),
+            regions=self._used,
             say=self.say,
             next_number=lambda: next(self._numbers),
             on_answer=self._answered,
@@ -209,12 +224,20 @@ class Cluster:
         sets = [",".join(members) for members in self.record.sets]
         self.say(f"image {self.image[:8]} on {sets}")
 
-    def delete_image(self) -> None:
-        """Delete the image, as an operator."""
+    def _size_bytes(self) -> int:
+        assert self.record is not None
+        return self.record.size_bytes
+
+    def delete_image(self) -> bool:
+        """Delete the image, as an operator; return whether that was done."""
         operator = Process("operator")
         catalog = Catalog(Door(self.state, Path(), operator))
-        self.clock.start(operator, lambda: catalog.delete_image(ImageName(POOL, IMAGE)))
+        done: list[object] = []
+        self.clock.start(
+            operator, lambda: catalog.delete_image(ImageName(POOL, IMAGE)), done.append
+        )
         self.run_for(1.0)
+        return bool(done)
 
     def make_image_of_id(self, image: ImageId) -> str:
         """Try to make an image of a certain id, which chance gave twice; say how it went."""
@@ -272,6 +295,7 @@ class Cluster:
             run=f"{node:016x}{next(self._numbers):016x}",
             refused=lambda why, for_good: self._node_refused(node, why, for_good=for_good),
             set_back=lambda seen: self._node_set_back(node, seen),
+            ledger=self._ledgers[node] if self._ledgers else None,
         )
         if counter <= self._counters.get(node, 0):
             # It is judged before it listens.
@@ -289,7 +313,7 @@ class Cluster:
     def _node_set_back(self, node: int, seen: int) -> None:
         """Go on as a new instance, on which nothing counts that it holds."""
         _, marked = self._marks.get(node, (0, frozenset()))
-        self._marks[node] = (seen, marked | frozenset(self.world.images(node)))
+        self._marks[node] = (seen, marked | self._held(node))
         self.say(f"{self.names[node]} was set back, the cluster saw start {seen}")
 
         def again() -> None:
@@ -298,6 +322,32 @@ class Cluster:
                 self.start_node(node)
 
         self.clock.after(0, again)
+
+    def keep_ledgers(self) -> None:
+        """Have nodes keep copies of the records in etcd, and somebody recover it; before `build`."""
+        self._ledgers = [new_ledger() for _ in self.names]
+        Recoverer(
+            self.clock,
+            self.state,
+            lambda: [node for node in self.nodes if node is not None],
+            self.say,
+            self._recovered,
+        )
+
+    def _recovered(self) -> None:
+        self.rolled_back = False
+
+    def close(self) -> None:
+        """End all processes: it is over."""
+        for process in (*self.gateways, *self.nodes):
+            if process is not None:
+                self.clock.end(process.process)
+        self.site.end()
+        for ledger in self._ledgers:
+            ledger.close()
+
+    def _held(self, node: int) -> frozenset[str]:
+        return frozenset(each["image"] for each in self.world.inventory(node)["images"])
 
     def _forget_marks(self) -> None:
         """As a node's daemon does: cross out what a holder has begun to heal."""
@@ -406,11 +456,49 @@ class Cluster:
             nodes=self.shape.nodes,
             site=self.site,
             on_heal=self._heal_begins,
+            scrubs=self.scrubs,
         )
+        process.engine.on_cut = lambda token, first, sectors: self._cut(
+            gateway, token, first, sectors
+        )
+        process.engine.on_cut_done = lambda token, done: self._cut_done(gateway, token, done)
         self.gateways[gateway] = process
         guest = self.guests[gateway] if self.guests else None
         if guest is not None and guest.life is Life.CONNECTING:
             guest.start(process)
+
+    # Sizes
+
+    def resize(self, gateway: int, shards: int) -> Future[None] | None:
+        """Have the image resized by a gateway, if it runs; return how it goes."""
+        process = self.gateways[gateway]
+        if process is None or not process.started:
+            return None
+        self.say(f"{process.name} resizes the image to {shards} shards")
+        return process.resize(ImageName(POOL, IMAGE), shards * SHARD_BYTES)
+
+    def size_shards(self) -> int:
+        """Return how large the image is."""
+        return self._size_bytes() // SHARD_BYTES
+
+    def _cut(self, gateway: int, token: int, first: int, sectors: int) -> None:
+        """What is cut off is zeroed: as by a guest."""
+        epoch = self.record.epoch if self.record is not None else 0
+        tokens = []
+        for region in self._used:
+            cut = range(max(region.start, first), min(region.stop, first + sectors))
+            if cut:
+                tokens.append(next(self._numbers))
+                now = self.clock.now_s
+                self.oracle.begin(tokens[-1], cut.start, len(cut), 0, epoch, now)
+        self._cuts[gateway, token] = tokens
+
+    def _cut_done(self, gateway: int, token: int, done: bool) -> None:
+        for number in self._cuts.pop((gateway, token), []):
+            if done:
+                self.oracle.answered(number, self.clock.now_s, durable=False)
+            else:
+                self.oracle.orphan(number)
 
     def stop_gateway(self, gateway: int, *, host: bool) -> None:
         """Kill a gateway's process, or its whole host with the guest (and its node)."""
@@ -419,6 +507,8 @@ class Cluster:
             return
         self.say(f"{process.name} {'loses its host' if host else 'is killed'}")
         self.clock.end(process.process)
+        for token in process.engine.cutting:
+            self._cut_done(gateway, token, False)
         self.world.stop_gateway(gateway, host)
         self.gateways[gateway] = None
         guest = self.guests[gateway]
@@ -598,6 +688,47 @@ class Cluster:
             nodes = [self.names.index(name) for name in in_sync]
             digests = [self.world.shard_digests(n, self.image, layers, shard) for n in nodes]
             self._compare(shard, nodes, [d for d in digests if d is not None])
+
+    # Scrubs
+
+    def ask_for_scrub(self) -> None:
+        """Ask for a scrub as a person does; one that is under way is that."""
+        now_ms = int(self.clock.now_s * 1000) + 1
+        operator = Process("operator")
+        catalog = Catalog(Door(self.state, Path(), operator))
+
+        def ask() -> None:
+            try:
+                catalog.ask_for_scrub(self.image, now_ms)
+            except (HciError, EtcdError) as error:
+                self.say(f"  operator: {error}")
+
+        self.clock.start(operator, ask)
+
+    def scrub_record(self) -> ScrubRecord:
+        """Return how its scrub stands."""
+        item = self.state.memory.get(keys.scrub(self.image))
+        if item is None:
+            return ScrubRecord(image=self.image)
+        return ScrubRecord.decode(item.key, item.value)
+
+    def is_scrubbed(self) -> bool:
+        """Whether no scrub waits or is under way, and nothing waits to be read again."""
+        found = self.scrub_record()
+        return not (found.times.is_asked or found.times.is_under_way or found.missed_end)
+
+    def check_no_rot(self) -> None:
+        """All replicas in sync are intact. Raises Violation."""
+        record = self.record
+        assert record is not None
+        layers = [layer.id for layer in record.layers]
+        for shard in range(self.shape.shards):
+            for name in record.membership.in_sync(self.set_of(shard)):
+                node = self.names.index(name)
+                found = self.world.shard_digests(node, self.image, layers, shard)
+                if found is not None and None in found:
+                    block = found.index(None)
+                    raise Violation(f"{name} has rot in block {block} of shard {shard}")
 
     def _is_up(self, node: int) -> bool:
         """Whether the image's present holder serves from this node."""

@@ -24,7 +24,10 @@ from etcd.records import ImageRecord
 from shard.membership import Policy
 from tests.sim.history import History, Outcome
 from tests.sim.kinds import KINDS
+from tests.sim.processes import SimNode
 from vmstore import granting
+from vmstore.exports import Exports
+from vmstore.history import Verdict
 from vmstore.holder import Holder, Standing
 from vmstore.serving import OpenImage, Serving
 
@@ -123,6 +126,32 @@ def _anyone_joins() -> Any:
     return mock.patch.object(Holder, "_let_in", let_in)
 
 
+def _cut_off_is_kept() -> Any:
+    """A smaller size is stored without that what it cuts off is discarded."""
+
+    def begin(exports: Exports, image: OpenImage) -> None:
+        if image.resize is not None:
+            exports._store_size(image, image.resize)
+
+    return mock.patch.object(Exports, "_begin_resize", begin)
+
+
+def _unjudged_history() -> Any:
+    """Nodes take whatever etcd says."""
+    return mock.patch.multiple(
+        "hci.history", judge=lambda _known, _now: Verdict(), judge_copy=lambda *_known: iter(())
+    )
+
+
+def _recovered_as_it_was() -> Any:
+    """A recovery writes epochs and generations as they were."""
+    return mock.patch("vmstore.recovering.RECOVERY_STEP", 0)
+
+
+def _nothing_is_buried() -> Any:
+    return mock.patch.object(SimNode, "_bury", return_value=None)
+
+
 def _never_confirmed() -> Any:
     """A holder answers writes by what etcd took, whether the arbiter knows or not."""
 
@@ -209,38 +238,54 @@ DEFECTS = (
            ("HealNeedsItsSources",)),
     Defect("healed means durable", "5: copies that are not synced", "heals", 60,
            ("HealedIsDurable",)),
+    # Levelling
+    Defect("sticky after a restart", "3: cleared too early", "levels", 100,
+           ("StickyAfterRestart",), behind=("FlushWaitsForLevel",)),
+    Defect("sticky until levelled", "3: cleared too early", "levels", 100, ("StickyUntilLevel",),
+           behind=("FlushWaitsForLevel",)),
+    Defect("all in sync are levelled, or none", "4: all nodes killed", "levels", 60,
+           ("AllInSyncLevelled",), patch=_anyone_joins),
+    Defect("a flush waits for levelling", "invariant 1", "levels", 40, ("FlushWaitsForLevel",)),
+    Defect("a winner for each block", "18: reconcile by shard", "levels", 100,
+           ("WinnerPerBlock",)),
+    Defect("a first flush goes to all", "invariant 1", "levels", 40, ("FirstFlushGoesToAll",),
+           behind=("LevelIsDurable",)),
     # The arbiter
     Defect("confirmed before the answer", "9: a grant that etcd committed", "pairs", 10,
            patch=_never_confirmed),
+    Defect("a grant may be replaced", "9: stuck on a grant", "votes", 20, patch=_grants_are_kept),
+    Defect("judged by what etcd holds", "9: refuses a healed node for ever", "votes", 40,
+           patch=_judged_by_what_it_heard),
+    # Who goes on
+    Defect("sets go on alone", "20: a dead pair stalls another", "some away", 20,
+           patch=_no_set_goes_alone),
+    # etcd
+    Defect("equal records agree", "7: etcd restored", "restored", 20, ("EqualRecordsAgree",),
+           patch=_believe_etcd),
+    Defect("nodes judge etcd", "7, 8: etcd restored, etcd lost", "recovered", 20,
+           patch=_unjudged_history),
+    Defect("a recovery raises", "7: etcd restored", "recovered", 40, patch=_recovered_as_it_was),
+    # Sizes, deletes
+    Defect("what a shrink cuts off is discarded", "10: shrunk away", "sizes", 20,
+           patch=_cut_off_is_kept),
+    Defect("nodes delete on tombstones", "8: deleted ones; invariant 7", "sizes", 5,
+           patch=_nothing_is_buried),
+    # Disks that are not what they were
+    Defect("what was set back is distrusted", "16: a disk is rolled back", "set back", 20,
+           patch=_believe_any_disk),
+    # Rot
+    Defect("a repair pauses writes", "invariant 3", "scrubs", 40, ("RepairPausesWrites",)),
+    # Fencing
+    Defect("generations at the nodes", "14: late frames", "network", 60,
+           ("GenerationIsCurrent",), behind=("SessionIsCurrent",)),
 )  # fmt: skip
 
 CANDIDATES = (
-    Defect("a grant may be replaced", "9: stuck on a grant", "votes", 0,
-           patch=_grants_are_kept),
-    Defect("judged by what etcd holds", "9: refuses a healed node for ever", "votes", 0,
-           patch=_judged_by_what_it_heard),
-    Defect("sets go on alone", "20: a dead pair stalls another", "some away", 0,
-           patch=_no_set_goes_alone),
-    Defect("equal records agree", "7: etcd restored", "restored", 0, ("EqualRecordsAgree",),
-           patch=_believe_etcd),
     Defect("clears name what is answered", "3: cleared too early", "refused", 0,
            ("ClearIsAnswered",)),
-    Defect("sticky after a restart", "3: cleared too early", "levels", 0,
-           ("StickyAfterRestart",), behind=("FlushWaitsForLevel",)),
-    Defect("sticky until levelled", "3: cleared too early", "levels", 0, ("StickyUntilLevel",),
-           behind=("FlushWaitsForLevel",)),
-    Defect("all in sync are levelled, or none", "4: all nodes killed", "levels", 0,
-           ("AllInSyncLevelled",), patch=_anyone_joins),
-    Defect("a flush waits for levelling", "invariant 1", "levels", 0, ("FlushWaitsForLevel",)),
-    Defect("a winner for each block", "18: reconcile by shard", "levels", 0,
-           ("WinnerPerBlock",)),
-    Defect("a first flush goes to all", "invariant 1", "levels", 0,
-           ("FirstFlushGoesToAll",), behind=("LevelIsDurable",)),
-    Defect("tags are copied", "18: reconcile by shard", "levels", 0, ("TagsAreCopied",)),
-    Defect("generations at the nodes", "14: late frames", "network", 0,
-           ("GenerationIsCurrent",), behind=("SessionIsCurrent",)),
+    Defect("tags are copied", "5: a new holder trusts old marks", "levels", 0, ("TagsAreCopied",)),
 )  # fmt: skip
-"""Rules whose loss alone no random history notices: `docs/simulation.md` says why."""
+"""Rules whose loss no random history notices: `docs/simulation.md` says why, and what does."""
 
 
 @contextmanager

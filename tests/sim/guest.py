@@ -91,6 +91,8 @@ class Guest:
         self._working = False
         self.answers = 0
         self.epoch = 0
+        self.size_sectors = 1 << 60
+        """How large the image was when it was let in."""
 
     @property
     def gateway(self) -> SimGateway | None:
@@ -100,7 +102,10 @@ class Guest:
     @property
     def regions(self) -> tuple[range, ...]:
         """The sectors that it uses."""
-        return self._shared.regions
+        regions, size = self._shared.regions, self.size_sectors
+        if size >= regions[-1].stop:
+            return regions
+        return tuple(region for region in regions if region.stop <= size)
 
     @property
     def client(self) -> int:
@@ -166,8 +171,8 @@ class Guest:
 
     # What the gateway says
 
-    def let_in(self, client: int, channel: int) -> None:
-        """The image is open."""
+    def let_in(self, client: int, channel: int, size_bytes: int) -> None:
+        """The image is open, and so large; another size is seen by who comes later."""
         if client != self._client or self.life is not Life.CONNECTING or self._gateway is None:
             return
         images = self._gateway.exports.snapshot()
@@ -175,6 +180,7 @@ class Guest:
         assert record is not None
         self.epoch = record.epoch
         self.channel, self.life = channel, Life.RUNNING
+        self.size_sectors = size_bytes // SECTOR_BYTES
         shared = self._shared
         shared.on_served(record.epoch, record.holder or "")
         shared.oracle.settle(record.epoch, shared.clock.now_s)
@@ -243,7 +249,7 @@ class Guest:
     def ask(self) -> None:
         """Ask for something."""
         chance = self._shared.chance
-        region = chance.choice(self._shared.regions)
+        region = chance.choice(self.regions)
         first = chance.randrange(region.start, region.stop)
         sectors = 1 + chance.randrange(min(region.stop - first, SECTORS_MAX))
         if chance.random() < 0.3:

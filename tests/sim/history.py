@@ -79,10 +79,7 @@ class History(Strikes):
             cluster.say(f"VIOLATION: {type(error).__name__}: {error}")
         finally:
             structlog.configure(**logs)
-            for process in (*cluster.gateways, *cluster.nodes):
-                if process is not None:
-                    cluster.clock.end(process.process)
-            cluster.site.end()
+            cluster.close()
         outcome.lines = cluster.lines
         if self._frames:
             told = cluster.world.take_told()
@@ -106,6 +103,10 @@ class History(Strikes):
 
     def _play(self) -> None:
         cluster = self.cluster
+        cluster.scrubs = self.kind.scrubs
+        if self.kind.ledgers:
+            self._backup = cluster.state.memory.backup()
+            cluster.keep_ledgers()
         cluster.build()
         if cluster.shape.arbiter:
             cluster.site.care(cluster.nodes_up)
@@ -180,6 +181,8 @@ class History(Strikes):
         for guest in cluster.guests:
             guest.pause_s = max(guest.pause_s, 0.2)
         cluster.mend()
+        if self.kind.resizes:
+            self._grow_back()
         # Leases that lapsed are taken, by whoever comes first; then one guest is left.
         cluster.run_for(15.0)
         cluster.run_for(30.0, lambda: bool(cluster.serving()))
@@ -195,7 +198,36 @@ class History(Strikes):
             raise Violation(f"stuck: {self._stuck()}")
         cluster.say("all is level")
         self._read_everything()
+        if self.kind.scrubs:
+            self._scrub_everything()
         self._leave_cleanly()
+
+    def _grow_back(self) -> None:
+        """Whoever made the image smaller makes it as large as it was."""
+        cluster, shards = self.cluster, self.cluster.shape.shards
+        for attempt in range(12):
+            if cluster.size_shards() == shards:
+                return
+            cluster.resize(attempt % cluster.shape.gateways, shards)
+            cluster.run_for(10.0, lambda: cluster.size_shards() == shards)
+            for guest in cluster.guests:
+                # Whoever came before sees the former size.
+                guest.stop()
+        raise Violation(f"the image does not grow: {self._stuck()}")
+
+    def _scrub_everything(self) -> None:
+        """A scrub leaves no rot on any node in sync, unless there is nobody to repair it from."""
+        cluster = self.cluster
+        for ask in (False, True):
+            if ask:
+                cluster.ask_for_scrub()
+                cluster.run_for(1.0)
+            if not cluster.run_for(90.0, cluster.is_scrubbed):
+                raise Violation(f"a scrub does not end: {cluster.scrub_record()}, {self._stuck()}")
+        found = cluster.scrub_record()
+        if not (found.last.unrepairable or found.bad or found.last.missed):
+            cluster.run_for(2.0)
+            cluster.check_no_rot()
 
     def _stuck(self) -> str:
         parts = [
@@ -247,3 +279,21 @@ class History(Strikes):
                 return
             raise Violation(f"the image does not close clean: {self._stuck()}")
         cluster.check_all_replicas()
+        if self.kind.resizes:
+            self._delete_with_a_node_away()
+
+    def _delete_with_a_node_away(self) -> None:
+        """Nothing of a deleted image is left, nor comes back with a node that was away."""
+        cluster, away = self.cluster, self._node()
+        cluster.keep_down(away, power=self.chance.random() < 0.5)
+        if not cluster.delete_image():
+            raise Violation("an image that nobody has open cannot be deleted")
+        cluster.run_for(2.0)
+        cluster.start_node(away)
+
+        def kept() -> list[int]:
+            nodes = range(cluster.shape.nodes)
+            return [node for node in nodes if cluster.world.has_image(node, cluster.image)]
+
+        if not cluster.run_for(20.0, lambda: not kept()):
+            raise Violation(f"a deleted image is left on nodes {kept()}")

@@ -22,6 +22,11 @@ class Kind:
     """Guests write seldom, and flush almost never."""
     may_stall: bool = False
     """It may end with writes that wait for a heal, or for a person."""
+    ledgers: bool = False
+    """Nodes keep copies of etcd's records, and somebody recovers an etcd that lost them."""
+    scrubs: bool = False
+    """Gateways scrub, and a scrub ends it."""
+    resizes: bool = False
     some_away: bool = False
     """Some stay away when all other faults have ended: who can go on without them does."""
 
@@ -159,6 +164,27 @@ KINDS = (
         "refused",
         {"refuse_and_flush": 4, "full_disk": 1, "kill_node": 1, "reset": 1},
         (SMALL_LOG,),
+    ),
+    Kind(
+        "recovered",
+        {"back_up": 4, "restore_etcd": 3, "second": 2, "cut_host": 1, "kill_gateway": 2,
+         "kill_node": 3, "leave_behind": 2, "cut_etcd": 1},
+        ledgers=True,
+    ),
+    Kind(
+        "scrubs",
+        {"ask_scrub": 5, "rot": 6, "kill_node": 3, "cut_node": 1, "kill_gateway": 2,
+         "leave_behind": 2, "guests_leave": 1, "second": 1},
+        (SMALL_LOG, Shape(nodes=4, gateways=2, replica_sets=2, log_bytes=512 << 10)),
+        scrubs=True,
+        may_stall=True,
+    ),
+    Kind(
+        "sizes",
+        {"shrink": 5, "grow": 3, "kill_node": 3, "leave_behind": 3, "kill_gateway": 2,
+         "cut_node": 1, "slow_etcd": 1},
+        (Shape(shards=4), Shape(nodes=4, gateways=2, replica_sets=2, shards=5)),
+        resizes=True,
     ),
     Kind(
         "set back",

@@ -277,6 +277,32 @@ class Strikes(Faults):
         # The former holder gives its lease back first, or the next one has to wait for its end.
         self._later(self.chance.choice((1.0, 4.0)), move)
 
+    # Sizes and scrubs
+
+    def shrink(self) -> None:
+        """All guests leave, and somebody makes the image smaller."""
+        cluster = self.cluster
+        if cluster.size_shards() < cluster.shape.shards:
+            return
+        self.guests_leave()
+        gateway = self._gateway()
+        shards = self.chance.randrange(2, cluster.shape.shards)
+        if self.chance.random() < 0.5:
+            # What is discarded is in flight as the node goes.
+            self._later(self.chance.uniform(0.0, 2.5), self.kill_node)
+        self._later(self.chance.uniform(0.0, 2.0), lambda: _drop(cluster.resize(gateway, shards)))
+
+    def grow(self) -> None:
+        """Somebody makes it as large as it was."""
+        cluster = self.cluster
+        if cluster.size_shards() < cluster.shape.shards:
+            _drop(cluster.resize(self._gateway(), cluster.shape.shards))
+
+    def ask_scrub(self) -> None:
+        """Somebody wants all to be read."""
+        self.cluster.say("a scrub is asked for")
+        self.cluster.ask_for_scrub()
+
     # Votes
 
     def strike_vote(self) -> None:
@@ -327,3 +353,7 @@ class Strikes(Faults):
 
 def _open(path: object) -> None:
     path.there = path.back = True  # type: ignore[attr-defined]
+
+
+def _drop(_done: object) -> None:
+    """Whoever asked does not wait."""

@@ -2,7 +2,7 @@
 
 use crate::ids::{hex, parse_id};
 use hci_engine_core::io::{listen_tcp, listen_unix};
-use hci_engine_core::node::{Identity, NodeHandle};
+use hci_engine_core::node::{Identity, Inventory, NodeHandle};
 use hci_engine_core::store::real::RealDisk;
 use hci_engine_core::store::{Store, StoreConfig, StoreError};
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTimeoutError, PyValueError};
@@ -121,24 +121,7 @@ impl Node {
     /// Records of the images that are here, and ids of those that were deleted.
     fn inventory<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let core = self.core()?;
-        let found = py.detach(|| core.inventory()).ok_or_else(no_answer)?;
-        let images = found.images.iter().map(|(id, record)| {
-            let (head, image) = (&record.head, PyDict::new(py));
-            image.set_item("image", id.to_string())?;
-            image.set_item("epoch", head.epoch)?;
-            image.set_item("holder", hex(&head.holder))?;
-            image.set_item("generation", head.generation)?;
-            image.set_item("digest", PyBytes::new(py, &head.digest))?;
-            image.set_item("body", PyBytes::new(py, &record.body))?;
-            Ok(image)
-        });
-        let dict = PyDict::new(py);
-        dict.set_item("images", images.collect::<PyResult<Vec<_>>>()?)?;
-        let deleted: Vec<String> = found.deleted.iter().map(ToString::to_string).collect();
-        dict.set_item("deleted", deleted)?;
-        let distrusted: Vec<String> = found.distrusted.iter().map(ToString::to_string).collect();
-        dict.set_item("distrusted", distrusted)?;
-        Ok(dict)
+        inventory_dict(py, &py.detach(|| core.inventory()).ok_or_else(no_answer)?)
     }
 
     /// Images that have a folder on the disk, with a record or without one.
@@ -174,6 +157,30 @@ impl Node {
         let core = self.core.lock().unwrap_or_else(PoisonError::into_inner).take();
         py.detach(|| drop(core));
     }
+}
+
+/// What `inventory` says, as Python has it.
+pub(crate) fn inventory_dict<'py>(
+    py: Python<'py>,
+    found: &Inventory,
+) -> PyResult<Bound<'py, PyDict>> {
+    let images = found.images.iter().map(|(id, record)| {
+        let (head, image) = (&record.head, PyDict::new(py));
+        image.set_item("image", id.to_string())?;
+        image.set_item("epoch", head.epoch)?;
+        image.set_item("holder", hex(&head.holder))?;
+        image.set_item("generation", head.generation)?;
+        image.set_item("digest", PyBytes::new(py, &head.digest))?;
+        image.set_item("body", PyBytes::new(py, &record.body))?;
+        Ok(image)
+    });
+    let dict = PyDict::new(py);
+    dict.set_item("images", images.collect::<PyResult<Vec<_>>>()?)?;
+    let deleted: Vec<String> = found.deleted.iter().map(ToString::to_string).collect();
+    dict.set_item("deleted", deleted)?;
+    let distrusted: Vec<String> = found.distrusted.iter().map(ToString::to_string).collect();
+    dict.set_item("distrusted", distrusted)?;
+    Ok(dict)
 }
 
 fn no_answer() -> PyErr {

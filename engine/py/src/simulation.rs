@@ -1,9 +1,10 @@
 //! `Simulation`: a cluster in memory for tests, moved one step at a time. Only with the feature
 //! `simulation`.
 
-use crate::gateway::{event_dict, mask, open_spec};
+use crate::gateway::{event_dict, mask, open_spec, scrub_dict};
 use crate::ids::{hex, parse_id};
-use hci_engine_core::replica::{HealLimits, HealSpec, ImageIo, Token};
+use crate::node::inventory_dict;
+use hci_engine_core::replica::{HealLimits, HealSpec, ImageIo, ScrubSpec, Token};
 use hci_engine_core::rules::{Rule, break_rules};
 use hci_engine_core::simulation::{Answered, GuestRequest, Happening, LogSize, Span, Way, World};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -363,6 +364,41 @@ impl Simulation {
         Ok(())
     }
 
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
+    #[pyo3(signature = (gateway, channel, *, attempt, from_shard, end_shard, bytes_per_second,
+                        share_percent))]
+    fn scrub(
+        &self,
+        gateway: usize,
+        channel: u32,
+        attempt: u64,
+        from_shard: u64,
+        end_shard: Option<u64>,
+        bytes_per_second: u64,
+        share_percent: u64,
+    ) -> PyResult<()> {
+        let spec =
+            ScrubSpec { attempt, from_shard, end_shard, bytes_per_second, share_percent };
+        self.at_gateway(gateway)?.with_image(gateway, channel, |io| io.scrub(spec));
+        Ok(())
+    }
+
+    fn end_scrub(&self, gateway: usize, channel: u32, attempt: u64) -> PyResult<()> {
+        self.at_gateway(gateway)?.with_image(gateway, channel, |io| io.end_scrub(attempt));
+        Ok(())
+    }
+
+    fn scrub_state<'py>(
+        &self,
+        py: Python<'py>,
+        gateway: usize,
+        channel: u32,
+    ) -> PyResult<Option<Bound<'py, PyDict>>> {
+        let world = self.at_gateway(gateway)?;
+        let state = world.image(gateway, channel).and_then(ImageIo::scrub_state);
+        state.map(|state| scrub_dict(py, state)).transpose()
+    }
+
     fn close(&self, gateway: usize, channel: u32) -> PyResult<()> {
         self.at_gateway(gateway)?.with_image(gateway, channel, |io| io.close());
         Ok(())
@@ -442,10 +478,9 @@ impl Simulation {
         Ok(found.iter().map(ToString::to_string).collect())
     }
 
-    /// All images that a running node has a record of.
-    fn images(&self, node: usize) -> PyResult<Vec<String>> {
-        let found = self.at_node(node)?.images(node);
-        Ok(found.iter().map(ToString::to_string).collect())
+    /// What a running node holds, as `Node.inventory`.
+    fn inventory<'py>(&self, py: Python<'py>, node: usize) -> PyResult<Bound<'py, PyDict>> {
+        inventory_dict(py, &self.at_node(node)?.inventory(node))
     }
 
     fn dirty(&self, node: usize, image: &str) -> PyResult<Vec<u64>> {

@@ -53,6 +53,15 @@ pub struct Inventory {
     pub distrusted: Vec<ImageId>,
 }
 
+impl Inventory {
+    /// What a store holds.
+    pub(crate) fn of(store: &Store) -> Inventory {
+        let of = |id: ImageId| store.image(&id).map(|record| (id, record.clone()));
+        let images = store.images().into_iter().filter_map(of).collect();
+        Inventory { images, deleted: store.deleted_images(), distrusted: store.distrusted() }
+    }
+}
+
 pub(crate) enum Command {
     Inventory(mpsc::Sender<Inventory>),
     Listen(OwnedFd),

@@ -2,6 +2,7 @@
 
 use super::world::World;
 use crate::geometry::{BLOCK_BYTES, ImageId, LayerId};
+use crate::node::Inventory;
 use crate::replica::Queues;
 use crate::store::RecordHead;
 use bytes::BytesMut;
@@ -14,9 +15,10 @@ impl World {
         run.store.image(image).map(|record| record.head)
     }
 
-    /// The images that a running node has a record of.
-    pub fn images(&self, node: usize) -> Vec<ImageId> {
-        self.nodes[node].sim.run.as_ref().map(|run| run.store.images()).unwrap_or_default()
+    /// What a running node holds.
+    pub fn inventory(&self, node: usize) -> Inventory {
+        let run = self.nodes[node].sim.run.as_ref();
+        run.map(|run| Inventory::of(&run.store)).unwrap_or_default()
     }
 
     /// Those of which nothing counts that it has, since its store was set back.
