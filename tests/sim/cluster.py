@@ -23,7 +23,7 @@ from tests.sim.arbiters import Site
 from tests.sim.clock import SECOND_NS, Clock, Process
 from tests.sim.cluster_state import Door, Path, State
 from tests.sim.guest import BLOCK_BYTES, IN_FLIGHT_MAX, Guest, Life, Shared
-from tests.sim.oracle import SECTOR_BYTES, Oracle, Violation
+from tests.sim.oracle import SECTOR_BYTES, UNDER_WAY_S, Oracle, Violation
 from tests.sim.processes import CUTTER, SimGateway, SimNode
 from tests.sim.recovery import Recoverer, new_ledger
 from vmstore.catalog import Catalog
@@ -104,6 +104,10 @@ class Cluster:
         """Hears what an engine tells of a node: (gateway, kind of event, node)."""
         self._kept_down: set[int] = set()
         self._ledgers: list[Ledger] = []
+        self._latencies_s: dict[tuple[int, int], float] = {}
+        """How long a frame may be under way between a gateway and a node, where that was changed."""
+        self._former_s: list[tuple[float, float]] = []
+        """Until when how long a frame of before a change may be under way."""
         self._used: tuple[range, ...] = ()
         """The sectors that guests use."""
         self._cuts: dict[tuple[int, int], list[int]] = {}
@@ -435,6 +439,23 @@ class Cluster:
         assert self.record is not None
         return replica_set_index(self.record.placement_key, shard, len(self.record.sets))
 
+    def set_latency(self, gateway: int, node: int, min_ns: int, max_ns: int) -> None:
+        """Have each frame between a gateway and a node take so long from now on."""
+        former_s = self._latencies_s.get((gateway, node), 0.0)
+        latest_s = self._latencies_s[gateway, node] = max_ns / SECOND_NS
+        self.world.set_latency(gateway, node, min_ns, max_ns)
+        if former_s > latest_s:
+            # What was sent before is still under way.
+            self._former_s.append((self.clock.now_s + former_s, former_s))
+            self.clock.after(former_s, self._reckon_latency)
+        self._reckon_latency()
+
+    def _reckon_latency(self) -> None:
+        now_s = self.clock.now_s
+        self._former_s = [each for each in self._former_s if each[0] > now_s]
+        known_s = [*self._latencies_s.values(), *(former_s for _, former_s in self._former_s)]
+        self.oracle.under_way_s = max(UNDER_WAY_S, 1.1 * max(known_s, default=0.0))
+
     # Gateways
 
     def start_gateway(self, gateway: int) -> None:
@@ -764,7 +785,7 @@ class Cluster:
             for node in range(self.shape.nodes):
                 self.world.set_path(gateway, node, True, True)
                 self.world.set_path(gateway, node, False, True)
-                self.world.set_latency(gateway, node, 50_000, 1_000_000)
+                self.set_latency(gateway, node, 50_000, 1_000_000)
         for node in range(self.shape.nodes):
             self.continue_node(node)
             self.world.set_free_bytes(node, None)

@@ -128,9 +128,9 @@ class Faults:
         cluster, gateway, node = self.cluster, self._gateway(), self._node()
         slow_ns = self.chance.choice((5_000_000, 60_000_000, 600_000_000))
         cluster.say(f"gate-{gateway} to {cluster.names[node]}: up to {slow_ns / 1e6:.0f} ms")
-        cluster.world.set_latency(gateway, node, 50_000, slow_ns)
+        cluster.set_latency(gateway, node, 50_000, slow_ns)
         self._for_a_while(
-            lambda: cluster.world.set_latency(gateway, node, 50_000, 1_000_000), 2.0, 8.0
+            lambda: cluster.set_latency(gateway, node, 50_000, 1_000_000), 2.0, 8.0
         )
 
     def _cut_etcd_of(self, path: object, name: str, length_s: float) -> None:
@@ -409,11 +409,11 @@ class Faults:
         if cluster.names[node] == healed:
             return
         for gateway in range(cluster.shape.gateways):
-            cluster.world.set_latency(gateway, node, 300_000_000, 600_000_000)
+            cluster.set_latency(gateway, node, 300_000_000, 600_000_000)
 
         def undo() -> None:
             for gateway in range(cluster.shape.gateways):
-                cluster.world.set_latency(gateway, node, 50_000, 1_000_000)
+                cluster.set_latency(gateway, node, 50_000, 1_000_000)
 
         cluster.clock.after(1.0, undo)
 

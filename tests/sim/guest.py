@@ -284,9 +284,9 @@ class Guest:
         self._shared.oracle.begin(token, first, sectors, stamp, asked.epoch, now)
         self._send(token, "write", first, sectors, stamp, durable)
 
-    def zero(self, first: int, sectors: int) -> None:
-        """Zero some sectors, with a hole or without."""
-        keep = self._shared.chance.random() < 0.5
+    def zero(self, first: int, sectors: int, *, keep: bool | None = None) -> None:
+        """Zero some sectors, with a hole or without (`keep`); None: by chance."""
+        keep = self._shared.chance.random() < 0.5 if keep is None else keep
         token = self._begin("zero", first, sectors)
         now = self._shared.clock.now_s
         self._shared.oracle.begin(token, first, sectors, 0, self._asked[token].epoch, now)

@@ -162,8 +162,10 @@ KINDS = (
     ),
     Kind(
         "refused",
-        {"refuse_and_flush": 4, "full_disk": 1, "kill_node": 1, "reset": 1},
+        {"refuse_by_rot": 8, "refuse_and_flush": 3, "full_disk": 1, "kill_node": 1, "reset": 1},
         (SMALL_LOG,),
+        # What is rotten on all that are in sync fails writes of parts of it.
+        may_stall=True,
     ),
     Kind(
         "recovered",

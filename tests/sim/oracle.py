@@ -23,7 +23,8 @@ TORN = (1 << 64) - 1
 PRUNED_FROM = 8
 """Fewer writes of a sector than this are kept, whether they are over or not."""
 UNDER_WAY_S = 0.01
-"""So long after a node's end an answer of its may still arrive, of what is gone."""
+"""So long after a node's end an answer of its may still arrive, of what is gone; on a slow path longer
+(`under_way_s`)."""
 
 
 class Violation(AssertionError):
@@ -71,6 +72,7 @@ class Oracle:
         self._unflushed: list[Written] = []
         self._reading: dict[int, float] = {}
         self.reads = 0
+        self.under_way_s = UNDER_WAY_S
 
     def _history(self, sector: int) -> list[Written]:
         found = self._sectors.get(sector)
@@ -94,7 +96,7 @@ class Oracle:
         for sector, entry in zip(change.sectors, change.entries, strict=True):
             entry.ended = now if entry.ended is None else entry.ended
             entry.known = min(entry.known, now)
-            under_way = now - entry.lost < UNDER_WAY_S
+            under_way = now - entry.lost < self.under_way_s
             entry.answered, entry.sure = True, durable or not (entry.shaken or under_way)
             if durable:
                 entry.durable = True

@@ -108,7 +108,7 @@ class Stage:
 
     def slow(self, gateway: int, node: int, milliseconds: int) -> None:
         """Have each frame between a gateway and a node take so long."""
-        self.cluster.world.set_latency(gateway, node, *[milliseconds * 1_000_000] * 2)
+        self.cluster.set_latency(gateway, node, *[milliseconds * 1_000_000] * 2)
 
     def isolate(self, host: int, *, etcd: bool = True) -> None:
         """Cut a host off with its own node."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from tests.sim.cluster import SHARD_BYTES
 from tests.sim.faults import Faults
-from tests.sim.guest import Guest, Life
+from tests.sim.guest import BLOCK_BYTES, Guest, Life
+from tests.sim.oracle import SECTOR_BYTES
 
 LOOK_S = 0.01
 """Between two looks at what a strike waits for."""
@@ -55,11 +57,11 @@ class Strikes(Faults):
     def _slow_to(self, node: int, most_ns: int, length_s: float) -> None:
         cluster = self.cluster
         for gateway in range(cluster.shape.gateways):
-            cluster.world.set_latency(gateway, node, most_ns // 4, most_ns)
+            cluster.set_latency(gateway, node, most_ns // 4, most_ns)
 
         def undo() -> None:
             for gateway in range(cluster.shape.gateways):
-                cluster.world.set_latency(gateway, node, 50_000, 1_000_000)
+                cluster.set_latency(gateway, node, 50_000, 1_000_000)
 
         cluster.clock.after(length_s, undo)
 
@@ -240,6 +242,41 @@ class Strikes(Faults):
             length_s - self.chance.uniform(0.2, 1.0),
             lambda: cluster.stop_gateway(gateway, host=False),
         )
+
+    def refuse_by_rot(self) -> None:
+        """Rot keeps a node from a write; what was flushed meanwhile is cleared, and the holder ends."""
+        cluster, guest, victim = self.cluster, self._running(), self._victim
+        block = self.chance.choice((0, 1, 2, 252, 253, 254))
+        place = block * BLOCK_BYTES + self.chance.randrange(BLOCK_BYTES)
+        found = cluster.world.corrupt(victim, self.chance.randrange(100), place)
+        if guest is None or found is None:
+            return
+        cluster.damaged = True
+        cluster.say(f"{cluster.names[victim]}: rot in {found}; a write will meet it")
+        per_block, per_shard = BLOCK_BYTES // SECTOR_BYTES, SHARD_BYTES // SECTOR_BYTES
+        first = int(found[0].rsplit("/", 1)[1]) * per_shard + block * per_block
+        self._rest(8.0)
+        gateway = cluster.guests.index(guest)
+        others = self._others(victim)
+
+        def cut(passable: bool) -> None:
+            for node in others:
+                cluster.world.set_path(gateway, node, False, passable)
+
+        def write() -> None:
+            if guest.life is not Life.RUNNING:
+                return
+            self._slow_to(victim, self.chance.choice((20_000_000, 40_000_000)), 5.0)
+            # The rest of the rotten block cannot be merged; the block behind it is whole.
+            guest.write(first + 4, 4 + per_block)
+            guest.flush()
+            self._later(self.chance.choice((0.02, 0.03)), lambda: cut(False))
+            self._later(
+                self.chance.uniform(2.4, 3.4), lambda: cluster.stop_gateway(gateway, host=False)
+            )
+            cluster.clock.after(3.6, lambda: cut(True))
+
+        self._later(0.5, lambda: self._flushed(lambda: self._later(0.5, write)))
 
     # Who holds
 
