@@ -13,7 +13,7 @@ from engine._engine import Simulation
 from etcd import keys
 from etcd.errors import EtcdError
 from etcd.memory import MemoryEtcd
-from etcd.records import ImageRecord
+from etcd.records import ImageRecord, LeaseRecord
 from etcd.scrubs import ScrubRecord
 from shard.errors import HciError
 from shard.ids import ImageId, image_id_from_bytes
@@ -104,6 +104,12 @@ class Cluster:
         """Hears what an engine tells of a node: (gateway, kind of event, node)."""
         self._kept_down: set[int] = set()
         self._ledgers: list[Ledger] = []
+        self.processes = False
+        """Whether gateways know the processes of their guests, a new one at each boot."""
+        self._lease: LeaseRecord | None = None
+        """As etcd has it."""
+        self._put_back: set[int] = set()
+        """Nodes whose disk was put back to an older state."""
         self._latencies_s: dict[tuple[int, int], float] = {}
         """How long a frame may be under way between a gateway and a node, where that was changed."""
         self._former_s: list[tuple[float, float]] = []
@@ -417,6 +423,13 @@ class Cluster:
             self.clock.go_on(process.process)
             self.say(f"{self.names[node]} goes on")
 
+    def put_back_disk(self, node: int) -> None:
+        """Put the snapshot of a disk in place of what is there; its node is off."""
+        self.world.restore_disk(node)
+        # What it had stored, and who relied on that, is not told by its record any more.
+        self._put_back.add(node)
+        self.judge_memory()
+
     def judge_memory(self) -> None:
         """Find out whether unflushed writes may be gone."""
         if self.record is None:
@@ -563,6 +576,8 @@ class Cluster:
         process = self.gateways[guest]
         if process is not None and self.guests[guest].life in (Life.OFF, Life.FAILED):
             self.say(f"guest-{guest} boots")
+            if self.processes:
+                self.guests[guest].peer = f"{next(self._numbers)}:1"
             self.guests[guest].start(process)
 
     def serving(self) -> list[Guest]:
@@ -577,6 +592,9 @@ class Cluster:
     def _etcd_changed(self) -> None:
         if not self.image:
             return
+        lease, self._lease = self._lease, self._lease_in_etcd()
+        if lease is not None and self._lease is not None:
+            self._check_lease(lease, self._lease)
         item = _stored(self.state.memory, keys.image(self.image))
         if item is None or item == self._record_value:
             return
@@ -593,6 +611,18 @@ class Cluster:
         if former is not None and record.stale != former.stale:
             self.say(f"etcd: generation {record.generation}, stale {_plain(record.stale)}")
             self.judge_memory()
+
+    def _lease_in_etcd(self) -> LeaseRecord | None:
+        item = _stored(self.state.memory, keys.lease(self.image))
+        return None if item is None else LeaseRecord.decode(keys.lease(self.image), item)
+
+    def _check_lease(self, former: LeaseRecord, now: LeaseRecord) -> None:
+        """Check that nobody takes the lease of a process that lives. Raises Violation."""
+        if former.holder == now.holder or former.maintenance or self.rolled_back:
+            return
+        for process in self.gateways:
+            if process is not None and process.holder == former.holder:
+                raise Violation(f"the lease of {process.name}, which lives, was taken")
 
     def _check_epoch(self, epoch: int, holder: str) -> None:
         """Check that one holder serves in an epoch."""
@@ -631,8 +661,9 @@ class Cluster:
         stale = record.stale.get(replica_set, {})
         left = max((stale[node] for node in missing if node in stale), default=-1)
         for name in record.membership.in_sync(replica_set) if left >= 0 else ():
-            found = self.world.node_record(self.names.index(name), self.image)
-            if found is not None and found[2] <= left:
+            node = self.names.index(name)
+            found = self.world.node_record(node, self.image)
+            if found is not None and found[2] <= left and node not in self._put_back:
                 raise Violation(
                     f"a write to shard {shard} was answered without {sorted(missing)}, "
                     f"which {name} does not know to be left behind"

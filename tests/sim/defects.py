@@ -23,12 +23,13 @@ from engine._engine import Simulation
 from etcd.records import ImageRecord
 from shard.membership import Policy
 from tests.sim.history import History, Outcome
-from tests.sim.kinds import KINDS
+from tests.sim.kinds import KINDS, seeds_of
 from tests.sim.processes import SimNode
 from vmstore import granting
 from vmstore.exports import Exports
 from vmstore.history import Verdict
 from vmstore.holder import Holder, Standing
+from vmstore.served import Served
 from vmstore.serving import OpenImage, Serving
 
 
@@ -152,6 +153,20 @@ def _nothing_is_buried() -> Any:
     return mock.patch.object(SimNode, "_bury", return_value=None)
 
 
+def _let_anybody_in() -> Any:
+    """Whom a gateway served before is not asked after."""
+    return mock.patch.multiple(Served, check=mock.DEFAULT, admit=mock.DEFAULT)
+
+
+def _the_name_says_it_all() -> Any:
+    """A lease of one's own name is taken over, whoever holds it."""
+
+    def is_of_the_dead(serving: Serving, lease: Any) -> bool:
+        return bool(lease.gateway == serving._gateway)
+
+    return mock.patch.object(Serving, "_is_of_the_dead", is_of_the_dead)
+
+
 def _never_confirmed() -> Any:
     """A holder answers writes by what etcd took, whether the arbiter knows or not."""
 
@@ -207,6 +222,10 @@ DEFECTS = (
     Defect("sessions", "14: late frames", "network", 60, ("SessionIsCurrent",)),
     Defect("epochs at the nodes", "14: late frames", "late", 40,
            ("EpochIsCurrent", "SessionIsCurrent")),
+    Defect("who was served is barred", "1: a guest is let in again", "comes back", 40,
+           patch=_let_anybody_in),
+    Defect("the lock file tells who is dead", "19: two gateway processes", "twins", 20,
+           patch=_the_name_says_it_all),
     # Power and disks
     Defect("a failed sync ends the store", "15: a failed sync", "disks", 10,
            ("FailedSyncEnds",)),
@@ -314,17 +333,9 @@ def planted(defect: Defect) -> Iterator[None]:
         yield
 
 
-def seeds(kind: str) -> Iterator[int]:
-    """The seeds of a kind of histories."""
-    index = next(i for i, known in enumerate(KINDS) if known.name == kind)
-    while True:
-        yield index
-        index += len(KINDS)
-
-
 def catch(defect: Defect, within: int, kind: str | None = None) -> tuple[int, Outcome | None]:
     """Return how many histories it takes to notice a defect, and the one that did."""
-    source = seeds(kind or defect.kind)
+    source = seeds_of(kind or defect.kind)
     for count in range(1, within + 1):
         seed = next(source)
         with planted(defect):

@@ -211,8 +211,7 @@ class Faults:
             return
         self._snapshot_of = None
         cluster.stop_node(victim, power=False)
-        cluster.world.restore_disk(victim)
-        cluster.judge_memory()
+        cluster.put_back_disk(victim)
         cluster.say(f"{cluster.names[victim]}: the disk's snapshot is put back")
         cluster.start_node(victim)
 
@@ -224,8 +223,7 @@ class Faults:
             return
         self._snapshot_of = None
         cluster.keep_down(victim, power=False)
-        cluster.world.restore_disk(victim)
-        cluster.judge_memory()
+        cluster.put_back_disk(victim)
         cluster.say(f"{cluster.names[victim]}: an older copy of its disk is put back")
         self._for_a_while(lambda: cluster.start_node(victim), 0.0, 0.5, 4.0)
 

@@ -10,7 +10,7 @@ import structlog
 
 from tests.sim.cluster import Cluster
 from tests.sim.guest import Life
-from tests.sim.kinds import KINDS
+from tests.sim.kinds import kind_of
 from tests.sim.oracle import Violation
 from tests.sim.strikes import Strikes
 
@@ -55,7 +55,7 @@ class History(Strikes):
         self.seed = seed
         self._frames = frames
         self.chance = random.Random(f"history {seed}")
-        self.kind = KINDS[seed % len(KINDS)]
+        self.kind = kind_of(seed)
         shape = self.chance.choice(self.kind.shapes)
         super().__init__(Cluster(self.chance.getrandbits(63), shape), self.chance)
         if frames:
@@ -103,7 +103,7 @@ class History(Strikes):
 
     def _play(self) -> None:
         cluster = self.cluster
-        cluster.scrubs = self.kind.scrubs
+        cluster.scrubs, cluster.processes = self.kind.scrubs, self.kind.processes
         if self.kind.ledgers:
             self._backup = cluster.state.memory.backup()
             cluster.keep_ledgers()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tests.sim.cluster import Shape
@@ -27,6 +29,9 @@ class Kind:
     scrubs: bool = False
     """Gateways scrub, and a scrub ends it."""
     resizes: bool = False
+    """Somebody changes the image's size."""
+    processes: bool = False
+    """Gateways know the processes of their guests."""
     some_away: bool = False
     """Some stay away when all other faults have ended: who can go on without them does."""
 
@@ -209,4 +214,28 @@ KINDS = (
         PAIRS,
         some_away=True,
     ),
+    Kind(
+        "comes back",
+        {"come_back": 8, "kill_gateway": 1, "second": 1},
+        processes=True,
+    ),
+    Kind(
+        "twins",
+        {"second_process": 6, "kill_gateway": 2, "second": 1, "pause_gateway": 1},
+    ),
 )  # fmt: skip
+
+SEEDS = 32
+"""A seed's remainder by it chooses the kind, so that another kind at the end changes no seed of the
+others."""
+
+
+def kind_of(seed: int) -> Kind:
+    """Return the kind of a seed's history."""
+    return KINDS[seed % SEEDS % len(KINDS)]
+
+
+def seeds_of(kind: str) -> Iterator[int]:
+    """Yield the seeds of a kind."""
+    index = next(i for i, known in enumerate(KINDS) if known.name == kind)
+    yield from itertools.count(index, SEEDS)

@@ -314,6 +314,63 @@ class Strikes(Faults):
         # The former holder gives its lease back first, or the next one has to wait for its end.
         self._later(self.chance.choice((1.0, 4.0)), move)
 
+    def come_back(self) -> None:
+        """A guest's process outlives its lease, and sends again what it got no answer to."""
+        cluster, guest = self.cluster, self._running()
+        if guest is None or guest.peer is None or cluster.clock.now_s < self._away_until_s:
+            return
+        gateway = cluster.guests.index(guest)
+        other = self.chance.choice([g for g in range(cluster.shape.gateways) if g != gateway])
+        self._away_until_s = cluster.clock.now_s + 30.0
+        cluster.say(f"guest-{gateway} will come back")
+        for node in range(cluster.shape.nodes):
+            cluster.world.set_path(gateway, node, True, False)
+        region = self.chance.choice(guest.regions)
+        first = self.chance.randrange(region.start, region.stop - 7)
+        guest.write(first, 8)
+        stamp = max(guest.unanswered()) << 8 | 1
+        self._later(0.1, lambda: cluster.pause_gateway(gateway))
+        self._later(self.chance.uniform(11.0, 12.5), lambda: cluster.boot(other))
+        self._later(self.chance.uniform(15.0, 16.0), cluster.guests[other].stop)
+
+        def go_on() -> None:
+            for node in range(cluster.shape.nodes):
+                cluster.world.set_path(gateway, node, True, True)
+            cluster.continue_gateway(gateway)
+
+        cluster.clock.after(20.0, go_on)
+
+        def again() -> None:
+            process = cluster.gateways[gateway]
+            if guest.life is not Life.FAILED or process is None:
+                return
+            guest.start(process)
+            self._when(lambda: guest.life is Life.RUNNING, send_again, 6.0)
+            cluster.clock.after(7.0, lambda: guest.life is Life.RUNNING or guest.stop())
+
+        def send_again() -> None:
+            if guest.channel is not None:
+                token = 1 << 40 | stamp
+                cluster.world.write(
+                    gateway, guest.channel, guest.client, token, first, 8, stamp, False
+                )
+                self._later(0.5, lambda: guest.read(first, 8))
+
+        self._later(22.0, again)
+
+    def second_process(self) -> None:
+        """A gateway is given another one's name by mistake, and asked for its image."""
+        cluster, guest = self.cluster, self._running()
+        if guest is None:
+            return
+        gateway = cluster.guests.index(guest)
+        other = self.chance.choice([g for g in range(cluster.shape.gateways) if g != gateway])
+        process = cluster.gateways[other]
+        if process is not None:
+            cluster.say(f"gate-{other} has the name of gate-{gateway}")
+            process.exports._gateway = f"gate-{gateway}"
+            cluster.boot(other)
+
     # Sizes and scrubs
 
     def shrink(self) -> None:

@@ -91,8 +91,7 @@ def roll_a_disk_back_within_its_run() -> None:
     stage.flush()
     stage.run(4.0)
     stage.kill(0)
-    cluster.world.restore_disk(0)
-    cluster.judge_memory()
+    cluster.put_back_disk(0)
     stage.start(0)
     stage.run(4.0)
     for _ in range(4):
@@ -305,8 +304,7 @@ def set_a_disk_back_over_its_starts() -> Stage:
     stage.kill(0)
     # The etcd lease of its last run is over, or it might run elsewhere.
     stage.run(12.0)
-    cluster.world.restore_disk(0)
-    cluster.judge_memory()
+    cluster.put_back_disk(0)
     stage.start(0)
     stage.run(6.0)
     for _ in range(4):
@@ -344,8 +342,7 @@ def test_disk_that_was_set_back_waits_for_another_one_in_sync() -> None:
     stage.await_stale(1)
     stage.kill(0)
     stage.run(12.0)
-    cluster.world.restore_disk(0)
-    cluster.judge_memory()
+    cluster.put_back_disk(0)
     stage.start(0)
     stage.start(1)
     stage.run(20.0)
