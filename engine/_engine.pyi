@@ -269,7 +269,10 @@ class Simulation:
     def start_node(
         self, node: int, seen_counter: int = 0, distrusted: list[str] = ...
     ) -> tuple[str, int]:
-        """Start a process, as `Node` is made; return store and start counter. Raises RuntimeError."""
+        """Start a process as `Node` is made; return store and start counter.
+
+        Raises RuntimeError.
+        """
 
     def stop_node(self, node: int, power: bool) -> None:
         """Kill it; with `power` all goes that was not synced."""

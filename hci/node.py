@@ -47,8 +47,8 @@ _FULL = "the disk is full: writes are refused until there is room"
 RETRY_S = 1.0
 
 COPIED_S = 20.0
-"""How long a store that was set back waits for the end of the etcd lease of whoever ran with it: twice
-what that lasts. One that goes on is of a process that runs, with a copy of the store."""
+"""How long a store that was set back waits for the end of the etcd lease of whoever ran with it:
+twice what that lasts. One that goes on is of a process that runs, with a copy of the store."""
 
 
 def serve(config: Config, name: str) -> None:
@@ -72,7 +72,8 @@ class NodeDaemon:
         self._run = secrets.token_hex(16)
         self._listening = False
         self._marks = self._load_marks()
-        self.engine = self._open_store()
+        self._opening = threading.RLock()
+        self._engine = self._open_store()
         self.usage = FolderUsage(own.data_dir)
         self.etcd = EtcdClient([str(endpoint) for endpoint in config.cluster.etcd])
         self.catalog = Catalog(self.etcd)
@@ -84,6 +85,12 @@ class NodeDaemon:
         self._session_lost = threading.Event()
         self._copied_since_s = 0.0
         self._unconfirmed: set[ImageId] = set()
+
+    @property
+    def engine(self) -> Node:
+        """The data path. Whoever asks while the store is opened anew waits for that."""
+        with self._opening:
+            return self._engine
 
     def run(self) -> None:
         """Serve until it is time to end."""
@@ -184,8 +191,9 @@ class NodeDaemon:
         if self.ledger.start_counter(self.own.name) <= self.engine.start_counter:
             # As old as the store.
             self.ledger.forget()
-        self.engine.stop()
-        self.engine = self._open_store()
+        with self._opening:
+            self._engine.stop()
+            self._engine = self._open_store()
         if self._listening:
             self._listen()
 

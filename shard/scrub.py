@@ -1,8 +1,9 @@
 """When an image is scrubbed. Pure.
 
-A scrub that was asked for comes first, then one that was begun and not ended, then what the last one
-passed over, where a node was away that is in sync again, then what the schedule says. An image that was never scrubbed waits as long as one that was scrubbed when it was
-first seen, so that a cluster does not begin its life with reading everything.
+A scrub that was asked for comes first, then one that was begun and not ended, then what the last
+one passed over, where a node was away that is in sync again, then what the schedule says. An image
+that was never scrubbed waits as long as one that was scrubbed when it was first seen, so that a
+cluster does not begin its life with reading everything.
 """
 
 from dataclasses import dataclass

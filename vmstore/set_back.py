@@ -1,12 +1,14 @@
 """Stores that were set back: an older copy of a node's disk was put in place of the present one.
 
-etcd has seen a later start of such a store, so nothing that it holds of an image counts. The node goes
-on as a new instance, above all that were seen, and says of each of these images that it is distrusted
-(`Marks`), over all its starts, until a holder has had etcd say that the node is stale since 0 and heals
-it. Whoever was set back proves nothing about etcd either: its copy of the records is as old.
+etcd has seen a later start of such a store, so nothing that it holds of an image counts. The node
+goes on as a new instance, above all that were seen, and says of each of these images that it is
+distrusted (`Marks`), over all its starts, until a holder has had etcd say that the node is stale
+since 0 and heals it. Whoever was set back proves nothing about etcd either: its copy of the records
+is as old.
 
-It may do so only where another node in sync is there for each of its replica sets. If the disks of all
-of them were put back together nobody would be left to say so, and older content would pass for new.
+It may do so only where another node in sync is there for each of its replica sets. If the disks of
+all of them were put back together nobody would be left to say so, and older content would pass for
+new.
 """
 
 import json
@@ -21,7 +23,7 @@ from shard.ids import ImageId, image_id
 
 
 def seen_later(known: NodeRecord | None, own: NodeRecord) -> bool:
-    """Whether the cluster has seen a later start of this store, or this start of it by another run."""
+    """Whether the cluster has seen a later start of this store, or this one by another run."""
     if known is None or known.store_id != own.store_id:
         return False
     other_run = None not in (known.run, own.run) and known.run != own.run

@@ -95,7 +95,7 @@ def test_node_on_an_older_copy_of_its_disk_is_healed_by_itself(
         cluster.run("node3")
         cluster.await_health("ok")
         assert session.call("read", 0, 64) == [2] * 32 + [3] * 16 + [1] * 16
-        log = (cluster.directory / "logs" / "node3.log").read_text()
+        log = (cluster.directory / "log" / "node3.log").read_text()
         assert "store_set_back" in log
         assert not (data_dir(cluster, "node3") / "set-back").exists()
     cluster.must_be_equal(image)

@@ -111,7 +111,7 @@ class Cluster:
         self._put_back: set[int] = set()
         """Nodes whose disk was put back to an older state."""
         self._latencies_s: dict[tuple[int, int], float] = {}
-        """How long a frame may be under way between a gateway and a node, where that was changed."""
+        """How long a frame may be under way to or from a node, where that was changed."""
         self._former_s: list[tuple[float, float]] = []
         """Until when how long a frame of before a change may be under way."""
         self._used: tuple[range, ...] = ()
@@ -334,7 +334,7 @@ class Cluster:
         self.clock.after(0, again)
 
     def keep_ledgers(self) -> None:
-        """Have nodes keep copies of the records in etcd, and somebody recover it; before `build`."""
+        """Have nodes keep copies of etcd's records, and somebody recover it; before `build`."""
         self._ledgers = [new_ledger() for _ in self.names]
         Recoverer(
             self.clock,
@@ -868,7 +868,9 @@ class Cluster:
         while held:
             # Whoever shares a block with one that waits waits behind it.
             one = held.pop()[2]
-            behind = [each for each in able if each[2].start < one.stop and one.start < each[2].stop]
+            behind = [
+                each for each in able if each[2].start < one.stop and one.start < each[2].stop
+            ]
             able = [each for each in able if each not in behind]
             held += behind
         flushes = [each for each in guest.waiting() if not each[2]]

@@ -1,6 +1,7 @@
-"""Which scenario plays each of the design's histories, and which broken rules show that it is noticed.
+"""Which scenario plays each of the design's histories, and which broken rules are noticed.
 
-`docs/simulation.md` has it as a table, which `python -m tests.sim.coverage` writes; a test compares.
+`docs/simulation.md` has it as a table, which `python -m tests.sim.coverage` writes; a test
+compares.
 """
 
 from __future__ import annotations
@@ -194,7 +195,7 @@ def table(covered: tuple[Covered, ...]) -> Iterator[str]:
         ]
         if each.waits_for:
             found.append(f"*{each.waits_for}*")
-        counts = f"{len(each.scenarios) or '–'} | {len(each.broken) or '–'}"
+        counts = f"{len(each.scenarios) or ''} | {len(each.broken) or ''}"
         yield f"| {each.number} | {each.title} | {counts} | {'; '.join(found)} |"
 
 

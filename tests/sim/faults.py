@@ -129,9 +129,7 @@ class Faults:
         slow_ns = self.chance.choice((5_000_000, 60_000_000, 600_000_000))
         cluster.say(f"gate-{gateway} to {cluster.names[node]}: up to {slow_ns / 1e6:.0f} ms")
         cluster.set_latency(gateway, node, 50_000, slow_ns)
-        self._for_a_while(
-            lambda: cluster.set_latency(gateway, node, 50_000, 1_000_000), 2.0, 8.0
-        )
+        self._for_a_while(lambda: cluster.set_latency(gateway, node, 50_000, 1_000_000), 2.0, 8.0)
 
     def _cut_etcd_of(self, path: object, name: str, length_s: float) -> None:
         there, back = self.chance.choice(((False, False), (False, True), (True, False)))

@@ -154,7 +154,7 @@ class History(Strikes):
         self.cluster.clock.after(pause_s, self._next_fault)
 
     def mended_but_for_some(self) -> None:
-        """Some stay away, all other faults end: who can go on without them does. Raises Violation."""
+        """Some stay away, all else ends: who can go on without them does. Raises Violation."""
         cluster = self.cluster
         nodes, arbiter = self._choose_away()
         cluster.mend(nodes, arbiter=arbiter)

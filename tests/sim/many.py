@@ -88,7 +88,9 @@ def main() -> int:
         simulated_s += played.simulated_s
         if played.error is not None:
             failed += 1
-            print(f"seed {played.seed}, {kind_of(played.seed).name}: {played.error[:300]}", flush=True)
+            print(
+                f"seed {played.seed}, {kind_of(played.seed).name}: {played.error[:300]}", flush=True
+            )
         if time.monotonic() - told_s > 60:
             told_s = time.monotonic()
             print(f"{count} histories, {failed} failed", flush=True)

@@ -23,8 +23,8 @@ TORN = (1 << 64) - 1
 PRUNED_FROM = 8
 """Fewer writes of a sector than this are kept, whether they are over or not."""
 UNDER_WAY_S = 0.01
-"""So long after a node's end an answer of its may still arrive, of what is gone; on a slow path longer
-(`under_way_s`)."""
+"""So long after a node's end an answer of its may still arrive, of what is gone; on a slow path
+longer (`under_way_s`)."""
 
 
 class Violation(AssertionError):

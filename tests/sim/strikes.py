@@ -86,7 +86,7 @@ class Strikes(Faults):
     # Levelling
 
     def strike_levelling(self) -> None:
-        """A node comes back without its memory; as it is levelled something happens to the others."""
+        """A node comes back without its memory; as it is levelled something befalls the others."""
         cluster, node = self.cluster, self._node()
         length_s = self.chance.uniform(3.0, 6.0)
         cluster.say(f"{cluster.names[node]} is levelled slowly")
@@ -202,9 +202,7 @@ class Strikes(Faults):
         def flush() -> None:
             self._flushed(cut)
 
-        self._later(
-            0.12, lambda: self._when(lambda: guest.life is Life.RUNNING, flush, 8.0)
-        )
+        self._later(0.12, lambda: self._when(lambda: guest.life is Life.RUNNING, flush, 8.0))
 
     def refuse_and_flush(self) -> None:
         """A node has no room and refuses writes, takes flushes, and cannot be left behind."""
@@ -244,7 +242,7 @@ class Strikes(Faults):
         )
 
     def refuse_by_rot(self) -> None:
-        """Rot keeps a node from a write; what was flushed meanwhile is cleared, and the holder ends."""
+        """Rot keeps a node from a write; what was flushed is cleared, and the holder ends."""
         cluster, guest, victim = self.cluster, self._running(), self._victim
         block = self.chance.choice((0, 1, 2, 252, 253, 254))
         place = block * BLOCK_BYTES + self.chance.randrange(BLOCK_BYTES)
@@ -400,7 +398,7 @@ class Strikes(Faults):
     # Votes
 
     def strike_vote(self) -> None:
-        """A node is lost; when the arbiter has granted that, or heard that etcd took it, others go."""
+        """A node is lost; when the arbiter has granted that, or has heard of it, others go."""
         self.leave_behind()
         method = self.chance.choice(("Prepare", "Prepare", "Confirm"))
         self.cluster.site.at_vote.append((method, self._strike_vote))

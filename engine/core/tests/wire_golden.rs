@@ -74,7 +74,7 @@ const PEEK: &str = "
     101112131415161718191a1b1c1d1e1f ; image
 ";
 const PEEK_REPLY: &str = "
-    74000000 02000000 bb9a24e0 ; head 116, payload 2, checksum
+    74000000 02000000 a5445473 ; head 116, payload 2, checksum
     83 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
     101112131415161718191a1b1c1d1e1f ; image
     0300000000000000 ; epoch 3

@@ -176,8 +176,7 @@ impl Gateway {
         bytes_per_second: u64,
         share_percent: u64,
     ) -> PyResult<()> {
-        let spec =
-            ScrubSpec { attempt, from_shard, end_shard, bytes_per_second, share_percent };
+        let spec = ScrubSpec { attempt, from_shard, end_shard, bytes_per_second, share_percent };
         self.order(Command::Scrub { channel, spec })
     }
 

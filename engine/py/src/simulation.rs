@@ -377,8 +377,7 @@ impl Simulation {
         bytes_per_second: u64,
         share_percent: u64,
     ) -> PyResult<()> {
-        let spec =
-            ScrubSpec { attempt, from_shard, end_shard, bytes_per_second, share_percent };
+        let spec = ScrubSpec { attempt, from_shard, end_shard, bytes_per_second, share_percent };
         self.at_gateway(gateway)?.with_image(gateway, channel, |io| io.scrub(spec));
         Ok(())
     }

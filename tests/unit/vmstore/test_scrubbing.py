@@ -40,7 +40,9 @@ class FakeImages:
         assert scrub
         self.maintained.append(name)
 
-    def scrub(self, image: ImageId, attempt: int, shards: tuple[int, int], _limits: ScrubLimits) -> None:
+    def scrub(
+        self, image: ImageId, attempt: int, shards: tuple[int, int], _limits: ScrubLimits
+    ) -> None:
         self.begun.append((image, attempt, *shards))
 
     def end_scrub(self, _image: ImageId, attempt: int) -> None:

@@ -2,9 +2,9 @@
 //! node's own request handling. What its event loop does in batches (append, sync, answer, checkpoint)
 //! happens here one step at a time, when the history says so.
 
+use crate::geometry::ImageId;
 use crate::node::requests::{Outcome, Requests, Scratch};
 use crate::node::sessions::Sessions;
-use crate::geometry::ImageId;
 use crate::replica::Instance;
 use crate::store::simulated::SimDisk;
 use crate::store::{CheckpointJob, Store, StoreConfig, StoreError, SyncJob};
