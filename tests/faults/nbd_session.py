@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -85,6 +86,20 @@ class NbdSession:
     def call(self, op: str, block: int = 0, count: int = 0, version: int = 0) -> list[int]:
         """Makes a request and waits for it; raises NbdError or TimeoutError."""
         return self.submit(op, block, count, version).result(timeout=ANSWER_TIMEOUT_S)
+
+    def go_on(self, seconds: float, count: int, version: int = 1, pause: float = 0.2) -> int:
+        """Writes, flushes and reads the first `count` blocks for so long.
+
+        Returns the last version written; `version` is the one before the first.
+        """
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            version += 1
+            self.call("write", 0, count, version)
+            self.call("flush")
+            assert self.call("read", 0, count) == [version] * count
+            time.sleep(pause)
+        return version
 
     def close(self) -> None:
         """Leaves in good order, or by force where the server does not answer."""

@@ -6,7 +6,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from tests.faults.load import (
     rounds,
 )
 from tests.faults.nbd_session import NbdSession
+from tests.waiting import HANG_S, until
 
 # A hang detector: a heal of these images takes a moment.
-HEAL_TIMEOUT_S = 60.0
 BLOCK_BYTES = 4096
 RUN_BLOCKS = 256
 
@@ -43,13 +43,6 @@ def copies(cluster: DevCluster, image: str) -> bool:
 
 def stale(cluster: DevCluster, image: str) -> list[str]:
     return [entry["node"] for entry in cluster.info(image)["stale"]]
-
-
-def until(what: str, holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + HEAL_TIMEOUT_S
-    while not holds():
-        assert time.monotonic() < deadline, f"not within {HEAL_TIMEOUT_S:.0f} s: {what}"
-        time.sleep(0.1)
 
 
 def await_in_sync(cluster: DevCluster, image: str) -> None:
@@ -170,7 +163,7 @@ def test_heal_that_is_interrupted_goes_on(cluster: DevCluster, killed: str, tmp_
                 cluster.kill(killed)
                 waiting = session.submit("write", 5 * RUN_BLOCKS, 1, 3)
                 cluster.run(killed)
-                assert waiting.result(timeout=HEAL_TIMEOUT_S) == []
+                assert waiting.result(timeout=HANG_S) == []
                 await_in_sync(cluster, "creeps")
                 cluster.kill("node1")
                 for first in range(0, blocks, RUN_BLOCKS):

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.devcluster import POOL, DevCluster
 from tests.faults.nbd_session import NbdSession
-
-WAIT_S = 60.0
-
-
-def until(what: str, holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not holds():
-        assert time.monotonic() < deadline, f"not within {WAIT_S:.0f} s: {what}"
-        time.sleep(0.02)
+from tests.waiting import until
 
 
 def leftovers(cluster: DevCluster) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,11 @@ import pytest
 from tests.devcluster import POOL, DevCluster
 from tests.faults.load import ReconnectingDisk
 from tests.faults.nbd_session import NbdError, NbdSession
+from tests.waiting import HANG_S, until
 
-WAIT_S = 60.0
 """A hang detector: what is waited for takes a few seconds at most."""
 
 pytestmark = pytest.mark.timeout(900)
-
-
-def until(what: str, holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not holds():
-        assert time.monotonic() < deadline, f"not within {WAIT_S:.0f} s: {what}"
-        time.sleep(0.1)
 
 
 def etcd_data(cluster: DevCluster) -> Path:
@@ -257,14 +249,7 @@ def test_running_guest_goes_on_before_and_after(lost_whole: bool, tmp_path: Path
                 session.call("write", 0, 64, 1)
                 put_back(cluster, kept)
                 until("it is noticed", lambda: is_noticed(cluster))
-                end = time.monotonic() + 13
-                version = 1
-                while time.monotonic() < end:
-                    version += 1
-                    session.call("write", 0, 64, version)
-                    session.call("flush")
-                    assert session.call("read", 0, 64) == [version] * 64
-                    time.sleep(0.5)
+                version = session.go_on(13, 64)
                 recover(cluster)
                 session.call("write", 0, 32, version + 1)
                 session.call("flush")
@@ -297,7 +282,7 @@ def test_node_lost_while_etcd_is_behind_stalls_writes_until_it_is_recovered(
                 time.sleep(3)
                 assert not waiting.done(), "answered without a record that says who missed it"
                 recover(cluster)
-                assert waiting.result(timeout=WAIT_S) == []
+                assert waiting.result(timeout=HANG_S) == []
                 assert session.call("read", 0, 32) == [2] * 16 + [1] * 16
 
 

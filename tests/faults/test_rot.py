@@ -16,7 +16,8 @@ from tests.devcluster import POOL, CommandError, DevCluster
 from tests.faults.load import DURATION_S, VerifyingFio
 from tests.faults.nbd_session import NbdError, NbdSession
 from tests.faults.shard_files import BLOCK_BYTES, BLOCKS, ShardFile, shard_files
-from tests.faults.test_heal import RUN_BLOCKS, await_in_sync, fill, until
+from tests.faults.test_heal import RUN_BLOCKS, await_in_sync, fill
+from tests.waiting import until
 
 SIZE = "256M"
 IMAGE_BLOCKS = (256 << 20) // BLOCK_BYTES

@@ -10,13 +10,13 @@ import pytest
 
 from etcd.errors import LeaseNotFound
 from etcd.memory import MemoryEtcd
-from etcd.records import ImageRecord, Layer, NodeRecord
+from etcd.records import ImageRecord, NodeRecord
 from hci import control_pb2 as pb
 from hci.history import HistoryWatch
 from hci.node import NodeControl, NodeDaemon
 from shard.digest import UNREADABLE, digest
 from shard.ids import ImageId
-from shard.membership import Policy
+from tests.unit.samples import image_record
 from vmstore.catalog import Catalog
 from vmstore.errors import RecordChanged
 from vmstore.ledger import Ledger
@@ -25,19 +25,7 @@ IMAGE = ImageId("cd" * 16)
 
 
 def record() -> ImageRecord:
-    return ImageRecord(
-        id=IMAGE,
-        pool="vms",
-        policy=Policy.REPLICA_3,
-        size_bytes=1 << 30,
-        shard_bytes=1 << 22,
-        placement_key=IMAGE,
-        placement_version=1,
-        sets=(("node1", "node2", "node3"),),
-        layers=(Layer(id=1),),
-        epoch=1,
-        holder="f" * 32,
-    )
+    return image_record(IMAGE, epoch=1, holder="f" * 32)
 
 
 class Store:

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from etcd.records import ImageRecord, Layer, PlacementRecord, PoolRecord
+from etcd.records import ImageRecord, PlacementRecord, PoolRecord
 from hci import control_pb2 as pb
 from hci.survey import ArbiterView, GatewayView, Health, NodeView, Survey
 from shard.ids import image_id
 from shard.membership import Policy
 from shard.placement import FailureDomain
+from tests.unit.samples import image_record
 
 SETS = (("node1", "node2", "node3"),)
 
@@ -19,18 +20,7 @@ def node(name: str, state: str = "up") -> NodeView:
 
 
 def image(**changes: object) -> ImageRecord:
-    record = ImageRecord(
-        id=image_id("ab" * 16),
-        pool="vms",
-        policy=Policy.REPLICA_3,
-        size_bytes=1 << 30,
-        shard_bytes=4 << 20,
-        placement_key=image_id("ab" * 16),
-        placement_version=1,
-        sets=SETS,
-        layers=(Layer(id=1),),
-    )
-    return replace(record, **changes)  # type: ignore[arg-type]
+    return image_record(image_id("ab" * 16), **changes)
 
 
 WELL = Survey(

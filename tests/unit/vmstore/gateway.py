@@ -11,14 +11,13 @@ from typing import Any
 from etcd.interface import Delete
 from etcd.lease import Session
 from etcd.memory import MemoryEtcd
-from etcd.records import ImageRecord, LeaseRecord, NodeRecord
+from etcd.records import ImageRecord, LeaseRecord
+from tests.unit.samples import GIB, NODES, node_record
 from vmstore.catalog import Catalog
 from vmstore.exports import Exports
 from vmstore.healing import HealLimits
 from vmstore.names import ImageName, parse_image_name
 
-NODES = ("node1", "node2", "node3")
-GIB = 1 << 30
 WAIT_S = 20.0
 """A hang detector."""
 
@@ -186,20 +185,8 @@ class ScriptedGateway:
 @contextmanager
 def scripted_gateway(**values: Any) -> Iterator[ScriptedGateway]:
     gateway = ScriptedGateway(**values)
-    for number, name in enumerate(NODES, 1):
-        record = NodeRecord(
-            name=name,
-            address=f"10.0.0.{number}:7101",
-            control=f"10.0.0.{number}:7201",
-            socket=None,
-            host=f"host{number}",
-            zone="default",
-            labels={},
-            capacity_bytes=1 << 40,
-            store_id=f"{number:032x}",
-            start_counter=1,
-        )
-        gateway.catalog.announce_node(record, gateway.etcd.grant_lease(1000))
+    for number in range(1, len(NODES) + 1):
+        gateway.catalog.announce_node(node_record(number), gateway.etcd.grant_lease(1000))
     gateway.catalog.create_pool("vms")
     gateway.catalog.create_image(gateway.name, GIB)
     gateway.exports.start()

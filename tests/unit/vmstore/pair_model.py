@@ -16,11 +16,12 @@ from etcd import keys
 from etcd.errors import EtcdError, EtcdUnavailable
 from etcd.interface import Delete, Operation, Outcome, Put
 from etcd.memory import Fault, MemoryEtcd
-from etcd.records import ArbiterRecord, ImageRecord, NodeRecord
+from etcd.records import ArbiterRecord, ImageRecord
 from shard.digest import membership_digest
 from shard.errors import HciError
 from shard.ids import ImageId
 from shard.membership import Change, Policy, lose, rejoin
+from tests.unit.samples import node_record
 from vmstore import granting
 from vmstore.catalog import Catalog
 from vmstore.errors import Conflict, InUse
@@ -166,10 +167,7 @@ class World:
         self.granter = Granter(self.catalog, self.arbiter)
         lease = self.etcd.grant_lease(1 << 30)
         for name in NODES:
-            node = NodeRecord(
-                name=name, address="n:1", control="n:2", socket=None, host=name, zone="z",
-                labels={}, capacity_bytes=1, store_id="1" * 32, start_counter=1,
-            )  # fmt: skip
+            node = node_record(1, name=name, host=name)
             self.catalog.announce_node(node, lease)
         witness = ArbiterRecord(name="w", id="f" * 32, address="w:1", host="w", start_counter=1)
         self.catalog.announce_arbiter(witness, lease)

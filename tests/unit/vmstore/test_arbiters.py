@@ -9,10 +9,11 @@ from arbiter.errors import ArbiterUnreachable, OtherArbiter
 from arbiter.statement import Statement
 from arbiter.voting import Addressee
 from etcd.memory import MemoryEtcd
-from etcd.records import ArbiterRecord, NodeRecord
+from etcd.records import ArbiterRecord
 from shard.ids import ImageId
 from shard.membership import Change, Policy, lose
 from shard.placement import FailureDomain
+from tests.unit.samples import node_record
 from vmstore.catalog import Catalog
 from vmstore.errors import (
     ArbiterBesideData,
@@ -53,10 +54,7 @@ def catalog(etcd: MemoryEtcd) -> Catalog:
     """Two nodes and an arbiter."""
     catalog = Catalog(etcd)
     for name in sorted(NODES):
-        node = NodeRecord(
-            name=name, address="n:1", control="n:2", socket=None, host=f"host-{name}", zone="z",
-            labels={}, capacity_bytes=1, store_id="1" * 32, start_counter=1,
-        )  # fmt: skip
+        node = node_record(1, name=name, host=f"host-{name}")
         catalog.announce_node(node, etcd.grant_lease(60))
     catalog.announce_arbiter(arbiter(), etcd.grant_lease(10))
     return catalog

@@ -13,6 +13,7 @@ from shard.errors import BadName, BadSize, BadValue
 from shard.ids import ImageId
 from shard.membership import Policy
 from shard.placement import FailureDomain
+from tests.unit.samples import GIB, node_record
 from vmstore.catalog import Catalog
 from vmstore.errors import (
     ForeignStore,
@@ -34,22 +35,11 @@ from vmstore.stored import Stored
 
 CLUSTER = "c" * 32
 DISK = ImageName("vms", "guests/disk")
-GIB = 1 << 30
 
 
 def node(number: int, *, host: str | None = None, start_counter: int = 1) -> NodeRecord:
-    return NodeRecord(
-        name=f"node{number}",
-        address=f"10.0.0.{number}:7101",
-        control=f"10.0.0.{number}:7201",
-        socket=None,
-        host=host or f"host{number}",
-        zone="default",
-        labels={},
-        capacity_bytes=1 << 40,
-        store_id=f"{number:032x}",
-        start_counter=start_counter,
-    )
+    changes = {"host": host} if host else {}
+    return node_record(number, start_counter=start_counter, **changes)
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ from collections.abc import Collection, Mapping
 
 import pytest
 
-from etcd.records import ImageRecord, Layer
+from etcd.records import ImageRecord
 from shard.digest import UNREADABLE, Difference
 from shard.ids import image_id
-from shard.membership import Policy
 from shard.placement import replica_set_index
+from tests.unit.samples import image_record
 from vmstore import check
 
 KEY = image_id("ab" * 16)
@@ -40,16 +40,11 @@ class Nodes:
 def image(
     shards: int, sets: tuple[tuple[str, ...], ...], stale: dict[int, dict[str, int]] | None = None
 ) -> ImageRecord:
-    return ImageRecord(
-        id=KEY,
-        pool="vms",
-        policy=Policy.REPLICA_3,
+    return image_record(
+        KEY,
         size_bytes=shards << 20,
         shard_bytes=1 << 20,
-        placement_key=KEY,
-        placement_version=1,
         sets=sets,
-        layers=(Layer(id=1),),
         generation=2,
         stale=stale or {},
     )

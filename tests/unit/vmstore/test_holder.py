@@ -7,10 +7,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from etcd.records import ImageRecord, Layer
+from etcd.records import ImageRecord
 from shard.digest import membership_digest
 from shard.ids import ImageId
-from shard.membership import Policy
+from tests.unit.samples import NODES, image_record
 from vmstore import effects as wanted
 from vmstore import events
 from vmstore import healing as healing_rules
@@ -19,25 +19,10 @@ from vmstore.holder import Holder, Phase, Standing
 
 ME = "ab" * 16
 IMAGE = ImageId("cd" * 16)
-NODES = ("node1", "node2", "node3")
 
 
 def record(**changes: object) -> ImageRecord:
-    taken = ImageRecord(
-        id=IMAGE,
-        pool="vms",
-        policy=Policy.REPLICA_3,
-        size_bytes=1 << 30,
-        shard_bytes=1 << 22,
-        placement_key=IMAGE,
-        placement_version=1,
-        sets=(NODES,),
-        layers=(Layer(id=1),),
-        epoch=3,
-        holder=ME,
-        clean=False,
-    )
-    return replace(taken, **changes)  # type: ignore[arg-type]
+    return image_record(IMAGE, **{"epoch": 3, "holder": ME, "clean": False, **changes})
 
 
 def view(ours: ImageRecord, **changes: object) -> events.NodeRecordView:

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from etcd.errors import EtcdUnavailable, LeaseNotFound, OutcomeUnknown
 from etcd.interface import Delete, Put
 from etcd.memory import Fault, MemoryEtcd
-from etcd.records import ImageRecord, Layer
+from etcd.records import ImageRecord
 from shard.errors import BadSize
 from shard.ids import ImageId
-from shard.membership import Change, Membership, Policy, lose, rejoin
+from shard.membership import Change, Membership, lose, rejoin
+from tests.unit.samples import GIB, image_record
 from vmstore.errors import (
     Conflict,
     HistoryLost,
@@ -27,7 +28,6 @@ from vmstore.holding import Held, Holding
 from vmstore.stored import Stored
 
 ID = ImageId("1" * 32)
-GIB = 1 << 30
 
 
 class Cluster:
@@ -36,17 +36,7 @@ class Cluster:
     def __init__(self) -> None:
         self.etcd = MemoryEtcd()
         self.holding = Holding(self.etcd)
-        record = ImageRecord(
-            id=ID,
-            pool="vms",
-            policy=Policy.REPLICA_3,
-            size_bytes=GIB,
-            shard_bytes=4 << 20,
-            placement_key=ID,
-            placement_version=1,
-            sets=(("a", "b", "c"),),
-            layers=(Layer(id=1),),
-        )
+        record = image_record(ID, sets=(("a", "b", "c"),))
         self.etcd.transaction([], [Put(record.key, record.encode())])
 
     def open(self, gateway: int) -> Held:

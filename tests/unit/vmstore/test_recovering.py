@@ -9,10 +9,10 @@ import pytest
 from etcd import keys
 from etcd.interface import KeyValue, Put
 from etcd.memory import MemoryEtcd
-from etcd.records import ClusterRecord, ImageRecord, Layer, NameRecord, TombstoneRecord
+from etcd.records import ClusterRecord, ImageRecord, NameRecord, TombstoneRecord
 from shard.digest import membership_digest
 from shard.ids import ImageId
-from shard.membership import Policy
+from tests.unit.samples import image_record
 from vmstore.errors import RecoveryRefused
 from vmstore.history import FORCED_STEP, HeldRecord, Known, judge
 from vmstore.ledger import Ledger
@@ -27,16 +27,8 @@ SETS = (("node1", "node2", "node3"),)
 
 
 def record(epoch: int, generation: int, stale: Mapping[str, int] | None = None) -> ImageRecord:
-    return ImageRecord(
-        id=IMAGE,
-        pool="vms",
-        policy=Policy.REPLICA_3,
-        size_bytes=1 << 30,
-        shard_bytes=1 << 22,
-        placement_key=IMAGE,
-        placement_version=1,
-        sets=SETS,
-        layers=(Layer(id=1),),
+    return image_record(
+        IMAGE,
         epoch=epoch,
         holder=HOLDER if epoch else None,
         generation=generation,

@@ -13,13 +13,13 @@ from etcd.records import LeaseRecord
 from etcd.scrubs import BadBlocks, ScrubRecord
 from shard.ids import ImageId
 from shard.scrub import ScrubLimits
+from tests.unit.samples import NODES
 from tests.unit.vmstore.test_catalog import node
 from vmstore.catalog import Catalog
 from vmstore.names import ImageName
 from vmstore.scrubbing import RotLog, Scrubber, may_be_opened
 
 NAME = ImageName("vms", "web")
-NODES = ("node1", "node2", "node3")
 DAY_MS = 86_400_000
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from etcd.records import ImageRecord, Layer
+from etcd.records import ImageRecord
 from shard.errors import HciError
 from shard.ids import ImageId
-from shard.membership import Policy
+from tests.unit.samples import image_record
 from vmstore.errors import ClientBarred
 from vmstore.names import ImageName, parse_image_name
 from vmstore.served import Served, process_lives
@@ -22,19 +22,7 @@ FIRST, SECOND, THIRD, ELSEWHERE = "a1" * 16, "a2" * 16, "a3" * 16, "ef" * 16
 
 
 def record(epoch: int, holder: str | None) -> ImageRecord:
-    return ImageRecord(
-        id=IMAGE,
-        pool="vms",
-        policy=Policy.REPLICA_3,
-        size_bytes=1 << 30,
-        shard_bytes=1 << 22,
-        placement_key=IMAGE,
-        placement_version=1,
-        sets=(("node1", "node2", "node3"),),
-        layers=(Layer(id=1),),
-        epoch=epoch,
-        holder=holder,
-    )
+    return image_record(IMAGE, epoch=epoch, holder=holder)
 
 
 class Host:

@@ -12,10 +12,11 @@ import pytest
 
 from etcd.interface import Put
 from etcd.memory import MemoryEtcd
-from etcd.records import ArbiterRecord, NodeRecord
+from etcd.records import ArbiterRecord
 from hci import cli, connect
 from hci.cli import app
 from hci.dev import layout
+from tests.unit.samples import node_record
 from vmstore.catalog import Catalog
 from vmstore.names import ImageName
 
@@ -30,19 +31,7 @@ def etcd(monkeypatch: pytest.MonkeyPatch) -> MemoryEtcd:
     monkeypatch.setattr(connect, "EtcdClient", lambda _endpoints: memory)
     catalog = Catalog(memory)
     for number in range(1, 4):
-        record = NodeRecord(
-            name=f"node{number}",
-            address=f"127.0.0.1:{number}",
-            control=f"127.0.0.1:{number}",
-            socket=None,
-            host=f"host{number}",
-            zone="default",
-            labels={},
-            capacity_bytes=1 << 40,
-            store_id=f"{number:032x}",
-            start_counter=1,
-        )
-        catalog.announce_node(record, memory.grant_lease(60))
+        catalog.announce_node(node_record(number), memory.grant_lease(60))
     catalog.create_pool("vms")
     return memory
 
