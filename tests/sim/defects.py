@@ -133,11 +133,16 @@ def _anyone_joins() -> Any:
 def _cut_off_is_kept() -> Any:
     """A smaller size is stored without that what it cuts off is discarded."""
 
-    def begin(exports: Exports, image: OpenImage) -> None:
-        if image.resize is not None:
-            exports._store_size(image, image.resize)
+    begin = Exports._begin_resize
 
-    return mock.patch.object(Exports, "_begin_resize", begin)
+    def patched(exports: Exports, image: OpenImage) -> None:
+        def cut(_channel: int, _offset: int, _length: int) -> None:
+            exports._zeroed(image, True)
+
+        with mock.patch.object(exports._engine, "zero", cut):
+            begin(exports, image)
+
+    return mock.patch.object(Exports, "_begin_resize", patched)
 
 
 def _unjudged_history() -> Any:
@@ -224,7 +229,7 @@ DEFECTS = (
            patch=_believe_etcd),
     Defect("sessions", "14: late frames", "network", 60, rules=("SessionIsCurrent",)),
     Defect("epochs at the nodes", "14: late frames", "late", 40,
-           rules=("EpochIsCurrent", "SessionIsCurrent")),
+           rules=("EpochIsCurrent",), behind=("SessionIsCurrent",)),
     Defect("who was served is barred", "1: a guest is let in again", "comes back", 40,
            patch=_let_anybody_in),
     Defect("the lock file tells who is dead", "19: two gateway processes", "twins", 20,
