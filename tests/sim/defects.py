@@ -25,6 +25,7 @@ from etcd.records import ImageRecord
 from shard.membership import Policy
 from tests.sim.history import History, Outcome
 from tests.sim.kinds import KINDS, seeds_of
+from tests.sim.oracle import SECTOR_BYTES
 from tests.sim.processes import SimNode
 from vmstore import granting
 from vmstore.exports import Exports
@@ -136,10 +137,14 @@ def _cut_off_is_kept() -> Any:
     begin = Exports._begin_resize
 
     def patched(exports: Exports, image: OpenImage) -> None:
-        def cut(_channel: int, _offset: int, _length: int) -> None:
+        engine: Any = exports._engine
+
+        def cut(_channel: int, offset: int, length: int) -> None:
+            engine.on_cut(0, offset // SECTOR_BYTES, length // SECTOR_BYTES)
+            engine.on_cut_done(0, True)
             exports._zeroed(image, True)
 
-        with mock.patch.object(exports._engine, "zero", cut):
+        with mock.patch.object(engine, "zero", cut):
             begin(exports, image)
 
     return mock.patch.object(Exports, "_begin_resize", patched)
@@ -211,105 +216,111 @@ def _judged_by_what_it_heard() -> Any:
 
 DEFECTS = (
     # Who answers
-    Defect("all in sync answer", "invariant 5", "kills", 5, rules=("AllInSyncAnswer",)),
-    Defect("quorum", "invariant 5", "kills", 5, patch=_quorum_of_one),
-    Defect("membership before acknowledgement", "invariant 5", "etcd", 20,
+    Defect("all in sync answer", "invariant 5", "kills", 10, 1, rules=("AllInSyncAnswer",)),
+    Defect("quorum", "invariant 5", "kills", 10, 1, patch=_quorum_of_one),
+    Defect("membership before acknowledgement", "invariant 5", "etcd", 10, 1,
            patch=_acknowledge_first),
-    Defect("stored before the answer", "invariant 4", "kills", 10, rules=("StoredBeforeAnswer",)),
+    Defect("stored before the answer", "invariant 4", "kills", 10, 1,
+           rules=("StoredBeforeAnswer",)),
     # Reads
-    Defect("reads wait for writes", "21: a write that vanishes", "vanishing", 40,
+    Defect("reads wait for writes", "21: a write that vanishes", "vanishing", 20, 12,
            rules=("ReadsWaitForWrites",)),
-    Defect("reads past the lease are confirmed", "6: a holder cut off", "holders", 30,
+    Defect("reads past the lease are confirmed", "6: a holder cut off", "holders", 170, 109,
            rules=("ReadsAreConfirmed",)),
-    Defect("the engine knows the lease's end", "6: a holder cut off", "holders", 30,
+    Defect("the engine knows the lease's end", "6: a holder cut off", "holders", 170, 109,
            patch=_lease_for_ever),
-    Defect("reads are verified", "17: rot; invariant 6", "rot", 60, rules=("ReadsAreVerified",)),
+    Defect("reads are verified", "17: rot; invariant 6", "rot", 40, 21,
+           rules=("ReadsAreVerified",)),
     # Fencing
-    Defect("records grow", "7: etcd restored", "restored", 60, rules=("RecordsGrow",),
+    Defect("records grow", "7: etcd restored", "restored", 10, 5, rules=("RecordsGrow",),
            patch=_believe_etcd),
-    Defect("sessions", "14: late frames", "network", 60, rules=("SessionIsCurrent",)),
-    Defect("epochs at the nodes", "14: late frames", "late", 40,
+    Defect("sessions", "14: late frames", "network", 150, 99, rules=("SessionIsCurrent",)),
+    Defect("epochs at the nodes", "14: late frames", "late", 10, 2,
            rules=("EpochIsCurrent",), behind=("SessionIsCurrent",)),
-    Defect("who was served is barred", "1: a guest is let in again", "comes back", 40,
+    Defect("who was served is barred", "1: a guest is let in again", "comes back", 20, 7,
            patch=_let_anybody_in),
-    Defect("the lock file tells who is dead", "19: two gateway processes", "twins", 20,
+    Defect("the lock file tells who is dead", "19: two gateway processes", "twins", 10, 1,
            patch=_the_name_says_it_all),
     # Power and disks
-    Defect("a failed sync ends the store", "15: a failed sync", "disks", 10,
+    Defect("a failed sync ends the store", "15: a failed sync", "disks", 10, 2,
            rules=("FailedSyncEnds",)),
-    Defect("flush numbers", "16: a disk is rolled back", "swapped", 100,
+    Defect("flush numbers", "16: a disk is rolled back", "swapped", 20, 10,
            patch=_believe_any_disk),
-    Defect("a flush is durable", "invariant 1", "power", 40, rules=("FlushIsDurable",)),
-    Defect("unanswered writes are asked again", "invariant 2", "power", 100,
-           rules=("UnansweredAskedAgain",)),
-    Defect("levelled means durable", "5: copies that are not synced", "power", 60,
+    Defect("a flush is durable", "invariant 1", "power", 10, 5, rules=("FlushIsDurable",)),
+    Defect("levelled means durable", "5: copies that are not synced", "power", 110, 73,
            rules=("LevelIsDurable",)),
-    Defect("level before requests", "18: copies that land on newer data", "kills", 40,
+    Defect("level before requests", "18: copies that land on newer data", "kills", 80, 48,
            rules=("LevelBeforeRequests",)),
-    Defect("reconcile where nobody stayed", "4: all nodes killed", "kills", 10,
+    Defect("reconcile where nobody stayed", "4: all nodes killed", "kills", 10, 1,
            patch=_never_reconcile),
     # Heal
-    Defect("dirty shards count as newer", "2, 10: missed by the heal list", "missed", 20,
+    Defect("dirty shards count as newer", "2, 10: missed by the heal list", "missed", 10, 3,
            rules=("DirtyCountsAsNewer",)),
-    Defect("a generation outlives its entry", "2, 10: missed by the heal list", "missed", 40,
+    Defect("a generation outlives its entry", "2, 10: missed by the heal list", "missed", 10, 3,
            rules=("GenerationOutlivesEntry",)),
-    Defect("writes are listed while a heal lists", "2: missed by the heal list", "missed", 60,
+    Defect("writes are listed while a heal lists", "2: missed by the heal list", "missed", 20, 7,
            rules=("WritesAreListed",)),
-    Defect("a heal pauses writes", "5: its source lacks a pending write", "heals", 20,
+    Defect("a heal pauses writes", "5: its source lacks a pending write", "heals", 30, 14,
            rules=("HealPausesWrites",)),
-    Defect("a healed node answers", "5: the end of a heal races an answer", "heals", 40,
+    Defect("a healed node answers", "5: the end of a heal races an answer", "heals", 20, 9,
            rules=("HealedNodeAnswers",)),
-    Defect("a lost healed node is awaited", "5: the end of a heal races an answer", "heals", 20,
+    Defect("a lost healed node is awaited", "5: the end of a heal races an answer", "heals", 50, 32,
            rules=("LostHealedIsAwaited",)),
-    Defect("a heal needs its sources", "5: a new holder trusts old marks", "missed", 40,
+    Defect("a heal needs its sources", "5: a new holder trusts old marks", "missed", 30, 16,
            rules=("HealNeedsItsSources",)),
-    Defect("healed means durable", "5: copies that are not synced", "heals", 60,
+    Defect("healed means durable", "5: copies that are not synced", "heals", 30, 17,
            rules=("HealedIsDurable",)),
-    Defect("clears name what is answered", "3: cleared too early", "refused", 60,
+    Defect("clears name what is answered", "3: cleared too early", "refused", 20, 8,
            rules=("ClearIsAnswered",)),
     # Levelling
-    Defect("sticky after a restart", "3: cleared too early", "levels", 100,
+    Defect("sticky after a restart", "3: cleared too early", "levels", 70, 46,
            rules=("StickyAfterRestart",), behind=("FlushWaitsForLevel",)),
-    Defect("sticky until levelled", "3: cleared too early", "levels", 100, rules=("StickyUntilLevel",),
+    Defect("sticky until levelled", "3: cleared too early", "levels", 90, 59,
+           rules=("StickyUntilLevel",),
            behind=("FlushWaitsForLevel",)),
-    Defect("all in sync are levelled, or none", "4: all nodes killed", "levels", 60,
+    Defect("all in sync are levelled, or none", "4: all nodes killed", "levels", 10, 3,
            rules=("AllInSyncLevelled",), patch=_anyone_joins),
-    Defect("a flush waits for levelling", "invariant 1", "levels", 40, rules=("FlushWaitsForLevel",)),
-    Defect("a winner for each block", "18: reconcile by shard", "levels", 100,
-           rules=("WinnerPerBlock",)),
-    Defect("a first flush goes to all", "invariant 1", "levels", 40, rules=("FirstFlushGoesToAll",),
+    Defect("a flush waits for levelling", "invariant 1", "levels", 20, 11,
+           rules=("FlushWaitsForLevel",)),
+    Defect("a first flush goes to all", "invariant 1", "levels", 10, 2,
+           rules=("FirstFlushGoesToAll",),
            behind=("LevelIsDurable",)),
     # The arbiter
-    Defect("confirmed before the answer", "9: a grant that etcd committed", "pairs", 10,
+    Defect("confirmed before the answer", "9: a grant that etcd committed", "pairs", 10, 1,
            patch=_never_confirmed),
-    Defect("a grant may be replaced", "9: stuck on a grant", "votes", 20, patch=_grants_are_kept),
-    Defect("judged by what etcd holds", "9: refuses a healed node for ever", "votes", 40,
+    Defect("a grant may be replaced", "9: stuck on a grant", "votes", 10, 1,
+           patch=_grants_are_kept),
+    Defect("judged by what etcd holds", "9: refuses a healed node for ever", "votes", 10, 3,
            patch=_judged_by_what_it_heard),
     # Who goes on
-    Defect("sets go on alone", "20: a dead pair stalls another", "some away", 20,
+    Defect("sets go on alone", "20: a dead pair stalls another", "some away", 10, 1,
            patch=_no_set_goes_alone),
     # etcd
-    Defect("equal records agree", "7: etcd restored", "restored", 20, rules=("EqualRecordsAgree",),
+    Defect("equal records agree", "7: etcd restored", "restored", 10, 2,
+           rules=("EqualRecordsAgree",),
            patch=_believe_etcd),
-    Defect("nodes judge etcd", "7, 8: etcd restored, etcd lost", "recovered", 20,
+    Defect("nodes judge etcd", "7, 8: etcd restored, etcd lost", "recovered", 10, 4,
            patch=_unjudged_history),
-    Defect("a recovery raises", "7: etcd restored", "recovered", 40, patch=_recovered_as_it_was),
+    Defect("a recovery raises", "7: etcd restored", "recovered", 10, 1, patch=_recovered_as_it_was),
     # Sizes, deletes
-    Defect("what a shrink cuts off is discarded", "10: shrunk away", "sizes", 20,
+    Defect("what a shrink cuts off is discarded", "10: shrunk away", "sizes", 10, 1,
            patch=_cut_off_is_kept),
-    Defect("nodes delete on tombstones", "8: deleted ones; invariant 7", "sizes", 5,
+    Defect("nodes delete on tombstones", "8: deleted ones; invariant 7", "sizes", 10, 1,
            patch=_nothing_is_buried),
     # Disks that are not what they were
-    Defect("what was set back is distrusted", "16: a disk is rolled back", "set back", 20,
+    Defect("what was set back is distrusted", "16: a disk is rolled back", "set back", 10, 1,
            patch=_believe_any_disk),
-    # Rot
-    Defect("a repair pauses writes", "invariant 3", "scrubs", 40, rules=("RepairPausesWrites",)),
     # Fencing
-    Defect("generations at the nodes", "14: late frames", "network", 60,
+    Defect("generations at the nodes", "14: late frames", "network", 10, 1,
            rules=("GenerationIsCurrent",), behind=("SessionIsCurrent",)),
 )  # fmt: skip
 
 CANDIDATES = (
+    Defect("unanswered writes are asked again", "invariant 2", "power", 0,
+           rules=("UnansweredAskedAgain",)),
+    Defect("a winner for each block", "18: reconcile by shard", "levels", 0,
+           rules=("WinnerPerBlock",)),
+    Defect("a repair pauses writes", "invariant 3", "scrubs", 0, rules=("RepairPausesWrites",)),
     Defect("tags are copied", "5: a new holder trusts old marks", "missed", 0,
            rules=("TagsAreCopied",)),
 )  # fmt: skip
