@@ -178,7 +178,7 @@ INVARIANTS = (
 WITHIN = {defect.name: defect.within for defect in (*DEFECTS, *CANDIDATES)}
 
 
-def tests() -> Iterator[str]:
+def scenario_names() -> Iterator[str]:
     """Yield the names of all tests of scenarios, without `test_`."""
     for path in sorted(Path(__file__).parent.glob("test_scenarios*.py")):
         yield from re.findall(r"^def test_(\w+)\(", path.read_text(), re.MULTILINE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.sim.coverage import BEGIN, END, HISTORIES, INVARIANTS, PAGE, WITHIN, tests, text
+from tests.sim.coverage import BEGIN, END, HISTORIES, INVARIANTS, PAGE, WITHIN, scenario_names, text
 
 
 def test_page_says_what_is_covered() -> None:
@@ -23,7 +23,7 @@ def test_each_history_and_invariant_is_covered_or_says_what_it_waits_for() -> No
 
 
 def test_what_covers_exists_and_every_defect_covers_something() -> None:
-    known = set(tests())
+    known = set(scenario_names())
     for each in (*HISTORIES, *INVARIANTS):
         missing = {*each.scenarios, *each.broken} - known
         assert not missing, f"{each.title}: there is no {missing}"
