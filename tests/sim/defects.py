@@ -288,7 +288,7 @@ DEFECTS = (
     # The arbiter
     Defect("confirmed before the answer", "9: a grant that etcd committed", "pairs", 10, 1,
            patch=_never_confirmed),
-    Defect("a grant may be replaced", "9: stuck on a grant", "votes", 10, 1,
+    Defect("a grant may be replaced", "9: stuck on a grant", "votes", 10, 2,
            patch=_grants_are_kept),
     Defect("judged by what etcd holds", "9: refuses a healed node for ever", "votes", 10, 3,
            patch=_judged_by_what_it_heard),

@@ -436,9 +436,7 @@ class Strikes(Faults):
             down_etcd,
             lambda: cluster.stop_gateway(holder, host=self.chance.random() < 0.3),
             lambda: site.stop(power=True),
-            lambda: self._away(
-                node, self.chance.uniform(0.2, 6.0), power=self.chance.random() < 0.6
-            ),
+            lambda: self._away(node, self.chance.uniform(2.0, 6.0), power=False),
         ]
         for strike in self.chance.sample(strikes, self.chance.choice((1, 2, 2, 3))):
             # Not from within the vote itself.
