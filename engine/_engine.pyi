@@ -128,10 +128,11 @@ class Gateway:
         *,
         attempt: int,
         from_shard: int,
+        end_shard: int | None,
         bytes_per_second: int,
         share_percent: int,
     ) -> None:
-        """Read and compare all replicas in sync from a shard on (`scrub_ended`).
+        """Read and compare all replicas in sync from a shard on, up to another (`scrub_ended`).
 
         At most `bytes_per_second` on each node (0: no limit), and `share_percent` of the time while
         clients ask for something.
@@ -197,13 +198,23 @@ class Gateway:
 class Node:
     """A storage node's store, and the event loop that serves it to gateways.
 
-    Opening it locks the folder, replays the log and raises the start counter. Raises OSError where
+    Opening it locks the folder, replays the log and raises the start counter, above `seen_counter`
+    too. Nothing that it has of the images `distrusted` counts. Raises OSError where
     the folder cannot be used, RuntimeError where the store in it cannot (another cluster's or
     node's, open elsewhere, damaged).
     """
 
     def __new__(
-        cls, data_dir: str, *, cluster: str, name: str, new_store_id: str, boot: str, log_bytes: int
+        cls,
+        data_dir: str,
+        *,
+        cluster: str,
+        name: str,
+        new_store_id: str,
+        boot: str,
+        log_bytes: int,
+        seen_counter: int = 0,
+        distrusted: list[str] = ...,
     ) -> Node: ...
     @property
     def start_counter(self) -> int: ...
@@ -231,7 +242,8 @@ class Node:
 
     def inventory(self) -> dict[str, Any]:
         """Return `images`, each with image, epoch, holder, generation, digest and body of its
-        record, and `deleted`: ids of images that were deleted here."""
+        record; `deleted`: ids of images that were deleted here; and `distrusted`: of those given
+        at the start whose heal has not begun yet."""
 
     def folders(self) -> list[str]:
         """Return the images that have a folder on the disk, with a record or without one."""
@@ -286,8 +298,13 @@ class Simulation:
         ("node_ended", node, whether it may have lost what was not synced, why).
         """
 
-    def start_node(self, node: int) -> tuple[str, int]:
-        """Start a process; return store and start counter. Raises RuntimeError."""
+    def start_node(
+        self, node: int, seen_counter: int = 0, distrusted: list[str] = ...
+    ) -> tuple[str, int]:
+        """Start a process as `Node` is made; return store and start counter.
+
+        Raises RuntimeError.
+        """
 
     def stop_node(self, node: int, power: bool) -> None:
         """Kill it; with `power` all goes that was not synced."""
@@ -385,6 +402,21 @@ class Simulation:
     def writes_lost(self, gateway: int, channel: int, sets: list[int]) -> None: ...
     def end_heal(self, gateway: int, channel: int, attempt: int) -> None: ...
     def resize(self, gateway: int, channel: int, size_bytes: int, body: bytes) -> None: ...
+    def scrub(
+        self,
+        gateway: int,
+        channel: int,
+        *,
+        attempt: int,
+        from_shard: int,
+        end_shard: int | None,
+        bytes_per_second: int,
+        share_percent: int,
+    ) -> None: ...
+    def end_scrub(self, gateway: int, channel: int, attempt: int) -> None: ...
+    def scrub_state(self, gateway: int, channel: int) -> dict[str, Any] | None:
+        """Return how far the scrub of an image is, None where there is none."""
+
     def close(self, gateway: int, channel: int) -> None: ...
     def kill(self, gateway: int, channel: int) -> None: ...
     def forget(self, gateway: int, channel: int) -> None: ...
@@ -418,6 +450,12 @@ class Simulation:
     def flush(self, gateway: int, channel: int, client: int, cookie: int) -> bool: ...
     def node_record(self, node: int, image: str) -> tuple[int, str, int, bytes] | None:
         """Return epoch, holder, generation and digest of the record on a running node."""
+
+    def inventory(self, node: int) -> dict[str, Any]:
+        """Return what a running node holds, as `Node.inventory`."""
+
+    def distrusted(self, node: int) -> list[str]:
+        """Return those of which nothing counts that it has, since its store was set back."""
 
     def dirty(self, node: int, image: str) -> list[int]:
         """Return the dirty shards of a running node."""

@@ -130,6 +130,7 @@ class NodeRecord(Record):
     capacity_bytes: int
     store_id: str
     start_counter: int
+    run: str | None = None
 
     @property
     def key(self) -> str:
@@ -148,6 +149,7 @@ class NodeRecord(Record):
             "capacity_bytes": self.capacity_bytes,
             "store_id": self.store_id,
             "start_counter": self.start_counter,
+            **({} if self.run is None else {"run": self.run}),
         }
 
     @classmethod
@@ -168,6 +170,7 @@ class NodeRecord(Record):
             capacity_bytes=fields.number("capacity_bytes"),
             store_id=fields.text("store_id", holder_id),
             start_counter=fields.number("start_counter"),
+            run=fields.text("run", holder_id) if fields.has("run") else None,
             extra=fields.rest(),
         )
 

@@ -4,12 +4,13 @@ One for each image that was ever scrubbed or asked to be. It is no one's propert
 a scrub and the gateway that makes it both change it, each by compare-and-set.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Self
 
 from etcd import keys
 from etcd.fields import Fields, Json
-from etcd.records import Record
+from etcd.records import ImageRecord, Record
 from shard.ids import ImageId, image_id, node_name
 from shard.scrub import Times
 
@@ -69,6 +70,11 @@ class ScrubRecord(Record):
     """Of the scrub under way, or the last one."""
     next_shard: int = 0
     """Shards below it are read."""
+    end_shard: int = 0
+    """Shards from it on are not; 0: all are."""
+    missed_from: int = 0
+    missed_end: int = 0
+    """The shards in which a node was away, first and one behind the last; 0, 0: none."""
     shards_done: int = 0
     finished_ms: int = 0
     """Of the last one that was through."""
@@ -97,7 +103,42 @@ class ScrubRecord(Record):
         if self.times.is_under_way and not self.times.is_asked:
             return self
         begun_ms = max(now_ms, self.asked_ms, self.stopped_ms + 1, self.finished_ms + 1)
-        return replace(self, begun_ms=begun_ms, next_shard=0, shards_done=0, now=Findings())
+        return replace(
+            self,
+            begun_ms=begun_ms,
+            next_shard=0,
+            end_shard=0,
+            missed_from=0,
+            missed_end=0,
+            shards_done=0,
+            now=Findings(),
+        )
+
+    def begin_missed(self, now_ms: int) -> "ScrubRecord":
+        """Return the record with a scrub under way of what the last one passed over."""
+        if not self.missed_end or self.times.is_under_way or self.times.is_asked:
+            return self
+        return replace(
+            self,
+            begun_ms=max(now_ms, self.finished_ms + 1, self.stopped_ms + 1),
+            next_shard=self.missed_from,
+            end_shard=self.missed_end,
+            missed_from=0,
+            missed_end=0,
+            now=replace(self.last, missed=()),
+        )
+
+    def with_missed(self, shards: tuple[int, int] | None) -> "ScrubRecord":
+        """Return the record with shards in which a node was away."""
+        if shards is None:
+            return self
+        first = min(shards[0], self.missed_from) if self.missed_end else shards[0]
+        return replace(self, missed_from=first, missed_end=max(shards[1], self.missed_end))
+
+    def missed_is_back(self, image: ImageRecord, alive: Collection[str]) -> bool:
+        """Whether a node that the last scrub passed over runs, and is in sync wherever it is."""
+        stale = {node for nodes in image.stale.values() for node in nodes}
+        return bool(self.missed_end and set(self.last.missed) & set(alive) - stale)
 
     def asked(self, now_ms: int) -> "ScrubRecord":
         """Return the record with a scrub asked for."""
@@ -115,6 +156,8 @@ class ScrubRecord(Record):
             "stopped_ms": self.stopped_ms,
             "begun_ms": self.begun_ms,
             "next_shard": self.next_shard,
+            **({"end_shard": self.end_shard} if self.end_shard else {}),
+            **({"missed": [self.missed_from, self.missed_end]} if self.missed_end else {}),
             "shards_done": self.shards_done,
             "finished_ms": self.finished_ms,
             "now": _findings_json(self.now),
@@ -123,8 +166,12 @@ class ScrubRecord(Record):
 
     @classmethod
     def _take(cls, fields: Fields) -> Self:
+        missed_from, missed_end = _range(fields, "missed") if fields.has("missed") else (0, 0)
         return cls(
             image=fields.text("image", image_id),
+            end_shard=fields.number("end_shard") if fields.has("end_shard") else 0,
+            missed_from=missed_from,
+            missed_end=missed_end,
             seen_ms=fields.number("seen_ms"),
             asked_ms=fields.number("asked_ms"),
             stopped_ms=fields.number("stopped_ms"),
@@ -163,6 +210,14 @@ def _findings(fields: Fields) -> Findings:
         bad=tuple(_bad(fields.within("bad", item)) for item in fields.items("bad")),
         missed=_node_names(fields, "missed"),
     )
+
+
+def _range(fields: Fields, name: str) -> tuple[int, int]:
+    found = fields.items(name)
+    if len(found) != 2 or not all(isinstance(each, int) and each >= 0 for each in found):
+        fields.fail(name, "is not two numbers")
+    first, end = (each for each in found if isinstance(each, int))
+    return first, end
 
 
 def _bad(fields: Fields) -> BadBlocks:

@@ -53,7 +53,9 @@ class HistoryWatch:
         ledger: Ledger,
         holdings: Callable[[], Holdings],
         deleted: Callable[[Iterable[ImageId]], None],
+        clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock_s = clock_s
         self._member = member
         self._etcd = etcd
         self._catalog = catalog
@@ -91,7 +93,7 @@ class HistoryWatch:
             else:
                 self._believe(verdict, listing.items)
             self._revision = listing.revision
-            self._due_s = time.monotonic() + CHECK_S
+            self._due_s = self._clock_s() + CHECK_S
         if not self._watching:
             self._etcd.watch(keys.PREFIX, self._on_notice, listing.revision + 1)
             self._watching = True
@@ -99,7 +101,7 @@ class HistoryWatch:
 
     def check_if_due(self) -> bool:
         """Check where it is time to; return whether etcd may be believed."""
-        if time.monotonic() < self._due_s:
+        if self._clock_s() < self._due_s:
             return not self.lost
         return self.check()
 

@@ -3,6 +3,7 @@
 import os
 import secrets
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -38,6 +39,7 @@ from vmstore.errors import (
     UnknownImage,
 )
 from vmstore.ledger import Ledger
+from vmstore.set_back import Marks, may_run_elsewhere, only_here, seen_later
 
 log = structlog.get_logger()
 
@@ -47,6 +49,10 @@ FORGOTTEN = "forgotten"
 POLL_S = 0.5
 _FULL = "the disk is full: writes are refused until there is room"
 RETRY_S = 1.0
+
+COPIED_S = 20.0
+"""How long a store that was set back waits for the end of the etcd lease of whoever ran with it:
+twice what that lasts. One that goes on is of a process that runs, with a copy of the store."""
 
 
 def serve(config: Config, name: str) -> None:
@@ -67,7 +73,11 @@ class NodeDaemon:
         self.ending = ending
         self.registered = False
         self.trouble = ""
-        self.engine = self._open_store()
+        self._run = secrets.token_hex(16)
+        self._listening = False
+        self._marks = self._load_marks()
+        self._opening = threading.RLock()
+        self._engine = self._open_store()
         self.usage = FolderUsage(own.data_dir)
         self.etcd = EtcdClient([str(endpoint) for endpoint in config.cluster.etcd])
         self.catalog = Catalog(self.etcd)
@@ -77,12 +87,18 @@ class NodeDaemon:
         )
         self._session: Session | None = None
         self._session_lost = threading.Event()
+        self._copied_since_s = 0.0
         self._unconfirmed: set[ImageId] = set()
-        self._run = secrets.token_hex(16)
+
+    @property
+    def engine(self) -> Node:
+        """The data path. Whoever asks while the store is opened anew waits for that."""
+        with self._opening:
+            return self._engine
 
     def run(self) -> None:
         """Serve until it is time to end."""
-        own, engine = self.own, self.engine
+        own = self.own
         try:
             server = control.server(
                 own.name,
@@ -90,12 +106,15 @@ class NodeDaemon:
                 lambda server: add_NodeControlServicer_to_server(NodeControl(self), server),
             )
         except HciError:
-            engine.stop()
+            self.engine.stop()
             raise
         try:
+            self._judge_store()
+            if self.ending.due:
+                return
             self._listen()
             with metrics.served(f"node {own.name}", own.metrics, self._samples):
-                log.info("node_started", node=own.name, instance=engine.start_counter,
+                log.info("node_started", node=own.name, instance=self.engine.start_counter,
                          listen=str(own.listen), version=VERSION)  # fmt: skip
                 self._look_after()
                 while not self.ending.wait(POLL_S):
@@ -105,7 +124,7 @@ class NodeDaemon:
             if self._session is not None:
                 self._session.close()
             self.etcd.close()
-            engine.stop()
+            self.engine.stop()
             self.ledger.close()
             log.info("node_stopped", node=own.name)
 
@@ -120,12 +139,78 @@ class NodeDaemon:
                 new_store_id=secrets.token_hex(16),
                 boot=memory_id(own.data_dir),
                 log_bytes=own.log_bytes,
+                seen_counter=self._marks.seen_counter,
+                distrusted=sorted(self._marks.images),
             )
         except (OSError, RuntimeError) as error:
             raise DaemonError(f"node {own.name} cannot use {own.data_dir}: {error}") from error
 
+    def _load_marks(self) -> Marks:
+        try:
+            return Marks.load(self.own.data_dir / "set-back")
+        except HciError as error:
+            raise DaemonError(f"node {self.own.name}: {error}") from error
+
+    def _judge_store(self) -> None:
+        """Find out whether the store was set back before anybody is served from it.
+
+        Where etcd does not answer it is found out when the node registers; by then nobody was given
+        what others had flushed since, as its peers know the numbers of its flushes.
+        """
+        with suppress(EtcdError):
+            while not self.ending.due and not self._may_serve():
+                self.ending.wait(RETRY_S)
+
+    def _may_serve(self) -> bool:
+        """Whether the store is the latest that was seen, or goes on as one of which nothing counts.
+
+        Raises EtcdError. Ends the process where it must not serve.
+        """
+        own = self._node_record()
+        known = self.catalog.nodes().get(own.name)
+        if known is None or not seen_later(known, own):
+            return True
+        alive = self.catalog.alive()
+        behind = StoreBehind(own.name, known.start_counter, own.start_counter)
+        if may_run_elsewhere(alive.get(own.name), own):
+            self._copied_since_s = self._copied_since_s or time.monotonic()
+            if time.monotonic() - self._copied_since_s > COPIED_S:
+                self.ending.fail(str(StoreCopied(own.name, own.start_counter)))
+            self.trouble = str(behind)
+            return False
+        lonely = only_here((e.image.record for e in self.catalog.images()), own.name, alive)
+        if lonely:
+            self.ending.fail(str(behind.where_alone(lonely)))
+            return False
+        self._set_back(known.start_counter)
+        return True
+
+    def _set_back(self, seen_counter: int) -> None:
+        """Go on as a new instance that says of all its images that nothing here counts."""
+        log.warning("store_set_back", node=self.own.name, instance=self.engine.start_counter,
+                    seen=seen_counter)  # fmt: skip
+        held = {ImageId(each["image"]) for each in self.engine.inventory()["images"]}
+        found = held | {ImageId(image) for image in self.engine.folders()} | self._marks.images
+        self._marks.save(seen_counter, found)
+        if self.ledger.start_counter(self.own.name) <= self.engine.start_counter:
+            # As old as the store.
+            self.ledger.forget()
+        with self._opening:
+            self._engine.stop()
+            self._engine = self._open_store()
+        if self._listening:
+            self._listen()
+
+    def _forget_marks(self) -> None:
+        """Cross out images that a holder has begun to heal: the cluster's record says the rest."""
+        if self._marks.images:
+            left = {ImageId(image) for image in self.engine.inventory()["distrusted"]}
+            if left != self._marks.images:
+                self._marks.save(self._marks.seen_counter if left else 0, left)
+
     def _listen(self) -> None:
         own = self.own
+        self._listening = True
         try:
             self.engine.listen_tcp(daemon.numeric(own.listen))
         except OSError as error:
@@ -150,6 +235,11 @@ class NodeDaemon:
         if self._session_lost.is_set():
             self._session_lost.clear()
             self.registered = False
+        try:
+            self._forget_marks()
+        except HciError as error:
+            self.ending.fail(str(error))
+            return
         if self.registered:
             self._check_history()
         if not self.registered:
@@ -177,6 +267,9 @@ class NodeDaemon:
     def _register(self) -> None:
         """Say in etcd who and where we are, and that we are alive; try again where it is away."""
         try:
+            if not self._may_serve():
+                self.ending.wait(RETRY_S)
+                return
             if not self.history.check():
                 self.trouble = self.history.lost
                 self.ending.wait(RETRY_S)
@@ -185,20 +278,7 @@ class NodeDaemon:
             if self._session is not None:
                 self._session.close()
             self._session = session = Session(self.etcd, on_lost=self._session_lost.set)
-            status = self.engine.status()
-            record = NodeRecord(
-                name=self.own.name,
-                address=str(self.own.listen),
-                control=str(self.own.control),
-                socket=str(self.own.socket) if self.own.socket is not None else None,
-                host=self.own.host,
-                zone=self.own.zone,
-                labels={},
-                capacity_bytes=status["capacity_bytes"],
-                store_id=self.engine.store_id,
-                start_counter=self.engine.start_counter,
-            )
-            self.catalog.announce_node(record, session.lease, self._run)
+            self.catalog.announce_node(self._node_record(), session.lease, self._run)
             session.start()
             self._bury_all()
         except (OtherCluster, ForeignStore, StoreBehind, StoreCopied) as error:
@@ -211,6 +291,21 @@ class NodeDaemon:
         else:
             self.registered, self.trouble = True, ""
             log.info("node_registered", node=self.own.name)
+
+    def _node_record(self) -> NodeRecord:
+        return NodeRecord(
+            name=self.own.name,
+            address=str(self.own.listen),
+            control=str(self.own.control),
+            socket=str(self.own.socket) if self.own.socket is not None else None,
+            host=self.own.host,
+            zone=self.own.zone,
+            labels={},
+            capacity_bytes=self.engine.status()["capacity_bytes"],
+            store_id=self.engine.store_id,
+            start_counter=self.engine.start_counter,
+            run=self._run,
+        )
 
     def _on_deleted(self, images: Iterable[ImageId]) -> None:
         """Images were deleted somewhere: their data goes here too."""
@@ -266,7 +361,13 @@ class NodeDaemon:
 
     def _holdings(self) -> Holdings:
         found = self.engine.inventory()
-        held = {ImageId(each["image"]): each for each in found["images"]}
+        # What was set back proves nothing.
+        distrusted = set(found["distrusted"])
+        held = {
+            ImageId(each["image"]): each
+            for each in found["images"]
+            if each["image"] not in distrusted
+        }
         return (
             {image: held_record(image, each) for image, each in held.items()},
             frozenset(ImageId(image) for image in found["deleted"]),

@@ -1,8 +1,9 @@
 """When an image is scrubbed. Pure.
 
-A scrub that was asked for comes first, then one that was begun and not ended, then what the
-schedule says. An image that was never scrubbed waits as long as one that was scrubbed when it was
-first seen, so that a cluster does not begin its life with reading everything.
+A scrub that was asked for comes first, then one that was begun and not ended, then what the last
+one passed over, where a node was away that is in sync again, then what the schedule says. An image
+that was never scrubbed waits as long as one that was scrubbed when it was first seen, so that a
+cluster does not begin its life with reading everything.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ class Due(IntEnum):
 
     ASKED = 1
     BEGUN = 2
-    SCHEDULED = 3
+    MISSED = 3
+    SCHEDULED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +58,19 @@ class Times:
         return self.begun_ms > max(self.stopped_ms, self.finished_ms)
 
 
-def due(times: Times, limits: ScrubLimits, now_ms: int) -> Due | None:
-    """Return why an image is to be scrubbed now, if it is."""
+def due(
+    times: Times, limits: ScrubLimits, now_ms: int, *, missed_is_back: bool = False
+) -> Due | None:
+    """Return why an image is to be scrubbed now, if it is.
+
+    `missed_is_back`: a node that was away for some of the last scrub is in sync again.
+    """
     if times.is_asked:
         return Due.ASKED
     if times.is_under_way:
         return Due.BEGUN
+    if missed_is_back and times.finished_ms > times.stopped_ms:
+        return Due.MISSED
     last_ms = max(times.seen_ms, times.stopped_ms, times.finished_ms)
     if limits.every_s and last_ms and now_ms - last_ms >= limits.every_s * 1000:
         return Due.SCHEDULED

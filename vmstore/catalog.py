@@ -58,6 +58,7 @@ from vmstore.errors import (
 from vmstore.holding import INTACT
 from vmstore.names import ImageName
 from vmstore.scrubs import ScrubRecords
+from vmstore.set_back import seen_later
 from vmstore.stored import R, Stored, commit, put_found, read, stored
 
 REPLICA_SETS_MAX = 1024
@@ -127,24 +128,23 @@ class Catalog(ArbiterRecords, ScrubRecords):
         """Register a node that started, and say that it is alive as long as the lease lives.
 
         `run` tells its process from all others. Raises ForeignStore where its name stands for
-        another store, StoreBehind where its start counter is below the registered one, and
-        StoreCopied where a process with a copy of its store runs; it must not serve then.
+        another store, StoreBehind where a later start of its store was registered, and StoreCopied
+        where a process with a copy of its store runs; it must not serve then.
         """
         former = read(self._etcd, NodeRecord, record.key)
-        compares: tuple[Compare, ...] = (KeyAbsent(record.key),)
-        if former is not None:
-            compares = former.unchanged
-            known = former.record
-            if known.store_id != record.store_id:
-                raise ForeignStore(record.name, known.store_id, record.store_id)
-            if known.start_counter > record.start_counter:
-                raise StoreBehind(record.name, known.start_counter, record.start_counter)
-            record = replace(record, extra={**known.extra, **record.extra})
+        if former is not None and former.record.store_id != record.store_id:
+            raise ForeignStore(record.name, former.record.store_id, record.store_id)
         running = read(self._etcd, AliveRecord, keys.alive(record.name))
         # Each start of a store has a number of its own.
         same = running is not None and running.record.start_counter == record.start_counter
         if running is not None and same and running.record.run not in (None, run):
             raise StoreCopied(record.name, record.start_counter)
+        compares: tuple[Compare, ...] = (KeyAbsent(record.key),)
+        if former is not None:
+            compares, known = former.unchanged, former.record
+            if seen_later(known, record):
+                raise StoreBehind(record.name, known.start_counter, record.start_counter)
+            record = replace(record, extra={**known.extra, **record.extra})
         alive = AliveRecord(start_counter=record.start_counter, run=run)
         put = Put(record.key, record.encode())
         operations = [put, Put(keys.alive(record.name), alive.encode(), etcd_lease)]

@@ -37,6 +37,8 @@ HciError
         └── HistoryLost           etcd is behind what is known: stop, tell a person
 """
 
+from collections.abc import Sequence
+
 from shard.errors import HciError
 from shard.ids import ImageId
 
@@ -78,16 +80,33 @@ class ForeignStore(VmstoreError):
 
 
 class StoreBehind(VmstoreError):
-    """A store was rolled back: its start counter is behind the registered one."""
+    """A store was set back: the cluster has seen a later start of it.
 
-    def __init__(self, node: str, registered: int, offered: int) -> None:
+    `images`: of these no other node in sync is there to make it level again.
+    """
+
+    def __init__(
+        self, node: str, registered: int, offered: int, images: Sequence[str] = ()
+    ) -> None:
         self.node = node
         self.registered = registered
         self.offered = offered
-        super().__init__(
+        self.images = images
+        what = (
             f"the store of node {node} is from its start {offered}, the cluster saw start "
-            f"{registered}; an older copy of the disk was put back: use the current one"
+            f"{registered}: an older copy of the disk was put back"
         )
+        if images:
+            more = f" and {len(images) - 1} more images" if len(images) > 1 else ""
+            what += (
+                f", and no other node in sync of image {images[0]}{more} runs, from which it could "
+                "be healed; start those first, or use the current disk"
+            )
+        super().__init__(what)
+
+    def where_alone(self, images: Sequence[str]) -> "StoreBehind":
+        """Return it for images of which no other node in sync is there."""
+        return StoreBehind(self.node, self.registered, self.offered, images)
 
 
 class StoreCopied(VmstoreError):

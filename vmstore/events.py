@@ -41,6 +41,8 @@ class NodeRecordView:
     peers: Mapping[str, int]
     dirty: int = 0
     """Number of shards in the node's dirty map."""
+    distrusted: bool = False
+    """The node's store was set back to an older state: nothing that it has of the image counts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,8 +128,14 @@ class Exports(Resizing):
         images = self.snapshot()
         return {i.image: i.name for i in images if i.holder.phase is Phase.SERVING}
 
-    def scrub(self, image: ImageId, attempt: int, from_shard: int, limits: ScrubLimits) -> None:
-        """Begin a scrub of an image that serves; `rot_log` hears of its end."""
+    def scrub(
+        self, image: ImageId, attempt: int, shards: tuple[int, int], limits: ScrubLimits
+    ) -> None:
+        """Begin a scrub of an image that serves; `rot_log` hears of its end.
+
+        Of shards from one on, up to another; 0: up to the last one.
+        """
+        from_shard, end_shard = shards
 
         def begin() -> None:
             found = self._images.get(image)
@@ -138,6 +144,7 @@ class Exports(Resizing):
                     found.channel,
                     attempt=attempt,
                     from_shard=from_shard,
+                    end_shard=end_shard or None,
                     bytes_per_second=limits.bytes_per_second,
                     share_percent=limits.share_percent,
                 )

@@ -655,6 +655,10 @@ class Holder:
             away = sorted(n for n in self.nodes if self.nodes[n].standing is Standing.AWAY)
             nodes = ", ".join(away) or "its nodes"
             reason = f"waited {OPEN_LIMIT_S:.0f} s for {nodes}: too few replicas in sync are there"
+            older = sorted(self.emptied & self._in_sync_names())
+            if older:
+                # Below its quorum a set keeps them, and they have nothing to be opened from.
+                reason += f"; what {', '.join(older)} holds is older than what was answered"
             reason += f"; {self.trouble}" if self.trouble else ""
             return self._give_up(reason)
         return self._go_on()

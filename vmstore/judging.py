@@ -45,9 +45,10 @@ def problem_of(peeked: Peeked, ours: ImageRecord) -> str | None:
 def emptied(known: Iterable[Peeked]) -> set[str]:
     """Return the nodes whose store is not the one it was: emptied, swapped, rolled back.
 
-    Without a record where others hold something, or with a flush number below what a peer was
-    told: everything on it is stale since 0. Who has neither dirty shards nor heard of a flush
-    holds nothing: an open of a new image that was cut short gave a record to some nodes only.
+    Without a record where others hold something, with a flush number below what a peer was told,
+    or by its own word: everything on it is stale since 0. Who has neither dirty shards nor heard
+    of a flush holds nothing: an open of a new image that was cut short gave a record to some nodes
+    only.
     """
     known = list(known)
     records = [peeked.record for peeked in known if peeked.record is not None]
@@ -59,5 +60,7 @@ def emptied(known: Iterable[Peeked]) -> set[str]:
     return {
         peeked.node
         for peeked in known
-        if (peeked.record is None and written) or peeked.flush_number < claims.get(peeked.node, 0)
+        if (peeked.record is None and written)
+        or (peeked.record is not None and peeked.record.distrusted)
+        or peeked.flush_number < claims.get(peeked.node, 0)
     }

@@ -136,6 +136,13 @@ class Ledger:
             if put or gone or changed:
                 self._write(put, gone, all_else=changed)
 
+    def forget(self) -> None:
+        """Drop all of it: the disk that it is on was set back, and it is as old as that."""
+        with self._lock:
+            gone = list(self._records)
+            self._records, self._former, self._contested = {}, {}, {}
+            self._write((), gone, all_else=True)
+
     def close(self) -> None:
         """Let go of the file."""
         with self._lock:

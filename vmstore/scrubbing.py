@@ -59,8 +59,10 @@ class Images(Protocol):
     def maintain(self, name: ImageName, *, scrub: bool = False) -> None:
         """Open an image that nobody has open."""
 
-    def scrub(self, image: ImageId, attempt: int, from_shard: int, limits: ScrubLimits) -> None:
-        """Begin a scrub of an image that serves."""
+    def scrub(
+        self, image: ImageId, attempt: int, shards: tuple[int, int], limits: ScrubLimits
+    ) -> None:
+        """Begin a scrub of an image that serves: of shards from one on, up to another (0: all)."""
 
     def end_scrub(self, image: ImageId, attempt: int) -> None:
         """End it."""
@@ -78,6 +80,8 @@ class Report:
     shards_done: int
     findings: Findings
     why: str = ""
+    missed_shards: tuple[int, int] | None = None
+    """In which a node was away: the first, and one behind the last."""
 
 
 def report_of(state: Mapping[str, Any], bad: Collection[BadBlocks], why: str = "") -> Report:
@@ -96,6 +100,7 @@ def report_of(state: Mapping[str, Any], bad: Collection[BadBlocks], why: str = "
         state["shards_done"],
         findings.plus(Findings(bad=tuple(bad))),
         why,
+        state["missed_shards"],
     )
 
 
@@ -287,31 +292,38 @@ class Scrubber:
         now_ms: int,
     ) -> None:
         found: list[tuple[Due, int, ImageId]] = []
+        missed = any(stored.record.missed_end for stored in records.values())
+        running = self._catalog.alive().keys() if missed else ()
         for image in entries:
             known = records.get(image)
             if known is None:
                 if self._limits.every_s:
                     self._catalog.change_scrub(image, lambda r: replace(r, seen_ms=now_ms))
                 continue
-            why = due(known.record.times, self._limits, now_ms)
+            back = known.record.missed_is_back(entries[image].image.record, running)
+            why = due(known.record.times, self._limits, now_ms, missed_is_back=back)
             if why is not None and self._not_before_s.get(image, now_s) <= now_s:
                 found.append((why, known.record.finished_ms, image))
         if not found:
             return
         serving = self._images.serving()
         leases, alive = self._catalog.leases(), self._catalog.alive().keys()
-        for _, _, image in sorted(found):
+        for why, _, image in sorted(found):
             here = image in serving
             if here or may_be_opened(entries[image].image.record, leases, alive):
-                self._run(entries[image], here, now_s, now_ms)
+                self._run(entries[image], why, here, now_s, now_ms)
                 return
 
-    def _run(self, entry: ImageEntry, here: bool, now_s: float, now_ms: int) -> None:
+    def _run(self, entry: ImageEntry, why: Due, here: bool, now_s: float, now_ms: int) -> None:
         image = entry.image.record.id
         if not here:
             # The next try leaves others time, whatever becomes of this one.
             self._not_before_s[image] = now_s + AGAIN_S
-        begun = self._catalog.change_scrub(image, lambda record: record.begin(now_ms))
+
+        def begin(record: ScrubRecord) -> ScrubRecord:
+            return record.begin_missed(now_ms) if why is Due.MISSED else record.begin(now_ms)
+
+        begun = self._catalog.change_scrub(image, begin)
         self._attempts += 1
         self._runs[image] = _Run(image, entry.name, self._attempts, begun, now_s, saved_s=now_s)
         self._rot.take_ended(image)
@@ -329,7 +341,8 @@ class Scrubber:
             if serves:
                 run.started = True
                 log.info("scrub_begins", image=str(run.name), from_shard=run.begun.next_shard)
-                self._images.scrub(run.image, run.attempt, run.begun.next_shard, self._limits)
+                shards = (run.begun.next_shard, run.begun.end_shard)
+                self._images.scrub(run.image, run.attempt, shards, self._limits)
             elif now_s - run.since_s > OPEN_S:
                 self._over(run, now_s)
             return
@@ -372,6 +385,7 @@ class Scrubber:
             now = run.begun.now.plus(report.findings).plus(Findings(bad=tuple(record.now.bad)))
             done = run.begun.shards_done + report.shards_done
             record = replace(record, now=now, next_shard=report.next_shard, shards_done=done)
+            record = record.with_missed(report.missed_shards)
             if finished_ms:
                 record = replace(record, finished_ms=max(finished_ms, record.begun_ms), last=now)
             return record

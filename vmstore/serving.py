@@ -848,6 +848,7 @@ def _peeked(node: str, event: dict[str, Any]) -> events.Peeked:
             digest=record["digest"],
             peers=dict(record["peers"]),
             dirty=record["dirty"],
+            distrusted=record["distrusted"],
         )
     return events.Peeked(
         node, event["start_counter"], flush_number, event["deleted"], view, event["serial"]

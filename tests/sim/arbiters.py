@@ -171,6 +171,8 @@ class Site:
         """An older state of a disk was put back: its start counter may not tell."""
         self.confirmed: dict[tuple[ImageId, int], tuple[int, frozenset[str]]] = {}
         """The last set in sync that was confirmed, of an image's replica set: (generation, set)."""
+        self.at_vote: list[tuple[str, Callable[[], None]]] = []
+        """What waits for a vote: (method, strike); each is struck once."""
         self._say = say
         self._disks: dict[str, ArbiterDisk] = {}
         self._snapshot: Tree | None = None
@@ -312,11 +314,18 @@ class Site:
             else:
                 self._note(ImageId(image), arbiter.record.read(ImageId(image)).votes)
                 answer(reply)
+                self._strike(method)
                 if reply.verdict == pb.VoteReply.VERDICT_BEHIND and arbiter.name == self.current:
                     # `hci status` says so, and a person replaces it.
                     self.refuse(arbiter.name, reply.detail)
 
         self.clock.do(work, arbiter.process)
+
+    def _strike(self, method: str) -> None:
+        struck = [strike for name, strike in self.at_vote if name == method]
+        self.at_vote = [each for each in self.at_vote if each[0] != method]
+        for strike in struck:
+            strike()
 
     def _note(self, image: ImageId, votes: Votes) -> None:
         for index, vote in enumerate(votes):

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from engine._engine import Simulation
 from etcd import keys
+from etcd.errors import EtcdError
 from etcd.memory import MemoryEtcd
-from etcd.records import ImageRecord
+from etcd.records import ImageRecord, LeaseRecord
+from etcd.scrubs import ScrubRecord
+from shard.errors import HciError
 from shard.ids import ImageId, image_id_from_bytes
 from shard.membership import Policy
 from shard.placement import FailureDomain, replica_set_index
 from tests.sim.arbiters import Site
 from tests.sim.clock import SECOND_NS, Clock, Process
 from tests.sim.cluster_state import Door, Path, State
-from tests.sim.guest import IN_FLIGHT_MAX, Guest, Life, Shared
-from tests.sim.oracle import SECTOR_BYTES, Oracle, Violation
-from tests.sim.processes import SimGateway, SimNode
+from tests.sim.guest import BLOCK_BYTES, IN_FLIGHT_MAX, Guest, Life, Shared
+from tests.sim.oracle import SECTOR_BYTES, UNDER_WAY_S, Oracle, Violation
+from tests.sim.processes import CUTTER, SimGateway, SimNode
+from tests.sim.recovery import Recoverer, new_ledger
 from vmstore.catalog import Catalog
 from vmstore.errors import RecordChanged
 from vmstore.holder import Phase
+from vmstore.ledger import Ledger
 from vmstore.names import ImageName
 
 SHARD_BYTES = 1 << 20
-BLOCK_BYTES = 4096
 POOL = "vms"
 IMAGE = "disk"
 IMAGE_NAME = f"{POOL}/{IMAGE}"
@@ -98,6 +103,26 @@ class Cluster:
         self.on_event: Callable[[int, str, str], None] = lambda _gateway, _kind, _node: None
         """Hears what an engine tells of a node: (gateway, kind of event, node)."""
         self._kept_down: set[int] = set()
+        self._ledgers: list[Ledger] = []
+        self.processes = False
+        """Whether gateways know the processes of their guests, a new one at each boot."""
+        self._lease: LeaseRecord | None = None
+        """As etcd has it."""
+        self._put_back: set[int] = set()
+        """Nodes whose disk was put back to an older state."""
+        self._latencies_s: dict[tuple[int, int], float] = {}
+        """How long a frame may be under way to or from a node, where that was changed."""
+        self._former_s: list[tuple[float, float]] = []
+        """Until when how long a frame of before a change may be under way."""
+        self._used: tuple[range, ...] = ()
+        """The sectors that guests use."""
+        self._cuts: dict[tuple[int, int], list[int]] = {}
+        self.scrubs = False
+        """Whether gateways scrub."""
+        self._counters: dict[int, int] = {}
+        """The highest start counter of each node so far."""
+        self._marks: dict[int, tuple[int, frozenset[str]]] = {}
+        """Of nodes that were set back: what was seen of them, and what is distrusted on them."""
 
     # Time
 
@@ -132,7 +157,9 @@ class Cluster:
             _, gateway, client, token, how, stamps = happening
             process = self.gateways[gateway]
             guest = process.engine.guests.get(client) if process is not None else None
-            if guest is not None:
+            if process is not None and client == CUTTER:
+                process.hear(process.engine.cut(token, how))
+            elif guest is not None:
                 guest.answered(token, how, stamps)
         elif kind == "event":
             _, gateway, event = happening
@@ -188,12 +215,13 @@ class Cluster:
         assert made, "a healthy cluster makes an image"
         self._etcd_changed()
         assert self.record is not None
+        self._used = tuple(self._regions())
         shared = Shared(
             clock=self.clock,
             world=self.world,
             chance=random.Random(self.chance.getrandbits(63)),
             oracle=self.oracle,
-            regions=tuple(self._regions()),
+            regions=self._used,
             say=self.say,
             next_number=lambda: next(self._numbers),
             on_answer=self._answered,
@@ -206,12 +234,20 @@ class Cluster:
         sets = [",".join(members) for members in self.record.sets]
         self.say(f"image {self.image[:8]} on {sets}")
 
-    def delete_image(self) -> None:
-        """Delete the image, as an operator."""
+    def _size_bytes(self) -> int:
+        assert self.record is not None
+        return self.record.size_bytes
+
+    def delete_image(self) -> bool:
+        """Delete the image, as an operator; return whether that was done."""
         operator = Process("operator")
         catalog = Catalog(Door(self.state, Path(), operator))
-        self.clock.start(operator, lambda: catalog.delete_image(ImageName(POOL, IMAGE)))
+        done: list[object] = []
+        self.clock.start(
+            operator, lambda: catalog.delete_image(ImageName(POOL, IMAGE)), done.append
+        )
         self.run_for(1.0)
+        return bool(done)
 
     def make_image_of_id(self, image: ImageId) -> str:
         """Try to make an image of a certain id, which chance gave twice; say how it went."""
@@ -248,15 +284,16 @@ class Cluster:
         self._kept_down.discard(node)
         if self.nodes[node] is not None or node in self.refused:
             return
+        seen, marked = self._marks.get(node, (0, frozenset()))
         try:
-            store_id, counter = self.world.start_node(node)
+            store_id, counter = self.world.start_node(node, seen, sorted(marked))
         except RuntimeError as error:
             self.say(f"{self.names[node]} cannot start: {error}")
             self.judge_memory()
             self._restart_later(node)
             return
         self.say(f"{self.names[node]} starts, instance {counter}")
-        self.nodes[node] = SimNode(
+        self.nodes[node] = process = SimNode(
             self.clock,
             self.world,
             self.state,
@@ -265,8 +302,69 @@ class Cluster:
             name=self.names[node],
             store_id=store_id,
             start_counter=counter,
-            refused=lambda why: self._node_refused(node, why),
+            run=f"{node:016x}{next(self._numbers):016x}",
+            refused=lambda why, for_good: self._node_refused(node, why, for_good=for_good),
+            set_back=lambda seen: self._node_set_back(node, seen),
+            ledger=self._ledgers[node] if self._ledgers else None,
         )
+        if counter <= self._counters.get(node, 0):
+            # It is judged before it listens.
+            self.world.pause_node(node)
+            self._serve_when_judged(node, process)
+        self._counters[node] = max(counter, self._counters.get(node, 0))
+
+    def _serve_when_judged(self, node: int, process: SimNode) -> None:
+        if self.nodes[node] is process:
+            if process.may_serve:
+                self.world.continue_node(node)
+            else:
+                self.clock.after(0.01, lambda: self._serve_when_judged(node, process))
+
+    def _node_set_back(self, node: int, seen: int) -> None:
+        """Go on as a new instance, on which nothing counts that it holds."""
+        _, marked = self._marks.get(node, (0, frozenset()))
+        self._marks[node] = (seen, marked | self._held(node))
+        self.say(f"{self.names[node]} was set back, the cluster saw start {seen}")
+
+        def again() -> None:
+            if self.nodes[node] is not None:
+                self.stop_node(node, power=False)
+                self.start_node(node)
+
+        self.clock.after(0, again)
+
+    def keep_ledgers(self) -> None:
+        """Have nodes keep copies of etcd's records, and somebody recover it; before `build`."""
+        self._ledgers = [new_ledger() for _ in self.names]
+        Recoverer(
+            self.clock,
+            self.state,
+            lambda: [node for node in self.nodes if node is not None],
+            self.say,
+            self._recovered,
+        )
+
+    def _recovered(self) -> None:
+        self.rolled_back = False
+
+    def close(self) -> None:
+        """End all processes: it is over."""
+        for process in (*self.gateways, *self.nodes):
+            if process is not None:
+                self.clock.end(process.process)
+        self.site.end()
+        for ledger in self._ledgers:
+            ledger.close()
+
+    def _held(self, node: int) -> frozenset[str]:
+        return frozenset(each["image"] for each in self.world.inventory(node)["images"])
+
+    def _forget_marks(self) -> None:
+        """As a node's daemon does: cross out what a holder has begun to heal."""
+        for node, (seen, marked) in self._marks.items():
+            if self.nodes[node] is not None:
+                left = frozenset(self.world.distrusted(node))
+                self._marks[node] = (seen if left else 0, marked & left)
 
     def stop_node(self, node: int, *, power: bool) -> None:
         """Kill a node's process, or cut its host's power."""
@@ -303,9 +401,10 @@ class Cluster:
 
         self.clock.after(self.chance.choice((0.3, 1.0, 3.0, 8.0)), restart)
 
-    def _node_refused(self, node: int, why: str) -> None:
+    def _node_refused(self, node: int, why: str, *, for_good: bool) -> None:
         self.say(f"{self.names[node]} may not serve: {why}")
-        self.refused.add(node)
+        if for_good:
+            self.refused.add(node)
         self.clock.after(0, lambda: self.stop_node(node, power=False))
 
     def pause_node(self, node: int) -> None:
@@ -323,6 +422,13 @@ class Cluster:
             self.world.continue_node(node)
             self.clock.go_on(process.process)
             self.say(f"{self.names[node]} goes on")
+
+    def put_back_disk(self, node: int) -> None:
+        """Put the snapshot of a disk in place of what is there; its node is off."""
+        self.world.restore_disk(node)
+        # What it had stored, and who relied on that, is not told by its record any more.
+        self._put_back.add(node)
+        self.judge_memory()
 
     def judge_memory(self) -> None:
         """Find out whether unflushed writes may be gone."""
@@ -346,6 +452,23 @@ class Cluster:
         assert self.record is not None
         return replica_set_index(self.record.placement_key, shard, len(self.record.sets))
 
+    def set_latency(self, gateway: int, node: int, min_ns: int, max_ns: int) -> None:
+        """Have each frame between a gateway and a node take so long from now on."""
+        former_s = self._latencies_s.get((gateway, node), 0.0)
+        latest_s = self._latencies_s[gateway, node] = max_ns / SECOND_NS
+        self.world.set_latency(gateway, node, min_ns, max_ns)
+        if former_s > latest_s:
+            # What was sent before is still under way.
+            self._former_s.append((self.clock.now_s + former_s, former_s))
+            self.clock.after(former_s, self._reckon_latency)
+        self._reckon_latency()
+
+    def _reckon_latency(self) -> None:
+        now_s = self.clock.now_s
+        self._former_s = [each for each in self._former_s if each[0] > now_s]
+        known_s = [*self._latencies_s.values(), *(former_s for _, former_s in self._former_s)]
+        self.oracle.under_way_s = max(UNDER_WAY_S, 1.1 * max(known_s, default=0.0))
+
     # Gateways
 
     def start_gateway(self, gateway: int) -> None:
@@ -367,11 +490,49 @@ class Cluster:
             nodes=self.shape.nodes,
             site=self.site,
             on_heal=self._heal_begins,
+            scrubs=self.scrubs,
         )
+        process.engine.on_cut = lambda token, first, sectors: self._cut(
+            gateway, token, first, sectors
+        )
+        process.engine.on_cut_done = lambda token, done: self._cut_done(gateway, token, done)
         self.gateways[gateway] = process
         guest = self.guests[gateway] if self.guests else None
         if guest is not None and guest.life is Life.CONNECTING:
             guest.start(process)
+
+    # Sizes
+
+    def resize(self, gateway: int, shards: int) -> Future[None] | None:
+        """Have the image resized by a gateway, if it runs; return how it goes."""
+        process = self.gateways[gateway]
+        if process is None or not process.started:
+            return None
+        self.say(f"{process.name} resizes the image to {shards} shards")
+        return process.resize(ImageName(POOL, IMAGE), shards * SHARD_BYTES)
+
+    def size_shards(self) -> int:
+        """Return how large the image is."""
+        return self._size_bytes() // SHARD_BYTES
+
+    def _cut(self, gateway: int, token: int, first: int, sectors: int) -> None:
+        """What is cut off is zeroed: as by a guest."""
+        epoch = self.record.epoch if self.record is not None else 0
+        tokens = []
+        for region in self._used:
+            cut = range(max(region.start, first), min(region.stop, first + sectors))
+            if cut:
+                tokens.append(next(self._numbers))
+                now = self.clock.now_s
+                self.oracle.begin(tokens[-1], cut.start, len(cut), 0, epoch, now)
+        self._cuts[gateway, token] = tokens
+
+    def _cut_done(self, gateway: int, token: int, done: bool) -> None:
+        for number in self._cuts.pop((gateway, token), []):
+            if done:
+                self.oracle.answered(number, self.clock.now_s, durable=False)
+            else:
+                self.oracle.orphan(number)
 
     def stop_gateway(self, gateway: int, *, host: bool) -> None:
         """Kill a gateway's process, or its whole host with the guest (and its node)."""
@@ -380,6 +541,8 @@ class Cluster:
             return
         self.say(f"{process.name} {'loses its host' if host else 'is killed'}")
         self.clock.end(process.process)
+        for token in process.engine.cutting:
+            self._cut_done(gateway, token, False)
         self.world.stop_gateway(gateway, host)
         self.gateways[gateway] = None
         guest = self.guests[gateway]
@@ -413,6 +576,8 @@ class Cluster:
         process = self.gateways[guest]
         if process is not None and self.guests[guest].life in (Life.OFF, Life.FAILED):
             self.say(f"guest-{guest} boots")
+            if self.processes:
+                self.guests[guest].peer = f"{next(self._numbers)}:1"
             self.guests[guest].start(process)
 
     def serving(self) -> list[Guest]:
@@ -427,6 +592,9 @@ class Cluster:
     def _etcd_changed(self) -> None:
         if not self.image:
             return
+        lease, self._lease = self._lease, self._lease_in_etcd()
+        if lease is not None and self._lease is not None:
+            self._check_lease(lease, self._lease)
         item = _stored(self.state.memory, keys.image(self.image))
         if item is None or item == self._record_value:
             return
@@ -443,6 +611,18 @@ class Cluster:
         if former is not None and record.stale != former.stale:
             self.say(f"etcd: generation {record.generation}, stale {_plain(record.stale)}")
             self.judge_memory()
+
+    def _lease_in_etcd(self) -> LeaseRecord | None:
+        item = _stored(self.state.memory, keys.lease(self.image))
+        return None if item is None else LeaseRecord.decode(keys.lease(self.image), item)
+
+    def _check_lease(self, former: LeaseRecord, now: LeaseRecord) -> None:
+        """Check that nobody takes the lease of a process that lives. Raises Violation."""
+        if former.holder == now.holder or former.maintenance or self.rolled_back:
+            return
+        for process in self.gateways:
+            if process is not None and process.holder == former.holder:
+                raise Violation(f"the lease of {process.name}, which lives, was taken")
 
     def _check_epoch(self, epoch: int, holder: str) -> None:
         """Check that one holder serves in an epoch."""
@@ -481,8 +661,9 @@ class Cluster:
         stale = record.stale.get(replica_set, {})
         left = max((stale[node] for node in missing if node in stale), default=-1)
         for name in record.membership.in_sync(replica_set) if left >= 0 else ():
-            found = self.world.node_record(self.names.index(name), self.image)
-            if found is not None and found[2] <= left:
+            node = self.names.index(name)
+            found = self.world.node_record(node, self.image)
+            if found is not None and found[2] <= left and node not in self._put_back:
                 raise Violation(
                     f"a write to shard {shard} was answered without {sorted(missing)}, "
                     f"which {name} does not know to be left behind"
@@ -503,6 +684,7 @@ class Cluster:
 
     def check(self) -> None:
         """Check what takes a while: replicas, records, queues. Raises Violation."""
+        self._forget_marks()
         self._check_records()
         self._check_replicas()
         self._check_queues()
@@ -559,6 +741,47 @@ class Cluster:
             digests = [self.world.shard_digests(n, self.image, layers, shard) for n in nodes]
             self._compare(shard, nodes, [d for d in digests if d is not None])
 
+    # Scrubs
+
+    def ask_for_scrub(self) -> None:
+        """Ask for a scrub as a person does; one that is under way is that."""
+        now_ms = int(self.clock.now_s * 1000) + 1
+        operator = Process("operator")
+        catalog = Catalog(Door(self.state, Path(), operator))
+
+        def ask() -> None:
+            try:
+                catalog.ask_for_scrub(self.image, now_ms)
+            except (HciError, EtcdError) as error:
+                self.say(f"  operator: {error}")
+
+        self.clock.start(operator, ask)
+
+    def scrub_record(self) -> ScrubRecord:
+        """Return how its scrub stands."""
+        item = self.state.memory.get(keys.scrub(self.image))
+        if item is None:
+            return ScrubRecord(image=self.image)
+        return ScrubRecord.decode(item.key, item.value)
+
+    def is_scrubbed(self) -> bool:
+        """Whether no scrub waits or is under way, and nothing waits to be read again."""
+        found = self.scrub_record()
+        return not (found.times.is_asked or found.times.is_under_way or found.missed_end)
+
+    def check_no_rot(self) -> None:
+        """All replicas in sync are intact. Raises Violation."""
+        record = self.record
+        assert record is not None
+        layers = [layer.id for layer in record.layers]
+        for shard in range(self.shape.shards):
+            for name in record.membership.in_sync(self.set_of(shard)):
+                node = self.names.index(name)
+                found = self.world.shard_digests(node, self.image, layers, shard)
+                if found is not None and None in found:
+                    block = found.index(None)
+                    raise Violation(f"{name} has rot in block {block} of shard {shard}")
+
     def _is_up(self, node: int) -> bool:
         """Whether the image's present holder serves from this node."""
         record = self.record
@@ -581,9 +804,9 @@ class Cluster:
 
     # The end
 
-    def mend(self) -> None:
-        """End all faults."""
-        self.say("all faults end")
+    def mend(self, away: Collection[int] = (), *, arbiter: bool = True) -> None:
+        """End all faults, but that some nodes, or the arbiter, stay away."""
+        self.say("all faults end" if arbiter and not away else "all faults end but for some")
         self.state.up = True
         paths = (self.site.path, *self.site.ways.values())
         for path in (*self.node_paths, *self.gateway_paths, *paths):
@@ -593,18 +816,77 @@ class Cluster:
             for node in range(self.shape.nodes):
                 self.world.set_path(gateway, node, True, True)
                 self.world.set_path(gateway, node, False, True)
-                self.world.set_latency(gateway, node, 50_000, 1_000_000)
+                self.set_latency(gateway, node, 50_000, 1_000_000)
         for node in range(self.shape.nodes):
             self.continue_node(node)
             self.world.set_free_bytes(node, None)
             self.world.set_disk_speed(node, 100_000, 4_000_000)
-            self.start_node(node)
+            if node in away:
+                self.keep_down(node, power=False)
+            else:
+                self.start_node(node)
         if self.shape.arbiter:
             self.site.go_on()
-            self.site.start()
+            if arbiter:
+                self.site.start()
+            else:
+                self.site.keep_down(power=False)
         for gateway in range(self.shape.gateways):
             self.continue_gateway(gateway)
             self.start_gateway(gateway)
+
+    def overdue(self, limit_s: float) -> str:
+        """Say what has waited for so long although those who are here suffice; empty: nothing."""
+        record = self.record
+        assert record is not None
+        if record.stale and not self._may_change():
+            # What etcd has taken counts when the arbiter has heard of it.
+            return ""
+        goes_on = [self._goes_on(index) for index in range(len(record.sets))]
+        if all(goes_on) and not self.serving():
+            return "nobody is served, and each set has its quorum"
+        for guest in self.serving():
+            for kind, begun_s, blocks in self._able(guest, goes_on):
+                if begun_s < self.clock.now_s - limit_s:
+                    where = f"blocks {blocks.start} to {blocks.stop}" if blocks else "all"
+                    return f"a {kind} of {guest.name} waits ({where}), and its sets can go on"
+        if not (self.serving() and all(goes_on) and self._may_change()):
+            return ""
+        up = self.nodes_up()
+        waits = sorted(up & {name for stale in record.stale.values() for name in stale})
+        return f"{', '.join(waits)} are here, and are not healed" if waits else ""
+
+    def _able(self, guest: Guest, goes_on: list[bool]) -> list[tuple[str, float, range]]:
+        """Return the unanswered requests of sets that can go on, and that wait for no other one."""
+        per_shard = SHARD_BYTES // BLOCK_BYTES
+
+        def goes(blocks: range) -> bool:
+            return all(goes_on[self.set_of(block // per_shard)] for block in blocks)
+
+        able = [each for each in guest.waiting() if each[2] and goes(each[2])]
+        held = [each for each in guest.waiting() if each[2] and not goes(each[2])]
+        while held:
+            # Whoever shares a block with one that waits waits behind it.
+            one = held.pop()[2]
+            behind = [
+                each for each in able if each[2].start < one.stop and one.start < each[2].stop
+            ]
+            able = [each for each in able if each not in behind]
+            held += behind
+        flushes = [each for each in guest.waiting() if not each[2]]
+        return able + (flushes if all(goes_on) else [])
+
+    def _goes_on(self, index: int) -> bool:
+        """Whether a set can answer writes with the nodes that are up."""
+        assert self.record is not None
+        in_sync = set(self.record.membership.in_sync(index))
+        here = in_sync & self.nodes_up()
+        if here == in_sync:
+            return True
+        return len(here) >= self.record.policy.quorum and self._may_change()
+
+    def _may_change(self) -> bool:
+        return not self.shape.arbiter or self.site.replaceable()
 
     def all_level(self) -> bool:
         """Whether a guest is served, nothing waits, and every node in sync is there."""

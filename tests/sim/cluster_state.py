@@ -70,6 +70,8 @@ class State:
     def perform(self, call: Callable[[MemoryEtcd], Any]) -> tuple[Any, EtcdError | None]:
         """Carry a call out now."""
         self.keep_time()
+        # What ended by itself.
+        self.on_change()
         try:
             result = call(self.memory)
         except EtcdError as error:

@@ -6,8 +6,8 @@ import random
 from collections.abc import Callable
 
 from etcd.memory import Backup
-from tests.sim.cluster import BLOCK_BYTES, SHARD_BYTES, Cluster
-from tests.sim.guest import Life
+from tests.sim.cluster import SHARD_BYTES, Cluster
+from tests.sim.guest import BLOCK_BYTES, Life
 from tests.sim.processes import SimNode
 
 
@@ -128,10 +128,8 @@ class Faults:
         cluster, gateway, node = self.cluster, self._gateway(), self._node()
         slow_ns = self.chance.choice((5_000_000, 60_000_000, 600_000_000))
         cluster.say(f"gate-{gateway} to {cluster.names[node]}: up to {slow_ns / 1e6:.0f} ms")
-        cluster.world.set_latency(gateway, node, 50_000, slow_ns)
-        self._for_a_while(
-            lambda: cluster.world.set_latency(gateway, node, 50_000, 1_000_000), 2.0, 8.0
-        )
+        cluster.set_latency(gateway, node, 50_000, slow_ns)
+        self._for_a_while(lambda: cluster.set_latency(gateway, node, 50_000, 1_000_000), 2.0, 8.0)
 
     def _cut_etcd_of(self, path: object, name: str, length_s: float) -> None:
         there, back = self.chance.choice(((False, False), (False, True), (True, False)))
@@ -211,10 +209,21 @@ class Faults:
             return
         self._snapshot_of = None
         cluster.stop_node(victim, power=False)
-        cluster.world.restore_disk(victim)
-        cluster.judge_memory()
+        cluster.put_back_disk(victim)
         cluster.say(f"{cluster.names[victim]}: the disk's snapshot is put back")
         cluster.start_node(victim)
+
+    def set_back(self) -> None:
+        """A snapshot of any former run is put back: the start counter is behind, or as it was."""
+        cluster, victim = self.cluster, self._victim
+        if self._snapshot_of is None:
+            self.snapshot()
+            return
+        self._snapshot_of = None
+        cluster.keep_down(victim, power=False)
+        cluster.put_back_disk(victim)
+        cluster.say(f"{cluster.names[victim]}: an older copy of its disk is put back")
+        self._for_a_while(lambda: cluster.start_node(victim), 0.0, 0.5, 4.0)
 
     def back_up(self) -> None:
         """Somebody backs etcd up."""
@@ -396,11 +405,11 @@ class Faults:
         if cluster.names[node] == healed:
             return
         for gateway in range(cluster.shape.gateways):
-            cluster.world.set_latency(gateway, node, 300_000_000, 600_000_000)
+            cluster.set_latency(gateway, node, 300_000_000, 600_000_000)
 
         def undo() -> None:
             for gateway in range(cluster.shape.gateways):
-                cluster.world.set_latency(gateway, node, 50_000, 1_000_000)
+                cluster.set_latency(gateway, node, 50_000, 1_000_000)
 
         cluster.clock.after(1.0, undo)
 

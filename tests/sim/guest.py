@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 from engine._engine import Simulation
 from tests.sim.clock import Clock
-from tests.sim.oracle import Oracle, Written
+from tests.sim.oracle import SECTOR_BYTES, Oracle, Written
 
 if TYPE_CHECKING:
     from tests.sim.processes import SimGateway
 
+BLOCK_BYTES = 4096
 IN_FLIGHT_MAX = 12
 CHANGES_IN_FLIGHT_MAX = 5
 """What waits for a lost node must not keep a guest from reading."""
@@ -90,6 +91,8 @@ class Guest:
         self._working = False
         self.answers = 0
         self.epoch = 0
+        self.size_sectors = 1 << 60
+        """How large the image was when it was let in."""
 
     @property
     def gateway(self) -> SimGateway | None:
@@ -99,7 +102,10 @@ class Guest:
     @property
     def regions(self) -> tuple[range, ...]:
         """The sectors that it uses."""
-        return self._shared.regions
+        regions, size = self._shared.regions, self.size_sectors
+        if size >= regions[-1].stop:
+            return regions
+        return tuple(region for region in regions if region.stop <= size)
 
     @property
     def client(self) -> int:
@@ -109,6 +115,18 @@ class Guest:
     def unanswered(self) -> list[int]:
         """Return the tokens of requests that are not answered."""
         return list(self._asked)
+
+    def waiting(self) -> list[tuple[str, float, range]]:
+        """Return what is not answered: what it is, when it was asked, and the blocks it is of."""
+        per_block = BLOCK_BYTES // SECTOR_BYTES
+        return [
+            (
+                asked.kind,
+                asked.begun,
+                range(asked.first // per_block, -(-(asked.first + asked.sectors) // per_block)),
+            )
+            for asked in self._asked.values()
+        ]
 
     @property
     def in_flight(self) -> int:
@@ -153,8 +171,8 @@ class Guest:
 
     # What the gateway says
 
-    def let_in(self, client: int, channel: int) -> None:
-        """The image is open."""
+    def let_in(self, client: int, channel: int, size_bytes: int) -> None:
+        """The image is open, and so large; another size is seen by who comes later."""
         if client != self._client or self.life is not Life.CONNECTING or self._gateway is None:
             return
         images = self._gateway.exports.snapshot()
@@ -162,6 +180,7 @@ class Guest:
         assert record is not None
         self.epoch = record.epoch
         self.channel, self.life = channel, Life.RUNNING
+        self.size_sectors = size_bytes // SECTOR_BYTES
         shared = self._shared
         shared.on_served(record.epoch, record.holder or "")
         shared.oracle.settle(record.epoch, shared.clock.now_s)
@@ -230,7 +249,7 @@ class Guest:
     def ask(self) -> None:
         """Ask for something."""
         chance = self._shared.chance
-        region = chance.choice(self._shared.regions)
+        region = chance.choice(self.regions)
         first = chance.randrange(region.start, region.stop)
         sectors = 1 + chance.randrange(min(region.stop - first, SECTORS_MAX))
         if chance.random() < 0.3:
@@ -265,9 +284,9 @@ class Guest:
         self._shared.oracle.begin(token, first, sectors, stamp, asked.epoch, now)
         self._send(token, "write", first, sectors, stamp, durable)
 
-    def zero(self, first: int, sectors: int) -> None:
-        """Zero some sectors, with a hole or without."""
-        keep = self._shared.chance.random() < 0.5
+    def zero(self, first: int, sectors: int, *, keep: bool | None = None) -> None:
+        """Zero some sectors, with a hole or without (`keep`); None: by chance."""
+        keep = self._shared.chance.random() < 0.5 if keep is None else keep
         token = self._begin("zero", first, sectors)
         now = self._shared.clock.now_s
         self._shared.oracle.begin(token, first, sectors, 0, self._asked[token].epoch, now)

@@ -9,13 +9,17 @@ from dataclasses import dataclass, field
 import structlog
 
 from tests.sim.cluster import Cluster
-from tests.sim.faults import Faults
 from tests.sim.guest import Life
-from tests.sim.kinds import KINDS
+from tests.sim.kinds import kind_of
 from tests.sim.oracle import Violation
+from tests.sim.strikes import Strikes
 
 SETTLE_S = 90.0
 """Until everything works again after the last fault: opening takes 20 s at most, leases 10."""
+
+OVERDUE_S = 12.0
+"""What can be answered is answered within this time when no fault begins: a silent node is given up
+after 4 s, a lost one left behind after 3 more."""
 
 CHECK_S = 0.7
 
@@ -44,14 +48,14 @@ class Outcome:
         return "\n".join([head, *self.lines, tail])
 
 
-class History(Faults):
+class History(Strikes):
     """Plays one seed."""
 
     def __init__(self, seed: int, *, frames: bool = False) -> None:
         self.seed = seed
         self._frames = frames
         self.chance = random.Random(f"history {seed}")
-        self.kind = KINDS[seed % len(KINDS)]
+        self.kind = kind_of(seed)
         shape = self.chance.choice(self.kind.shapes)
         super().__init__(Cluster(self.chance.getrandbits(63), shape), self.chance)
         if frames:
@@ -75,10 +79,7 @@ class History(Faults):
             cluster.say(f"VIOLATION: {type(error).__name__}: {error}")
         finally:
             structlog.configure(**logs)
-            for process in (*cluster.gateways, *cluster.nodes):
-                if process is not None:
-                    cluster.clock.end(process.process)
-            cluster.site.end()
+            cluster.close()
         outcome.lines = cluster.lines
         if self._frames:
             told = cluster.world.take_told()
@@ -102,6 +103,10 @@ class History(Faults):
 
     def _play(self) -> None:
         cluster = self.cluster
+        cluster.scrubs, cluster.processes = self.kind.scrubs, self.kind.processes
+        if self.kind.ledgers:
+            self._backup = cluster.state.memory.backup()
+            cluster.keep_ledgers()
         cluster.build()
         if cluster.shape.arbiter:
             cluster.site.care(cluster.nodes_up)
@@ -117,6 +122,8 @@ class History(Faults):
         cluster.clock.after(0.5, self._keep_guests)
         cluster.run_for(self.length_s)
         self._over = True
+        if self.kind.some_away:
+            self.mended_but_for_some()
         self.mended()
 
     def _check(self) -> None:
@@ -146,12 +153,36 @@ class History(Faults):
         pause_s = self.chance.expovariate(1 / self.pause_s)
         self.cluster.clock.after(pause_s, self._next_fault)
 
+    def mended_but_for_some(self) -> None:
+        """Some stay away, all else ends: who can go on without them does. Raises Violation."""
+        cluster = self.cluster
+        nodes, arbiter = self._choose_away()
+        cluster.mend(nodes, arbiter=arbiter)
+        # As in `mended`; what is asked meanwhile is judged when it has had its time.
+        cluster.run_for(15.0)
+        cluster.run_for(30.0, lambda: bool(cluster.serving()))
+        cluster.run_for(OVERDUE_S)
+        if not cluster.run_for(SETTLE_S, lambda: not cluster.overdue(OVERDUE_S)):
+            raise Violation(f"{cluster.overdue(OVERDUE_S)}: {self._stuck()}")
+        cluster.say("all that can go on does")
+
+    def _choose_away(self) -> tuple[frozenset[int], bool]:
+        """Return the nodes that stay away, and whether the arbiter is there."""
+        shape = self.cluster.shape
+        if shape.arbiter and self.chance.random() < 0.2:
+            return frozenset(), False
+        most = 2 if shape.replica_sets > 1 and not shape.arbiter else 1
+        count = self.chance.randint(1, most)
+        return frozenset(self.chance.sample(range(shape.nodes), count)), True
+
     def mended(self) -> None:
         """End all faults; everything must work again, and hold what it should. Raises Violation."""
         cluster = self.cluster
         for guest in cluster.guests:
             guest.pause_s = max(guest.pause_s, 0.2)
         cluster.mend()
+        if self.kind.resizes:
+            self._grow_back()
         # Leases that lapsed are taken, by whoever comes first; then one guest is left.
         cluster.run_for(15.0)
         cluster.run_for(30.0, lambda: bool(cluster.serving()))
@@ -167,7 +198,36 @@ class History(Faults):
             raise Violation(f"stuck: {self._stuck()}")
         cluster.say("all is level")
         self._read_everything()
+        if self.kind.scrubs:
+            self._scrub_everything()
         self._leave_cleanly()
+
+    def _grow_back(self) -> None:
+        """Whoever made the image smaller makes it as large as it was."""
+        cluster, shards = self.cluster, self.cluster.shape.shards
+        for attempt in range(12):
+            if cluster.size_shards() == shards:
+                return
+            cluster.resize(attempt % cluster.shape.gateways, shards)
+            cluster.run_for(10.0, lambda: cluster.size_shards() == shards)
+            for guest in cluster.guests:
+                # Whoever came before sees the former size.
+                guest.stop()
+        raise Violation(f"the image does not grow: {self._stuck()}")
+
+    def _scrub_everything(self) -> None:
+        """A scrub leaves no rot on any node in sync, unless there is nobody to repair it from."""
+        cluster = self.cluster
+        for ask in (False, True):
+            if ask:
+                cluster.ask_for_scrub()
+                cluster.run_for(1.0)
+            if not cluster.run_for(90.0, cluster.is_scrubbed):
+                raise Violation(f"a scrub does not end: {cluster.scrub_record()}, {self._stuck()}")
+        found = cluster.scrub_record()
+        if not (found.last.unrepairable or found.bad or found.last.missed):
+            cluster.run_for(2.0)
+            cluster.check_no_rot()
 
     def _stuck(self) -> str:
         parts = [
@@ -219,3 +279,21 @@ class History(Faults):
                 return
             raise Violation(f"the image does not close clean: {self._stuck()}")
         cluster.check_all_replicas()
+        if self.kind.resizes:
+            self._delete_with_a_node_away()
+
+    def _delete_with_a_node_away(self) -> None:
+        """Nothing of a deleted image is left, nor comes back with a node that was away."""
+        cluster, away = self.cluster, self._node()
+        cluster.keep_down(away, power=self.chance.random() < 0.5)
+        if not cluster.delete_image():
+            raise Violation("an image that nobody has open cannot be deleted")
+        cluster.run_for(2.0)
+        cluster.start_node(away)
+
+        def kept() -> list[int]:
+            nodes = range(cluster.shape.nodes)
+            return [node for node in nodes if cluster.world.has_image(node, cluster.image)]
+
+        if not cluster.run_for(20.0, lambda: not kept()):
+            raise Violation(f"a deleted image is left on nodes {kept()}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tests.sim.cluster import Shape
@@ -22,6 +24,16 @@ class Kind:
     """Guests write seldom, and flush almost never."""
     may_stall: bool = False
     """It may end with writes that wait for a heal, or for a person."""
+    ledgers: bool = False
+    """Nodes keep copies of etcd's records, and somebody recovers an etcd that lost them."""
+    scrubs: bool = False
+    """Gateways scrub, and a scrub ends it."""
+    resizes: bool = False
+    """Somebody changes the image's size."""
+    processes: bool = False
+    """Gateways know the processes of their guests."""
+    some_away: bool = False
+    """Some stay away when all other faults have ended: who can go on without them does."""
 
 
 SMALL_LOG = Shape(log_bytes=512 << 10)
@@ -30,6 +42,12 @@ SMALL_LOG = Shape(log_bytes=512 << 10)
 PAIRS = (
     Shape(nodes=2, arbiter=True),
     Shape(nodes=3, gateways=3, replica_sets=3, arbiter=True),
+)
+
+SEVERAL_SETS = (
+    Shape(nodes=4, gateways=2, replica_sets=2, shards=6),
+    Shape(nodes=5, gateways=2, replica_sets=3, shards=6),
+    Shape(nodes=6, gateways=2, replica_sets=2, shards=6),
 )
 
 HEALING = (
@@ -89,7 +107,7 @@ KINDS = (
     Kind(
         "restored",
         {"back_up": 4, "restore_etcd": 3, "second": 3, "cut_host": 2, "kill_gateway": 3,
-         "kill_node": 4, "pause_gateway": 2},
+         "kill_node": 4, "pause_gateway": 2, "restore_under_two": 4},
         may_stall=True,
     ),
     Kind(
@@ -141,4 +159,83 @@ KINDS = (
         PAIRS,
         may_stall=True,
     ),
+    Kind(
+        "levels",
+        {"strike_levelling": 6, "lose_memory_but_one": 3, "flush_first": 3, "cut_node": 1},
+        (Shape(shards=6), Shape(nodes=2, shards=6, arbiter=True)),
+        sparse=True,
+    ),
+    Kind(
+        "refused",
+        {"refuse_by_rot": 8, "refuse_and_flush": 3, "full_disk": 1, "kill_node": 1, "reset": 1},
+        (SMALL_LOG,),
+        # What is rotten on all that are in sync fails writes of parts of it.
+        may_stall=True,
+    ),
+    Kind(
+        "recovered",
+        {"back_up": 4, "restore_etcd": 3, "second": 2, "cut_host": 1, "kill_gateway": 2,
+         "kill_node": 3, "leave_behind": 2, "cut_etcd": 1},
+        ledgers=True,
+    ),
+    Kind(
+        "scrubs",
+        {"ask_scrub": 5, "rot": 6, "kill_node": 3, "cut_node": 1, "kill_gateway": 2,
+         "leave_behind": 2, "guests_leave": 1, "second": 1},
+        (SMALL_LOG, Shape(nodes=4, gateways=2, replica_sets=2, log_bytes=512 << 10)),
+        scrubs=True,
+        may_stall=True,
+    ),
+    Kind(
+        "sizes",
+        {"shrink": 5, "grow": 3, "kill_node": 3, "leave_behind": 3, "kill_gateway": 2,
+         "cut_node": 1, "slow_etcd": 1},
+        (Shape(shards=4), Shape(nodes=4, gateways=2, replica_sets=2, shards=5)),
+        resizes=True,
+    ),
+    Kind(
+        "set back",
+        {"set_back": 8, "kill_node": 4, "kill_gateway": 2, "cut_node": 1, "second": 1, "reset": 1,
+         "etcd_down": 1, "leave_behind": 1},
+        (Shape(), Shape(shards=6), Shape(nodes=5, gateways=2, replica_sets=3, shards=6)),
+        # Where one of two in sync was set back its set waits for a third.
+        may_stall=True,
+    ),
+    Kind(
+        "some away",
+        {"kill_node": 4, "leave_behind": 3, "kill_gateway": 2, "reset": 2, "cut_node": 1},
+        SEVERAL_SETS,
+        some_away=True,
+    ),
+    Kind(
+        "votes",
+        {"strike_vote": 4, "strike_heal_vote": 4, "leave_behind": 1, "kill_gateway": 1,
+         "cut_arbiter": 1},
+        PAIRS,
+        some_away=True,
+    ),
+    Kind(
+        "comes back",
+        {"come_back": 8, "kill_gateway": 1, "second": 1},
+        processes=True,
+    ),
+    Kind(
+        "twins",
+        {"second_process": 6, "kill_gateway": 2, "second": 1, "pause_gateway": 1},
+    ),
 )  # fmt: skip
+
+SEEDS = 32
+"""A seed's remainder by it chooses the kind, so that another kind at the end changes no seed of the
+others."""
+
+
+def kind_of(seed: int) -> Kind:
+    """Return the kind of a seed's history."""
+    return KINDS[seed % SEEDS % len(KINDS)]
+
+
+def seeds_of(kind: str) -> Iterator[int]:
+    """Yield the seeds of a kind."""
+    index = next(i for i, known in enumerate(KINDS) if known.name == kind)
+    yield from itertools.count(index, SEEDS)

@@ -24,7 +24,8 @@ TORN = (1 << 64) - 1
 PRUNED_FROM = 8
 """Fewer writes of a sector than this are kept, whether they are over or not."""
 UNDER_WAY_S = 0.01
-"""So long after a node's end an answer of its may still arrive, of what is gone."""
+"""So long after a node's end an answer of its may still arrive, of what is gone; on a slow path
+longer (`under_way_s`)."""
 
 
 class Violation(AssertionError):
@@ -80,6 +81,7 @@ class Oracle:
         self.losses_told = 0
         self._reading: dict[int, float] = {}
         self.reads = 0
+        self.under_way_s = UNDER_WAY_S
 
     def _history(self, sector: int) -> list[Written]:
         found = self._sectors.get(sector)
@@ -103,7 +105,7 @@ class Oracle:
         for sector, entry in zip(change.sectors, change.entries, strict=True):
             entry.ended = now if entry.ended is None else entry.ended
             entry.known = min(entry.known, now)
-            under_way = now - entry.lost < UNDER_WAY_S
+            under_way = now - entry.lost < self.under_way_s
             entry.answered, entry.sure = True, durable or not (entry.shaken or under_way)
             if durable:
                 entry.durable = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from engine._engine import Simulation
@@ -17,16 +18,24 @@ from etcd.interface import Notice, Reread
 from etcd.records import NodeRecord
 from shard.errors import HciError
 from shard.ids import ImageId, image_id
+from shard.scrub import ScrubLimits
 from tests.sim.arbiters import CLUSTER_ID, SimVoters, Site
 from tests.sim.clock import Clock, Process
 from tests.sim.cluster_state import Door, Path, SimSession, State
+from tests.sim.recovery import SimHistory, holdings
 from vmstore.caretaker import Caretaker
 from vmstore.catalog import Catalog
 from vmstore.deciding import TICK_S
 from vmstore.errors import ForeignStore, OtherCluster, StoreBehind
 from vmstore.exports import Exports
 from vmstore.healing import HealLimits
+from vmstore.ledger import Ledger
+from vmstore.names import ImageName
+from vmstore.recovering import Member
+from vmstore.resizing import Resize
+from vmstore.scrubbing import Scrubber
 from vmstore.served import Served
+from vmstore.set_back import may_run_elsewhere, only_here, seen_later
 from vmstore.slowness import SlowLimits
 
 if TYPE_CHECKING:
@@ -34,6 +43,9 @@ if TYPE_CHECKING:
 
 RETRY_S = 1.0
 POLL_S = 0.5
+CUTTER = (1 << 64) - 1
+"""The client that zeroes what a smaller size cuts off."""
+SECTOR_BYTES = 512
 
 
 SLOW = SlowLimits(report_ms=100, leave_behind_ms=800, for_s=4.0, back_after_s=3.0)
@@ -108,6 +120,11 @@ class SimEngine:
         """Of each channel's nodes."""
         self.guests: dict[int, Guest] = {}
         """By the number of their connection."""
+        self.cutting: dict[int, int] = {}
+        """Of ranges that are being zeroed the channels, by the token of the request."""
+        self._zeroing = 0
+        self.on_cut: Callable[[int, int, int], None] = lambda _token, _first, _sectors: None
+        self.on_cut_done: Callable[[int, bool], None] = lambda _token, _done: None
 
     def next_event(self, timeout_ms: int) -> dict[str, Any] | None:
         """Events come by `SimDeciding.on_event`."""
@@ -142,6 +159,30 @@ class SimEngine:
     def writes_lost(self, channel: int, sets: list[int]) -> None:
         """Have the next flush of a client fail."""
         self._world.writes_lost(self._gateway, channel, sets)
+
+    def scrub(self, channel: int, **how: Any) -> None:
+        """Read and compare all replicas."""
+        self._world.scrub(self._gateway, channel, **how)
+
+    def end_scrub(self, channel: int, attempt: int) -> None:
+        """End that."""
+        self._world.end_scrub(self._gateway, channel, attempt)
+
+    def zero(self, channel: int, offset: int, length: int) -> None:
+        """Make a range read as zeroes, as a client of its own; `zeroed` tells."""
+        self._zeroing += 1
+        first, sectors = offset // SECTOR_BYTES, length // SECTOR_BYTES
+        self.cutting[self._zeroing] = channel
+        self.on_cut(self._zeroing, first, sectors)
+        self._world.zero(
+            self._gateway, channel, CUTTER, self._zeroing, first, sectors, False, False
+        )
+
+    def cut(self, token: int, how: str) -> dict[str, Any]:
+        """Take the answer to that; return what the engine tells."""
+        done = how == "done"
+        self.on_cut_done(token, done)
+        return {"event": "zeroed", "channel": self.cutting.pop(token), "done": done}
 
     def end_heal(self, channel: int, attempt: int) -> None:
         """End that."""
@@ -188,7 +229,7 @@ class SimEngine:
         """Let a guest in."""
         guest = self.guests.get(client)
         if guest is not None and channel is not None:
-            guest.let_in(client, channel)
+            guest.let_in(client, channel, size_bytes)
 
     def answer_error(self, client: int, kind: str, message: str) -> None:
         """Send a guest away."""
@@ -215,14 +256,17 @@ class SimGateway:
         nodes: int,
         site: Site,
         on_heal: Callable[[str], None],
+        scrubs: bool = False,
     ) -> None:
         self.process = Process(name)
         self.index = index
         self.name = name
         self.started = False
+        self.scrubs = scrubs
+        """Whether it scrubs: it asks etcd now and then."""
         self._clock = clock
         self.holder = f"{chance.getrandbits(128):032x}"
-        etcd = Door(state, path, self.process)
+        self._etcd = etcd = Door(state, path, self.process)
         self.engine = SimEngine(world, index, on_heal)
         self.deciding = SimDeciding(clock, self.process)
         self.catalog = Catalog(etcd)
@@ -248,6 +292,15 @@ class SimGateway:
             self.exports.maintained,
             random.Random(chance.getrandbits(63)),
         )
+        self.scrubber = Scrubber(
+            self.catalog,
+            self.exports,
+            self.exports.rot_log,
+            self._scrub_of,
+            ScrubLimits(every_s=0, bytes_per_second=chance.choice((0, 4 << 20))),
+            random.Random(chance.getrandbits(63)),
+        )
+        self._world = world
         world.start_gateway(index)
         # The node of the same host is reached first, as by its socket.
         for other in sorted(range(nodes), key=lambda other: other != node):
@@ -261,6 +314,9 @@ class SimGateway:
                 self.catalog.init_cluster(CLUSTER_ID)
                 self.exports.start()
                 self.caretaker.watch()
+                self._etcd.watch(keys.LOST, self._on_mark)
+                if self.scrubs:
+                    self.scrubber.watch()
             except EtcdError:
                 self._clock.sleep(RETRY_S, self.process)
             else:
@@ -269,6 +325,24 @@ class SimGateway:
         while True:
             self._clock.sleep(POLL_S, self.process)
             self.caretaker.look(self._clock.now_s)
+            if self.scrubs:
+                self.scrubber.look(self._clock.now_s, int(self._clock.now_s * 1000) + 1)
+
+    def _on_mark(self, notice: Notice) -> None:
+        """As `GatewayDaemon`: a recovery may have raised the epochs of its images."""
+        items = notice.items if isinstance(notice, Reread) else notice.changes
+        if not any(item.value is not None for item in items):
+            self.exports.look_again()
+
+    def _scrub_of(self, image: ImageId) -> dict[str, Any] | None:
+        channel = next((i.channel for i in self.exports.snapshot() if i.image == image), None)
+        return None if channel is None else self._world.scrub_state(self.index, channel)
+
+    def resize(self, name: ImageName, size_bytes: int) -> Future[None]:
+        """Have the image resized, as the control service does."""
+        resize = Resize(size_bytes, True, Future())
+        self.deciding.put(lambda: self.exports._find_to_resize(name, resize))
+        return resize.done
 
     def hear(self, event: dict[str, Any]) -> None:
         """Take an event of the engine."""
@@ -289,7 +363,10 @@ class SimNode:
         name: str,
         store_id: str,
         start_counter: int,
-        refused: Callable[[str], None],
+        run: str,
+        refused: Callable[[str, bool], None],
+        set_back: Callable[[int], None],
+        ledger: Ledger | None = None,
     ) -> None:
         self.process = Process(name)
         self.index = index
@@ -303,26 +380,52 @@ class SimNode:
         self._catalog = Catalog(self._etcd)
         self._store_id = store_id
         self._start_counter = start_counter
+        self._run = run
         self._refused = refused
+        self._set_back = set_back
+        self.may_serve = False
+        self.history: SimHistory | None = None
+        """Where the node keeps a copy of the cluster's records, and judges etcd by it."""
+        if ledger is not None:
+            self.history = SimHistory(
+                name,
+                self._etcd,
+                ledger,
+                clock,
+                self.process,
+                lambda: holdings(world, index),
+                lambda images: [self._bury(image) for image in images].clear(),
+            )
         clock.start(self.process, self._look_after)
 
     def _look_after(self) -> None:
         while True:
+            if self.registered:
+                self._check_history()
             if not self.registered:
                 self._register()
             self._clock.sleep(POLL_S, self.process)
+
+    def member(self) -> Member:
+        """Return what it tells a recovery."""
+        assert self.history is not None, "it keeps a copy of the records"
+        return Member(self.name, self._store_id, self._start_counter, self.history.known())
+
+    def _check_history(self) -> None:
+        try:
+            believed = self.history is None or self.history.check_if_due()
+        except EtcdError:
+            return
+        if not believed:
+            self.registered = False
+            if self.session is not None:
+                self.session.close()
 
     def _lost(self) -> None:
         self.registered = False
 
     def _register(self) -> None:
         try:
-            self._catalog.init_cluster(CLUSTER_ID)
-            if self.session is not None:
-                self.session.close()
-            self.session = session = SimSession(
-                self._etcd, self._clock, self.process, on_lost=self._lost
-            )
             record = NodeRecord(
                 name=self.name,
                 address=f"{self.name}:1",
@@ -334,8 +437,17 @@ class SimNode:
                 capacity_bytes=1 << 40,
                 store_id=self._store_id,
                 start_counter=self._start_counter,
+                run=self._run,
             )
-            self._catalog.announce_node(record, session.lease)
+            if not self._judge(record) or (self.history is not None and not self.history.check()):
+                return
+            self._catalog.init_cluster(CLUSTER_ID)
+            if self.session is not None:
+                self.session.close()
+            self.session = session = SimSession(
+                self._etcd, self._clock, self.process, on_lost=self._lost
+            )
+            self._catalog.announce_node(record, session.lease, self._run)
             session.start()
             if not self._watching:
                 self._etcd.watch(keys.TOMBSTONES, self._on_tombstones)
@@ -343,13 +455,31 @@ class SimNode:
             for image in self._catalog.tombstones():
                 self._bury(image)
         except (OtherCluster, ForeignStore, StoreBehind) as error:
-            self._refused(str(error))
+            self._refused(str(error), True)
         except EtcdError:
-            return
+            self.may_serve = True
         except HciError:
             return
         else:
             self.registered = True
+
+    def _judge(self, own: NodeRecord) -> bool:
+        """As `NodeDaemon._may_serve`."""
+        known = self._catalog.nodes().get(own.name)
+        if known is None or not seen_later(known, own):
+            self.may_serve = True
+            return True
+        alive = self._catalog.alive()
+        if may_run_elsewhere(alive.get(own.name), own):
+            return False
+        images = (entry.image.record for entry in self._catalog.images())
+        lonely = only_here(images, own.name, alive)
+        if lonely:
+            behind = StoreBehind(own.name, known.start_counter, own.start_counter, lonely)
+            self._refused(str(behind), False)
+        else:
+            self._set_back(known.start_counter)
+        return False
 
     def _on_tombstones(self, notice: Notice) -> None:
         found = notice.items if isinstance(notice, Reread) else notice.changes

@@ -106,9 +106,19 @@ class Stage:
         for node in nodes:
             self.cluster.world.set_path(gateway, node, True, True)
 
+    def hear_nothing(self, gateway: int, *nodes: int) -> None:
+        """Hold back what nodes answer to a gateway."""
+        for node in nodes:
+            self.cluster.world.set_path(gateway, node, False, False)
+
+    def hear_again(self, gateway: int, *nodes: int) -> None:
+        """Let it arrive."""
+        for node in nodes:
+            self.cluster.world.set_path(gateway, node, False, True)
+
     def slow(self, gateway: int, node: int, milliseconds: int) -> None:
         """Have each frame between a gateway and a node take so long."""
-        self.cluster.world.set_latency(gateway, node, *[milliseconds * 1_000_000] * 2)
+        self.cluster.set_latency(gateway, node, *[milliseconds * 1_000_000] * 2)
 
     def isolate(self, host: int, *, etcd: bool = True) -> None:
         """Cut a host off with its own node."""

@@ -11,7 +11,7 @@ from tests.sim.history import History
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.name.replace(" ", "-"))
 def test_broken_rule_is_noticed_within_its_number_of_histories(defect: Defect) -> None:
-    count, outcome = catch(defect, defect.within)
+    count, outcome = catch(defect, defect.within, first=defect.at)
     assert outcome is not None, f"{count} histories of kind {defect.kind} notice nothing"
     print(f"{defect.name}: history {count}, {outcome.error}")
     assert History(outcome.seed).play().error is None, "with the rule kept the same seed passes"

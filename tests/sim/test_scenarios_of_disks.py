@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
-from unittest import mock
-
-from tests.sim.defects import breaking
+from tests.sim.defects import breaking, planted_by_name
 from tests.sim.oracle import Violation
 from tests.sim.stage import Stage, broken
-from vmstore.holder import Holder
 
 
 def clear_while_a_newer_write_is_in_flight() -> None:
     """History 3: a clear must not name a write that one node has refused so far."""
-    stage = Stage(1)
-    cluster, first = stage.cluster, stage.at(1)
-    stage.write(first)
+    stage = Stage(6, log_bytes=512 << 10)
+    cluster = stage.cluster
+    for block in range(0, 256, 8):
+        # Until checkpoints have put the first ones into their shard's file.
+        stage.write(stage.at(1, block), 64)
+        stage.flush()
+    stage.run(6.0)
+    cluster.damaged = True
+    assert cluster.world.corrupt(1, 0, 9), "there is a shard file to damage"
+    stage.kill(1)
+    stage.start(1)
+    stage.until(cluster.all_level, "the node is back")
     stage.flush()
-    # Nobody can be left behind; node 1 has no room, and refuses what the others take.
-    cluster.state.up = False
-    cluster.world.set_free_bytes(1, 0)
-    for block in range(1, 100):
-        stage.guest.write(stage.at(1, block), 8)
-        stage.run(0.05)
+    stage.run(5.0)
+    # Node 1 cannot merge the rest of its rotten block, so it refuses the whole block behind it too.
+    stage.slow(0, 1, 40)
+    stage.guest.write(stage.at(1) + 4, 4 + 8)
     stage.guest.flush()
-    stage.run(4.0)
+    stage.run(0.03)
+    # The flush is answered, and what it allows is cleared; nothing is heard from whom to repair it.
+    stage.hear_nothing(0, 0, 2)
+    stage.run(3.0)
+    assert stage.guest.in_flight == 1, "the flush is answered, the write is not"
     cluster.stop_gateway(0, host=False)
-    cluster.world.set_free_bytes(1, None)
-    cluster.state.up = True
+    stage.hear_again(0, 0, 2)
     stage.move_to(1)
     stage.settle()
 
@@ -85,8 +91,7 @@ def roll_a_disk_back_within_its_run() -> None:
     stage.flush()
     stage.run(4.0)
     stage.kill(0)
-    cluster.world.restore_disk(0)
-    cluster.judge_memory()
+    cluster.put_back_disk(0)
     stage.start(0)
     stage.run(4.0)
     for _ in range(4):
@@ -94,16 +99,12 @@ def roll_a_disk_back_within_its_run() -> None:
     stage.settle()
 
 
-def believe_any_disk() -> Any:
-    return mock.patch.object(Holder, "_judge_disks", return_value=None)
-
-
 def test_disk_that_was_rolled_back_within_one_run_is_stale_since_ever() -> None:
     roll_a_disk_back_within_its_run()
 
 
 def test_rolled_back_disk_that_is_believed_is_noticed() -> None:
-    with broken(patch=believe_any_disk):
+    with broken(patch=planted_by_name("flush numbers")):
         roll_a_disk_back_within_its_run()
 
 
@@ -239,8 +240,13 @@ def test_answer_before_the_membership_is_stored_is_noticed() -> None:
         answer_before_the_record_is_stored()
 
 
-def test_cleared_shards_are_level_where_a_node_refused_a_write() -> None:
+def test_write_that_rot_keeps_from_a_node_is_not_cleared() -> None:
     clear_while_a_newer_write_is_in_flight()
+
+
+def test_clear_of_what_is_not_answered_is_noticed() -> None:
+    with broken("ClearIsAnswered", match="differs"):
+        clear_while_a_newer_write_is_in_flight()
 
 
 def last_nodes_lose_power_while_a_change_is_made(seed: int) -> None:
@@ -278,3 +284,67 @@ def test_write_that_is_not_asked_again_is_noticed() -> None:
         except Violation:
             noticed += 1
     assert noticed, "what chance leaves on a disk is lost at least once"
+
+
+def set_a_disk_back_over_its_starts() -> Stage:
+    """History 16: its start counter tells; nothing that it holds counts until it was healed."""
+    stage = Stage(14)
+    cluster, first = stage.cluster, stage.at(1)
+    stage.write(first)
+    stage.flush()
+    stage.run(4.0)
+    cluster.world.snapshot_disk(0)
+    for _ in range(2):
+        stage.kill(0)
+        stage.start(0)
+        stage.until(cluster.all_level, "the node is back")
+        stage.write(first)
+        stage.flush()
+        stage.run(4.0)
+    stage.kill(0)
+    # The etcd lease of its last run is over, or it might run elsewhere.
+    stage.run(12.0)
+    cluster.put_back_disk(0)
+    stage.start(0)
+    stage.run(6.0)
+    for _ in range(4):
+        stage.read(first)
+    return stage
+
+
+def test_disk_that_was_set_back_over_its_starts_is_healed_by_itself() -> None:
+    stage = set_a_disk_back_over_its_starts()
+    told = [line for line in stage.cluster.lines if "was set back" in line]
+    healed = [line for line in stage.cluster.lines if "node_healed node=node-0" in line]
+    stage.settle()
+    assert told, "the node knows"
+    assert healed or not stage.stale()
+
+
+def test_disk_that_was_set_back_and_is_believed_is_noticed() -> None:
+    with broken(patch=planted_by_name("what was set back is distrusted")):
+        set_a_disk_back_over_its_starts().settle()
+
+
+def test_disk_that_was_set_back_waits_for_another_one_in_sync() -> None:
+    """If all disks of a set were put back together nobody would be left to say so."""
+    stage = Stage(15, nodes=2, arbiter=True)
+    cluster, first = stage.cluster, stage.at(1)
+    stage.write(first)
+    cluster.world.snapshot_disk(0)
+    stage.kill(0)
+    stage.start(0)
+    stage.run(1.0)
+    stage.until(cluster.all_level, "the node is back")
+    stage.kill(1)
+    stage.write(first)
+    stage.flush()
+    stage.await_stale(1)
+    stage.kill(0)
+    stage.run(12.0)
+    cluster.put_back_disk(0)
+    stage.start(0)
+    stage.start(1)
+    stage.run(20.0)
+    assert cluster.nodes[0] is None, "the stale one has not everything, and nobody else is there"
+    assert any("could be healed" in line for line in cluster.lines), "and it says so"

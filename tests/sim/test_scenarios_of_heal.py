@@ -255,3 +255,57 @@ def cut_all_when_one_has_more() -> None:
 
 def test_newer_block_of_a_node_that_was_away_gives_way_to_what_was_answered() -> None:
     cut_all_when_one_has_more()
+
+
+def lose_a_discard_that_the_next_source_never_needed(seed: int) -> None:
+    """History 5: whoever is healed knows of what it holds already, and others may yet lose."""
+    stage = Stage(seed, shards=4)
+    cluster, first = stage.cluster, stage.at(2)
+    stage.kill(1)
+    stage.write(first)
+    stage.flush()
+    stage.run(4.0)
+    # With this sync the clear is durable too.
+    stage.write(stage.at(0))
+    stage.flush()
+    stage.run(4.0)
+    stage.guest.zero(first, 8, keep=False)
+    stage.answered()
+
+    def heal_begins(_node: str) -> None:
+        cluster.on_heal = lambda _again: None
+        cluster.world.set_disk_speed(1, 600_000_000, 600_000_000)
+        cluster.clock.after(0.2, lambda: stage.cut(0))
+        cluster.clock.after(0.25, lambda: stage.guest.write(stage.at(3), 8))
+
+    cluster.on_heal = heal_begins
+    for node in range(3):
+        cluster.world.set_disk_speed(node, 50_000_000, 60_000_000)
+    stage.start(1)
+    stage.await_stale(0)
+    stage.answered()
+    stage.run(4.0)
+    # Node 0 has lost the discard, and is healed by the one that was healed.
+    stage.kill(2)
+    stage.start(0)
+    stage.guest.write(stage.at(3), 8)
+    stage.answered()
+    stage.await_stale(2)
+    for _ in range(4):
+        stage.read(first)
+    stage.settle()
+
+
+def test_discard_that_a_healed_node_had_already_is_given_to_who_lost_it() -> None:
+    lose_a_discard_that_the_next_source_never_needed(2)
+
+
+def test_tags_that_stay_behind_are_noticed() -> None:
+    noticed = 0
+    for seed in range(1, 4):
+        try:
+            with breaking("TagsAreCopied"):
+                lose_a_discard_that_the_next_source_never_needed(seed)
+        except Violation:
+            noticed += 1
+    assert noticed, "what chance leaves on a disk is lost at least once"

@@ -306,7 +306,7 @@ def test_second_process_of_a_gateways_name_does_not_take_its_images() -> None:
 
 
 def test_lease_taken_by_the_name_alone_is_noticed() -> None:
-    with broken(patch=the_name_says_it_all, match="lost its image"):
+    with broken(patch=the_name_says_it_all, match="lost its image|lease of"):
         second_gateway_process_of_a_host()
 
 

@@ -74,7 +74,7 @@ const PEEK: &str = "
     101112131415161718191a1b1c1d1e1f ; image
 ";
 const PEEK_REPLY: &str = "
-    73000000 02000000 bb9a24e0 ; head 115, payload 2, checksum
+    74000000 02000000 a5445473 ; head 116, payload 2, checksum
     83 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
     101112131415161718191a1b1c1d1e1f ; image
     0300000000000000 ; epoch 3
@@ -84,6 +84,7 @@ const PEEK_REPLY: &str = "
     00004000 ; shards of 4 MiB
     07000000 ; 7 dirty shards
     1200000000000000 ; flush number 18
+    00 ; not set back
     01000000 ; one entry
     05006e6f6465321100000000000000 ; node2, 17
     7b7d ; payload
@@ -443,7 +444,13 @@ fn greeting_is_as_specified() {
 #[test]
 fn records_and_sessions_are_as_specified() {
     check(PEEK, request(kind::PEEK), &Peek(image()), &[]);
-    let peeked = PeekReply { record: record(), dirty: 7, flush_number: 18, peers: peers() };
+    let peeked = PeekReply {
+        record: record(),
+        dirty: 7,
+        flush_number: 18,
+        distrusted: false,
+        peers: peers(),
+    };
     check(PEEK_REPLY, reply(kind::PEEK), &peeked, b"{}");
     check(RECORD, Prefix { tag: 2, ..request(kind::RECORD) }, &record(), b"{}");
     let refused = Prefix { tag: 2, status: Status::StaleEpoch, ..reply(kind::RECORD) };

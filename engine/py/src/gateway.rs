@@ -209,16 +209,18 @@ impl Gateway {
     }
 
     /// Reads and compares all replicas from a shard on, until `scrub_ended`.
-    #[pyo3(signature = (channel, *, attempt, from_shard, bytes_per_second, share_percent))]
+    #[pyo3(signature = (channel, *, attempt, from_shard, end_shard, bytes_per_second,
+                        share_percent))]
     fn scrub(
         &self,
         channel: u32,
         attempt: u64,
         from_shard: u64,
+        end_shard: Option<u64>,
         bytes_per_second: u64,
         share_percent: u64,
     ) -> PyResult<()> {
-        let spec = ScrubSpec { attempt, from_shard, bytes_per_second, share_percent };
+        let spec = ScrubSpec { attempt, from_shard, end_shard, bytes_per_second, share_percent };
         self.order(Command::Scrub { channel, spec })
     }
 
@@ -607,7 +609,7 @@ fn heal_dict(py: Python<'_>, heal: HealState) -> PyResult<Bound<'_, PyDict>> {
     Ok(dict)
 }
 
-fn scrub_dict(py: Python<'_>, scrub: ScrubState) -> PyResult<Bound<'_, PyDict>> {
+pub(crate) fn scrub_dict(py: Python<'_>, scrub: ScrubState) -> PyResult<Bound<'_, PyDict>> {
     let dict = PyDict::new(py);
     dict.set_item("attempt", scrub.attempt)?;
     dict.set_item("next_shard", scrub.next_shard)?;
@@ -619,6 +621,7 @@ fn scrub_dict(py: Python<'_>, scrub: ScrubState) -> PyResult<Bound<'_, PyDict>> 
     dict.set_item("given_up", scrub.given_up)?;
     dict.set_item("undecided", scrub.undecided)?;
     dict.set_item("missed", scrub.missed)?;
+    dict.set_item("missed_shards", scrub.missed_shards)?;
     Ok(dict)
 }
 
@@ -640,6 +643,7 @@ fn record_dict(py: Python<'_>, record: PeekedRecord) -> PyResult<Bound<'_, PyDic
     dict.set_item("digest", PyBytes::new(py, &record.digest))?;
     dict.set_item("dirty", record.dirty)?;
     dict.set_item("flush_number", record.flush_number)?;
+    dict.set_item("distrusted", record.distrusted)?;
     dict.set_item("peers", record.peers)?;
     dict.set_item("body", PyBytes::new(py, &record.body))?;
     Ok(dict)

@@ -2,7 +2,7 @@
 
 use crate::ids::{hex, parse_id};
 use hci_engine_core::io::{listen_tcp, listen_unix};
-use hci_engine_core::node::{Identity, NodeHandle};
+use hci_engine_core::node::{Identity, Inventory, NodeHandle};
 use hci_engine_core::store::real::RealDisk;
 use hci_engine_core::store::{Store, StoreConfig, StoreError};
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTimeoutError, PyValueError};
@@ -35,7 +35,9 @@ impl Node {
 #[pymethods]
 impl Node {
     #[new]
-    #[pyo3(signature = (data_dir, *, cluster, name, new_store_id, boot, log_bytes))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
+    #[pyo3(signature = (data_dir, *, cluster, name, new_store_id, boot, log_bytes, seen_counter=0,
+                        distrusted=Vec::new()))]
     fn new(
         py: Python<'_>,
         data_dir: &str,
@@ -44,22 +46,28 @@ impl Node {
         new_store_id: &str,
         boot: &str,
         log_bytes: u64,
+        seen_counter: u64,
+        distrusted: Vec<String>,
     ) -> PyResult<Self> {
+        let distrusted =
+            distrusted.iter().map(|image| parse_id(image)).collect::<PyResult<Vec<_>>>()?;
         let cluster = parse_id(cluster)?.0;
         let mut config = StoreConfig::new(cluster, &name, parse_id(new_store_id)?.0, log_bytes);
         // Small segments are made, checkpointed and recycled in small steps.
         config.segment_bytes = Some((log_bytes / 8).clamp(4 << 20, 32 << 20) as u32 / 4096 * 4096);
+        config.seen_counter = seen_counter;
         let boot = parse_id(boot)?.0;
         py.detach(|| {
             let disk = RealDisk::open_dir(Path::new(data_dir)).map_err(|errno| {
                 PyOSError::new_err((errno.raw_os_error(), data_dir.to_string()))
             })?;
-            let (store, recovery) = Store::open(disk, &config).map_err(refused)?;
+            let (mut store, recovery) = Store::open(disk, &config).map_err(refused)?;
             if recovery.damaged {
                 return Err(PyRuntimeError::new_err(
                     "the log is damaged: writes that were flushed are missing from it",
                 ));
             }
+            store.distrust(distrusted);
             let (start_counter, id) = (store.instance(), store.id());
             let created = recovery.created;
             let identity = Identity { cluster, node: name, store: id, boot };
@@ -113,22 +121,7 @@ impl Node {
     /// Records of the images that are here, and ids of those that were deleted.
     fn inventory<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let core = self.core()?;
-        let found = py.detach(|| core.inventory()).ok_or_else(no_answer)?;
-        let images = found.images.iter().map(|(id, record)| {
-            let (head, image) = (&record.head, PyDict::new(py));
-            image.set_item("image", id.to_string())?;
-            image.set_item("epoch", head.epoch)?;
-            image.set_item("holder", hex(&head.holder))?;
-            image.set_item("generation", head.generation)?;
-            image.set_item("digest", PyBytes::new(py, &head.digest))?;
-            image.set_item("body", PyBytes::new(py, &record.body))?;
-            Ok(image)
-        });
-        let dict = PyDict::new(py);
-        dict.set_item("images", images.collect::<PyResult<Vec<_>>>()?)?;
-        let deleted: Vec<String> = found.deleted.iter().map(ToString::to_string).collect();
-        dict.set_item("deleted", deleted)?;
-        Ok(dict)
+        inventory_dict(py, &py.detach(|| core.inventory()).ok_or_else(no_answer)?)
     }
 
     /// Images that have a folder on the disk, with a record or without one.
@@ -164,6 +157,30 @@ impl Node {
         let core = self.core.lock().unwrap_or_else(PoisonError::into_inner).take();
         py.detach(|| drop(core));
     }
+}
+
+/// What `inventory` says, as Python has it.
+pub(crate) fn inventory_dict<'py>(
+    py: Python<'py>,
+    found: &Inventory,
+) -> PyResult<Bound<'py, PyDict>> {
+    let images = found.images.iter().map(|(id, record)| {
+        let (head, image) = (&record.head, PyDict::new(py));
+        image.set_item("image", id.to_string())?;
+        image.set_item("epoch", head.epoch)?;
+        image.set_item("holder", hex(&head.holder))?;
+        image.set_item("generation", head.generation)?;
+        image.set_item("digest", PyBytes::new(py, &head.digest))?;
+        image.set_item("body", PyBytes::new(py, &record.body))?;
+        Ok(image)
+    });
+    let dict = PyDict::new(py);
+    dict.set_item("images", images.collect::<PyResult<Vec<_>>>()?)?;
+    let deleted: Vec<String> = found.deleted.iter().map(ToString::to_string).collect();
+    dict.set_item("deleted", deleted)?;
+    let distrusted: Vec<String> = found.distrusted.iter().map(ToString::to_string).collect();
+    dict.set_item("distrusted", distrusted)?;
+    Ok(dict)
 }
 
 fn no_answer() -> PyErr {

@@ -1,9 +1,10 @@
 //! `Simulation`: a cluster in memory for tests, moved one step at a time. Only with the feature
 //! `simulation`.
 
-use crate::gateway::{event_dict, mask, open_spec};
+use crate::gateway::{event_dict, mask, open_spec, scrub_dict};
 use crate::ids::{hex, parse_id};
-use hci_engine_core::replica::{HealLimits, HealSpec, ImageIo, Token};
+use crate::node::inventory_dict;
+use hci_engine_core::replica::{HealLimits, HealSpec, ImageIo, ScrubSpec, Token};
 use hci_engine_core::rules::{Rule, break_rules};
 use hci_engine_core::simulation::{Answered, GuestRequest, Happening, LogSize, Span, Way, World};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -124,8 +125,16 @@ impl Simulation {
 
     // Nodes
 
-    fn start_node(&self, node: usize) -> PyResult<(String, u64)> {
-        let started = self.at_node(node)?.start_node(node);
+    #[pyo3(signature = (node, seen_counter=0, distrusted=Vec::new()))]
+    fn start_node(
+        &self,
+        node: usize,
+        seen_counter: u64,
+        distrusted: Vec<String>,
+    ) -> PyResult<(String, u64)> {
+        let distrusted =
+            distrusted.iter().map(|image| parse_id(image)).collect::<PyResult<Vec<_>>>()?;
+        let started = self.at_node(node)?.start_node(node, seen_counter, &distrusted);
         let instance = started.map_err(|error| PyRuntimeError::new_err(error.to_string()))?;
         Ok((hex(&instance.store), instance.start_counter))
     }
@@ -360,6 +369,40 @@ impl Simulation {
         Ok(())
     }
 
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
+    #[pyo3(signature = (gateway, channel, *, attempt, from_shard, end_shard, bytes_per_second,
+                        share_percent))]
+    fn scrub(
+        &self,
+        gateway: usize,
+        channel: u32,
+        attempt: u64,
+        from_shard: u64,
+        end_shard: Option<u64>,
+        bytes_per_second: u64,
+        share_percent: u64,
+    ) -> PyResult<()> {
+        let spec = ScrubSpec { attempt, from_shard, end_shard, bytes_per_second, share_percent };
+        self.at_gateway(gateway)?.with_image(gateway, channel, |io| io.scrub(spec));
+        Ok(())
+    }
+
+    fn end_scrub(&self, gateway: usize, channel: u32, attempt: u64) -> PyResult<()> {
+        self.at_gateway(gateway)?.with_image(gateway, channel, |io| io.end_scrub(attempt));
+        Ok(())
+    }
+
+    fn scrub_state<'py>(
+        &self,
+        py: Python<'py>,
+        gateway: usize,
+        channel: u32,
+    ) -> PyResult<Option<Bound<'py, PyDict>>> {
+        let world = self.at_gateway(gateway)?;
+        let state = world.image(gateway, channel).and_then(ImageIo::scrub_state);
+        state.map(|state| scrub_dict(py, state)).transpose()
+    }
+
     fn close(&self, gateway: usize, channel: u32) -> PyResult<()> {
         self.at_gateway(gateway)?.with_image(gateway, channel, |io| io.close());
         Ok(())
@@ -431,6 +474,17 @@ impl Simulation {
     fn node_record(&self, node: usize, image: &str) -> PyResult<Option<RecordTuple>> {
         let record = self.at_node(node)?.node_record(node, &parse_id(image)?);
         Ok(record.map(|head| (head.epoch, hex(&head.holder), head.generation, head.digest)))
+    }
+
+    /// Images of a running node that were set back with its store.
+    fn distrusted(&self, node: usize) -> PyResult<Vec<String>> {
+        let found = self.at_node(node)?.distrusted(node);
+        Ok(found.iter().map(ToString::to_string).collect())
+    }
+
+    /// What a running node holds, as `Node.inventory`.
+    fn inventory<'py>(&self, py: Python<'py>, node: usize) -> PyResult<Bound<'py, PyDict>> {
+        inventory_dict(py, &self.at_node(node)?.inventory(node))
     }
 
     fn dirty(&self, node: usize, image: &str) -> PyResult<Vec<u64>> {

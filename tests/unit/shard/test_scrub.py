@@ -29,5 +29,14 @@ def test_the_schedule_counts_from_the_last_scrub_or_from_when_the_image_was_seen
     assert due(scrubbed, NEVER, 16 * DAY_MS) is None
 
 
+def test_what_was_passed_over_is_due_when_its_node_is_back() -> None:
+    through = Times(begun_ms=6, finished_ms=7)
+    assert due(through, NEVER, 10, missed_is_back=True) is Due.MISSED
+    assert due(through, NEVER, 10) is None
+    assert due(Times(begun_ms=6), NEVER, 10, missed_is_back=True) is Due.BEGUN
+    stopped = Times(begun_ms=6, finished_ms=7, stopped_ms=8)
+    assert due(stopped, NEVER, 10, missed_is_back=True) is None
+
+
 def test_what_is_asked_for_comes_before_what_was_begun_and_the_schedule() -> None:
     assert sorted([Due.SCHEDULED, Due.ASKED, Due.BEGUN]) == [Due.ASKED, Due.BEGUN, Due.SCHEDULED]

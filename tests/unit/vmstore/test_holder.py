@@ -158,6 +158,25 @@ def test_first_open_that_was_cut_short_opens_again() -> None:
     assert effects == [wanted.Admit(NODES, False, (0, 2, 3))]
 
 
+def test_node_that_says_that_its_store_was_set_back_is_stale_since_zero() -> None:
+    holder = gathering()
+    holder.step(peeked("node1"))
+    holder.step(peeked("node2"))
+    distrusted = view(record(), distrusted=True)
+    (change,) = changes(holder.step(events.Peeked("node3", 1, 9, False, distrusted, 3)))
+    assert change.after.stale == {0: {"node3": 0}}
+
+
+def test_image_of_whose_nodes_none_is_believed_is_not_opened_and_says_why() -> None:
+    holder = gathering()
+    for serial, name in enumerate(NODES, 1):
+        distrusted = view(record(), distrusted=True)
+        assert not changes(holder.step(events.Peeked(name, 1, 9, False, distrusted, serial)))
+    effects = holder.step(events.Tick(holder.now_s + 2 * h.OPEN_LIMIT_S))
+    refused = [effect for effect in effects if isinstance(effect, wanted.Refuse)]
+    assert "what node1, node2, node3 holds is older than what was answered" in refused[0].reason
+
+
 def test_store_behind_what_a_peer_was_told_is_stale_since_zero() -> None:
     holder = gathering()
     holder.step(events.Peeked("node1", 1, 9, False, view(record(), peers={"node3": 10})))

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from etcd import keys
+from etcd.interface import Delete, Put
 from etcd.memory import MemoryEtcd
 from etcd.records import LeaseRecord
 from etcd.scrubs import BadBlocks, ScrubRecord
@@ -27,7 +29,7 @@ class FakeImages:
     def __init__(self) -> None:
         self.open: dict[ImageId, ImageName] = {}
         self.maintained: list[ImageName] = []
-        self.begun: list[tuple[ImageId, int, int]] = []
+        self.begun: list[tuple[ImageId, int, int, int]] = []
         self.ended: list[int] = []
         self.let_go: list[ImageId] = []
 
@@ -38,8 +40,10 @@ class FakeImages:
         assert scrub
         self.maintained.append(name)
 
-    def scrub(self, image: ImageId, attempt: int, from_shard: int, _limits: ScrubLimits) -> None:
-        self.begun.append((image, attempt, from_shard))
+    def scrub(
+        self, image: ImageId, attempt: int, shards: tuple[int, int], _limits: ScrubLimits
+    ) -> None:
+        self.begun.append((image, attempt, *shards))
 
     def end_scrub(self, _image: ImageId, attempt: int) -> None:
         self.ended.append(attempt)
@@ -76,7 +80,8 @@ class Gateway:
 def state(**more: Any) -> dict[str, Any]:
     counts = ("attempt", "next_shard", "shards_left", "shards_done", "read_bytes", "found",
               "repaired", "given_up", "undecided")  # fmt: skip
-    return {**dict.fromkeys(counts, 0), "missed": [], "attempt": 1, **more}
+    nothing = {"missed": [], "missed_shards": None}
+    return {**dict.fromkeys(counts, 0), **nothing, "attempt": 1, **more}
 
 
 @pytest.fixture
@@ -106,7 +111,7 @@ def test_an_open_image_is_scrubbed_where_it_is_open(catalog: Catalog, image: Ima
     catalog.ask_for_scrub(image, gateway.now_ms)
     gateway.pass_s(60)
     gateway.pass_s(1)
-    assert gateway.images.begun == [(image, 1, 0)] and not gateway.images.maintained
+    assert gateway.images.begun == [(image, 1, 0, 0)] and not gateway.images.maintained
     gateway.end(image, read_bytes=4096, found=2, repaired=2, shards_done=3)
     gateway.pass_s(1)
     found = record(catalog, image)
@@ -122,7 +127,7 @@ def test_a_closed_image_is_opened_for_it_and_let_go(catalog: Catalog, image: Ima
     assert gateway.images.maintained == [NAME] and not gateway.images.begun
     gateway.images.open[image] = NAME
     gateway.pass_s(1)
-    assert gateway.images.begun == [(image, 1, 0)]
+    assert gateway.images.begun == [(image, 1, 0, 0)]
     gateway.end(image)
     gateway.pass_s(1)
     assert gateway.images.let_go == [image] and not gateway.scrubber.under_way()
@@ -140,7 +145,7 @@ def test_another_gateway_goes_on_where_one_was_lost(catalog: Catalog, image: Ima
     second.images.open = {image: NAME}
     second.pass_s(60)
     second.pass_s(1)
-    assert second.images.begun == [(image, 1, 7)]
+    assert second.images.begun == [(image, 1, 7, 0)]
     second.end(image, next_shard=16, shards_done=9, found=2, repaired=2)
     second.pass_s(1)
     found = record(catalog, image)
@@ -194,7 +199,7 @@ def test_the_schedule_begins_when_an_image_is_first_seen(catalog: Catalog, image
     assert not gateway.images.begun
     gateway.pass_s(86_400)
     gateway.pass_s(1)
-    assert gateway.images.begun == [(image, 1, 0)]
+    assert gateway.images.begun == [(image, 1, 0, 0)]
 
 
 def test_what_stays_bad_is_noted_whoever_found_it(catalog: Catalog, image: ImageId) -> None:
@@ -226,3 +231,30 @@ def test_only_an_image_whose_nodes_in_sync_all_run_is_opened(
     assert not may_be_opened(stored, {}, set(sorted(members)[1:]))
     lease = LeaseRecord(gateway="other", holder="0" * 32, epoch=1)
     assert not may_be_opened(stored, {image: lease}, members)
+
+
+def test_what_a_node_missed_is_scrubbed_again_when_it_is_in_sync_again(
+    catalog: Catalog, image: ImageId
+) -> None:
+    gateway = Gateway(catalog)
+    gateway.images.open[image] = NAME
+    catalog.ask_for_scrub(image, gateway.now_ms)
+    gateway.pass_s(60)
+    gateway.pass_s(1)
+    gateway.end(image, missed=["node3"], missed_shards=(2, 5), found=1, repaired=1, read_bytes=10)
+    away = catalog.etcd.get(keys.alive("node3"))
+    assert away is not None
+    catalog.etcd.transaction([], [Delete(keys.alive("node3"))])
+    gateway.pass_s(60)
+    gateway.pass_s(60)
+    assert len(gateway.images.begun) == 1, "it is away"
+    catalog.etcd.transaction([], [Put(keys.alive("node3"), away.value)])
+    gateway.pass_s(60)
+    gateway.pass_s(1)
+    assert gateway.images.begun[1:] == [(image, 2, 2, 5)]
+    gateway.end(image, attempt=2, read_bytes=4)
+    gateway.pass_s(60)
+    found = record(catalog, image)
+    assert found.last.missed == () and found.last.read_bytes == 14 and not found.missed_end
+    gateway.pass_s(60)
+    assert len(gateway.images.begun) == 2, "nothing is left to be read again"

@@ -5,7 +5,7 @@ use super::jobs::{Done, Jobs};
 use super::requests::{Outcome, Requests, Scratch};
 use super::sessions::Sessions;
 use super::{Command, Counters, Failure, Identity, Inventory, NodeStatus, ReadShard};
-use crate::geometry::{BLOCK_BYTES, ImageId};
+use crate::geometry::BLOCK_BYTES;
 use crate::io::{
     Filled, Poller, Ready, SharedMemory, Sink, Stream, Waker, boottime_ns, tune_accepted,
 };
@@ -544,7 +544,7 @@ impl EventLoop {
                 Command::LogBytes { image, done } => {
                     let _ = done.send(self.store.log_resident_bytes(&image));
                 }
-                Command::Inventory(done) => drop(done.send(self.inventory())),
+                Command::Inventory(done) => drop(done.send(Inventory::of(&self.store))),
                 Command::Status(done) => drop(done.send(self.status())),
                 Command::Stop => return Ok(false),
             }
@@ -582,12 +582,6 @@ impl EventLoop {
             place.copy_from_slice(block);
         }
         Ok(Some(content))
-    }
-
-    fn inventory(&self) -> Inventory {
-        let of = |id: ImageId| self.store.image(&id).map(|record| (id, record.clone()));
-        let images = self.store.images().into_iter().filter_map(of).collect();
-        Inventory { images, deleted: self.store.deleted_images() }
     }
 
     fn status(&self) -> NodeStatus {

@@ -49,6 +49,17 @@ pub struct NodeStatus {
 pub struct Inventory {
     pub images: Vec<(ImageId, ImageRecord)>,
     pub deleted: Vec<ImageId>,
+    /// Images that were set back with the store, until their heal begins.
+    pub distrusted: Vec<ImageId>,
+}
+
+impl Inventory {
+    /// What a store holds.
+    pub(crate) fn of(store: &Store) -> Inventory {
+        let of = |id: ImageId| store.image(&id).map(|record| (id, record.clone()));
+        let images = store.images().into_iter().filter_map(of).collect();
+        Inventory { images, deleted: store.deleted_images(), distrusted: store.distrusted() }
+    }
 }
 
 pub(crate) enum Command {

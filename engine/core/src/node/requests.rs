@@ -318,6 +318,7 @@ impl Requests<'_> {
             },
             dirty: self.store.dirty(&image).count() as u32,
             flush_number: self.store.flush_number(),
+            distrusted: self.store.is_distrusted(&image),
             peers: peers.map(|(node, number)| (node.to_owned(), number)).collect(),
         };
         Ok(self.answer(&reply, record.body))

@@ -127,6 +127,7 @@ impl ImageIo {
                     digest: peek.record.digest,
                     dirty: peek.dirty,
                     flush_number: peek.flush_number,
+                    distrusted: peek.distrusted,
                     peers: peek.peers,
                     body: frame.payload,
                 })

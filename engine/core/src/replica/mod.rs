@@ -213,6 +213,7 @@ pub struct PeekedRecord {
     pub digest: [u8; 32],
     pub dirty: u32,
     pub flush_number: u64,
+    pub distrusted: bool,
     pub peers: Vec<(String, u64)>,
     pub body: Bytes,
 }

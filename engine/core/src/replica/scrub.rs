@@ -12,7 +12,8 @@
 //! valid checksum from the majority, or by write tags where there are two; where nothing decides, it is
 //! told and left alone.
 //!
-//! Stale nodes are not read. A node in sync that is away is passed over, and named at the end.
+//! Stale nodes are not read. A node in sync that is away is passed over, and named at the end, with the
+//! shards that it was passed over in: a later scrub reads these again.
 
 use super::asks::Asks;
 use super::compare::{Judgement, judge};
@@ -44,6 +45,8 @@ pub struct ScrubSpec {
     pub attempt: u64,
     /// Shards below it were read before.
     pub from_shard: u64,
+    /// Shards from it on are not read; none: all are.
+    pub end_shard: Option<u64>,
     /// 0: as fast as it goes.
     pub bytes_per_second: u64,
     /// The part of the time that it may have something under way while clients ask for something.
@@ -68,6 +71,8 @@ pub struct ScrubState {
     pub undecided: u64,
     /// Nodes in sync that were away for some of it.
     pub missed: Vec<String>,
+    /// The first shard that they were passed over in, and the one behind the last.
+    pub missed_shards: Option<(u64, u64)>,
 }
 
 /// What a frame in flight was for.
@@ -158,7 +163,10 @@ impl ImageIo {
         let mut left = 0;
         let mut at = scrub.at.0;
         // Counted by words of a set that is small.
-        while let Some(shard) = scrub.shards.next(at) {
+        let last = scrub.spec.end_shard;
+        while let Some(shard) = scrub.shards.next(at)
+            && last.is_none_or(|last| shard < last)
+        {
             left += 1;
             let Some(next) = shard.checked_add(1) else { break };
             at = next;
@@ -320,13 +328,20 @@ impl ImageIo {
         let up = self.up();
         let Some(scrub) = &mut self.scrub else { return false };
         let (at, layer_index, first) = scrub.at;
-        let Some(shard) = scrub.shards.next(at) else {
+        let last = scrub.spec.end_shard;
+        let next = scrub.shards.next(at).filter(|shard| last.is_none_or(|last| *shard < last));
+        let Some(shard) = next else {
             scrub.stage = Stage::Ending { since_ns: self.now_ns };
             return true;
         };
         let in_sync = self.sets[self.spec.geometry.replica_set_of(shard) as usize].in_sync;
         let members = in_sync.and(up);
-        scrub.missed = scrub.missed.with(in_sync.without(members));
+        let passed_over = in_sync.without(members);
+        if !passed_over.is_empty() {
+            scrub.missed = scrub.missed.with(passed_over);
+            let first = scrub.done.missed_shards.map_or(shard, |(first, _)| first.min(shard));
+            scrub.done.missed_shards = Some((first, shard.saturating_add(1)));
+        }
         if members.is_empty() {
             return false;
         }

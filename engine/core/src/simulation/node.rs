@@ -2,6 +2,7 @@
 //! node's own request handling. What its event loop does in batches (append, sync, answer, checkpoint)
 //! happens here one step at a time, when the history says so.
 
+use crate::geometry::ImageId;
 use crate::node::requests::{Outcome, Requests, Scratch};
 use crate::node::sessions::Sessions;
 use crate::replica::Instance;
@@ -75,15 +76,30 @@ impl SimNode {
     /// # Errors
     /// The store cannot be opened.
     pub fn start(&mut self) -> Result<Instance, StoreError> {
+        self.start_as(0, &[])
+    }
+
+    /// Starts a process as one whose start counter others have seen at `seen_counter`, and of which
+    /// nothing counts that it has of the images `distrusted`.
+    ///
+    /// # Errors
+    /// The store cannot be opened.
+    pub fn start_as(
+        &mut self,
+        seen_counter: u64,
+        distrusted: &[ImageId],
+    ) -> Result<Instance, StoreError> {
         let config = StoreConfig {
+            seen_counter,
             segment_bytes: Some(self.log.segment_bytes),
             ..StoreConfig::new(CLUSTER, &self.name, self.store_id, self.log.log_bytes)
         };
-        let (store, recovery) = Store::open(self.disk.run(), &config)?;
+        let (mut store, recovery) = Store::open(self.disk.run(), &config)?;
         if recovery.damaged {
             // As the daemon: a person has to look at it.
             return Err(StoreError::Corrupt { file: "the log".to_owned() });
         }
+        store.distrust(distrusted.iter().copied());
         let run = NodeRun {
             store,
             sessions: Sessions::default(),

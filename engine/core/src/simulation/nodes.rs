@@ -47,15 +47,20 @@ impl Node {
 }
 
 impl World {
-    /// Starts a node's process.
+    /// Starts a node's process, as one whose start counter others have seen at `seen_counter`.
     ///
     /// # Errors
     /// The store cannot be opened; the process has ended.
-    pub fn start_node(&mut self, node: usize) -> Result<Instance, StoreError> {
+    pub fn start_node(
+        &mut self,
+        node: usize,
+        seen_counter: u64,
+        distrusted: &[ImageId],
+    ) -> Result<Instance, StoreError> {
         let slot = &mut self.nodes[node];
         assert!(slot.sim.run.is_none(), "one process at a time");
         slot.run += 1;
-        let started = slot.sim.start();
+        let started = slot.sim.start_as(seen_counter, distrusted);
         if let Err(error) = started {
             let crash = slot.armed.take().filter(|_| slot.sim.disk.has_crashed());
             let power = (crash == Some(Crash::PowerCut)).then(|| self.random.number());

@@ -2,6 +2,7 @@
 
 use super::world::World;
 use crate::geometry::{BLOCK_BYTES, ImageId, LayerId};
+use crate::node::Inventory;
 use crate::replica::Queues;
 use crate::store::RecordHead;
 use bytes::BytesMut;
@@ -12,6 +13,17 @@ impl World {
     pub fn node_record(&self, node: usize, image: &ImageId) -> Option<RecordHead> {
         let run = self.nodes[node].sim.run.as_ref()?;
         run.store.image(image).map(|record| record.head)
+    }
+
+    /// What a running node holds.
+    pub fn inventory(&self, node: usize) -> Inventory {
+        let run = self.nodes[node].sim.run.as_ref();
+        run.map(|run| Inventory::of(&run.store)).unwrap_or_default()
+    }
+
+    /// Those of which nothing counts that it has, since its store was set back.
+    pub fn distrusted(&self, node: usize) -> Vec<ImageId> {
+        self.nodes[node].sim.run.as_ref().map(|run| run.store.distrusted()).unwrap_or_default()
     }
 
     /// The dirty shards of a running node.

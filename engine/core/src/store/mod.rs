@@ -159,6 +159,9 @@ pub struct StoreConfig {
     pub node: String,
     /// Random; becomes the store's id if it is created now.
     pub uuid: [u8; 16],
+    /// The highest start counter that others have seen of this store: it was set back where its own is
+    /// not higher. The new instance's is above both.
+    pub seen_counter: u64,
     /// Space for the log.
     pub log_bytes: u64,
     /// Size of a log segment of a new store, a multiple of 4096; `None`: an eighth of the log, at
@@ -177,6 +180,7 @@ impl StoreConfig {
             cluster,
             node: node.to_owned(),
             uuid,
+            seen_counter: 0,
             log_bytes,
             segment_bytes: None,
             open_files: 512,
@@ -202,6 +206,9 @@ pub struct Store {
     checkpointing: Option<HashSet<ShardKey>>,
     tail_version: u64,
     failed: Option<Errno>,
+    /// Images whose content and record here are of a state that was put back, until a holder that was
+    /// told so stores a record.
+    distrusted: HashSet<ImageId>,
     scratch: Vec<read::Found>,
     _lock: LockGuard,
 }
@@ -254,6 +261,24 @@ impl Store {
     /// The record of an image.
     pub fn image(&self, image: &ImageId) -> Option<&ImageRecord> {
         self.state.images.get(image)
+    }
+
+    /// Nothing that is here of these images counts: the store was set back. Whoever opens it remembers
+    /// that over its starts (`distrusted`).
+    pub fn distrust(&mut self, images: impl IntoIterator<Item = ImageId>) {
+        self.distrusted.extend(images);
+    }
+
+    /// Whether the image was set back, and no holder has taken that into its record yet.
+    pub fn is_distrusted(&self, image: &ImageId) -> bool {
+        self.distrusted.contains(image)
+    }
+
+    /// The images of which that is so, in order.
+    pub fn distrusted(&self) -> Vec<ImageId> {
+        let mut ids: Vec<_> = self.distrusted.iter().copied().collect();
+        ids.sort_unstable();
+        ids
     }
 
     /// Whether the image was deleted here.

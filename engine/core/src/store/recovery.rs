@@ -160,6 +160,7 @@ impl Store {
             checkpointing: None,
             tail_version,
             failed: None,
+            distrusted: HashSet::new(),
             scratch: Vec::new(),
             _lock: lock,
         };
@@ -201,7 +202,7 @@ fn open_superblock(
         let Superblock { cluster, node, .. } = superblock;
         return Err(StoreError::Foreign { cluster, node });
     }
-    superblock.instance += 1;
+    superblock.instance = superblock.instance.max(config.seen_counter) + 1;
     superblock.save(disk)?;
     Ok((superblock, created))
 }

@@ -20,7 +20,8 @@ impl Store {
     /// sticky.
     ///
     /// Refuses a lower epoch or generation (`RecordLower`), and an equal epoch of another holder or
-    /// an equal generation of another digest (`RecordConflict`).
+    /// an equal generation of another digest (`RecordConflict`). Of a distrusted image only a holder
+    /// that was told so stores one, when the cluster's record says that nothing here counts.
     pub fn put_record(
         &mut self,
         image: ImageId,
@@ -37,6 +38,7 @@ impl Store {
         encode_record(&record, &mut extra);
         let staged = self.stage_small(Header::new(Kind::Image, image), &extra, Class::Small)?;
         self.state.apply_image(image, record);
+        self.distrusted.remove(&image);
         Ok(staged.lsn)
     }
 
@@ -106,6 +108,7 @@ impl Store {
         }
         self.stage_small(Header::new(Kind::Delete, image), &[], Class::Small)?;
         self.state.apply_delete(&image);
+        self.distrusted.remove(&image);
         self.metas.retain(|key| key.image != image);
         self.files.retain(|key| key.image != image);
         self.unsettled.retain(|key| key.image != image);

@@ -146,6 +146,8 @@ pub struct PeekReply {
     pub dirty: u32,
     /// The store's own flush number, now.
     pub flush_number: u64,
+    /// The store was set back to an older state, and nothing that it has of the image counts.
+    pub distrusted: bool,
     /// Flush numbers this node has seen named by clears, to notice a peer that was rolled back.
     pub peers: Vec<(String, u64)>,
 }
@@ -155,6 +157,7 @@ impl Head for PeekReply {
         self.record.put(out);
         out.put_u32_le(self.dirty);
         out.put_u64_le(self.flush_number);
+        out.put_u8(u8::from(self.distrusted));
         put_flush_numbers(out, &self.peers);
     }
     fn take_fields(f: &mut Fields) -> Result<Self, Short> {
@@ -162,6 +165,7 @@ impl Head for PeekReply {
             record: RecordHead::take_fields(f)?,
             dirty: f.u32()?,
             flush_number: f.u64()?,
+            distrusted: f.u8()? != 0,
             peers: take_flush_numbers(f)?,
         })
     }

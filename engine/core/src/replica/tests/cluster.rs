@@ -456,7 +456,13 @@ impl Cluster {
 
     pub fn scrub(&mut self) {
         let (bytes_per_second, share_percent) = (0, 100);
-        let spec = ScrubSpec { attempt: 1, from_shard: 0, bytes_per_second, share_percent };
+        let spec = ScrubSpec {
+            attempt: 1,
+            from_shard: 0,
+            end_shard: None,
+            bytes_per_second,
+            share_percent,
+        };
         self.io.scrub(spec);
         self.carry_out();
     }

@@ -192,6 +192,24 @@ fn store_of_another_node_or_cluster_or_in_use_is_refused() {
     assert_eq!((store.instance(), recovery.created), (2, false));
 }
 
+#[test]
+fn store_that_was_set_back_begins_above_what_was_seen_and_distrusts_until_a_record_comes() {
+    let disk = SimDiskWithStore::new().0;
+    let config = StoreConfig { seen_counter: 7, ..config() };
+    let (mut store, _) = Store::open(disk.run(), &config).expect("its own node may");
+    assert_eq!(store.instance(), 8);
+    store.distrust([IMAGE]);
+    assert!(store.is_distrusted(&IMAGE) && store.distrusted() == [IMAGE]);
+    let lower = store.put_record(IMAGE, head(1, 0), Bytes::new());
+    assert!(matches!(lower, Err(StoreError::RecordLower { .. })));
+    assert!(store.is_distrusted(&IMAGE), "a record that is refused tells nothing");
+    store.put_record(IMAGE, head(2, 3), Bytes::new()).expect("the cluster's");
+    assert!(!store.is_distrusted(&IMAGE));
+    drop(store);
+    let (store, _) = open(&disk).expect("opens");
+    assert_eq!(store.instance(), 9, "and goes on from there");
+}
+
 struct SimDiskWithStore(crate::store::simulated::SimDisk, Store);
 
 impl SimDiskWithStore {
