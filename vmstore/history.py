@@ -90,7 +90,10 @@ def judge(known: Known, now: Now) -> Verdict:
     contested: dict[ImageId, str] = {}
     lost: list[str] = []
     if not recovered:
-        lost += judge_copy(known.member, known.records, now)
+        # Deleted here: its tombstone in etcd may be gone before the copy hears that it was there.
+        buried = {keys.image(image) for image in known.deleted}
+        copied = {key: item for key, item in known.records.items() if key not in buried}
+        lost += judge_copy(known.member, copied, now)
     for image, why in _problems_of_store(known, now):
         if recovered or image in known.contested:
             contested[image] = why

@@ -88,6 +88,15 @@ def test_etcd_behind_a_store_has_lost_history(now: dict[str, KeyValue], lost: st
     assert not verdict.contested
 
 
+def test_image_deleted_here_is_no_loss_where_its_tombstone_has_gone_already() -> None:
+    now = {keys.CLUSTER: CLUSTER.encode()}
+    copied = items(record(5, 3))
+    known = node("node1", None, records=copied, deleted=frozenset({IMAGE})).known
+    assert not judge(known, now).lost
+    assert judge(replace(known, deleted=frozenset()), now).lost
+    assert judge(known, {key: item.value for key, item in copied.items()}).lost
+
+
 def test_etcd_that_was_recovered_meanwhile_leaves_the_image_contested() -> None:
     recovered = items(record(4, 3))
     cluster = replace(CLUSTER, recoveries=1)
