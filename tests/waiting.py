@@ -1,9 +1,12 @@
-"""Waiting for what is to come."""
+"""Waiting for what is to come, and for what was told to stop."""
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 # A hang detector: no budget of the product is this long.
 HANG_S = 60.0
@@ -16,3 +19,25 @@ def until(what: str, holds: Callable[[], object], within_s: float = HANG_S) -> N
     while not holds():
         assert time.monotonic() < deadline, f"not within {within_s:.0f} s: {what}"
         time.sleep(AGAIN_S)
+
+
+def stop(pid: int) -> None:
+    """Stops a process; returns when none of its threads runs any more.
+
+    The signal reaches one thread, which stops the others when it gets a processor. Until then they
+    go on with what they are given.
+    """
+    os.kill(pid, signal.SIGSTOP)
+    deadline = time.monotonic() + HANG_S
+    while not all(_is_stopped(thread) for thread in Path(f"/proc/{pid}/task").iterdir()):
+        assert time.monotonic() < deadline, f"process {pid} does not stop"
+        time.sleep(0.005)
+
+
+def _is_stopped(thread: Path) -> bool:
+    """Or is no more."""
+    try:
+        stat = (thread / "stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return stat.rpartition(")")[2].split()[0] in "TZX"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.devcluster import CommandError, DevCluster
+from tests.waiting import stop
 
 MIB = 1 << 20
 
@@ -32,11 +33,11 @@ def importing(cluster: DevCluster, file: Path) -> tuple["subprocess.Popen[bytes]
     while not (found := subprocess.run(search, capture_output=True).stdout):
         assert process.poll() is None
     qemu_img = int(found)
-    os.kill(qemu_img, signal.SIGSTOP)
+    stop(qemu_img)
     while all(image["open_on"] is None for image in cluster.json("image", "ls")):
         os.kill(qemu_img, signal.SIGCONT)
         time.sleep(0.02)
-        os.kill(qemu_img, signal.SIGSTOP)
+        stop(qemu_img)
     return process, qemu_img
 
 

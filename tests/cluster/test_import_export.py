@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.devcluster import POOL, DevCluster, used_bytes
+from tests.waiting import stop
 
 DISK_BYTES = 4 << 30
 DATA_BYTES = 96 << 20
@@ -84,7 +85,7 @@ def test_interrupted_import_leaves_no_image(shared: DevCluster, tmp_path: Path) 
     source.write_bytes(os.urandom(64 << 20))
     node = int(shared.members()["node1"]["pid"])
     # Writes wait for a node that is silent, so the import is under way for as long.
-    os.kill(node, signal.SIGSTOP)
+    stop(node)
     try:
         running = subprocess.Popen(
             shared.command("image", "import", str(source), f"{POOL}/interrupted"),

@@ -24,6 +24,7 @@ from tests.e2e.guest.evidence import check_file_system
 from tests.faults.load import drawn_seed, rounds
 from tests.hosts.cluster import HostCluster
 from tests.hosts.line import Line
+from tests.waiting import stop
 
 MODES = ("wal", "delete")
 ENOUGH = 400
@@ -135,7 +136,7 @@ def _draw(hosts: HostCluster, gateway: str, chance: Random) -> Callable[[], None
 
     def node_stopped_for_a_while() -> None:
         pid = int(hosts.members()[node]["pid"])
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
         time.sleep(outage_s)
         os.kill(pid, signal.SIGCONT)
 

@@ -16,6 +16,7 @@ import pytest
 from tests.faults.nbd_session import Answer, NbdError, NbdSession
 from tests.faults.test_silent import open_at
 from tests.hosts.cluster import HostCluster
+from tests.waiting import stop
 
 LEASE_S = 10.0
 ERROR_TIMEOUT_S = 60.0
@@ -92,7 +93,7 @@ def test_stopped_gateway_of_a_lost_host_answers_nothing_when_it_goes_on(
     """It was stopped before it noticed anything, its clients' requests in its sockets."""
     with begin(hosts, "stopped") as old:
         pid = int(hosts.members()["gateway1"]["pid"])
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
         late = [old.submit("read", 0, 64), old.submit("write", 0, 64, 2)]
         hosts.isolate(hosts.host("host1"))
         with open_at(hosts, "gateway2", "stopped") as new:

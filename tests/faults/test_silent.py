@@ -12,6 +12,7 @@ import pytest
 
 from tests.devcluster import DevCluster
 from tests.faults.nbd_session import NbdError, NbdSession
+from tests.waiting import stop
 
 # Longer than a lease lives.
 TAKE_OVER_TIMEOUT_S = 40.0
@@ -28,7 +29,7 @@ def two() -> Iterator[DevCluster]:
 def silenced(cluster: DevCluster, member: str) -> Iterator[None]:
     """Stops a member's process for a while, without a word to anybody."""
     pid = int(cluster.members()[member]["pid"])
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     try:
         yield
     finally:
