@@ -24,6 +24,7 @@ from typing import Any, Self
 from urllib.parse import quote
 
 from tests import reaper
+from tests.prepared import Prepared
 
 POOL = "vms"
 COMMAND_TIMEOUT_S = 120.0
@@ -67,6 +68,7 @@ class DevCluster:
         self.arbiter = arbiter
         self.nodes = [f"node{number + 1}" for number in range(nodes)]
         self.gateways = [f"gateway{number + 1}" for number in range(gateways)]
+        self._prepared: Prepared | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -103,7 +105,11 @@ class DevCluster:
 
     def command(self, *arguments: str) -> list[str]:
         """The command line of an `hci` call, to be run with `environment`."""
-        return [str(hci_program()), *arguments]
+        return [*self.around(), str(hci_program()), *arguments]
+
+    def around(self) -> list[str]:
+        """What stands before a command that is to reach the cluster."""
+        return []
 
     def hci(self, *arguments: str, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
         """Runs `hci` on this cluster; returns its output, raises CommandError if it failed."""
@@ -114,7 +120,19 @@ class DevCluster:
 
     def json(self, *arguments: str) -> Any:
         """The parsed answer of a command with `--json`, which must succeed."""
-        return json.loads(self.hci(*arguments, "--json"))
+        return json.loads(self._quickly(*arguments, "--json"))
+
+    def _quickly(self, *arguments: str) -> str:
+        done = self._ask(arguments)
+        if done.returncode != 0:
+            raise CommandError(arguments, done)
+        return done.stdout
+
+    def _ask(self, arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+        """Runs an `hci` as `try_hci` does, but in a process that has its imports behind it."""
+        if self._prepared is None:
+            self._prepared = Prepared(self.around(), self.environment())
+        return self._prepared.run(arguments, COMMAND_TIMEOUT_S)
 
     def environment(self) -> dict[str, str]:
         """What makes a command choose this cluster and print plainly."""
@@ -172,7 +190,7 @@ class DevCluster:
 
     def create(self, image: str, size: str) -> str:
         """Creates an image in the pool; returns its full name."""
-        self.hci("image", "create", f"{POOL}/{image}", size)
+        self._quickly("image", "create", f"{POOL}/{image}", size)
         return f"{POOL}/{image}"
 
     def remove(self, image: str) -> None:
@@ -185,34 +203,24 @@ class DevCluster:
         return answer
 
     def check(self, image: str) -> dict[str, Any]:
-        """What `hci image check --json` says; it may exit non-zero where replicas differ.
-
-        Raises CommandError where it could not compare.
-        """
-        done = self.try_hci("image", "check", f"{POOL}/{image}", "--json")
-        if not done.stdout:
-            raise CommandError(("image", "check"), done)
+        """What `hci image check --json` says; it may exit non-zero where replicas differ."""
+        done = self._ask(("image", "check", f"{POOL}/{image}", "--json"))
         answer: dict[str, Any] = json.loads(done.stdout)
         return answer
 
     def must_be_equal(self, image: str) -> None:
         """Asserts that `hci image check` compared all nodes in sync, and found them equal.
 
-        A node that was just started answers a moment later, as an etcd does whose lines were just
-        mended, and one that was away may be let in while the check runs: all are asked again.
+        A node that was just started answers a moment later, and one that was away may be let in
+        while the check runs: both are asked again.
         """
         deadline = time.monotonic() + HEALTH_TIMEOUT_S
         while True:
-            try:
-                before = self._in_sync(image)
-                report = self.check(image)
-                settled = not report["missing"] and self._in_sync(image) == before
-            except CommandError:
-                if time.monotonic() >= deadline:
-                    raise
-            else:
-                if settled or time.monotonic() >= deadline:
-                    break
+            before = self._in_sync(image)
+            report = self.check(image)
+            settled = not report["missing"] and self._in_sync(image) == before
+            if settled or time.monotonic() >= deadline:
+                break
             time.sleep(0.2)
         assert report["equal"], report
         assert report["compared"] == before, report
@@ -228,7 +236,7 @@ class DevCluster:
 
     def url(self, image: str) -> str:
         """The image's NBD URI as `hci image url` prints it."""
-        return self.hci("image", "url", f"{POOL}/{image}").strip()
+        return self._quickly("image", "url", f"{POOL}/{image}").strip()
 
     def url_at(self, gateway: str, image: str) -> str:
         """The image's NBD URI at a gateway of one's choice."""
@@ -249,7 +257,7 @@ class DevCluster:
         while images := self.json("image", "ls"):
             for image in images:
                 # One that was just left is closed in a moment, and cannot be deleted before.
-                done = self.try_hci("image", "rm", image["name"])
+                done = self._ask(("image", "rm", image["name"]))
                 if done.returncode != 0 and time.monotonic() > deadline:
                     raise TimeoutError(done.stderr)
         self.await_health("ok")
@@ -260,6 +268,8 @@ class DevCluster:
             with contextlib.suppress(OSError, subprocess.SubprocessError):
                 if self.config.exists():
                     self.try_hci("dev", "stop", timeout_s=60)
+            if self._prepared is not None:
+                self._prepared.close()
             for pid in self.processes():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

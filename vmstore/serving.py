@@ -605,9 +605,8 @@ class Serving(ABC):
                 self._step(image, events.ReplicaFailed(node, event["status"]))
             case "admitted":
                 levelling = frozenset(image.node_names[index] for index in event["levelling"])
-                if levelling:
-                    log.info("levelling_begins", image=str(image.name), nodes=sorted(levelling),
-                             shards=event["shards"])  # fmt: skip
+                log.info("replicas_admitted", image=str(image.name), levelling=sorted(levelling),
+                         shards=event["shards"])  # fmt: skip
                 self._step(image, events.Admitted(levelling))
                 self._remember(image)
             case "levelled":

@@ -103,9 +103,9 @@ class HostCluster(DevCluster):
             self.hci("pool", "create", POOL, *policy)
         self.await_health("ok")
 
-    def command(self, *arguments: str) -> list[str]:
-        """The command line of an `hci` call, from outside all hosts."""
-        return [*self.network.inside(), *super().command(*arguments)]
+    def around(self) -> list[str]:
+        """Commands come from outside all hosts."""
+        return self.network.inside()
 
     def kill(self, member: str) -> None:
         """SIGKILLs a member, or `all`; nothing starts it again by itself."""

@@ -114,7 +114,8 @@ class Evidence:
         cluster.kill(VICTIM)
         cluster.run(VICTIM)
         deadline = time.monotonic() + HEAL_TIMEOUT_S
-        while (level := moment(gateway, "replicas_level", seen)) is None:
+        whole = "(?:replicas_admitted .*shards=0|replicas_level)"
+        while (level := moment(gateway, whole, seen)) is None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{VICTIM} is not let in")
             time.sleep(0.05)
