@@ -203,24 +203,34 @@ class DevCluster:
         return answer
 
     def check(self, image: str) -> dict[str, Any]:
-        """What `hci image check --json` says; it may exit non-zero where replicas differ."""
+        """What `hci image check --json` says; it may exit non-zero where replicas differ.
+
+        Raises CommandError where it could not compare.
+        """
         done = self._ask(("image", "check", f"{POOL}/{image}", "--json"))
+        if not done.stdout:
+            raise CommandError(("image", "check"), done)
         answer: dict[str, Any] = json.loads(done.stdout)
         return answer
 
     def must_be_equal(self, image: str) -> None:
         """Asserts that `hci image check` compared all nodes in sync, and found them equal.
 
-        A node that was just started answers a moment later, and one that was away may be let in
-        while the check runs: both are asked again.
+        A node that was just started answers a moment later, as an etcd does whose lines were just
+        mended, and one that was away may be let in while the check runs: all are asked again.
         """
         deadline = time.monotonic() + HEALTH_TIMEOUT_S
         while True:
-            before = self._in_sync(image)
-            report = self.check(image)
-            settled = not report["missing"] and self._in_sync(image) == before
-            if settled or time.monotonic() >= deadline:
-                break
+            try:
+                before = self._in_sync(image)
+                report = self.check(image)
+                settled = not report["missing"] and self._in_sync(image) == before
+            except CommandError:
+                if time.monotonic() >= deadline:
+                    raise
+            else:
+                if settled or time.monotonic() >= deadline:
+                    break
             time.sleep(0.2)
         assert report["equal"], report
         assert report["compared"] == before, report

@@ -65,7 +65,7 @@ def write_to_each_shard(session: NbdSession, version: int, shards: int = SHARDS)
 def levelled_shards(cluster: DevCluster) -> list[int]:
     """The number of shards of each levelling that has begun."""
     log = Path(cluster.members()["gateway1"]["log"]).read_text()
-    return [int(found) for found in re.findall(r"replicas_admitted .*shards=(\d+)", log)]
+    return [int(found) for found in re.findall(r"replicas_admitted .*shards=([1-9]\d*)", log)]
 
 
 def restart_gateway(cluster: DevCluster) -> None:
