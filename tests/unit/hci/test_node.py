@@ -21,6 +21,7 @@ from tests.unit.samples import image_record
 from vmstore.catalog import Catalog
 from vmstore.errors import RecordChanged
 from vmstore.ledger import Ledger
+from vmstore.set_back import Marks
 
 IMAGE = ImageId("cd" * 16)
 
@@ -67,7 +68,9 @@ class Registering(NodeDaemon):
         self.memory = MemoryEtcd()
         self.etcd: Any = self.memory
         self.catalog = Catalog(self.memory)
-        self.engine: Any = SimpleNamespace(
+        self._opening = threading.RLock()
+        self._engine: Any = SimpleNamespace(
+            inventory=lambda: {"images": [], "deleted": []},
             status=lambda: {"capacity_bytes": 1 << 40},
             store_id="d" * 32,
             start_counter=1,
@@ -81,7 +84,8 @@ class Registering(NodeDaemon):
         self._session_lost = threading.Event()
         self._unconfirmed: set[ImageId] = set()
         self._run = "a" * 32
-        self.engine.inventory = lambda: {"images": [], "deleted": []}
+        self._marks = Marks(Path("nowhere"))
+        self._copied_since_s = 0.0
         self.ledger = Ledger(Path(":memory:"))
         self.history = HistoryWatch(
             "node1", self.etcd, self.catalog, self.ledger, self._holdings, self._on_deleted
