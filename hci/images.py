@@ -78,7 +78,7 @@ def remove(records: Catalog, name: ImageName) -> None:
     One that is down deletes it when it starts: it finds the tombstone.
     """
     record = records.find(name).record
-    records.delete_image(name)
+    records.delete_image(name, only=record.id)
     nodes = records.nodes()
     for node in sorted({node for members in record.sets for node in members}):
         if node in nodes:

@@ -59,7 +59,7 @@ from vmstore.holding import INTACT
 from vmstore.names import ImageName
 from vmstore.scrubs import ScrubRecords
 from vmstore.set_back import seen_later
-from vmstore.stored import R, Stored, commit, put_found, read, stored
+from vmstore.stored import R, Stored, commit, decided_anew, put_found, read, stored
 
 REPLICA_SETS_MAX = 1024
 """Bounds the records: each image repeats the replica sets of its pool."""
@@ -151,6 +151,7 @@ class Catalog(ArbiterRecords, ScrubRecords):
         if commit(self._etcd, compares, operations, put_found(self._etcd, put)) is None:
             raise RecordChanged(f"node {record.name}")
 
+    @decided_anew
     def create_pool(
         self,
         name: str,
@@ -206,6 +207,7 @@ class Catalog(ArbiterRecords, ScrubRecords):
             raise UnknownPool(pool)
         return found
 
+    @decided_anew
     def create_image(
         self, name: ImageName, size_bytes: int, *, imported_by: str | None = None
     ) -> Stored[ImageRecord]:
@@ -274,6 +276,7 @@ class Catalog(ArbiterRecords, ScrubRecords):
         """Return an image by its name. Raises UnknownPool, UnknownImage."""
         return self._find(name)[1]
 
+    @decided_anew
     def grow_image(self, name: ImageName, size_bytes: int) -> Stored[ImageRecord]:
         """Make an image larger that nobody has open.
 
@@ -296,9 +299,15 @@ class Catalog(ArbiterRecords, ScrubRecords):
             raise RecordChanged(f"image {name}")
         return Stored(image.key, record, put.value, revision)
 
-    def delete_image(self, name: ImageName) -> TombstoneRecord:
-        """Delete an image that nobody has open. Raises UnknownPool, UnknownImage, InUse."""
+    @decided_anew
+    def delete_image(self, name: ImageName, only: ImageId | None = None) -> TombstoneRecord:
+        """Delete an image that nobody has open. Raises UnknownPool, UnknownImage, InUse.
+
+        With `only` that image alone: one that was made since under its name is not it.
+        """
         name_item, image = self._find(name)
+        if only is not None and image.record.id != only:
+            raise UnknownImage(str(name))
         lease = self.lease_of(image.record.id)
         if lease is not None and not lease.record.maintenance:
             raise InUse(str(name), lease.record.gateway)
@@ -320,7 +329,6 @@ class Catalog(ArbiterRecords, ScrubRecords):
             operations.append(Delete(lease.key))
         if commit(self._etcd, compares, operations, put_found(self._etcd, put)) is None:
             self.check_history()
-            self._check_not_in_use(name, image.record.id)
             raise RecordChanged(f"image {name}")
         return tombstone
 

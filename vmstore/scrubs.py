@@ -7,10 +7,7 @@ from etcd.interface import Compare, Delete, Etcd, KeyAbsent, Put
 from etcd.scrubs import ScrubRecord
 from shard.ids import ImageId
 from vmstore.errors import RecordChanged
-from vmstore.stored import Stored, commit, put_found, read, stored
-
-ATTEMPTS = 5
-"""Times that a change is made anew because somebody else was quicker."""
+from vmstore.stored import Stored, commit, decided_anew, put_found, read, stored
 
 
 class ScrubRecords:
@@ -33,23 +30,23 @@ class ScrubRecords:
         found = read(self._etcd, ScrubRecord, keys.scrub(image))
         return found.record if found is not None else ScrubRecord(image=image)
 
+    @decided_anew
     def change_scrub(
         self, image: ImageId, change: Callable[[ScrubRecord], ScrubRecord]
     ) -> ScrubRecord:
         """Have `change` made to an image's record, which may be made by that; return it."""
-        for _ in range(ATTEMPTS):
-            found = read(self._etcd, ScrubRecord, keys.scrub(image))
-            before = found.record if found is not None else ScrubRecord(image=image)
-            after = change(before)
-            if found is not None and after == before:
-                return before
-            compares: tuple[Compare, ...] = (KeyAbsent(after.key),)
-            if found is not None:
-                compares = found.unchanged
-            put = Put(after.key, after.encode())
-            if commit(self._etcd, compares, [put], put_found(self._etcd, put)) is not None:
-                return after
-        raise RecordChanged(f"the scrub of image {image}")
+        found = read(self._etcd, ScrubRecord, keys.scrub(image))
+        before = found.record if found is not None else ScrubRecord(image=image)
+        after = change(before)
+        if found is not None and after == before:
+            return before
+        compares: tuple[Compare, ...] = (KeyAbsent(after.key),)
+        if found is not None:
+            compares = found.unchanged
+        put = Put(after.key, after.encode())
+        if commit(self._etcd, compares, [put], put_found(self._etcd, put)) is None:
+            raise RecordChanged(f"the scrub of image {image}")
+        return after
 
     def ask_for_scrub(self, image: ImageId, now_ms: int) -> ScrubRecord:
         """Ask for a scrub; one that is under way is that."""

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from functools import wraps
+from typing import Generic, ParamSpec, TypeVar
 
 from etcd.errors import EtcdUnavailable, OutcomeUnknown
 from etcd.interface import (
@@ -15,10 +16,16 @@ from etcd.interface import (
     ValueEquals,
 )
 from etcd.records import Record
+from vmstore.errors import RecordChanged
 
 COMMIT_ATTEMPTS = 4
 """Times one proposal is sent while its outcome stays unknown; then the caller is told."""
 
+DECISIONS = 8
+"""Times that a change is decided anew: each time somebody else's change was made, so all go on."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
 R = TypeVar("R", bound=Record)
 
 
@@ -84,6 +91,24 @@ def commit(
             break
     assert unknown is not None, "an attempt ends the loop unless its outcome is unknown"
     raise unknown
+
+
+def decided_anew(change: Callable[P, T]) -> Callable[P, T]:
+    """Have a change that reads what it decides by made again where that changed meanwhile.
+
+    Raises RecordChanged only where others were quicker `DECISIONS` times in a row.
+    """
+
+    @wraps(change)
+    def until_made(*args: P.args, **kwargs: P.kwargs) -> T:
+        for _ in range(DECISIONS - 1):
+            try:
+                return change(*args, **kwargs)
+            except RecordChanged:
+                pass
+        return change(*args, **kwargs)
+
+    return until_made
 
 
 def put_found(etcd: Etcd, put: Put) -> Callable[[], int | None]:

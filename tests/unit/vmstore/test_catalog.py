@@ -1,5 +1,6 @@
 """The catalog on the fake etcd: what each change makes, refuses, and does when answers are lost."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from etcd import keys
 from etcd.errors import EtcdUnavailable, OutcomeUnknown
 from etcd.interface import Put
 from etcd.memory import Fault, MemoryEtcd
-from etcd.records import ClusterRecord, NodeRecord, PlacementRecord
+from etcd.records import ClusterRecord, LeaseRecord, NodeRecord, PlacementRecord
 from shard.errors import BadName, BadSize, BadValue
 from shard.ids import ImageId
 from shard.membership import Policy
@@ -309,6 +310,53 @@ def test_image_in_use_is_neither_deleted_nor_grown(etcd: MemoryEtcd, catalog: Ca
     assert catalog.leases()[image.record.id].gateway == "gateway1"
     etcd.advance(10)
     catalog.delete_image(DISK)
+
+
+class Interfered(Catalog):
+    """Something happens to an image while its delete is being decided."""
+
+    def __init__(self, etcd: MemoryEtcd, happening: Callable[[], object]) -> None:
+        super().__init__(etcd)
+        self._happening: Callable[[], object] | None = happening
+
+    def lease_of(self, image: ImageId) -> Stored[LeaseRecord] | None:
+        found = super().lease_of(image)
+        if self._happening is not None:
+            happening, self._happening = self._happening, None
+            happening()
+        return found
+
+
+def test_image_whose_record_changes_meanwhile_is_deleted(
+    etcd: MemoryEtcd, catalog: Catalog
+) -> None:
+    """History: an import was interrupted, and its gateway let go of the image at that moment."""
+    image = catalog.create_image(DISK, GIB)
+    closed = replace(image.record, clean=not image.record.clean)
+    deleting = Interfered(etcd, lambda: etcd.transaction([], [Put(closed.key, closed.encode())]))
+    deleting.delete_image(DISK)
+    assert catalog.images() == []
+
+
+def test_image_that_is_opened_meanwhile_is_not_deleted(etcd: MemoryEtcd, catalog: Catalog) -> None:
+    image = catalog.create_image(DISK, GIB)
+    lease = etcd.grant_lease(10)
+    deleting = Interfered(
+        etcd,
+        lambda: catalog.take_lease(image, gateway="gateway1", holder="a" * 32, etcd_lease=lease),
+    )
+    with pytest.raises(InUse):
+        deleting.delete_image(DISK)
+    assert len(catalog.images()) == 1
+
+
+def test_another_image_that_took_the_name_is_not_deleted(catalog: Catalog) -> None:
+    first = catalog.create_image(DISK, GIB).record.id
+    catalog.delete_image(DISK)
+    second = catalog.create_image(DISK, GIB).record.id
+    with pytest.raises(UnknownImage):
+        catalog.delete_image(DISK, only=first)
+    assert catalog.find(DISK).record.id == second
 
 
 def test_image_that_is_only_maintained_is_deleted(etcd: MemoryEtcd, catalog: Catalog) -> None:
