@@ -198,6 +198,7 @@ fn store_that_was_set_back_begins_above_what_was_seen_and_distrusts_until_a_reco
     let config = StoreConfig { seen_counter: 7, ..config() };
     let (mut store, _) = Store::open(disk.run(), &config).expect("its own node may");
     assert_eq!(store.instance(), 8);
+    store.put_record(IMAGE, head(1, 1), Bytes::new()).expect("of its former life");
     store.distrust([IMAGE]);
     assert!(store.is_distrusted(&IMAGE) && store.distrusted() == [IMAGE]);
     let lower = store.put_record(IMAGE, head(1, 0), Bytes::new());
