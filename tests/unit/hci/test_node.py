@@ -70,7 +70,7 @@ class Registering(NodeDaemon):
         self.catalog = Catalog(self.memory)
         self._opening = threading.RLock()
         self._engine: Any = SimpleNamespace(
-            inventory=lambda: {"images": [], "deleted": []},
+            inventory=lambda: {"images": [], "deleted": [], "distrusted": []},
             status=lambda: {"capacity_bytes": 1 << 40},
             store_id="d" * 32,
             start_counter=1,
