@@ -145,7 +145,7 @@ def moment(log: Path, event: str, since: int = 0) -> datetime | None:
     with log.open("rb") as file:
         file.seek(since)
         text = file.read().decode(errors="replace")
-    found = re.findall(rf"^timestamp=(\S+) .*event={event}\b", text, re.MULTILINE)
+    found = re.findall(rf"^timestamp=(\S+) .*event={event}(?!\w)", text, re.MULTILINE)
     return datetime.fromisoformat(found[-1]) if found else None
 
 
