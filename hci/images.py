@@ -8,6 +8,7 @@ from contextlib import suppress
 from urllib.parse import quote
 
 from etcd.records import ImageRecord, NodeRecord
+from hci import control_pb2 as pb
 from hci.config import Config, GatewayConfig
 from hci.control import GatewayClient, NodeClient
 from hci.dev.process import undisturbed
@@ -24,6 +25,11 @@ from vmstore.transfer import Source
 CLOSING_S = 20.0
 """How long an image may stay taken after its last client left: at most until the lease of a gateway
 that died has expired (10 s), with room."""
+
+LEAVING_S = 1.0
+"""How long a gateway may still count a client whose process has ended."""
+
+_AGAIN_S = 0.1
 
 
 def used_bytes(record: ImageRecord, nodes: Mapping[str, NodeRecord]) -> dict[str, int]:
@@ -72,12 +78,38 @@ def url(gateway: GatewayConfig, name: ImageName, *, tcp: bool = False) -> str:
     return f"{scheme}://{gateway.nbd_listen}/{quote(str(name))}"
 
 
-def remove(records: Catalog, name: ImageName) -> None:
+def remove(config: Config, records: Catalog, name: ImageName) -> None:
     """Remove an image, and have the nodes that are up delete its data at once.
 
-    One that is down deletes it when it starts: it finds the tombstone.
+    One that is down deletes it when it starts: it finds the tombstone. An image that its gateway is
+    closing is waited for. Raises InUse where a client has it open.
     """
     record = records.find(name).record
+    begun_s = time.monotonic()
+    while True:
+        try:
+            return _remove(records, name, record)
+        except InUse as error:
+            limit_s = CLOSING_S if _is_closing(config, error.gateway, record.id) else LEAVING_S
+            if time.monotonic() - begun_s > limit_s:
+                raise
+            time.sleep(_AGAIN_S)
+
+
+def _is_closing(config: Config, gateway: str, image: ImageId) -> bool:
+    """Whether a gateway that has an image says that it is giving it back, or has by now."""
+    section = config.gateways.get(gateway)
+    if section is None:
+        return False
+    try:
+        with GatewayClient(section.name, section.control) as client:
+            held = [each for each in client.status().images if each.image_id == image]
+    except ControlError:
+        return False
+    return all(each.state == pb.OpenImage.STATE_CLOSING for each in held)
+
+
+def _remove(records: Catalog, name: ImageName, record: ImageRecord) -> None:
     records.delete_image(name, only=record.id)
     nodes = records.nodes()
     for node in sorted({node for members in record.sets for node in members}):
@@ -108,10 +140,12 @@ def resize(
     record = records.find(name).record
     if size_bytes < record.size_bytes and not force:
         raise ShrinkRefused(str(name), record.size_bytes, size_bytes)
-    holder = holder_of(records, record.id)
     if records.lease_of(record.id) is None and size_bytes >= record.size_bytes:
-        records.grow_image(name, size_bytes)
-        return 0
+        # A gateway that has taken it meanwhile does it.
+        with suppress(InUse):
+            records.grow_image(name, size_bytes)
+            return 0
+    holder = holder_of(records, record.id)
     if holder is not None and holder not in config.gateways:
         raise InUse(str(name), holder)
     gateway = gateway_for(config, holder)
@@ -126,25 +160,29 @@ def import_file(
 
     Where this process is killed meanwhile the image counts as an interrupted import.
     """
-    made = records.create_image(name, source.size_bytes, imported_by=socket.gethostname())
+    made = None
     try:
+        # An interrupt that comes when etcd has the image, but has not said so, must not leave it.
+        with undisturbed():
+            made = records.create_image(name, source.size_bytes, imported_by=socket.gethostname())
         transfer.fill(source, uri, progress)
         records.finish_import(made.record.id)
     except BaseException:
-        with undisturbed():
-            _remove_when_closed(records, name)
+        if made is not None:
+            with undisturbed():
+                _remove_when_closed(records, name, made.record)
         raise
 
 
-def _remove_when_closed(records: Catalog, name: ImageName) -> None:
+def _remove_when_closed(records: Catalog, name: ImageName, record: ImageRecord) -> None:
     deadline = time.monotonic() + CLOSING_S
     while True:
         try:
-            return remove(records, name)
+            return _remove(records, name, record)
         except InUse:
             if time.monotonic() > deadline:
                 raise
-            time.sleep(0.1)
+            time.sleep(_AGAIN_S)
 
 
 def check(
