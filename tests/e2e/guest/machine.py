@@ -19,8 +19,10 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from qemu.qmp import QMPError
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
-RECONNECT_DELAY_S = 30
-START_TIMEOUT_S = 30.0
+# Longer than a whole cluster takes to start beside other tests, which is not what a guest's errors
+# are looked at for; how long it waits for a gateway is measured by `tests.tools.stalls`.
+RECONNECT_DELAY_S = 90
+START_TIMEOUT_S = 60.0
 
 
 class MachineError(Exception):
