@@ -21,6 +21,19 @@ def until(what: str, holds: Callable[[], object], within_s: float = HANG_S) -> N
         time.sleep(AGAIN_S)
 
 
+def is_listened_at(path: Path) -> bool:
+    """Whether a process listens at a Unix socket, which it does a moment after the path is there.
+
+    In the kernel's list, so that nobody is connected to.
+    """
+    for line in Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines():
+        # Num: RefCount Protocol Flags Type St Inode Path; SO_ACCEPTCON is 0x10000.
+        fields = line.split(maxsplit=7)
+        if len(fields) == 8 and fields[7] == str(path) and fields[3] == "00010000":
+            return True
+    return False
+
+
 def stop(pid: int) -> None:
     """Stops a process; returns when none of its threads runs any more.
 

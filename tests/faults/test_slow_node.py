@@ -14,9 +14,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.devcluster import DevCluster
 from tests.faults.nbd_session import NbdSession
 from tests.waiting import until, wants_a_processor
+
+pytestmark = pytest.mark.timeout(900)
 
 STOPPED_S = 0.8
 RUNNING_S = 0.02

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import is_listened_at
 from vmstore import transfer
 from vmstore.transfer import TransferFailed
 
@@ -27,7 +28,7 @@ class Disk:
         command = ["nbdkit", "--foreground", "--exit-with-parent", "--unix", str(self.socket)]
         command += ["--filter=delay"] if slow else []
         self._process = subprocess.Popen([*command, "memory", str(size_bytes), *slow])
-        while not self.socket.exists():
+        while not is_listened_at(self.socket):
             assert self._process.poll() is None, "nbdkit runs"
             time.sleep(0.01)
         self.uri = transfer.nbd_uri("vms/disk", self.socket)
