@@ -11,7 +11,6 @@ from etcd.records import ImageRecord, NodeRecord
 from hci import control_pb2 as pb
 from hci.config import Config, GatewayConfig
 from hci.control import GatewayClient, NodeClient
-from hci.dev.process import undisturbed
 from hci.errors import ConfigError, ControlError
 from shard.geometry import check_image_size
 from shard.ids import ImageId
@@ -19,6 +18,7 @@ from vmstore import check as replicas
 from vmstore import transfer
 from vmstore.catalog import Catalog
 from vmstore.errors import InUse, ShrinkRefused
+from vmstore.interrupts import undisturbed
 from vmstore.names import ImageName
 from vmstore.transfer import Source
 

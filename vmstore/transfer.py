@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import quote
 
 from shard.errors import HciError
+from vmstore.interrupts import undisturbed
 
 FORMATS = ("qcow2", "raw", "vmdk", "vdi")
 
@@ -234,21 +235,25 @@ def _answer(*arguments: str) -> bytes:
 
 
 def _convert(arguments: Sequence[str], progress: Progress, what: str) -> None:
-    with subprocess.Popen(
-        [_program(), "convert", "-p", *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as process:
+    process: subprocess.Popen[bytes] | None = None
+    try:
+        # Interrupted between its start and our knowing of it, it would go on without us.
+        with undisturbed():
+            process = subprocess.Popen(
+                [_program(), "convert", "-p", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
         assert process.stdout is not None
         assert process.stderr is not None
-        try:
-            _follow(process.stdout.fileno(), progress)
-            complaint = process.stderr.read()
-        except BaseException:
+        _follow(process.stdout.fileno(), progress)
+        complaint = process.stderr.read()
+        status = process.wait()
+    finally:
+        if process is not None:
             _end(process)
-            raise
-    if process.returncode != 0:
+    if status != 0:
         raise TransferFailed(f"{what}: {_complaint(complaint)}")
     progress(1.0)
 
@@ -265,11 +270,13 @@ def _follow(descriptor: int, progress: Progress) -> None:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    process.terminate()
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
+    """End it, where it has not ended by itself, and close its pipes."""
+    with undisturbed(), process:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _complaint(stderr: bytes) -> str:
