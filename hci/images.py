@@ -29,6 +29,9 @@ that died has expired (10 s), with room."""
 LEAVING_S = 1.0
 """How long a gateway may still count a client whose process has ended."""
 
+LEVELLING_S = 20.0
+"""How long a check waits for the next shard to be made equal; then it compares what there is."""
+
 _AGAIN_S = 0.1
 
 
@@ -191,11 +194,13 @@ def check(
     """Compare the replicas of an image that are in sync and up.
 
     After an unclean end replicas may differ until the image is opened, which makes them equal: so
-    one that was not closed cleanly is opened for a moment first.
+    one that was not closed cleanly is opened first, for as long as that takes.
     """
     record = records.find(name).record
     if not record.clean:
-        transfer.touch(answering_uri(config, name, holder_of(records, record.id)))
+        uri = answering_uri(config, name, holder_of(records, record.id))
+        transfer.touch(uri)
+        _level(gateway_for(config, holder_of(records, record.id)), uri, record.id)
         record = records.find(name).record
     nodes = records.nodes()
 
@@ -211,6 +216,31 @@ def check(
         time.sleep(0.1 * 2**attempt)
 
     return replicas.compare(record, _answering(record, nodes), digests, progress, pause)
+
+
+def _level(gateway: GatewayConfig, uri: str, image: ImageId) -> None:
+    """Keep an image open until its replicas in sync are level, or that does not get on."""
+    with (
+        suppress(ControlError),
+        GatewayClient(gateway.name, gateway.control) as client,
+        transfer.held_open(uri) as is_open,
+    ):
+        left, since_s = -1, time.monotonic()
+        while left != 0 and is_open() and time.monotonic() - since_s < LEVELLING_S:
+            now = _shards_to_level(client, image)
+            if now != left:
+                left, since_s = now, time.monotonic()
+            else:
+                time.sleep(_AGAIN_S)
+
+
+def _shards_to_level(client: GatewayClient, image: ImageId) -> int:
+    """Return how many a gateway still has to make equal; -1 where it does not serve the image."""
+    unopened = (pb.OpenImage.STATE_OPENING, pb.OpenImage.STATE_CLOSING)
+    for each in client.status().images:
+        if each.image_id == image and each.clients and each.state not in unopened:
+            return int(each.counters["levelling_shards_left"])
+    return -1
 
 
 def _answering(record: ImageRecord, nodes: Mapping[str, NodeRecord]) -> list[str]:

@@ -12,8 +12,8 @@ import shutil
 import subprocess
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ SECTOR_BYTES = 512
 
 QEMU_IMG_FOUND_CORRUPTION = 2
 """Exit status of `qemu-img check` (qemu-img(1)); leaked space has another and loses nothing."""
+
+LEAVING_S = 5.0
+"""How long a program that is told to end may take, before it is made to."""
 
 Progress = Callable[[float], None]
 """Told now and then which part of the work is done, from 0 to 1."""
@@ -88,6 +91,30 @@ def inspect(path: Path, file_format: str | None = None) -> Source:
 def touch(uri: str) -> None:
     """Open the image at `uri` and close it again. Raises TransferFailed where it does not open."""
     _answer("info", "--output=json", "-f", "raw", uri)
+
+
+@contextmanager
+def held_open(uri: str) -> Iterator[Callable[[], bool]]:
+    """Have the image at `uri` open for the block; what is given says whether it still is.
+
+    It is a moment after the block begins. Raises TransferFailed where the program is missing.
+    """
+    with undisturbed():
+        process = subprocess.Popen(
+            [_program("qemu-io"), "-r", "-f", "raw", uri],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    assert process.stdin is not None
+    try:
+        yield lambda: process.poll() is None
+    finally:
+        # It leaves in good order when it is told nothing more.
+        with suppress(OSError, subprocess.TimeoutExpired):
+            process.stdin.close()
+            process.wait(LEAVING_S)
+        _end(process)
 
 
 def fill(source: Source, uri: str, progress: Progress) -> None:
@@ -220,10 +247,10 @@ def _ends_after(extent: dict[str, Any], file_bytes: int) -> bool:
     return int(extent["offset"]) + int(extent["length"]) > file_bytes + SECTOR_BYTES - 1
 
 
-def _program() -> str:
-    program = shutil.which("qemu-img")
+def _program(name: str = "qemu-img") -> str:
+    program = shutil.which(name)
     if program is None:
-        raise TransferFailed("there is no `qemu-img` program here; install qemu-utils")
+        raise TransferFailed(f"there is no `{name}` program here; install qemu-utils")
     return program
 
 

@@ -4,7 +4,10 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,8 +15,12 @@ from etcd import keys
 from etcd.interface import Put
 from etcd.memory import MemoryEtcd
 from etcd.records import ImageRecord, LeaseRecord
-from hci import images
-from hci.config import ClusterConfig, Config
+from hci import control, images
+from hci import control_pb2 as pb
+from hci.config import ClusterConfig, Config, Endpoint, GatewayConfig
+from hci.control_pb2_grpc import GatewayControlServicer, add_GatewayControlServicer_to_server
+from shard.ids import ImageId
+from tests.cluster.etcd_server import free_ports
 from tests.unit.samples import GIB, node_record
 from vmstore import transfer
 from vmstore.catalog import Catalog
@@ -95,3 +102,56 @@ def test_import_that_is_interrupted_while_its_image_is_made_leaves_none(
     with pytest.raises(KeyboardInterrupt):
         images.import_file(records, DISK, Source(Path("disk"), "raw", GIB), "nbd:", print)
     assert records.images() == []
+
+
+class Levelling(GatewayControlServicer):
+    """A gateway at which an image is opened, and has fewer shards to level as time goes by."""
+
+    def __init__(self, answers: Sequence[pb.OpenImage]) -> None:
+        self.left = list(answers)
+
+    def Status(self, request: Any, context: Any) -> pb.GatewayStatus:  # noqa: N802
+        return pb.GatewayStatus(images=[self.left.pop(0)])
+
+
+def test_check_keeps_an_image_open_until_its_replicas_are_level(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # It opened it for a moment: what was not level yet was said to differ.
+    image = "ab" * 16
+    serving = {"image_id": image, "state": pb.OpenImage.STATE_SERVING, "clients": 1}
+    gateway = Levelling(
+        [
+            pb.OpenImage(image_id=image, state=pb.OpenImage.STATE_CLOSING),
+            pb.OpenImage(image_id=image, state=pb.OpenImage.STATE_OPENING, clients=1),
+            pb.OpenImage(**serving, counters={"levelling_shards_left": 7}),
+            pb.OpenImage(**serving, counters={"levelling_shards_left": 7}),
+            pb.OpenImage(**serving, counters={"levelling_shards_left": 2}),
+            pb.OpenImage(**serving),
+            pb.OpenImage(),
+        ]
+    )
+    held: list[str] = []
+
+    @contextmanager
+    def held_open(uri: str) -> Iterator[Callable[[], bool]]:
+        held.append(uri)
+        yield lambda: True
+        held.append("closed")
+
+    monkeypatch.setattr(transfer, "held_open", held_open)
+    control_at = Endpoint("127.0.0.1", free_ports(1)[0])
+    server = control.server(
+        "gateway1",
+        control_at,
+        lambda server: add_GatewayControlServicer_to_server(gateway, server),
+    )
+    try:
+        section = GatewayConfig(
+            *("gateway1", "host1", control_at, Path("nbd.sock"), None, Path("run"), None)
+        )
+        images._level(section, "nbd:", ImageId(image))
+    finally:
+        server.stop(None).wait(10)
+    assert held == ["nbd:", "closed"]
+    assert gateway.left == [pb.OpenImage()]
