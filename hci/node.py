@@ -5,6 +5,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from hci import control, daemon, metrics
 from hci import control_pb2 as pb
 from hci.config import Config, NodeConfig
 from hci.control_pb2_grpc import NodeControlServicer, add_NodeControlServicer_to_server
-from hci.errors import DaemonError
+from hci.errors import ControlError, DaemonError
 from hci.history import HistoryWatch, Holdings, held_record
 from hci.known import known_parts
 from hci.usage import FolderUsage
@@ -53,6 +54,11 @@ RETRY_S = 1.0
 COPIED_S = 20.0
 """How long a store that was set back waits for the end of the etcd lease of whoever ran with it:
 twice what that lasts. One that goes on is of a process that runs, with a copy of the store."""
+
+ALONE_S = 10.0
+"""How long it waits for another node from which it could be healed, which may be starting too."""
+
+ASK_DEADLINE_S = 2.0
 
 
 def serve(config: Config, name: str) -> None:
@@ -88,6 +94,7 @@ class NodeDaemon:
         self._session: Session | None = None
         self._session_lost = threading.Event()
         self._copied_since_s = 0.0
+        self._alone_since_s = 0.0
         self._unconfirmed: set[ImageId] = set()
 
     @property
@@ -170,20 +177,42 @@ class NodeDaemon:
         known = self.catalog.nodes().get(own.name)
         if known is None or not seen_later(known, own):
             return True
-        alive = self.catalog.alive()
         behind = StoreBehind(own.name, known.start_counter, own.start_counter)
-        if may_run_elsewhere(alive.get(own.name), own):
+        if may_run_elsewhere(self.catalog.alive().get(own.name), own):
             self._copied_since_s = self._copied_since_s or time.monotonic()
             if time.monotonic() - self._copied_since_s > COPIED_S:
                 self.ending.fail(str(StoreCopied(own.name, own.start_counter)))
             self.trouble = str(behind)
             return False
-        lonely = only_here((e.image.record for e in self.catalog.images()), own.name, alive)
+        images = [entry.image.record for entry in self.catalog.images()]
+        lonely = only_here(images, own.name, self._serving())
         if lonely:
-            self.ending.fail(str(behind.where_alone(lonely)))
+            self._alone_since_s = self._alone_since_s or time.monotonic()
+            self.trouble = str(behind.where_alone(lonely))
+            if time.monotonic() - self._alone_since_s > ALONE_S:
+                self.ending.fail(self.trouble)
             return False
+        self.trouble = ""
         self._set_back(known.start_counter)
         return True
+
+    def _serving(self) -> set[str]:
+        """The other nodes that serve now. One that died counts as alive in etcd for a while yet."""
+        nodes = self.catalog.nodes()
+        others = [name for name in self.catalog.alive() if name != self.own.name and name in nodes]
+
+        def serves(name: str) -> bool:
+            with (
+                suppress(ControlError),
+                control.NodeClient(name, nodes[name].control, deadline_s=ASK_DEADLINE_S) as client,
+            ):
+                return client.status().state == pb.NodeStatus.STATE_SERVING
+            return False
+
+        with ThreadPoolExecutor(max(len(others), 1)) as pool:
+            return {
+                name for name, is_so in zip(others, pool.map(serves, others), strict=True) if is_so
+            }
 
     def _set_back(self, seen_counter: int) -> None:
         """Go on as a new instance that says of all its images that nothing here counts."""

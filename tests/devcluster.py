@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -150,6 +150,23 @@ class DevCluster:
             *("--nodes", str(len(self.nodes)), "--gateways", str(len(self.gateways))),
             *(("--arbiter",) if self.arbiter else ()),
         )
+
+    @contextlib.contextmanager
+    def configured(self, more: str, *members: str) -> Iterator[None]:
+        """Adds to the configuration, and has these members run under it meanwhile."""
+        before = self.config.read_text()
+        self.config.write_text(f"{before}\n{more}")
+        self._start_again(members)
+        try:
+            yield
+        finally:
+            self.config.write_text(before)
+            self._start_again(members)
+
+    def _start_again(self, members: Iterable[str]) -> None:
+        for member in members:
+            self.kill(member)
+            self.run(member)
 
     def kill(self, member: str) -> None:
         """SIGKILLs a member, or `all`; nothing starts it again by itself."""

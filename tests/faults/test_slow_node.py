@@ -56,20 +56,10 @@ def slow(cluster: DevCluster, node: str) -> Iterator[None]:
         pulsing.join()
 
 
-@contextlib.contextmanager
-def limits(cluster: DevCluster, leave_behind_ms: int) -> Iterator[None]:
+def limits(cluster: DevCluster, leave_behind_ms: int) -> contextlib.AbstractContextManager[None]:
     """What counts as slow, so that a test need not wait for it."""
-    before = cluster.config.read_text()
     chosen = f"report_ms = 100\nleave_behind_ms = {leave_behind_ms}\nfor_s = 4\nback_after_s = 5\n"
-    cluster.config.write_text(f"{before}\n[slow]\n{chosen}")
-    cluster.kill("gateway1")
-    cluster.run("gateway1")
-    try:
-        yield
-    finally:
-        cluster.config.write_text(before)
-        cluster.kill("gateway1")
-        cluster.run("gateway1")
+    return cluster.configured(f"[slow]\n{chosen}", "gateway1")
 
 
 @contextlib.contextmanager

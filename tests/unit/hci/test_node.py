@@ -86,6 +86,7 @@ class Registering(NodeDaemon):
         self._run = "a" * 32
         self._marks = Marks(Path("nowhere"))
         self._copied_since_s = 0.0
+        self._alone_since_s = 0.0
         self.ledger = Ledger(Path(":memory:"))
         self.history = HistoryWatch(
             "node1", self.etcd, self.catalog, self.ledger, self._holdings, self._on_deleted
