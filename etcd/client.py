@@ -1,10 +1,12 @@
 """The real etcd: `EtcdClient` keeps the interface of `etcd.interface` over several endpoints.
 
 Calls go to the endpoint that answered last. One that fails is left for the next in turn: a read
-is asked again there; a change only where it surely never left, else its outcome is unknown.
+is asked again there; a change only where it surely never left, else its outcome is unknown. A
+patient client goes round again for a while where an etcd is there, and is busy or has no leader.
 """
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -17,6 +19,9 @@ from etcd.watch import EtcdWatch
 TIMEOUT_S = 2.0
 """For one call to one endpoint. etcd answers in milliseconds; a new leader takes about a second."""
 
+AGAIN_S = 0.2
+"""Between two rounds of a patient client."""
+
 LISTING_ATTEMPTS = 5
 """A listing of several pages begins again when history goes between them, minutes apart."""
 
@@ -26,12 +31,16 @@ _T = TypeVar("_T")
 class EtcdClient:
     """A client of one etcd cluster; see `etcd.interface.Etcd` for what each method promises.
 
-    `endpoints` are `HOST:PORT` of its members. Nothing is connected before the first call.
+    `endpoints` are `HOST:PORT` of its members. Nothing is connected before the first call. For
+    `patience_s` a call goes round the endpoints again, unless nobody listens at any of them.
     """
 
-    def __init__(self, endpoints: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, endpoints: Sequence[str], *, timeout_s: float = TIMEOUT_S, patience_s: float = 0.0
+    ) -> None:
         assert endpoints, "etcd has at least one endpoint"
         self._addresses = tuple(endpoints)
+        self._patience_s = patience_s
         self._endpoints = [Endpoint(address, timeout_s) for address in endpoints]
         self._lock = threading.Lock()
         self._current = 0
@@ -106,27 +115,29 @@ class EtcdClient:
 
     def _ask(self, call: Callable[[Endpoint], _T]) -> _T:
         """Make a call that may be made twice, on each endpoint in turn."""
-        details = []
-        for endpoint in self._in_turn():
-            try:
-                return call(endpoint)
-            except CallFailed as failure:
-                details.append(failure.detail)
-                self._leave(endpoint)
-        raise EtcdUnavailable(self._addresses, "; ".join(dict.fromkeys(details)))
+        return self._patiently(call, may_be_repeated=True)
 
     def _change(self, call: Callable[[Endpoint], _T]) -> _T:
         """Make a call that must not be made twice."""
-        details = []
-        for endpoint in self._in_turn():
-            try:
-                return call(endpoint)
-            except CallFailed as failure:
-                self._leave(endpoint)
-                if failure.reached:
-                    raise OutcomeUnknown(endpoint.address, failure.detail) from None
-                details.append(failure.detail)
-        raise EtcdUnavailable(self._addresses, "; ".join(dict.fromkeys(details)))
+        return self._patiently(call, may_be_repeated=False)
+
+    def _patiently(self, call: Callable[[Endpoint], _T], *, may_be_repeated: bool) -> _T:
+        until_s = time.monotonic() + self._patience_s
+        while True:
+            failures = []
+            for endpoint in self._in_turn():
+                try:
+                    return call(endpoint)
+                except CallFailed as failure:
+                    self._leave(endpoint)
+                    if failure.reached and not may_be_repeated:
+                        raise OutcomeUnknown(endpoint.address, failure.detail) from None
+                    failures.append(failure)
+            is_there = any(failure.is_there for failure in failures)
+            if not is_there or time.monotonic() >= until_s:
+                details = dict.fromkeys(failure.detail for failure in failures)
+                raise EtcdUnavailable(self._addresses, "; ".join(details))
+            time.sleep(AGAIN_S)
 
     def _get_pages(self, prefix: str) -> Listing:
         items: list[KeyValue] = []

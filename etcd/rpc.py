@@ -70,13 +70,20 @@ _REFUSALS = frozenset(
 _NOT_CONNECTED = "failed to connect to all addresses"
 """How gRPC names a call that found no connection and so never left."""
 
+_NO_LEADER = "etcdserver: no leader"
+
 
 class CallFailed(Exception):
-    """A call without an answer. `reached` is False only where it surely never left."""
+    """A call without an answer.
 
-    def __init__(self, detail: str, *, reached: bool) -> None:
+    `reached` is False only where etcd surely did nothing. `is_there` is False where nobody listens:
+    else an etcd may be busy, or without a leader, and answer in a moment.
+    """
+
+    def __init__(self, detail: str, *, reached: bool, is_there: bool = True) -> None:
         self.detail = detail
         self.reached = reached
+        self.is_there = is_there
         super().__init__(detail)
 
 
@@ -248,7 +255,10 @@ class Endpoint:
             raise EtcdRefused(self.address, detail) from None
         name = code.name.lower().replace("_", " ")
         if detail.startswith(_NOT_CONNECTED):
-            raise CallFailed("no connection", reached=False) from None
+            raise CallFailed("no connection", reached=False, is_there=False) from None
+        if code is grpc.StatusCode.UNAVAILABLE and detail == _NO_LEADER:
+            # Said before a change is looked at: it was asked for with `_HAS_LEADER`.
+            raise CallFailed(detail, reached=False) from None
         raise CallFailed(f"{name}: {detail}" if detail else name, reached=True) from None
 
     def _call(self, method: Any, request: Any, lease: int = 0) -> Any:

@@ -8,6 +8,10 @@ from etcd.client import EtcdClient
 from hci.config import Config, Endpoint
 from vmstore.catalog import Catalog
 
+ETCD_PATIENCE_S = 6.0
+"""How long a command asks an etcd again that is there, and busy or without a leader: three times
+as long as a call may take, and longer than it takes to choose another one."""
+
 
 @contextmanager
 def catalog(config: Config) -> Iterator[Catalog]:
@@ -15,7 +19,8 @@ def catalog(config: Config) -> Iterator[Catalog]:
 
     Calls on it raise `etcd.errors.EtcdUnavailable` where etcd does not answer.
     """
-    client = EtcdClient([str(endpoint) for endpoint in config.cluster.etcd])
+    endpoints = [str(endpoint) for endpoint in config.cluster.etcd]
+    client = EtcdClient(endpoints, patience_s=ETCD_PATIENCE_S)
     try:
         yield Catalog(client)
     finally:

@@ -8,9 +8,9 @@ from contextlib import suppress
 from urllib.parse import quote
 
 from etcd.records import ImageRecord, NodeRecord
+from hci import control_pb2 as pb
 from hci.config import Config, GatewayConfig
 from hci.control import GatewayClient, NodeClient
-from hci.dev.process import undisturbed
 from hci.errors import ConfigError, ControlError
 from shard.geometry import check_image_size
 from shard.ids import ImageId
@@ -18,12 +18,21 @@ from vmstore import check as replicas
 from vmstore import transfer
 from vmstore.catalog import Catalog
 from vmstore.errors import InUse, ShrinkRefused
+from vmstore.interrupts import undisturbed
 from vmstore.names import ImageName
 from vmstore.transfer import Source
 
 CLOSING_S = 20.0
 """How long an image may stay taken after its last client left: at most until the lease of a gateway
 that died has expired (10 s), with room."""
+
+LEAVING_S = 1.0
+"""How long a gateway may still count a client whose process has ended."""
+
+LEVELLING_S = 20.0
+"""How long a check waits for the next shard to be made equal; then it compares what there is."""
+
+_AGAIN_S = 0.1
 
 
 def used_bytes(record: ImageRecord, nodes: Mapping[str, NodeRecord]) -> dict[str, int]:
@@ -72,12 +81,38 @@ def url(gateway: GatewayConfig, name: ImageName, *, tcp: bool = False) -> str:
     return f"{scheme}://{gateway.nbd_listen}/{quote(str(name))}"
 
 
-def remove(records: Catalog, name: ImageName) -> None:
+def remove(config: Config, records: Catalog, name: ImageName) -> None:
     """Remove an image, and have the nodes that are up delete its data at once.
 
-    One that is down deletes it when it starts: it finds the tombstone.
+    One that is down deletes it when it starts: it finds the tombstone. An image that its gateway is
+    closing is waited for. Raises InUse where a client has it open.
     """
     record = records.find(name).record
+    begun_s = time.monotonic()
+    while True:
+        try:
+            return _remove(records, name, record)
+        except InUse as error:
+            limit_s = CLOSING_S if _is_closing(config, error.gateway, record.id) else LEAVING_S
+            if time.monotonic() - begun_s > limit_s:
+                raise
+            time.sleep(_AGAIN_S)
+
+
+def _is_closing(config: Config, gateway: str, image: ImageId) -> bool:
+    """Whether a gateway that has an image says that it is giving it back, or has by now."""
+    section = config.gateways.get(gateway)
+    if section is None:
+        return False
+    try:
+        with GatewayClient(section.name, section.control) as client:
+            held = [each for each in client.status().images if each.image_id == image]
+    except ControlError:
+        return False
+    return all(each.state == pb.OpenImage.STATE_CLOSING for each in held)
+
+
+def _remove(records: Catalog, name: ImageName, record: ImageRecord) -> None:
     records.delete_image(name, only=record.id)
     nodes = records.nodes()
     for node in sorted({node for members in record.sets for node in members}):
@@ -108,10 +143,12 @@ def resize(
     record = records.find(name).record
     if size_bytes < record.size_bytes and not force:
         raise ShrinkRefused(str(name), record.size_bytes, size_bytes)
-    holder = holder_of(records, record.id)
     if records.lease_of(record.id) is None and size_bytes >= record.size_bytes:
-        records.grow_image(name, size_bytes)
-        return 0
+        # A gateway that has taken it meanwhile does it.
+        with suppress(InUse):
+            records.grow_image(name, size_bytes)
+            return 0
+    holder = holder_of(records, record.id)
     if holder is not None and holder not in config.gateways:
         raise InUse(str(name), holder)
     gateway = gateway_for(config, holder)
@@ -126,25 +163,29 @@ def import_file(
 
     Where this process is killed meanwhile the image counts as an interrupted import.
     """
-    made = records.create_image(name, source.size_bytes, imported_by=socket.gethostname())
+    made = None
     try:
+        # An interrupt that comes when etcd has the image, but has not said so, must not leave it.
+        with undisturbed():
+            made = records.create_image(name, source.size_bytes, imported_by=socket.gethostname())
         transfer.fill(source, uri, progress)
         records.finish_import(made.record.id)
     except BaseException:
-        with undisturbed():
-            _remove_when_closed(records, name)
+        if made is not None:
+            with undisturbed():
+                _remove_when_closed(records, name, made.record)
         raise
 
 
-def _remove_when_closed(records: Catalog, name: ImageName) -> None:
+def _remove_when_closed(records: Catalog, name: ImageName, record: ImageRecord) -> None:
     deadline = time.monotonic() + CLOSING_S
     while True:
         try:
-            return remove(records, name)
+            return _remove(records, name, record)
         except InUse:
             if time.monotonic() > deadline:
                 raise
-            time.sleep(0.1)
+            time.sleep(_AGAIN_S)
 
 
 def check(
@@ -153,11 +194,13 @@ def check(
     """Compare the replicas of an image that are in sync and up.
 
     After an unclean end replicas may differ until the image is opened, which makes them equal: so
-    one that was not closed cleanly is opened for a moment first.
+    one that was not closed cleanly is opened first, for as long as that takes.
     """
     record = records.find(name).record
     if not record.clean:
-        transfer.touch(answering_uri(config, name, holder_of(records, record.id)))
+        uri = answering_uri(config, name, holder_of(records, record.id))
+        transfer.touch(uri)
+        _level(gateway_for(config, holder_of(records, record.id)), uri, record.id)
         record = records.find(name).record
     nodes = records.nodes()
 
@@ -173,6 +216,31 @@ def check(
         time.sleep(0.1 * 2**attempt)
 
     return replicas.compare(record, _answering(record, nodes), digests, progress, pause)
+
+
+def _level(gateway: GatewayConfig, uri: str, image: ImageId) -> None:
+    """Keep an image open until its replicas in sync are level, or that does not get on."""
+    with (
+        suppress(ControlError),
+        GatewayClient(gateway.name, gateway.control) as client,
+        transfer.held_open(uri) as is_open,
+    ):
+        left, since_s = -1, time.monotonic()
+        while left != 0 and is_open() and time.monotonic() - since_s < LEVELLING_S:
+            now = _shards_to_level(client, image)
+            if now != left:
+                left, since_s = now, time.monotonic()
+            else:
+                time.sleep(_AGAIN_S)
+
+
+def _shards_to_level(client: GatewayClient, image: ImageId) -> int:
+    """Return how many a gateway still has to make equal; -1 where it does not serve the image."""
+    unopened = (pb.OpenImage.STATE_OPENING, pb.OpenImage.STATE_CLOSING)
+    for each in client.status().images:
+        if each.image_id == image and each.clients and each.state not in unopened:
+            return int(each.counters["levelling_shards_left"])
+    return -1
 
 
 def _answering(record: ImageRecord, nodes: Mapping[str, NodeRecord]) -> list[str]:

@@ -52,7 +52,9 @@ def find(config: Config, records: Catalog) -> list[Leftover]:
     ]
 
 
-def collect(records: Catalog, found: Sequence[Leftover], wanted: Collection[str]) -> list[Leftover]:
+def collect(
+    config: Config, records: Catalog, found: Sequence[Leftover], wanted: Collection[str]
+) -> list[Leftover]:
     """Collect leftovers; unknown images only where `wanted` names them by id.
 
     Raises CollectRefused for a name that is no leftover's, and InUse.
@@ -73,7 +75,7 @@ def collect(records: Catalog, found: Sequence[Leftover], wanted: Collection[str]
         entry = next((e for e in records.images() if e.image.record.id == each.image), None)
         if entry is None or each.image not in records.unfinished_imports():
             continue  # Finished or removed meanwhile.
-        images.remove(records, entry.name)
+        images.remove(config, records, entry.name)
         collected.append(each)
     return collected
 

@@ -15,16 +15,16 @@ from etcd.errors import EtcdUnavailable
 from etcd.records import ArbiterRecord, ImageRecord, NodeRecord, PlacementRecord, PoolRecord
 from etcd.scrubs import ScrubRecord
 from hci import control_pb2 as pb
-from hci.config import Config
+from hci.config import Config, GatewayConfig
 from hci.connect import arbiter_client, catalog
-from hci.control import GatewayClient, NodeClient
+from hci.control import DEADLINE_S, GatewayClient, NodeClient
 from hci.errors import ControlError
 from shard.geometry import format_size
 from vmstore.catalog import Catalog
 from vmstore.errors import RecordsLost, UnknownPool
 
-ASK_DEADLINE_S = 2.0
-"""A daemon that is silent for longer is shown as down; all are asked at once."""
+ASK_DEADLINE_S = DEADLINE_S
+"""A daemon that is silent for longer is shown as down; all of a kind are asked at once."""
 
 
 class Health(StrEnum):
@@ -518,25 +518,27 @@ def _capacity(record: NodeRecord | None) -> int | None:
 
 
 def _gateways(config: Config) -> list[GatewayView]:
-    found = []
-    for name, section in sorted(config.gateways.items()):
-        try:
-            with GatewayClient(name, section.control, deadline_s=ASK_DEADLINE_S) as client:
-                status = client.status()
-            state = _GATEWAY_STATES[status.state]
-            found.append(
-                GatewayView(
-                    name,
-                    state,
-                    section.host,
-                    status.trouble,
-                    status.images,
-                    status.finished_heals,
-                )
-            )
-        except ControlError as error:
-            found.append(GatewayView(name, "down", section.host, str(error)))
-    return found
+    sections = [section for _name, section in sorted(config.gateways.items())]
+    if not sections:
+        return []
+    with ThreadPoolExecutor(min(len(sections), 32)) as pool:
+        return list(pool.map(_gateway, sections))
+
+
+def _gateway(section: GatewayConfig) -> GatewayView:
+    try:
+        with GatewayClient(section.name, section.control, deadline_s=ASK_DEADLINE_S) as client:
+            status = client.status()
+    except ControlError as error:
+        return GatewayView(section.name, "down", section.host, str(error))
+    return GatewayView(
+        section.name,
+        _GATEWAY_STATES[status.state],
+        section.host,
+        status.trouble,
+        status.images,
+        status.finished_heals,
+    )
 
 
 _STATES = {

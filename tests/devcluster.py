@@ -28,7 +28,9 @@ from tests.prepared import Prepared
 
 POOL = "vms"
 COMMAND_TIMEOUT_S = 120.0
-HEALTH_TIMEOUT_S = 30.0
+GONE_TIMEOUT_S = 20.0
+# A hang detector: no budget of the product is this long.
+HEALTH_TIMEOUT_S = 60.0
 
 
 class CommandError(Exception):
@@ -297,12 +299,19 @@ class DevCluster:
                     self.try_hci("dev", "stop", timeout_s=60)
             if self._prepared is not None:
                 self._prepared.close()
-            for pid in self.processes():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            self._kill_what_is_left()
             if self._own_directory:
                 shutil.rmtree(self.directory, ignore_errors=True)
             reaper.forget(self.directory)
+
+    def _kill_what_is_left(self) -> None:
+        """What was killed is there for a moment yet, on a busy machine for a longer one."""
+        deadline = time.monotonic() + GONE_TIMEOUT_S
+        while (left := self.processes()) and time.monotonic() < deadline:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
 
     def processes(self) -> list[int]:
         """Every process whose command line or environment names this cluster's folder."""

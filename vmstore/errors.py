@@ -26,6 +26,7 @@ HciError
     ├── ImageExists
     ├── ShrinkRefused             a smaller size without being forced
     ├── InUse                     a gateway has the image open
+    ├── BeingClosed               its last client has left, and its gateway is not done with it
     ├── BeingResized              another change of the image's size is under way
     ├── ClientBarred              the image was another gateway's since this client had it
     ├── RecordsLost               etcd lost history, and nothing goes by it before it is recovered
@@ -296,6 +297,14 @@ class InUse(VmstoreError):
         super().__init__(
             f"{image} is in use on gateway {gateway}; stop the guest or tool that has it open there"
         )
+
+
+class BeingClosed(VmstoreError):
+    """An image's last client has left, and its gateway has not given it back yet."""
+
+    def __init__(self, image: str) -> None:
+        self.image = image
+        super().__init__(f"image {image} is being closed; try again")
 
 
 class BeingResized(VmstoreError):

@@ -14,15 +14,17 @@ between the question whether one is there and the first byte that is discarded. 
 way or the other, at the latest with the image.
 """
 
+import time
 from abc import abstractmethod
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 from etcd.records import ImageRecord
 from shard.errors import HciError
 from vmstore import events
 from vmstore.deciding import TICK_S
-from vmstore.errors import BeingResized, InUse, ShrinkRefused
+from vmstore.errors import BeingClosed, BeingResized, InUse, ShrinkRefused
 from vmstore.holder import Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName
@@ -32,6 +34,9 @@ from vmstore.stored import Stored
 RESIZE_LIMIT_S = 660.0
 """How long a caller waits: for the image to open, and for all that a shrink cuts off to be
 discarded. What is not done by then goes on."""
+
+CLOSING_S = 20.0
+"""How long a resize waits for an image that is being closed, as a client does that wants it."""
 
 RECONNECT_S = 10.0
 """How long an image stays open for clients that were asked to connect anew: QEMU tries again with
@@ -75,13 +80,21 @@ class Resizing(Serving):
     ) -> int:
         """Change the size of an image, opening it for that where it is closed.
 
-        Return how many connections go by the former size: those that were there, unless they were
-        asked to `reconnect`. Raises InUse where clients have it open and it would shrink,
-        ShrinkRefused, BeingResized, TimeoutError where it is not done yet, and what an open raises.
+        One whose last client has just left is closed first. Return how many connections go by the
+        former size: those that were there, unless they were asked to `reconnect`. Raises InUse
+        where clients have it open and it would shrink, ShrinkRefused, BeingResized, BeingClosed
+        where that lasts, TimeoutError where it is not done yet, and what an open raises.
         """
-        resize = Resize(size_bytes, force, Future(), reconnect)
-        self._deciding.put(lambda: self._find_to_resize(name, resize))
-        return resize.done.result(timeout=RESIZE_LIMIT_S)
+        closed_by_s = time.monotonic() + CLOSING_S
+        while True:
+            resize = Resize(size_bytes, force, Future(), reconnect)
+            self._deciding.put(partial(self._find_to_resize, name, resize))
+            try:
+                return resize.done.result(timeout=RESIZE_LIMIT_S)
+            except BeingClosed:
+                if time.monotonic() > closed_by_s:
+                    raise
+            time.sleep(TICK_S)
 
     def stop(self) -> None:
         """See `Serving`. No caller waits for an image that did not close in time."""
@@ -101,7 +114,7 @@ class Resizing(Serving):
             if image.resize is not None:
                 resize.done.set_exception(BeingResized(str(name)))
             elif image.holder.phase in (Phase.CLOSING, Phase.RELEASING, Phase.ENDED):
-                resize.done.set_exception(HciError(f"image {name} is being closed; try again"))
+                resize.done.set_exception(BeingClosed(str(name)))
             else:
                 image.resize = resize
                 image.users.add(RESIZER)

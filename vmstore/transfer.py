@@ -12,14 +12,15 @@ import shutil
 import subprocess
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from shard.errors import HciError
+from vmstore.interrupts import undisturbed
 
 FORMATS = ("qcow2", "raw", "vmdk", "vdi")
 
@@ -29,6 +30,9 @@ SECTOR_BYTES = 512
 
 QEMU_IMG_FOUND_CORRUPTION = 2
 """Exit status of `qemu-img check` (qemu-img(1)); leaked space has another and loses nothing."""
+
+LEAVING_S = 5.0
+"""How long a program that is told to end may take, before it is made to."""
 
 Progress = Callable[[float], None]
 """Told now and then which part of the work is done, from 0 to 1."""
@@ -87,6 +91,30 @@ def inspect(path: Path, file_format: str | None = None) -> Source:
 def touch(uri: str) -> None:
     """Open the image at `uri` and close it again. Raises TransferFailed where it does not open."""
     _answer("info", "--output=json", "-f", "raw", uri)
+
+
+@contextmanager
+def held_open(uri: str) -> Iterator[Callable[[], bool]]:
+    """Have the image at `uri` open for the block; what is given says whether it still is.
+
+    It is a moment after the block begins. Raises TransferFailed where the program is missing.
+    """
+    with undisturbed():
+        process = subprocess.Popen(
+            [_program("qemu-io"), "-r", "-f", "raw", uri],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    assert process.stdin is not None
+    try:
+        yield lambda: process.poll() is None
+    finally:
+        # It leaves in good order when it is told nothing more.
+        with suppress(OSError, subprocess.TimeoutExpired):
+            process.stdin.close()
+            process.wait(LEAVING_S)
+        _end(process)
 
 
 def fill(source: Source, uri: str, progress: Progress) -> None:
@@ -219,10 +247,10 @@ def _ends_after(extent: dict[str, Any], file_bytes: int) -> bool:
     return int(extent["offset"]) + int(extent["length"]) > file_bytes + SECTOR_BYTES - 1
 
 
-def _program() -> str:
-    program = shutil.which("qemu-img")
+def _program(name: str = "qemu-img") -> str:
+    program = shutil.which(name)
     if program is None:
-        raise TransferFailed("there is no `qemu-img` program here; install qemu-utils")
+        raise TransferFailed(f"there is no `{name}` program here; install qemu-utils")
     return program
 
 
@@ -234,21 +262,25 @@ def _answer(*arguments: str) -> bytes:
 
 
 def _convert(arguments: Sequence[str], progress: Progress, what: str) -> None:
-    with subprocess.Popen(
-        [_program(), "convert", "-p", *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as process:
+    process: subprocess.Popen[bytes] | None = None
+    try:
+        # Interrupted between its start and our knowing of it, it would go on without us.
+        with undisturbed():
+            process = subprocess.Popen(
+                [_program(), "convert", "-p", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
         assert process.stdout is not None
         assert process.stderr is not None
-        try:
-            _follow(process.stdout.fileno(), progress)
-            complaint = process.stderr.read()
-        except BaseException:
+        _follow(process.stdout.fileno(), progress)
+        complaint = process.stderr.read()
+        status = process.wait()
+    finally:
+        if process is not None:
             _end(process)
-            raise
-    if process.returncode != 0:
+    if status != 0:
         raise TransferFailed(f"{what}: {_complaint(complaint)}")
     progress(1.0)
 
@@ -265,11 +297,13 @@ def _follow(descriptor: int, progress: Progress) -> None:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    process.terminate()
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
+    """End it, where it has not ended by itself, and close its pipes."""
+    with undisturbed(), process:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _complaint(stderr: bytes) -> str:

@@ -107,7 +107,7 @@ def leftovers(
             sys.stdin.isatty() and typer.confirm("Delete these for ever, as far as they can be?")
         ):
             raise RecoveryRefused("nothing was deleted; confirm it with --yes")
-        for each in left.collect(records, found, images or ()):
+        for each in left.collect(here.config, records, found, images or ()):
             typer.echo(f"collected {each.name or each.image}", err=as_json)
 
 

@@ -104,8 +104,9 @@ def _scrubbed(scrub: ScrubRecord) -> dict[str, Any]:
 @app.command("rm")
 def remove(context: typer.Context, name: Image) -> None:
     """Remove an image and its data. It cannot be brought back."""
-    with session.of(context).catalog() as records:
-        images.remove(records, parse_image_name(name))
+    here = session.of(context)
+    with here.catalog() as records:
+        images.remove(here.config, records, parse_image_name(name))
     typer.echo(f"removed {name}")
 
 

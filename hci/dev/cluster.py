@@ -19,6 +19,7 @@ from hci.config import Config, DevConfig, Endpoint
 from hci.dev import health, holder, layout, ports, process
 from hci.dev.process import Process
 from hci.errors import ConfigError, DevError
+from vmstore.interrupts import undisturbed
 
 STOP_GRACE_S = 30.0
 """A gateway flushes its images and a node makes a checkpoint before they end. More than a gateway
@@ -96,7 +97,7 @@ class DevCluster:
                 self._run(self.members)
                 health.ensure_pool(self.config)
             except BaseException:
-                with process.undisturbed():
+                with undisturbed():
                     self._stop()
                 raise
 

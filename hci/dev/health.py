@@ -4,6 +4,7 @@ What speaks to members is imported where it is used: the members start meanwhile
 """
 
 import json
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -46,11 +47,14 @@ def wait(
 
 
 def wait_for_socket(path: Path, started: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Return when the holder listens at `path`."""
+    """Return when the holder listens at `path`, which it does a moment after the path is there."""
 
     def check() -> None:
-        if not path.exists():
-            raise _NotYet(f"no socket at {path}")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(str(path))
+            except OSError as error:
+                raise _NotYet(f"nobody listens at {path}: {error}") from error
 
     _wait_for("holder", check, started, log, time.monotonic() + PATIENCE_S)
 

@@ -25,6 +25,11 @@ CHECK_S = 2.0
 """How often it looks whether the cluster is still there."""
 
 _ANSWER_S = 5.0
+"""How long it waits for a client to say what it wants."""
+
+_PATIENCE_S = 30.0
+"""How long a client waits for it, on a machine that is busy."""
+
 _OK = b"ok"
 
 
@@ -37,7 +42,7 @@ def address(config: Config) -> Path:
 def take(config: Config, gateway: str) -> socket.socket:
     """Return the listening socket of a gateway. Raises DevError where there is none to have."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(_ANSWER_S)
+        connection.settimeout(_PATIENCE_S)
         try:
             connection.connect(str(address(config)))
             connection.sendall(gateway.encode() + b"\n")

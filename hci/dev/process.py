@@ -10,14 +10,14 @@ import os
 import select
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hci.dev import layout
+from vmstore.interrupts import undisturbed
 
 LOG_LINE_MAX = 300
 """Characters of a log's last line that an error shows."""
@@ -112,29 +112,6 @@ def spawn(
         if process is not None:
             layout.write(record, json.dumps(asdict(process)))
     return started
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Put interrupts off to the end of the block: what it begins, or undoes, must not be half done.
-
-    Blocking the signals would do so too, but what is blocked stays so in the new process.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    former = {
-        number: signal.signal(number, lambda number, _frame: came.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-    if came:
-        signal.raise_signal(came[0])
 
 
 def end(processes: Sequence[Process], *, grace_s: float) -> list[Process]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from etcd.client import EtcdClient
 from etcd.errors import EtcdUnavailable
 
-START_S = 30.0
+START_S = 60.0
 # Below what Linux gives to outgoing connections, and apart from what dev clusters take.
 PORTS = range(12000, 20000)
 # Held until this process ends: the names of its ports, which no other test process takes then.
@@ -67,6 +67,12 @@ class EtcdServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+
+    @property
+    def pid(self) -> int:
+        """Of the running process."""
+        assert self._process is not None, "etcd does not run"
+        return self._process.pid
 
     def kill(self) -> None:
         """Kill etcd as a crash would."""

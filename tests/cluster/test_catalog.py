@@ -116,7 +116,7 @@ def test_lease_never_ends_in_etcd_before_its_session_says(etcd_server: EtcdServe
         seen(notice)
 
     with contextlib.closing(EtcdClient([etcd_server.endpoint])) as etcd:
-        session = Session(etcd, on_lost=lambda: None, ttl_s=2)
+        session = Session(etcd, on_lost=lambda: None, ttl_s=4)
         put(etcd, "/hci/alive/n", b"1", session.lease)
         etcd.watch("/hci/alive/", on_notice)
         assert session.renew()

@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import os
+import signal
 import socket
 import threading
 import time
@@ -15,6 +17,7 @@ from etcd.interface import Changes, Delete, Put, Reread
 from etcd.rpc import Endpoint
 from tests.cluster.etcd_server import EtcdServer, free_ports
 from tests.unit.etcd.contract import HANG_S, EtcdContract, Notices, put
+from tests.waiting import stop
 
 
 class ServerSubject:
@@ -45,8 +48,10 @@ class TestEtcdServer(EtcdContract):
 
 
 @contextlib.contextmanager
-def client_of(*endpoints: str, timeout_s: float = 2.0) -> Iterator[EtcdClient]:
-    client = EtcdClient(endpoints, timeout_s=timeout_s)
+def client_of(
+    *endpoints: str, timeout_s: float = 2.0, patience_s: float = 0.0
+) -> Iterator[EtcdClient]:
+    client = EtcdClient(endpoints, timeout_s=timeout_s, patience_s=patience_s)
     try:
         yield client
     finally:
@@ -78,6 +83,30 @@ def test_call_with_etcd_down_says_unavailable_in_bounded_time() -> None:
         assert time.monotonic() - begun < HANG_S
 
 
+def test_patient_client_asks_a_busy_etcd_again_and_a_dead_one_once(
+    etcd_server: EtcdServer,
+) -> None:
+    # A command said that etcd was not reachable where it was slow to answer once.
+    with (
+        client_of(etcd_server.endpoint, timeout_s=0.5) as hasty,
+        client_of(etcd_server.endpoint, patience_s=HANG_S) as patient,
+    ):
+        put(patient, "/hci/a", b"1")
+        pid = etcd_server.pid
+        stop(pid)
+        going_on = threading.Timer(3, os.kill, [pid, signal.SIGCONT])
+        going_on.start()
+        with pytest.raises(EtcdUnavailable):
+            hasty.get("/hci/a")
+        assert patient.get("/hci/a") is not None
+        going_on.join()
+        etcd_server.kill()
+        begun = time.monotonic()
+        with pytest.raises(EtcdUnavailable):
+            patient.get("/hci/a")
+        assert time.monotonic() - begun < HANG_S / 2
+
+
 def test_call_with_a_dead_endpoint_goes_to_the_next(etcd_server: EtcdServer) -> None:
     with client_of(dead_endpoint(), etcd_server.endpoint) as client:
         assert client.transaction([], [Put("/hci/a", b"1")]).committed
@@ -87,7 +116,7 @@ def test_call_with_a_dead_endpoint_goes_to_the_next(etcd_server: EtcdServer) -> 
 def test_read_with_a_silent_endpoint_goes_to_the_next(etcd_server: EtcdServer) -> None:
     with (
         silent_endpoint() as silent,
-        client_of(silent, etcd_server.endpoint, timeout_s=0.5) as client,
+        client_of(silent, etcd_server.endpoint) as client,
     ):
         assert client.get("/hci/a") is None
 
@@ -95,7 +124,7 @@ def test_read_with_a_silent_endpoint_goes_to_the_next(etcd_server: EtcdServer) -
 def test_change_with_a_silent_endpoint_is_of_unknown_outcome(etcd_server: EtcdServer) -> None:
     with (
         silent_endpoint() as silent,
-        client_of(silent, etcd_server.endpoint, timeout_s=0.5) as client,
+        client_of(silent, etcd_server.endpoint) as client,
     ):
         with pytest.raises((OutcomeUnknown, EtcdUnavailable)):
             client.transaction([], [Put("/hci/a", b"1")])

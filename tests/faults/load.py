@@ -18,7 +18,7 @@ SIZE_MIB = 64
 RATE_MIB = 32
 DURATION_S = 2 * SIZE_MIB / RATE_MIB  # written once, read back once
 END_TIMEOUT_S = 120.0
-START_TIMEOUT_S = 20.0
+START_TIMEOUT_S = 60.0
 
 
 def rounds(default: int) -> int:

@@ -33,7 +33,7 @@ AFTER = 30
 LONGEST_OUTAGE_S = 8.0
 
 
-@pytest.mark.timeout(300 + 100 * rounds(1))
+@pytest.mark.timeout(600 + 100 * rounds(1))
 def test_guests_database_keeps_every_committed_transaction(
     hosts: HostCluster, tmp_path: Path
 ) -> None:

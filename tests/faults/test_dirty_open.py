@@ -8,6 +8,8 @@ import struct
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.devcluster import POOL, DevCluster
 from tests.faults.nbd_session import NbdSession
 from tests.faults.stamps import BLOCK_BYTES
@@ -75,6 +77,7 @@ def restart_gateway(cluster: DevCluster) -> None:
     seconds_to_open(cluster, "warm")
 
 
+@pytest.mark.timeout(900)  # as many rounds as a busy machine needs for one without noise
 def test_dirty_image_opens_about_as_quickly_as_one_with_nothing_dirty(cluster: DevCluster) -> None:
     for image in ("warm", "calm", "dirty"):
         cluster.create(image, f"{SHARDS * SHARD_BYTES}")

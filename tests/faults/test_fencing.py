@@ -14,6 +14,7 @@ import time
 import pytest
 
 from tests.faults.nbd_session import Answer, NbdError, NbdSession
+from tests.faults.test_partition import stale
 from tests.faults.test_silent import open_at
 from tests.hosts.cluster import HostCluster
 from tests.waiting import stop
@@ -58,7 +59,7 @@ def test_gateway_alone_with_one_node_answers_nothing_past_its_lease(hosts: HostC
             waiting += [old.submit("read", 0, 64), old.submit("write", 64, 64, 4)]
             time.sleep(STILL_S)
             must_not_be_answered(*waiting)
-            assert {entry["node"] for entry in hosts.info("cut-off")["stale"]} == {"node1"}
+            assert stale(hosts, "cut-off") == {"node1"}
             hosts.network.mend()
             must_fail(*waiting, old.submit("read", 0, 64), old.submit("write", 0, 64, 5))
             assert new.call("read", 0, 128) == [3] * 64 + [0] * 64
@@ -76,7 +77,7 @@ def test_gateway_with_etcd_and_one_node_keeps_its_image_and_waits(hosts: HostClu
         time.sleep(LEASE_S + 2)
         assert not waiting.done()
         # One may be left behind; without the other there is no quorum.
-        assert len(hosts.info("minority")["stale"]) <= 1
+        assert len(stale(hosts, "minority")) <= 1
         # Its lease lives, so that nobody else is let in beside it.
         with pytest.raises(NbdError):
             NbdSession(hosts.url_at("gateway2", "minority"), 1)

@@ -81,7 +81,9 @@ def test_gateway_and_node_killed_together_gives_no_error(
     cluster.create("both", f"{SIZE_MIB}M")
     with ReconnectingDisk(cluster.url("both"), tmp_path) as disk:
         with VerifyingFio(disk.uri, seed, tmp_path) as fio:
-            time.sleep(1.5)
+            # Long before fio is through, whatever a command takes to start.
+            time.sleep(0.5)
+            assert fio.is_running
             cluster.kill("gateway1")
             cluster.kill(victim)
             cluster.run("gateway1")

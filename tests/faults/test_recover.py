@@ -103,7 +103,10 @@ def test_records_are_rebuilt_with_names_pools_and_deletes(lost_whole: bool) -> N
         assert "hci cluster recover" in problems(cluster)
         assert cluster.health() == "unavailable"
         # Who looked first has said it; the others may have been refused since.
-        assert any("history_lost" in log_of(cluster, node) for node in ("node1", "node2", "node3"))
+        until(
+            "a node says so",
+            lambda: any("history_lost" in log_of(cluster, node) for node in cluster.nodes),
+        )
         with pytest.raises(NbdError):
             NbdSession(cluster.url_at("gateway1", "kept"), 1)
         for command in (("image", "create", f"{POOL}/new", "8M"), ("pool", "create", "third")):

@@ -172,6 +172,8 @@ def test_small_write_into_a_rotten_block_succeeds(rotting: DevCluster) -> None:
         check=True, timeout=60,
     )  # fmt: skip
     assert rotting.info("small")["generation"] == generation, "nobody was left behind"
+    # Counted when the gateway hears of it, which may be after the write is answered.
+    until("it is counted", lambda: counted(rotting, "small").get("repaired", 0) > 0)
     assert counted(rotting, "small")["repaired"] == 1
     until("the image is closed", lambda: rotting.info("small")["clean"])
     rotting.must_be_equal("small")

@@ -23,11 +23,15 @@ from tests.devcluster import DevCluster
 from tests.faults.delay_proxy import DelayProxy
 from tests.faults.load import DURATION_S, SIZE_MIB, VerifyingFio, drawn_seed, rounds
 from tests.faults.nbd_session import NbdError, NbdSession
+from tests.waiting import until
 
 WAIT_S = 3.0
 """Longer than a change of membership takes when all that it needs is there."""
 
-RESUME_S = 30.0
+RESUME_S = 60.0
+
+PROMPT_S = 6.0
+"""Less than a deadline that passes, and some round trips of 400 ms."""
 
 
 @pytest.fixture(scope="module")
@@ -222,16 +226,23 @@ def test_arbiter_far_away_is_asked_in_time(pair: DevCluster) -> None:
         _move(config["cluster"]["etcd"], proxy.address)
         pair.create("far", "16M")
         with NbdSession(pair.url("far"), 7) as session:
-            session.call("write", 0, 16, 1)
-            pair.kill("node2")
-            began_s = time.monotonic()
-            session.call("write", 0, 16, 2)
-            took_s = time.monotonic() - began_s
-            print(f"the write that waited for the arbiter took {took_s:.2f} s")
+            version = 1
+            session.call("write", 0, 16, version)
+            took_s: list[float] = []
+            # A busy machine may take as long once; who waits for a deadline does so each time.
+            while len(took_s) < 3 and min(took_s, default=PROMPT_S) >= PROMPT_S:
+                pair.run("all")
+                until("node2 is in sync", lambda: stale(pair, "far") == [])
+                pair.kill("node2")
+                began_s = time.monotonic()
+                version += 1
+                session.call("write", 0, 16, version)
+                took_s.append(time.monotonic() - began_s)
+            print(f"the writes that waited for the arbiter took {took_s} s")
             session.call("flush")
-            assert session.call("read", 0, 16) == [2] * 16
+            assert session.call("read", 0, 16) == [version] * 16
         assert stale(pair, "far") == ["node2"]
-        assert took_s < 6, "the votes are asked for once, not until a deadline passes"
+        assert min(took_s) < PROMPT_S, "the votes are asked for once, not until a deadline passes"
     # It registers its own address again.
     pair.kill("arbiter")
 

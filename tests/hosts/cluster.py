@@ -115,8 +115,8 @@ class HostCluster(DevCluster):
         """SIGKILLs several members at once, those that run; returns when they have ended."""
         running = [self._members[name].process for name in names]
         for process in running:
-            if process is not None and process.poll() is None:
-                process.kill()
+            if process is not None:
+                _kill(process)
         for process in running:
             if process is not None:
                 process.wait()
@@ -169,8 +169,8 @@ class HostCluster(DevCluster):
     def close(self) -> None:
         """Kills everything and deletes what it kept."""
         for member in self._members.values():
-            if member.process is not None and member.process.poll() is None:
-                member.process.kill()
+            if member.process is not None:
+                _kill(member.process)
         for member in self._members.values():
             if member.process is not None:
                 member.process.wait()
@@ -300,6 +300,12 @@ class HostCluster(DevCluster):
                 how = "ended" if ended else f"is not ready after {START_TIMEOUT_S:.0f} s"
                 raise StartError(f"{member.name} {how}: {said[-2000:].decode(errors='replace')}")
             time.sleep(0.02)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """With its children: a member may have been started by a program that waits for it."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _state(member: _Member) -> str:

@@ -13,9 +13,10 @@ import pytest
 from tests.hosts.line import Line
 from tests.hosts.network import PROJECT, Network, NetworkError
 
-GONE_WITHIN_S = 20.0
+GONE_WITHIN_S = 60.0
 SHORT_S = 0.7
 LONG_S = 10.0
+ATTEMPTS = 10
 
 SERVER = """
 import socket
@@ -85,8 +86,13 @@ def test_delay_is_of_one_direction_and_one_line(network: Network) -> None:
     late = reach(network, "a", "b", LONG_S)
     # A connection takes two trips, of the first and of the third packet.
     assert late is not None and late >= 0.2
-    soon = reach(network, "a", "c", LONG_S)
-    assert soon is not None and soon < 0.2
+    # A busy machine may be as late once, a line that delays is never sooner.
+    others_s: list[float] = []
+    while len(others_s) < ATTEMPTS and min(others_s, default=LONG_S) >= 0.2:
+        soon = reach(network, "a", "c", LONG_S)
+        assert soon is not None
+        others_s.append(soon)
+    assert min(others_s) < 0.2, others_s
     network.set(Line(loss=1.0), ["a"], ["b"])
     assert reach(network, "a", "b", SHORT_S) is None
 

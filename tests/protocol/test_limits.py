@@ -173,12 +173,13 @@ def test_connections_past_the_limit_are_closed_and_counted(shared: DevCluster) -
 
 def test_handshake_that_takes_too_long_is_ended_and_nothing_else(shared: DevCluster) -> None:
     shared.create("slow", "1M")
-    with gateway_with(shared, handshake_timeout="2s"):
+    with gateway_with(shared, handshake_timeout="4s"):
         uri = shared.url("slow")
-        with Client(uri).open() as served, Client(uri) as silent:
+        with Client(uri).open() as served:
             begun = time.monotonic()
-            assert silent.ended()
-            assert 1.5 < time.monotonic() - begun < PATIENCE_S
+            with Client(uri) as silent:
+                assert silent.ended()
+            assert 3.5 < time.monotonic() - begun < PATIENCE_S
             assert served.read(0, 1) == b"\0"
 
 
@@ -186,10 +187,10 @@ def test_connection_that_asks_for_nothing_is_ended_where_that_is_wanted(
     shared: DevCluster,
 ) -> None:
     shared.create("idle", "1M")
-    with gateway_with(shared, idle_timeout="3s"):
+    with gateway_with(shared, idle_timeout="6s"):
         uri = shared.url("idle")
+        begun = time.monotonic()
         with Client(uri).open() as busy, Client(uri).open() as idle:
-            begun = time.monotonic()
             idle.socket.settimeout(0.5)
             while True:
                 assert busy.read(0, 1) == b"\0"
@@ -198,5 +199,5 @@ def test_connection_that_asks_for_nothing_is_ended_where_that_is_wanted(
                     break
                 except TimeoutError:
                     assert time.monotonic() - begun < PATIENCE_S
-            assert time.monotonic() - begun > 2.5
+            assert time.monotonic() - begun > 5.5
             assert busy.read(0, 1) == b"\0"

@@ -21,6 +21,7 @@ from tests.certificates import Authority
 from tests.devcluster import POOL, DevCluster
 from tests.protocol.raw_client import ABORT, DISCONNECT, GO, LIST, PATIENCE_S, STARTTLS, Client
 from tests.protocol.settings import GATEWAY, Setting, gateway_with
+from tests.waiting import until
 
 MIB = 1 << 20
 TLS_REQUIRED = 0x80000005
@@ -153,8 +154,8 @@ def test_client_without_a_certificate_of_the_authority_is_refused(site: Site, ru
     for credentials in (None, stranger):
         with pytest.raises((OSError, EOFError)):
             comes_in(credentials)
-    log = Path(site.cluster.members()[GATEWAY]["log"]).read_text()
-    assert "its TLS handshake failed" in log
+    log = Path(site.cluster.members()[GATEWAY]["log"])
+    until("it is logged", lambda: "its TLS handshake failed" in log.read_text())
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import is_listened_at
 from vmstore import transfer
 from vmstore.transfer import TransferFailed
 
@@ -27,7 +28,7 @@ class Disk:
         command = ["nbdkit", "--foreground", "--exit-with-parent", "--unix", str(self.socket)]
         command += ["--filter=delay"] if slow else []
         self._process = subprocess.Popen([*command, "memory", str(size_bytes), *slow])
-        while not self.socket.exists():
+        while not is_listened_at(self.socket):
             assert self._process.poll() is None, "nbdkit runs"
             time.sleep(0.01)
         self.uri = transfer.nbd_uri("vms/disk", self.socket)
@@ -237,3 +238,28 @@ def test_uri_of_an_unusual_name_is_understood_by_its_reader(tmp_path: Path) -> N
     shown = subprocess.run(["qemu-img", "info", uri], capture_output=True, text=True)
     assert "Connection refused" in shown.stderr, "the socket's path arrived whole"
     assert uri.startswith("nbd+unix:///vms/%C3%A4%20b/100%25%3F%23%26?socket=/")
+
+
+def test_import_that_is_interrupted_as_its_tool_starts_ends_the_tool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It went on by itself: the image that it filled was in use, and could not be taken away.
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: object, **options: object) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+    source = transfer.inspect(make(tmp_path / "original.raw", "raw"))
+    slow = Disk(tmp_path, 64 * MIB, slow=["delay-write=1"])
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess, "Popen", Interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                transfer.fill(source, slow.uri, lambda _done: None)
+        assert [each.poll() is not None for each in started] == [True]
+    finally:
+        slow.close()

@@ -96,8 +96,7 @@ class Evidence:
             time.sleep(0.2)
         took_s = time.monotonic() - started_s
         received = self._received() - before
-        lines = cluster.json("heal", "status")["images"]
-        copied = max(line["bytes_done"] for line in lines if line["node"] == VICTIM)
+        copied = self._copied()
         say(f"{VICTIM} is healed after {took_s:.1f} s ({started_s - began_s:.1f} s to start)")
         say(f"  copied {copied / MIB:.1f} MiB, received {received / MIB:.1f} MiB in all")
         return {
@@ -105,6 +104,18 @@ class Evidence:
             "received_mib": round(received / MIB, 1),
             "heal_s": round(took_s, 2),
         }
+
+    def _copied(self) -> int:
+        """Bytes of the heal, which is over a moment after the record takes the node in."""
+        deadline = time.monotonic() + HEAL_TIMEOUT_S
+        while True:
+            lines = self._cluster.json("heal", "status")["images"]
+            of_victim = [line for line in lines if line["node"] == VICTIM]
+            if of_victim and all(line["finished_at"] is not None for line in of_victim):
+                return max(int(line["bytes_done"]) for line in of_victim)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the heal of {VICTIM} is not over: {lines}")
+            time.sleep(0.05)
 
     def _come_back(self) -> float:
         """Restarts the node; returns the seconds from when it serves to when it is in sync."""

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-GONE_WITHIN_S = 20.0
+GONE_WITHIN_S = 60.0
 
 PARENT = """
 import subprocess, sys, time

@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.e2e.guest.disk import GuestSystem
 from tests.e2e.guest.machine import Machine, MachineError
 
-BOOT_TIMEOUT_S = 90.0
+BOOT_TIMEOUT_S = 150.0
 LEDGER_BALANCE = "1000"
 """Of all accounts together, whatever is moved between them."""
 KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 random.trust_cpu=on"

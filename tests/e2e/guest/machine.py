@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +20,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from qemu.qmp import QMPError
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
-RECONNECT_DELAY_S = 30
-START_TIMEOUT_S = 30.0
+from tests.waiting import is_listened_at
+
+# Longer than a whole cluster takes to start beside other tests, which is not what a guest's errors
+# are looked at for; how long it waits for a gateway is measured by `tests.tools.stalls`.
+RECONNECT_DELAY_S = 90
+START_TIMEOUT_S = 60.0
 
 
 class MachineError(Exception):
@@ -96,7 +101,8 @@ class Machine:
         try:
             monitor.connect()
         except QMPError as refused:
-            raise MachineError(f"QEMU did not start: {self.console_tail()}") from refused
+            why = f"QEMU did not start: {refused}: {self.console_tail()}"
+            raise MachineError(why) from refused
         self._qmp = monitor
 
     def io_errors(self) -> list[dict[str, Any]]:
@@ -163,16 +169,11 @@ class Machine:
                 stream.close()
 
     def _await_socket(self) -> None:
-        process = self.process
-        deadline = START_TIMEOUT_S
-        while not self._qmp_path.exists():
-            try:
-                process.wait(timeout=0.05)
-            except subprocess.TimeoutExpired:
-                deadline -= 0.05
-                if deadline > 0:
-                    continue
-            raise MachineError(f"QEMU did not start: {self.console_tail()}")
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not is_listened_at(self._qmp_path):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise MachineError(f"QEMU did not start: {self.console_tail()}")
+            time.sleep(0.05)
 
 
 def nbd_blockdev(uri: str, node_name: str) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from arbiter.server import CannotListen, serve
 from arbiter.statement import Statement
 from arbiter.vote import Refusal
 from arbiter.voting import Addressee, Voting
-from hci.dev import ports
 from shard.ids import ImageId, image_id
+from tests.cluster.etcd_server import free_ports
 
 IMAGE = image_id("1" * 32)
 HOLDER = "a" * 32
@@ -40,7 +40,7 @@ class Running:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.address = f"127.0.0.1:{ports.choose(1, ())[0]}"
+        self.address = f"127.0.0.1:{free_ports(1)[0]}"
         self.start()
 
     def start(self) -> None:
@@ -153,7 +153,7 @@ def test_arbiter_that_is_away_is_unreachable_and_found_again(
     with pytest.raises(ArbiterUnreachable, match="start it, or replace it"):
         client.confirm(running.to(), IMAGE, stated(1, "ab"))
     running.start()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while True:
         try:
             client.confirm(running.to(), IMAGE, stated(1, "ab"))
@@ -166,7 +166,7 @@ def test_silent_arbiter_is_waited_for_by_one_caller_at_a_time() -> None:
     """Hundred images that wait for it must not fill the workers that others need."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-        client = ArbiterClient("arbiter", address, deadline_s=0.5)
+        client = ArbiterClient("arbiter", address, deadline_s=2.0)
         with pytest.raises(ArbiterUnreachable):
             client.status()
         took_s: list[float] = []
@@ -183,7 +183,8 @@ def test_silent_arbiter_is_waited_for_by_one_caller_at_a_time() -> None:
         for thread in threads:
             thread.join()
         client.close()
-    assert sum(took > 0.4 for took in took_s) == 1
+    # Far from both: a busy machine keeps a thread waiting too.
+    assert sum(took > 1.5 for took in took_s) == 1
 
 
 def test_port_in_use_says_which(running: Running, tmp_path: Path) -> None:

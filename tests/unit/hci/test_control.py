@@ -18,10 +18,10 @@ from hci.control_pb2_grpc import (
     add_GatewayControlServicer_to_server,
     add_NodeControlServicer_to_server,
 )
-from hci.dev import ports
 from hci.errors import ConfigError, Refused, Unreachable
 from shard.errors import HciError
 from shard.ids import image_id
+from tests.cluster.etcd_server import free_ports
 from vmstore.resizing import RESIZE_LIMIT_S
 
 IMAGE = image_id("ab" * 16)
@@ -58,7 +58,7 @@ class Gateway(GatewayControlServicer):
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[Endpoint]:
-    endpoint = Endpoint("127.0.0.1", ports.choose(1, ())[0])
+    endpoint = Endpoint("127.0.0.1", free_ports(1)[0])
 
     def register(server: grpc.Server) -> None:
         add_NodeControlServicer_to_server(Node(), server)
@@ -112,7 +112,7 @@ def test_call_that_the_daemon_does_not_know_says_so(address: Endpoint) -> None:
 
 
 def test_daemon_that_is_not_there_is_unreachable() -> None:
-    port = ports.choose(1, ())[0]
+    port = free_ports(1)[0]
     with NodeClient("node1", f"127.0.0.1:{port}") as client, pytest.raises(Unreachable) as caught:
         client.status()
     assert str(caught.value) == (

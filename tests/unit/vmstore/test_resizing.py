@@ -1,6 +1,7 @@
 """Resizing an image: who may be there meanwhile, one at a time, and how it ends."""
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 
@@ -8,7 +9,8 @@ import pytest
 
 from shard.errors import HciError
 from tests.unit.vmstore.gateway import GIB, WAIT_S, ScriptedGateway, scripted_gateway
-from vmstore.errors import BeingResized, InUse, ShrinkRefused
+from vmstore import resizing
+from vmstore.errors import BeingClosed, BeingResized, InUse, ShrinkRefused
 from vmstore.holder import Phase
 
 
@@ -112,16 +114,40 @@ def test_resize_of_an_image_that_is_lost_meanwhile_fails_at_once(
     assert gateway.record.size_bytes == GIB
 
 
-def test_resize_of_an_image_that_closes_says_so(gateway: ScriptedGateway) -> None:
+def begin_to_close(gateway: ScriptedGateway) -> int:
+    """Have the last client leave an image that does not get rid of what it has to flush."""
     gateway.engine.closes = False
     gateway.connect(1)
-    assert gateway.answer(1)[0] == "export"
+    _, channel = gateway.answer(1)
     gateway.leave(1)
     gateway.until(
         lambda: gateway.exports.snapshot()[0].holder.phase is Phase.CLOSING, "it does not close"
     )
-    with pytest.raises(HciError, match="is being closed"):
+    assert isinstance(channel, int)
+    return channel
+
+
+def test_resize_of_an_image_that_does_not_close_says_so(
+    gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resizing, "CLOSING_S", 0.3)
+    begin_to_close(gateway)
+    with pytest.raises(BeingClosed):
         resize(gateway, 2 * GIB).result(timeout=WAIT_S)
+
+
+def test_resize_right_after_the_last_client_left_waits_until_the_image_is_closed(
+    gateway: ScriptedGateway,
+) -> None:
+    # It failed: a guest that was shut down is closed a moment later.
+    channel = begin_to_close(gateway)
+    asked = resize(gateway, 2 * GIB)
+    time.sleep(0.3)
+    assert not asked.done()
+    gateway.engine.closes = True
+    gateway.engine.emit("closed", channel=channel, clean=True)
+    asked.result(timeout=WAIT_S)
+    assert gateway.record.size_bytes == 2 * GIB
 
 
 def test_image_that_grows_tells_how_many_connections_go_by_the_former_size(

@@ -28,7 +28,7 @@ def etcd(monkeypatch: pytest.MonkeyPatch) -> MemoryEtcd:
     """The verified fake in the place of the client, with three nodes that are up."""
     memory = MemoryEtcd()
     monkeypatch.setattr(MemoryEtcd, "close", lambda _self: None)
-    monkeypatch.setattr(connect, "EtcdClient", lambda _endpoints: memory)
+    monkeypatch.setattr(connect, "EtcdClient", lambda _endpoints, **_options: memory)
     catalog = Catalog(memory)
     for number in range(1, 4):
         catalog.announce_node(node_record(number), memory.grant_lease(60))

@@ -4,14 +4,13 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from hci import config
-from hci.dev import holder, layout
+from hci.dev import health, holder, layout
 from hci.errors import DevError
 
 SERVE_ONE = """
@@ -34,9 +33,7 @@ def cluster(tmp_path: Path) -> Iterator[config.Config]:
     layout.make_run_dir(found.dev.run_dir)
     process = subprocess.Popen([sys.executable, "-m", "hci.dev.holder", "--config", str(path)])
     try:
-        while not holder.address(found).exists():
-            assert process.poll() is None
-            time.sleep(0.01)
+        health.wait_for_socket(holder.address(found), process, tmp_path / "none.log")
         yield found
     finally:
         path.unlink(missing_ok=True)

@@ -1,0 +1,157 @@
+"""What the command line does with an image whose state is about to change."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from etcd import keys
+from etcd.interface import Put
+from etcd.memory import MemoryEtcd
+from etcd.records import ImageRecord, LeaseRecord
+from hci import control, images
+from hci import control_pb2 as pb
+from hci.config import ClusterConfig, Config, Endpoint, GatewayConfig
+from hci.control_pb2_grpc import GatewayControlServicer, add_GatewayControlServicer_to_server
+from shard.ids import ImageId
+from tests.cluster.etcd_server import free_ports
+from tests.unit.samples import GIB, node_record
+from vmstore import transfer
+from vmstore.catalog import Catalog
+from vmstore.errors import InUse
+from vmstore.names import ImageName
+from vmstore.stored import Stored
+from vmstore.transfer import Source
+
+DISK = ImageName("vms", "disk")
+NOWHERE = "127.0.0.1:1"
+
+
+@pytest.fixture
+def etcd() -> MemoryEtcd:
+    return MemoryEtcd()
+
+
+@pytest.fixture
+def catalog(etcd: MemoryEtcd) -> Catalog:
+    """Three nodes, none of which answers, and a pool."""
+    made = Catalog(etcd)
+    for number in (1, 2, 3):
+        made.announce_node(node_record(number, control=NOWHERE), etcd.grant_lease(10))
+    made.create_pool("vms")
+    return made
+
+
+@pytest.fixture
+def config() -> Config:
+    return Config(Path("hci.toml"), ClusterConfig(id="c" * 32, etcd=()), {}, {}, {}, None)
+
+
+def taken(etcd: MemoryEtcd, catalog: Catalog) -> int:
+    """The etcd lease of a gateway that has the image."""
+    lease = etcd.grant_lease(60)
+    image = catalog.create_image(DISK, GIB).record
+    record = LeaseRecord(gateway="gateway1", holder="a" * 32, epoch=1)
+    etcd.transaction([], [Put(keys.lease(image.id), record.encode(), lease)])
+    return lease
+
+
+def test_image_that_is_given_back_a_moment_later_is_removed(
+    etcd: MemoryEtcd, catalog: Catalog, config: Config
+) -> None:
+    # A guest that was shut down just now was said to have its image open.
+    lease = taken(etcd, catalog)
+    threading.Timer(0.3, etcd.revoke_lease, [lease]).start()
+    images.remove(config, catalog, DISK)
+    assert catalog.images() == []
+
+
+def test_image_that_somebody_has_open_is_not_removed(
+    etcd: MemoryEtcd, catalog: Catalog, config: Config
+) -> None:
+    taken(etcd, catalog)
+    with pytest.raises(InUse):
+        images.remove(config, catalog, DISK)
+    assert [entry.name for entry in catalog.images()] == [DISK]
+
+
+class InterruptedCatalog(Catalog):
+    """Has its process interrupted when etcd has an image, and has not said so."""
+
+    def create_image(
+        self, name: ImageName, size_bytes: int, *, imported_by: str | None = None
+    ) -> Stored[ImageRecord]:
+        made = super().create_image(name, size_bytes, imported_by=imported_by)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        return made
+
+
+@pytest.mark.usefixtures("catalog")
+def test_import_that_is_interrupted_while_its_image_is_made_leaves_none(
+    etcd: MemoryEtcd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "fill", lambda *_: pytest.fail("it goes on"))
+    records = InterruptedCatalog(etcd)
+    with pytest.raises(KeyboardInterrupt):
+        images.import_file(records, DISK, Source(Path("disk"), "raw", GIB), "nbd:", print)
+    assert records.images() == []
+
+
+class Levelling(GatewayControlServicer):
+    """A gateway at which an image is opened, and has fewer shards to level as time goes by."""
+
+    def __init__(self, answers: Sequence[pb.OpenImage]) -> None:
+        self.left = list(answers)
+
+    def Status(self, request: Any, context: Any) -> pb.GatewayStatus:  # noqa: N802
+        return pb.GatewayStatus(images=[self.left.pop(0)])
+
+
+def test_check_keeps_an_image_open_until_its_replicas_are_level(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # It opened it for a moment: what was not level yet was said to differ.
+    image = "ab" * 16
+    serving = {"image_id": image, "state": pb.OpenImage.STATE_SERVING, "clients": 1}
+    gateway = Levelling(
+        [
+            pb.OpenImage(image_id=image, state=pb.OpenImage.STATE_CLOSING),
+            pb.OpenImage(image_id=image, state=pb.OpenImage.STATE_OPENING, clients=1),
+            pb.OpenImage(**serving, counters={"levelling_shards_left": 7}),
+            pb.OpenImage(**serving, counters={"levelling_shards_left": 7}),
+            pb.OpenImage(**serving, counters={"levelling_shards_left": 2}),
+            pb.OpenImage(**serving),
+            pb.OpenImage(),
+        ]
+    )
+    held: list[str] = []
+
+    @contextmanager
+    def held_open(uri: str) -> Iterator[Callable[[], bool]]:
+        held.append(uri)
+        yield lambda: True
+        held.append("closed")
+
+    monkeypatch.setattr(transfer, "held_open", held_open)
+    control_at = Endpoint("127.0.0.1", free_ports(1)[0])
+    server = control.server(
+        "gateway1",
+        control_at,
+        lambda server: add_GatewayControlServicer_to_server(gateway, server),
+    )
+    try:
+        section = GatewayConfig(
+            *("gateway1", "host1", control_at, Path("nbd.sock"), None, Path("run"), None)
+        )
+        images._level(section, "nbd:", ImageId(image))
+    finally:
+        server.stop(None).wait(10)
+    assert held == ["nbd:", "closed"]
+    assert gateway.left == [pb.OpenImage()]
