@@ -210,6 +210,8 @@ class ArbiterDaemon:
             start_counter=identity.start_counter,
         )
         try:
+            # First: one that was replaced or set back votes on images that were deleted since.
+            self.catalog.check_arbiter(record)
             self._check_history()
             self.catalog.init_cluster(self.config.cluster.id)
             session = Session(self.etcd, on_lost=self._session_lost.set)
@@ -248,18 +250,19 @@ class ArbiterDaemon:
         """Images were deleted somewhere: their votes go here too."""
         found = notice.items if isinstance(notice, Reread) else notice.changes
         deleted = {item.key.removeprefix(keys.TOMBSTONES) for item in found if item.value}
-        known = set(self.record.images())
         for image in sorted(deleted):
-            if image not in known or self._drop(image_id(image)):
+            if self._drop(image_id(image)):
                 self._unconfirmed.add(image_id(image))
 
     def _drop(self, image: ImageId) -> bool:
+        """Drop the votes of a deleted image, if there are any; return whether none are left."""
         try:
-            self.voting.drop(image)
+            known = self.voting.drop(image)
         except ArbiterError as error:
             log.error("drop_failed", arbiter=self.own.name, image=image, why=str(error))
             return False
-        log.info("image_dropped", arbiter=self.own.name, image=image)
+        if known:
+            log.info("image_dropped", arbiter=self.own.name, image=image)
         return True
 
     def _confirm_dropped(self) -> None:
