@@ -755,32 +755,40 @@ class Serving(ABC):
         self._later(lambda: self._catalog.image(image.image), found, nothing_more)
 
     def _history_lost(self, image: OpenImage, error: HciError) -> None:
-        """Have everybody know that etcd is behind; the image is served as it is."""
-        if not image.behind:
-            image.behind = True
-            log.error("history_lost", image=str(image.name), why=str(error))
-        image.holder.trouble = image.holder.trouble or str(error)
-        self._later(lambda: self._mark_lost(image), nothing_more, nothing_more)
+        """Have everybody know that etcd is behind, if it is; the image is served as it is."""
 
-    def _mark_lost(self, image: OpenImage) -> None:
-        """Say in etcd that it is behind what we hold, if it is."""
+        def marked(is_behind: bool) -> None:
+            if is_behind and not image.behind:
+                image.behind = True
+                log.error("history_lost", image=str(image.name), why=str(error))
+
+        image.holder.trouble = image.holder.trouble or str(error)
+        self._later(lambda: self._mark_lost(image), marked, nothing_more)
+
+    def _mark_lost(self, image: OpenImage) -> bool:
+        """Say in etcd that it is behind what we hold, if it surely is; return whether it is.
+
+        An image that is not in it may have been deleted while our lease had lapsed: its tombstone
+        goes once all its nodes have it. They have its record as well, and can tell.
+        """
         assert image.held is not None
         known = image.held.record
         cluster = self._catalog.stored_cluster()
-        why = f"image {image.name} is not in it"
         try:
             found = self._catalog.image(image.image).record
         except UnknownImage:
-            if image.image in self._catalog.tombstones():
-                return
+            if cluster is not None:
+                return False
+            why = "it holds nothing of this cluster"
         else:
             if not found.is_behind(known):
-                return
+                return False
             why = (
                 f"image {image.name} is at epoch {found.epoch}, generation {found.generation} "
                 f"in it, and epoch {known.epoch}, generation {known.generation} is served"
             )
         self._catalog.mark_lost(f"gateway {self._gateway}", why, cluster)
+        return True
 
     def _lost(self, image: OpenImage, event: events.Lost | events.Fenced) -> None:
         """Let go of an image: for good where another gateway has had it for clients since.
