@@ -14,7 +14,7 @@ A node that has lost faith serves data as before: gateways that hold images need
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import structlog
@@ -92,6 +92,8 @@ class HistoryWatch:
                 self._found(str(RecordsLost(marked.by, marked.why)))
             else:
                 self._believe(verdict, listing.items)
+                # No notice comes of tombstones that this was the first to read.
+                self._bury(image for image in _tombstones(now) if image not in known.deleted)
             self._revision = listing.revision
             self._due_s = self._clock_s() + CHECK_S
         if not self._watching:
@@ -154,13 +156,19 @@ class HistoryWatch:
             self._due_s = 0.0
             return
         self._ledger.follow(changes)
-        buried = [
-            ImageId(change.key.removeprefix(keys.TOMBSTONES))
-            for change in changes
-            if change.key.startswith(keys.TOMBSTONES) and change.value is not None
-        ]
-        if buried:
-            self._deleted(buried)
+        self._bury(_tombstones(change.key for change in changes if change.value is not None))
+
+    def _bury(self, images: Iterable[ImageId]) -> None:
+        deleted = list(images)
+        if deleted:
+            self._deleted(deleted)
+
+
+def _tombstones(found: Iterable[str]) -> Iterator[ImageId]:
+    """Yield the images whose tombstones are among keys."""
+    for key in found:
+        if key.startswith(keys.TOMBSTONES):
+            yield ImageId(key.removeprefix(keys.TOMBSTONES))
 
 
 def held_record(image: ImageId, found: dict[str, object]) -> HeldRecord:
