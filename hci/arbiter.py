@@ -210,7 +210,9 @@ class ArbiterDaemon:
             start_counter=identity.start_counter,
         )
         try:
-            # First: one that was replaced or set back votes on images that were deleted since.
+            # First: to who knows one cluster, the records of any other are lost history, and one
+            # that was replaced or set back has votes on images that were deleted since.
+            self.catalog.check_cluster(self.config.cluster.id)
             self.catalog.check_arbiter(record)
             self._check_history()
             self.catalog.init_cluster(self.config.cluster.id)

@@ -267,6 +267,8 @@ class NodeDaemon:
     def _register(self) -> None:
         """Say in etcd who and where we are, and that we are alive; try again where it is away."""
         try:
+            # First: to who knows one cluster, the records of any other are lost history.
+            self.catalog.check_cluster(self.config.cluster.id)
             if not self._may_serve():
                 self.ending.wait(RETRY_S)
                 return

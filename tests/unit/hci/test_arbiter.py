@@ -110,6 +110,19 @@ def test_arbiter_that_was_set_back_accuses_nobody(
     back.end()
 
 
+def test_arbiter_accuses_no_other_cluster(tmp_path: Path, arbiter: Registering) -> None:
+    # The configuration named the etcd of another cluster, which was then marked as lost.
+    arbiter.vote_on_what_is_not_in_etcd()
+    others = MemoryEtcd()
+    Catalog(others).init_cluster("d" * 32)
+    strayed = started_again(others, arbiter)
+    strayed.look_after()
+    assert not strayed.registered
+    assert "cluster" in strayed.failures[0]
+    assert strayed.catalog.lost() is None
+    strayed.end()
+
+
 def test_arbiter_of_an_etcd_that_lost_history_says_so(
     etcd: MemoryEtcd, arbiter: Registering
 ) -> None:

@@ -155,6 +155,20 @@ def test_node_that_registers_again_watches_once(
     assert len(watches) == 1
 
 
+def test_node_accuses_no_other_cluster() -> None:
+    # The configuration named the etcd of another cluster, which was then marked as lost.
+    strayed = Registering()
+    Catalog(strayed.memory).init_cluster("d" * 32)
+    held = {"image": IMAGE, "epoch": 1, "holder": "f" * 32, "generation": 1, "digest": b"",
+            "body": record().encode()}  # fmt: skip
+    strayed._engine.inventory = lambda: {"images": [held], "deleted": [], "distrusted": []}
+    strayed.look_after()
+    assert not strayed.registered
+    assert "d" * 32 in strayed.failures[0]
+    assert strayed.catalog.lost() is None
+    strayed.end()
+
+
 def test_tombstone_that_no_notice_told_of_is_heeded(
     node: Registering, monkeypatch: pytest.MonkeyPatch
 ) -> None:
