@@ -17,7 +17,7 @@ from vmstore.errors import (
     UnknownArbiter,
     UnknownPool,
 )
-from vmstore.holding import Holding
+from vmstore.holding import INTACT, Holding
 from vmstore.stored import Stored, commit, put_found, read, stored
 
 
@@ -100,9 +100,10 @@ class ArbiterRecords(Holding):
         """Have an arbiter vote for a pool's images; while it is not `filled` it grants nothing."""
         record = replace(pool.record, arbiter=arbiter.record.name, filled=filled)
         put = Put(pool.key, record.encode())
-        compares = [*pool.unchanged, *arbiter.unchanged]
+        compares = [*pool.unchanged, *arbiter.unchanged, INTACT]
         revision = commit(self._etcd, compares, [put], put_found(self._etcd, put))
         if revision is None:
+            self.check_history()
             raise RecordChanged(f"pool {record.name} or arbiter {arbiter.record.name}")
         return Stored(put.key, record, put.value, revision)
 
