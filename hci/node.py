@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -465,7 +466,9 @@ class NodeControl(NodeControlServicer):
         self, request: pb.KnownRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.KnownPart]:
         node = self._node
-        return known_parts(node.history.known(), node.engine.store_id, node.engine.start_counter)
+        distrusted = frozenset(ImageId(image) for image in node.engine.inventory()["distrusted"])
+        known = replace(node.history.known(), distrusted=distrusted)
+        return known_parts(known, node.engine.store_id, node.engine.start_counter)
 
     def Usage(self, request: pb.UsageRequest, context: grpc.ServicerContext) -> pb.UsageReply:
         engine = self._node.engine

@@ -206,6 +206,12 @@ class _Planning:
             return True
         return member.store_id == record.store_id and member.start_counter >= record.start_counter
 
+    def _counts(self, node: str, image: ImageId) -> bool:
+        """Whether a node was heard that knows whether it has stored a later record of an image."""
+        if node not in self._trusted:
+            return False
+        return image not in self._sources.members[node].known.distrusted
+
     def _copies(self) -> Iterator[tuple[str, Mapping[str, KeyValue]]]:
         """Every copy of the records there is: etcd's, those of the nodes."""
         yield "etcd", self._sources.now
@@ -533,7 +539,7 @@ class _Planning:
         has_arbiter = base.policy.has_arbiter
         witness = int(has_arbiter and self._witness_of(base) is not None)
         for index, members in enumerate(base.sets):
-            heard = [node for node in members if node in self._trusted]
+            heard = [node for node in members if self._counts(node, base.id)]
             if len(heard) + witness >= 2:
                 continue
             silent = [node for node in members if node not in heard]
@@ -547,7 +553,7 @@ class _Planning:
 
     def _heard(self, record: ImageRecord) -> tuple[str, ...]:
         placed = dict.fromkeys(node for members in record.sets for node in members)
-        return tuple(node for node in placed if node in self._trusted)
+        return tuple(node for node in placed if self._counts(node, record.id))
 
     def _image_write(self, record: ImageRecord) -> Write:
         values: dict[str, bytes | None] = {record.key: record.encode()}

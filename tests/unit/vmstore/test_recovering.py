@@ -10,6 +10,7 @@ from etcd import keys
 from etcd.interface import KeyValue, Put
 from etcd.memory import MemoryEtcd
 from etcd.records import ClusterRecord, ImageRecord, NameRecord, TombstoneRecord
+from hci.known import known_parts, member_of
 from shard.digest import membership_digest
 from shard.ids import ImageId
 from tests.unit.samples import image_record
@@ -125,6 +126,22 @@ def test_one_node_of_three_is_not_enough_unless_forced() -> None:
     assert "node2, node3 missing" in missing.missing[0]
     assert missing.losses
     assert written(found).generation == 3 + FORCED_STEP
+
+
+def test_node_whose_store_was_set_back_counts_for_nothing() -> None:
+    # node1 and node3 had left node2 behind. node1's disk was put back to before that, node3 was
+    # away, and node1 with node2 passed for a quorum: node2 was in sync again without a person's
+    # word, and what had been answered since was lost.
+    back = node("node1", None, distrusted=frozenset({IMAGE}))
+    found = plan(sources({}, back, node("node2", record(5, 3))), HOLDER)
+    (missing,) = found.missing
+    assert "only node2 of replica set 0 was heard" in missing.missing[0]
+    assert missing.heard == ("node2",)
+    known = plan(
+        sources({}, back, node("node2", record(5, 3)), node("node3", record(5, 4))), HOLDER
+    )
+    assert known.missing == ()
+    assert member_of(known_parts(back.known, "e" * 32, 1)) == back
 
 
 def test_tombstone_of_any_node_keeps_an_image_deleted() -> None:
