@@ -73,7 +73,7 @@ def collect(records: Catalog, found: Sequence[Leftover], wanted: Collection[str]
         entry = next((e for e in records.images() if e.image.record.id == each.image), None)
         if entry is None or each.image not in records.unfinished_imports():
             continue  # Finished or removed meanwhile.
-        images.remove(records, entry.name)
+        images.remove(records, entry.name, only=each.image)
         collected.append(each)
     return collected
 
