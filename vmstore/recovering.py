@@ -32,6 +32,7 @@ from etcd.records import (
     PoolRecord,
     Recovered,
     TombstoneRecord,
+    awaited_arbiter,
     awaited_members,
 )
 from shard.digest import membership_digest
@@ -297,6 +298,9 @@ class _Planning:
         ids |= {ImageId(item.key.removeprefix(keys.TOMBSTONES)) for item in self._tombstones()}
         for member in self._sources.members.values():
             ids |= member.known.held.keys()
+        # An arbiter that still has votes of a deleted image would say again that it is missing.
+        voted = (witness.images for witness in self._sources.witnesses.values())
+        ids |= {image for images in voted for image in images if self._is_deleted(image)}
         return ids
 
     def _tombstones(self) -> Iterator[KeyValue]:
@@ -373,10 +377,15 @@ class _Planning:
                 if record is not None and record.image == image:
                     values[name] = None
         kept = next((item.value for item in self._tombstones() if item.key == tombstone), None)
-        if tombstone not in self._now and (kept is not None or candidates):
+        voters = {
+            awaited_arbiter(witness.name)
+            for witness in self._sources.witnesses.values()
+            if image in witness.images
+        }
+        if tombstone not in self._now and (kept is not None or candidates or voters):
             generation = max([FIRST_GENERATION, *(record.generation for record in candidates)])
             pools = {record.pool: self._pools.get(record.pool) for record in candidates}
-            awaits = {
+            awaits = voters | {
                 member
                 for record in candidates
                 for pool in [pools[record.pool]]
