@@ -10,6 +10,7 @@ import pytest
 from etcd import keys
 from etcd.errors import EtcdUnavailable, LeaseNotFound
 from etcd.interface import Delete
+from etcd.memory import Fault
 from etcd.records import ImageRecord
 from tests.unit.vmstore.gateway import ScriptedGateway, scripted_gateway
 from vmstore import exports
@@ -268,6 +269,28 @@ def test_image_that_is_claimed_from_maintenance_is_known_as_used(gateway: Script
     lease = gateway.lease_of_image()
     assert lease is not None
     assert not lease.maintenance
+
+
+def test_claim_whose_outcome_stayed_unknown_costs_no_client_its_image(
+    gateway: ScriptedGateway,
+) -> None:
+    # etcd had the claimed lease and nobody heard it. A change that followed under the former one
+    # was refused as that of a gateway which has lost the image, to itself.
+    gateway.exports.maintain(gateway.name, scrub=True)
+    gateway.until(lambda: bool(gateway.exports.serving()), "it is not opened")
+    channel = gateway.exports.snapshot()[0].channel
+    gateway.etcd.fail_next(Fault.ANSWER_LOST, *[Fault.REQUEST_LOST] * 3)
+    gateway.connect(1)
+
+    def is_claimed() -> bool:
+        lease = gateway.lease_of_image()
+        return lease is not None and not lease.maintenance
+
+    gateway.until(is_claimed, "etcd has not taken it")
+    gateway.engine.emit("replica_down", channel=channel, node=0, blocking=True)
+    assert gateway.answer(1) == ("export", channel)
+    gateway.until(lambda: bool(gateway.engine.named("reconfigure")), "the change is not made")
+    assert gateway.engine.named("kill") == []
 
 
 def test_client_that_left_while_its_image_was_looked_up_has_nothing_opened(
