@@ -1,6 +1,7 @@
 """`Exports`: who is let in, with an etcd in memory and an engine that the test speaks for."""
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from vmstore.holder import Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName
 from vmstore.served import Served
+from vmstore.serving import RELEASE_RETRY_S
 from vmstore.stored import Stored
 
 GUEST, OTHER = "10:111", "20:222"
@@ -291,6 +293,32 @@ def test_claim_whose_outcome_stayed_unknown_costs_no_client_its_image(
     assert gateway.answer(1) == ("export", channel)
     gateway.until(lambda: bool(gateway.engine.named("reconfigure")), "the change is not made")
     assert gateway.engine.named("kill") == []
+
+
+def test_lease_that_was_taken_unheard_is_given_back(gateway: ScriptedGateway) -> None:
+    # The client was refused and its guest started on another host, where the image was in use: by
+    # a gateway that did not know of it, for as long as that ran.
+    gateway.etcd.fail_next(Fault.ANSWER_LOST, *[Fault.REQUEST_LOST] * 3)
+    gateway.connect(1)
+    assert gateway.answer(1)[0] == "error"
+    assert gateway.lease_of_image() is not None
+    gateway.leave(1)
+    gateway.until(lambda: gateway.lease_of_image() is None, "it is not given back")
+    gateway.connect(2)
+    assert gateway.answer(2)[0] == "export"
+
+
+def test_lease_that_was_taken_unheard_is_kept_where_it_was_asked_for_again(
+    gateway: ScriptedGateway,
+) -> None:
+    gateway.etcd.fail_next(Fault.ANSWER_LOST, *[Fault.REQUEST_LOST] * 3)
+    gateway.connect(1)
+    assert gateway.answer(1)[0] == "error"
+    gateway.connect(2)
+    assert gateway.answer(2)[0] == "export"
+    time.sleep(1.5 * RELEASE_RETRY_S)
+    assert gateway.lease_of_image() is not None
+    assert gateway.open_images == 1
 
 
 def test_client_that_left_while_its_image_was_looked_up_has_nothing_opened(
