@@ -26,8 +26,8 @@ from etcd.records import ArbiterRecord, ClusterRecord, awaited_arbiter
 from hci import daemon, metrics
 from hci.config import ArbiterConfig, Config
 from hci.errors import DaemonError
-from hci.history import CHECK_S
-from shard.ids import ImageId, image_id
+from hci.history import CHECK_S, tombstones
+from shard.ids import ImageId
 from vmstore.catalog import Catalog
 from vmstore.errors import (
     ArbiterRetired,
@@ -251,10 +251,10 @@ class ArbiterDaemon:
     def _on_tombstones(self, notice: Notice) -> None:
         """Images were deleted somewhere: their votes go here too."""
         found = notice.items if isinstance(notice, Reread) else notice.changes
-        deleted = {item.key.removeprefix(keys.TOMBSTONES) for item in found if item.value}
-        for image in sorted(deleted):
-            if self._drop(image_id(image)):
-                self._unconfirmed.add(image_id(image))
+        deleted = [item.key for item in found if item.value is not None]
+        for image in tombstones(deleted):
+            if self._drop(image):
+                self._unconfirmed.add(image)
 
     def _drop(self, image: ImageId) -> bool:
         """Drop the votes of a deleted image, if there are any; return whether none are left."""

@@ -15,6 +15,7 @@ A node that has lost faith serves data as before: gateways that hold images need
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import structlog
@@ -23,7 +24,8 @@ from etcd import keys
 from etcd.errors import EtcdError, RecordError
 from etcd.interface import Changed, Etcd, KeyValue, Notice, Reread
 from etcd.records import ClusterRecord, ImageRecord, LostRecord
-from shard.ids import ImageId
+from shard.errors import HciError
+from shard.ids import ImageId, image_id
 from vmstore.catalog import Catalog
 from vmstore.errors import RecordsLost
 from vmstore.history import HeldRecord, Known, Verdict, decoded, judge, judge_copy
@@ -93,7 +95,7 @@ class HistoryWatch:
             else:
                 self._believe(verdict, listing.items)
                 # No notice comes of tombstones that this was the first to read.
-                self._bury(image for image in _tombstones(now) if image not in known.deleted)
+                self._bury(image for image in tombstones(now) if image not in known.deleted)
             self._revision = listing.revision
             self._due_s = self._clock_s() + CHECK_S
         if not self._watching:
@@ -156,7 +158,7 @@ class HistoryWatch:
             self._due_s = 0.0
             return
         self._ledger.follow(changes)
-        self._bury(_tombstones(change.key for change in changes if change.value is not None))
+        self._bury(tombstones(change.key for change in changes if change.value is not None))
 
     def _bury(self, images: Iterable[ImageId]) -> None:
         deleted = list(images)
@@ -164,11 +166,12 @@ class HistoryWatch:
             self._deleted(deleted)
 
 
-def _tombstones(found: Iterable[str]) -> Iterator[ImageId]:
-    """Yield the images whose tombstones are among keys."""
+def tombstones(found: Iterable[str]) -> Iterator[ImageId]:
+    """Yield the images whose tombstones are among keys; a key that names none is foreign."""
     for key in found:
         if key.startswith(keys.TOMBSTONES):
-            yield ImageId(key.removeprefix(keys.TOMBSTONES))
+            with suppress(HciError):
+                yield image_id(key.removeprefix(keys.TOMBSTONES))
 
 
 def held_record(image: ImageId, found: dict[str, object]) -> HeldRecord:

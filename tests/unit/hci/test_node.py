@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from etcd import keys
 from etcd.errors import LeaseNotFound
 from etcd.interface import Put
 from etcd.memory import MemoryEtcd
@@ -179,7 +180,8 @@ def test_tombstone_that_no_notice_told_of_is_heeded(
     node.look_after()
     tombstone = TombstoneRecord(id=IMAGE, generation=1, awaits=("node1",))
     monkeypatch.setattr(node.history, "_follow", lambda _changes: None)
-    node.memory.transaction([], [Put(tombstone.key, tombstone.encode())])
+    foreign = Put(f"{keys.TOMBSTONES}of-nothing", b"")
+    node.memory.transaction([], [Put(tombstone.key, tombstone.encode()), foreign])
     assert buried == []
     assert node.history.check()
     assert buried == [IMAGE]
