@@ -130,9 +130,22 @@ class Record:
         }
         self._guarded(lambda: self._write(self._votes / image, fields))
 
-    def drop(self, image: ImageId) -> None:
-        """Forget an image that was deleted. Raises ArbiterFailed."""
-        self._guarded(lambda: (self._votes / image).unlink(missing_ok=True))
+    def drop(self, image: ImageId) -> bool:
+        """Forget an image that was deleted, durably; return whether it was known here.
+
+        Votes that came back with a power cut would say that etcd has lost the image. Raises
+        ArbiterFailed.
+        """
+        path = self._votes / image
+        if not path.exists():
+            return False
+
+        def unlink() -> None:
+            path.unlink(missing_ok=True)
+            self._sync_directory(self._votes)
+
+        self._guarded(unlink)
+        return True
 
     def images(self) -> list[ImageId]:
         """Return the images that are known here, by id."""

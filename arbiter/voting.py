@@ -23,6 +23,10 @@ log = structlog.get_logger()
 LOCKS = 64
 """Images judged at once, at most; which share a lock is chance."""
 
+DROPPED_MAX = 4096
+"""Images dropped last that are refused: a request that was under way as one of them was deleted
+comes within seconds."""
+
 
 @dataclass(frozen=True, slots=True)
 class Addressee:
@@ -61,6 +65,7 @@ class Voting:
         self._locks = [threading.Lock() for _ in range(LOCKS)]
         self._counting = threading.Lock()
         self._counters = dict.fromkeys(Verdict, 0)
+        self._dropped: dict[ImageId, None] = {}
 
     def prepare(self, to: Addressee, image: ImageId, known: Statement, wanted: Statement) -> Reply:
         """Grant `wanted`, which follows `known`; see `arbiter.statement.prepare_image`."""
@@ -70,10 +75,17 @@ class Voting:
         """Take `stated` for confirmed."""
         return self._vote(to, image, lambda votes: confirm_image(votes, stated))
 
-    def drop(self, image: ImageId) -> None:
-        """Forget an image that was deleted. Raises ArbiterFailed."""
+    def drop(self, image: ImageId) -> bool:
+        """Forget an image that was deleted; return whether it was known. Raises ArbiterFailed.
+
+        It is not voted on again: nobody would ever have the votes dropped that a late request left.
+        """
+        with self._counting:
+            self._dropped[image] = None
+            if len(self._dropped) > DROPPED_MAX:
+                del self._dropped[next(iter(self._dropped))]
         with self._lock_of(image):
-            self._record.drop(image)
+            return self._record.drop(image)
 
     def known(self) -> Iterator[tuple[ImageId, Votes]]:
         """Yield the votes of all images; damaged ones are left out."""
@@ -113,6 +125,9 @@ class Voting:
         if to.start_counter > own.start_counter:
             detail = f"this is its start {own.start_counter}, start {to.start_counter} was seen"
             return Reply(Verdict.BEHIND, detail=detail)
+        with self._counting:
+            if image in self._dropped:
+                return Reply(Verdict.FAILED, detail=f"image {image} was deleted")
         before = self._record.read(image)
         if to.changes > before.changes:
             detail = f"it has {before.changes} changes of image {image}, {to.changes} were seen"

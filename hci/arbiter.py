@@ -26,8 +26,8 @@ from etcd.records import ArbiterRecord, ClusterRecord, awaited_arbiter
 from hci import daemon, metrics
 from hci.config import ArbiterConfig, Config
 from hci.errors import DaemonError
-from hci.history import CHECK_S
-from shard.ids import ImageId, image_id
+from hci.history import CHECK_S, tombstones
+from shard.ids import ImageId
 from vmstore.catalog import Catalog
 from vmstore.errors import (
     ArbiterRetired,
@@ -210,6 +210,10 @@ class ArbiterDaemon:
             start_counter=identity.start_counter,
         )
         try:
+            # First: to who knows one cluster, the records of any other are lost history, and one
+            # that was replaced or set back has votes on images that were deleted since.
+            self.catalog.check_cluster(self.config.cluster.id)
+            self.catalog.check_arbiter(record)
             self._check_history()
             self.catalog.init_cluster(self.config.cluster.id)
             session = Session(self.etcd, on_lost=self._session_lost.set)
@@ -247,19 +251,20 @@ class ArbiterDaemon:
     def _on_tombstones(self, notice: Notice) -> None:
         """Images were deleted somewhere: their votes go here too."""
         found = notice.items if isinstance(notice, Reread) else notice.changes
-        deleted = {item.key.removeprefix(keys.TOMBSTONES) for item in found if item.value}
-        known = set(self.record.images())
-        for image in sorted(deleted):
-            if image not in known or self._drop(image_id(image)):
-                self._unconfirmed.add(image_id(image))
+        deleted = [item.key for item in found if item.value is not None]
+        for image in tombstones(deleted):
+            if self._drop(image):
+                self._unconfirmed.add(image)
 
     def _drop(self, image: ImageId) -> bool:
+        """Drop the votes of a deleted image, if there are any; return whether none are left."""
         try:
-            self.voting.drop(image)
+            known = self.voting.drop(image)
         except ArbiterError as error:
             log.error("drop_failed", arbiter=self.own.name, image=image, why=str(error))
             return False
-        log.info("image_dropped", arbiter=self.own.name, image=image)
+        if known:
+            log.info("image_dropped", arbiter=self.own.name, image=image)
         return True
 
     def _confirm_dropped(self) -> None:

@@ -210,6 +210,7 @@ class KnownPart(_message.Message):
     RECORDS_FIELD_NUMBER: _builtins.int
     FORMER_FIELD_NUMBER: _builtins.int
     CONTESTED_FIELD_NUMBER: _builtins.int
+    DISTRUSTED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     store_id: _builtins.str
     start_counter: _builtins.int
@@ -227,6 +228,10 @@ class KnownPart(_message.Message):
 
     @_builtins.property
     def contested(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def distrusted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Images of which nothing that the store holds counts: it was set back."""
+
     def __init__(
         self,
         *,
@@ -239,10 +244,11 @@ class KnownPart(_message.Message):
         records: _abc.Iterable[Global___LedgerEntry] | None = ...,
         former: _abc.Iterable[Global___LedgerEntry] | None = ...,
         contested: _abc.Iterable[_builtins.str] | None = ...,
+        distrusted: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contested", b"contested", "deleted", b"deleted", "former", b"former", "held", b"held", "name", b"name", "records", b"records", "recoveries", b"recoveries", "start_counter", b"start_counter", "store_id", b"store_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contested", b"contested", "deleted", b"deleted", "distrusted", b"distrusted", "former", b"former", "held", b"held", "name", b"name", "records", b"records", "recoveries", b"recoveries", "start_counter", b"start_counter", "store_id", b"store_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

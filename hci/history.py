@@ -14,7 +14,8 @@ A node that has lost faith serves data as before: gateways that hold images need
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import structlog
@@ -23,7 +24,8 @@ from etcd import keys
 from etcd.errors import EtcdError, RecordError
 from etcd.interface import Changed, Etcd, KeyValue, Notice, Reread
 from etcd.records import ClusterRecord, ImageRecord, LostRecord
-from shard.ids import ImageId
+from shard.errors import HciError
+from shard.ids import ImageId, image_id
 from vmstore.catalog import Catalog
 from vmstore.errors import RecordsLost
 from vmstore.history import HeldRecord, Known, Verdict, decoded, judge, judge_copy
@@ -92,6 +94,8 @@ class HistoryWatch:
                 self._found(str(RecordsLost(marked.by, marked.why)))
             else:
                 self._believe(verdict, listing.items)
+                # No notice comes of tombstones that this was the first to read.
+                self._bury(image for image in tombstones(now) if image not in known.deleted)
             self._revision = listing.revision
             self._due_s = self._clock_s() + CHECK_S
         if not self._watching:
@@ -154,13 +158,20 @@ class HistoryWatch:
             self._due_s = 0.0
             return
         self._ledger.follow(changes)
-        buried = [
-            ImageId(change.key.removeprefix(keys.TOMBSTONES))
-            for change in changes
-            if change.key.startswith(keys.TOMBSTONES) and change.value is not None
-        ]
-        if buried:
-            self._deleted(buried)
+        self._bury(tombstones(change.key for change in changes if change.value is not None))
+
+    def _bury(self, images: Iterable[ImageId]) -> None:
+        deleted = list(images)
+        if deleted:
+            self._deleted(deleted)
+
+
+def tombstones(found: Iterable[str]) -> Iterator[ImageId]:
+    """Yield the images whose tombstones are among keys; a key that names none is foreign."""
+    for key in found:
+        if key.startswith(keys.TOMBSTONES):
+            with suppress(HciError):
+                yield image_id(key.removeprefix(keys.TOMBSTONES))
 
 
 def held_record(image: ImageId, found: dict[str, object]) -> HeldRecord:

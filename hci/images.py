@@ -17,7 +17,7 @@ from shard.ids import ImageId
 from vmstore import check as replicas
 from vmstore import transfer
 from vmstore.catalog import Catalog
-from vmstore.errors import InUse, ShrinkRefused
+from vmstore.errors import InUse, ShrinkRefused, UnknownImage
 from vmstore.interrupts import undisturbed
 from vmstore.names import ImageName
 from vmstore.transfer import Source
@@ -38,10 +38,19 @@ _AGAIN_S = 0.1
 def used_bytes(record: ImageRecord, nodes: Mapping[str, NodeRecord]) -> dict[str, int]:
     """Physical bytes per node, of those that answer."""
     used = {}
-    for name in sorted({node for members in record.sets for node in members}):
-        with suppress(ControlError), NodeClient(name, nodes[name].control) as client:
-            used[name] = client.usage([record.id]).get(record.id, 0)
+    for node in _placed(record, nodes):
+        with suppress(ControlError), NodeClient(node.name, node.control) as client:
+            used[node.name] = client.usage([record.id]).get(record.id, 0)
     return used
+
+
+def _placed(record: ImageRecord, nodes: Mapping[str, NodeRecord]) -> list[NodeRecord]:
+    """Return the nodes that an image is placed on.
+
+    One that no recovery of etcd has heard of is not known before it registers.
+    """
+    names = sorted({node for members in record.sets for node in members})
+    return [nodes[name] for name in names if name in nodes]
 
 
 def holder_of(records: Catalog, image: ImageId) -> str | None:
@@ -81,13 +90,16 @@ def url(gateway: GatewayConfig, name: ImageName, *, tcp: bool = False) -> str:
     return f"{scheme}://{gateway.nbd_listen}/{quote(str(name))}"
 
 
-def remove(config: Config, records: Catalog, name: ImageName) -> None:
+def remove(config: Config, records: Catalog, name: ImageName, only: ImageId | None = None) -> None:
     """Remove an image, and have the nodes that are up delete its data at once.
 
     One that is down deletes it when it starts: it finds the tombstone. An image that its gateway is
-    closing is waited for. Raises InUse where a client has it open.
+    closing is waited for. With `only` that image alone: one that was made since under its name is
+    not it. Raises InUse where a client has it open.
     """
     record = records.find(name).record
+    if only is not None and record.id != only:
+        raise UnknownImage(str(name))
     begun_s = time.monotonic()
     while True:
         try:
@@ -114,10 +126,8 @@ def _is_closing(config: Config, gateway: str, image: ImageId) -> bool:
 
 def _remove(records: Catalog, name: ImageName, record: ImageRecord) -> None:
     records.delete_image(name, only=record.id)
-    nodes = records.nodes()
-    for node in sorted({node for members in record.sets for node in members}):
-        if node in nodes:
-            _delete_at(nodes[node], record.id)
+    for node in _placed(record, records.nodes()):
+        _delete_at(node, record.id)
 
 
 def _delete_at(node: NodeRecord, image: ImageId) -> None:
@@ -178,10 +188,13 @@ def import_file(
 
 
 def _remove_when_closed(records: Catalog, name: ImageName, record: ImageRecord) -> None:
+    """Remove an image that is half filled, unless somebody else has removed it meanwhile."""
     deadline = time.monotonic() + CLOSING_S
     while True:
         try:
             return _remove(records, name, record)
+        except UnknownImage:
+            return None
         except InUse:
             if time.monotonic() > deadline:
                 raise
@@ -246,8 +259,8 @@ def _shards_to_level(client: GatewayClient, image: ImageId) -> int:
 def _answering(record: ImageRecord, nodes: Mapping[str, NodeRecord]) -> list[str]:
     """The image's nodes that answer now. One that died counts as alive in etcd for a while yet."""
     answering = []
-    for name in sorted({node for members in record.sets for node in members}):
-        with suppress(ControlError), NodeClient(name, nodes[name].control) as client:
+    for node in _placed(record, nodes):
+        with suppress(ControlError), NodeClient(node.name, node.control) as client:
             client.status()
-            answering.append(name)
+            answering.append(node.name)
     return answering

@@ -25,6 +25,8 @@ def known_parts(known: Known, store_id: str, start_counter: int) -> Iterator[pb.
         recoveries=known.recoveries,
         contested=sorted(known.contested),
     )
+    for distrusted in _parts(sorted(known.distrusted)):
+        yield pb.KnownPart(distrusted=distrusted)
     for held in _parts(list(known.held.values())):
         yield pb.KnownPart(held=[_held_image(each) for each in held])
     for deleted in _parts(sorted(known.deleted)):
@@ -49,6 +51,7 @@ def member_of(parts: Iterable[pb.KnownPart]) -> Member:
         records=_items(each for part in all_parts for each in part.records),
         former=_items(each for part in all_parts for each in part.former),
         contested=frozenset(image_id(each) for each in first.contested),
+        distrusted=frozenset(image_id(each) for part in all_parts for each in part.distrusted),
     )
     return Member(first.name, first.store_id, first.start_counter, known)
 

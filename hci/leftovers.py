@@ -75,7 +75,7 @@ def collect(
         entry = next((e for e in records.images() if e.image.record.id == each.image), None)
         if entry is None or each.image not in records.unfinished_imports():
             continue  # Finished or removed meanwhile.
-        images.remove(config, records, entry.name)
+        images.remove(config, records, entry.name, only=each.image)
         collected.append(each)
     return collected
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,8 @@ class NodeDaemon:
     def _register(self) -> None:
         """Say in etcd who and where we are, and that we are alive; try again where it is away."""
         try:
+            # First: to who knows one cluster, the records of any other are lost history.
+            self.catalog.check_cluster(self.config.cluster.id)
             if not self._may_serve():
                 self.ending.wait(RETRY_S)
                 return
@@ -492,7 +495,9 @@ class NodeControl(NodeControlServicer):
         self, request: pb.KnownRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.KnownPart]:
         node = self._node
-        return known_parts(node.history.known(), node.engine.store_id, node.engine.start_counter)
+        distrusted = frozenset(ImageId(image) for image in node.engine.inventory()["distrusted"])
+        known = replace(node.history.known(), distrusted=distrusted)
+        return known_parts(known, node.engine.store_id, node.engine.start_counter)
 
     def Usage(self, request: pb.UsageRequest, context: grpc.ServicerContext) -> pb.UsageReply:
         engine = self._node.engine

@@ -17,7 +17,7 @@ from vmstore.errors import (
     UnknownArbiter,
     UnknownPool,
 )
-from vmstore.holding import Holding
+from vmstore.holding import INTACT, Holding
 from vmstore.stored import Stored, commit, put_found, read, stored
 
 
@@ -56,15 +56,14 @@ class ArbiterRecords(Holding):
             raise ArbiterRetired(name)
         return found
 
-    def announce_arbiter(self, record: ArbiterRecord, etcd_lease: int) -> None:
-        """Register an arbiter that started, and say that it runs as long as the lease lives.
+    def check_arbiter(self, record: ArbiterRecord) -> Stored[ArbiterRecord] | None:
+        """Return what is registered under an arbiter's name, which may be nothing.
 
-        Raises ForeignArbiter, ArbiterRolledBack and ArbiterRetired; it must not vote then.
+        Raises ForeignArbiter, ArbiterRolledBack and ArbiterRetired: it must not vote then, and what
+        it knows says nothing about etcd.
         """
         former = read(self._etcd, ArbiterRecord, record.key)
-        compares: tuple[Compare, ...] = (KeyAbsent(record.key),)
         if former is not None:
-            compares = former.unchanged
             known = former.record
             if known.retired:
                 raise ArbiterRetired(record.name)
@@ -72,7 +71,18 @@ class ArbiterRecords(Holding):
                 raise ForeignArbiter(record.name, known.id, record.id)
             if known.start_counter > record.start_counter:
                 raise ArbiterRolledBack(record.name, known.start_counter, record.start_counter)
-            record = replace(record, extra={**known.extra, **record.extra})
+        return former
+
+    def announce_arbiter(self, record: ArbiterRecord, etcd_lease: int) -> None:
+        """Register an arbiter that started, and say that it runs as long as the lease lives.
+
+        Raises what `check_arbiter` raises.
+        """
+        former = self.check_arbiter(record)
+        compares: tuple[Compare, ...] = (KeyAbsent(record.key),)
+        if former is not None:
+            compares = former.unchanged
+            record = replace(record, extra={**former.record.extra, **record.extra})
         runs = AliveRecord(start_counter=record.start_counter)
         put = Put(record.key, record.encode())
         operations = [put, Put(keys.voting(record.name), runs.encode(), etcd_lease)]
@@ -90,9 +100,10 @@ class ArbiterRecords(Holding):
         """Have an arbiter vote for a pool's images; while it is not `filled` it grants nothing."""
         record = replace(pool.record, arbiter=arbiter.record.name, filled=filled)
         put = Put(pool.key, record.encode())
-        compares = [*pool.unchanged, *arbiter.unchanged]
+        compares = [*pool.unchanged, *arbiter.unchanged, INTACT]
         revision = commit(self._etcd, compares, [put], put_found(self._etcd, put))
         if revision is None:
+            self.check_history()
             raise RecordChanged(f"pool {record.name} or arbiter {arbiter.record.name}")
         return Stored(put.key, record, put.value, revision)
 

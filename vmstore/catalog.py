@@ -1,7 +1,8 @@
 """The catalog: nodes, pools and images of the cluster, as records in etcd.
 
 Every change is one transaction that compares what it read. Names are made and go with their
-images; an id is drawn at random, never reused, and its tombstone stays for ever.
+images; an id is drawn at random and never reused. A deleted image leaves a tombstone here until all
+that keep something of it have confirmed that it is gone; each node keeps one of its own for ever.
 """
 
 import secrets
@@ -111,6 +112,12 @@ class Catalog(ArbiterRecords, ScrubRecords):
         if expected_id is not None and found.record.id != expected_id:
             raise OtherCluster(expected_id, found.record.id)
         return found.record
+
+    def check_cluster(self, expected_id: str) -> None:
+        """Raise OtherCluster where etcd holds another cluster than `expected_id`."""
+        found = self.stored_cluster()
+        if found is not None and found.record.id != expected_id:
+            raise OtherCluster(expected_id, found.record.id)
 
     def stored_cluster(self) -> Stored[ClusterRecord] | None:
         """Return the cluster's record as it stands in etcd, or None."""

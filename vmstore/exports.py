@@ -12,7 +12,7 @@ from typing import Any
 import structlog
 
 from engine import Gateway
-from etcd.errors import EtcdError
+from etcd.errors import EtcdError, OutcomeUnknown
 from etcd.lease import Session
 from etcd.records import ImageRecord
 from shard.errors import HciError
@@ -444,6 +444,10 @@ class Exports(Resizing):
             self._opened(image)
 
         def failed(error: HciError) -> None:
+            if isinstance(error, OutcomeUnknown) and image.holder.phase is Phase.SERVING:
+                # etcd may have it: a change under the former lease would be refused, as another's.
+                self._deciding.after(RELEASE_RETRY_S, ask)
+                return
             go_on()
             lapsed = isinstance(error, LeaseLost) and error.gateway is None
             if isinstance(error, EtcdError) or lapsed:
@@ -455,7 +459,10 @@ class Exports(Resizing):
             image.holder.paused = image.claiming = False
             self._step(image, events.Tick(self._deciding.now_s()))
 
-        self._later(claim, claimed, failed)
+        def ask() -> None:
+            self._later(claim, claimed, failed)
+
+        ask()
 
     # Images
 

@@ -59,7 +59,8 @@ class Known:
     """What one member knows: its store, and its copy of what etcd said.
 
     `recoveries` counts those that it knows of, `contested` names the images of which it knows
-    another record than the last one rebuilt. `former` are records of before that.
+    another record than the last one rebuilt. `former` are records of before that. `distrusted`
+    names the images of which its store, that was set back, knows nothing that counts.
     """
 
     member: str
@@ -69,6 +70,7 @@ class Known:
     records: Mapping[str, KeyValue] = field(default_factory=dict)
     former: Mapping[str, KeyValue] = field(default_factory=dict)
     contested: frozenset[ImageId] = frozenset()
+    distrusted: frozenset[ImageId] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from etcd.records import (
     PoolRecord,
     Recovered,
     TombstoneRecord,
+    awaited_arbiter,
     awaited_members,
 )
 from shard.digest import membership_digest
@@ -206,6 +207,12 @@ class _Planning:
             return True
         return member.store_id == record.store_id and member.start_counter >= record.start_counter
 
+    def _counts(self, node: str, image: ImageId) -> bool:
+        """Whether a node was heard that knows whether it has stored a later record of an image."""
+        if node not in self._trusted:
+            return False
+        return image not in self._sources.members[node].known.distrusted
+
     def _copies(self) -> Iterator[tuple[str, Mapping[str, KeyValue]]]:
         """Every copy of the records there is: etcd's, those of the nodes."""
         yield "etcd", self._sources.now
@@ -291,6 +298,9 @@ class _Planning:
         ids |= {ImageId(item.key.removeprefix(keys.TOMBSTONES)) for item in self._tombstones()}
         for member in self._sources.members.values():
             ids |= member.known.held.keys()
+        # An arbiter that still has votes of a deleted image would say again that it is missing.
+        voted = (witness.images for witness in self._sources.witnesses.values())
+        ids |= {image for images in voted for image in images if self._is_deleted(image)}
         return ids
 
     def _tombstones(self) -> Iterator[KeyValue]:
@@ -367,10 +377,15 @@ class _Planning:
                 if record is not None and record.image == image:
                     values[name] = None
         kept = next((item.value for item in self._tombstones() if item.key == tombstone), None)
-        if tombstone not in self._now and (kept is not None or candidates):
+        voters = {
+            awaited_arbiter(witness.name)
+            for witness in self._sources.witnesses.values()
+            if image in witness.images
+        }
+        if tombstone not in self._now and (kept is not None or candidates or voters):
             generation = max([FIRST_GENERATION, *(record.generation for record in candidates)])
             pools = {record.pool: self._pools.get(record.pool) for record in candidates}
-            awaits = {
+            awaits = voters | {
                 member
                 for record in candidates
                 for pool in [pools[record.pool]]
@@ -533,7 +548,7 @@ class _Planning:
         has_arbiter = base.policy.has_arbiter
         witness = int(has_arbiter and self._witness_of(base) is not None)
         for index, members in enumerate(base.sets):
-            heard = [node for node in members if node in self._trusted]
+            heard = [node for node in members if self._counts(node, base.id)]
             if len(heard) + witness >= 2:
                 continue
             silent = [node for node in members if node not in heard]
@@ -547,7 +562,7 @@ class _Planning:
 
     def _heard(self, record: ImageRecord) -> tuple[str, ...]:
         placed = dict.fromkeys(node for members in record.sets for node in members)
-        return tuple(node for node in placed if node in self._trusted)
+        return tuple(node for node in placed if self._counts(node, record.id))
 
     def _image_write(self, record: ImageRecord) -> Write:
         values: dict[str, bytes | None] = {record.key: record.encode()}

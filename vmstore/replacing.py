@@ -47,29 +47,39 @@ def replace_arbiter(
 
     `voter` asks an arbiter, and `up` tells which nodes answer now.
 
-    Raises UnknownArbiter, ArbiterRetired, BadReplacement, ReplaceRefused, and what asking the new
-    arbiter raises: where it cannot be reached nothing has changed.
+    Raises UnknownArbiter, ArbiterRetired, BadReplacement, ReplaceRefused, RecordsLost, and what
+    asking the new arbiter raises: where it cannot be reached nothing has changed.
     """
     if old == new:
         raise BadReplacement(f"arbiter {old} cannot replace itself: name a new one, empty")
+    # Forced or not: an arbiter that is filled from an etcd known to be behind bears witness to it.
+    catalog.check_history()
     arbiters = catalog.arbiters()
     target = catalog.arbiter(new)
     pools = _pools_of(catalog, {old, new})
     begun = [pool for pool in pools if pool.record.arbiter == new and not pool.record.filled]
     wanted = [pool for pool in pools if pool.record.arbiter == old]
-    if old not in arbiters or (arbiters[old].retired and not begun):
+    if old not in arbiters or (arbiters[old].retired and not begun and not wanted):
         catalog.arbiter(old)
     if not force:
         _check_data_nodes(catalog, old, [*wanted, *begun], up())
     asked = voter(target.record)
-    told = 0
-    for pool in [*wanted, *begun]:
-        assigned = catalog.assign_arbiter(pool, target, filled=False)
-        told += _fill(catalog, assigned.record, target.record, asked)
-        catalog.assign_arbiter(assigned, target, filled=True)
+
+    def hand_over(pools: list[Stored[PoolRecord]]) -> int:
+        told = 0
+        for pool in pools:
+            assigned = catalog.assign_arbiter(pool, target, filled=False)
+            told += _fill(catalog, assigned.record, target.record, asked)
+            catalog.assign_arbiter(assigned, target, filled=True)
+        return told
+
+    told = hand_over([*wanted, *begun])
     if not arbiters[old].retired:
         catalog.retire_arbiter(old)
-    return Replaced(tuple(pool.record.name for pool in [*wanted, *begun]), told)
+    # Made meanwhile; by a retired one no more are made.
+    late = _pools_of(catalog, {old})
+    told += hand_over(late)
+    return Replaced(tuple(pool.record.name for pool in [*wanted, *begun, *late]), told)
 
 
 def check_candidate(record: ArbiterRecord, status: pb.ArbiterStatus) -> None:

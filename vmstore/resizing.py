@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
+from etcd.errors import OutcomeUnknown
 from etcd.records import ImageRecord
 from shard.errors import HciError
 from vmstore import events
@@ -28,7 +29,7 @@ from vmstore.errors import BeingClosed, BeingResized, InUse, ShrinkRefused
 from vmstore.holder import Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName
-from vmstore.serving import OpenImage, Serving
+from vmstore.serving import RELEASE_RETRY_S, OpenImage, Serving
 from vmstore.stored import Stored
 
 RESIZE_LIMIT_S = 660.0
@@ -181,6 +182,11 @@ class Resizing(Serving):
             self._end_resize(image, None)
 
         def failed(error: HciError) -> None:
+            if isinstance(error, OutcomeUnknown) and image.holder.phase is Phase.SERVING:
+                # etcd may have it: what is asked for by the former record would be refused, as if
+                # the image were another's.
+                self._deciding.after(RELEASE_RETRY_S, ask)
+                return
             go_on()
             self._end_resize(image, error)
 
@@ -188,7 +194,10 @@ class Resizing(Serving):
             image.holder.paused = False
             self._step(image, events.Tick(self._deciding.now_s()))
 
-        self._later(lambda: self._catalog.resize(held, size_bytes, force=True), stored, failed)
+        def ask() -> None:
+            self._later(lambda: self._catalog.resize(held, size_bytes, force=True), stored, failed)
+
+        ask()
 
     def _end_resize(self, image: OpenImage, error: HciError | None) -> None:
         """Tell who asked, and let the image go; where nothing was asked for, do nothing."""

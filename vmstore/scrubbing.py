@@ -394,12 +394,14 @@ class Scrubber:
 
     def _save_bad(self) -> None:
         """Note what stays bad, whoever found it, for people to see when the image is closed."""
-        for image, bad in self._rot.take_bad().items():
-            try:
+        left = dict(self._rot.take_bad())
+        try:
+            for image, bad in list(left.items()):
                 self._catalog.change_scrub(image, partial(_with_bad, tuple(bad)))
-            except (EtcdError, RecordChanged):
+                del left[image]
+        finally:
+            for image, bad in left.items():
                 self._rot.give_back(image, bad)
-                raise
 
 
 def _with_bad(bad: tuple[BadBlocks, ...], record: ScrubRecord) -> ScrubRecord:

@@ -16,7 +16,7 @@ import structlog
 
 from arbiter.client import Arbiters
 from engine import Gateway
-from etcd.errors import EtcdError
+from etcd.errors import EtcdError, OutcomeUnknown
 from etcd.lease import Session
 from etcd.records import ImageRecord, LeaseRecord
 from shard.digest import membership_digest
@@ -138,6 +138,8 @@ class Serving(ABC):
         self.rot_log = RotLog()
         self._lease: Session | None = None
         self._images: dict[ImageId, OpenImage] = {}
+        self._unheard: set[ImageId] = set()
+        """Images whose lease may be ours by a call whose answer was lost."""
         self._by_channel: dict[int, OpenImage] = {}
         self._next_channel = 1
         self._away: dict[str, float] = {}
@@ -241,8 +243,39 @@ class Serving(ABC):
         def failed(error: HciError) -> None:
             log.info("image_refused", image=str(image.name), why=str(error))
             self._step(image, events.Fail(str(error)))
+            if isinstance(error, OutcomeUnknown) and image.image not in self._unheard:
+                self._unheard.add(image.image)
+                self._deciding.after(RELEASE_RETRY_S, lambda: self._let_go_unheard(image.image))
 
         self._later(lambda: self._try_to_take(image), taken, failed)
+
+    def _let_go_unheard(self, image: ImageId) -> None:
+        """Give a lease back that etcd took from us unheard: nobody else could open the image.
+
+        Where it was asked for again meanwhile, that takes the place of the one unheard.
+        """
+
+        def found(held: Held | None) -> None:
+            self._unheard.discard(image)
+            if held is not None and image not in self._images:
+                self._let_go(held)
+
+        def failed(error: HciError) -> None:
+            if isinstance(error, EtcdError):
+                self._deciding.after(RELEASE_RETRY_S, lambda: self._let_go_unheard(image))
+            else:
+                self._unheard.discard(image)
+
+        self._later(lambda: self._own_lease(image), found, failed)
+
+    def _own_lease(self, image: ImageId) -> Held | None:
+        """Return how this process holds an image by what etcd says, or None where it does not."""
+        assert self._lease is not None
+        etcd_lease = self._lease.lease
+        lease = self._catalog.lease_of(image)
+        if lease is None or lease.record.holder != self._holder_id:
+            return None
+        return Held(self._catalog.image(image), lease.record, etcd_lease)
 
     def _begin(self, image: OpenImage, held: Held) -> None:
         image.held = held
@@ -755,32 +788,40 @@ class Serving(ABC):
         self._later(lambda: self._catalog.image(image.image), found, nothing_more)
 
     def _history_lost(self, image: OpenImage, error: HciError) -> None:
-        """Have everybody know that etcd is behind; the image is served as it is."""
-        if not image.behind:
-            image.behind = True
-            log.error("history_lost", image=str(image.name), why=str(error))
-        image.holder.trouble = image.holder.trouble or str(error)
-        self._later(lambda: self._mark_lost(image), nothing_more, nothing_more)
+        """Have everybody know that etcd is behind, if it is; the image is served as it is."""
 
-    def _mark_lost(self, image: OpenImage) -> None:
-        """Say in etcd that it is behind what we hold, if it is."""
+        def marked(is_behind: bool) -> None:
+            if is_behind and not image.behind:
+                image.behind = True
+                log.error("history_lost", image=str(image.name), why=str(error))
+
+        image.holder.trouble = image.holder.trouble or str(error)
+        self._later(lambda: self._mark_lost(image), marked, nothing_more)
+
+    def _mark_lost(self, image: OpenImage) -> bool:
+        """Say in etcd that it is behind what we hold, if it surely is; return whether it is.
+
+        An image that is not in it may have been deleted while our lease had lapsed: its tombstone
+        goes once all its nodes have it. They have its record as well, and can tell.
+        """
         assert image.held is not None
         known = image.held.record
         cluster = self._catalog.stored_cluster()
-        why = f"image {image.name} is not in it"
         try:
             found = self._catalog.image(image.image).record
         except UnknownImage:
-            if image.image in self._catalog.tombstones():
-                return
+            if cluster is not None:
+                return False
+            why = "it holds nothing of this cluster"
         else:
             if not found.is_behind(known):
-                return
+                return False
             why = (
                 f"image {image.name} is at epoch {found.epoch}, generation {found.generation} "
                 f"in it, and epoch {known.epoch}, generation {known.generation} is served"
             )
         self._catalog.mark_lost(f"gateway {self._gateway}", why, cluster)
+        return True
 
     def _lost(self, image: OpenImage, event: events.Lost | events.Fenced) -> None:
         """Let go of an image: for good where another gateway has had it for clients since.

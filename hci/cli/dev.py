@@ -135,6 +135,11 @@ def _is_found(path: Path) -> bool:
 
 def _folder(given: Path | None) -> Path:
     """The folder of the configuration that was asked for by name, else the default."""
+    if given is not None and given.name != layout.CONFIG_NAME:
+        raise DevError(
+            f"{given} is no configuration of a cluster that `hci dev` started, which is called "
+            f"{layout.CONFIG_NAME}; give the cluster's folder instead"
+        )
     try:
         path = configuration.find(given)
     except ConfigError:

@@ -9,6 +9,7 @@ import typer
 from hci.cli import output, session
 from hci.cli.output import AsJson
 from hci.survey import Survey, survey
+from shard.errors import HciError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -22,6 +23,9 @@ def group() -> None:
 def status(context: typer.Context, as_json: AsJson = False) -> None:
     """Show the heals under way, those that wait, and the last that are done."""
     found = survey(session.of(context).config)
+    if found.etcd:
+        # Who is stale stands there: that nothing is would be a guess.
+        raise HciError(found.etcd)
     lines = [*_under_way(found), *_waiting(found), *_finished(found)]
     if as_json:
         output.as_json({"images": lines})

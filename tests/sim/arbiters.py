@@ -142,8 +142,11 @@ class SimArbiter:
     def _on_tombstones(self, notice: Notice) -> None:
         found = notice.items if isinstance(notice, Reread) else notice.changes
         deleted = {item.key.removeprefix(keys.TOMBSTONES) for item in found if item.value}
-        for image in sorted(deleted & set(self.record.images())):
-            self.voting.drop(image_id(image))
+        try:
+            for image in sorted(deleted):
+                self.voting.drop(image_id(image))
+        except Crash:
+            self._site.crashed(self.name)
 
 
 class Site:
@@ -215,6 +218,11 @@ class Site:
         """Kill the present one, or cut its host's power."""
         if self.running is not None:
             self._ended(self.current, power=power, why="loses power" if power else "is killed")
+
+    def crashed(self, name: str) -> None:
+        """An arbiter has met the end that was planned for it."""
+        power = self.chance.random() < 0.5
+        self._ended(name, power=power, why="in the midst of what it did")
 
     def _ended(self, name: str, *, power: bool, why: str) -> None:
         process = self.processes.pop(name, None)
@@ -309,8 +317,7 @@ class Site:
             except ArbiterFailed as error:
                 answer(error)
             except Crash:
-                power = self.chance.random() < 0.5
-                self._ended(arbiter.name, power=power, why="in the midst of what it did")
+                self.crashed(arbiter.name)
             else:
                 self._note(ImageId(image), arbiter.record.read(ImageId(image)).votes)
                 answer(reply)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from engine._engine import Simulation
@@ -409,7 +410,11 @@ class SimNode:
     def member(self) -> Member:
         """Return what it tells a recovery."""
         assert self.history is not None, "it keeps a copy of the records"
-        return Member(self.name, self._store_id, self._start_counter, self.history.known())
+        distrusted = self._world.inventory(self.index)["distrusted"]
+        known = replace(
+            self.history.known(), distrusted=frozenset(ImageId(image) for image in distrusted)
+        )
+        return Member(self.name, self._store_id, self._start_counter, known)
 
     def _check_history(self) -> None:
         try:

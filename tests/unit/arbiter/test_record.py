@@ -156,6 +156,19 @@ def test_file_is_synced_before_its_name_and_its_name_before_the_answer(tmp_path:
     assert disk.synced == ["file", "folder"]
 
 
+def test_dropped_votes_stay_away_after_a_power_cut(tmp_path: Path) -> None:
+    # That they are gone was said in etcd, where the tombstone went; then the arbiter's power failed
+    # and they came back. So etcd seemed to have lost an image, and the whole cluster went by that.
+    disk = Disk()
+    record = opened(tmp_path, disk.sync)
+    record.store(IMAGE, votes())
+    disk.synced.clear()
+    assert record.drop(IMAGE)
+    assert disk.synced == ["folder"]
+    assert not record.drop(IMAGE), "nothing is left"
+    assert disk.synced == ["folder"]
+
+
 def test_failed_sync_is_not_tried_again(tmp_path: Path) -> None:
     """The kernel reports a lost write once: a second try would look well and not be."""
     disk = Disk()

@@ -23,11 +23,12 @@ from arbiter.record import Record
 from arbiter.server import CannotListen, serve
 from arbiter.statement import Statement
 from arbiter.vote import Refusal
-from arbiter.voting import Addressee, Voting
+from arbiter.voting import Addressee, Verdict, Voting
 from shard.ids import ImageId, image_id
 from tests.cluster.etcd_server import free_ports
 
 IMAGE = image_id("1" * 32)
+OTHER = image_id("2" * 32)
 HOLDER = "a" * 32
 
 
@@ -102,6 +103,18 @@ def test_arbiter_that_forgot_an_image_is_refused(running: Running, client: Arbit
     running.record.drop(IMAGE)
     with pytest.raises(ArbiterBehind, match="it has 0 changes of image 1111.*, 1 were seen"):
         client.confirm(running.to(1), IMAGE, stated(2, "a"))
+
+
+def test_request_that_comes_behind_the_drop_of_its_image_leaves_no_votes(running: Running) -> None:
+    # An image was deleted while its heal asked a distant arbiter: the votes that this left nobody
+    # would ever have dropped, and to the arbiter they said that etcd had lost the image.
+    voting = Voting(running.record)
+    assert voting.confirm(running.to(), IMAGE, stated(1, "ab")).verdict is Verdict.GRANTED
+    assert voting.drop(IMAGE)
+    late = voting.prepare(running.to(), IMAGE, stated(1, "ab"), stated(2, "a"))
+    assert (late.verdict, late.detail) == (Verdict.FAILED, f"image {IMAGE} was deleted")
+    assert running.record.images() == []
+    assert voting.confirm(running.to(), OTHER, stated(1, "ab")).verdict is Verdict.GRANTED
 
 
 def test_damaged_votes_are_told_and_spare_other_images(

@@ -24,10 +24,10 @@ from tests.cluster.etcd_server import free_ports
 from tests.unit.samples import GIB, node_record
 from vmstore import transfer
 from vmstore.catalog import Catalog
-from vmstore.errors import InUse
+from vmstore.errors import InUse, UnknownImage
 from vmstore.names import ImageName
 from vmstore.stored import Stored
-from vmstore.transfer import Source
+from vmstore.transfer import Source, TransferFailed
 
 DISK = ImageName("vms", "disk")
 NOWHERE = "127.0.0.1:1"
@@ -155,3 +155,46 @@ def test_check_keeps_an_image_open_until_its_replicas_are_level(
         server.stop(None).wait(10)
     assert held == ["nbd:", "closed"]
     assert gateway.left == [pb.OpenImage()]
+
+
+def failing(
+    monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], object]
+) -> Callable[[Catalog], None]:
+    """Return an import that fails, behind what happens meanwhile."""
+
+    def fill(*_given: object) -> None:
+        meanwhile()
+        raise TransferFailed("the gateway is gone")
+
+    monkeypatch.setattr(transfer, "fill", fill)
+    source = Source(Path("some.raw"), "raw", GIB)
+    return lambda found: images.import_file(found, DISK, source, "nbd:", lambda _done: None)
+
+
+def test_import_that_fails_leaves_no_image(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TransferFailed):
+        failing(monkeypatch, lambda: None)(catalog)
+    with pytest.raises(UnknownImage):
+        catalog.find(DISK)
+
+
+def test_import_that_fails_removes_no_image_but_its_own(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Somebody had removed the half-filled image and made another one under its name.
+    def replace() -> None:
+        catalog.delete_image(DISK)
+        catalog.create_image(DISK, 2 * GIB)
+
+    with pytest.raises(TransferFailed, match="the gateway is gone"):
+        failing(monkeypatch, replace)(catalog)
+    assert catalog.find(DISK).record.size_bytes == 2 * GIB
+
+
+def test_import_that_fails_behind_the_removal_of_its_image_says_why_it_failed(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TransferFailed, match="the gateway is gone"):
+        failing(monkeypatch, lambda: catalog.delete_image(DISK))(catalog)

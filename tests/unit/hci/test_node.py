@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from etcd import keys
 from etcd.errors import LeaseNotFound
+from etcd.interface import Put
 from etcd.memory import MemoryEtcd
-from etcd.records import ImageRecord, NodeRecord
+from etcd.records import ImageRecord, NodeRecord, TombstoneRecord
 from hci import control_pb2 as pb
 from hci import daemon
 from hci.history import HistoryWatch
@@ -153,6 +155,37 @@ def test_node_that_registers_again_watches_once(
         assert list(node.catalog.alive()) == ["node1"]
         node.lose_session()
     assert len(watches) == 1
+
+
+def test_node_accuses_no_other_cluster() -> None:
+    # The configuration named the etcd of another cluster, which was then marked as lost.
+    strayed = Registering()
+    Catalog(strayed.memory).init_cluster("d" * 32)
+    held = {"image": IMAGE, "epoch": 1, "holder": "f" * 32, "generation": 1, "digest": b"",
+            "body": record().encode()}  # fmt: skip
+    strayed._engine.inventory = lambda: {"images": [held], "deleted": [], "distrusted": []}
+    strayed.look_after()
+    assert not strayed.registered
+    assert "d" * 32 in strayed.failures[0]
+    assert strayed.catalog.lost() is None
+    strayed.end()
+
+
+def test_tombstone_that_no_notice_told_of_is_heeded(
+    node: Registering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The image was deleted as the node compared all that it knows with etcd. The notice was taken
+    # for one of before that, and the data stayed until the node's next start.
+    buried: list[ImageId] = []
+    monkeypatch.setattr(node, "bury", buried.append)
+    node.look_after()
+    tombstone = TombstoneRecord(id=IMAGE, generation=1, awaits=("node1",))
+    monkeypatch.setattr(node.history, "_follow", lambda _changes: None)
+    foreign = Put(f"{keys.TOMBSTONES}of-nothing", b"")
+    node.memory.transaction([], [Put(tombstone.key, tombstone.encode()), foreign])
+    assert buried == []
+    assert node.history.check()
+    assert buried == [IMAGE]
 
 
 def test_memory_is_that_of_the_boot_until_a_sync_has_failed_in_it(tmp_path: Path) -> None:

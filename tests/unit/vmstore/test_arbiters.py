@@ -23,6 +23,7 @@ from vmstore.errors import (
     BadReplacement,
     ForeignArbiter,
     NoArbiter,
+    RecordsLost,
     ReplaceRefused,
     TooFewNodes,
     UnknownArbiter,
@@ -206,3 +207,46 @@ def test_replacement_by_a_wrong_arbiter_is_refused(etcd: MemoryEtcd, catalog: Ca
     status = pb.ArbiterStatus(name="x", arbiter_id="e" * 32, cluster_id="d" * 32)
     with pytest.raises(OtherArbiter, match="it is x of cluster dddd"):
         check_candidate(arbiter(), status)
+
+
+def test_pool_made_while_its_arbiter_was_replaced_gets_the_new_one(
+    etcd: MemoryEtcd, catalog: Catalog
+) -> None:
+    # It was made after the pools had been listed. Its arbiter was retired then, granted nothing any
+    # more, and could not be replaced since it was replaced already.
+    catalog.create_pool("p", policy=Policy.THIN_ARBITER, arbiter="w")
+    opened(etcd, catalog, "opened")
+    catalog.announce_arbiter(arbiter("x"), etcd.grant_lease(10))
+    told = Told()
+
+    def voter(_record: ArbiterRecord) -> Told:
+        if not told.statements:
+            catalog.create_pool("late", policy=Policy.THIN_ARBITER, arbiter="w")
+        return told
+
+    done = replace_arbiter(catalog, "w", "x", voter, up=lambda: NODES)
+    assert done.pools == ("p", "late")
+    assert (catalog.pool("late").record.arbiter, catalog.pool("late").record.filled) == ("x", True)
+
+
+def test_pool_that_names_a_retired_arbiter_gets_another(etcd: MemoryEtcd, catalog: Catalog) -> None:
+    catalog.create_pool("p", policy=Policy.THIN_ARBITER, arbiter="w")
+    catalog.announce_arbiter(arbiter("x"), etcd.grant_lease(10))
+    catalog.retire_arbiter("w")
+    done = replace_arbiter(catalog, "w", "x", lambda _record: Told(), up=lambda: NODES)
+    assert done.pools == ("p",)
+    assert catalog.pool("p").record.filled
+
+
+def test_arbiter_is_not_filled_from_an_etcd_that_lost_history(
+    etcd: MemoryEtcd, catalog: Catalog
+) -> None:
+    catalog.create_pool("p", policy=Policy.THIN_ARBITER, arbiter="w")
+    opened(etcd, catalog, "opened")
+    catalog.announce_arbiter(arbiter("x"), etcd.grant_lease(10))
+    catalog.mark_lost("a", "a test", catalog.stored_cluster())
+    told = Told()
+    with pytest.raises(RecordsLost):
+        replace_arbiter(catalog, "w", "x", lambda _record: told, up=lambda: NODES, force=True)
+    assert told.statements == {}
+    assert catalog.pool("p").record.arbiter == "w"

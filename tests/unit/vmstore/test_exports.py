@@ -1,13 +1,17 @@
 """`Exports`: who is let in, with an etcd in memory and an engine that the test speaks for."""
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from etcd import keys
 from etcd.errors import EtcdUnavailable, LeaseNotFound
+from etcd.interface import Delete
+from etcd.memory import Fault
 from etcd.records import ImageRecord
 from tests.unit.vmstore.gateway import ScriptedGateway, scripted_gateway
 from vmstore import exports
@@ -16,6 +20,7 @@ from vmstore.holder import Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName
 from vmstore.served import Served
+from vmstore.serving import RELEASE_RETRY_S
 from vmstore.stored import Stored
 
 GUEST, OTHER = "10:111", "20:222"
@@ -165,6 +170,59 @@ def test_deadline_moves_on_only_where_the_lease_was_taken_again(gateway: Scripte
     assert deadline_ns == int(gateway.sessions[1].deadline_s * 1e9)
 
 
+def lapse(gateway: ScriptedGateway) -> None:
+    """The gateway stood still for longer than its lease."""
+    gateway.etcd.advance(11)
+
+
+def go_on(gateway: ScriptedGateway) -> None:
+    with pytest.raises(LeaseNotFound):
+        gateway.sessions[0].renew()
+
+
+def test_image_that_was_deleted_while_its_gateway_stood_still_is_no_lost_history(
+    gateway: ScriptedGateway,
+) -> None:
+    # A host hung, its image was deleted, and the nodes had all confirmed that, so the tombstone was
+    # gone. When the host went on, its gateway had the whole cluster marked as having lost history,
+    # a moment before a node could tell it of the delete.
+    gateway.catalog.init_cluster("c" * 32)
+    gateway.connect(1)
+    channel = gateway.answer(1)[1]
+    lapse(gateway)
+    image = gateway.record.id
+    for member in gateway.catalog.delete_image(gateway.name).awaits or ():
+        gateway.catalog.confirm_deleted(image, member)
+    assert gateway.catalog.tombstones() == {}
+    go_on(gateway)
+    held = gateway.exports.snapshot()[0]
+    gateway.until(lambda: bool(held.holder.trouble), "it has not asked for its lease")
+    gateway.connect(2)
+    assert gateway.answer(2)[0] == "error", "what came of it is decided"
+    assert gateway.catalog.lost() is None
+    gateway.engine.emit("fenced", channel=channel, node=0)
+    gateway.until(lambda: gateway.open_images == 0, "the image is not let go")
+
+
+@pytest.mark.parametrize("wiped", [False, True])
+def test_gateway_says_that_etcd_is_behind_what_it_holds(
+    gateway: ScriptedGateway, wiped: bool
+) -> None:
+    gateway.catalog.init_cluster("c" * 32)
+    before = gateway.etcd.backup()
+    gateway.connect(1)
+    assert gateway.answer(1)[0] == "export"
+    gateway.etcd.restore(before)
+    lapse(gateway)
+    if wiped:
+        found = gateway.etcd.get_prefix(keys.PREFIX).items
+        gateway.etcd.transaction([], [Delete(item.key) for item in found])
+    go_on(gateway)
+    gateway.until(lambda: gateway.catalog.lost() is not None, "it does not say so")
+    assert gateway.open_images == 1, "it is served as it is"
+    gateway.etcd.transaction([], [Delete(keys.LOST)])
+
+
 @pytest.mark.parametrize(
     ("lock", "taken_over"),
     [("boot1:8:17", True), (None, True), ("boot1:8:18", False), ("boot2:8:17", False)],
@@ -213,6 +271,54 @@ def test_image_that_is_claimed_from_maintenance_is_known_as_used(gateway: Script
     lease = gateway.lease_of_image()
     assert lease is not None
     assert not lease.maintenance
+
+
+def test_claim_whose_outcome_stayed_unknown_costs_no_client_its_image(
+    gateway: ScriptedGateway,
+) -> None:
+    # etcd had the claimed lease and nobody heard it. A change that followed under the former one
+    # was refused as that of a gateway which has lost the image, to itself.
+    gateway.exports.maintain(gateway.name, scrub=True)
+    gateway.until(lambda: bool(gateway.exports.serving()), "it is not opened")
+    channel = gateway.exports.snapshot()[0].channel
+    gateway.etcd.fail_next(Fault.ANSWER_LOST, *[Fault.REQUEST_LOST] * 3)
+    gateway.connect(1)
+
+    def is_claimed() -> bool:
+        lease = gateway.lease_of_image()
+        return lease is not None and not lease.maintenance
+
+    gateway.until(is_claimed, "etcd has not taken it")
+    gateway.engine.emit("replica_down", channel=channel, node=0, blocking=True)
+    assert gateway.answer(1) == ("export", channel)
+    gateway.until(lambda: bool(gateway.engine.named("reconfigure")), "the change is not made")
+    assert gateway.engine.named("kill") == []
+
+
+def test_lease_that_was_taken_unheard_is_given_back(gateway: ScriptedGateway) -> None:
+    # The client was refused and its guest started on another host, where the image was in use: by
+    # a gateway that did not know of it, for as long as that ran.
+    gateway.etcd.fail_next(Fault.ANSWER_LOST, *[Fault.REQUEST_LOST] * 3)
+    gateway.connect(1)
+    assert gateway.answer(1)[0] == "error"
+    assert gateway.lease_of_image() is not None
+    gateway.leave(1)
+    gateway.until(lambda: gateway.lease_of_image() is None, "it is not given back")
+    gateway.connect(2)
+    assert gateway.answer(2)[0] == "export"
+
+
+def test_lease_that_was_taken_unheard_is_kept_where_it_was_asked_for_again(
+    gateway: ScriptedGateway,
+) -> None:
+    gateway.etcd.fail_next(Fault.ANSWER_LOST, *[Fault.REQUEST_LOST] * 3)
+    gateway.connect(1)
+    assert gateway.answer(1)[0] == "error"
+    gateway.connect(2)
+    assert gateway.answer(2)[0] == "export"
+    time.sleep(1.5 * RELEASE_RETRY_S)
+    assert gateway.lease_of_image() is not None
+    assert gateway.open_images == 1
 
 
 def test_client_that_left_while_its_image_was_looked_up_has_nothing_opened(

@@ -9,7 +9,8 @@ import pytest
 from etcd import keys
 from etcd.interface import KeyValue, Put
 from etcd.memory import MemoryEtcd
-from etcd.records import ClusterRecord, ImageRecord, NameRecord, TombstoneRecord
+from etcd.records import ClusterRecord, ImageRecord, LostRecord, NameRecord, TombstoneRecord
+from hci.known import known_parts, member_of
 from shard.digest import membership_digest
 from shard.ids import ImageId
 from tests.unit.samples import image_record
@@ -17,7 +18,7 @@ from vmstore.errors import RecoveryRefused
 from vmstore.history import FORCED_STEP, HeldRecord, Known, judge
 from vmstore.ledger import Ledger
 from vmstore.rebuilding import carry_out
-from vmstore.recovering import Member, Plan, Sources, plan
+from vmstore.recovering import Member, Plan, Sources, Voted, Witness, plan
 
 IMAGE = ImageId("ab" * 16)
 NAME = keys.name("vms", "disk")
@@ -127,6 +128,22 @@ def test_one_node_of_three_is_not_enough_unless_forced() -> None:
     assert written(found).generation == 3 + FORCED_STEP
 
 
+def test_node_whose_store_was_set_back_counts_for_nothing() -> None:
+    # node1 and node3 had left node2 behind. node1's disk was put back to before that, node3 was
+    # away, and node1 with node2 passed for a quorum: node2 was in sync again without a person's
+    # word, and what had been answered since was lost.
+    back = node("node1", None, distrusted=frozenset({IMAGE}))
+    found = plan(sources({}, back, node("node2", record(5, 3))), HOLDER)
+    (missing,) = found.missing
+    assert "only node2 of replica set 0 was heard" in missing.missing[0]
+    assert missing.heard == ("node2",)
+    known = plan(
+        sources({}, back, node("node2", record(5, 3)), node("node3", record(5, 4))), HOLDER
+    )
+    assert known.missing == ()
+    assert member_of(known_parts(back.known, "e" * 32, 1)) == back
+
+
 def test_tombstone_of_any_node_keeps_an_image_deleted() -> None:
     old = items(record(2, 1))
     deleted = node("node2", None, deleted=frozenset({IMAGE}))
@@ -137,6 +154,21 @@ def test_tombstone_of_any_node_keeps_an_image_deleted() -> None:
     assert tombstone is not None
     awaits = TombstoneRecord.decode(keys.tombstone(IMAGE), tombstone).awaits
     assert awaits == ("node1", "node2", "node3")
+
+
+def test_arbiter_with_votes_of_a_deleted_image_is_told_of_the_delete() -> None:
+    # All nodes had confirmed it, so no record was left. The arbiter said after each recovery again
+    # that etcd lacks the image.
+    now = items()
+    mark = LostRecord(by="arbiter w", why="a test")
+    now[keys.LOST] = KeyValue(keys.LOST, mark.encode(), 3)
+    voted = Witness("w", "f" * 32, 1, {IMAGE: Voted(5, ((3, frozenset({"node1"})),))})
+    member = node("node1", None, deleted=frozenset({IMAGE}), records=items())
+    found = plan(replace(sources(now, member), witnesses={"w": voted}), HOLDER)
+    (tombstone,) = [w.values[keys.tombstone(IMAGE)] for w in found.writes]
+    assert tombstone is not None
+    record = TombstoneRecord.decode(keys.tombstone(IMAGE), tombstone)
+    assert record.awaits == ("arbiter/w",)
 
 
 def test_recovery_is_carried_out_once() -> None:

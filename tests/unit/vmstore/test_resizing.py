@@ -7,6 +7,7 @@ from concurrent.futures import Future
 
 import pytest
 
+from etcd.memory import Fault
 from shard.errors import HciError
 from tests.unit.vmstore.gateway import GIB, WAIT_S, ScriptedGateway, scripted_gateway
 from vmstore import resizing
@@ -173,3 +174,20 @@ def test_clients_that_are_asked_to_connect_anew_are_let_in_with_the_new_size(
     assert gateway.answer(2) == ("export", channel), "it stayed open in between"
     answers = gateway.engine.named("answer_export")
     assert answers[-1][1]["size_bytes"] == 2 * GIB
+
+
+def test_resize_whose_outcome_stayed_unknown_costs_no_guest_its_image(
+    gateway: ScriptedGateway,
+) -> None:
+    # etcd had the new size and nobody heard it. The gateway went on by the former record: with the
+    # next lost node etcd refused the change, and the guest was told that its image is another's.
+    gateway.connect(1, "10:111")
+    channel = gateway.answer(1)[1]
+    gateway.etcd.fail_next(Fault.ANSWER_LOST, *[Fault.REQUEST_LOST] * 3)
+    asked = resize(gateway, 2 * GIB)
+    gateway.until(lambda: gateway.record.size_bytes == 2 * GIB, "etcd has not taken it")
+    gateway.engine.emit("replica_down", channel=channel, node=0, blocking=True)
+    asked.result(timeout=WAIT_S)
+    gateway.until(lambda: bool(gateway.engine.named("reconfigure")), "the change is not made")
+    assert gateway.engine.named("kill") == []
+    assert (gateway.record.generation, gateway.record.size_bytes) == (2, 2 * GIB)

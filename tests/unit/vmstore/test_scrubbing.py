@@ -8,7 +8,7 @@ import pytest
 
 from etcd import keys
 from etcd.interface import Delete, Put
-from etcd.memory import MemoryEtcd
+from etcd.memory import Fault, MemoryEtcd
 from etcd.records import LeaseRecord
 from etcd.scrubs import BadBlocks, ScrubRecord
 from shard.ids import ImageId
@@ -258,3 +258,20 @@ def test_what_a_node_missed_is_scrubbed_again_when_it_is_in_sync_again(
     assert found.last.missed == () and found.last.read_bytes == 14 and not found.missed_end
     gateway.pass_s(60)
     assert len(gateway.images.begun) == 2, "nothing is left to be read again"
+
+
+def test_what_stays_bad_is_kept_for_later_where_etcd_is_away(
+    catalog: Catalog, image: ImageId
+) -> None:
+    # Of several images with bad blocks all but the one that could not be saved were forgotten.
+    gateway = Gateway(catalog)
+    other = catalog.create_image(ImageName("vms", "other"), 1 << 30).record.id
+    for each in (image, other):
+        event = {"event": "unrepairable", "shard": 3, "block": 5}
+        assert gateway.rot.on_event(each, "vms/some", event, ())
+    etcd = catalog.etcd
+    assert isinstance(etcd, MemoryEtcd)
+    etcd.fail_next(*[Fault.REQUEST_LOST] * 4)
+    for _ in range(4):
+        gateway.pass_s(60)
+    assert [bad.block for each in (image, other) for bad in record(catalog, each).bad] == [5, 5]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from etcd.interface import Put
+from etcd import keys
+from etcd.interface import Delete, Put
 from etcd.memory import MemoryEtcd
 from etcd.records import ArbiterRecord
 from hci import cli, connect
@@ -79,6 +80,32 @@ def test_heal_status_lists_stale_nodes(hci: Run, etcd: MemoryEtcd) -> None:
     (line,) = json.loads(printed)["images"]
     assert status == 0
     assert (line["image"], line["node"], line["state"]) == ("vms/web", "node3", "stale")
+
+
+def test_heal_status_says_where_it_cannot_know_who_is_stale(hci: Run) -> None:
+    # With etcd down it said that nothing is stale, which a script took for the end of a heal.
+    status, printed, complaint = hci("heal", "status", "--json")
+    assert (status, printed) == (1, "")
+    assert "etcd is not reachable" in complaint
+
+
+def test_image_on_a_node_that_is_not_registered_is_described(hci: Run, etcd: MemoryEtcd) -> None:
+    # After a recovery that did not hear of a node the command ended with a traceback.
+    Catalog(etcd).create_image(ImageName("vms", "web"), 1 << 30)
+    etcd.transaction([], [Delete(keys.node("node2"))])
+    status, printed, _ = hci("image", "info", "vms/web", "--json")
+    assert status == 0
+    assert json.loads(printed)["used_bytes"] == {}
+
+
+def test_dev_start_with_another_configuration_starts_no_cluster(hci: Run, tmp_path: Path) -> None:
+    # It passed over the configuration, and started the default cluster.
+    path = tmp_path / "cluster.toml"
+    path.write_text("nonsense")
+    status, _, complaint = hci("--config", str(path), "dev", "start")
+    assert status == 1
+    assert "give the cluster's folder" in complaint
+    assert not (tmp_path / "data").exists()
 
 
 def test_command_with_a_typing_error_is_answered_with_the_right_one(hci: Run) -> None:
