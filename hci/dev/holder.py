@@ -90,14 +90,20 @@ class Holder:
 
 
 def _listen(path: Path) -> socket.socket:
-    """Listen at a path that nobody else uses: the lock of the cluster's folder sees to that."""
+    """Listen at a path that nobody else uses: the lock of the cluster's folder sees to that.
+
+    The socket is there once it listens: who finds one that does not is refused.
+    """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
+    # No longer than the name of any socket here, whose path may be as long as one can be.
+    new = path.with_name(".new")
+    new.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        listener.bind(str(path))
-        path.chmod(0o600)
+        listener.bind(str(new))
+        new.chmod(0o600)
         listener.listen(BACKLOG)
+        new.replace(path)
     except OSError:
         listener.close()
         raise

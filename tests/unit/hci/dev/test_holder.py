@@ -43,6 +43,25 @@ def cluster(tmp_path: Path) -> Iterator[config.Config]:
         found.dev.run_dir.rmdir()
 
 
+def test_socket_is_not_there_before_it_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A busy machine let a start of the cluster find the holder's socket, and be refused by it.
+    path = tmp_path / "holder.sock"
+    seen: list[bool] = []
+    chmod = Path.chmod
+
+    def look(self: Path, mode: int) -> None:
+        seen.append(path.exists())
+        chmod(self, mode)
+
+    monkeypatch.setattr(Path, "chmod", look)
+    with holder._listen(path), socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+    assert seen == [False]
+    assert [each.name for each in tmp_path.iterdir()] == ["holder.sock"]
+
+
 def serve_one(listener: socket.socket, word: str) -> None:
     descriptor = listener.fileno()
     command = [sys.executable, "-m", "hci.dev.activate", str(descriptor), "nbd"]
