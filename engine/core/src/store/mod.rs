@@ -312,7 +312,7 @@ impl Store {
     pub fn wants_checkpoint(&self) -> bool {
         self.checkpointing.is_none()
             && (self.log.wants_checkpoint()
-                || !self.log.slots_wanted().is_empty()
+                || self.log.wants_growth()
                 || !self.state.images.pending_deletes().is_empty())
     }
 
