@@ -5,9 +5,11 @@ use crate::checksum::crc32c;
 use crate::geometry::{BLOCK_BYTES, Tag};
 use crate::store::record::{self, Header, Kind};
 use crate::store::shard_file::{decode_slot, shard_path, slot_bytes};
-use crate::store::simulated::Seeded;
-use crate::store::{BlockState, CopyBlock, StoreError, UsageHandle};
+use crate::store::simulated::{Crash, Seeded};
+use crate::store::{BlockState, CopyBlock, Stamp, StoreError, UsageHandle};
 use bytes::Bytes;
+
+const STAMP: Stamp = Stamp { epoch: 1, generation: 1, sequence: 0 };
 
 fn bad(block: u32) -> StoreError {
     StoreError::BadBlock { layer: 1, shard: 0, block }
@@ -80,6 +82,99 @@ fn rotten_older_metadata_slot_does_no_harm_and_a_rotten_newer_one_makes_the_shar
             assert_eq!(rig.read_layers(&[1], 0, 9, 1), Err(bad(9)));
             rig.checkpoint();
             rig = rig.restart().0;
+        }
+    }
+}
+
+/// A shard with two versions of metadata and one more block in the log; then the newer metadata rots, or
+/// both do.
+fn rotten_under_the_log(rotten: &[u64]) -> Rig {
+    let mut rig = Rig::new();
+    rig.fill(0, 0, 1, 5);
+    rig.checkpoint();
+    rig.fill(0, 1, 1, 6);
+    rig.checkpoint();
+    rig.fill(0, 2, 1, 7);
+    rig.sync();
+    for version in rotten {
+        let slot = u64::from(SHARD_BYTES) + version % 2 * slot_bytes(SHARD_BYTES);
+        assert!(rig.disk.corrupt(&shard_path(&Rig::key(0)), slot + 80), "a byte of its body");
+    }
+    rig
+}
+
+fn assert_rot_shows(rig: &mut Rig, about: &str) {
+    assert_eq!(rig.read_layers(&[1], 0, 0, 1), Err(bad(0)), "{about}");
+    assert_eq!(rig.read_layers(&[1], 0, 1, 1), Err(bad(1)), "it read as zeros: {about}");
+    assert_eq!(rig.content(0, 2, 1), vec![7; BLOCK], "{about}");
+}
+
+/// After a restart a shard with records in the log was taken for one that a checkpoint had been writing:
+/// its older metadata counted, and blocks that only the newer had read as zeros; with both rotten all did.
+#[test]
+fn newer_metadata_that_rots_under_records_in_the_log_makes_the_shard_bad() {
+    for rotten in [&[2][..], &[1, 2]] {
+        let (mut rig, _) = rotten_under_the_log(rotten).restart();
+        for round in 0..3 {
+            assert_rot_shows(&mut rig, &format!("{rotten:?}, round {round}"));
+            rig.checkpoint();
+            assert_rot_shows(&mut rig, &format!("{rotten:?}, after a checkpoint"));
+            rig = rig.restart().0;
+        }
+    }
+}
+
+/// The same where the checkpoint that comes next is interrupted: from then on a damaged slot is one that it
+/// tore.
+#[test]
+fn rot_shows_wherever_a_checkpoint_over_it_is_interrupted() {
+    for rotten in [&[2][..], &[1, 2]] {
+        let (rig, _) = rotten_under_the_log(rotten).restart();
+        let disk = rig.disk.fork();
+        drop(rig);
+        for step in 0.. {
+            let mut reached = false;
+            for seed in 0..8 {
+                let disk = disk.fork();
+                let (mut store, _) = open(&disk).expect("opens");
+                disk.crash_at(disk.steps() + step, Crash::PowerCut);
+                if let Ok(Some(job)) = store.begin_checkpoint(true) {
+                    let _ = store.finish_checkpoint(job.run());
+                }
+                reached = disk.has_crashed();
+                drop(store);
+                disk.power_cut(seed);
+                let (store, _) = open(&disk).expect("opens");
+                let mut rig = Rig { disk, store, stamp: Stamp { sequence: 9, ..STAMP } };
+                assert_rot_shows(&mut rig, &format!("{rotten:?}, step {step}, seed {seed}"));
+                rig.checkpoint();
+                assert_rot_shows(&mut rig, &format!("{rotten:?}, then, step {step}, seed {seed}"));
+            }
+            if !reached {
+                assert!(step > 10, "a checkpoint has steps");
+                break;
+            }
+        }
+    }
+}
+
+/// A scrub wrote metadata that memory still had over both slots at once: a power cut in between lost it.
+#[test]
+fn metadata_that_a_scrub_rewrites_is_whole_at_every_step() {
+    for step in 0..6 {
+        for seed in 0..8 {
+            let mut rig = rotten_under_the_log(&[2]);
+            rig.disk.crash_at(rig.disk.steps() + step, Crash::PowerCut);
+            let scrubbed = rig.store.scrub(&Rig::key(0), 0, SHARD_BLOCKS);
+            let done = scrubbed.is_ok_and(|found| found.metadata_rewritten);
+            let (mut rig, _) = rig.power_cut(seed);
+            let about = format!("step {step}, seed {seed}, {done}");
+            match rig.read_layers(&[1], 0, 0, 2) {
+                Ok((_, data)) => {
+                    assert_eq!(data, [vec![5; BLOCK], vec![6; BLOCK]].concat(), "{about}");
+                }
+                Err(error) => assert!(!done && error == bad(0), "{about}: {error}"),
+            }
         }
     }
 }
