@@ -158,9 +158,9 @@ fn rot_shows_wherever_a_checkpoint_over_it_is_interrupted() {
     }
 }
 
-/// A scrub wrote metadata that memory still had over both slots at once: a power cut in between lost it.
+/// A scrub said that metadata was whole again, and had synced nothing of it.
 #[test]
-fn metadata_that_a_scrub_rewrites_is_whole_at_every_step() {
+fn metadata_that_a_scrub_has_rewritten_survives_a_power_cut() {
     for step in 0..6 {
         for seed in 0..8 {
             let mut rig = rotten_under_the_log(&[2]);
