@@ -388,10 +388,7 @@ impl Replay {
         sequence: u32,
     ) -> Result<u32, StoreError> {
         let mut bytes = BytesMut::with_capacity(self.segment_bytes as usize);
-        match file.read_at(0, self.segment_bytes as usize, &mut bytes) {
-            Ok(_) | Err(Errno::IO) => {}
-            Err(errno) => return Err(errno.into()),
-        }
+        read_segment(file, self.segment_bytes, &mut bytes)?;
         let page = PAGE_BYTES as usize;
         let mut at = 0;
         loop {
@@ -431,6 +428,28 @@ impl Replay {
     }
 }
 
+/// Reads a whole segment. Pages that cannot be read are zeros: no record, and no reason to give up the
+/// others, least of all where nothing was written yet.
+fn read_segment(
+    file: &dyn super::disk::DiskFile,
+    segment_bytes: u32,
+    bytes: &mut BytesMut,
+) -> DiskResult<()> {
+    bytes.clear();
+    match file.read_at(0, segment_bytes as usize, bytes) {
+        Err(Errno::IO) => {}
+        other => return other.map(|_| ()),
+    }
+    bytes.clear();
+    for at in (0..segment_bytes).step_by(PAGE_BYTES as usize) {
+        match file.read_at(u64::from(at), PAGE_BYTES as usize, bytes) {
+            Ok(_) | Err(Errno::IO) => bytes.resize((at + PAGE_BYTES) as usize, 0),
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
+}
+
 /// The highest lsn that any record of `instance` or later says was durable when it was written.
 /// Every batch starts on a page, and its first record tells.
 fn synced_after<'a>(
@@ -443,11 +462,7 @@ fn synced_after<'a>(
     let mut durable_lsn = 0;
     let mut bytes = BytesMut::new();
     for file in files {
-        bytes.clear();
-        match file.read_at(0, segment_bytes as usize, &mut bytes) {
-            Ok(_) | Err(Errno::IO) => {}
-            Err(errno) => return Err(errno.into()),
-        }
+        read_segment(&**file, segment_bytes, &mut bytes)?;
         for at in (0..bytes.len()).step_by(PAGE_BYTES as usize) {
             let counts = |header: &Header| (instance..instance_end).contains(&header.instance);
             if let Some((header, ..)) = decode(&bytes[at..], seed)

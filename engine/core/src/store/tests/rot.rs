@@ -241,6 +241,27 @@ fn rot_in_a_synced_record_is_reported_for_ever_and_a_torn_end_is_not() {
     assert!(!recovery.damaged);
 }
 
+/// One page that could not be read, also where nothing was written yet, kept the store from opening at all.
+#[test]
+fn unreadable_page_of_the_log_is_reported_where_it_held_something_and_harmless_elsewhere() {
+    let mut rig = Rig::new();
+    rig.fill(0, 0, 1, 5);
+    rig.sync();
+    rig.fill(0, 1, 1, 6);
+    rig.sync();
+    let last = rig.store.log.live().back().expect("one is written to");
+    let (path, end) = (crate::store::log::segment_path(last.slot), u64::from(last.end));
+    let run = *rig.store.state.index.get(&Rig::key(0)).and_then(|s| s.get(0)).expect("in the log");
+    let unused = rig.disk.fork();
+    unused.break_page(&path, end + 2 * 4096);
+    let (store, recovery) = open(&unused).expect("opens");
+    assert!(!recovery.damaged);
+    let mut whole = Rig { disk: unused, store, stamp: rig.stamp };
+    assert!(whole.content(0, 0, 2) == [vec![5; BLOCK], vec![6; BLOCK]].concat());
+    rig.disk.break_page(&path, u64::from(run.place.offset));
+    assert!(rig.power_cut(1).1.damaged);
+}
+
 #[test]
 fn rot_anywhere_in_the_log_is_reported_or_harmless() {
     let mut rig = Rig::new();
