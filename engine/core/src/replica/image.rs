@@ -16,7 +16,7 @@ use crate::wire::messages::RecordHead;
 use crate::wire::{self, Prefix};
 use bytes::{Bytes, BytesMut};
 use slab::Slab;
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 /// A replica set, its members and who of them is in sync.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,8 +161,7 @@ pub(super) struct Part {
     pub timing: Timing,
 }
 
-/// How much waits in an image: clients' requests, their parts, and sequences from the first one that is
-/// not answered on.
+/// How much waits in an image: clients' requests, their parts, and changes that are not answered.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Queues {
     pub requests: usize,
@@ -199,9 +198,9 @@ pub struct ImageIo {
     pub(super) serial: u32,
     pub(super) locks: BlockLocks,
     pub(super) next_sequence: u64,
-    /// Writes in flight or answered, from `first_open` on; true: answered.
-    pub(super) window: VecDeque<bool>,
-    pub(super) first_open: u64,
+    /// Sequences of changes in flight: one that waits for long holds back what may be cleared, and
+    /// nothing is kept of those that are answered meanwhile.
+    pub(super) unanswered: BTreeSet<u64>,
     pub(super) clear: Clear,
     pub(super) admission: Option<Admission>,
     pub(super) leveller: Leveller,
@@ -263,8 +262,7 @@ impl ImageIo {
             serial: 0,
             locks: BlockLocks::default(),
             next_sequence: 1,
-            window: VecDeque::new(),
-            first_open: 1,
+            unanswered: BTreeSet::new(),
             clear: Clear::default(),
             admission: None,
             leveller: Leveller::new(spec.levelling),
@@ -317,7 +315,7 @@ impl ImageIo {
         Queues {
             requests: self.requests.len(),
             parts: self.parts.len(),
-            unanswered: self.window.len(),
+            unanswered: self.unanswered.len(),
         }
     }
 
@@ -436,17 +434,13 @@ impl ImageIo {
 
     /// The highest sequence up to which every write was answered.
     pub(super) fn answered_through(&self) -> u64 {
-        self.first_open - 1
+        self.unanswered.first().copied().unwrap_or(self.next_sequence) - 1
     }
 
-    /// A write's sequence is answered; the window moves on over what is answered without gap.
+    /// A write's sequence is answered.
     pub(super) fn sequence_answered(&mut self, sequence: u64) {
-        let index = (sequence - self.first_open) as usize;
-        self.window[index] = true;
-        while self.window.front() == Some(&true) {
-            self.window.pop_front();
-            self.first_open += 1;
-        }
+        let was_open = self.unanswered.remove(&sequence);
+        assert!(was_open, "a change is answered once");
     }
 
     /// Counts one part of a request as done, and answers the request with its last one.

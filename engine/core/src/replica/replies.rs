@@ -344,7 +344,8 @@ impl ImageIo {
 
     fn finish_close(&mut self) {
         let all_up = self.in_sync_anywhere().without(self.up()).is_empty();
-        let all_clear = self.window.is_empty() && self.clear.sequence == self.answered_through();
+        let all_clear =
+            self.unanswered.is_empty() && self.clear.sequence == self.answered_through();
         let clean = all_up && all_clear && self.is_level();
         if clean && self.clear.sequence > 0 {
             let in_sync = self.in_sync_anywhere();

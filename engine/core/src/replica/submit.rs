@@ -231,7 +231,7 @@ impl ImageIo {
     fn take_sequence(&mut self) -> u64 {
         let sequence = self.next_sequence;
         self.next_sequence += 1;
-        self.window.push_back(false);
+        self.unanswered.insert(sequence);
         sequence
     }
 

@@ -2,14 +2,18 @@
 //! durably; then the segments may be written to again. A job does the work in any thread.
 //!
 //! The order within a job is what makes a crash harmless: (1) sync the log, so that everything that
-//! is about to replace old content, or that made older records obsolete, is durable; (2) write
-//! data, punch holes, then write metadata; (3) sync the files and the folders with new names; (4)
-//! move the log's tail on, durably. Blocks that a job writes are read from the log until it is
-//! finished.
+//! is about to replace old content, or that made older records obsolete, is durable; (2) say in the log's
+//! tail, durably, which shards' metadata may be torn from now on; (3) write data, punch holes, then write
+//! metadata; (4) sync the files and the folders with new names; (5) move the log's tail on, durably. Blocks
+//! that a job writes are read from the log until it is finished.
+//!
+//! Before (2) each shard's metadata is read, as far as memory has none: what has rotted is noted in both
+//! slots, durably. For later a damaged slot is taken for one that this job tore.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::io::IoSlice;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::BytesMut;
 
@@ -22,7 +26,8 @@ use super::index::{Place, Run};
 use super::log::{SyncGate, create_segment};
 use super::read::{ReadBuffer, read_singly, read_whole};
 use super::recovery::Tail;
-use super::shard_file::{ShardMeta, read_meta, shard_folder, shard_path, write_meta};
+use super::shard_file::{ShardMeta, read_meta, rewrite_both, shard_folder, shard_path, write_meta};
+use super::torn::MayBeTorn;
 use super::{BlockState, Store, StoreError};
 
 const BLOCK: usize = BLOCK_BYTES as usize;
@@ -44,6 +49,29 @@ struct ShardPlan {
     unsettled: bool,
 }
 
+/// What a checkpoint under way writes.
+pub(super) struct Running {
+    pub keys: HashSet<ShardKey>,
+    writing: Arc<AtomicBool>,
+}
+
+impl Running {
+    /// Whether it has begun to write to shard files.
+    pub fn is_writing(&self) -> bool {
+        self.writing.load(Ordering::Acquire)
+    }
+}
+
+/// How the log's tail changes.
+struct Retirement {
+    /// Last segment that is no longer needed afterwards.
+    segment: u32,
+    /// The tail to write before the shards, and after.
+    begun: Tail,
+    done: Tail,
+    seed: u32,
+}
+
 /// Puts the oldest part of the log into the files it belongs in.
 #[must_use = "run the job and hand the outcome to finish_checkpoint"]
 pub struct CheckpointJob {
@@ -55,8 +83,8 @@ pub struct CheckpointJob {
     upto: Place,
     /// (segment, its file) of every live segment.
     segments: Vec<(u32, FileRef)>,
-    /// Last segment that is no longer needed afterwards, and the tail to write then.
-    retire: Option<(u32, Tail, u32)>,
+    retire: Option<Retirement>,
+    writing: Arc<AtomicBool>,
     shards: Vec<ShardPlan>,
     records: Vec<(ImageId, ImageRecord)>,
     deletes: Vec<ImageId>,
@@ -70,6 +98,8 @@ pub struct CheckpointDone {
     job: CheckpointJob,
     outcome: Result<(), Failure>,
     log_synced: bool,
+    /// The last tail that was written.
+    tail_version: Option<u64>,
     metas: Vec<(ShardKey, Arc<ShardMeta>)>,
     created: Vec<(u32, FileRef)>,
 }
@@ -110,9 +140,12 @@ impl Store {
             false if self.log.wants_checkpoint() => sealed.div_ceil(6),
             false => 0,
         };
-        let retire = (retired > 0).then(|| self.plan_retirement(retired));
-        let shards = retire.map_or(Vec::new(), |(segment, ..)| self.plan_shards(segment));
-        self.checkpointing = Some(shards.iter().map(|plan| plan.key).collect());
+        let last = (retired > 0).then(|| self.log.live()[retired - 1].sequence);
+        let shards = last.map_or(Vec::new(), |segment| self.plan_shards(segment));
+        let keys: HashSet<ShardKey> = shards.iter().map(|plan| plan.key).collect();
+        let retire = last.map(|_| self.plan_retirement(retired, &keys));
+        let writing = Arc::new(AtomicBool::new(false));
+        self.checkpointing = Some(Running { keys, writing: Arc::clone(&writing) });
         let records = if retire.is_some() { self.state.images.unpersisted() } else { Vec::new() };
         let segments = self.log.live().iter().map(|s| (s.sequence, Arc::clone(&s.file)));
         Ok(Some(CheckpointJob {
@@ -123,6 +156,7 @@ impl Store {
             upto: self.log.end(),
             segments: segments.collect(),
             retire,
+            writing,
             shards,
             records,
             deletes: self.state.images.pending_deletes().to_vec(),
@@ -131,11 +165,19 @@ impl Store {
         }))
     }
 
-    fn plan_retirement(&self, retired: usize) -> (u32, Tail, u32) {
-        let (last, next) = (&self.log.live()[retired - 1], &self.log.live()[retired]);
+    fn plan_retirement(&self, retired: usize, keys: &HashSet<ShardKey>) -> Retirement {
+        let live = self.log.live();
+        let (first, last, next) = (&live[0], &live[retired - 1], &live[retired]);
         let durable_lsn = self.log.appended_lsn();
-        let tail = Tail { version: self.tail_version + 1, first_lsn: next.first_lsn, durable_lsn };
-        (last.sequence, tail, self.superblock.seed())
+        // What was interrupted before, and is not written now, stays so.
+        let mut torn = MayBeTorn::nothing();
+        self.unsettled.difference(keys).for_each(|key| torn.insert(key));
+        let version = self.tail_version + 2;
+        let done = Tail { version, first_lsn: next.first_lsn, durable_lsn, torn: torn.clone() };
+        keys.iter().for_each(|key| torn.insert(key));
+        let version = self.tail_version + 1;
+        let begun = Tail { version, first_lsn: first.first_lsn, durable_lsn, torn };
+        Retirement { segment: last.sequence, begun, done, seed: self.superblock.seed() }
     }
 
     /// The shards that segments up to `segment` say something about, with all that the log has of
@@ -176,7 +218,10 @@ impl Store {
     /// Takes a checkpoint's outcome over. `NoSpace` leaves everything in the log, for a later one.
     pub fn finish_checkpoint(&mut self, done: CheckpointDone) -> Result<(), StoreError> {
         self.check()?;
-        let keys = self.checkpointing.take();
+        let running = self.checkpointing.take();
+        if let Some(version) = done.tail_version {
+            self.tail_version = version;
+        }
         if done.log_synced {
             self.log.synced(done.job.lsn);
         }
@@ -184,7 +229,8 @@ impl Store {
         self.log.grow(done.created, all);
         if let Err(failure) = done.outcome {
             let images = &self.state.images;
-            let left = keys.into_iter().flatten().filter(|key| !images.is_deleted(&key.image));
+            let left = running.filter(Running::is_writing).map(|running| running.keys);
+            let left = left.into_iter().flatten().filter(|key| !images.is_deleted(&key.image));
             self.unsettled.extend(left);
             return Err(match failure.retry {
                 true => StoreError::NoSpace,
@@ -198,12 +244,11 @@ impl Store {
             self.metas.refresh(&key, meta, weight);
         }
         self.state.images.settled(&done.job.records, &done.job.deletes);
-        if let Some((segment, tail, _)) = done.job.retire {
+        if let Some(Retirement { segment, .. }) = done.job.retire {
             let images = &self.state.images;
             self.state.index.retain(|key| images.get(&key.image).is_some());
             let oldest = self.state.index.iter().map(|(_, shard)| shard.oldest_segment).min();
             assert!(oldest.is_none_or(|oldest| oldest > segment), "a retired segment is needed");
-            self.tail_version = tail.version;
             self.log.retire(segment);
         }
         Ok(())
@@ -214,7 +259,8 @@ impl CheckpointJob {
     /// Does the work; blocks.
     pub fn run(self) -> CheckpointDone {
         let (outcome, log_synced, metas, created) = (Ok(()), false, Vec::new(), Vec::new());
-        let mut done = CheckpointDone { job: self, outcome, log_synced, metas, created };
+        let (job, tail_version) = (self, None);
+        let mut done = CheckpointDone { job, outcome, log_synced, tail_version, metas, created };
         done.outcome = done.work();
         done
     }
@@ -222,7 +268,7 @@ impl CheckpointJob {
 
 impl CheckpointDone {
     fn work(&mut self) -> Result<(), Failure> {
-        let job = &self.job;
+        let job = &mut self.job;
         for slot in job.create.iter().copied() {
             match create_segment(&*job.disk, slot, job.segment_bytes) {
                 Ok(file) => self.created.push((slot, file)),
@@ -236,6 +282,13 @@ impl CheckpointDone {
         }
         job.gate.sync(&job.unsynced).map_err(|errno| Failure { errno, retry: false })?;
         self.log_synced = true;
+        if let Some(Retirement { begun, seed, .. }) = &job.retire {
+            job.shards.iter_mut().try_for_each(|plan| plan.note_rot(&*job.disk))?;
+            begun.write(&*job.disk, *seed)?;
+            self.tail_version = Some(begun.version);
+            job.writing.store(true, Ordering::Release);
+        }
+        let job = &self.job;
         let mut folders = BTreeSet::new();
         let mut copier = Copier { job, buffer: BytesMut::new() };
         for plans in job.shards.chunks(OPEN_FILES_MAX) {
@@ -252,8 +305,30 @@ impl CheckpointDone {
         }
         folders.iter().try_for_each(|folder| job.disk.sync_dir(folder))?;
         job.deletes.iter().try_for_each(|image| delete_files(&*job.disk, image))?;
-        if let Some((_, tail, seed)) = &job.retire {
-            tail.write(&*job.disk, *seed)?;
+        if let Some(Retirement { done, seed, .. }) = &job.retire {
+            done.write(&*job.disk, *seed)?;
+            self.tail_version = Some(done.version);
+        }
+        Ok(())
+    }
+}
+
+impl ShardPlan {
+    /// Reads the metadata, where it is not known yet. What is lost is said to be lost in both slots.
+    fn note_rot(&mut self, disk: &dyn Disk) -> DiskResult<()> {
+        let known = self.meta.as_ref().is_some_and(|meta| !meta.rewrite_both);
+        if known || self.unsettled {
+            return Ok(());
+        }
+        let file = match disk.open(&shard_path(&self.key)) {
+            Err(Errno::NOENT) => return Ok(()),
+            other => other?,
+        };
+        let mut meta = read_meta(&*file, &self.key, self.shard_bytes, false)?;
+        if meta.rewrite_both {
+            meta.rewrite_both = false;
+            rewrite_both(&*file, &self.key, self.shard_bytes, &mut meta)?;
+            self.meta = Some(Arc::new(meta));
         }
         Ok(())
     }
@@ -277,16 +352,20 @@ impl Copier<'_> {
             Err(Errno::NOENT) => (create_shard(disk, key, folders)?, true),
             other => (other?, false),
         };
-        if plan.unsettled {
-            folders.extend(parents(key));
-            // The newest metadata may be in the cache only; the next one goes over its elder.
-            file.sync_data()?;
-        }
         let old = match &plan.meta {
             Some(meta) => ShardMeta::clone(meta),
             None if is_new => ShardMeta::absent(),
             None => read_meta(&*file, key, *shard_bytes, plan.unsettled)?,
         };
+        if plan.unsettled {
+            folders.extend(parents(key));
+            if old.version > 0 && !old.rewrite_both {
+                // It may be in the cache only, and the next one goes over its elder. Written once more,
+                // since a sync that failed before has the kernel take it for written.
+                write_meta(&*file, key, *shard_bytes, &old)?;
+            }
+            file.sync_data()?;
+        }
         let rewrite_both = old.rewrite_both;
         let mut meta = old.with_blocks(shard_bytes / BLOCK_BYTES);
         meta.rewrite_both = false;

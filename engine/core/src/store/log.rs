@@ -330,9 +330,17 @@ impl Log {
 
     /// Sealed segments are plenty, or there is no other way to get a free one: a checkpoint is due.
     pub fn wants_checkpoint(&self) -> bool {
-        let grows = !self.slots_wanted().is_empty() && !self.growth_failed;
+        let grows = self.wants_growth();
         self.sealed() as u32 >= (self.segments_max * 3 / 4).max(1)
             || self.free.is_empty() && self.sealed() > 0 && !grows
+    }
+
+    /// Whether files should be created, and there was space when that was last tried. Where there was
+    /// none it is tried again beside whatever else a checkpoint does, not for its own sake; but a log
+    /// of one segment has no other way.
+    pub fn wants_growth(&self) -> bool {
+        let tries = !self.growth_failed || self.live.len() + self.free.len() < 2;
+        tries && !self.slots_wanted().is_empty()
     }
 
     /// Numbers of files to create: more free segments are wanted, and allowed.
@@ -365,17 +373,29 @@ pub fn segment_path(slot: u32) -> String {
 
 /// Creates a segment's file with its space reserved, so that a write to it never finds the disk full.
 /// Durable when it returns. The file has its length last: what an interruption left is told by that.
+///
+/// What a failure left is removed: without room for a whole segment it would take all that is left, and
+/// keep it from whoever else has the file system.
 pub fn create_segment(disk: &dyn Disk, slot: u32, segment_bytes: u32) -> DiskResult<FileRef> {
-    let file = disk.create(&segment_path(slot))?;
+    let path = segment_path(slot);
+    let file = disk.create(&path)?;
+    reserve_segment(disk, &*file, segment_bytes).inspect_err(|_| {
+        // Whether that works or not, the first failure is told.
+        let _ = file.set_len(0);
+        let _ = disk.unlink(&path);
+    })?;
+    Ok(file)
+}
+
+fn reserve_segment(disk: &dyn Disk, file: &dyn DiskFile, segment_bytes: u32) -> DiskResult<()> {
     file.set_len(0)?;
     file.allocate(0, u64::from(segment_bytes))?;
     if file.allocated_bytes()? < u64::from(segment_bytes) {
-        write_zeros(&*file, segment_bytes)?;
+        write_zeros(file, segment_bytes)?;
     }
     file.set_len(u64::from(segment_bytes))?;
     file.sync_data()?;
-    disk.sync_dir("log")?;
-    Ok(file)
+    disk.sync_dir("log")
 }
 
 /// Reserves space where the file system cannot do it by itself.

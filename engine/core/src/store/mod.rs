@@ -39,6 +39,7 @@ mod superblock;
 mod sync;
 #[cfg(test)]
 mod tests;
+mod torn;
 mod usage;
 mod write;
 mod written;
@@ -202,8 +203,8 @@ pub struct Store {
     /// Shards whose newer metadata slot an interrupted checkpoint may have torn, and whose names it
     /// may not have made durable.
     unsettled: HashSet<ShardKey>,
-    /// Shards that the running checkpoint writes.
-    checkpointing: Option<HashSet<ShardKey>>,
+    /// What the running checkpoint writes.
+    checkpointing: Option<checkpoint::Running>,
     tail_version: u64,
     failed: Option<Errno>,
     /// Images whose content and record here are of a state that was put back, until a holder that was
@@ -312,7 +313,7 @@ impl Store {
     pub fn wants_checkpoint(&self) -> bool {
         self.checkpointing.is_none()
             && (self.log.wants_checkpoint()
-                || !self.log.slots_wanted().is_empty()
+                || self.log.wants_growth()
                 || !self.state.images.pending_deletes().is_empty())
     }
 

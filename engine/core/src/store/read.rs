@@ -10,6 +10,7 @@ use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, ShardKey, Tag};
 use crate::rules::{Rule, broken};
 
+use super::checkpoint::Running;
 use super::disk::{DiskFile, DiskResult, Errno, FileRef};
 use super::index::Place;
 use super::shard_file::{ShardMeta, read_meta, shard_path};
@@ -313,20 +314,30 @@ impl Store {
         if let Some(meta) = self.metas.get(key) {
             return Ok(Arc::clone(meta));
         }
-        let torn_allowed = self.may_be_torn(key);
-        let meta = match self.shard_file(key)? {
-            Some(file) => read_meta(&*file, key, shard_bytes, torn_allowed)?,
-            None => ShardMeta::absent(),
+        let meta = loop {
+            let torn_allowed = self.may_be_torn(key);
+            let meta = match self.shard_file(key)? {
+                Some(file) => read_meta(&*file, key, shard_bytes, torn_allowed)?,
+                None => ShardMeta::absent(),
+            };
+            // A checkpoint that began to write meanwhile may be what damaged it.
+            if torn_allowed == self.may_be_torn(key) {
+                break Arc::new(meta);
+            }
         };
-        let meta = Arc::new(meta);
         self.metas.insert(*key, Arc::clone(&meta), meta.weight());
         Ok(meta)
     }
 
     /// Whether a checkpoint that was interrupted, or runs, may have left the newer slot torn.
     pub(super) fn may_be_torn(&self, key: &ShardKey) -> bool {
-        self.unsettled.contains(key)
-            || self.checkpointing.as_ref().is_some_and(|keys| keys.contains(key))
+        let writes = |running: &Running| running.is_writing() && running.keys.contains(key);
+        self.unsettled.contains(key) || self.checkpointing.as_ref().is_some_and(writes)
+    }
+
+    /// Whether the running checkpoint writes the shard, or will.
+    pub(super) fn is_checkpointed(&self, key: &ShardKey) -> bool {
+        self.checkpointing.as_ref().is_some_and(|running| running.keys.contains(key))
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use bytes::BytesMut;
 
-use crate::geometry::ImageId;
+use crate::geometry::{ImageId, ShardKey};
 use crate::rules::{Rule, broken};
 
 use super::cache::Cache;
@@ -22,13 +22,18 @@ use super::log::{Log, LogParameters, PAGE_BYTES, Segment, create_segment, segmen
 use super::record::{HEADER_BYTES, Header, Kind, decode, payload_matches};
 use super::state::State;
 use super::superblock::Superblock;
+use super::torn::{FILTER_BYTES, MayBeTorn};
 use super::{Store, StoreConfig, StoreError};
 
 const SEGMENT_BYTES_MIN: u32 = 4 << 20;
 const SEGMENTS_MIN: u32 = 4;
 const TAIL_PATH: &str = "log/tail";
-const TAIL_MAGIC: u32 = 0x4C54_4348;
-const TAIL_BYTES: usize = 32;
+const TAIL_MAGIC: u32 = 0x4C54_4349;
+const TAIL_BYTES: usize = 32 + FILTER_BYTES;
+/// Of stores that were made before the tail said what a checkpoint may have torn.
+const TAIL_MAGIC_BEFORE: u32 = 0x4C54_4348;
+const TAIL_BYTES_BEFORE: usize = 32;
+const _: () = assert!(TAIL_BYTES <= PAGE_BYTES as usize, "a slot is a page");
 
 /// What an open found.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -45,13 +50,15 @@ pub struct Recovery {
 }
 
 /// Where the live part of the log begins. Two slots, a page each, written alternately.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Tail {
     pub version: u64,
     /// First lsn of the oldest live segment.
     pub first_lsn: u64,
     /// Everything up to it was durable when the tail was written.
     pub durable_lsn: u64,
+    /// Shards that a checkpoint may have left half written since.
+    pub torn: MayBeTorn,
 }
 
 impl Tail {
@@ -62,6 +69,7 @@ impl Tail {
         push_u64(&mut bytes, self.version);
         push_u64(&mut bytes, self.first_lsn);
         push_u64(&mut bytes, self.durable_lsn);
+        self.torn.encode(&mut bytes);
         let checksum = ::crc32c::crc32c_append(seed, &bytes);
         push_u32(&mut bytes, checksum);
         bytes.resize(PAGE_BYTES as usize, 0);
@@ -88,10 +96,15 @@ impl Tail {
     fn decode(slot: &[u8], seed: u32) -> Option<Tail> {
         let mut reader = Reader::new(slot);
         let magic = reader.u32()?;
-        let (version, first_lsn) = (reader.u64()?, reader.u64()?);
-        let tail = Tail { version, first_lsn, durable_lsn: reader.u64()? };
-        let checksum = ::crc32c::crc32c_append(seed, &slot[..TAIL_BYTES - 4]);
-        (magic == TAIL_MAGIC && reader.u32()? == checksum && first_lsn > 0).then_some(tail)
+        let (version, first_lsn, durable_lsn) = (reader.u64()?, reader.u64()?, reader.u64()?);
+        let (torn, length) = match magic {
+            TAIL_MAGIC => (MayBeTorn::decode(&mut reader)?, TAIL_BYTES),
+            TAIL_MAGIC_BEFORE => (MayBeTorn::anything(), TAIL_BYTES_BEFORE),
+            _ => return None,
+        };
+        let checksum = ::crc32c::crc32c_append(seed, slot.get(..length - 4)?);
+        let tail = Tail { version, first_lsn, durable_lsn, torn };
+        (reader.u32()? == checksum && first_lsn > 0).then_some(tail)
     }
 }
 
@@ -137,7 +150,7 @@ impl Store {
         let mut state = State::default();
         let records_damaged = load_images(&*disk, &mut state)?;
         let recovered = recover_log(&*disk, &superblock, state)?;
-        let Recovered { state, live, free, next_lsn, records, tail_version, damaged } = recovered;
+        let Recovered { state, live, free, next_lsn, records, tail, damaged } = recovered;
         superblock.damaged |= damaged || records_damaged;
         if damaged || records_damaged {
             superblock.save(&*disk)?;
@@ -149,7 +162,7 @@ impl Store {
         let parameters = LogParameters { segment_bytes, segments_max, seed, instance, next_lsn };
         let recovery = Recovery { instance, created, damaged: superblock.damaged, records };
         let mut store = Store {
-            unsettled: state.index.iter().map(|(key, _)| *key).collect::<HashSet<_>>(),
+            unsettled: torn_by(&tail, &state),
             synced_flush_number: state.flush_number,
             disk,
             superblock,
@@ -158,7 +171,7 @@ impl Store {
             metas: Cache::new(config.metadata_bytes),
             files: Cache::new(config.open_files),
             checkpointing: None,
-            tail_version,
+            tail_version: tail.version,
             failed: None,
             distrusted: HashSet::new(),
             scratch: Vec::new(),
@@ -215,7 +228,8 @@ fn create_log(disk: &dyn Disk, superblock: &Superblock) -> DiskResult<()> {
     }
     disk.sync_dir("")?;
     (0..2).try_for_each(|slot| create_segment(disk, slot, superblock.segment_bytes).map(|_| ()))?;
-    Tail { version: 1, first_lsn: 1, durable_lsn: 0 }.write(disk, superblock.seed())?;
+    let torn = MayBeTorn::nothing();
+    Tail { version: 1, first_lsn: 1, durable_lsn: 0, torn }.write(disk, superblock.seed())?;
     disk.sync_dir("log")
 }
 
@@ -248,8 +262,15 @@ struct Recovered {
     free: Vec<(u32, FileRef)>,
     next_lsn: u64,
     records: u64,
-    tail_version: u64,
+    tail: Tail,
     damaged: bool,
+}
+
+/// Shards that an interrupted checkpoint may have torn. It had all that it wrote from the log, which still
+/// has it.
+fn torn_by(tail: &Tail, state: &State) -> HashSet<ShardKey> {
+    let logged = state.index.iter().map(|(key, _)| *key);
+    logged.filter(|key| tail.torn.has(key)).collect()
 }
 
 fn recover_log(
@@ -261,7 +282,8 @@ fn recover_log(
     let mut found = find_segments(disk, seed, segment_bytes)?;
     let tail = Tail::load(disk, seed)?;
     let mut damaged = tail.is_none();
-    let mut tail = tail.unwrap_or(Tail { version: 0, first_lsn: 1, durable_lsn: 0 });
+    let torn = MayBeTorn::anything();
+    let mut tail = tail.unwrap_or(Tail { version: 0, first_lsn: 1, durable_lsn: 0, torn });
     let heads = || found.iter().filter_map(|segment| segment.head);
     if !heads().any(|(lsn, _)| lsn == tail.first_lsn)
         && (damaged || tail.first_lsn <= tail.durable_lsn)
@@ -308,8 +330,7 @@ fn recover_log(
         tail.write(disk, seed)?;
     }
     let free = found.into_iter().map(|segment| (segment.slot, segment.file)).collect();
-    let tail_version = tail.version;
-    Ok(Recovered { state, live, free, next_lsn, records, tail_version, damaged })
+    Ok(Recovered { state, live, free, next_lsn, records, tail, damaged })
 }
 
 /// All log files of the right size, with the heads of those that have one.
@@ -367,10 +388,7 @@ impl Replay {
         sequence: u32,
     ) -> Result<u32, StoreError> {
         let mut bytes = BytesMut::with_capacity(self.segment_bytes as usize);
-        match file.read_at(0, self.segment_bytes as usize, &mut bytes) {
-            Ok(_) | Err(Errno::IO) => {}
-            Err(errno) => return Err(errno.into()),
-        }
+        read_segment(file, self.segment_bytes, &mut bytes)?;
         let page = PAGE_BYTES as usize;
         let mut at = 0;
         loop {
@@ -410,6 +428,28 @@ impl Replay {
     }
 }
 
+/// Reads a whole segment. Pages that cannot be read are zeros: no record, and no reason to give up the
+/// others, least of all where nothing was written yet.
+fn read_segment(
+    file: &dyn super::disk::DiskFile,
+    segment_bytes: u32,
+    bytes: &mut BytesMut,
+) -> DiskResult<()> {
+    bytes.clear();
+    match file.read_at(0, segment_bytes as usize, bytes) {
+        Err(Errno::IO) => {}
+        other => return other.map(|_| ()),
+    }
+    bytes.clear();
+    for at in (0..segment_bytes).step_by(PAGE_BYTES as usize) {
+        match file.read_at(u64::from(at), PAGE_BYTES as usize, bytes) {
+            Ok(_) | Err(Errno::IO) => bytes.resize((at + PAGE_BYTES) as usize, 0),
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
+}
+
 /// The highest lsn that any record of `instance` or later says was durable when it was written.
 /// Every batch starts on a page, and its first record tells.
 fn synced_after<'a>(
@@ -422,11 +462,7 @@ fn synced_after<'a>(
     let mut durable_lsn = 0;
     let mut bytes = BytesMut::new();
     for file in files {
-        bytes.clear();
-        match file.read_at(0, segment_bytes as usize, &mut bytes) {
-            Ok(_) | Err(Errno::IO) => {}
-            Err(errno) => return Err(errno.into()),
-        }
+        read_segment(&**file, segment_bytes, &mut bytes)?;
         for at in (0..bytes.len()).step_by(PAGE_BYTES as usize) {
             let counts = |header: &Header| (instance..instance_end).contains(&header.instance);
             if let Some((header, ..)) = decode(&bytes[at..], seed)

@@ -14,7 +14,7 @@ use crate::geometry::{BLOCK_BYTES, ShardKey};
 
 use super::disk::{Errno, FileRef};
 use super::read::run_length;
-use super::shard_file::{ShardMeta, read_meta, slot_bytes, write_meta};
+use super::shard_file::{ShardMeta, read_meta, rewrite_both, slot_bytes};
 use super::{BlockState, Store, StoreError};
 
 const BLOCK: usize = BLOCK_BYTES as usize;
@@ -110,7 +110,7 @@ impl Store {
 
     /// Reads a shard's metadata again; true: it was damaged, and memory still knew it.
     fn scrub_metadata(&mut self, key: &ShardKey, shard_bytes: u32) -> Result<bool, StoreError> {
-        if self.may_be_torn(key) {
+        if self.may_be_torn(key) || self.is_checkpointed(key) {
             // A checkpoint writes it at this moment, or has to write it anew.
             return Ok(false);
         }
@@ -131,14 +131,10 @@ impl Store {
             return Ok(false);
         }
         let mut meta = known;
-        for _ in 0..2 {
-            // Both slots: any of them may be the damaged one.
-            meta.version += 1;
-            match write_meta(&*file, key, shard_bytes, &meta) {
-                Ok(()) => {}
-                Err(Errno::NOSPC | Errno::DQUOT) => return Ok(false),
-                Err(errno) => return Err(self.fail(errno)),
-            }
+        match rewrite_both(&*file, key, shard_bytes, &mut meta) {
+            Ok(()) => {}
+            Err(Errno::NOSPC | Errno::DQUOT) => return Ok(false),
+            Err(errno) => return Err(self.fail(errno)),
         }
         let weight = meta.weight();
         self.metas.insert(*key, Arc::new(meta), weight);

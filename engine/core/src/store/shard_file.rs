@@ -35,7 +35,7 @@ pub struct ShardMeta {
     crcs: Box<[u32]>,
     /// Tags of blocks, by block, while the shard is dirty.
     pub tags: Box<[(u32, Tag)]>,
-    /// In memory only: both slots are damaged and both must be written.
+    /// In memory only: a slot was lost, so what the slots say does not count. Both must be written.
     pub rewrite_both: bool,
 }
 
@@ -240,6 +240,22 @@ pub fn write_meta(
     file.write_at(slot_offset(shard_bytes, meta.version), &mut [IoSlice::new(&slot)])
 }
 
+/// Writes the metadata into both slots, durably, one after the other: any of them may be the damaged one,
+/// and one is whole at every moment where one was before.
+pub fn rewrite_both(
+    file: &dyn DiskFile,
+    key: &ShardKey,
+    shard_bytes: u32,
+    meta: &mut ShardMeta,
+) -> DiskResult<()> {
+    for _ in 0..2 {
+        meta.version += 1;
+        write_meta(file, key, shard_bytes, meta)?;
+        file.sync_data()?;
+    }
+    Ok(())
+}
+
 /// Reads the metadata of an existing file. `torn_allowed`: a crash may have torn the newer slot,
 /// and the log still has what it described.
 pub fn read_meta(
@@ -296,7 +312,8 @@ fn choose(even: Slot, odd: Slot, blocks: u32, torn_allowed: bool) -> ShardMeta {
         Slot::Empty => 0,
     };
     let version = known(&even).max(known(&odd));
-    let lost = || ShardMeta { version, ..ShardMeta::uniform(blocks, BlockState::Bad) };
+    let lost =
+        || ShardMeta { version, rewrite_both: true, ..ShardMeta::uniform(blocks, BlockState::Bad) };
     match (even, odd) {
         (Slot::Whole(even), Slot::Whole(odd)) => {
             if even.version > odd.version {
@@ -305,12 +322,23 @@ fn choose(even: Slot, odd: Slot, blocks: u32, torn_allowed: bool) -> ShardMeta {
                 *odd
             }
         }
-        (Slot::Whole(whole), Slot::Empty) | (Slot::Empty, Slot::Whole(whole)) => *whole,
+        // The second version is where the other slot was written: none is empty from then on.
+        (Slot::Whole(whole), Slot::Empty) | (Slot::Empty, Slot::Whole(whole))
+            if torn_allowed || whole.version == 1 =>
+        {
+            *whole
+        }
         (Slot::Whole(whole), Slot::Damaged(other)) | (Slot::Damaged(other), Slot::Whole(whole)) => {
             let older = other.is_some_and(|version| version < whole.version);
             if older || torn_allowed { *whole } else { lost() }
         }
-        _ if torn_allowed => ShardMeta { version, rewrite_both: true, ..ShardMeta::absent() },
-        _ => ShardMeta { rewrite_both: true, ..lost() },
+        // The first one of all was being written.
+        (Slot::Empty, Slot::Empty | Slot::Damaged(_)) | (Slot::Damaged(_), Slot::Empty)
+            if torn_allowed =>
+        {
+            ShardMeta { version, rewrite_both: true, ..ShardMeta::absent() }
+        }
+        // A checkpoint writes to one of them only: the other one rotted.
+        _ => lost(),
     }
 }

@@ -139,6 +139,12 @@ impl SimDisk {
         self.state().failing_syncs = Some((count, errno));
     }
 
+    /// No sync fails any more.
+    #[cfg(test)]
+    pub fn fail_no_sync(&self) {
+        self.state().failing_syncs = None;
+    }
+
     /// Sets the capacity; writes that would take more fail with ENOSPC.
     pub fn set_capacity(&self, bytes: Option<u64>) {
         self.state().capacity_bytes = bytes;

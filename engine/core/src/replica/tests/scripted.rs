@@ -150,6 +150,35 @@ fn a_node_stale_in_a_set_keeps_its_dirty_entries_of_that_set() {
     }
 }
 
+/// One change waited for a node of a set below its quorum, and of each change that was answered in the
+/// other set meanwhile something was kept, as long as it waited.
+#[test]
+fn a_change_that_waits_for_long_has_nothing_kept_of_those_that_do_not() {
+    let mut sets = TwoSets::new();
+    let instance = |node: u8| Instance { store: [node; 16], start_counter: 1 };
+    (0..4).for_each(|node| sets.io.link_up(node, instance(node), [0; 16]));
+    sets.run(&[]);
+    assert!(sets.io.is_running());
+    let shard_bytes = u64::from(sets.io.spec().geometry.shard_bytes);
+    let place = |sets: &TwoSets, set| sets.shard_of_set(set) * shard_bytes;
+    let (waits, goes_on) = (place(&sets, 0), place(&sets, 1));
+    sets.io.link_down(0);
+    let data = Bytes::from(vec![7; 4096]);
+    let token = |cookie| Token { client: 1, cookie };
+    sets.io.write(token(0), waits, data.clone(), 0);
+    for cookie in 1..100 {
+        sets.io.write(token(cookie), goes_on, data.clone(), 0);
+        sets.run(&[]);
+    }
+    assert_eq!((sets.io.queues().requests, sets.io.queues().unanswered), (1, 1));
+    // What was answered behind it is cleared when it is, and not before.
+    sets.io.flush(token(100));
+    sets.run(&[]);
+    (0..3).for_each(|_| sets.io.tick());
+    sets.run(&[]);
+    assert!(!sets.asked.iter().any(|(_, frame)| frame.kind == kind::CLEAR));
+}
+
 fn until_dirty_is_asked() -> (Cluster, u8, Frame) {
     let mut cluster = Cluster::new(1, Faults::Kills);
     loop {

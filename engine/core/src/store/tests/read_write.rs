@@ -4,6 +4,7 @@ use super::rig::*;
 use crate::geometry::{BLOCK_BYTES, Tag};
 use crate::store::disk::Errno;
 use crate::store::shard_file::shard_path;
+use crate::store::simulated::Crash;
 use crate::store::{BlockState, CopyBlock, StoreError, WriteOp};
 use bytes::Bytes;
 
@@ -268,6 +269,68 @@ fn checkpoint_without_space_leaves_everything_in_the_log_and_succeeds_later() {
     rig.checkpoint();
     (0..8).for_each(|s| assert_eq!(rig.content(s, 0, 2), vec![s as u8 + 1; 2 * BLOCK]));
     assert_eq!(rig.store.log_resident_bytes(&IMAGE), 0);
+}
+
+/// A log that found no space to grow in was due for a checkpoint at every moment: one that did nothing
+/// followed the other without pause, and each left all that was free reserved for a segment without end.
+#[test]
+fn log_that_finds_no_space_to_grow_takes_none_and_does_not_ask_on() {
+    let mut rig = Rig::new();
+    rig.store.append().expect("append");
+    let before = rig.disk.allocated_bytes();
+    rig.disk.set_capacity(Some(before + 8 * 4096));
+    assert!(rig.store.wants_checkpoint(), "it has fewer segments than it may");
+    rig.checkpoint_if_due();
+    assert_eq!(rig.disk.allocated_bytes(), before, "what it could not use it has given back");
+    assert!(!rig.store.wants_checkpoint(), "nothing would come of it");
+    // It goes on with what it has, and grows when there is space again.
+    rig.disk.set_capacity(None);
+    for byte in 0..60 {
+        rig.fill(0, 0, 4, byte);
+        rig.sync();
+        rig.checkpoint_if_due();
+    }
+    assert!(rig.disk.allocated_bytes() >= before + 3 * (64 << 10));
+}
+
+/// A sync of shard files found no space, and the kernel took their pages for written. The next checkpoint
+/// saw metadata that was in memory only, and wrote its own over the last that was on the disk.
+#[test]
+fn checkpoint_after_a_sync_without_space_relies_on_nothing_that_it_lost() {
+    // So much of it that its metadata can be torn: it takes more than a sector.
+    let mut base = Rig::new();
+    for byte in 1..=20 {
+        base.fill(0, (u32::from(byte) - 1) * 8, 8, byte);
+        base.checkpoint();
+    }
+    base.fill(0, 160, 8, 21);
+    base.sync();
+    let expected: Vec<u8> = (1..=21).flat_map(|byte| vec![byte; 8 * BLOCK]).collect();
+    let mut without_space = 0;
+    for failing in 0..12 {
+        for step in 0..24 {
+            let disk = base.disk.fork();
+            let (store, _) = open(&disk).expect("opens");
+            let mut rig = Rig { disk, store, stamp: base.stamp };
+            rig.disk.fail_sync(failing, Errno::NOSPC);
+            let job = rig.store.begin_checkpoint(true).expect("begins").expect("there is work");
+            match rig.store.finish_checkpoint(job.run()) {
+                Err(StoreError::NoSpace) => without_space += 1,
+                // The log's own sync ends the store.
+                Err(error) => assert_eq!(error, StoreError::Failed { errno: Errno::NOSPC }),
+                // Fewer syncs than that, or one of a segment that is not needed.
+                Ok(()) => rig.disk.fail_no_sync(),
+            }
+            rig.store.forget_metadata();
+            rig.disk.crash_at(rig.disk.steps() + step, Crash::PowerCut);
+            if let Ok(Some(job)) = rig.store.begin_checkpoint(true) {
+                let _ = rig.store.finish_checkpoint(job.run());
+            }
+            let (mut rig, _) = rig.power_cut(step);
+            assert!(rig.content(0, 0, 168) == expected, "sync {failing}, step {step}");
+        }
+    }
+    assert!(without_space >= 2 * 24, "shard files and tail are synced: {without_space}");
 }
 
 #[test]

@@ -5,9 +5,11 @@ use crate::checksum::crc32c;
 use crate::geometry::{BLOCK_BYTES, Tag};
 use crate::store::record::{self, Header, Kind};
 use crate::store::shard_file::{decode_slot, shard_path, slot_bytes};
-use crate::store::simulated::Seeded;
-use crate::store::{BlockState, CopyBlock, StoreError, UsageHandle};
+use crate::store::simulated::{Crash, Seeded};
+use crate::store::{BlockState, CopyBlock, Stamp, StoreError, UsageHandle};
 use bytes::Bytes;
+
+const STAMP: Stamp = Stamp { epoch: 1, generation: 1, sequence: 0 };
 
 fn bad(block: u32) -> StoreError {
     StoreError::BadBlock { layer: 1, shard: 0, block }
@@ -84,6 +86,108 @@ fn rotten_older_metadata_slot_does_no_harm_and_a_rotten_newer_one_makes_the_shar
     }
 }
 
+/// A shard with two versions of metadata and one more block in the log; then the newer metadata rots, or
+/// both do.
+fn rotten_under_the_log(rotten: &[u64]) -> Rig {
+    let mut rig = Rig::new();
+    rig.fill(0, 0, 1, 5);
+    rig.checkpoint();
+    rig.fill(0, 1, 1, 6);
+    rig.checkpoint();
+    rig.fill(0, 2, 1, 7);
+    rig.sync();
+    rotten.iter().for_each(|version| rot_slot(&rig, *version));
+    rig
+}
+
+fn rot_slot(rig: &Rig, version: u64) {
+    let slot = u64::from(SHARD_BYTES) + version % 2 * slot_bytes(SHARD_BYTES);
+    assert!(rig.disk.corrupt(&shard_path(&Rig::key(0)), slot + 80), "a byte of its body");
+}
+
+fn assert_rot_shows(rig: &mut Rig, about: &str) {
+    assert_eq!(rig.read_layers(&[1], 0, 0, 1), Err(bad(0)), "{about}");
+    assert_eq!(rig.read_layers(&[1], 0, 1, 1), Err(bad(1)), "it read as zeros: {about}");
+    assert_eq!(rig.content(0, 2, 1), vec![7; BLOCK], "{about}");
+}
+
+/// After a restart a shard with records in the log was taken for one that a checkpoint had been writing:
+/// its older metadata counted, and blocks that only the newer had read as zeros; with both rotten all did.
+#[test]
+fn newer_metadata_that_rots_under_records_in_the_log_makes_the_shard_bad() {
+    for rotten in [&[2][..], &[1, 2]] {
+        let (mut rig, _) = rotten_under_the_log(rotten).restart();
+        for round in 0..3 {
+            assert_rot_shows(&mut rig, &format!("{rotten:?}, round {round}"));
+            rig.checkpoint();
+            assert_rot_shows(&mut rig, &format!("{rotten:?}, after a checkpoint"));
+            rig = rig.restart().0;
+        }
+    }
+}
+
+/// The same where the checkpoint that comes next is interrupted: from then on a damaged slot is one that it
+/// tore.
+#[test]
+fn rot_shows_wherever_a_checkpoint_over_it_is_interrupted() {
+    for rotten in [&[2][..], &[1, 2]] {
+        let (rig, _) = rotten_under_the_log(rotten).restart();
+        let disk = rig.disk.fork();
+        drop(rig);
+        for step in 0.. {
+            let mut reached = false;
+            for seed in 0..8 {
+                let disk = disk.fork();
+                let (mut store, _) = open(&disk).expect("opens");
+                disk.crash_at(disk.steps() + step, Crash::PowerCut);
+                if let Ok(Some(job)) = store.begin_checkpoint(true) {
+                    let _ = store.finish_checkpoint(job.run());
+                }
+                reached = disk.has_crashed();
+                drop(store);
+                disk.power_cut(seed);
+                let (store, _) = open(&disk).expect("opens");
+                let mut rig = Rig { disk, store, stamp: Stamp { sequence: 9, ..STAMP } };
+                assert_rot_shows(&mut rig, &format!("{rotten:?}, step {step}, seed {seed}"));
+                rig.checkpoint();
+                assert_rot_shows(&mut rig, &format!("{rotten:?}, then, step {step}, seed {seed}"));
+            }
+            if !reached {
+                assert!(step > 10, "a checkpoint has steps");
+                break;
+            }
+        }
+    }
+}
+
+/// A scrub said that metadata was whole again, and had synced nothing of it.
+#[test]
+fn metadata_that_a_scrub_has_rewritten_survives_a_power_cut() {
+    let mut rewritten = 0;
+    for step in 0..8 {
+        for seed in 0..8 {
+            let mut rig = rotten_under_the_log(&[]);
+            // So memory has it.
+            assert!(rig.content(0, 0, 1) == vec![5; BLOCK]);
+            rot_slot(&rig, 2);
+            rig.disk.crash_at(rig.disk.steps() + step, Crash::PowerCut);
+            let scrubbed = rig.store.scrub(&Rig::key(0), 0, SHARD_BLOCKS);
+            let done = scrubbed.is_ok_and(|found| found.metadata_rewritten);
+            let (mut rig, _) = rig.power_cut(seed);
+            rewritten += u32::from(done);
+            let about = format!("step {step}, seed {seed}, {done}");
+            match rig.read_layers(&[1], 0, 0, 2) {
+                Ok((_, data)) => {
+                    let whole = data == [vec![5; BLOCK], vec![6; BLOCK]].concat();
+                    assert!(whole, "{about}");
+                }
+                Err(error) => assert!(!done && error == bad(0), "{about}: {error}"),
+            }
+        }
+    }
+    assert!(rewritten >= 8, "{rewritten}");
+}
+
 #[test]
 fn both_metadata_slots_rotten_make_the_shard_bad_until_written() {
     let mut rig = Rig::new();
@@ -135,6 +239,27 @@ fn rot_in_a_synced_record_is_reported_for_ever_and_a_torn_end_is_not() {
     torn.kill();
     let (_, recovery) = open(&torn).expect("opens");
     assert!(!recovery.damaged);
+}
+
+/// One page that could not be read, also where nothing was written yet, kept the store from opening at all.
+#[test]
+fn unreadable_page_of_the_log_is_reported_where_it_held_something_and_harmless_elsewhere() {
+    let mut rig = Rig::new();
+    rig.fill(0, 0, 1, 5);
+    rig.sync();
+    rig.fill(0, 1, 1, 6);
+    rig.sync();
+    let last = rig.store.log.live().back().expect("one is written to");
+    let (path, end) = (crate::store::log::segment_path(last.slot), u64::from(last.end));
+    let run = *rig.store.state.index.get(&Rig::key(0)).and_then(|s| s.get(0)).expect("in the log");
+    let unused = rig.disk.fork();
+    unused.break_page(&path, end + 2 * 4096);
+    let (store, recovery) = open(&unused).expect("opens");
+    assert!(!recovery.damaged);
+    let mut whole = Rig { disk: unused, store, stamp: rig.stamp };
+    assert!(whole.content(0, 0, 2) == [vec![5; BLOCK], vec![6; BLOCK]].concat());
+    rig.disk.break_page(&path, u64::from(run.place.offset));
+    assert!(rig.power_cut(1).1.damaged);
 }
 
 #[test]
