@@ -152,10 +152,10 @@ impl Node {
         Ok(self.core()?.failure())
     }
 
-    /// Syncs and ends.
+    /// Syncs and ends, whoever asks it something meanwhile: the store may be opened again.
     fn stop(&self, py: Python<'_>) {
         let core = self.core.lock().unwrap_or_else(PoisonError::into_inner).take();
-        py.detach(|| drop(core));
+        py.detach(|| core.map(|core| core.stop()));
     }
 }
 

@@ -89,7 +89,7 @@ pub struct NodeHandle {
     waker: Waker,
     usage: UsageHandle,
     failure: Failure,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 const ANSWER: Duration = Duration::from_secs(30);
@@ -105,8 +105,8 @@ impl NodeHandle {
         let event_loop =
             EventLoop::new(poller, waker.clone(), received, store, identity, failure.clone())?;
         let thread = std::thread::Builder::new().name("node".into());
-        let thread = Some(thread.spawn(move || event_loop.run())?);
-        Ok(NodeHandle { commands, waker, usage, failure, thread })
+        let thread = thread.spawn(move || event_loop.run())?;
+        Ok(NodeHandle { commands, waker, usage, failure, thread: Mutex::new(Some(thread)) })
     }
 
     fn order(&self, command: Command) {
@@ -167,14 +167,15 @@ impl NodeHandle {
     /// Why the node has ended by itself; none while it runs.
     pub fn failure(&self) -> Option<String> {
         let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let ended = self.thread.as_ref().is_none_or(JoinHandle::is_finished);
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        let ended = thread.as_ref().is_none_or(JoinHandle::is_finished);
         failure.or_else(|| ended.then(|| "the node's event loop has ended".to_string()))
     }
 
-    /// Syncs and ends.
-    pub fn stop(&mut self) {
+    /// Syncs and ends. The store may be opened again when this returns, whoever still has the handle.
+    pub fn stop(&self) {
         self.order(Command::Stop);
-        if let Some(thread) = self.thread.take() {
+        if let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() {
             // A panic of the loop was printed where it happened.
             let _ = thread.join();
         }
