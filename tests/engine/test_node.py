@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,10 +30,8 @@ def test_node_that_is_asked_while_it_stops_may_be_opened_again(tmp_path: Path) -
 
     def ask() -> None:
         while not enough.is_set():
-            try:
+            with contextlib.suppress(RuntimeError):  # It is stopped.
                 nodes[-1].status()
-            except RuntimeError as error:
-                assert str(error) == "the node is stopped"
 
     with ThreadPoolExecutor(ASKERS) as pool:
         asking = [pool.submit(ask) for _ in range(ASKERS)]
