@@ -12,7 +12,7 @@ from typing import Any
 import structlog
 
 from engine import Gateway
-from etcd.errors import EtcdError, OutcomeUnknown
+from etcd.errors import EtcdError, EtcdUnavailable, OutcomeUnknown
 from etcd.lease import Session
 from etcd.records import ImageRecord
 from shard.errors import HciError
@@ -29,7 +29,7 @@ from vmstore.holding import Held
 from vmstore.names import ImageName, parse_image_name
 from vmstore.resizing import RECONNECT_S, RESIZER, Resizing
 from vmstore.served import Served
-from vmstore.serving import RELEASE_RETRY_S, OpenImage, nothing_more
+from vmstore.serving import OPEN_RETRY_S, RELEASE_RETRY_S, OpenImage, nothing_more
 from vmstore.slowness import SlowLimits
 from vmstore.stored import Stored
 
@@ -211,15 +211,24 @@ class Exports(Resizing):
             return
         opens = query in ("go", "export_name")
         self._asking.add(client)
-        self._later(
-            lambda: self._catalog.find(image_name),
-            lambda found: self._found(client, image_name, found, opens),
-            lambda error: self._not_found(client, error),
-        )
+        give_up_s = self._deciding.now_s() + (OPEN_LIMIT_S if opens else 0.0)
 
-    def _not_found(self, client: int, error: HciError) -> None:
-        self._asking.discard(client)
-        self._refuse(client, error)
+        def look_up() -> None:
+            self._later(
+                lambda: self._catalog.find(image_name),
+                lambda found: self._found(client, image_name, found, opens),
+                failed,
+            )
+
+        def failed(error: HciError) -> None:
+            may_wait = not self._stopping and self._deciding.now_s() < give_up_s
+            if isinstance(error, EtcdUnavailable) and client in self._asking and may_wait:
+                self._deciding.after(OPEN_RETRY_S, look_up)
+                return
+            self._asking.discard(client)
+            self._refuse(client, error)
+
+        look_up()
 
     def _found(self, client: int, name: ImageName, found: Stored[ImageRecord], opens: bool) -> None:
         if client not in self._asking:

@@ -16,7 +16,7 @@ import structlog
 
 from arbiter.client import Arbiters
 from engine import Gateway
-from etcd.errors import EtcdError, OutcomeUnknown
+from etcd.errors import EtcdError, EtcdUnavailable, LeaseNotFound, OutcomeUnknown
 from etcd.lease import Session
 from etcd.records import ImageRecord, LeaseRecord
 from shard.digest import membership_digest
@@ -53,8 +53,8 @@ log = structlog.get_logger()
 
 TAKE_ATTEMPTS = 5
 """Times a lease is asked for while the record changes under our eyes."""
-CONFIRM_RETRY_S = 0.5
-"""Until an arbiter is asked again to confirm what etcd holds of an image that is being opened."""
+OPEN_RETRY_S = 0.5
+"""Until etcd is asked again for an image that a client waits for, or an arbiter to confirm it."""
 RELEASE_RETRY_S = 1.0
 """Until etcd is asked again to take a lease back, or to give one that has lapsed."""
 STOP_S = 20.0
@@ -229,18 +229,24 @@ class Serving(ABC):
         )
         self._images[image.image] = image
         self._by_channel[channel] = image
-        self._take_lease(image)
+        self._take_lease(image, self._deciding.now_s() + OPEN_LIMIT_S)
         return image
 
-    def _take_lease(self, image: OpenImage) -> None:
+    def _take_lease(self, image: OpenImage, give_up_s: float) -> None:
         def taken(held: Held) -> None:
             log.info("image_taken", image=str(image.name), epoch=held.record.epoch)
+            image.holder.trouble = ""
             if granting.needs_arbiter_to_open(held.record):
                 self._confirm(image, held, self._deciding.now_s() + OPEN_LIMIT_S)
             else:
                 self._begin(image, held)
 
         def failed(error: HciError) -> None:
+            # etcd elects a leader, or our own etcd lease ended while we were cut off from it.
+            may_pass = isinstance(error, EtcdUnavailable | LeaseNotFound)
+            if may_pass and self._waits(image, error, give_up_s):
+                self._deciding.after(OPEN_RETRY_S, lambda: self._take_lease(image, give_up_s))
+                return
             log.info("image_refused", image=str(image.name), why=str(error))
             self._step(image, events.Fail(str(error)))
             if isinstance(error, OutcomeUnknown) and image.image not in self._unheard:
@@ -294,16 +300,22 @@ class Serving(ABC):
             self._begin(image, held)
 
         def failed(error: HciError) -> None:
-            wanted = bool(image.users or image.waiting) and not self._stopping
-            if wanted and granting.may_pass(error) and self._deciding.now_s() < give_up_s:
-                if not image.holder.trouble:
-                    log.warning("open_waits", image=str(image.name), why=str(error))
-                image.holder.trouble = str(error)
-                self._deciding.after(CONFIRM_RETRY_S, lambda: self._confirm(image, held, give_up_s))
+            if granting.may_pass(error) and self._waits(image, error, give_up_s):
+                self._deciding.after(OPEN_RETRY_S, lambda: self._confirm(image, held, give_up_s))
             else:
                 self._give_back(image, held, str(error))
 
         self._carry_through(granting.opening(held), confirmed, failed)
+
+    def _waits(self, image: OpenImage, error: HciError, give_up_s: float) -> bool:
+        """Whether an open goes on in spite of what may pass: for clients, and not for ever."""
+        wanted = bool(image.users or image.waiting) and not self._stopping
+        if not wanted or self._deciding.now_s() >= give_up_s:
+            return False
+        if not image.holder.trouble:
+            log.warning("open_waits", image=str(image.name), why=str(error))
+        image.holder.trouble = str(error)
+        return True
 
     def _give_back(self, image: OpenImage, held: Held, why: str) -> None:
         """End an open that came to nothing, and let others have the lease."""

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -293,6 +294,44 @@ def test_claim_whose_outcome_stayed_unknown_costs_no_client_its_image(
     assert gateway.answer(1) == ("export", channel)
     gateway.until(lambda: bool(gateway.engine.named("reconfigure")), "the change is not made")
     assert gateway.engine.named("kill") == []
+
+
+def test_client_is_let_in_when_etcd_is_back(gateway: ScriptedGateway) -> None:
+    # A guest that was started while etcd elected a leader was refused.
+    gateway.etcd.fail_next(*[Fault.UNAVAILABLE] * 3)
+    gateway.connect(1)
+    assert gateway.answer(1)[0] == "export"
+
+
+def test_client_is_let_in_when_the_gateways_etcd_lease_is_a_new_one(
+    gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A gateway that had been cut off from etcd refused everybody until it had a new lease.
+    take, refusals = gateway.catalog.take_lease, [LeaseNotFound(1)] * 2
+
+    def take_lease(*given: Any, **named: Any) -> Held:
+        if refusals:
+            raise refusals.pop()
+        return take(*given, **named)
+
+    monkeypatch.setattr(gateway.catalog, "take_lease", take_lease)
+    gateway.connect(1)
+    assert gateway.answer(1)[0] == "export"
+
+
+def test_client_is_refused_where_etcd_stays_away(
+    gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exports, "OPEN_LIMIT_S", 1.0)
+
+    def find(_name: ImageName) -> Stored[ImageRecord]:
+        raise EtcdUnavailable(("etcd1",), "no connection")
+
+    monkeypatch.setattr(gateway.catalog, "find", find)
+    gateway.connect(1)
+    kind, (code, why) = gateway.answer(1)
+    assert (kind, code) == ("error", "unavailable")
+    assert "check that its members run" in why
 
 
 def test_lease_that_was_taken_unheard_is_given_back(gateway: ScriptedGateway) -> None:
