@@ -314,6 +314,46 @@ def test_node_that_failed_once_counts_as_well_again() -> None:
     assert change.after.stale == {0: {"node3": 1}}
 
 
+def full(holder: Holder, nodes: tuple[str, ...], until_s: float, from_s: float = 0.0) -> None:
+    """Nodes refuse what is asked again each second."""
+    for tenth in range(int(from_s * 10), int(until_s * 10) + 1):
+        if tenth % 10 == 0:
+            for node in nodes:
+                holder.step(events.ReplicaFailed(node, "no_space"))
+        holder.step(events.Tick(tenth / 10))
+
+
+def test_set_whose_quorum_is_full_is_without_space_after_a_while_and_not_before() -> None:
+    holder = serving()
+    holder.paused = True
+    full(holder, NODES[:2], h.FULL_S - 0.1)
+    assert not holder.without_space()
+    full(holder, NODES[:2], h.FULL_S + 0.2, h.FULL_S - 0.1)
+    assert holder.without_space() == {0}
+    # Room: what is asked again is done, and nobody fails any more.
+    for tenth in range(100):
+        holder.step(events.Tick(h.FULL_S + tenth / 10))
+    assert not holder.without_space()
+
+
+def test_full_node_that_can_be_left_behind_leaves_no_set_without_space() -> None:
+    """etcd is away, say: it waits, and clients are not told that disks are full."""
+    holder = serving()
+    holder.paused = True
+    full(holder, NODES[:1], 10)
+    assert not holder.without_space()
+
+
+def test_nodes_that_fail_otherwise_are_not_full() -> None:
+    holder = serving()
+    holder.paused = True
+    for second in range(10):
+        for node in NODES:
+            holder.step(events.ReplicaFailed(node, "io"))
+        holder.step(events.Tick(float(second)))
+    assert not holder.without_space()
+
+
 @pytest.mark.parametrize("event", [events.Fenced("node1"), events.Lost("another holder")])
 def test_another_holder_ends_it(event: events.Event) -> None:
     effects = serving().step(event)

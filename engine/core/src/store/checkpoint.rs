@@ -236,6 +236,8 @@ impl CheckpointDone {
         }
         job.gate.sync(&job.unsynced).map_err(|errno| Failure { errno, retry: false })?;
         self.log_synced = true;
+        // Before anything that needs space: on a full disk they make the room.
+        job.deletes.iter().try_for_each(|image| delete_files(&*job.disk, image))?;
         let mut folders = BTreeSet::new();
         let mut copier = Copier { job, buffer: BytesMut::new() };
         for plans in job.shards.chunks(OPEN_FILES_MAX) {
@@ -251,7 +253,6 @@ impl CheckpointDone {
             write_record_file(&*job.disk, image, record)?;
         }
         folders.iter().try_for_each(|folder| job.disk.sync_dir(folder))?;
-        job.deletes.iter().try_for_each(|image| delete_files(&*job.disk, image))?;
         if let Some((_, tail, seed)) = &job.retire {
             tail.write(&*job.disk, *seed)?;
         }

@@ -1,7 +1,7 @@
 //! What is written is read back, wherever it is.
 
 use super::rig::*;
-use crate::geometry::{BLOCK_BYTES, Tag};
+use crate::geometry::{BLOCK_BYTES, ImageId, Tag};
 use crate::store::disk::Errno;
 use crate::store::shard_file::shard_path;
 use crate::store::{BlockState, CopyBlock, StoreError, WriteOp};
@@ -268,6 +268,27 @@ fn checkpoint_without_space_leaves_everything_in_the_log_and_succeeds_later() {
     rig.checkpoint();
     (0..8).for_each(|s| assert_eq!(rig.content(s, 0, 2), vec![s as u8 + 1; 2 * BLOCK]));
     assert_eq!(rig.store.log_resident_bytes(&IMAGE), 0);
+}
+
+/// Nothing that is deleted made room: the checkpoint that was to delete it stopped for want of it.
+#[test]
+fn full_disk_has_room_again_when_an_image_is_deleted() {
+    const OTHER: ImageId = ImageId([0xB2; 16]);
+    let mut rig = Rig::new();
+    rig.store.put_record(OTHER, head(1, 1), Bytes::new()).expect("a first record");
+    let op = WriteOp { image: OTHER, layers: &[1], shard: 0, offset: 0, stamp: rig.stamp };
+    let data = [9; 32 * BLOCK];
+    rig.store.write(&op, &fragment_crcs(0, &data), Bytes::copy_from_slice(&data)).expect("a write");
+    rig.checkpoint();
+    (0..8).for_each(|shard| rig.fill(shard, 0, 2, shard as u8 + 1));
+    rig.sync();
+    rig.disk.set_capacity(Some(rig.disk.allocated_bytes() + 8 * 4096));
+    let job = rig.store.begin_checkpoint(true).expect("begins").expect("there is work");
+    assert_eq!(rig.store.finish_checkpoint(job.run()), Err(StoreError::NoSpace));
+    rig.store.delete(OTHER).expect("there is a reserve");
+    rig.sync();
+    rig.checkpoint();
+    (0..8).for_each(|s| assert_eq!(rig.content(s, 0, 2), vec![s as u8 + 1; 2 * BLOCK]));
 }
 
 #[test]
