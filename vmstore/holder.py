@@ -91,6 +91,9 @@ RETRY_S = 0.5
 FAILING_S = 2.5
 """A node counts as failing so long after it failed a request: it is asked again each second."""
 
+NO_SPACE = "NoSpace"
+"""What the engine says of a node whose disk is full."""
+
 FULL_S = 2.0
 """How long the disks of too many nodes are full before clients may hear of it: longer than leaving
 one of them behind takes, and than a checkpoint that makes room."""
@@ -220,9 +223,10 @@ class Holder:
                 return self._go_on()
             case ReplicaFailed(node, status):
                 self.nodes[node].failed_at_s = self.now_s
-                if status == "no_space":
-                    self.nodes[node].full_at_s = self.now_s
                 self.trouble = f"{node} fails requests: {status}"
+                if status == NO_SPACE:
+                    self.nodes[node].full_at_s = self.now_s
+                    self.trouble = f"no space left on {', '.join(sorted(self._full()))}"
                 self.blocking.add(node)
                 if self.waiting_since_s is None:
                     self.waiting_since_s = self.now_s
@@ -677,14 +681,19 @@ class Holder:
     def _look_for_space(self) -> None:
         if self.record is None:
             return
-        full = {name for name, node in self.nodes.items() if self._is_full(node)}
-        short = short_of_space(self.record.membership, full)
+        short = short_of_space(self.record.membership, self._full())
         self.short_since_s = {
             index: self.short_since_s.get(index, self.now_s) for index in sorted(short)
         }
 
-    def _is_full(self, node: _Node) -> bool:
-        return node.full_at_s is not None and self.now_s - node.full_at_s < FAILING_S
+    def _full(self) -> frozenset[str]:
+        """Return the nodes that lately had no space for what was asked of them."""
+        full_at_s = {name: node.full_at_s for name, node in self.nodes.items()}
+        return frozenset(
+            name
+            for name, at_s in full_at_s.items()
+            if at_s is not None and self.now_s - at_s < FAILING_S
+        )
 
     def without_space(self) -> frozenset[int]:
         """Return the replica sets whose writes wait for room, and not for just a moment."""

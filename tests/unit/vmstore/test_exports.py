@@ -133,7 +133,7 @@ def test_writes_are_refused_while_disks_are_full_and_the_pool_says_so(
     def fill_until(holds: Callable[[], bool], what: str) -> None:
         def filled() -> bool:
             for node in range(3):
-                gateway.engine.emit("replica_failed", channel=channel, node=node, status="no_space")
+                gateway.engine.emit("replica_failed", channel=channel, node=node, status="NoSpace")
             return holds()
 
         gateway.until(filled, what)

@@ -297,7 +297,7 @@ def test_failed_admission_asks_all_again_and_counts_none_as_lost() -> None:
 
 
 def test_node_that_fails_requests_is_left_behind() -> None:
-    (change,) = changes(serving().step(events.ReplicaFailed("node2", "no_space")))
+    (change,) = changes(serving().step(events.ReplicaFailed("node2", "NoSpace")))
     assert change.after.stale == {0: {"node2": 1}}
 
 
@@ -307,7 +307,7 @@ def test_node_that_failed_once_counts_as_well_again() -> None:
     holder = serving()
     holder.paused = True
     for node in NODES:
-        assert holder.step(events.ReplicaFailed(node, "no_space")) == []
+        assert holder.step(events.ReplicaFailed(node, "NoSpace")) == []
     holder.paused = False
     assert holder.step(events.Tick(h.FAILING_S + 1)) == []
     (change,) = changes(holder.step(events.ReplicaDown("node3", blocking=True)))
@@ -319,7 +319,7 @@ def full(holder: Holder, nodes: tuple[str, ...], until_s: float, from_s: float =
     for tenth in range(int(from_s * 10), int(until_s * 10) + 1):
         if tenth % 10 == 0:
             for node in nodes:
-                holder.step(events.ReplicaFailed(node, "no_space"))
+                holder.step(events.ReplicaFailed(node, "NoSpace"))
         holder.step(events.Tick(tenth / 10))
 
 
@@ -429,11 +429,11 @@ def test_healed_node_that_is_lost_during_the_change_is_left_behind_after_it() ->
 
 def test_failed_heal_is_tried_again_after_pauses_that_grow() -> None:
     holder = healing()
-    assert holder.step(events.HealFailed("node3", 1, "no_space")) == []
+    assert holder.step(events.HealFailed("node3", 1, "NoSpace")) == []
     assert holder.step(events.Tick(healing_rules.FIRST_PAUSE_S - 0.1)) == []
     again = wanted.Heal("node3", 4, 2, ((0, 1),))
     assert holder.step(events.Tick(healing_rules.FIRST_PAUSE_S)) == [again]
-    assert holder.step(events.HealFailed("node3", 2, "no_space")) == []
+    assert holder.step(events.HealFailed("node3", 2, "NoSpace")) == []
     assert holder.step(events.Tick(2.5 * healing_rules.FIRST_PAUSE_S)) == []
     assert len(holder.step(events.Tick(3 * healing_rules.FIRST_PAUSE_S))) == 1
 

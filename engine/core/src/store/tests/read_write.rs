@@ -276,10 +276,12 @@ fn full_disk_has_room_again_when_an_image_is_deleted() {
     const OTHER: ImageId = ImageId([0xB2; 16]);
     let mut rig = Rig::new();
     rig.store.put_record(OTHER, head(1, 1), Bytes::new()).expect("a first record");
-    let op = WriteOp { image: OTHER, layers: &[1], shard: 0, offset: 0, stamp: rig.stamp };
-    let data = [9; 32 * BLOCK];
-    rig.store.write(&op, &fragment_crcs(0, &data), Bytes::copy_from_slice(&data)).expect("a write");
-    rig.checkpoint();
+    let (data, crcs) = ([9; 4 * BLOCK], fragment_crcs(0, &[9; 4 * BLOCK]));
+    for shard in 0..8 {
+        let op = WriteOp { image: OTHER, layers: &[1], shard, offset: 0, stamp: rig.stamp };
+        rig.store.write(&op, &crcs, Bytes::copy_from_slice(&data)).expect("a write");
+        rig.checkpoint();
+    }
     (0..8).for_each(|shard| rig.fill(shard, 0, 2, shard as u8 + 1));
     rig.sync();
     rig.disk.set_capacity(Some(rig.disk.allocated_bytes() + 8 * 4096));
