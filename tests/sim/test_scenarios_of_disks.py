@@ -161,22 +161,6 @@ def test_writes_fail_while_all_disks_are_full_and_succeed_when_there_is_room() -
     stage.settle()
 
 
-def test_write_that_had_no_room_everywhere_is_levelled_when_its_gateway_dies() -> None:
-    stage = Stage(4, log_bytes=512 << 10, when_full=WhenFull.ENOSPC)
-    block = full(stage)
-    stage.cluster.stop_gateway(0, host=False)
-    stage.move_to(1)
-    stage.read(stage.at(0), host=1)
-    for node in range(3):
-        stage.cluster.world.set_free_bytes(node, None)
-    stage.run(10.0)
-    stage.read(stage.at(1, block), 4 * BLOCK, host=1)
-    stage.cut(0, 1)
-    stage.read(stage.at(1, block), 4 * BLOCK, host=1)
-    stage.start(0, 1)
-    stage.settle()
-
-
 def read_rot_on_one_replica() -> None:
     """History 17 and invariant 6: what does not match its checksum is never returned."""
     stage = Stage(6, log_bytes=512 << 10)

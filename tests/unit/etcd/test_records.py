@@ -201,7 +201,7 @@ def test_record_without_any_one_field_is_refused(record: Record) -> None:
             type(record).decode("/hci/x", json.dumps(rest).encode())
 
 
-OPTIONAL = {"arbiter_filled", "grant"}
+OPTIONAL = {"arbiter_filled", "grant", "when_full"}
 """Fields that stand in a record only where they say something."""
 
 WRONG: list[Any] = [1.5, [[]], {"0": []}, ""]

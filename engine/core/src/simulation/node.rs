@@ -9,7 +9,7 @@ use crate::replica::Instance;
 use crate::store::simulated::SimDisk;
 use crate::store::{CheckpointJob, Store, StoreConfig, StoreError, SyncJob};
 use crate::wire::messages::{Head, Number};
-use crate::wire::{Frame, REPLY, Status};
+use crate::wire::{Frame, REPLY, Status, kind};
 use bytes::{Bytes, BytesMut};
 use std::collections::VecDeque;
 
@@ -173,7 +173,7 @@ impl NodeRun {
                 self.waiters.push(Waiter { lsn, connection, frame, with_number });
                 Some(Status::Ok)
             }
-            Outcome::Park if self.no_space => {
+            Outcome::Park if self.no_space && frame.kind != kind::RECORD => {
                 let answer = reply(&frame, Status::NoSpace, Bytes::new(), Bytes::new());
                 self.answers.push_back((connection, answer));
                 Some(Status::NoSpace)
