@@ -94,6 +94,9 @@ class Gateway:
     ) -> None:
         """Go by a new record; `stored` tells that the nodes in sync hold it."""
 
+    def refuse_writes(self, channel: int, sets: list[int]) -> None:
+        """Tell clients of these replica sets, and only these, that there is no room for writes."""
+
     def heal(
         self,
         channel: int,
@@ -385,6 +388,7 @@ class Simulation:
         body: bytes,
         in_sync: list[list[int]],
     ) -> None: ...
+    def refuse_writes(self, gateway: int, channel: int, sets: list[int]) -> None: ...
     def set_lease_deadline(self, gateway: int, channel: int, deadline_ns: int) -> None: ...
     def heal(
         self,

@@ -16,7 +16,7 @@ from etcd.fields import Fields, Json, encode
 from shard.errors import BadValue
 from shard.geometry import check_image_size, check_shard_size
 from shard.ids import ImageId, holder_id, image_id, node_name, pool_name
-from shard.membership import FIRST_GENERATION, Membership, Policy, Stale, problem_of
+from shard.membership import FIRST_GENERATION, Membership, Policy, Stale, WhenFull, problem_of
 from shard.placement import FailureDomain, ReplicaSet
 
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
@@ -246,6 +246,7 @@ class PoolRecord(Record):
 
     `arbiter` is the name of the thin arbiter that grants their changes of membership. It grants
     none while it is not `filled`: it has still to hear what etcd holds of the pool's images.
+    Holders ask for `when_full` when that matters; it may change at any time.
     """
 
     name: str
@@ -255,6 +256,7 @@ class PoolRecord(Record):
     failure_domain: FailureDomain
     arbiter: str | None = None
     filled: bool = True
+    when_full: WhenFull = WhenFull.STALL
 
     @property
     def key(self) -> str:
@@ -262,9 +264,11 @@ class PoolRecord(Record):
         return keys.pool(self.name)
 
     def _fields(self) -> dict[str, Json]:
-        filled: dict[str, Json] = {} if self.filled else {"arbiter_filled": False}
+        special: dict[str, Json] = {} if self.filled else {"arbiter_filled": False}
+        if self.when_full is not WhenFull.STALL:
+            special["when_full"] = self.when_full.value
         return {
-            **filled,
+            **special,
             "name": self.name,
             "policy": self.policy.value,
             "shard_bytes": self.shard_bytes,
@@ -283,6 +287,9 @@ class PoolRecord(Record):
             failure_domain=fields.text("failure_domain", _failure_domain),
             arbiter=fields.optional_text("arbiter", node_name),
             filled=not fields.has("arbiter_filled") or fields.boolean("arbiter_filled"),
+            when_full=(
+                fields.text("when_full", _when_full) if fields.has("when_full") else WhenFull.STALL
+            ),
             extra=fields.rest(),
         )
 
@@ -718,6 +725,13 @@ def _failure_domain(text: str) -> FailureDomain:
         return FailureDomain(text)
     except ValueError:
         raise BadValue(f"{text!r} is a failure domain this program does not know") from None
+
+
+def _when_full(text: str) -> WhenFull:
+    try:
+        return WhenFull(text)
+    except ValueError:
+        raise BadValue(f"{text!r} is nothing that this program does on full disks") from None
 
 
 def _not_empty(text: str) -> str:

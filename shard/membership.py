@@ -13,7 +13,7 @@ a lost node are answered only after the nodes in sync have stored it.
 Generations and epochs only grow. A set never falls below its quorum.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
@@ -50,6 +50,15 @@ class Policy(StrEnum):
     def has_arbiter(self) -> bool:
         """Whether an arbiter grants every change of the nodes in sync."""
         return self is Policy.THIN_ARBITER
+
+
+class WhenFull(StrEnum):
+    """What clients of a pool see where the disks of too many nodes are full."""
+
+    STALL = "stall"
+    """Their writes wait until there is room."""
+    ENOSPC = "enospc"
+    """Their writes fail with ENOSPC until there is room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +124,16 @@ def quorum_met(membership: Membership, index: int, reachable: Iterable[str] | No
     in_sync = set(membership.in_sync(index))
     return len(in_sync) >= membership.policy.quorum and (
         reachable is None or in_sync <= set(reachable)
+    )
+
+
+def short_of_space(membership: Membership, full: Set[str]) -> frozenset[int]:
+    """Return the replica sets that fall below their quorum without the nodes that are `full`."""
+    return frozenset(
+        index
+        for index in range(len(membership.sets))
+        if full & set(membership.in_sync(index))
+        and len(set(membership.in_sync(index)) - full) < membership.policy.quorum
     )
 
 

@@ -29,7 +29,7 @@ from etcd.records import (
 from shard.errors import BadValue, TooFewDomains
 from shard.geometry import IMAGE_BYTES_MAX, SHARD_BYTES_DEFAULT, check_image_size, check_shard_size
 from shard.ids import ImageId, image_id_from_bytes, pool_name
-from shard.membership import FIRST_GENERATION, Policy
+from shard.membership import FIRST_GENERATION, Policy, WhenFull
 from shard.placement import (
     Candidate,
     FailureDomain,
@@ -168,6 +168,7 @@ class Catalog(ArbiterRecords, ScrubRecords):
         replica_sets: int | None = None,
         failure_domain: FailureDomain = FailureDomain.HOST,
         arbiter: str | None = None,
+        when_full: WhenFull = WhenFull.STALL,
     ) -> PoolRecord:
         """Make a pool and place it on the nodes that are up.
 
@@ -194,6 +195,7 @@ class Catalog(ArbiterRecords, ScrubRecords):
             replica_sets=min(count, REPLICA_SETS_MAX),
             failure_domain=failure_domain,
             arbiter=arbiter,
+            when_full=when_full,
         )
         self._check_absent(record)
         placement = self._place(record, candidates)
@@ -201,6 +203,21 @@ class Catalog(ArbiterRecords, ScrubRecords):
         if voter is not None and failure_domain is not FailureDomain.NODE:
             _check_apart(voter.record, placement, candidates)
         self._create_pool(record, placement, voter.unchanged if voter is not None else ())
+        return record
+
+    @decided_anew
+    def set_when_full(self, name: str, when_full: WhenFull) -> PoolRecord:
+        """Change what clients of a pool see while disks are full; holders hear it within seconds.
+
+        Raises UnknownPool.
+        """
+        former = self.pool(name)
+        record = replace(former.record, when_full=when_full)
+        put = Put(record.key, record.encode())
+        compares = [*former.unchanged, INTACT]
+        if commit(self._etcd, compares, [put], put_found(self._etcd, put)) is None:
+            self.check_history()
+            raise RecordChanged(f"pool {name}")
         return record
 
     def pools(self) -> dict[str, PoolRecord]:

@@ -18,10 +18,11 @@ from arbiter.client import Arbiters
 from engine import Gateway
 from etcd.errors import EtcdError, EtcdUnavailable, LeaseNotFound, OutcomeUnknown
 from etcd.lease import Session
-from etcd.records import ImageRecord, LeaseRecord
+from etcd.records import ImageRecord, LeaseRecord, PoolRecord
 from shard.digest import membership_digest
 from shard.errors import HciError
 from shard.ids import ImageId
+from shard.membership import WhenFull
 from vmstore import effects, events, granting
 from vmstore.catalog import Catalog
 from vmstore.deciding import TICK_S, Deciding, DecidingThread
@@ -57,6 +58,8 @@ OPEN_RETRY_S = 0.5
 """Until etcd is asked again for an image that a client waits for, or an arbiter to confirm it."""
 RELEASE_RETRY_S = 1.0
 """Until etcd is asked again to take a lease back, or to give one that has lapsed."""
+FULL_ASK_S = 5.0
+"""Until a pool is asked again what its clients are to see while disks are full."""
 STOP_S = 20.0
 """How long a graceful stop waits for images to flush and close."""
 
@@ -89,6 +92,10 @@ class OpenImage:
     """Nodes that were told to be slow, and by how many milliseconds."""
     slow_left_behind: int = 0
     """How often a node was left behind because it was slow."""
+    refusing: frozenset[int] = frozenset()
+    """Replica sets where clients are told that disks are full."""
+    full_asked_s: float | None = None
+    """When the pool was asked for that, while disks are full."""
     writes_lost: int = 0
     """How often answered writes were lost with the power of all nodes in sync."""
     behind: bool = False
@@ -170,6 +177,38 @@ class Serving(ABC):
     def _tick(self) -> None:
         for image in list(self._images.values()):
             self._step(image, events.Tick(self._deciding.now_s()))
+            self._mind_full_disks(image)
+
+    def _mind_full_disks(self, image: OpenImage) -> None:
+        """Have clients wait, or hear of it, while too many disks are full: what the pool says now.
+
+        While etcd does not say what that is, it stays as it was.
+        """
+        record, now_s = image.holder.record, self._deciding.now_s()
+        if record is None or not image.holder.without_space():
+            image.full_asked_s = None
+            self._refuse_writes(image, frozenset())
+            return
+        if image.full_asked_s is not None and now_s - image.full_asked_s < FULL_ASK_S:
+            return
+        image.full_asked_s = now_s
+
+        def told(pool: Stored[PoolRecord]) -> None:
+            tells = pool.record.when_full is WhenFull.ENOSPC
+            if self._images.get(image.image) is image:
+                self._refuse_writes(image, image.holder.without_space() if tells else frozenset())
+
+        def failed(error: HciError) -> None:
+            log.warning("when_full_unknown", image=str(image.name), why=str(error))
+
+        self._later(lambda: self._catalog.pool(record.pool), told, failed)
+
+    def _refuse_writes(self, image: OpenImage, sets: frozenset[int]) -> None:
+        if sets == image.refusing:
+            return
+        image.refusing = sets
+        log.warning("writes_refused" if sets else "writes_accepted", image=str(image.name))
+        self._engine.refuse_writes(image.channel, sorted(sets))
 
     def _later(
         self,

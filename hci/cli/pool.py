@@ -1,4 +1,4 @@
-"""`hci pool`: create and list pools."""
+"""`hci pool`: create, change and list pools."""
 
 from collections import Counter
 from typing import Annotated
@@ -8,7 +8,7 @@ import typer
 from hci.cli import output, session
 from hci.cli.output import AsJson
 from shard import geometry
-from shard.membership import Policy
+from shard.membership import Policy, WhenFull
 from shard.placement import FailureDomain
 
 app = typer.Typer(
@@ -35,6 +35,9 @@ def create(
         str | None,
         typer.Option(help="Which arbiter votes, with thin-arbiter; see `hci arbiter ls`."),
     ] = None,
+    when_full: Annotated[
+        WhenFull, typer.Option(help="What guests see where the disks of too many nodes are full.")
+    ] = WhenFull.STALL,
 ) -> None:
     """Create a pool."""
     with session.of(context).catalog() as records:
@@ -45,8 +48,23 @@ def create(
             replica_sets=replica_sets,
             failure_domain=failure_domain,
             arbiter=arbiter,
+            when_full=when_full,
         )
     typer.echo(f"created pool {name}")
+
+
+@app.command("set")
+def change(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Of a pool that exists.")],
+    when_full: Annotated[
+        WhenFull, typer.Option(help="What guests see where the disks of too many nodes are full.")
+    ],
+) -> None:
+    """Change a pool; images that are open follow within seconds."""
+    with session.of(context).catalog() as records:
+        records.set_when_full(name, when_full)
+    typer.echo(f"pool {name}: when full, {when_full}")
 
 
 @app.command("ls")
@@ -65,6 +83,7 @@ def show(context: typer.Context, as_json: AsJson = False) -> None:
                     "replica_sets": pool.replica_sets,
                     "failure_domain": pool.failure_domain,
                     "arbiter": pool.arbiter,
+                    "when_full": pool.when_full,
                     "images": counts[pool.name],
                 }
                 for pool in pools
@@ -72,11 +91,15 @@ def show(context: typer.Context, as_json: AsJson = False) -> None:
         )
         return
     output.table(
-        ("NAME", "POLICY", "SHARD", "REPLICA SETS", "FAILURE DOMAIN", "ARBITER", "IMAGES"),
+        (
+            *("NAME", "POLICY", "SHARD", "REPLICA SETS", "FAILURE DOMAIN", "ARBITER"),
+            *("WHEN FULL", "IMAGES"),
+        ),
         [
             (
                 *(pool.name, pool.policy, output.size(pool.shard_bytes)),
-                *(pool.replica_sets, pool.failure_domain, pool.arbiter, counts[pool.name]),
+                *(pool.replica_sets, pool.failure_domain, pool.arbiter),
+                *(pool.when_full, counts[pool.name]),
             )
             for pool in pools
         ],

@@ -17,7 +17,7 @@ from etcd.records import ImageRecord, LeaseRecord
 from etcd.scrubs import ScrubRecord
 from shard.errors import HciError
 from shard.ids import ImageId, image_id_from_bytes
-from shard.membership import Policy
+from shard.membership import Policy, WhenFull
 from shard.placement import FailureDomain, replica_set_index
 from tests.sim.arbiters import Site
 from tests.sim.clock import SECOND_NS, Clock, Process
@@ -51,6 +51,7 @@ class Shape:
     log_bytes: int = 1 << 20
     segment_bytes: int = 128 << 10
     """A frame with all blocks that are used must fit into it."""
+    when_full: WhenFull = WhenFull.STALL
 
 
 class Cluster:
@@ -206,6 +207,7 @@ class Cluster:
                 shard_bytes=SHARD_BYTES,
                 replica_sets=self.shape.replica_sets,
                 failure_domain=FailureDomain.HOST,
+                when_full=self.shape.when_full,
             )
             size = self.shape.shards * SHARD_BYTES
             self.image = catalog.create_image(ImageName(POOL, IMAGE), size).record.id
@@ -227,6 +229,7 @@ class Cluster:
             on_answer=self._answered,
             on_served=self._check_epoch,
             may_fail=lambda: self.damaged,
+            tells_full=self.shape.when_full is WhenFull.ENOSPC,
         )
         self.guests = [
             Guest(f"guest-{index}", IMAGE_NAME, shared) for index in range(self.shape.gateways)

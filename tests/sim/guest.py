@@ -67,6 +67,8 @@ class Shared:
     """Judges that a holder serves in an epoch."""
     may_fail: Callable[[], bool]
     """Whether a read may end in EIO: blocks were damaged."""
+    tells_full: bool
+    """Whether what needs room may end in ENOSPC."""
 
 
 class Guest:
@@ -81,6 +83,8 @@ class Guest:
         self.pause_s = 0.05
         self.lazy = False
         """Whether it hardly ever flushes."""
+        self.refused = 0
+        """Requests that found disks full."""
         self.peer: str | None = None
         """Its process, as its host's kernel tells it."""
         self._image = image
@@ -324,6 +328,13 @@ class Guest:
             if self.peer is None:
                 self.fail("its image is gone")
             # QEMU tells its guest of errors, and stays until it is sent away.
+            return
+        if how == "full":
+            assert asked.kind != "read" and shared.tells_full, f"a {asked.kind} had no room"
+            if asked.kind in ("write", "zero"):
+                # It may be there later, or never.
+                shared.oracle.orphan(token)
+            self.refused += 1
             return
         if how == "failed":
             shared.oracle.read_ends(token)

@@ -148,6 +148,10 @@ class SimEngine:
         """Go by another record."""
         self._world.reconfigure(self._gateway, channel, **how)
 
+    def refuse_writes(self, channel: int, sets: list[int]) -> None:
+        """Tell clients that these replica sets have no room."""
+        self._world.refuse_writes(self._gateway, channel, sets)
+
     def set_lease_deadline(self, channel: int, deadline_ns: int) -> None:
         """Know until when the lease lives."""
         self._world.set_lease_deadline(self._gateway, channel, deadline_ns)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from shard.membership import WhenFull
 from tests.sim.defects import breaking, planted_by_name
 from tests.sim.oracle import Violation
-from tests.sim.stage import Stage, broken
+from tests.sim.stage import BLOCK, Stage, broken
 
 
 def clear_while_a_newer_write_is_in_flight() -> None:
@@ -126,6 +127,54 @@ def write_two_parts_of_a_block() -> None:
 
 def test_two_writes_of_parts_of_a_block_are_both_there_on_each_replica() -> None:
     write_two_parts_of_a_block()
+
+
+def full(stage: Stage, blocks: int = 4) -> int:
+    """Fill all disks until the guest hears of it; return the first block that had no room."""
+    for node in range(3):
+        stage.cluster.world.set_free_bytes(node, 0)
+    for block in range(0, 768, blocks):
+        stage.write(stage.at(0, block), blocks * BLOCK)
+        if stage.guest.refused:
+            return block
+        stage.flush()
+    raise AssertionError("there was room for everything")
+
+
+def test_writes_fail_while_all_disks_are_full_and_succeed_when_there_is_room() -> None:
+    stage = Stage(4, log_bytes=512 << 10, when_full=WhenFull.ENOSPC)
+    block = full(stage)
+    # What needs no room goes on.
+    stage.flush()
+    stage.read(stage.at(0), 4 * BLOCK)
+    refused = stage.guest.refused
+    stage.write(stage.at(2))
+    assert stage.guest.refused == refused + 1
+    for node in range(3):
+        stage.cluster.world.set_free_bytes(node, None)
+    stage.run(10.0)
+    refused = stage.guest.refused
+    stage.read(stage.at(0, block), 4 * BLOCK)
+    stage.write(stage.at(0, block), 4 * BLOCK)
+    stage.flush()
+    assert stage.guest.refused == refused
+    stage.settle()
+
+
+def test_write_that_had_no_room_everywhere_is_levelled_when_its_gateway_dies() -> None:
+    # A log that takes a copy of all that is written.
+    stage = Stage(2, log_bytes=2 << 20, segment_bytes=256 << 10, when_full=WhenFull.ENOSPC)
+    block = full(stage, 16)
+    stage.cluster.stop_gateway(0, host=False)
+    for node in range(3):
+        stage.cluster.world.set_free_bytes(node, None)
+    stage.move_to(1)
+    stage.read(stage.at(0, block), 4 * BLOCK, host=1)
+    stage.run(10.0)
+    stage.cut(0, 1)
+    stage.start(0, 1)
+    stage.read(stage.at(0, block), 4 * BLOCK, host=1)
+    stage.settle()
 
 
 def read_rot_on_one_replica() -> None:

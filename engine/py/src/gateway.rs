@@ -181,6 +181,10 @@ impl Gateway {
         self.order(Command::Reconfigure { channel, generation, digest, body, in_sync })
     }
 
+    fn refuse_writes(&self, channel: u32, sets: Vec<usize>) -> PyResult<()> {
+        self.order(Command::RefuseWrites { channel, sets })
+    }
+
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
     #[pyo3(signature = (channel, *, node, serial, attempt, sets, bytes_per_second, shards_at_once,
                         share_percent))]

@@ -326,6 +326,12 @@ impl Simulation {
         Ok(())
     }
 
+    fn refuse_writes(&self, gateway: usize, channel: u32, sets: Vec<usize>) -> PyResult<()> {
+        let act = |io: &mut ImageIo| io.refuse_writes(&sets);
+        self.at_gateway(gateway)?.with_image(gateway, channel, act);
+        Ok(())
+    }
+
     fn set_lease_deadline(&self, gateway: usize, channel: u32, deadline_ns: u64) -> PyResult<()> {
         let act = |io: &mut ImageIo| io.set_lease_deadline(deadline_ns);
         self.at_gateway(gateway)?.with_image(gateway, channel, act);
@@ -543,6 +549,7 @@ fn happening_tuple(py: Python<'_>, happening: Happening) -> PyResult<Bound<'_, P
                 Answered::Done => ("done", None),
                 Answered::Read(stamps) => ("read", Some(stamps)),
                 Answered::Failed => ("failed", None),
+                Answered::Full => ("full", None),
                 Answered::Shutdown => ("shutdown", None),
             };
             ("answer", gateway, client, cookie, how, stamps).into_pyobject(py)

@@ -26,7 +26,7 @@ from etcd.records import (
     TombstoneRecord,
 )
 from shard.ids import ImageId
-from shard.membership import Policy
+from shard.membership import Policy, WhenFull
 from shard.placement import FailureDomain
 
 ID = ImageId("0123456789abcdef0123456789abcdef")
@@ -95,6 +95,18 @@ GOLDEN: list[tuple[Record, str]] = [
         ),
         '{"arbiter":"x","arbiter_filled":false,"failure_domain":"zone","name":"vms",'
         '"policy":"thin-arbiter","replica_sets":2,"shard_bytes":4194304,"v":1}',
+    ),
+    (
+        PoolRecord(
+            name="vms",
+            policy=Policy.REPLICA_3,
+            shard_bytes=4 << 20,
+            replica_sets=1,
+            failure_domain=FailureDomain.HOST,
+            when_full=WhenFull.ENOSPC,
+        ),
+        '{"arbiter":null,"failure_domain":"host","name":"vms","policy":"replica-3",'
+        '"replica_sets":1,"shard_bytes":4194304,"v":1,"when_full":"enospc"}',
     ),
     (
         ArbiterRecord(
@@ -189,7 +201,7 @@ def test_record_without_any_one_field_is_refused(record: Record) -> None:
             type(record).decode("/hci/x", json.dumps(rest).encode())
 
 
-OPTIONAL = {"arbiter_filled", "grant"}
+OPTIONAL = {"arbiter_filled", "grant", "when_full"}
 """Fields that stand in a record only where they say something."""
 
 WRONG: list[Any] = [1.5, [[]], {"0": []}, ""]

@@ -17,6 +17,7 @@ from shard.membership import (
     open_plan,
     quorum_met,
     rejoin,
+    short_of_space,
 )
 
 ABC, CDE = ("a", "b", "c"), ("c", "d", "e")
@@ -53,6 +54,17 @@ def test_lose_a_second_of_three_waits() -> None:
 
 def test_lose_two_of_three_at_once_keeps_both_in_sync() -> None:
     assert lose(replica_3(), {"a", "c"}) == Wait({0: frozenset("ac")})
+
+
+def test_short_of_space_where_those_with_room_are_no_quorum() -> None:
+    assert short_of_space(replica_3(), {"a", "z"}) == frozenset()
+    assert short_of_space(replica_3(), {"a", "b"}) == {0}
+    assert short_of_space(replica_3({0: {"c": 4}}), {"a"}) == {0}
+    assert short_of_space(replica_3({0: {"c": 4}}), {"c"}) == frozenset()
+    assert short_of_space(replica_3(sets=(ABC, CDE)), {"c", "d"}) == {1}
+    assert short_of_space(pair(), {"a"}) == frozenset()
+    assert short_of_space(pair(), {"a", "b"}) == {0}
+    assert short_of_space(pair({0: {"a": 4}}), {"b"}) == {0}
 
 
 def test_lose_a_stale_or_foreign_node_changes_nothing() -> None:

@@ -12,7 +12,7 @@ from etcd.memory import Fault, MemoryEtcd
 from etcd.records import ClusterRecord, LeaseRecord, NodeRecord, PlacementRecord
 from shard.errors import BadName, BadSize, BadValue
 from shard.ids import ImageId
-from shard.membership import Policy
+from shard.membership import Policy, WhenFull
 from shard.placement import FailureDomain
 from tests.unit.samples import GIB, node_record
 from vmstore.catalog import Catalog
@@ -126,6 +126,19 @@ def test_pool_with_a_name_that_exists_is_refused(catalog: Catalog) -> None:
 def test_pool_with_a_bad_name_is_refused(catalog: Catalog, name: str) -> None:
     with pytest.raises(BadName):
         catalog.create_pool(name)
+
+
+def test_pool_is_told_what_to_do_when_full(catalog: Catalog) -> None:
+    assert catalog.pools()["vms"].when_full is WhenFull.STALL
+    catalog.create_pool("told", when_full=WhenFull.ENOSPC)
+    assert catalog.pools()["told"].when_full is WhenFull.ENOSPC
+    catalog.set_when_full("vms", WhenFull.ENOSPC)
+    catalog.set_when_full("vms", WhenFull.ENOSPC)
+    catalog.set_when_full("told", WhenFull.STALL)
+    found = {name: pool.when_full for name, pool in catalog.pools().items()}
+    assert found == {"vms": WhenFull.ENOSPC, "told": WhenFull.STALL}
+    with pytest.raises(UnknownPool):
+        catalog.set_when_full("none", WhenFull.STALL)
 
 
 def test_pool_with_bad_numbers_is_refused(catalog: Catalog) -> None:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from etcd import keys
 from etcd.errors import EtcdUnavailable, LeaseNotFound
 from etcd.interface import Delete
 from etcd.memory import Fault
-from etcd.records import ImageRecord
+from etcd.records import ImageRecord, PoolRecord
+from shard.membership import WhenFull
 from tests.unit.vmstore.gateway import ScriptedGateway, scripted_gateway
-from vmstore import exports
+from vmstore import exports, serving
+from vmstore import holder as holder_rules
 from vmstore.errors import ClientBarred, LeaseMoved
 from vmstore.holder import Phase
 from vmstore.holding import Held
@@ -110,6 +112,40 @@ def test_client_of_an_image_that_cannot_be_closed_hears_why(
     gateway.until(lambda: gateway.open_images == 0, "it does not close")
     gateway.connect(3)
     assert gateway.answer(3)[0] == "export"
+
+
+def test_writes_are_refused_while_disks_are_full_and_the_pool_says_so(
+    gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holder_rules, "FULL_S", 0.2)
+    monkeypatch.setattr(serving, "FULL_ASK_S", 0.1)
+    refused = lambda: gateway.engine.named("refuse_writes")  # noqa: E731
+    gateway.connect(1)
+    channel = gateway.answer(1)[1]
+    asked: list[str] = []
+    original = gateway.catalog.pool
+
+    def pool(name: str) -> Stored[PoolRecord]:
+        asked.append(name)
+        return original(name)
+
+    gateway.catalog.pool = pool  # type: ignore[method-assign]
+
+    def fill_until(holds: Callable[[], bool], what: str) -> None:
+        def filled() -> bool:
+            for node in range(3):
+                gateway.engine.emit("replica_failed", channel=channel, node=node, status="NoSpace")
+            return holds()
+
+        gateway.until(filled, what)
+
+    fill_until(lambda: len(asked) > 2, "the pool is not asked")
+    assert refused() == []
+    gateway.catalog.set_when_full("vms", WhenFull.ENOSPC)
+    fill_until(lambda: len(refused()) == 1, "an open image does not follow")
+    assert refused()[0] == ((channel, [0]), {})
+    gateway.until(lambda: len(refused()) == 2, "room is not noticed")
+    assert refused()[1] == ((channel, []), {})
 
 
 def test_change_that_met_a_lease_taken_again_is_asked_for_anew(gateway: ScriptedGateway) -> None:

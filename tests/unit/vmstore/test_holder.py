@@ -297,7 +297,7 @@ def test_failed_admission_asks_all_again_and_counts_none_as_lost() -> None:
 
 
 def test_node_that_fails_requests_is_left_behind() -> None:
-    (change,) = changes(serving().step(events.ReplicaFailed("node2", "no_space")))
+    (change,) = changes(serving().step(events.ReplicaFailed("node2", "NoSpace")))
     assert change.after.stale == {0: {"node2": 1}}
 
 
@@ -307,11 +307,51 @@ def test_node_that_failed_once_counts_as_well_again() -> None:
     holder = serving()
     holder.paused = True
     for node in NODES:
-        assert holder.step(events.ReplicaFailed(node, "no_space")) == []
+        assert holder.step(events.ReplicaFailed(node, "NoSpace")) == []
     holder.paused = False
     assert holder.step(events.Tick(h.FAILING_S + 1)) == []
     (change,) = changes(holder.step(events.ReplicaDown("node3", blocking=True)))
     assert change.after.stale == {0: {"node3": 1}}
+
+
+def full(holder: Holder, nodes: tuple[str, ...], until_s: float, from_s: float = 0.0) -> None:
+    """Nodes refuse what is asked again each second."""
+    for tenth in range(int(from_s * 10), int(until_s * 10) + 1):
+        if tenth % 10 == 0:
+            for node in nodes:
+                holder.step(events.ReplicaFailed(node, "NoSpace"))
+        holder.step(events.Tick(tenth / 10))
+
+
+def test_set_whose_quorum_is_full_is_without_space_after_a_while_and_not_before() -> None:
+    holder = serving()
+    holder.paused = True
+    full(holder, NODES[:2], h.FULL_S - 0.1)
+    assert not holder.without_space()
+    full(holder, NODES[:2], h.FULL_S + 0.2, h.FULL_S - 0.1)
+    assert holder.without_space() == {0}
+    # Room: what is asked again is done, and nobody fails any more.
+    for tenth in range(100):
+        holder.step(events.Tick(h.FULL_S + tenth / 10))
+    assert not holder.without_space()
+
+
+def test_full_node_that_can_be_left_behind_leaves_no_set_without_space() -> None:
+    """etcd is away, say: it waits, and clients are not told that disks are full."""
+    holder = serving()
+    holder.paused = True
+    full(holder, NODES[:1], 10)
+    assert not holder.without_space()
+
+
+def test_nodes_that_fail_otherwise_are_not_full() -> None:
+    holder = serving()
+    holder.paused = True
+    for second in range(10):
+        for node in NODES:
+            holder.step(events.ReplicaFailed(node, "io"))
+        holder.step(events.Tick(float(second)))
+    assert not holder.without_space()
 
 
 @pytest.mark.parametrize("event", [events.Fenced("node1"), events.Lost("another holder")])
@@ -389,11 +429,11 @@ def test_healed_node_that_is_lost_during_the_change_is_left_behind_after_it() ->
 
 def test_failed_heal_is_tried_again_after_pauses_that_grow() -> None:
     holder = healing()
-    assert holder.step(events.HealFailed("node3", 1, "no_space")) == []
+    assert holder.step(events.HealFailed("node3", 1, "NoSpace")) == []
     assert holder.step(events.Tick(healing_rules.FIRST_PAUSE_S - 0.1)) == []
     again = wanted.Heal("node3", 4, 2, ((0, 1),))
     assert holder.step(events.Tick(healing_rules.FIRST_PAUSE_S)) == [again]
-    assert holder.step(events.HealFailed("node3", 2, "no_space")) == []
+    assert holder.step(events.HealFailed("node3", 2, "NoSpace")) == []
     assert holder.step(events.Tick(2.5 * healing_rules.FIRST_PAUSE_S)) == []
     assert len(holder.step(events.Tick(3 * healing_rules.FIRST_PAUSE_S))) == 1
 

@@ -540,6 +540,9 @@ impl EventLoop {
                     let act = |io: &mut ImageIo| io.reconfigure(generation, digest, body, &in_sync);
                     self.with_image(channel, act);
                 }
+                Command::RefuseWrites { channel, sets } => {
+                    self.with_image(channel, |io| io.refuse_writes(&sets));
+                }
                 Command::Heal { channel, spec } => self.with_image(channel, |io| io.heal(spec)),
                 Command::EndHeal { channel, attempt } => {
                     self.with_image(channel, |io| io.end_heal(attempt));

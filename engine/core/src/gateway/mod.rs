@@ -43,6 +43,10 @@ pub enum Command {
         nodes: Vec<(NodeIndex, u64)>,
         resume: bool,
     },
+    RefuseWrites {
+        channel: u32,
+        sets: Vec<usize>,
+    },
     Reconfigure {
         channel: u32,
         generation: u64,

@@ -388,6 +388,7 @@ impl Client {
             Outcome::Failed(failure) => {
                 let (errno, message) = match failure {
                     IoError::Io => (Errno::Io, "no replica could answer"),
+                    IoError::NoSpace => (Errno::NoSpace, "the disks of its nodes are full"),
                     IoError::Shutdown => (Errno::Shutdown, "the image is no longer served here"),
                 };
                 error(out, session.replies, to, errno, message);

@@ -267,6 +267,12 @@ impl EventLoop {
                 let prefix = Prefix::reply(&frame, Status::Ok);
                 self.new_waiters.push(Waiter { lsn: 0, connection, prefix, with_number });
             }
+            // Nothing makes room until somebody does. What asks for none is not to wait for that; behind
+            // a record nothing else can go on.
+            Outcome::Park if self.checkpoint_after_ns != 0 && frame.kind != kind::RECORD => {
+                self.counters.refused += 1;
+                self.answer(index, Prefix::reply(&frame, Status::NoSpace), &[], Bytes::new());
+            }
             Outcome::Park => {
                 self.connections[index].parked = Some(frame);
                 return false;

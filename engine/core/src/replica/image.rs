@@ -98,6 +98,8 @@ pub(super) struct Set {
     pub storing: NodeMask,
     pub storing_generation: u64,
     pub memory: Memory,
+    /// It has no room for what clients write, and they are told so.
+    pub refuses: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -148,6 +150,8 @@ pub(super) struct Part {
     pub sent: NodeMask,
     /// Reads: who failed it. Changes: who met rot where it would have to be merged, and has not made it.
     pub tried: NodeMask,
+    /// Changes: who had no room for it when asked last.
+    pub no_space: NodeMask,
     /// Times that it waited for a repair.
     pub awaited: u8,
     /// Reads past the lease time: data is here, epochs are being confirmed.
@@ -251,6 +255,7 @@ impl ImageIo {
             storing: NodeMask::EMPTY,
             storing_generation: 0,
             memory: Memory::default(),
+            refuses: false,
         });
         ImageIo {
             replicas: replicas.collect(),

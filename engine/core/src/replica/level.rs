@@ -255,6 +255,9 @@ impl ImageIo {
         }
         copies.into_iter().for_each(|copy| self.leveller.copier.urge(copy, stamp));
         self.send_level_orders();
+        if self.refuses() {
+            self.refuse(request);
+        }
         self.go_on_levelling();
     }
 

@@ -26,6 +26,7 @@ mod admission;
 mod asks;
 mod compare;
 mod copier;
+mod full;
 mod heal;
 mod heal_shards;
 mod image;
@@ -118,6 +119,8 @@ pub struct Extent {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IoError {
     Io,
+    /// The disks of too many nodes are full.
+    NoSpace,
     /// The image is closing, or was lost to another holder.
     Shutdown,
 }

@@ -104,7 +104,12 @@ impl ImageIo {
                 self.make_room_in_dirty_maps();
             }
             status if self.is_only_healed_by(id, node) => self.fail_heal(status),
-            status => self.event(Event::ReplicaFailed { node, status }),
+            status => {
+                if status == Status::NoSpace {
+                    self.found_full(id, node);
+                }
+                self.event(Event::ReplicaFailed { node, status });
+            }
         }
     }
 
@@ -330,9 +335,10 @@ impl ImageIo {
         self.go_on_closing();
     }
 
-    /// With nothing in flight: one last flush, and when that is answered, the end.
+    /// With nothing in flight that a client waits for: one last flush, and when that is answered, the
+    /// end. What there was no room for is not waited for: the next holder levels it.
     pub(super) fn go_on_closing(&mut self) {
-        if !self.requests.is_empty() || self.is_marking() {
+        if !self.requests.iter().all(|(_, request)| request.is_refused()) || self.is_marking() {
             return;
         }
         if self.closing_flush_sent {

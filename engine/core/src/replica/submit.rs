@@ -58,9 +58,12 @@ impl ImageIo {
         let end = offset.checked_add(u64::from(length));
         let inside = end.is_some_and(|end| end <= self.spec.geometry.size_bytes);
         let refusal = match self.phase {
-            Phase::Running if inside => None,
             // The client connected before the image shrank.
-            Phase::Running => Some(IoError::Io),
+            Phase::Running if !inside => Some(IoError::Io),
+            Phase::Running => {
+                let refused = kind == RequestKind::Write && self.has_no_room(offset, length);
+                refused.then_some(IoError::NoSpace)
+            }
             _ => Some(IoError::Shutdown),
         };
         if let Some(error) = refusal {
@@ -138,7 +141,7 @@ impl ImageIo {
             }
             _ => {}
         }
-        if length == 0 {
+        if length == 0 || request.is_refused() {
             return self.finish_request(id);
         }
         let pieces = self.pieces(request.offset, length, kind);
@@ -219,6 +222,7 @@ impl ImageIo {
             waiting: wanted,
             sent: NodeMask::EMPTY,
             tried: NodeMask::EMPTY,
+            no_space: NodeMask::EMPTY,
             awaited: 0,
             confirming: false,
             marks: Vec::new(),

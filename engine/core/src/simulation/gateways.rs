@@ -43,6 +43,8 @@ pub enum Answered {
     Read(Vec<u64>),
     /// EIO.
     Failed,
+    /// ENOSPC.
+    Full,
     /// The image is gone from this gateway.
     Shutdown,
 }
@@ -506,6 +508,7 @@ fn answered(outcome: Outcome) -> Answered {
     match outcome {
         Outcome::Done | Outcome::Extents(_) => Answered::Done,
         Outcome::Failed(IoError::Io) => Answered::Failed,
+        Outcome::Failed(IoError::NoSpace) => Answered::Full,
         Outcome::Failed(IoError::Shutdown) => Answered::Shutdown,
         Outcome::Read(runs) => {
             let mut content = Vec::new();

@@ -9,7 +9,7 @@ use crate::replica::Instance;
 use crate::store::simulated::SimDisk;
 use crate::store::{CheckpointJob, Store, StoreConfig, StoreError, SyncJob};
 use crate::wire::messages::{Head, Number};
-use crate::wire::{Frame, REPLY, Status};
+use crate::wire::{Frame, REPLY, Status, kind};
 use bytes::{Bytes, BytesMut};
 use std::collections::VecDeque;
 
@@ -50,6 +50,8 @@ pub struct NodeRun {
     pub sent_away: Vec<u64>,
     sync: Option<SyncJob>,
     checkpoint: Option<CheckpointJob>,
+    /// The last checkpoint found the disk full.
+    no_space: bool,
 }
 
 /// A node: its disk, and its process while one runs.
@@ -110,6 +112,7 @@ impl SimNode {
             sent_away: Vec::new(),
             sync: None,
             checkpoint: None,
+            no_space: false,
         };
         let instance = run.instance();
         self.run = Some(run);
@@ -169,6 +172,11 @@ impl NodeRun {
                 let lsn = self.store.appended_lsn();
                 self.waiters.push(Waiter { lsn, connection, frame, with_number });
                 Some(Status::Ok)
+            }
+            Outcome::Park if self.no_space && frame.kind != kind::RECORD => {
+                let answer = reply(&frame, Status::NoSpace, Bytes::new(), Bytes::new());
+                self.answers.push_back((connection, answer));
+                Some(Status::NoSpace)
             }
             Outcome::Park => {
                 self.parked.push_back((connection, frame));
@@ -252,8 +260,9 @@ impl NodeRun {
     pub fn finish_checkpoint(&mut self) -> Result<Vec<(u64, Frame)>, StoreError> {
         let Some(job) = self.checkpoint.take() else { return Ok(Vec::new()) };
         match self.store.finish_checkpoint(job.run()) {
+            Ok(()) => self.no_space = false,
             // All is in the log still; the next checkpoint tries again.
-            Ok(()) | Err(StoreError::NoSpace) => {}
+            Err(StoreError::NoSpace) => self.no_space = true,
             Err(error) => return Err(error),
         }
         Ok(std::mem::take(&mut self.parked).into())

@@ -282,6 +282,8 @@ impl CheckpointDone {
         }
         job.gate.sync(&job.unsynced).map_err(|errno| Failure { errno, retry: false })?;
         self.log_synced = true;
+        // Before anything that needs space: on a full disk they make the room.
+        job.deletes.iter().try_for_each(|image| delete_files(&*job.disk, image))?;
         if let Some(Retirement { begun, seed, .. }) = &job.retire {
             job.shards.iter_mut().try_for_each(|plan| plan.note_rot(&*job.disk))?;
             begun.write(&*job.disk, *seed)?;
@@ -304,7 +306,6 @@ impl CheckpointDone {
             write_record_file(&*job.disk, image, record)?;
         }
         folders.iter().try_for_each(|folder| job.disk.sync_dir(folder))?;
-        job.deletes.iter().try_for_each(|image| delete_files(&*job.disk, image))?;
         if let Some(Retirement { done, seed, .. }) = &job.retire {
             done.write(&*job.disk, *seed)?;
             self.tail_version = Some(done.version);

@@ -150,6 +150,7 @@ def test_wrong_usage_ends_with_2(hci: Run, arguments: tuple[str, ...]) -> None:
         (("image", "import", "/none.img", "vms/a"), "/none.img cannot be read: No such file"),
         (("image", "url", "vms/there", "--gateway", "gateway9"), "no [gateway.gateway9] in it"),
         (("pool", "create", "vms"), "the pool vms exists already"),
+        (("pool", "set", "none", "--when-full", "stall"), "there is no pool none"),
         (("pool", "create", "Bad"), "'Bad' is not a pool name"),
         (("pool", "create", "b", "--shard-size", "3M"), "is not a shard size: use 1M, 2M"),
         (("pool", "create", "b", "--failure-domain", "zone"), "needs 3 nodes on different zones"),

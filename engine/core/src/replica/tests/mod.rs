@@ -1,6 +1,7 @@
 //! The holder's side of replication against real stores: seeded histories of a small cluster.
 
 mod cluster;
+mod full;
 mod heals;
 mod histories;
 mod levels;

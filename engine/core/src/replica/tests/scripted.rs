@@ -2,12 +2,14 @@
 
 use super::cluster::{Cluster, Faults};
 use crate::content::Block;
-use crate::geometry::{Geometry, ImageId, Tag};
+use crate::geometry::{BLOCK_BYTES, Geometry, ImageId, Tag};
 use crate::replica::{
     Event, HealLimits, ImageIo, Instance, IoError, NodeMask, OpenSpec, Outcome, Output, SetSpec,
     Token,
 };
-use crate::wire::messages::{BlocksReply, DirtyEntry, DirtyReply, Head, Level, Number};
+use crate::wire::messages::{
+    BlocksReply, DirtyEntry, DirtyReply, Head, Io, Level, Number, put_blocks,
+};
 use crate::wire::{Frame, FrameReader, REPLY, Status, kind};
 use bytes::{Bytes, BytesMut};
 
@@ -21,16 +23,22 @@ fn dirty_reply(to: &Frame, shards: &[u64]) -> Frame {
 }
 
 /// Four nodes in two sets, as honest as can be: each frame is answered at once, in order.
-struct TwoSets {
-    io: ImageIo,
+pub(super) struct TwoSets {
+    pub io: ImageIo,
     /// What was asked of each node.
-    asked: Vec<(u8, Frame)>,
+    pub asked: Vec<(u8, Frame)>,
+    /// Nodes that have no room for data.
+    pub full: NodeMask,
+    /// What clients were answered.
+    pub answers: Vec<(Token, Outcome)>,
+    /// How the image was closed, if it was.
+    pub closed_clean: Option<bool>,
     peeked: Vec<(u8, u64)>,
 }
 
 impl TwoSets {
     /// Node 0 is in sync in the first set and stale in the second.
-    fn new() -> TwoSets {
+    pub fn new() -> TwoSets {
         let geometry = Geometry {
             size_bytes: 64 << 20,
             shard_bytes: 1 << 20,
@@ -56,23 +64,45 @@ impl TwoSets {
             local: None,
             levelling: HealLimits { bytes_per_second: 0, shards_at_once: 1, share_percent: 100 },
         };
-        TwoSets { io: ImageIo::new(spec), asked: Vec::new(), peeked: Vec::new() }
+        TwoSets {
+            io: ImageIo::new(spec),
+            asked: Vec::new(),
+            full: NodeMask::EMPTY,
+            answers: Vec::new(),
+            closed_clean: None,
+            peeked: Vec::new(),
+        }
     }
 
-    fn shard_of_set(&self, set: u32) -> u64 {
+    /// All nodes connect, and the image is served.
+    pub fn open(&mut self, dirty: &[u64]) {
+        let instance = |node: u8| Instance { store: [node; 16], start_counter: 1 };
+        (0..4).for_each(|node| self.io.link_up(node, instance(node), [0; 16]));
+        self.run(dirty);
+        assert!(self.io.is_running(), "{:?}", self.io.replica_states());
+    }
+
+    pub fn shard_of_set(&self, set: u32) -> u64 {
         let geometry = self.io.spec().geometry;
         (0..64).find(|shard| geometry.replica_set_of(*shard) == set).expect("of 64 shards one")
     }
 
+    pub fn set_of_shard(&self, shard: u64) -> u32 {
+        self.io.spec().geometry.replica_set_of(shard)
+    }
+
     /// Answers until nothing more is asked; `dirty`: what each node's dirty map names.
-    fn run(&mut self, dirty: &[u64]) {
+    pub fn run(&mut self, dirty: &[u64]) {
         while let Some(output) = self.io.outputs.pop_front() {
             match output {
                 Output::Send { node, head, payload } => {
                     let mut bytes = BytesMut::from(&head[..]);
                     bytes.extend_from_slice(&payload);
                     let frame = FrameReader::next(&mut bytes).expect("ours").expect("whole");
-                    let answer = Self::answer(&frame, dirty);
+                    let answer = match frame.kind == kind::WRITE && self.full.has(node) {
+                        true => Self::refusal(&frame),
+                        false => Self::answer(&frame, dirty),
+                    };
                     self.asked.push((node, frame));
                     assert_eq!(self.io.receive(node, answer), Ok(()));
                 }
@@ -82,9 +112,16 @@ impl TwoSets {
                         self.io.admit(&self.peeked, false);
                     }
                 }
-                Output::Event(_) | Output::Answer { .. } => {}
+                Output::Event(Event::Closed { clean }) => self.closed_clean = Some(clean),
+                Output::Event(_) => {}
+                Output::Answer { token, outcome } => self.answers.push((token, outcome)),
             }
         }
+    }
+
+    fn refusal(to: &Frame) -> Frame {
+        let (head, payload) = (Bytes::new(), Bytes::new());
+        Frame { kind: to.kind | REPLY, status: Status::NoSpace, head, payload, ..to.clone() }
     }
 
     fn answer(to: &Frame, dirty: &[u64]) -> Frame {
@@ -107,6 +144,10 @@ impl TwoSets {
                 BlocksReply { generation: 1, blocks }.put(&mut head);
             }
             kind::FLUSH => Number(1).put(&mut head),
+            kind::READ => {
+                let blocks = Io::take(to.head.clone()).expect("ours").length / BLOCK_BYTES;
+                put_blocks(&mut head, vec![Block::Absent; blocks as usize].into_iter());
+            }
             _ => {}
         }
         let (kind, head) = (to.kind | REPLY, head.freeze());
@@ -122,10 +163,7 @@ fn a_node_stale_in_a_set_keeps_its_dirty_entries_of_that_set() {
     let mut sets = TwoSets::new();
     let mut dirty = [sets.shard_of_set(0), sets.shard_of_set(1)];
     dirty.sort_unstable();
-    let instance = |node: u8| Instance { store: [node; 16], start_counter: 1 };
-    (0..4).for_each(|node| sets.io.link_up(node, instance(node), [0; 16]));
-    sets.run(&dirty);
-    assert!(sets.io.is_running(), "{:?}", sets.io.replica_states());
+    sets.open(&dirty);
     let token = Token { client: 1, cookie: 1 };
     sets.io.write(token, 0, Bytes::from(vec![7; 4096]), 0);
     sets.io.flush(token);

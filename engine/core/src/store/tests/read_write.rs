@@ -1,7 +1,7 @@
 //! What is written is read back, wherever it is.
 
 use super::rig::*;
-use crate::geometry::{BLOCK_BYTES, Tag};
+use crate::geometry::{BLOCK_BYTES, ImageId, Tag};
 use crate::store::disk::Errno;
 use crate::store::shard_file::shard_path;
 use crate::store::simulated::Crash;
@@ -331,6 +331,40 @@ fn checkpoint_after_a_sync_without_space_relies_on_nothing_that_it_lost() {
         }
     }
     assert!(without_space >= 2 * 24, "shard files and tail are synced: {without_space}");
+}
+
+/// Nothing that is deleted made room: the checkpoint that was to delete it stopped for want of it.
+#[test]
+fn image_deleted_on_a_full_disk_goes_before_anything_needs_space() {
+    const OTHER: ImageId = ImageId([0xB2; 16]);
+    let mut rig = Rig::new();
+    rig.store.put_record(OTHER, head(1, 1), Bytes::new()).expect("a first record");
+    let (data, crcs) = ([9; 4 * BLOCK], fragment_crcs(0, &[9; 4 * BLOCK]));
+    for shard in 0..8 {
+        let op = WriteOp { image: OTHER, layers: &[1], shard, offset: 0, stamp: rig.stamp };
+        rig.store.write(&op, &crcs, Bytes::copy_from_slice(&data)).expect("a write");
+        rig.checkpoint();
+    }
+    (0..8).for_each(|shard| rig.fill(shard, 0, 2, shard as u8 + 1));
+    rig.sync();
+    rig.disk.set_capacity(Some(rig.disk.allocated_bytes() + 8 * 4096));
+    let job = rig.store.begin_checkpoint(true).expect("begins").expect("there is work");
+    assert_eq!(rig.store.finish_checkpoint(job.run()), Err(StoreError::NoSpace));
+    let of_other = |rig: &Rig| {
+        let folder = format!("images/{OTHER}");
+        rig.disk.paths().iter().filter(|path| path.starts_with(&folder)).count()
+    };
+    assert_ne!(of_other(&rig), 0);
+    rig.store.delete(OTHER).expect("there is a reserve");
+    rig.sync();
+    let job = rig.store.begin_checkpoint(true).expect("begins").expect("there is work");
+    // A simulated disk does not give the space of removed files back at once.
+    assert_eq!(rig.store.finish_checkpoint(job.run()), Err(StoreError::NoSpace));
+    assert_eq!(of_other(&rig), 0);
+    rig.disk.set_capacity(None);
+    rig.checkpoint();
+    assert_eq!(of_other(&rig), 0);
+    (0..8).for_each(|s| assert_eq!(rig.content(s, 0, 2), vec![s as u8 + 1; 2 * BLOCK]));
 }
 
 #[test]
