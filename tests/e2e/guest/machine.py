@@ -7,6 +7,7 @@ retried, so that an error which reaches QEMU cannot hide: `io_errors` counts the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -152,7 +153,9 @@ class Machine:
     def close(self) -> None:
         """Ends QEMU if it still runs; the guest is not asked."""
         if self._qmp is not None:
-            self._qmp.close()
+            # A guest that powers off has QEMU close it first, at any moment.
+            with contextlib.suppress(EOFError, OSError, QMPError):
+                self._qmp.close()
             self._qmp = None
         process = self._process
         if process is None:
