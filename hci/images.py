@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from urllib.parse import quote
@@ -100,15 +100,11 @@ def remove(config: Config, records: Catalog, name: ImageName, only: ImageId | No
     record = records.find(name).record
     if only is not None and record.id != only:
         raise UnknownImage(str(name))
-    begun_s = time.monotonic()
-    while True:
-        try:
-            return _remove(records, name, record)
-        except InUse as error:
-            limit_s = CLOSING_S if _is_closing(config, error.gateway, record.id) else LEAVING_S
-            if time.monotonic() - begun_s > limit_s:
-                raise
-            time.sleep(_AGAIN_S)
+
+    def patience_s(gateway: str) -> float:
+        return CLOSING_S if _is_closing(config, gateway, record.id) else LEAVING_S
+
+    _remove_when_closed(records, name, record, patience_s)
 
 
 def _is_closing(config: Config, gateway: str, image: ImageId) -> bool:
@@ -124,8 +120,19 @@ def _is_closing(config: Config, gateway: str, image: ImageId) -> bool:
     return all(each.state == pb.OpenImage.STATE_CLOSING for each in held)
 
 
-def _remove(records: Catalog, name: ImageName, record: ImageRecord) -> None:
-    records.delete_image(name, only=record.id)
+def _remove_when_closed(
+    records: Catalog, name: ImageName, record: ImageRecord, patience_s: Callable[[str], float]
+) -> None:
+    """Remove an image, as soon as nobody has it. `patience_s`: how long a gateway is waited for."""
+    begun_s = time.monotonic()
+    while True:
+        try:
+            records.delete_image(name, only=record.id)
+            break
+        except InUse as error:
+            if time.monotonic() - begun_s > patience_s(error.gateway):
+                raise
+            time.sleep(_AGAIN_S)
     for node in _placed(record, records.nodes()):
         _delete_at(node, record.id)
 
@@ -182,23 +189,10 @@ def import_file(
         records.finish_import(made.record.id)
     except BaseException:
         if made is not None:
-            with undisturbed():
-                _remove_when_closed(records, name, made.record)
+            # Somebody else may have removed it meanwhile.
+            with undisturbed(), suppress(UnknownImage):
+                _remove_when_closed(records, name, made.record, lambda _gateway: CLOSING_S)
         raise
-
-
-def _remove_when_closed(records: Catalog, name: ImageName, record: ImageRecord) -> None:
-    """Remove an image that is half filled, unless somebody else has removed it meanwhile."""
-    deadline = time.monotonic() + CLOSING_S
-    while True:
-        try:
-            return _remove(records, name, record)
-        except UnknownImage:
-            return None
-        except InUse:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(_AGAIN_S)
 
 
 def check(
@@ -211,9 +205,10 @@ def check(
     """
     record = records.find(name).record
     if not record.clean:
-        uri = answering_uri(config, name, holder_of(records, record.id))
+        holder = holder_of(records, record.id)
+        uri = answering_uri(config, name, holder)
         transfer.touch(uri)
-        _level(gateway_for(config, holder_of(records, record.id)), uri, record.id)
+        _level(gateway_for(config, holder), uri, record.id)
         record = records.find(name).record
     nodes = records.nodes()
 

@@ -75,6 +75,14 @@ def started_again(etcd: MemoryEtcd, former: Registering) -> Registering:
     return Registering(etcd, former.own.data_dir, former.own.name)
 
 
+def must_end_without_accusing(arbiter: Registering, why: str) -> None:
+    arbiter.look_after()
+    assert not arbiter.registered
+    assert why in arbiter.failures[0]
+    assert arbiter.catalog.lost() is None
+    arbiter.end()
+
+
 def test_arbiter_that_was_replaced_accuses_nobody_when_it_comes_back(
     etcd: MemoryEtcd, arbiter: Registering
 ) -> None:
@@ -83,11 +91,7 @@ def test_arbiter_that_was_replaced_accuses_nobody_when_it_comes_back(
     arbiter.vote_on_what_is_not_in_etcd()
     arbiter.catalog.retire_arbiter("w")
     back = started_again(etcd, arbiter)
-    back.look_after()
-    assert not back.registered
-    assert "was replaced" in back.failures[0]
-    assert back.catalog.lost() is None
-    back.end()
+    must_end_without_accusing(back, "was replaced")
 
 
 def test_arbiter_that_was_set_back_accuses_nobody(
@@ -103,11 +107,7 @@ def test_arbiter_that_was_set_back_accuses_nobody(
     later.end()
     (tmp_path / "arbiter").write_bytes(older)
     back = Registering(etcd, tmp_path, "w")
-    back.look_after()
-    assert not back.registered
-    assert "from its start 2" in back.failures[0]
-    assert back.catalog.lost() is None
-    back.end()
+    must_end_without_accusing(back, "from its start 2")
 
 
 def test_arbiter_accuses_no_other_cluster(tmp_path: Path, arbiter: Registering) -> None:
@@ -116,11 +116,7 @@ def test_arbiter_accuses_no_other_cluster(tmp_path: Path, arbiter: Registering) 
     others = MemoryEtcd()
     Catalog(others).init_cluster("d" * 32)
     strayed = started_again(others, arbiter)
-    strayed.look_after()
-    assert not strayed.registered
-    assert "cluster" in strayed.failures[0]
-    assert strayed.catalog.lost() is None
-    strayed.end()
+    must_end_without_accusing(strayed, "cluster")
 
 
 def test_arbiter_of_an_etcd_that_lost_history_says_so(
