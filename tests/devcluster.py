@@ -170,11 +170,11 @@ class DevCluster:
 
     def kill(self, member: str) -> None:
         """SIGKILLs a member, or `all`; nothing starts it again by itself."""
-        self.hci("dev", "kill", member)
+        self._quickly("dev", "kill", member)
 
     def run(self, member: str) -> None:
         """Starts a killed member, or `all`, again."""
-        self.hci("dev", "run", member)
+        self._quickly("dev", "run", member)
 
     def members(self) -> dict[str, dict[str, Any]]:
         """Name to `{name, kind, pid, state, data_dir, log}`."""

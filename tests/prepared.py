@@ -28,61 +28,71 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 
 class Prepared:
-    """Asks the process, which `command` starts when it is first needed."""
+    """Asks such processes, which `command` starts: one, and more while several threads ask."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self._command = [*command, sys.executable, "-m", __name__]
         self._environment = environment
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
+        self._idle: list[subprocess.Popen[str]] = []
 
     def run(self, arguments: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
         """Runs `hci` with these arguments; raises TimeoutExpired, and has then ended it."""
+        process = self._take()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        hung = threading.Event()
+
+        def end() -> None:
+            hung.set()
+            os.killpg(process.pid, 9)
+
+        timer = threading.Timer(timeout_s, end)
+        timer.start()
+        try:
+            process.stdin.write(json.dumps(arguments) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        finally:
+            timer.cancel()
+        if not answer:
+            _end(process)
+            if hung.is_set():
+                raise subprocess.TimeoutExpired(["hci", *arguments], timeout_s)
+            raise AssertionError("the prepared process has ended")
         with self._lock:
-            process = self._process
-            if process is None or process.poll() is not None:
-                process = self._process = subprocess.Popen(
-                    self._command,
-                    cwd=PROJECT,
-                    env=self._environment,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    start_new_session=True,  # Ctrl-C is not for it
-                )
-            assert process.stdin is not None
-            assert process.stdout is not None
-            hung = threading.Event()
-
-            def end() -> None:
-                hung.set()
-                os.killpg(process.pid, 9)
-
-            timer = threading.Timer(timeout_s, end)
-            timer.start()
-            try:
-                process.stdin.write(json.dumps(arguments) + "\n")
-                process.stdin.flush()
-                answer = process.stdout.readline()
-            finally:
-                timer.cancel()
-        if hung.is_set():
-            raise subprocess.TimeoutExpired(["hci", *arguments], timeout_s)
-        assert answer, "the prepared process has ended"
+            self._idle.append(process)
         status, out, err = json.loads(answer)
         return subprocess.CompletedProcess(["hci", *arguments], status, out, err)
 
-    def close(self) -> None:
-        """Ends the process, if it was started."""
+    def _take(self) -> subprocess.Popen[str]:
         with self._lock:
-            process, self._process = self._process, None
-            if process is None:
-                return
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.close()
-            process.stdout.close()
-            process.wait()
+            if self._idle:
+                return self._idle.pop()
+        return subprocess.Popen(
+            self._command,
+            cwd=PROJECT,
+            env=self._environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is not for it
+        )
+
+    def close(self) -> None:
+        """Ends the processes that were started and are not being asked."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for process in idle:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.close()
+    process.stdout.close()
+    process.wait()
 
 
 def serve() -> None:
