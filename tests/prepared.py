@@ -55,7 +55,7 @@ class Prepared:
             answer = process.stdout.readline()
         finally:
             timer.cancel()
-        if not answer:
+        if not answer or hung.is_set():
             _end(process)
             if hung.is_set():
                 raise subprocess.TimeoutExpired(["hci", *arguments], timeout_s)
