@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 
 from engine import Gateway
-from etcd.records import ImageRecord
+from etcd.images import ImageRecord
 from shard.digest import membership_digest
 from vmstore import effects, events
 from vmstore.events import NodeRecordView

@@ -13,8 +13,8 @@ import structlog
 
 from engine import Gateway
 from etcd.errors import EtcdError, EtcdUnavailable, OutcomeUnknown
+from etcd.images import ImageRecord
 from etcd.lease import Session
-from etcd.records import ImageRecord
 from shard.errors import HciError
 from shard.ids import ImageId
 from shard.scrub import ScrubLimits

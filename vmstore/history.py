@@ -19,11 +19,11 @@ from typing import TypeVar
 
 from etcd import keys
 from etcd.errors import RecordError
+from etcd.images import ImageRecord
 from etcd.interface import KeyValue
 from etcd.records import (
     ArbiterRecord,
     ClusterRecord,
-    ImageRecord,
     NameRecord,
     NodeRecord,
     PlacementRecord,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import structlog
 
-from etcd.records import ImageRecord
+from etcd.images import ImageRecord
 from shard.errors import HciError
 from vmstore import events
 from vmstore.calls import Calls, nothing_more

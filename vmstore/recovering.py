@@ -20,20 +20,18 @@ from dataclasses import dataclass, field, replace
 
 from etcd import keys
 from etcd.errors import RecordError
+from etcd.images import ImageRecord, Recovered, awaited_members
 from etcd.interface import KeyValue
 from etcd.records import (
     ArbiterRecord,
     ClusterRecord,
-    ImageRecord,
     LostRecord,
     NameRecord,
     NodeRecord,
     PlacementRecord,
     PoolRecord,
-    Recovered,
     TombstoneRecord,
     awaited_arbiter,
-    awaited_members,
 )
 from shard.digest import membership_digest
 from shard.ids import ImageId

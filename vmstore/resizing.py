@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from functools import partial
 
 from etcd.errors import OutcomeUnknown
-from etcd.records import ImageRecord
+from etcd.images import ImageRecord
 from shard.errors import HciError
 from vmstore import events
 from vmstore.calls import RELEASE_RETRY_S

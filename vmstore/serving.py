@@ -24,8 +24,8 @@ import structlog
 
 from arbiter.client import Arbiters
 from engine import Gateway
+from etcd.images import ImageRecord
 from etcd.lease import Session
-from etcd.records import ImageRecord
 from shard.errors import HciError
 from shard.ids import ImageId
 from vmstore import effects, events, granting

@@ -21,7 +21,7 @@ from arbiter.statement import Statement, Votes
 from arbiter.vote import Answer, Ballot, Refusal, Vote
 from arbiter.vote import prepare as prepare_vote
 from engine._engine import Simulation
-from etcd.records import ImageRecord
+from etcd.images import ImageRecord
 from shard.membership import Policy
 from tests.sim.history import History, Outcome
 from tests.sim.kinds import KINDS, seeds_of

@@ -25,6 +25,7 @@ PURE = (
     "arbiter/vote.py",
     "etcd/errors.py",
     "etcd/fields.py",
+    "etcd/images.py",
     "etcd/interface.py",
     "etcd/keys.py",
     "etcd/records.py",

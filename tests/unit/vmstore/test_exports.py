@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from etcd.errors import EtcdUnavailable
+from etcd.images import ImageRecord
 from etcd.memory import Fault
-from etcd.records import ImageRecord
 from tests.unit.vmstore.gateway import ScriptedGateway, scripted_gateway
 from vmstore import exports
 from vmstore.errors import ClientBarred

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from etcd import keys
+from etcd.images import ImageRecord
 from etcd.interface import KeyValue, Put
 from etcd.memory import MemoryEtcd
-from etcd.records import ClusterRecord, ImageRecord, LostRecord, NameRecord, TombstoneRecord
+from etcd.records import ClusterRecord, LostRecord, NameRecord, TombstoneRecord
 from hci.known import known_parts, member_of
 from shard.digest import membership_digest
 from shard.ids import ImageId
