@@ -74,6 +74,16 @@ class Known:
 
 
 @dataclass(frozen=True, slots=True)
+class Member:
+    """A node that was heard."""
+
+    name: str
+    store_id: str
+    start_counter: int
+    known: Known
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """Why etcd has lost history, most telling first; and contested images, with the reason."""
 

@@ -30,10 +30,10 @@ from vmstore.deciding import TICK_S
 from vmstore.errors import ForeignStore, OtherCluster, StoreBehind
 from vmstore.exports import Exports
 from vmstore.healing import HealLimits
+from vmstore.history import Member
 from vmstore.ledger import Ledger
 from vmstore.names import ImageName
 from vmstore.open_image import Resize
-from vmstore.recovering import Member
 from vmstore.scrubbing import Scrubber
 from vmstore.served import Served
 from vmstore.set_back import may_run_elsewhere, only_here, seen_later

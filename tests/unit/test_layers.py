@@ -42,6 +42,7 @@ PURE = (
     "vmstore/recovering.py",
     "vmstore/slowness.py",
     "vmstore/stored.py",
+    "vmstore/told.py",
 )
 """Code that decides, and so can be run by a simulator. A module listed here may not exist yet."""
 

@@ -16,10 +16,11 @@ from shard.digest import membership_digest
 from shard.ids import ImageId
 from tests.unit.samples import image_record
 from vmstore.errors import RecoveryRefused
-from vmstore.history import FORCED_STEP, HeldRecord, Known, judge
+from vmstore.history import FORCED_STEP, HeldRecord, Known, Member, judge
 from vmstore.ledger import Ledger
 from vmstore.rebuilding import carry_out
-from vmstore.recovering import Member, Plan, Sources, Voted, Witness, plan
+from vmstore.recovering import Plan, plan
+from vmstore.told import Sources, Voted, Witness
 
 IMAGE = ImageId("ab" * 16)
 NAME = keys.name("vms", "disk")
