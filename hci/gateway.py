@@ -345,6 +345,20 @@ class GatewayDaemon:
         }
         yield counter("hci_image_requests_total", "Clients' requests answered since the image was "
                       "opened.", kinds, ["image", "kind"])  # fmt: skip
+        behind = {(name,): float(image.behind) for name, image in images}
+        yield gauge("hci_image_history_lost", "1: etcd is behind what the gateway knows.",
+                    behind, ["image"])  # fmt: skip
+        refusing = {(name,): len(image.refusing) for name, image in images}
+        yield gauge("hci_image_sets_refusing_writes", "Replica sets whose disks are full, where "
+                    "clients are told so.", refusing, ["image"])  # fmt: skip
+        waits = {(name,): float(bool(image.holder.trouble)) for name, image in images}
+        yield gauge("hci_image_waits", "1: for etcd, an arbiter or a node; `hci status` says "
+                    "which.", waits, ["image"])  # fmt: skip
+        ended = self.exports.heal_log.totals()
+        yield counter("hci_heals_total", "Heals since the gateway started, by how they ended.",
+                      {("done",): ended.done, ("failed",): ended.failed}, ["end"])  # fmt: skip
+        yield counter("hci_heal_copied_bytes_total", "Copied by the heals that are done.",
+                      ended.copied_bytes)  # fmt: skip
         heals = {
             (name, found["heal"]["node"]): found["heal"] for name, found in asked if found["heal"]
         }

@@ -413,7 +413,20 @@ class NodeDaemon:
             raise DaemonError(f"node {self.own.name}: {error}") from error
 
     def _samples(self) -> metrics.Samples:
-        return node_samples(self.engine.status(), self.engine.failure(), self.registered)
+        yield from node_samples(self.engine.status(), self.engine.failure(), self.registered)
+        gauge = metrics.gauge
+        yield gauge("hci_node_history_lost", "1: etcd is behind what this node knows.",
+                    int(bool(self.history.lost)))  # fmt: skip
+        yield gauge("hci_node_contested_images", "Images that this node knows better than the last "
+                    "recovery of etcd did.", len(self.ledger.contested))  # fmt: skip
+        distrusted = [] if self.engine.failure() else self.engine.inventory()["distrusted"]
+        yield gauge("hci_node_distrusted_images", "Images of which nothing here counts before it "
+                    "is healed: the disk was set back.", len(distrusted))  # fmt: skip
+        unknown = self.unknown_images()
+        yield gauge("hci_node_unknown_images", "Images with data here that etcd does not know.",
+                    len(unknown))  # fmt: skip
+        yield gauge("hci_node_unknown_bytes", "Disk space of these images.",
+                    sum(image.physical_bytes for image in unknown))  # fmt: skip
 
     def state(self) -> "pb.NodeStatus.State.ValueType":
         """Return the node's state."""

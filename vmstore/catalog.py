@@ -6,7 +6,7 @@ that keep something of it have confirmed that it is gone; each node keeps one of
 """
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from etcd import keys
@@ -200,8 +200,8 @@ class Catalog(ArbiterRecords, ScrubRecords):
         self._check_absent(record)
         placement = self._place(record, candidates)
         _check_fits(record, placement)
-        if voter is not None and failure_domain is not FailureDomain.NODE:
-            _check_apart(voter.record, placement, candidates)
+        if voter is not None:
+            _check_apart(voter.record, record, placement, candidates)
         self._create_pool(record, placement, voter.unchanged if voter is not None else ())
         return record
 
@@ -230,6 +230,11 @@ class Catalog(ArbiterRecords, ScrubRecords):
         if found is None:
             raise UnknownPool(pool)
         return found
+
+    def check_apart(self, pool: PoolRecord, arbiter: ArbiterRecord) -> None:
+        """Raise ArbiterBesideData where losing one host would lose two of a pool's three votes."""
+        placement = self.placement(pool.name).record
+        _check_apart(arbiter, pool, placement, self.nodes().values())
 
     @decided_anew
     def create_image(
@@ -503,10 +508,15 @@ def _check_fits(pool: PoolRecord, placement: PlacementRecord) -> None:
 
 
 def _check_apart(
-    arbiter: ArbiterRecord, placement: PlacementRecord, candidates: Sequence[Candidate]
+    arbiter: ArbiterRecord,
+    pool: PoolRecord,
+    placement: PlacementRecord,
+    nodes: Iterable[Candidate | NodeRecord],
 ) -> None:
     """Raise ArbiterBesideData where an arbiter shares its host with a node that it decides on."""
+    if pool.failure_domain is FailureDomain.NODE:
+        return
     placed = {node for members in placement.sets for node in members}
-    for candidate in candidates:
-        if candidate.name in placed and candidate.host == arbiter.host:
-            raise ArbiterBesideData(arbiter.name, arbiter.host, candidate.name)
+    for node in nodes:
+        if node.name in placed and node.host == arbiter.host:
+            raise ArbiterBesideData(arbiter.name, arbiter.host, node.name)

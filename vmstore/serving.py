@@ -710,7 +710,7 @@ class Serving(ABC):
                 self._step(image, events.Healed(node, event["attempt"]))
             case "heal_failed":
                 log.warning("heal_failed", image=str(image.name), node=node, why=event["status"])
-                self.heal_log.ends(image.image)
+                self.heal_log.fails(image.image)
                 self._step(image, events.HealFailed(node, event["attempt"], event["status"]))
             case "stored":
                 self._step(image, events.Stored(event["generation"]))
