@@ -16,6 +16,7 @@ from engine import VERSION, Gateway
 from etcd import keys
 from etcd.client import EtcdClient
 from etcd.errors import EtcdError
+from etcd.gateways import GatewayRecord
 from etcd.interface import Notice, Reread
 from etcd.lease import Session
 from etcd.records import NodeRecord
@@ -103,6 +104,9 @@ class GatewayDaemon:
         self.credentials = (
             tls.Credentials(own.tls, self.engine, time.monotonic) if own.tls is not None else None
         )
+        self._session: Session | None = None
+        self._announced: int | None = None
+        """The etcd lease under which others know this gateway."""
         self.exports.failed = ending.fail
         self.caretaker = Caretaker(
             self.catalog, self.exports.maintain, self.exports.maintained, random.SystemRandom()
@@ -159,7 +163,22 @@ class GatewayDaemon:
         self.exports.stop()
 
     def _lease(self, on_lost: Callable[[], None], on_renewed: Callable[[float], None]) -> Session:
-        return Session(self.etcd, on_lost=on_lost, on_renewed=on_renewed)
+        self._session = Session(self.etcd, on_lost=on_lost, on_renewed=on_renewed)
+        return self._session
+
+    def _announce(self) -> None:
+        """Have `hci` on any host find this gateway, also under a new etcd lease."""
+        session = self._session
+        if session is None or session.lost or session.lease == self._announced:
+            return
+        record = GatewayRecord(
+            name=self.own.name,
+            host=self.own.host,
+            control=str(self.own.control),
+            holder=self.holder,
+        )
+        self.catalog.announce_gateway(record, session.lease)
+        self._announced = session.lease
 
     def _sockets(self) -> list[socket.socket]:
         """Return the sockets that NBD clients connect to. Raises DaemonError.
@@ -224,6 +243,7 @@ class GatewayDaemon:
         steps = (
             lambda: self.catalog.init_cluster(self.config.cluster.id),
             self.exports.start,
+            self._announce,
             lambda: self.etcd.watch(keys.NODES, self._on_nodes),
             lambda: self.etcd.watch(keys.LOST, self._on_mark),
             self.caretaker.watch,
@@ -260,6 +280,10 @@ class GatewayDaemon:
             self.credentials.look()
         self.caretaker.look(time.monotonic())
         self.scrubber.look(time.monotonic(), time.time_ns() // 1_000_000)
+        try:
+            self._announce()
+        except EtcdError as error:
+            log.warning("gateway_not_announced", gateway=self.own.name, why=str(error))
         if not self._nodes_changed.is_set():
             return
         self._nodes_changed.clear()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from etcd import keys
+from etcd.gateways import GatewayRecord
 from etcd.interface import Compare, Delete, Etcd, KeyAbsent, Operation, Put
 from etcd.records import (
     AliveRecord,
@@ -157,6 +158,16 @@ class Catalog(ArbiterRecords, ScrubRecords):
         operations = [put, Put(keys.alive(record.name), alive.encode(), etcd_lease)]
         if commit(self._etcd, compares, operations, put_found(self._etcd, put)) is None:
             raise RecordChanged(f"node {record.name}")
+
+    def announce_gateway(self, record: GatewayRecord, etcd_lease: int) -> None:
+        """Say that a gateway runs as long as the lease lives. Raises LeaseNotFound."""
+        put = Put(record.key, record.encode(), etcd_lease)
+        commit(self._etcd, [], [put], put_found(self._etcd, put))
+
+    def gateways(self) -> dict[str, GatewayRecord]:
+        """Return the gateways that run, on all hosts, by name."""
+        found = self._all(GatewayRecord, keys.GATEWAYS)
+        return {name: item.record for name, item in found.items()}
 
     @decided_anew
     def create_pool(
