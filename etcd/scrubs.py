@@ -10,7 +10,8 @@ from typing import Self
 
 from etcd import keys
 from etcd.fields import Fields, Json
-from etcd.records import ImageRecord, Record
+from etcd.images import ImageRecord
+from etcd.records import Record
 from shard.ids import ImageId, image_id, node_name
 from shard.scrub import Times
 

@@ -32,10 +32,10 @@ from vmstore.catalog import Catalog
 from vmstore.errors import OtherCluster, UnknownImage
 from vmstore.exports import Exports, Permission, Visitor
 from vmstore.holder import Holder, Phase, closing_waits_for
+from vmstore.open_image import OpenImage
 from vmstore.resizing import RESIZE_LIMIT_S
 from vmstore.scrubbing import Scrubber
 from vmstore.served import Served
-from vmstore.serving import OpenImage
 
 log = structlog.get_logger()
 

@@ -18,8 +18,9 @@ from engine import VERSION, Node
 from etcd import keys
 from etcd.client import EtcdClient
 from etcd.errors import EtcdError
+from etcd.images import ImageRecord
 from etcd.lease import Session
-from etcd.records import ImageRecord, NodeRecord
+from etcd.records import NodeRecord
 from hci import control, daemon, metrics
 from hci import control_pb2 as pb
 from hci.config import Config, NodeConfig

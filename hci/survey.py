@@ -12,7 +12,8 @@ from enum import StrEnum
 from arbiter import arbiter_pb2 as arbiter_pb
 from arbiter.errors import ArbiterError
 from etcd.errors import EtcdUnavailable
-from etcd.records import ArbiterRecord, ImageRecord, NodeRecord, PlacementRecord, PoolRecord
+from etcd.images import ImageRecord
+from etcd.records import ArbiterRecord, NodeRecord, PlacementRecord, PoolRecord
 from etcd.scrubs import ScrubRecord
 from hci import control_pb2 as pb
 from hci.config import Config, GatewayConfig

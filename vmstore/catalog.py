@@ -11,21 +11,19 @@ from dataclasses import dataclass, replace
 
 from etcd import keys
 from etcd.gateways import GatewayRecord
+from etcd.images import ImageRecord, Layer, awaited_members
 from etcd.interface import Compare, Delete, Etcd, KeyAbsent, Operation, Put
 from etcd.records import (
     AliveRecord,
     ArbiterRecord,
     ClusterRecord,
-    ImageRecord,
     ImportRecord,
-    Layer,
     LeaseRecord,
     NameRecord,
     NodeRecord,
     PlacementRecord,
     PoolRecord,
     TombstoneRecord,
-    awaited_members,
 )
 from shard.errors import BadValue, TooFewDomains
 from shard.geometry import IMAGE_BYTES_MAX, SHARD_BYTES_DEFAULT, check_image_size, check_shard_size

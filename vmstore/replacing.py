@@ -19,7 +19,8 @@ from arbiter import arbiter_pb2 as pb
 from arbiter.client import Voter
 from arbiter.errors import OtherArbiter
 from arbiter.voting import Addressee
-from etcd.records import ArbiterRecord, ImageRecord, PoolRecord
+from etcd.images import ImageRecord
+from etcd.records import ArbiterRecord, PoolRecord
 from vmstore.catalog import Catalog
 from vmstore.errors import BadReplacement, ReplaceRefused, UnknownImage
 from vmstore.granting import statement

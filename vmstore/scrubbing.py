@@ -18,8 +18,9 @@ import structlog
 
 from etcd import keys
 from etcd.errors import EtcdError
+from etcd.images import ImageRecord
 from etcd.interface import Notice
-from etcd.records import ImageRecord, LeaseRecord
+from etcd.records import LeaseRecord
 from etcd.scrubs import BadBlocks, Findings, ScrubRecord
 from shard.ids import ImageId
 from shard.scrub import Due, ScrubLimits, due

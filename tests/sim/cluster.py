@@ -12,8 +12,9 @@ from typing import Any
 from engine._engine import Simulation
 from etcd import keys
 from etcd.errors import EtcdError
+from etcd.images import ImageRecord
 from etcd.memory import MemoryEtcd
-from etcd.records import ImageRecord, LeaseRecord
+from etcd.records import LeaseRecord
 from etcd.scrubs import ScrubRecord
 from shard.errors import HciError
 from shard.ids import ImageId, image_id_from_bytes

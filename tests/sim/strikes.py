@@ -366,7 +366,7 @@ class Strikes(Faults):
         process = cluster.gateways[other]
         if process is not None:
             cluster.say(f"gate-{other} has the name of gate-{gateway}")
-            process.exports._gateway = f"gate-{gateway}"
+            process.rename(f"gate-{gateway}")
             cluster.boot(other)
 
     # Sizes and scrubs

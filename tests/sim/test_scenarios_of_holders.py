@@ -12,8 +12,8 @@ from tests.sim.guest import Life
 from tests.sim.oracle import Violation
 from tests.sim.stage import Stage, broken
 from vmstore.holder import Holder
+from vmstore.leases import Leases
 from vmstore.served import Served
-from vmstore.serving import Serving
 
 
 def reconnect_after_the_image_was_anothers() -> None:
@@ -285,7 +285,7 @@ def second_gateway_process_of_a_host() -> None:
     # gate-1 is given the name of gate-0, by mistake; it has another lock file.
     second = cluster.gateways[1]
     assert second is not None
-    second.exports._gateway = "gate-0"
+    second.rename("gate-0")
     cluster.boot(1)
     stage.run(3.0)
     if cluster.guests[0].life is not Life.RUNNING:
@@ -295,10 +295,10 @@ def second_gateway_process_of_a_host() -> None:
 
 
 def the_name_says_it_all() -> Any:
-    def is_of_the_dead(serving: Serving, lease: Any) -> bool:
-        return bool(lease.gateway == serving._gateway)
+    def is_of_the_dead(leases: Leases, lease: Any) -> bool:
+        return bool(lease.gateway == leases._gateway)
 
-    return mock.patch.object(Serving, "_is_of_the_dead", is_of_the_dead)
+    return mock.patch.object(Leases, "_is_of_the_dead", is_of_the_dead)
 
 
 def test_second_process_of_a_gateways_name_does_not_take_its_images() -> None:

@@ -10,9 +10,10 @@ import pytest
 
 from etcd import keys
 from etcd.errors import LeaseNotFound
+from etcd.images import ImageRecord
 from etcd.interface import Put
 from etcd.memory import MemoryEtcd
-from etcd.records import ImageRecord, NodeRecord, TombstoneRecord
+from etcd.records import NodeRecord, TombstoneRecord
 from hci import control_pb2 as pb
 from hci import daemon
 from hci.history import HistoryWatch

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from etcd.records import ImageRecord, PlacementRecord, PoolRecord
+from etcd.images import ImageRecord
+from etcd.records import PlacementRecord, PoolRecord
 from hci import control_pb2 as pb
 from hci.survey import ArbiterView, GatewayView, Health, NodeView, Survey
 from shard.ids import image_id
