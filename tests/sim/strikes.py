@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from tests.sim.arbiter_faults import ArbiterFaults
 from tests.sim.cluster import SHARD_BYTES
-from tests.sim.faults import Faults
 from tests.sim.guest import BLOCK_BYTES, Guest, Life
+from tests.sim.heal_faults import HealFaults
 from tests.sim.oracle import SECTOR_BYTES
 
 LOOK_S = 0.01
@@ -20,7 +21,7 @@ BURST = 14
 """Requests that a burst has under way: less than what a history takes for too many."""
 
 
-class Strikes(Faults):
+class Strikes(HealFaults, ArbiterFaults):
     """See the module."""
 
     def _running(self) -> Guest | None:
