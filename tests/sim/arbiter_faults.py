@@ -68,7 +68,7 @@ class ArbiterFaults(Faults):
 
     def replace_arbiter(self) -> None:
         """A person replaces it, though nothing is wrong with it."""
-        self.cluster.site.replace(self.cluster.nodes_up)
+        self.cluster.site.replace(self.cluster.nodes.up)
 
     def lose_in_order(self) -> None:
         """Nodes, arbiter and etcd go one after the other, and come back in another order."""
@@ -84,10 +84,10 @@ class ArbiterFaults(Faults):
             cluster.say("etcd is up")
 
         def lose(node: int) -> Callable[[], None]:
-            return lambda: cluster.keep_down(node, power=self.chance.random() < 0.3)
+            return lambda: cluster.nodes.keep_down(node, power=self.chance.random() < 0.3)
 
         def regain(node: int) -> Callable[[], None]:
-            return lambda: cluster.start_node(node)
+            return lambda: cluster.nodes.start(node)
 
         parts: list[tuple[Callable[[], None], Callable[[], None]]] = [
             (lose(pair[0]), regain(pair[0])),

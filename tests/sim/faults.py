@@ -10,7 +10,8 @@ import random
 from collections.abc import Callable
 
 from etcd.memory import Backup
-from tests.sim.cluster import SHARD_BYTES, Cluster
+from tests.sim.cluster import Cluster
+from tests.sim.shape import SHARD_BYTES
 from tests.sim.guest import BLOCK_BYTES, Life
 from tests.sim.processes import SimNode
 
@@ -61,14 +62,14 @@ class Faults:
         self.cluster.clock.after(self.chance.choice(choices), undo)
 
     def kill_node(self) -> None:
-        self.cluster.stop_node(self._node(), power=False)
+        self.cluster.nodes.stop(self._node(), power=False)
 
     def cut_node(self) -> None:
-        self.cluster.stop_node(self._node(), power=True)
+        self.cluster.nodes.stop(self._node(), power=True)
 
     def cut_all(self) -> None:
         for node in range(self.cluster.shape.nodes):
-            self.cluster.stop_node(node, power=True)
+            self.cluster.nodes.stop(node, power=True)
 
     def crash_node(self) -> None:
         """Somewhere in the midst of what its store does."""
@@ -77,8 +78,8 @@ class Faults:
 
     def pause_node(self) -> None:
         node = self._node()
-        self.cluster.pause_node(node)
-        self._for_a_while(lambda: self.cluster.continue_node(node), 0.5, 3.0, 6.0)
+        self.cluster.nodes.pause(node)
+        self._for_a_while(lambda: self.cluster.nodes.go_on(node), 0.5, 3.0, 6.0)
 
     def kill_gateway(self) -> None:
         self.cluster.stop_gateway(self._gateway(), host=False)
@@ -215,7 +216,7 @@ class Faults:
 
     def snapshot(self) -> None:
         """Somebody takes a snapshot of a node's disk."""
-        node = self.cluster.nodes[self._victim]
+        node = self.cluster.nodes.processes[self._victim]
         if node is not None:
             self._snapshot_of = node
             self.cluster.world.snapshot_disk(self._victim)
@@ -224,13 +225,13 @@ class Faults:
     def roll_back(self) -> None:
         """… and puts it back, within the same run of the node: its start counter tells nothing."""
         cluster, victim = self.cluster, self._victim
-        if self._snapshot_of is None or cluster.nodes[victim] is not self._snapshot_of:
+        if self._snapshot_of is None or cluster.nodes.processes[victim] is not self._snapshot_of:
             return
         self._snapshot_of = None
-        cluster.stop_node(victim, power=False)
-        cluster.put_back_disk(victim)
+        cluster.nodes.stop(victim, power=False)
+        cluster.nodes.put_back_disk(victim)
         cluster.say(f"{cluster.names[victim]}: the disk's snapshot is put back")
-        cluster.start_node(victim)
+        cluster.nodes.start(victim)
 
     def set_back(self) -> None:
         """A snapshot of any former run is put back: the start counter is behind, or as it was."""
@@ -239,10 +240,10 @@ class Faults:
             self.snapshot()
             return
         self._snapshot_of = None
-        cluster.keep_down(victim, power=False)
-        cluster.put_back_disk(victim)
+        cluster.nodes.keep_down(victim, power=False)
+        cluster.nodes.put_back_disk(victim)
         cluster.say(f"{cluster.names[victim]}: an older copy of its disk is put back")
-        self._for_a_while(lambda: cluster.start_node(victim), 0.0, 0.5, 4.0)
+        self._for_a_while(lambda: cluster.nodes.start(victim), 0.0, 0.5, 4.0)
 
     def back_up(self) -> None:
         """Somebody backs etcd up."""
@@ -262,8 +263,8 @@ class Faults:
         """A node is away until it is stale, and comes back."""
         node, power = self._node(), self.chance.random() < 0.4
         cluster = self.cluster
-        cluster.keep_down(node, power=power)
-        self._for_a_while(lambda: cluster.start_node(node), 2.0, 5.0, 9.0)
+        cluster.nodes.keep_down(node, power=power)
+        self._for_a_while(lambda: cluster.nodes.start(node), 2.0, 5.0, 9.0)
 
     def late_frames(self) -> None:
         """A holder stands still with writes under way; they arrive when another has the image."""
@@ -297,12 +298,12 @@ class Faults:
             cluster.world.set_path(gateway, node, True, False)
 
         def lose() -> None:
-            cluster.keep_down(node, power=self.chance.random() < 0.3)
+            cluster.nodes.keep_down(node, power=self.chance.random() < 0.3)
             for gateway in range(cluster.shape.gateways):
                 cluster.world.set_path(gateway, node, True, True)
 
         cluster.clock.after(self.chance.choice((0.1, 0.3, 1.0)), lose)
-        self._for_a_while(lambda: cluster.start_node(node), 5.0, 8.0)
+        self._for_a_while(lambda: cluster.nodes.start(node), 5.0, 8.0)
 
     def vanish(self) -> None:
         """A write reaches the holder's own node only, and goes with its host."""

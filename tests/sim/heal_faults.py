@@ -30,10 +30,10 @@ class HealFaults(Faults):
         ]
         holder = self.chance.choice(holders) if holders else 0
         strikes: list[Callable[[], None]] = [
-            lambda: cluster.stop_node(target, power=False),
-            lambda: cluster.stop_node(target, power=True),
-            lambda: cluster.stop_node(source, power=False),
-            lambda: cluster.stop_node(source, power=True),
+            lambda: cluster.nodes.stop(target, power=False),
+            lambda: cluster.nodes.stop(target, power=True),
+            lambda: cluster.nodes.stop(source, power=False),
+            lambda: cluster.nodes.stop(source, power=True),
             lambda: cluster.world.crash_after(target, self.chance.randrange(1, 30), True),
             lambda: cluster.world.crash_after(source, self.chance.randrange(1, 30), False),
             lambda: cluster.world.reset(holder, target),
@@ -68,7 +68,7 @@ class HealFaults(Faults):
             """etcd takes the node in, and the holder does not hear of it."""
             cluster.say(f"gate-{gateway} does not hear from etcd")
             path.back = False
-            self._soon(lambda: cluster.stop_node(target, power=power), 0.05)
+            self._soon(lambda: cluster.nodes.stop(target, power=power), 0.05)
             cluster.clock.after(self.chance.choice((1.0, 5.0)), open_path)
 
         def open_path() -> None:
@@ -77,12 +77,12 @@ class HealFaults(Faults):
         def cut_sources() -> None:
             for node in range(cluster.shape.nodes):
                 if node != target:
-                    cluster.stop_node(node, power=True)
+                    cluster.nodes.stop(node, power=True)
 
         strikes: list[Callable[[], None]] = [
             lose_answer,
             cut_sources,
-            lambda: self._soon(lambda: cluster.stop_node(target, power=True), 0.2),
+            lambda: self._soon(lambda: cluster.nodes.stop(target, power=True), 0.2),
             lambda: self._soon(lambda: cluster.world.reset(gateway, target), 0.03),
             lambda: self._soon(lambda: cluster.stop_gateway(gateway, host=False), 0.03),
         ]
@@ -92,7 +92,7 @@ class HealFaults(Faults):
     def interrupt_admission(self) -> None:
         """A node restarts; when it is level it loses its power, or its sources do."""
         node = self._node()
-        self.cluster.stop_node(node, power=self.chance.random() < 0.7)
+        self.cluster.nodes.stop(node, power=self.chance.random() < 0.7)
         self._at_event.setdefault("admitted", []).append(self._strike_admitted)
 
     def _strike_admitted(self, gateway: int, _node: str) -> None:
@@ -101,7 +101,7 @@ class HealFaults(Faults):
         struck = self.chance.sample(nodes, self.chance.choice((1, 1, 2, len(nodes) - 1)))
         cluster.say("an admission is struck")
         for node in struck:
-            self._soon(lambda node=node: cluster.stop_node(node, power=True), 0.1)
+            self._soon(lambda node=node: cluster.nodes.stop(node, power=True), 0.1)
         if self.chance.random() < 0.3:
             self._soon(lambda: cluster.stop_gateway(gateway, host=False), 0.1)
 
@@ -139,7 +139,7 @@ class HealFaults(Faults):
         def cut() -> None:
             for node in range(cluster.shape.nodes):
                 if node != target:
-                    cluster.stop_node(node, power=True)
-                    cluster.start_node(node)
+                    cluster.nodes.stop(node, power=True)
+                    cluster.nodes.start(node)
 
         self._soon(cut, 0.4)

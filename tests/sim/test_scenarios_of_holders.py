@@ -152,7 +152,7 @@ def restore_etcd_before_a_delete() -> None:
     stage.guest.stop()
     stage.run(5.0)
     backup = cluster.state.memory.backup()
-    cluster.delete_image()
+    cluster.operator.delete_image()
     stage.run(2.0)
     cluster.rolled_back = True
     cluster.state.memory.restore(backup)
@@ -175,7 +175,7 @@ def delete_while_a_node_is_away() -> None:
     stage.guest.stop()
     stage.run(5.0)
     stage.cut(1)
-    cluster.delete_image()
+    cluster.operator.delete_image()
     stage.run(1.0)
     stage.start(1)
     stage.run(4.0)
@@ -351,6 +351,6 @@ def test_id_of_a_deleted_image_is_never_given_again() -> None:
     cluster: Cluster = stage.cluster
     stage.guest.stop()
     stage.run(5.0)
-    cluster.delete_image()
+    cluster.operator.delete_image()
     stage.run(1.0)
-    assert cluster.make_image_of_id(image_id(cluster.image)) == "refused"
+    assert cluster.operator.make_image_of_id(image_id(cluster.image)) == "refused"

@@ -256,7 +256,7 @@ def test_arbiter_whose_disk_was_put_back_is_replaced_and_the_pair_goes_on() -> N
     stage.await_stale()
     site.roll_back()
     stage.run(3.0)
-    site.care(stage.cluster.nodes_up)
+    site.care(stage.cluster.nodes.up)
     stage.kill(0)
     stage.guest.write(stage.at(1), 8)
     stage.answered(limit_s=60.0)
