@@ -5,12 +5,16 @@ person can do about it; where nothing has to be done it says so.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from hci import control_pb2 as pb
 from hci.survey import Survey
 from shard.geometry import format_size
+
+SHOWN = 2
+NAMED = 5
+"""Images of which a screen tells the same problem in full, and how many more it names."""
 
 
 class Health(StrEnum):
@@ -27,11 +31,20 @@ class Health(StrEnum):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is not well, and what a person can do about it."""
+    """One thing that is not well, and what a person can do about it.
+
+    `image`: where it is of one image alone. Others may have the same; see `on_a_screen`.
+    """
 
     health: Health
     what: str
     advice: str
+    image: str = ""
+
+    @property
+    def kind(self) -> tuple[Health, str]:
+        """Return what is equal for all images that need the same, and for nothing else."""
+        return self.health, self.advice.replace(self.image, "") if self.image else self.what
 
 
 def problems(found: Survey) -> Sequence[Problem]:
@@ -43,6 +56,20 @@ def problems(found: Survey) -> Sequence[Problem]:
 def health_of(judged: Sequence[Problem]) -> Health:
     """Return the health of a cluster with these problems, of which the worst comes first."""
     return judged[0].health if judged else Health.OK
+
+
+def on_a_screen(judged: Sequence[Problem]) -> Iterator[Problem]:
+    """Yield what a screen has room for: of images with the same problem the first few."""
+    same: dict[tuple[Health, str], list[Problem]] = {}
+    for problem in judged:
+        same.setdefault(problem.kind, []).append(problem)
+    for (health, _), of_kind in same.items():
+        yield from of_kind[:SHOWN]
+        more = [problem.image for problem in of_kind[SHOWN:]]
+        if more:
+            names = ", ".join(more[:NAMED]) + (", …" if len(more) > NAMED else "")
+            advice = "as above; `hci status --json` lists all"
+            yield Problem(health, f"{len(more)} more like the one above: {names}", advice)
 
 
 def judge(found: Survey) -> Iterator[Problem]:
@@ -96,13 +123,17 @@ def _judge_gateways(found: Survey) -> Iterator[Problem]:
     for gateway in found.gateways:
         if gateway.state == "starting":
             yield Problem(Health.HEALING, f"{gateway.name} is starting", "wait")
+        elif gateway.state == "silent":
+            what = f"{gateway.name} on {gateway.host} runs and cannot be asked: {gateway.trouble}"
+            advice = "see to the network, and that its `control` is an address for other hosts"
+            yield Problem(Health.DEGRADED, what, advice)
         elif gateway.state != "up":
             start = f"hci dev run {gateway.name}" if found.is_dev else "systemctl start hci-gateway"
             worst = Health.DEGRADED if up else Health.UNAVAILABLE
             yield Problem(worst, f"{gateway.name} is {gateway.state}", f"start it: `{start}`")
         for image in gateway.images:
-            yield from _judge_open(image)
-            yield from _judge_rot(found, image)
+            for problem in (*_judge_open(image), *_judge_rot(found, image)):
+                yield replace(problem, image=image.name)
     yield from _judge_scrubs(found)
 
 
@@ -183,13 +214,13 @@ def _judge_scrubs(found: Survey) -> Iterator[Problem]:
         differ = sum(blocks.blocks for blocks in every if blocks.nodes)
         if bad:
             what = f"{bad} blocks of {name} are damaged on every node"
-            yield Problem(Health.DEGRADED, what, _RESTORE.format(name))
+            yield Problem(Health.DEGRADED, what, _RESTORE.format(name), name)
         if differ:
             what = (
                 f"{differ} blocks of {name} differ between nodes, and nothing says which is right"
             )
             advice = f"have the guest write them again; `hci scrub status {name}` names them"
-            yield Problem(Health.DEGRADED, what, advice)
+            yield Problem(Health.DEGRADED, what, advice, name)
 
 
 def _judge_pools(found: Survey) -> Iterator[Problem]:
@@ -224,6 +255,7 @@ def _judge_images(found: Survey) -> Iterator[Problem]:
                     Health.UNAVAILABLE,
                     f"image {name}: of its nodes in sync ({', '.join(in_sync)}) too few are up",
                     "start them; writes resume by themselves",
+                    name,
                 )
             elif record.policy.has_arbiter and record.pool not in voting and not set(in_sync) <= up:
                 missing = " and ".join(node for node in in_sync if node not in up)
@@ -231,6 +263,7 @@ def _judge_images(found: Survey) -> Iterator[Problem]:
                     Health.UNAVAILABLE,
                     f"image {name}: {missing} and the arbiter are away: writes wait",
                     f"start the arbiter or {missing}; writes resume by themselves",
+                    name,
                 )
     yield from _judge_stale(found, up)
     yield from _judge_slow(found)

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from arbiter import arbiter_pb2 as arbiter_pb
 from arbiter.errors import ArbiterError
 from etcd.errors import EtcdUnavailable
+from etcd.gateways import GatewayRecord
 from etcd.images import ImageRecord
 from etcd.records import ArbiterRecord, NodeRecord, PlacementRecord, PoolRecord
 from etcd.scrubs import ScrubRecord
 from hci import control_pb2 as pb
-from hci.config import Config, GatewayConfig
+from hci.config import Config
 from hci.connect import arbiter_client, catalog
 from hci.control import DEADLINE_S, GatewayClient, NodeClient
 from hci.errors import ControlError
@@ -52,7 +53,11 @@ class NodeView:
 
 @dataclass(frozen=True)
 class GatewayView:
-    """A gateway of this configuration by its own word."""
+    """A gateway of this configuration, or one that runs elsewhere, by its own word.
+
+    `state` is up, starting, stopping, down, or silent: etcd says that it runs, and it cannot be
+    asked.
+    """
 
     name: str
     state: str
@@ -96,7 +101,6 @@ class Survey:
 
 def survey(config: Config) -> Survey:
     """Look at the cluster. Raises nothing for what is merely down: that is what it is to find."""
-    gateways = _gateways(config)
     is_dev = config.dev is not None
     try:
         with catalog(config) as records:
@@ -107,7 +111,7 @@ def survey(config: Config) -> Survey:
                 lost=f"{lost.record.by} found that {lost.record.why}" if lost is not None else "",
                 etcd="",
                 nodes=_nodes(config, records.nodes(), records.alive()),
-                gateways=gateways,
+                gateways=_gateways(config, records.gateways()),
                 pools=pools,
                 placements=_placements(records, pools),
                 images={str(entry.name): entry.image.record for entry in entries},
@@ -120,10 +124,12 @@ def survey(config: Config) -> Survey:
                 is_dev=is_dev,
             )
     except EtcdUnavailable as error:
-        nodes = _nodes(config, {}, None)
-        arbiters = _arbiters(config, {}, {})
         return Survey(
-            etcd=str(error), nodes=nodes, gateways=gateways, arbiters=arbiters, is_dev=is_dev
+            etcd=str(error),
+            nodes=_nodes(config, {}, None),
+            gateways=_gateways(config, {}),
+            arbiters=_arbiters(config, {}, {}),
+            is_dev=is_dev,
         )
 
 
@@ -146,6 +152,12 @@ def arbiters(config: Config) -> Sequence[ArbiterView]:
     """Every arbiter that is registered and was not replaced. Raises EtcdUnavailable."""
     with catalog(config) as records:
         return _arbiters(config, records.arbiters(), records.pools())
+
+
+def gateways(config: Config) -> Sequence[GatewayView]:
+    """Every gateway that runs or is configured here. Raises EtcdUnavailable."""
+    with catalog(config) as records:
+        return _gateways(config, records.gateways())
 
 
 def _nodes(
@@ -238,24 +250,31 @@ def _capacity(record: NodeRecord | None) -> int | None:
     return record.capacity_bytes if record else None
 
 
-def _gateways(config: Config) -> list[GatewayView]:
-    sections = [section for _name, section in sorted(config.gateways.items())]
-    if not sections:
+def _gateways(config: Config, records: Mapping[str, GatewayRecord]) -> list[GatewayView]:
+    names = sorted({*records, *config.gateways})
+    if not names:
         return []
-    with ThreadPoolExecutor(min(len(sections), 32)) as pool:
-        return list(pool.map(_gateway, sections))
+    with ThreadPoolExecutor(min(len(names), 32)) as pool:
+        return list(pool.map(lambda name: _gateway(config, name, records.get(name)), names))
 
 
-def _gateway(section: GatewayConfig) -> GatewayView:
+def _gateway(config: Config, name: str, record: GatewayRecord | None) -> GatewayView:
+    here = config.gateways.get(name)
+    # A name comes from the records or from the configuration.
+    control = str(here.control) if here else record.control if record else ""
+    host = here.host if here else record.host if record else ""
+    away = "down" if here else "silent"
     try:
-        with GatewayClient(section.name, section.control, deadline_s=ASK_DEADLINE_S) as client:
+        with GatewayClient(name, control, deadline_s=ASK_DEADLINE_S) as client:
             status = client.status()
     except ControlError as error:
-        return GatewayView(section.name, "down", section.host, str(error))
+        return GatewayView(name, away, host, str(error))
+    if status.name != name:
+        return GatewayView(name, away, host, f"{status.name} answers at {control} in its place")
     return GatewayView(
-        section.name,
+        name,
         _GATEWAY_STATES[status.state],
-        section.host,
+        host,
         status.trouble,
         status.images,
         status.finished_heals,

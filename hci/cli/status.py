@@ -7,7 +7,7 @@ import typer
 
 from hci.cli import output, session
 from hci.cli.output import AsJson
-from hci.health import Health, Problem, health_of, problems
+from hci.health import Health, Problem, health_of, on_a_screen, problems
 from hci.survey import Survey, survey
 
 app = typer.Typer(add_completion=False)
@@ -26,7 +26,7 @@ def show(context: typer.Context, as_json: AsJson = False) -> None:
         return
     console = output.console()
     console.print(f"Cluster {config.cluster.id} is {_WORDS[health]}", style="bold")
-    for problem in judged:
+    for problem in on_a_screen(judged):
         console.print(f"  {problem.what}\n    -> {problem.advice}")
     console.print()
     output.table(

@@ -7,7 +7,7 @@ import pytest
 from etcd.images import ImageRecord
 from etcd.records import PlacementRecord, PoolRecord
 from hci import control_pb2 as pb
-from hci.health import Health, health_of, problems
+from hci.health import NAMED, SHOWN, Health, health_of, on_a_screen, problems
 from hci.survey import ArbiterView, GatewayView, NodeView, Survey
 from shard.ids import image_id
 from shard.membership import Policy
@@ -247,3 +247,28 @@ def test_image_that_many_nodes_are_stale_for_is_counted_not_listed() -> None:
     }
     (problem,) = problems(replace(WELL, images=images))
     assert problem.what == "node3 is stale for vms/0, vms/1, vms/2 and 97 more"
+
+
+def test_a_screen_has_room_for_a_hundred_images_that_wait_for_the_same() -> None:
+    away = (node("node1"), node("node2", "down"), node("node3", "down"))
+    images = {f"vms/{number:03}": image() for number in range(100)}
+    waits = pb.OpenImage.STATE_READS_ONLY
+    opened = [pb.OpenImage(name=name, state=waits, trouble="node2") for name in images]
+    busy = replace(WELL.gateways[0], images=opened)
+    judged = problems(replace(WELL, nodes=away, images=images, gateways=(busy,)))
+    assert len(judged) == 2 + 1 + 100 + 100
+    shown = list(on_a_screen(judged))
+    assert len(shown) == 2 + 1 + 2 * (SHOWN + 1)
+    assert [each for each in shown if not each.image and "more" not in each.what] == [
+        each for each in judged if not each.image
+    ]
+    more = [each.what for each in shown if each.what.startswith(f"{100 - SHOWN} more")]
+    assert len(more) == 2
+    assert all(what.count("vms/") == NAMED for what in more)
+
+
+def test_gateway_that_runs_elsewhere_and_cannot_be_asked_is_said_to_be_so() -> None:
+    silent = GatewayView("gateway2", "silent", "host2", "it does not answer")
+    (problem,) = problems(replace(WELL, gateways=(*WELL.gateways, silent)))
+    assert problem.health is Health.DEGRADED
+    assert "gateway2 on host2 runs and cannot be asked" in problem.what
