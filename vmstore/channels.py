@@ -218,7 +218,7 @@ class Channels:
                 return events.Healed(node, event["attempt"])
             case "heal_failed":
                 log.warning("heal_failed", image=str(image.name), node=node, why=event["status"])
-                self._heal_log.ends(image.image)
+                self._heal_log.fails(image.image)
                 return events.HealFailed(node, event["attempt"], event["status"])
             case "stored":
                 return events.Stored(event["generation"])

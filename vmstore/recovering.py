@@ -152,7 +152,9 @@ class _Planning:
         candidates = self._told.candidates(image)
         if not candidates:
             missing = ("no record of it can be read on any node that answers",)
-            return ImagePlan(image, self._told.shown(image), "recover", missing=missing), None
+            losses = ("the image: etcd will not know it; its data stays, as a leftover",)
+            shown = self._told.shown(image)
+            return ImagePlan(image, shown, "leave out", missing=missing, losses=losses), None
         if now is None or now.recovered is None:
             return self._recovered(image, candidates, floor=now)
         helds = [m.known.held[image] for m in self._sources.members.values()

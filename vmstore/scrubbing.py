@@ -301,6 +301,9 @@ class Scrubber:
                 if self._limits.every_s:
                     self._catalog.change_scrub(image, lambda r: replace(r, seen_ms=now_ms))
                 continue
+            if known.record.set_right(now_ms) != known.record:
+                self._catalog.change_scrub(image, lambda record: record.set_right(now_ms))
+                continue
             back = known.record.missed_is_back(entries[image].image.record, running)
             why = due(known.record.times, self._limits, now_ms, missed_is_back=back)
             if why is not None and self._not_before_s.get(image, now_s) <= now_s:
