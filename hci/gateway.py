@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
@@ -25,7 +25,7 @@ from etcd.gateways import GatewayRecord
 from etcd.interface import Notice, Reread
 from etcd.lease import Session
 from etcd.records import NodeRecord
-from hci import control, daemon, metrics, tls
+from hci import control, daemon, metrics
 from hci import control_pb2 as pb
 from hci.config import Config, GatewayConfig
 from hci.control_pb2_grpc import GatewayControlServicer, add_GatewayControlServicer_to_server
@@ -40,6 +40,9 @@ from vmstore.exports import Exports, Permission, Visitor
 from vmstore.resizing import RESIZE_LIMIT_S
 from vmstore.scrubbing import Scrubber
 from vmstore.served import Served
+
+if TYPE_CHECKING:
+    from hci.tls import Credentials
 
 log = structlog.get_logger()
 
@@ -92,9 +95,7 @@ class GatewayDaemon:
             slow_limits=config.slow,
             permitted=self._permitted,
         )
-        self.credentials = (
-            tls.Credentials(own.tls, self.engine, time.monotonic) if own.tls is not None else None
-        )
+        self.credentials = self._credentials()
         self._session: Session | None = None
         self._announced: int | None = None
         """The etcd lease under which others know this gateway."""
@@ -193,10 +194,19 @@ class GatewayDaemon:
             return "off"
         return self.own.tls.socket if listening.family == socket.AF_UNIX else self.own.tls.tcp
 
+    def _credentials(self) -> "Credentials | None":
+        if self.own.tls is None:
+            return None
+        from hci.tls import Credentials  # X.509 takes a while to import.
+
+        return Credentials(self.own.tls, self.engine, time.monotonic)
+
     def _permitted(self, visitor: Visitor, image: str) -> Permission:
         """Return what a client may do with an image."""
         allowed = Permission.WRITE
         if not visitor.trusted and self.own.tls is not None:
+            from hci import tls
+
             names = tls.identities(visitor.certificate)
             allowed = tls.permission(names, image, self.own.tls.access)
         return min(allowed, Permission.READ) if self.own.is_read_only(image) else allowed
