@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from arbiter import arbiter_pb2 as pb
 from arbiter.client import Voter
 from arbiter.errors import OtherArbiter
-from arbiter.voting import Addressee
+from arbiter.exchange import Addressee
 from etcd.images import ImageRecord
 from etcd.records import ArbiterRecord, PoolRecord
 from vmstore.catalog import Catalog

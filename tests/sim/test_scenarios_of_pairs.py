@@ -10,10 +10,10 @@ from unittest import mock
 import pytest
 
 from arbiter import statement, voting
+from arbiter.exchange import Addressee, Reply
 from arbiter.statement import Statement, Votes
 from arbiter.vote import Answer, Vote
 from arbiter.vote import prepare as prepare_vote
-from arbiter.voting import Addressee, Reply
 from tests.sim.arbiters import Site
 from tests.sim.defects import planted_by_name
 from tests.sim.stage import Stage, broken

@@ -21,6 +21,7 @@ MAY_IMPORT = {
 PURE = (
     "shard/**/*.py",
     "arbiter/errors.py",
+    "arbiter/exchange.py",
     "arbiter/statement.py",
     "arbiter/vote.py",
     "etcd/errors.py",

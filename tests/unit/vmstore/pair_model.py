@@ -10,8 +10,8 @@ import random
 from dataclasses import dataclass, field, replace
 
 from arbiter.errors import ArbiterError, ArbiterUnreachable, VoteRefused
+from arbiter.exchange import Addressee
 from arbiter.statement import Statement, Votes, confirm_image, prepare_image
-from arbiter.voting import Addressee
 from etcd import keys
 from etcd.errors import EtcdError, EtcdUnavailable
 from etcd.images import ImageRecord

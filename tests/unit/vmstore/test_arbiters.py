@@ -6,8 +6,8 @@ import pytest
 
 from arbiter import arbiter_pb2 as pb
 from arbiter.errors import ArbiterUnreachable, OtherArbiter
+from arbiter.exchange import Addressee
 from arbiter.statement import Statement
-from arbiter.voting import Addressee
 from etcd.memory import MemoryEtcd
 from etcd.records import ArbiterRecord
 from shard.ids import ImageId
