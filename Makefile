@@ -6,6 +6,9 @@ SHELL := /bin/bash
 # Where rustup puts its programs, for shells that were not told; mkfs and its like for people.
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
 
+# Daemons start some thousand times in the tests: their modules are compiled once.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON := .venv/bin/python
 CARGO_FLAGS := --manifest-path engine/Cargo.toml --locked
 TESTS ?= tests

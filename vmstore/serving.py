@@ -305,10 +305,10 @@ class Serving(ABC):
 
     def _tell_slow(self, image: OpenImage) -> None:
         before, image.slow = image.slow, image.holder.slowness.slow()
-        for node in image.slow.keys() - before.keys():
+        for node in sorted(image.slow.keys() - before.keys()):
             lag_ms = image.slow[node]
             log.warning("replica_slow", image=str(image.name), node=node, lag_ms=lag_ms)
-        for node in before.keys() - image.slow.keys():
+        for node in sorted(before.keys() - image.slow.keys()):
             log.info("replica_not_slow", image=str(image.name), node=node)
 
     # Effects
