@@ -33,7 +33,7 @@ to believe a node that has lost its record or was rolled back itself: such a nod
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
-from etcd.records import ImageRecord
+from etcd.images import ImageRecord
 from shard.membership import Change, Ready, Wait, lose, rejoin, short_of_space
 from vmstore.effects import (
     Admit,

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hci import config as configuration
+from hci import config_file
 from hci.config import Config, DevConfig, Endpoint
 from hci.dev import health, holder, layout, ports, process
 from hci.dev.process import Process
@@ -309,7 +309,7 @@ def open_or_make(
     with ports.listed(layout.clusters_dir(), path) as taken:
         if not path.exists():
             _lay_out(path, nodes, gateways, pool or POOL, taken, arbiter=arbiter)
-    cluster = DevCluster(configuration.load(path))
+    cluster = DevCluster(config_file.load(path))
     if arbiter and not cluster.config.arbiters:
         raise DevError(
             f"the cluster in {folder} has no arbiter; leave --arbiter out, "
@@ -357,7 +357,7 @@ def _lay_out(
         ) from None
     count = (nodes or needed, gateways or GATEWAYS)
     text = layout.new_config(folder, *count, pool_name(pool), taken, arbiter=arbiter)
-    configuration.parse(text, path)
+    config_file.parse(text, path)
     _make_folder(folder)
     layout.write(path, text)
 

@@ -25,6 +25,7 @@ PURE = (
     "arbiter/vote.py",
     "etcd/errors.py",
     "etcd/fields.py",
+    "etcd/images.py",
     "etcd/interface.py",
     "etcd/keys.py",
     "etcd/records.py",
@@ -41,6 +42,7 @@ PURE = (
     "vmstore/recovering.py",
     "vmstore/slowness.py",
     "vmstore/stored.py",
+    "vmstore/told.py",
 )
 """Code that decides, and so can be run by a simulator. A module listed here may not exist yet."""
 

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from etcd.records import ImageRecord
+from etcd.images import ImageRecord
 from shard.digest import membership_digest
 from shard.ids import ImageId
 from tests.unit.samples import NODES, image_record
