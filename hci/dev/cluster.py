@@ -302,8 +302,8 @@ def open_or_make(
 ) -> DevCluster:
     """Return the cluster of a folder; where there is none, lay a new one out there.
 
-    With `arbiter` it has a thin arbiter and its pool that policy. What is None may be anything where
-    a cluster is there, and has its default in a new one.
+    With `arbiter` it has a thin arbiter and its pool that policy. What is None may be anything
+    where a cluster is there, and has its default in a new one.
     """
     path = folder / layout.CONFIG_NAME
     with ports.listed(layout.clusters_dir(), path) as taken:
@@ -346,14 +346,16 @@ def _lay_out(
     if nodes is not None and nodes < needed:
         advice = "" if arbiter else "; two nodes do with --arbiter"
         raise DevError(
-            f"the pool {pool} keeps {needed} copies, so a cluster has {needed} nodes or more{advice}"
+            f"the pool {pool} keeps {needed} copies, so a cluster has {needed} nodes "
+            f"or more{advice}"
         )
     folder = path.parent
     try:
         os.fsencode(folder).decode()
     except UnicodeDecodeError:
         raise DevError(
-            f"the name of {folder} is not UTF-8, as its configuration has to be; choose another"
+            f"the name of {str(folder)!r} is not UTF-8, as its configuration has to be; "
+            "choose another"
         ) from None
     count = (nodes or needed, gateways or GATEWAYS)
     text = layout.new_config(folder, *count, pool_name(pool), taken, arbiter=arbiter)

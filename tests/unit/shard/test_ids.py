@@ -38,7 +38,9 @@ def test_name_within_its_rule_is_taken(text: str) -> None:
     assert arbiter_name(text) == text
 
 
-@pytest.mark.parametrize("text", ["", "-a", "A", "a_b", "a.b", "a/b", "x" * 64, "a\n", "é", "\udcff"])
+@pytest.mark.parametrize(
+    "text", ["", "-a", "A", "a_b", "a.b", "a/b", "x" * 64, "a\n", "é", "\udcff"]
+)
 def test_name_outside_its_rule_is_refused(text: str) -> None:
     with pytest.raises(BadName, match="is not a node name"):
         node_name(text)

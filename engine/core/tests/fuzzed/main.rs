@@ -61,8 +61,7 @@ fn samples() -> Vec<(u8, Vec<u8>)> {
     let blocks_reply = BlocksReply { generation: 2, blocks: tagged() };
     let indexes = vec![0, 1, 5, 9];
     let (layer, shard, shard_generation, blocks) = (1, 5, 2, tagged());
-    let copy =
-        Copy { epoch: 3, generation: 2, layer, shard, shard_generation, indexes, blocks };
+    let copy = Copy { epoch: 3, generation: 2, layer, shard, shard_generation, indexes, blocks };
     let above = WrittenAbove { epoch: 3, generation: 2, place: 1, shard: 5 };
     let written = WrittenReply { next: Some((1, 5)), shards: vec![1, 5] };
     let digest = [6; 32];
