@@ -73,7 +73,7 @@ def test_file_with_a_name_of_any_bytes_is_imported_and_exported(
     cluster: DevCluster, tmp_path: Path
 ) -> None:
     # Both were done, and then failed with a traceback as they said so.
-    original, copy = (tmp_path / os.fsdecode(b"%s[/]\xff.img" % name) for name in (b"a", b"b"))
+    original, copy = (tmp_path / os.fsdecode(b"%s[b]\xff.img" % name) for name in (b"a", b"b"))
     original.write_bytes(os.urandom(MIB))
     strict = {**cluster.environment(), "PYTHONIOENCODING": "utf-8:strict"}
     for arguments in (("import", str(original), "vms/a"), ("export", "vms/a", str(copy))):
@@ -81,7 +81,7 @@ def test_file_with_a_name_of_any_bytes_is_imported_and_exported(
             cluster.command("image", *arguments), env=strict, capture_output=True, text=True
         )
         assert (done.returncode, done.stderr) == (0, "")
-        assert "[/]\\udcff.img" in done.stdout
+        assert "[b]\\udcff.img" in done.stdout
     assert copy.read_bytes() == original.read_bytes()
 
 
