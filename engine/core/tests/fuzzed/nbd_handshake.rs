@@ -47,8 +47,8 @@ fn play(limits: &Limits, tls: TlsMode, pieces: impl Iterator<Item = impl AsRef<[
 /// How it ended, what was sent, what was left.
 type Played = (Result<Step, ProtocolError>, BytesMut, BytesMut);
 
-/// Panics where that does not hold.
-pub fn check(bytes: &[u8]) {
+/// Panics where what this module promises does not hold.
+pub fn hold(bytes: &[u8]) {
     let limits = Limits { max_option_bytes: 512, max_options: 20, ..Limits::default() };
     for tls in [TlsMode::Off, TlsMode::Optional, TlsMode::Required] {
         let whole = play(&limits, tls, std::iter::once(bytes));

@@ -55,8 +55,8 @@ fn parse<'a>(replies: ReplyStyle, pieces: impl Iterator<Item = &'a [u8]>) -> Out
     (parsed, None)
 }
 
-/// Panics where that does not hold.
-pub fn check(bytes: &[u8]) {
+/// Panics where what this module promises does not hold.
+pub fn hold(bytes: &[u8]) {
     for replies in [ReplyStyle::Structured, ReplyStyle::Extended] {
         let whole = parse(replies, std::iter::once(bytes));
         assert_eq!(whole, parse(replies, bytes.chunks(1)));

@@ -23,7 +23,7 @@ fn read<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> (Vec<Frame>, Option<WireE
     (frames, None)
 }
 
-/// Panics where that does not hold.
-pub fn check(bytes: &[u8]) {
+/// Panics where what this module promises does not hold.
+pub fn hold(bytes: &[u8]) {
     assert_eq!(read(std::iter::once(bytes)), read(bytes.chunks(1)));
 }

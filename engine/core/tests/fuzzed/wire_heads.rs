@@ -83,8 +83,8 @@ pub fn is_head(kind: u8, head: Bytes) -> Option<bool> {
     })
 }
 
-/// Panics where that does not hold.
-pub fn check(bytes: &[u8]) {
+/// Panics where what this module promises does not hold.
+pub fn hold(bytes: &[u8]) {
     let Some((kind, head)) = bytes.split_first() else { return };
     let head = &head[..head.len().min(HEAD_BYTES_MAX)];
     let mut stream = BytesMut::new();
