@@ -18,7 +18,7 @@ SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 SEED ?=
 ROUNDS ?=
 FRAMES ?=
-# For the shell to expand, as a file's name may hold anything.
+# For the shell to expand, as a file's name may hold blanks and quotes.
 export IMAGE ?=
 HOURS ?= 8
 
