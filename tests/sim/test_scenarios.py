@@ -174,7 +174,7 @@ def test_stale_node_stands_in_although_a_write_waits_for_another_set() -> None:
         shard for shard in range(7) if {cluster.set_of(shard), cluster.set_of(shard + 1)} == {0, 1}
     )
     cluster.supervised = False
-    stop = cluster.stop_node
+    stop = cluster.nodes.stop
     stop(cluster.names.index(returns), power=False)
     guest.write((border + 1) * per_shard - 4, 8)
     cluster.run_for(6.0)

@@ -41,6 +41,7 @@ PURE = (
     "vmstore/names.py",
     "vmstore/recovering.py",
     "vmstore/slowness.py",
+    "vmstore/space.py",
     "vmstore/stored.py",
     "vmstore/told.py",
 )

@@ -7,8 +7,7 @@ import pytest
 from etcd.records import PoolRecord
 from shard.membership import WhenFull
 from tests.unit.vmstore.gateway import ScriptedGateway, scripted_gateway
-from vmstore import full_disks
-from vmstore import holder as holder_rules
+from vmstore import full_disks, space
 from vmstore.stored import Stored
 
 
@@ -21,7 +20,7 @@ def gateway() -> Iterator[ScriptedGateway]:
 def test_writes_are_refused_while_disks_are_full_and_the_pool_says_so(
     gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(holder_rules, "FULL_S", 0.2)
+    monkeypatch.setattr(space, "FULL_S", 0.2)
     monkeypatch.setattr(full_disks, "FULL_ASK_S", 0.1)
     refused = lambda: gateway.engine.named("refuse_writes")  # noqa: E731
     gateway.connect(1)
