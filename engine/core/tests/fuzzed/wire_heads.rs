@@ -49,7 +49,7 @@ fn takes_write(bytes: Bytes) -> bool {
     let Ok(io) = take_write(bytes.clone(), &mut checksums) else { return false };
     let mut written = BytesMut::new();
     io.put(&mut written);
-    checksums.iter().for_each(|checksum| written.put_u32_le(*checksum));
+    checksums.iter().for_each(|checksum| written.put_u64_le(*checksum));
     assert_eq!(written.freeze(), bytes);
     true
 }
