@@ -83,7 +83,8 @@ def parse(text: str, path: Path) -> Config:
     """Check the text of a configuration; `path` is for messages and relative to nothing."""
     try:
         read = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        # Also numbers of thousands of digits, and arrays in arrays without end.
         raise ConfigError(f"is not valid TOML: {error}", path) from error
     top = Table(path, "", read)
     cluster = _cluster(top.table("cluster"))

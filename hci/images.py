@@ -208,7 +208,7 @@ def check(
     if not record.clean:
         holder = holder_of(records, record.id)
         uri = answering_uri(config, name, holder)
-        transfer.touch(uri)
+        transfer.touch(uri, str(name))
         _level(gateway_for(config, holder), uri, record.id)
         record = records.find(name).record
     nodes = records.nodes()

@@ -51,7 +51,10 @@ def start(
         bool,
         typer.Option("--arbiter", help="With a thin arbiter, for which two nodes do."),
     ] = False,
-    pool: Annotated[str, typer.Option(help="Created with the cluster.")] = "vms",
+    pool: Annotated[
+        str | None,
+        typer.Option(help=f"Created with the cluster, by default {cluster.POOL}."),
+    ] = None,
 ) -> None:
     """Start a cluster, a new one or one that was stopped; return when it is healthy."""
     chosen = (_one(folder, directory) or _folder(session.of(context).given)).absolute()

@@ -17,6 +17,7 @@ from tests.faults.nbd_session import NbdError, NbdSession
 from tests.waiting import until
 
 CLOSING_TIMEOUT_S = 60.0
+CHECK = ("check", f"{POOL}/elsewhere")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,24 @@ def test_second_gateway_is_refused_with_the_holders_name(two: DevCluster) -> Non
         # The holder was not disturbed.
         session.call("write", 4, 4, 2)
         assert session.call("read", 0, 8) == [1] * 4 + [2] * 4
+
+
+def test_export_at_the_host_of_another_gateway_names_the_holder(
+    two: DevCluster, tmp_path: Path
+) -> None:
+    # Of what QEMU says the first line was shown, which has an option's number and no reason.
+    two.create("elsewhere", "16M")
+    gateways = two.config.read_text().split("[gateway.gateway2]")
+    host1 = tmp_path / "host1.toml"
+    host1.write_text(gateways[0])
+    with NbdSession(two.url_at("gateway2", "elsewhere"), 1) as session:
+        session.call("write", 0, 4, 1)
+        for command in (("export", f"{POOL}/elsewhere", str(tmp_path / "out.raw")), CHECK):
+            done = two.try_hci("--config", str(host1), "image", *command)
+            assert done.returncode == 1
+            assert "is in use on gateway gateway2" in done.stderr, done.stderr
+            assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [host1]
 
 
 def test_image_closed_at_one_gateway_opens_at_the_other(two: DevCluster) -> None:

@@ -17,10 +17,11 @@ import pytest
 from tests.devcluster import POOL, DevCluster
 from tests.faults.flushed_writer import FlushedWriter
 from tests.faults.load import (
-    DURATION_S,
     SIZE_MIB,
+    STRIKE_S,
     ReconnectingDisk,
     VerifyingFio,
+    await_write,
     drawn_seed,
     rounds,
 )
@@ -95,14 +96,19 @@ def test_node_killed_under_fio_verify_is_healed_and_serves_alone(
         seed = drawn_seed(number)
         chance = random.Random(seed)
         victim, other = chance.sample(cluster.nodes, 2)
-        moments_s = sorted(chance.uniform(0.1, 0.8 * DURATION_S) for _ in range(2))
-        print(f"round {number}: seed {seed}: {victim} away from {moments_s}, then {other}")
+        moment_s, away_s = chance.uniform(0, STRIKE_S), chance.uniform(0, STRIKE_S)
+        print(
+            f"round {number}: seed {seed}: {victim} {moment_s:.2f} s after the first write, "
+            f"for {away_s:.2f} s, then {other}"
+        )
         image = f"round-{number}"
         cluster.create(image, f"{SIZE_MIB}M")
         with VerifyingFio(cluster.url(image), seed, tmp_path) as fio:
-            time.sleep(moments_s[0])
+            await_write(cluster, image, fio)
+            time.sleep(moment_s)
+            assert fio.is_running
             cluster.kill(victim)
-            time.sleep(moments_s[1] - moments_s[0])
+            time.sleep(away_s)
             cluster.run(victim)
             await_in_sync(cluster, image)
             # From here on the healed node is needed: without it there is no quorum.

@@ -115,6 +115,10 @@ def test_config_with_only_what_is_needed_has_defaults() -> None:
         ("leave_behind_ms = 4000", "leave_behind_ms = 200", "must be 0, or at least report_ms"),
         ("for_s = 20", "for_s = 0.5", "slow.for_s = 0.5: must be a number of seconds"),
         ("[cluster]", "[cluster", "is not valid TOML"),
+        ("report_ms = 300", f"report_ms = {'9' * 5000}", "is not valid TOML"),
+        ("report_ms = 300", f"report_ms = {'9' * 400}", "must be a number of "),
+        ("for_s = 20", f"for_s = {'9' * 400}", "must be a number of seconds"),
+        ("report_ms = 300", f"report_ms = {'[' * 9999}", "is not valid TOML"),
         ('"/run/hci/nbd.sock"', f'"/run/{"x" * 120}"', "a socket's path has at most 107 bytes"),
     ],
 )

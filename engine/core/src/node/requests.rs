@@ -100,6 +100,12 @@ fn ok() -> Outcome {
     Outcome::Answer { status: Status::Ok, head: Bytes::new(), payload: Bytes::new() }
 }
 
+/// A head that does not fit its kind is the end here too, though nobody would look into it.
+fn ping(frame: &Frame) -> Step {
+    let fits = frame.head.is_empty() && frame.payload.is_empty();
+    if fits { Ok(ok()) } else { Err(Refused::Close) }
+}
+
 impl Requests<'_> {
     /// Does what `frame` asks for.
     pub(crate) fn handle(&mut self, frame: &Frame) -> Outcome {
@@ -110,7 +116,7 @@ impl Requests<'_> {
             kind::ZERO => self.zero(frame),
             kind::READ_INTO => self.read_into(frame),
             kind::STATUS => self.status(frame),
-            kind::PING => Ok(ok()),
+            kind::PING => ping(frame),
             kind::PEEK => self.peek(frame),
             kind::RECORD => self.record(frame),
             kind::ATTACH => self.attach(frame),
