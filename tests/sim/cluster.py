@@ -1,4 +1,4 @@
-"""The simulated cluster: its parts, what may be done to them, and what is checked on the way."""
+"""The simulated cluster: its parts, and what may be done to them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from shard.ids import ImageId, image_id_from_bytes
 from shard.membership import Policy, WhenFull
 from shard.placement import FailureDomain, replica_set_index
 from tests.sim.arbiters import Site
+from tests.sim.checks import Checks
 from tests.sim.clock import SECOND_NS, Clock, Process
 from tests.sim.cluster_state import Door, Path, State
-from tests.sim.guest import BLOCK_BYTES, IN_FLIGHT_MAX, Guest, Life, Shared
-from tests.sim.oracle import SECTOR_BYTES, UNDER_WAY_S, Oracle, Violation
+from tests.sim.guest import BLOCK_BYTES, Guest, Life, Shared
+from tests.sim.liveness import Liveness
+from tests.sim.oracle import SECTOR_BYTES, UNDER_WAY_S, Oracle
 from tests.sim.processes import CUTTER, SimGateway, SimNode
 from tests.sim.recovery import Recoverer, new_ledger
 from vmstore.catalog import Catalog
 from vmstore.errors import RecordChanged
-from vmstore.holder import Phase
 from vmstore.ledger import Ledger
 from vmstore.names import ImageName
 
@@ -88,15 +89,17 @@ class Cluster:
         """As etcd has it."""
         self._record_value = b""
         self._latest: ImageRecord | None = None
-        self._checked_value: bytes | None = None
         self.refused: set[int] = set()
         """Nodes that may not register, and wait for a person."""
         self.damaged = False
         """Blocks rot: a read may fail."""
         self.rolled_back = False
         """etcd was restored: its records may be lower than they were."""
-        self._served: dict[int, str] = {}
-        self._recorded: dict[int, tuple[int, int]] = {}
+        self.deleted = False
+        """Somebody wanted the image to be deleted."""
+        self.shard_bytes = SHARD_BYTES
+        self.checks = Checks(self)
+        self.liveness = Liveness(self)
         self.steps = 0
         self.supervised = True
         self.on_heal: Callable[[str], None] = lambda _node: None
@@ -109,7 +112,7 @@ class Cluster:
         """Whether gateways know the processes of their guests, a new one at each boot."""
         self._lease: LeaseRecord | None = None
         """As etcd has it."""
-        self._put_back: set[int] = set()
+        self.put_back: set[int] = set()
         """Nodes whose disk was put back to an older state."""
         self._latencies_s: dict[tuple[int, int], float] = {}
         """How long a frame may be under way to or from a node, where that was changed."""
@@ -171,6 +174,7 @@ class Cluster:
         else:
             _, node, power, why = happening
             self._node_ended(node, power=power, why=why)
+        self.checks.happened()
 
     def _heard(self, gateway: SimGateway, event: dict[str, Any]) -> None:
         kind = event["event"]
@@ -226,8 +230,8 @@ class Cluster:
             regions=self._used,
             say=self.say,
             next_number=lambda: next(self._numbers),
-            on_answer=self._answered,
-            on_served=self._check_epoch,
+            on_answer=self.checks.answered,
+            on_served=self.checks.served,
             may_fail=lambda: self.damaged,
             tells_full=self.shape.when_full is WhenFull.ENOSPC,
         )
@@ -246,6 +250,7 @@ class Cluster:
         operator = Process("operator")
         catalog = Catalog(Door(self.state, Path(), operator))
         done: list[object] = []
+        self.deleted = True
         self.clock.start(
             operator, lambda: catalog.delete_image(ImageName(POOL, IMAGE)), done.append
         )
@@ -292,6 +297,7 @@ class Cluster:
             store_id, counter = self.world.start_node(node, seen, sorted(marked))
         except RuntimeError as error:
             self.say(f"{self.names[node]} cannot start: {error}")
+            self.checks.nodes.power_lost(self.names[node])
             self.judge_memory()
             self._restart_later(node)
             return
@@ -347,6 +353,11 @@ class Cluster:
             self._recovered,
         )
 
+    @property
+    def is_cared_for(self) -> bool:
+        """Whether somebody recovers an etcd that was put back."""
+        return bool(self._ledgers)
+
     def _recovered(self) -> None:
         self.rolled_back = False
 
@@ -362,7 +373,7 @@ class Cluster:
     def _held(self, node: int) -> frozenset[str]:
         return frozenset(each["image"] for each in self.world.inventory(node)["images"])
 
-    def _forget_marks(self) -> None:
+    def forget_marks(self) -> None:
         """As a node's daemon does: cross out what a holder has begun to heal."""
         for node, (seen, marked) in self._marks.items():
             if self.nodes[node] is not None:
@@ -393,6 +404,7 @@ class Cluster:
             self.nodes[node] = None
         self.say(f"{self.names[node]} ends: {why}{' (memory lost)' if power else ''}")
         if power:
+            self.checks.nodes.power_lost(self.names[node])
             self.judge_memory()
         if self.supervised:
             self._restart_later(node)
@@ -430,7 +442,9 @@ class Cluster:
         """Put the snapshot of a disk in place of what is there; its node is off."""
         self.world.restore_disk(node)
         # What it had stored, and who relied on that, is not told by its record any more.
-        self._put_back.add(node)
+        self.put_back.add(node)
+        self.checks.nodes.put_back(self.names[node])
+        self.liveness.put_back(self.names[node])
         self.judge_memory()
 
     def judge_memory(self) -> None:
@@ -590,14 +604,14 @@ class Cluster:
     def _heal_begins(self, node: str) -> None:
         self.on_heal(node)
 
-    # What must hold
+    # etcd's records
 
     def _etcd_changed(self) -> None:
         if not self.image:
             return
         lease, self._lease = self._lease, self._lease_in_etcd()
         if lease is not None and self._lease is not None:
-            self._check_lease(lease, self._lease)
+            self.checks.lease_changed(lease, self._lease)
         item = _stored(self.state.memory, keys.image(self.image))
         if item is None or item == self._record_value:
             return
@@ -606,143 +620,17 @@ class Cluster:
         latest = self._latest
         if latest is None or (record.epoch, record.generation) >= (latest.epoch, latest.generation):
             self._latest = record
-        if former is not None and not self.rolled_back:
-            if record.epoch < former.epoch or record.generation < former.generation:
-                raise Violation(f"etcd went back: {former} to {record}")
-            if record.is_behind(former):
-                raise Violation(f"an equal record differs: {former} and {record}")
-        if former is not None and record.stale != former.stale:
+        if former is None:
+            return
+        self.checks.record_changed(former, record)
+        self.liveness.record_changed(former, record)
+        if record.stale != former.stale:
             self.say(f"etcd: generation {record.generation}, stale {_plain(record.stale)}")
             self.judge_memory()
 
     def _lease_in_etcd(self) -> LeaseRecord | None:
         item = _stored(self.state.memory, keys.lease(self.image))
         return None if item is None else LeaseRecord.decode(keys.lease(self.image), item)
-
-    def _check_lease(self, former: LeaseRecord, now: LeaseRecord) -> None:
-        """Check that nobody takes the lease of a process that lives. Raises Violation."""
-        if former.holder == now.holder or former.maintenance or self.rolled_back:
-            return
-        for process in self.gateways:
-            if process is not None and process.holder == former.holder:
-                raise Violation(f"the lease of {process.name}, which lives, was taken")
-
-    def _check_epoch(self, epoch: int, holder: str) -> None:
-        """Check that one holder serves in an epoch."""
-        if self._served.setdefault(epoch, holder) != holder:
-            raise Violation(f"epoch {epoch} is served by two holders")
-
-    def _answered(self, asked: Any, gateway: int) -> None:
-        """Judge an answer by who has it. Raises Violation."""
-        if asked.kind != "write":
-            return
-        record = self.record
-        assert record is not None
-        process = self.gateways[gateway]
-        applied = dict(self.world.take_applied(asked.stamp))
-        if asked.epoch != record.epoch or process is None or self.rolled_back:
-            return
-        first = asked.first * SECTOR_BYTES // SHARD_BYTES
-        last = ((asked.first + asked.sectors) * SECTOR_BYTES - 1) // SHARD_BYTES
-        for shard in range(first, last + 1):
-            replica_set = self.set_of(shard)
-            in_sync = record.membership.in_sync(replica_set)
-            have = [n for i, n in enumerate(self.names) if applied.get(shard, 0) >> i & 1]
-            if not set(in_sync) <= set(have):
-                raise Violation(
-                    f"a write to shard {shard} was answered with {have}; "
-                    f"in sync are {list(in_sync)}, generation {record.generation}"
-                )
-            self._check_stored(shard, replica_set, frozenset(have))
-            self._check_quorum(shard, replica_set, frozenset(have) & set(record.sets[replica_set]))
-
-    def _check_stored(self, shard: int, replica_set: int, have: frozenset[str]) -> None:
-        """Check that the nodes in sync know who was left behind."""
-        record = self.record
-        assert record is not None
-        missing = set(record.sets[replica_set]) - have
-        stale = record.stale.get(replica_set, {})
-        left = max((stale[node] for node in missing if node in stale), default=-1)
-        for name in record.membership.in_sync(replica_set) if left >= 0 else ():
-            node = self.names.index(name)
-            found = self.world.node_record(node, self.image)
-            if found is not None and found[2] <= left and node not in self._put_back:
-                raise Violation(
-                    f"a write to shard {shard} was answered without {sorted(missing)}, "
-                    f"which {name} does not know to be left behind"
-                )
-
-    def _check_quorum(self, shard: int, replica_set: int, have: frozenset[str]) -> None:
-        """Check that enough nodes have a write: two, or one and the arbiter's word for it."""
-        if len(have) >= 2:
-            return
-        if not self.shape.arbiter:
-            raise Violation(f"a write to shard {shard} was answered below quorum: {sorted(have)}")
-        generation, stated = self.site.confirmed.get((self.image, replica_set), (0, frozenset()))
-        if stated != have:
-            raise Violation(
-                f"a write to shard {shard} was answered with {sorted(have)} alone; the arbiter "
-                f"has confirmed {sorted(stated)}, generation {generation}"
-            )
-
-    def check(self) -> None:
-        """Check what takes a while: replicas, records, queues. Raises Violation."""
-        self._forget_marks()
-        self._check_records()
-        self._check_replicas()
-        self._check_queues()
-
-    def _check_records(self) -> None:
-        """No running node goes back: what it stored durably it knows."""
-        for node, process in enumerate(self.nodes):
-            if process is None:
-                continue
-            found = self.world.node_record(node, self.image)
-            if found is None:
-                continue
-            epoch, _, generation, _ = found
-            former = self._recorded.get(node, (0, 0))
-            if process.registered and (epoch < former[0] or generation < former[1]):
-                # A record that was not synced goes with the power, and was never relied on.
-                self._recorded[node] = (epoch, generation)
-            else:
-                self._recorded[node] = (max(epoch, former[0]), max(generation, former[1]))
-
-    def _check_replicas(self) -> None:
-        """In-sync replicas are equal on every shard that no dirty map names."""
-        record = self.record
-        if record is None or record.epoch == 0 or self.rolled_back:
-            # A restored etcd may call a node in sync that its holder has left behind.
-            return
-        layers = [layer.id for layer in record.layers]
-        for shard in range(self.shape.shards):
-            replica_set = self.set_of(shard)
-            holders = [self.names.index(n) for n in record.membership.in_sync(replica_set)]
-            running = [n for n in holders if self.nodes[n] is not None and self._is_up(n)]
-            if any(shard in self.world.dirty(n, self.image) for n in running):
-                continue
-            digests = [self.world.shard_digests(n, self.image, layers, shard) for n in running]
-            self._compare(shard, running, [d for d in digests if d is not None])
-
-    def _compare(self, shard: int, nodes: list[int], digests: list[list[int | None]]) -> None:
-        for block, contents in enumerate(zip(*digests, strict=True)):
-            known = {content for content in contents if content is not None}
-            if len(known) > 1:
-                names = [self.names[node] for node in nodes]
-                raise Violation(f"block {block} of shard {shard} differs on {names}: {contents}")
-
-    def check_all_replicas(self) -> None:
-        """All replicas in sync are equal, wherever they are. Raises Violation."""
-        record = self.record
-        assert record is not None
-        if self.rolled_back:
-            return
-        layers = [layer.id for layer in record.layers]
-        for shard in range(self.shape.shards):
-            in_sync = record.membership.in_sync(self.set_of(shard))
-            nodes = [self.names.index(name) for name in in_sync]
-            digests = [self.world.shard_digests(n, self.image, layers, shard) for n in nodes]
-            self._compare(shard, nodes, [d for d in digests if d is not None])
 
     # Scrubs
 
@@ -771,39 +659,6 @@ class Cluster:
         """Whether no scrub waits or is under way, and nothing waits to be read again."""
         found = self.scrub_record()
         return not (found.times.is_asked or found.times.is_under_way or found.missed_end)
-
-    def check_no_rot(self) -> None:
-        """All replicas in sync are intact. Raises Violation."""
-        record = self.record
-        assert record is not None
-        layers = [layer.id for layer in record.layers]
-        for shard in range(self.shape.shards):
-            for name in record.membership.in_sync(self.set_of(shard)):
-                node = self.names.index(name)
-                found = self.world.shard_digests(node, self.image, layers, shard)
-                if found is not None and None in found:
-                    block = found.index(None)
-                    raise Violation(f"{name} has rot in block {block} of shard {shard}")
-
-    def _is_up(self, node: int) -> bool:
-        """Whether the image's present holder serves from this node."""
-        record = self.record
-        for process in self.gateways:
-            if process is None or process.holder != (record.holder if record else None):
-                continue
-            for image in process.exports.snapshot():
-                states = dict(self.world.replica_states(process.index, image.channel))
-                return states.get(self.names[node]) == "up"
-        return False
-
-    def _check_queues(self) -> None:
-        for process in self.gateways:
-            if process is None:
-                continue
-            for image in process.exports.snapshot():
-                requests, parts, _ = self.world.queues(process.index, image.channel)
-                if requests > 2 * IN_FLIGHT_MAX * len(self.guests) or parts > 4 * requests + 4:
-                    raise Violation(f"{process.name} has {requests} requests in {parts} parts")
 
     # The end
 
@@ -837,79 +692,6 @@ class Cluster:
         for gateway in range(self.shape.gateways):
             self.continue_gateway(gateway)
             self.start_gateway(gateway)
-
-    def overdue(self, limit_s: float) -> str:
-        """Say what has waited for so long although those who are here suffice; empty: nothing."""
-        record = self.record
-        assert record is not None
-        if record.stale and not self._may_change():
-            # What etcd has taken counts when the arbiter has heard of it.
-            return ""
-        goes_on = [self._goes_on(index) for index in range(len(record.sets))]
-        if all(goes_on) and not self.serving():
-            return "nobody is served, and each set has its quorum"
-        for guest in self.serving():
-            for kind, begun_s, blocks in self._able(guest, goes_on):
-                if begun_s < self.clock.now_s - limit_s:
-                    where = f"blocks {blocks.start} to {blocks.stop}" if blocks else "all"
-                    return f"a {kind} of {guest.name} waits ({where}), and its sets can go on"
-        if not (self.serving() and all(goes_on) and self._may_change()):
-            return ""
-        up = self.nodes_up()
-        waits = sorted(up & {name for stale in record.stale.values() for name in stale})
-        return f"{', '.join(waits)} are here, and are not healed" if waits else ""
-
-    def _able(self, guest: Guest, goes_on: list[bool]) -> list[tuple[str, float, range]]:
-        """Return the unanswered requests of sets that can go on, and that wait for no other one."""
-        per_shard = SHARD_BYTES // BLOCK_BYTES
-
-        def goes(blocks: range) -> bool:
-            return all(goes_on[self.set_of(block // per_shard)] for block in blocks)
-
-        able = [each for each in guest.waiting() if each[2] and goes(each[2])]
-        held = [each for each in guest.waiting() if each[2] and not goes(each[2])]
-        while held:
-            # Whoever shares a block with one that waits waits behind it.
-            one = held.pop()[2]
-            behind = [
-                each for each in able if each[2].start < one.stop and one.start < each[2].stop
-            ]
-            able = [each for each in able if each not in behind]
-            held += behind
-        flushes = [each for each in guest.waiting() if not each[2]]
-        return able + (flushes if all(goes_on) else [])
-
-    def _goes_on(self, index: int) -> bool:
-        """Whether a set can answer writes with the nodes that are up."""
-        assert self.record is not None
-        in_sync = set(self.record.membership.in_sync(index))
-        here = in_sync & self.nodes_up()
-        if here == in_sync:
-            return True
-        return len(here) >= self.record.policy.quorum and self._may_change()
-
-    def _may_change(self) -> bool:
-        return not self.shape.arbiter or self.site.replaceable()
-
-    def all_level(self) -> bool:
-        """Whether a guest is served, nothing waits, and every node in sync is there."""
-        serving = self.serving()
-        if not serving or self.record is None:
-            return False
-        gateway = serving[0].gateway
-        assert gateway is not None
-        for image in gateway.exports.snapshot():
-            holder = image.holder
-            if (
-                holder.phase is not Phase.SERVING
-                or holder.missing()
-                or holder.proposal
-                or holder.levelling
-            ):
-                return False
-        if self.record.stale and not self.rolled_back:
-            return False
-        return all(guest.in_flight == 0 for guest in serving)
 
 
 def _stored(etcd: MemoryEtcd, key: str) -> bytes | None:

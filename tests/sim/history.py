@@ -21,7 +21,11 @@ OVERDUE_S = 12.0
 """What can be answered is answered within this time when no fault begins: a silent node is given up
 after 4 s, a lost one left behind after 3 more."""
 
-CHECK_S = 0.7
+CHECK_S = (0.02, 0.7)
+"""Between two checks of all, drawn between these."""
+
+AFTER = ("stored", "admitted", "levelled", "healed", "repaired")
+"""Events of an engine after which all is checked as well, more often than not."""
 
 
 @dataclass(slots=True)
@@ -51,7 +55,7 @@ class Outcome:
 class History(Strikes):
     """Plays one seed."""
 
-    def __init__(self, seed: int, *, frames: bool = False) -> None:
+    def __init__(self, seed: int, *, frames: bool = False, length_s: float | None = None) -> None:
         self.seed = seed
         self._frames = frames
         self.chance = random.Random(f"history {seed}")
@@ -61,8 +65,11 @@ class History(Strikes):
         if frames:
             self.cluster.world.tell_all()
         self.pause_s = self.chance.choice((0.6, 2.0, 5.0))
-        self.length_s = self.chance.uniform(10, 45)
+        drawn_s = self.chance.uniform(10, 45)
+        self.length_s = drawn_s if length_s is None else length_s
         self._leaving = False
+        self._looks = random.Random(f"looks {seed}")
+        """When all is checked: what else happens is not drawn from it."""
 
     def play(self) -> Outcome:
         """Run it to its end; a violation is in the outcome."""
@@ -117,7 +124,7 @@ class History(Strikes):
                 guest.pause_s, guest.lazy = self.chance.choice((0.05, 0.15)), True
         cluster.boot(0)
         cluster.run_for(1.0)
-        cluster.clock.after(CHECK_S, self._check)
+        self._check()
         self._next_fault()
         cluster.clock.after(0.5, self._keep_guests)
         cluster.run_for(self.length_s)
@@ -127,8 +134,14 @@ class History(Strikes):
         self.mended()
 
     def _check(self) -> None:
-        self.cluster.check()
-        self.cluster.clock.after(CHECK_S, self._check)
+        self.cluster.checks.everything()
+        self.cluster.clock.after(self._looks.uniform(*CHECK_S), self._check)
+
+    def _event(self, gateway: int, kind: str, node: str) -> None:
+        super()._event(gateway, kind, node)
+        if kind in AFTER and self._looks.random() < 0.6:
+            pause_s = self._looks.choice((0.0, 0.002, 0.05)) * self._looks.random()
+            self.cluster.clock.after(pause_s, self.cluster.checks.everything)
 
     def _keep_guests(self) -> None:
         """Whoever keeps guests running boots one where none runs."""
@@ -162,8 +175,8 @@ class History(Strikes):
         cluster.run_for(15.0)
         cluster.run_for(30.0, lambda: bool(cluster.serving()))
         cluster.run_for(OVERDUE_S)
-        if not cluster.run_for(SETTLE_S, lambda: not cluster.overdue(OVERDUE_S)):
-            raise Violation(f"{cluster.overdue(OVERDUE_S)}: {self._stuck()}")
+        if not cluster.run_for(SETTLE_S, lambda: not cluster.liveness.overdue(OVERDUE_S)):
+            raise Violation(f"{cluster.liveness.overdue(OVERDUE_S)}: {self._stuck()}")
         cluster.say("all that can go on does")
 
     def _choose_away(self) -> tuple[frozenset[int], bool]:
@@ -191,16 +204,30 @@ class History(Strikes):
             guest.busy = False
             if guest.life is not Life.RUNNING and cluster.serving():
                 guest.stop()
-        if not cluster.run_for(SETTLE_S, cluster.all_level):
-            if self.kind.may_stall:
-                cluster.say(f"stalled, as it may: {self._stuck()}")
-                return
-            raise Violation(f"stuck: {self._stuck()}")
+        if not cluster.run_for(SETTLE_S, cluster.liveness.all_level):
+            self._stalled(f"stuck: {self._stuck()}")
+            return
         cluster.say("all is level")
         self._read_everything()
         if self.kind.scrubs:
             self._scrub_everything()
         self._leave_cleanly()
+
+    def _stalled(self, how: str) -> None:
+        """Something waits for a person, or must not; all that can go on does. Raises Violation."""
+        cluster = self.cluster
+        excuse = cluster.liveness.excuse()
+        if not excuse:
+            raise Violation(how)
+        cluster.say(f"it may wait, {excuse}: {how}")
+        for guest in cluster.serving():
+            for region in guest.regions:
+                guest.read(region.start, len(region))
+        # What is answered is judged, here as ever.
+        cluster.run_for(OVERDUE_S)
+        if not cluster.rolled_back and cluster.liveness.overdue(OVERDUE_S):
+            raise Violation(f"{cluster.liveness.overdue(OVERDUE_S)}: {self._stuck()}")
+        cluster.checks.everything()
 
     def _grow_back(self) -> None:
         """Whoever made the image smaller makes it as large as it was."""
@@ -227,7 +254,7 @@ class History(Strikes):
         found = cluster.scrub_record()
         if not (found.last.unrepairable or found.bad or found.last.missed):
             cluster.run_for(2.0)
-            cluster.check_no_rot()
+            cluster.checks.no_rot()
 
     def _stuck(self) -> str:
         parts = [
@@ -252,7 +279,7 @@ class History(Strikes):
             guest.read(region.start, len(region))
         if not cluster.run_for(30.0, lambda: guest.in_flight == 0):
             raise Violation(f"the last reads are not answered: {self._stuck()}")
-        cluster.check()
+        cluster.checks.everything()
 
     def _leave_cleanly(self) -> None:
         """The last guest leaves: the image closes clean, and replicas are equal throughout."""
@@ -275,10 +302,9 @@ class History(Strikes):
             )
 
         if not cluster.run_for(30.0, closed):
-            if self.kind.may_stall:
-                return
-            raise Violation(f"the image does not close clean: {self._stuck()}")
-        cluster.check_all_replicas()
+            self._stalled(f"the image does not close clean: {self._stuck()}")
+            return
+        cluster.checks.all_replicas()
         if self.kind.resizes:
             self._delete_with_a_node_away()
 
@@ -297,3 +323,5 @@ class History(Strikes):
 
         if not cluster.run_for(20.0, lambda: not kept()):
             raise Violation(f"a deleted image is left on nodes {kept()}")
+        if cluster.make_image_of_id(cluster.image) != "refused":
+            raise Violation("the id of a deleted image is given again")

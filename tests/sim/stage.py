@@ -155,13 +155,13 @@ class Stage:
         """End all faults: all must become level, be read as it was written, and be equal."""
         cluster = self.cluster
         cluster.mend()
-        self.until(cluster.all_level, "all is level", 90.0)
+        self.until(cluster.liveness.all_level, "all is level", 90.0)
         guest = cluster.serving()[0]
         for shard in range(cluster.shape.shards):
             guest.read(self.at(shard), BLOCK)
         self.until(lambda: guest.in_flight == 0, "all is read")
-        cluster.check()
-        cluster.check_all_replicas()
+        cluster.checks.everything()
+        cluster.checks.all_replicas()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import pytest
 
 from engine._engine import Simulation
 from tests.sim.cluster import Cluster, Shape
-from tests.sim.defects import breaking
+from tests.sim.defects import breaking, planted_by_name
 from tests.sim.guest import Life
 from tests.sim.oracle import Violation
 
@@ -74,10 +74,10 @@ def test_killed_nodes_of_a_living_gateway_are_made_equal_and_go_on() -> None:
     for node in range(3):
         cluster.stop_node(node, power=False)
     cluster.mend()
-    assert cluster.run_for(15.0, cluster.all_level)
+    assert cluster.run_for(15.0, cluster.liveness.all_level)
     cluster.guests[0].read(cluster.guests[0].regions[0].start, 24)
-    assert cluster.run_for(5.0, cluster.all_level)
-    cluster.check_all_replicas()
+    assert cluster.run_for(5.0, cluster.liveness.all_level)
+    cluster.checks.all_replicas()
 
 
 def test_dead_pair_of_one_replica_set_stalls_no_other() -> None:
@@ -103,7 +103,7 @@ def test_dead_pair_of_one_replica_set_stalls_no_other() -> None:
     cluster.run_for(10.0)
     assert cluster.guests[0].in_flight == 1, "only the set that lost two waits"
     cluster.mend()
-    assert cluster.run_for(30.0, cluster.all_level)
+    assert cluster.run_for(30.0, cluster.liveness.all_level)
 
 
 def test_image_deleted_while_a_node_was_away_does_not_come_back_with_it() -> None:
@@ -120,7 +120,7 @@ def test_image_deleted_while_a_node_was_away_does_not_come_back_with_it() -> Non
     assert not any(cluster.world.has_image(node, cluster.image) for node in range(3))
 
 
-def test_node_keeps_the_data_of_an_image_that_a_restored_etcd_lacks() -> None:
+def lose_etcd_under_a_live_image() -> None:
     """Live images must not look like leftovers."""
     cluster = Cluster(5, Shape())
     empty = cluster.state.memory.backup()
@@ -136,6 +136,16 @@ def test_node_keeps_the_data_of_an_image_that_a_restored_etcd_lacks() -> None:
         cluster.start_node(node)
     cluster.run_for(20.0)
     assert all(cluster.world.has_image(node, cluster.image) for node in range(3))
+
+
+def test_node_keeps_the_data_of_an_image_that_a_restored_etcd_lacks() -> None:
+    lose_etcd_under_a_live_image()
+
+
+def test_live_image_that_is_collected_as_a_leftover_is_noticed() -> None:
+    collect = planted_by_name("a leftover needs a tombstone")
+    with collect(), pytest.raises(Violation, match="no record"):
+        lose_etcd_under_a_live_image()
 
 
 def test_stale_node_that_returns_stands_in_for_one_that_is_gone_for_good() -> None:
@@ -188,4 +198,4 @@ def test_stale_node_stands_in_although_a_write_waits_for_another_set() -> None:
     cluster.start_node(cluster.names.index(returns))
     assert cluster.run_for(30.0, lambda: guest.in_flight == 1), "one set has two nodes again"
     cluster.mend()
-    assert cluster.run_for(30.0, cluster.all_level)
+    assert cluster.run_for(30.0, cluster.liveness.all_level)
