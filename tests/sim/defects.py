@@ -419,6 +419,8 @@ DEFECTS = (
     Defect("block writes are ordered", "17: two writes share a block", "refused", 20, 7,
            match="differs",
            rules=("BlockWritesAreOrdered",)),
+    Defect("a repair pauses writes", "17: rot; invariant 3", "repairs", 20, 4,
+           match="differs|read as", rules=("RepairPausesWrites",)),
     Defect("a winner for each block", "18: reconcile by shard", "half copied", 20, 4,
            match="read as",
            rules=("WinnerPerBlock",)),
@@ -444,7 +446,6 @@ DEFECTS = (
 CANDIDATES = (
     Defect("unanswered writes are asked again", "invariant 2", "power", 0,
            rules=("UnansweredAskedAgain",)),
-    Defect("a repair pauses writes", "invariant 3", "scrubs", 0, rules=("RepairPausesWrites",)),
     Defect("tags are copied", "5: a new holder trusts old marks", "missed", 0,
            rules=("TagsAreCopied",)),
 )  # fmt: skip

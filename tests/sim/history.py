@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import structlog
 
 from tests.sim.cluster import Cluster
+from tests.sim.copies import Copies
 from tests.sim.guest import Life
 from tests.sim.kinds import kind_of
 from tests.sim.oracle import Violation
-from tests.sim.strikes import Strikes
 
 SETTLE_S = 90.0
 """Until everything works again after the last fault: opening takes 20 s at most, leases 10."""
@@ -52,7 +52,7 @@ class Outcome:
         return "\n".join([head, *self.lines, tail])
 
 
-class History(Strikes):
+class History(Copies):
     """Plays one seed."""
 
     def __init__(self, seed: int, *, frames: bool = False, length_s: float | None = None) -> None:

@@ -216,6 +216,11 @@ KINDS = (
         (Shape(shards=4), Shape(nodes=2, shards=4, arbiter=True)),
         sparse=True,
     ),
+    Kind(
+        "repairs",
+        {"strike_repair": 8, "kill_node": 1},
+        (Shape(gateways=3, log_bytes=512 << 10),),
+    ),
 )  # fmt: skip
 
 SEEDS = 32

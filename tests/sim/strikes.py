@@ -11,7 +11,7 @@ from functools import partial
 
 from tests.sim.cluster import SHARD_BYTES
 from tests.sim.faults import Faults
-from tests.sim.guest import BLOCK_BYTES, IN_FLIGHT_MAX, Guest, Life
+from tests.sim.guest import BLOCK_BYTES, Guest, Life
 from tests.sim.oracle import SECTOR_BYTES
 
 LOOK_S = 0.01
@@ -22,9 +22,6 @@ BURST = 14
 
 class Strikes(Faults):
     """See the module."""
-
-    _struck_until_s = 0.0
-    """Until when a strike that wants to be alone is under way."""
 
     def _running(self) -> Guest | None:
         return next((g for g in self.cluster.guests if g.life is Life.RUNNING), None)
@@ -163,51 +160,6 @@ class Strikes(Faults):
                 self._away(other, self.chance.choice((0.1, 0.4)), power=False)
 
         self._when(lambda: any(is_half_copied(shard) for shard in sources), kill, 2.0)
-
-    def strike_half_copied(self) -> None:
-        """A node has part of a shard, the newest of it perhaps, when all others are killed."""
-        cluster, guest, node = self.cluster, self._running(), self._node()
-        if guest is None or cluster.clock.now_s < self._struck_until_s:
-            return
-        self._struck_until_s = cluster.clock.now_s + 6.0
-        cluster.say(f"{cluster.names[node]} will have part of a shard")
-        self._rest(4.0)
-        shard = self.chance.randrange(1, cluster.shape.shards)
-        per_shard, per_block = SHARD_BYTES // SECTOR_BYTES, BLOCK_BYTES // SECTOR_BYTES
-        of_shard = range(shard * per_shard, (shard + 1) * per_shard)
-        firsts = [
-            first
-            for region in guest.regions
-            for first in range(region.start, region.stop, per_block)
-            if first in of_shard
-        ]
-        # The newest is copied first, more often than not.
-        chosen = sorted(self.chance.sample(firsts, min(len(firsts), 6)), reverse=True)
-
-        def write() -> None:
-            for first in chosen:
-                if guest.life is Life.RUNNING and guest.in_flight < IN_FLIGHT_MAX:
-                    guest.write(first, per_block)
-
-        def read() -> None:
-            for first in chosen:
-                if guest.life is Life.RUNNING and guest.in_flight < IN_FLIGHT_MAX:
-                    guest.read(first, per_block)
-
-        def kill_it_too() -> None:
-            # What is under way to it is lost.
-            self._away(node, 0.1, power=False)
-            self._later(0.5, read)
-
-        def lose() -> None:
-            self._slow_to(node, self.chance.choice((5_000_000, 20_000_000, 80_000_000)), 3.0)
-            self._away(node, self.chance.uniform(0.1, 0.6), power=True)
-            self._at_event.setdefault("admitted", []).append(
-                lambda gateway, _: self._kill_between_copies(gateway, node, kill_it_too)
-            )
-
-        self._later(0.3, write)
-        self._later(0.4, lose)
 
     def _end_holder_after_flushes(self, gateway: int, _node: int) -> None:
         """Two flushes are answered, the second with what the first one clears; the holder ends."""

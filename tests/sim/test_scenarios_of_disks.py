@@ -237,6 +237,40 @@ def test_rotten_block_that_is_returned_is_noticed() -> None:
         read_rot_on_one_replica()
 
 
+def write_while_a_repair_copies_its_block() -> None:
+    """History 17: what a repair has read of a block is older than what is written meanwhile."""
+    stage = Stage(6, log_bytes=512 << 10)
+    cluster = stage.cluster
+    for block in range(0, 256, 8):
+        # Until checkpoints have put the first ones into their shard's file.
+        stage.write(stage.at(1, block), 64)
+        stage.flush()
+    stage.run(6.0)
+    cluster.damaged = True
+    assert cluster.world.corrupt(0, 0, 9), "there is a shard file to damage"
+    stage.kill(0)
+    stage.start(0)
+    stage.run(2.0)
+    stage.until(cluster.liveness.all_level, "the node is back")
+    for source in (1, 2):
+        stage.slow(0, source, 100)
+    stage.guest.read(stage.at(1), 8)
+    stage.run(0.3)
+    stage.write(stage.at(1))
+    stage.run(2.0)
+    stage.read(stage.at(1))
+    stage.settle()
+
+
+def test_write_while_a_repair_copies_its_block_is_not_overwritten() -> None:
+    write_while_a_repair_copies_its_block()
+
+
+def test_repair_that_goes_on_beside_writes_is_noticed() -> None:
+    with broken("RepairPausesWrites", match="read as|differs"):
+        write_while_a_repair_copies_its_block()
+
+
 def flush_before_the_power_goes(seed: int) -> None:
     """Invariant 1: a flushed write survives the power of the last node."""
     stage = Stage(seed, nodes=2, arbiter=True)
