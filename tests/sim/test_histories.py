@@ -70,7 +70,7 @@ def test_two_runs_of_a_seed_of_each_kind_give_the_same_history(tmp_path: Path) -
             run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
         told.append((run, out))
     for run, out in told:
-        assert run.wait(timeout=240) == 0, out.read_text()[-2000:]
+        assert run.wait(timeout=500) == 0, out.read_text()[-2000:]
     histories = [
         re.split(r"^(?=seed \d+, )", out.read_text(), flags=re.MULTILINE)[1:] for _, out in told
     ]
