@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from urllib.parse import quote
 
-from etcd.records import ImageRecord, NodeRecord
+from etcd.images import ImageRecord
+from etcd.records import NodeRecord
 from hci import control_pb2 as pb
 from hci.config import Config, GatewayConfig
 from hci.control import GatewayClient, NodeClient

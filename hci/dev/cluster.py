@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hci import config as configuration
+from hci import config_file
 from hci.config import Config, DevConfig, Endpoint
 from hci.dev import health, holder, layout, ports, process
 from hci.dev.process import Process
@@ -311,7 +311,7 @@ def open_or_make(
                 folder, nodes or needed, gateways or GATEWAYS, pool, taken, arbiter=arbiter
             )
             layout.write(path, text)
-    cluster = DevCluster(configuration.load(path))
+    cluster = DevCluster(config_file.load(path))
     if arbiter and not cluster.config.arbiters:
         raise DevError(
             f"the cluster in {folder} has no arbiter; leave --arbiter out, "

@@ -1,58 +1,38 @@
-"""The simulated cluster: its parts, and what may be done to them."""
+"""The simulated cluster: how its parts are put together, how time passes, and its gateways.
+
+What etcd says of the image is followed here, as are writes that may be gone with nodes' memory. The
+nodes stand in `nodes.py`, what is checked in `safety.py` and `liveness.py`, and what persons ask in
+`operators.py`.
+"""
 
 from __future__ import annotations
 
 import itertools
 import random
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 from engine._engine import Simulation
 from etcd import keys
-from etcd.errors import EtcdError
+from etcd.images import ImageRecord
 from etcd.memory import MemoryEtcd
-from etcd.records import ImageRecord, LeaseRecord
-from etcd.scrubs import ScrubRecord
-from shard.errors import HciError
+from etcd.records import LeaseRecord
 from shard.ids import ImageId, image_id_from_bytes
 from shard.membership import Policy, WhenFull
 from shard.placement import FailureDomain, replica_set_index
 from tests.sim.arbiters import Site
-from tests.sim.checks import Checks
 from tests.sim.clock import SECOND_NS, Clock, Process
 from tests.sim.cluster_state import Door, Path, State
 from tests.sim.guest import BLOCK_BYTES, Guest, Life, Shared
 from tests.sim.liveness import Liveness
+from tests.sim.nodes import Nodes
+from tests.sim.operators import Operator
 from tests.sim.oracle import SECTOR_BYTES, UNDER_WAY_S, Oracle
-from tests.sim.processes import CUTTER, SimGateway, SimNode
-from tests.sim.recovery import Recoverer, new_ledger
+from tests.sim.processes import CUTTER, SimGateway
+from tests.sim.safety import Safety
+from tests.sim.shape import IMAGE, IMAGE_NAME, POOL, SHARD_BYTES, Shape
 from vmstore.catalog import Catalog
-from vmstore.errors import RecordChanged
-from vmstore.ledger import Ledger
 from vmstore.names import ImageName
-
-SHARD_BYTES = 1 << 20
-POOL = "vms"
-IMAGE = "disk"
-IMAGE_NAME = f"{POOL}/{IMAGE}"
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """How large a cluster is."""
-
-    nodes: int = 3
-    gateways: int = 2
-    replica_sets: int = 1
-    shards: int = 3
-    arbiter: bool = False
-    """Pairs of nodes, and a thin arbiter on a host of its own."""
-    log_bytes: int = 1 << 20
-    segment_bytes: int = 128 << 10
-    """A frame with all blocks that are used must fit into it."""
-    when_full: WhenFull = WhenFull.STALL
 
 
 class Cluster:
@@ -79,41 +59,35 @@ class Cluster:
         )
         self.node_paths = [Path() for _ in names]
         self.gateway_paths = [Path() for _ in range(shape.gateways)]
-        self.nodes: list[SimNode | None] = [None] * shape.nodes
+        self.nodes = Nodes(self)
         self.gateways: list[SimGateway | None] = [None] * shape.gateways
         self.guests: list[Guest] = []
-        self._numbers = itertools.count(1)
+        self.operator = Operator(self)
+        self.safety = Safety(self)
+        self.liveness = Liveness(self)
+        self.numbers = itertools.count(1)
         self.oracle = Oracle(SHARD_BYTES // SECTOR_BYTES)
         self.image: ImageId = ImageId("")
         self.record: ImageRecord | None = None
         """As etcd has it."""
         self._record_value = b""
         self._latest: ImageRecord | None = None
-        self.refused: set[int] = set()
-        """Nodes that may not register, and wait for a person."""
+        self.deleted = False
+        """Somebody wanted the image to be deleted."""
         self.damaged = False
         """Blocks rot: a read may fail."""
         self.rolled_back = False
         """etcd was restored: its records may be lower than they were."""
-        self.deleted = False
-        """Somebody wanted the image to be deleted."""
-        self.shard_bytes = SHARD_BYTES
-        self.checks = Checks(self)
-        self.liveness = Liveness(self)
         self.steps = 0
         self.supervised = True
         self.on_heal: Callable[[str], None] = lambda _node: None
         """Hears that the heal of a node begins."""
         self.on_event: Callable[[int, str, str], None] = lambda _gateway, _kind, _node: None
         """Hears what an engine tells of a node: (gateway, kind of event, node)."""
-        self._kept_down: set[int] = set()
-        self._ledgers: list[Ledger] = []
         self.processes = False
         """Whether gateways know the processes of their guests, a new one at each boot."""
         self._lease: LeaseRecord | None = None
         """As etcd has it."""
-        self.put_back: set[int] = set()
-        """Nodes whose disk was put back to an older state."""
         self._latencies_s: dict[tuple[int, int], float] = {}
         """How long a frame may be under way to or from a node, where that was changed."""
         self._former_s: list[tuple[float, float]] = []
@@ -123,10 +97,6 @@ class Cluster:
         self._cuts: dict[tuple[int, int], list[int]] = {}
         self.scrubs = False
         """Whether gateways scrub."""
-        self._counters: dict[int, int] = {}
-        """The highest start counter of each node so far."""
-        self._marks: dict[int, tuple[int, frozenset[str]]] = {}
-        """Of nodes that were set back: what was seen of them, and what is distrusted on them."""
 
     # Time
 
@@ -173,8 +143,8 @@ class Cluster:
                 process.hear(event)
         else:
             _, node, power, why = happening
-            self._node_ended(node, power=power, why=why)
-        self.checks.happened()
+            self.nodes.ended(node, power=power, why=why)
+        self.safety.happened()
 
     def _heard(self, gateway: SimGateway, event: dict[str, Any]) -> None:
         kind = event["event"]
@@ -191,14 +161,14 @@ class Cluster:
         """Start everything, and make a pool and an image."""
         self.state.begin()
         for node in range(self.shape.nodes):
-            self.start_node(node)
+            self.nodes.start(node)
         for gateway in range(self.shape.gateways):
             self.site.ways[f"gate-{gateway}"] = Path()
             self.start_gateway(gateway)
         if self.shape.arbiter:
             self.site.start()
             self.run_for(2.0, self.site.replaceable)
-        self.run_for(2.0, lambda: all(n is not None and n.registered for n in self.nodes))
+        self.run_for(2.0, lambda: all(n is not None and n.registered for n in self.nodes.processes))
         operator = Process("operator")
         ids = self._ids()
         catalog = Catalog(Door(self.state, Path(), operator), lambda: next(ids))
@@ -229,9 +199,9 @@ class Cluster:
             oracle=self.oracle,
             regions=self._used,
             say=self.say,
-            next_number=lambda: next(self._numbers),
-            on_answer=self.checks.answered,
-            on_served=self.checks.served,
+            next_number=lambda: next(self.numbers),
+            on_answer=self.safety.check_answer,
+            on_served=self.safety.check_epoch,
             may_fail=lambda: self.damaged,
             tells_full=self.shape.when_full is WhenFull.ENOSPC,
         )
@@ -240,39 +210,6 @@ class Cluster:
         ]
         sets = [",".join(members) for members in self.record.sets]
         self.say(f"image {self.image[:8]} on {sets}")
-
-    def _size_bytes(self) -> int:
-        assert self.record is not None
-        return self.record.size_bytes
-
-    def delete_image(self) -> bool:
-        """Delete the image, as an operator; return whether that was done."""
-        operator = Process("operator")
-        catalog = Catalog(Door(self.state, Path(), operator))
-        done: list[object] = []
-        self.deleted = True
-        self.clock.start(
-            operator, lambda: catalog.delete_image(ImageName(POOL, IMAGE)), done.append
-        )
-        self.run_for(1.0)
-        return bool(done)
-
-    def make_image_of_id(self, image: ImageId) -> str:
-        """Try to make an image of a certain id, which chance gave twice; say how it went."""
-        operator = Process("operator")
-        catalog = Catalog(Door(self.state, Path(), operator), lambda: image)
-        outcome: list[str] = []
-
-        def make() -> str:
-            try:
-                catalog.create_image(ImageName(POOL, "another"), SHARD_BYTES)
-            except RecordChanged:
-                return "refused"
-            return "made"
-
-        self.clock.start(operator, make, outcome.append)
-        self.run_for(2.0, lambda: bool(outcome))
-        return outcome[0] if outcome else "no answer"
 
     def _ids(self) -> Iterator[ImageId]:
         while True:
@@ -285,167 +222,17 @@ class Cluster:
         for shard in range(1, self.shape.shards):
             yield range(shard * per_shard - near, shard * per_shard + near)
 
-    # Nodes
-
-    def start_node(self, node: int) -> None:
-        """Start a node's process, if none runs; a supervisor tries again where it cannot."""
-        self._kept_down.discard(node)
-        if self.nodes[node] is not None or node in self.refused:
-            return
-        seen, marked = self._marks.get(node, (0, frozenset()))
-        try:
-            store_id, counter = self.world.start_node(node, seen, sorted(marked))
-        except RuntimeError as error:
-            self.say(f"{self.names[node]} cannot start: {error}")
-            self.checks.nodes.power_lost(self.names[node])
-            self.judge_memory()
-            self._restart_later(node)
-            return
-        self.say(f"{self.names[node]} starts, instance {counter}")
-        self.nodes[node] = process = SimNode(
-            self.clock,
-            self.world,
-            self.state,
-            self.node_paths[node],
-            index=node,
-            name=self.names[node],
-            store_id=store_id,
-            start_counter=counter,
-            run=f"{node:016x}{next(self._numbers):016x}",
-            refused=lambda why, for_good: self._node_refused(node, why, for_good=for_good),
-            set_back=lambda seen: self._node_set_back(node, seen),
-            ledger=self._ledgers[node] if self._ledgers else None,
-        )
-        if counter <= self._counters.get(node, 0):
-            # It is judged before it listens.
-            self.world.pause_node(node)
-            self._serve_when_judged(node, process)
-        self._counters[node] = max(counter, self._counters.get(node, 0))
-
-    def _serve_when_judged(self, node: int, process: SimNode) -> None:
-        if self.nodes[node] is process:
-            if process.may_serve:
-                self.world.continue_node(node)
-            else:
-                self.clock.after(0.01, lambda: self._serve_when_judged(node, process))
-
-    def _node_set_back(self, node: int, seen: int) -> None:
-        """Go on as a new instance, on which nothing counts that it holds."""
-        _, marked = self._marks.get(node, (0, frozenset()))
-        self._marks[node] = (seen, marked | self._held(node))
-        self.say(f"{self.names[node]} was set back, the cluster saw start {seen}")
-
-        def again() -> None:
-            if self.nodes[node] is not None:
-                self.stop_node(node, power=False)
-                self.start_node(node)
-
-        self.clock.after(0, again)
-
-    def keep_ledgers(self) -> None:
-        """Have nodes keep copies of etcd's records, and somebody recover it; before `build`."""
-        self._ledgers = [new_ledger() for _ in self.names]
-        Recoverer(
-            self.clock,
-            self.state,
-            lambda: [node for node in self.nodes if node is not None],
-            self.say,
-            self._recovered,
-        )
-
-    @property
-    def is_cared_for(self) -> bool:
-        """Whether somebody recovers an etcd that was put back."""
-        return bool(self._ledgers)
-
-    def _recovered(self) -> None:
+    def recovered(self) -> None:
+        """Take note that etcd's records are as high as they ever were again."""
         self.rolled_back = False
 
     def close(self) -> None:
         """End all processes: it is over."""
-        for process in (*self.gateways, *self.nodes):
+        for process in (*self.gateways, *self.nodes.processes):
             if process is not None:
                 self.clock.end(process.process)
         self.site.end()
-        for ledger in self._ledgers:
-            ledger.close()
-
-    def _held(self, node: int) -> frozenset[str]:
-        return frozenset(each["image"] for each in self.world.inventory(node)["images"])
-
-    def forget_marks(self) -> None:
-        """As a node's daemon does: cross out what a holder has begun to heal."""
-        for node, (seen, marked) in self._marks.items():
-            if self.nodes[node] is not None:
-                left = frozenset(self.world.distrusted(node))
-                self._marks[node] = (seen if left else 0, marked & left)
-
-    def stop_node(self, node: int, *, power: bool) -> None:
-        """Kill a node's process, or cut its host's power."""
-        process = self.nodes[node]
-        if process is None:
-            return
-        self.world.stop_node(node, power)
-        self._node_ended(node, power=power, why="is killed" if not power else "loses its power")
-
-    def keep_down(self, node: int, *, power: bool) -> None:
-        """Stop a node, and do not start it again before somebody does."""
-        self._kept_down.add(node)
-        self.stop_node(node, power=power)
-
-    def nodes_up(self) -> set[str]:
-        """Return the nodes that run."""
-        return {self.names[node] for node, process in enumerate(self.nodes) if process is not None}
-
-    def _node_ended(self, node: int, *, power: bool, why: str) -> None:
-        process = self.nodes[node]
-        if process is not None:
-            self.clock.end(process.process)
-            self.nodes[node] = None
-        self.say(f"{self.names[node]} ends: {why}{' (memory lost)' if power else ''}")
-        if power:
-            self.checks.nodes.power_lost(self.names[node])
-            self.judge_memory()
-        if self.supervised:
-            self._restart_later(node)
-
-    def _restart_later(self, node: int) -> None:
-        def restart() -> None:
-            if node not in self._kept_down:
-                self.start_node(node)
-
-        self.clock.after(self.chance.choice((0.3, 1.0, 3.0, 8.0)), restart)
-
-    def _node_refused(self, node: int, why: str, *, for_good: bool) -> None:
-        self.say(f"{self.names[node]} may not serve: {why}")
-        if for_good:
-            self.refused.add(node)
-        self.clock.after(0, lambda: self.stop_node(node, power=False))
-
-    def pause_node(self, node: int) -> None:
-        """Stop a node's process as SIGSTOP does."""
-        process = self.nodes[node]
-        if process is not None and not process.process.paused:
-            process.process.paused = True
-            self.world.pause_node(node)
-            self.say(f"{self.names[node]} stands still")
-
-    def continue_node(self, node: int) -> None:
-        """Let it go on."""
-        process = self.nodes[node]
-        if process is not None and process.process.paused:
-            self.world.continue_node(node)
-            self.clock.go_on(process.process)
-            self.say(f"{self.names[node]} goes on")
-
-    def put_back_disk(self, node: int) -> None:
-        """Put the snapshot of a disk in place of what is there; its node is off."""
-        self.world.restore_disk(node)
-        # What it had stored, and who relied on that, is not told by its record any more.
-        self.put_back.add(node)
-        self.checks.nodes.put_back(self.names[node])
-        self.liveness.put_back(self.names[node])
-        self.judge_memory()
+        self.nodes.close_ledgers()
 
     def judge_memory(self) -> None:
         """Find out whether unflushed writes may be gone."""
@@ -518,19 +305,10 @@ class Cluster:
         if guest is not None and guest.life is Life.CONNECTING:
             guest.start(process)
 
-    # Sizes
-
-    def resize(self, gateway: int, shards: int) -> Future[None] | None:
-        """Have the image resized by a gateway, if it runs; return how it goes."""
-        process = self.gateways[gateway]
-        if process is None or not process.started:
-            return None
-        self.say(f"{process.name} resizes the image to {shards} shards")
-        return process.resize(ImageName(POOL, IMAGE), shards * SHARD_BYTES)
-
     def size_shards(self) -> int:
         """Return how large the image is."""
-        return self._size_bytes() // SHARD_BYTES
+        assert self.record is not None
+        return self.record.size_bytes // SHARD_BYTES
 
     def _cut(self, gateway: int, token: int, first: int, sectors: int) -> None:
         """What is cut off is zeroed: as by a guest."""
@@ -539,7 +317,7 @@ class Cluster:
         for region in self._used:
             cut = range(max(region.start, first), min(region.stop, first + sectors))
             if cut:
-                tokens.append(next(self._numbers))
+                tokens.append(next(self.numbers))
                 now = self.clock.now_s
                 self.oracle.begin(tokens[-1], cut.start, len(cut), 0, epoch, now)
         self._cuts[gateway, token] = tokens
@@ -565,7 +343,7 @@ class Cluster:
         guest = self.guests[gateway]
         if host:
             guest.host_gone()
-            self.stop_node(gateway, power=True)
+            self.nodes.stop(gateway, power=True)
         else:
             guest.gateway_gone()
         if self.supervised:
@@ -594,7 +372,7 @@ class Cluster:
         if process is not None and self.guests[guest].life in (Life.OFF, Life.FAILED):
             self.say(f"guest-{guest} boots")
             if self.processes:
-                self.guests[guest].peer = f"{next(self._numbers)}:1"
+                self.guests[guest].peer = f"{next(self.numbers)}:1"
             self.guests[guest].start(process)
 
     def serving(self) -> list[Guest]:
@@ -604,14 +382,14 @@ class Cluster:
     def _heal_begins(self, node: str) -> None:
         self.on_heal(node)
 
-    # etcd's records
+    # What etcd says
 
     def _etcd_changed(self) -> None:
         if not self.image:
             return
         lease, self._lease = self._lease, self._lease_in_etcd()
         if lease is not None and self._lease is not None:
-            self.checks.lease_changed(lease, self._lease)
+            self.safety.check_lease(lease, self._lease)
         item = _stored(self.state.memory, keys.image(self.image))
         if item is None or item == self._record_value:
             return
@@ -622,7 +400,8 @@ class Cluster:
             self._latest = record
         if former is None:
             return
-        self.checks.record_changed(former, record)
+        if not self.rolled_back:
+            self.safety.check_record(former, record)
         self.liveness.record_changed(former, record)
         if record.stale != former.stale:
             self.say(f"etcd: generation {record.generation}, stale {_plain(record.stale)}")
@@ -631,34 +410,6 @@ class Cluster:
     def _lease_in_etcd(self) -> LeaseRecord | None:
         item = _stored(self.state.memory, keys.lease(self.image))
         return None if item is None else LeaseRecord.decode(keys.lease(self.image), item)
-
-    # Scrubs
-
-    def ask_for_scrub(self) -> None:
-        """Ask for a scrub as a person does; one that is under way is that."""
-        now_ms = int(self.clock.now_s * 1000) + 1
-        operator = Process("operator")
-        catalog = Catalog(Door(self.state, Path(), operator))
-
-        def ask() -> None:
-            try:
-                catalog.ask_for_scrub(self.image, now_ms)
-            except (HciError, EtcdError) as error:
-                self.say(f"  operator: {error}")
-
-        self.clock.start(operator, ask)
-
-    def scrub_record(self) -> ScrubRecord:
-        """Return how its scrub stands."""
-        item = self.state.memory.get(keys.scrub(self.image))
-        if item is None:
-            return ScrubRecord(image=self.image)
-        return ScrubRecord.decode(item.key, item.value)
-
-    def is_scrubbed(self) -> bool:
-        """Whether no scrub waits or is under way, and nothing waits to be read again."""
-        found = self.scrub_record()
-        return not (found.times.is_asked or found.times.is_under_way or found.missed_end)
 
     # The end
 
@@ -676,13 +427,13 @@ class Cluster:
                 self.world.set_path(gateway, node, False, True)
                 self.set_latency(gateway, node, 50_000, 1_000_000)
         for node in range(self.shape.nodes):
-            self.continue_node(node)
+            self.nodes.go_on(node)
             self.world.set_free_bytes(node, None)
             self.world.set_disk_speed(node, 100_000, 4_000_000)
             if node in away:
-                self.keep_down(node, power=False)
+                self.nodes.keep_down(node, power=False)
             else:
-                self.start_node(node)
+                self.nodes.start(node)
         if self.shape.arbiter:
             self.site.go_on()
             if arbiter:

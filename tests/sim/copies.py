@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tests.sim.cluster import SHARD_BYTES
 from tests.sim.guest import BLOCK_BYTES, IN_FLIGHT_MAX, Life
 from tests.sim.oracle import SECTOR_BYTES
+from tests.sim.shape import SHARD_BYTES
 from tests.sim.strikes import Strikes
 
 PER_SHARD, PER_BLOCK = SHARD_BYTES // SECTOR_BYTES, BLOCK_BYTES // SECTOR_BYTES

@@ -113,10 +113,10 @@ class History(Copies):
         cluster.scrubs, cluster.processes = self.kind.scrubs, self.kind.processes
         if self.kind.ledgers:
             self._backup = cluster.state.memory.backup()
-            cluster.keep_ledgers()
+            cluster.nodes.keep_ledgers()
         cluster.build()
         if cluster.shape.arbiter:
-            cluster.site.care(cluster.nodes_up)
+            cluster.site.care(cluster.nodes.up)
         for guest in cluster.guests:
             guest.pause_s = self.chance.choice((0.015, 0.06, 0.2))
             guest.lazy = self.chance.random() < 0.3
@@ -134,14 +134,14 @@ class History(Copies):
         self.mended()
 
     def _check(self) -> None:
-        self.cluster.checks.everything()
+        self.cluster.safety.check()
         self.cluster.clock.after(self._looks.uniform(*CHECK_S), self._check)
 
     def _event(self, gateway: int, kind: str, node: str) -> None:
         super()._event(gateway, kind, node)
         if kind in AFTER and self._looks.random() < 0.6:
             pause_s = self._looks.choice((0.0, 0.002, 0.05)) * self._looks.random()
-            self.cluster.clock.after(pause_s, self.cluster.checks.everything)
+            self.cluster.clock.after(pause_s, self.cluster.safety.check)
 
     def _keep_guests(self) -> None:
         """Whoever keeps guests running boots one where none runs."""
@@ -227,7 +227,7 @@ class History(Copies):
         cluster.run_for(OVERDUE_S)
         if not cluster.rolled_back and cluster.liveness.overdue(OVERDUE_S):
             raise Violation(f"{cluster.liveness.overdue(OVERDUE_S)}: {self._stuck()}")
-        cluster.checks.everything()
+        cluster.safety.check()
 
     def _grow_back(self) -> None:
         """Whoever made the image smaller makes it as large as it was."""
@@ -235,7 +235,7 @@ class History(Copies):
         for attempt in range(12):
             if cluster.size_shards() == shards:
                 return
-            cluster.resize(attempt % cluster.shape.gateways, shards)
+            cluster.operator.resize(attempt % cluster.shape.gateways, shards)
             cluster.run_for(10.0, lambda: cluster.size_shards() == shards)
             for guest in cluster.guests:
                 # Whoever came before sees the former size.
@@ -247,14 +247,15 @@ class History(Copies):
         cluster = self.cluster
         for ask in (False, True):
             if ask:
-                cluster.ask_for_scrub()
+                cluster.operator.ask_for_scrub()
                 cluster.run_for(1.0)
-            if not cluster.run_for(90.0, cluster.is_scrubbed):
-                raise Violation(f"a scrub does not end: {cluster.scrub_record()}, {self._stuck()}")
-        found = cluster.scrub_record()
+            if not cluster.run_for(90.0, cluster.operator.is_scrubbed):
+                found = cluster.operator.scrub_record()
+                raise Violation(f"a scrub does not end: {found}, {self._stuck()}")
+        found = cluster.operator.scrub_record()
         if not (found.last.unrepairable or found.bad or found.last.missed):
             cluster.run_for(2.0)
-            cluster.checks.no_rot()
+            cluster.safety.check_no_rot()
 
     def _stuck(self) -> str:
         parts = [
@@ -279,7 +280,7 @@ class History(Copies):
             guest.read(region.start, len(region))
         if not cluster.run_for(30.0, lambda: guest.in_flight == 0):
             raise Violation(f"the last reads are not answered: {self._stuck()}")
-        cluster.checks.everything()
+        cluster.safety.check()
 
     def _leave_cleanly(self) -> None:
         """The last guest leaves: the image closes clean, and replicas are equal throughout."""
@@ -304,18 +305,18 @@ class History(Copies):
         if not cluster.run_for(30.0, closed):
             self._stalled(f"the image does not close clean: {self._stuck()}")
             return
-        cluster.checks.all_replicas()
+        cluster.safety.check_all_replicas()
         if self.kind.resizes:
             self._delete_with_a_node_away()
 
     def _delete_with_a_node_away(self) -> None:
         """Nothing of a deleted image is left, nor comes back with a node that was away."""
         cluster, away = self.cluster, self._node()
-        cluster.keep_down(away, power=self.chance.random() < 0.5)
-        if not cluster.delete_image():
+        cluster.nodes.keep_down(away, power=self.chance.random() < 0.5)
+        if not cluster.operator.delete_image():
             raise Violation("an image that nobody has open cannot be deleted")
         cluster.run_for(2.0)
-        cluster.start_node(away)
+        cluster.nodes.start(away)
 
         def kept() -> list[int]:
             nodes = range(cluster.shape.nodes)
@@ -323,5 +324,5 @@ class History(Copies):
 
         if not cluster.run_for(20.0, lambda: not kept()):
             raise Violation(f"a deleted image is left on nodes {kept()}")
-        if cluster.make_image_of_id(cluster.image) != "refused":
+        if cluster.operator.make_image_of_id(cluster.image) != "refused":
             raise Violation("the id of a deleted image is given again")

@@ -1,19 +1,20 @@
-"""Whether all that can go on does, and what excuses that something waits."""
+"""What must go on in a cluster, what excuses that it waits, and whether all is well again."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from tests.sim.guest import BLOCK_BYTES, Guest
+from tests.sim.shape import SHARD_BYTES
 from vmstore.holder import Phase
 
 if TYPE_CHECKING:
-    from etcd.records import ImageRecord
+    from etcd.images import ImageRecord
     from tests.sim.cluster import Cluster
 
 
 class Liveness:
-    """See the module."""
+    """See the module. It judges by who is there; how long something may take says who asks."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -39,7 +40,7 @@ class Liveness:
         """Say why the image may wait for a person; empty: it must not."""
         cluster, record = self._cluster, self._cluster.record
         assert record is not None
-        if cluster.rolled_back and not cluster.is_cared_for:
+        if cluster.rolled_back and not cluster.nodes.keep_etcd:
             return "etcd was put back, and nobody has recovered it"
         for index in range(len(record.sets)):
             believed = self._believed(index)
@@ -51,15 +52,37 @@ class Liveness:
         """Return the nodes in sync whose disk is the one that they had, or that was healed."""
         cluster, record = self._cluster, self._cluster.record
         assert record is not None
-        refused = {cluster.names[node] for node in cluster.refused}
+        refused = {cluster.names[node] for node in cluster.nodes.refused}
         doubted = {name for name, where in self.doubted if where == index}
         return set(record.membership.in_sync(index)) - refused - doubted
 
     # What goes on
 
+    def all_level(self) -> bool:
+        """Whether a guest is served, nothing waits, and every node in sync is there."""
+        cluster = self._cluster
+        serving = cluster.serving()
+        if not serving or cluster.record is None:
+            return False
+        gateway = serving[0].gateway
+        assert gateway is not None
+        for image in gateway.exports.snapshot():
+            holder = image.holder
+            if (
+                holder.phase is not Phase.SERVING
+                or holder.missing()
+                or holder.proposal
+                or holder.levelling
+            ):
+                return False
+        if cluster.record.stale and not cluster.rolled_back:
+            return False
+        return all(guest.in_flight == 0 for guest in serving)
+
     def overdue(self, limit_s: float) -> str:
         """Say what has waited for so long although those who are here suffice; empty: nothing."""
-        cluster, record = self._cluster, self._cluster.record
+        cluster = self._cluster
+        record = cluster.record
         assert record is not None
         if record.stale and not self._may_change():
             # What etcd has taken counts when the arbiter has heard of it.
@@ -74,17 +97,16 @@ class Liveness:
                     return f"a {kind} of {guest.name} waits ({where}), and its sets can go on"
         if not (cluster.serving() and all(goes_on) and self._may_change()):
             return ""
-        up = cluster.nodes_up()
+        up = cluster.nodes.up()
         waits = sorted(up & {name for stale in record.stale.values() for name in stale})
         return f"{', '.join(waits)} are here, and are not healed" if waits else ""
 
     def _able(self, guest: Guest, goes_on: list[bool]) -> list[tuple[str, float, range]]:
         """Return the unanswered requests of sets that can go on, and that wait for no other one."""
-        cluster = self._cluster
-        per_shard = cluster.shard_bytes // BLOCK_BYTES
+        per_shard = SHARD_BYTES // BLOCK_BYTES
 
         def goes(blocks: range) -> bool:
-            return all(goes_on[cluster.set_of(block // per_shard)] for block in blocks)
+            return all(goes_on[self._cluster.set_of(block // per_shard)] for block in blocks)
 
         able = [each for each in guest.waiting() if each[2] and goes(each[2])]
         held = [each for each in guest.waiting() if each[2] and not goes(each[2])]
@@ -101,28 +123,13 @@ class Liveness:
 
     def _goes_on(self, index: int) -> bool:
         """Whether a set can answer writes with the nodes that are up."""
-        record = self._cluster.record
-        assert record is not None
-        here = self._believed(index) & self._cluster.nodes_up()
-        if here == set(record.membership.in_sync(index)):
+        cluster = self._cluster
+        assert cluster.record is not None
+        here = self._believed(index) & cluster.nodes.up()
+        if here == set(cluster.record.membership.in_sync(index)):
             return True
-        return len(here) >= record.policy.quorum and self._may_change()
+        return len(here) >= cluster.record.policy.quorum and self._may_change()
 
     def _may_change(self) -> bool:
-        return not self._cluster.shape.arbiter or self._cluster.site.replaceable()
-
-    def all_level(self) -> bool:
-        """Whether a guest is served, nothing waits, and every node in sync is there."""
-        cluster, serving = self._cluster, self._cluster.serving()
-        if not serving or cluster.record is None:
-            return False
-        gateway = serving[0].gateway
-        assert gateway is not None
-        for image in gateway.exports.snapshot():
-            holder = image.holder
-            busy = holder.missing() or holder.proposal or holder.levelling
-            if holder.phase is not Phase.SERVING or busy:
-                return False
-        if cluster.record.stale and not cluster.rolled_back:
-            return False
-        return all(guest.in_flight == 0 for guest in serving)
+        cluster = self._cluster
+        return not cluster.shape.arbiter or cluster.site.replaceable()

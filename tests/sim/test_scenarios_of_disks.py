@@ -65,7 +65,7 @@ def fail_a_sync() -> None:
     stage.cluster.world.fail_sync(0, 0)
     stage.guest.flush()
     stage.run(0.2)
-    if stage.cluster.nodes[0] is not None:
+    if stage.cluster.nodes.processes[0] is not None:
         raise Violation("a node goes on after a sync has failed")
     stage.start(0)
     stage.settle()
@@ -92,7 +92,7 @@ def roll_a_disk_back_within_its_run() -> None:
     stage.flush()
     stage.run(4.0)
     stage.kill(0)
-    cluster.put_back_disk(0)
+    cluster.nodes.put_back_disk(0)
     stage.start(0)
     stage.run(4.0)
     for _ in range(4):
@@ -435,7 +435,7 @@ def set_a_disk_back_over_its_starts() -> Stage:
     stage.kill(0)
     # The etcd lease of its last run is over, or it might run elsewhere.
     stage.run(12.0)
-    cluster.put_back_disk(0)
+    cluster.nodes.put_back_disk(0)
     stage.start(0)
     stage.run(6.0)
     for _ in range(4):
@@ -473,9 +473,11 @@ def test_disk_that_was_set_back_waits_for_another_one_in_sync() -> None:
     stage.await_stale(1)
     stage.kill(0)
     stage.run(12.0)
-    cluster.put_back_disk(0)
+    cluster.nodes.put_back_disk(0)
     stage.start(0)
     stage.start(1)
     stage.run(20.0)
-    assert cluster.nodes[0] is None, "the stale one has not everything, and nobody else is there"
+    assert cluster.nodes.processes[0] is None, (
+        "the stale one has not everything, and nobody else is there"
+    )
     assert any("could be healed" in line for line in cluster.lines), "and it says so"

@@ -25,6 +25,7 @@ PURE = (
     "arbiter/vote.py",
     "etcd/errors.py",
     "etcd/fields.py",
+    "etcd/images.py",
     "etcd/interface.py",
     "etcd/keys.py",
     "etcd/records.py",
@@ -40,7 +41,9 @@ PURE = (
     "vmstore/names.py",
     "vmstore/recovering.py",
     "vmstore/slowness.py",
+    "vmstore/space.py",
     "vmstore/stored.py",
+    "vmstore/told.py",
 )
 """Code that decides, and so can be run by a simulator. A module listed here may not exist yet."""
 

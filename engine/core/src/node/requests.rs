@@ -2,6 +2,7 @@
 //! has the store do it, and says what to answer, and when.
 
 use super::sessions::{Session, Sessions};
+use crate::checksum::Checksum;
 use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, ShardKey, Tag};
 use crate::io::SharedMemory;
@@ -43,7 +44,7 @@ pub(crate) enum Outcome {
 /// Scratch space that requests share.
 #[derive(Default)]
 pub(crate) struct Scratch {
-    checksums: Vec<u32>,
+    checksums: Vec<Checksum>,
     states: Vec<Block>,
     heads: BytesMut,
     data: BytesMut,
@@ -406,7 +407,8 @@ impl Requests<'_> {
         let end = asked.first_block.checked_add(asked.blocks).ok_or(Refused::Close)?;
         let range = asked.first_block as usize..end as usize;
         let blocks = summary.blocks.get(range).ok_or(Refused::Close)?;
-        let blocks = blocks.iter().map(|block| (block.state.with(block.crc), block.tag)).collect();
+        let blocks =
+            blocks.iter().map(|block| (block.state.with(block.checksum), block.tag)).collect();
         Ok((key, asked, BlocksReply { generation: summary.generation, blocks }))
     }
 
@@ -439,8 +441,8 @@ impl Requests<'_> {
             .iter()
             .zip(&copy.blocks)
             .map(|(block, (content, tag))| {
-                let (state, crc) = BlockState::of(*content);
-                CopyBlock { block: *block, state, tag: *tag, crc }
+                let (state, checksum) = BlockState::of(*content);
+                CopyBlock { block: *block, state, tag: *tag, checksum }
             })
             .collect();
         self.store.copy(&key, &blocks, frame.payload.clone(), copy.shard_generation)?;

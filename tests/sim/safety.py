@@ -14,10 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from etcd.records import ImageRecord, LeaseRecord
+from etcd.images import ImageRecord
+from etcd.records import LeaseRecord
 from shard.membership import WhenFull
 from tests.sim.guest import IN_FLIGHT_MAX
 from tests.sim.oracle import SECTOR_BYTES, Violation
+from tests.sim.shape import SHARD_BYTES
 from tests.sim.standing import Standings
 from vmstore.deciding import WORKERS
 from vmstore.holder import Phase
@@ -25,25 +27,23 @@ from vmstore.holder import Phase
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
     from tests.sim.processes import SimGateway
-    from vmstore.serving import OpenImage
+    from vmstore.open_image import OpenImage
 
 
-class Checks:
+class Safety:
     """See the module."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._served: dict[int, str] = {}
-        self.nodes = Standings()
+        self.records = Standings()
         self.compared = 0
         """Shards that were compared, on replicas that had to be equal."""
 
     # etcd
 
-    def record_changed(self, former: ImageRecord, record: ImageRecord) -> None:
-        """Check that etcd does not go back, unless it was put back."""
-        if self._cluster.rolled_back:
-            return
+    def check_record(self, former: ImageRecord, record: ImageRecord) -> None:
+        """Check that what etcd says of the image grows."""
         if record.epoch < former.epoch or record.generation < former.generation:
             if self._cluster.deleted:
                 raise Violation(f"the id of a deleted image is given again: {record}")
@@ -51,7 +51,7 @@ class Checks:
         if record.is_behind(former):
             raise Violation(f"an equal record differs: {former} and {record}")
 
-    def lease_changed(self, former: LeaseRecord, now: LeaseRecord) -> None:
+    def check_lease(self, former: LeaseRecord, now: LeaseRecord) -> None:
         """Check that nobody takes the lease of a process that lives."""
         if former.holder == now.holder or former.maintenance or self._cluster.rolled_back:
             return
@@ -59,16 +59,16 @@ class Checks:
             if process is not None and process.holder == former.holder:
                 raise Violation(f"the lease of {process.name}, which lives, was taken")
 
-    def served(self, epoch: int, holder: str) -> None:
+    def check_epoch(self, epoch: int, holder: str) -> None:
         """Check that one holder serves in an epoch."""
         if self._served.setdefault(epoch, holder) != holder:
             raise Violation(f"epoch {epoch} is served by two holders")
 
     # Answers
 
-    def answered(self, asked: Any, gateway: int) -> None:
+    def check_answer(self, asked: Any, gateway: int) -> None:
         """Judge the answer to a write by who has it."""
-        cluster, shard_bytes = self._cluster, self._cluster.shard_bytes
+        cluster = self._cluster
         if asked.kind != "write":
             return
         record = cluster.record
@@ -77,8 +77,8 @@ class Checks:
         applied = dict(cluster.world.take_applied(asked.stamp))
         if asked.epoch != record.epoch or process is None or cluster.rolled_back:
             return
-        first = asked.first * SECTOR_BYTES // shard_bytes
-        last = ((asked.first + asked.sectors) * SECTOR_BYTES - 1) // shard_bytes
+        first = asked.first * SECTOR_BYTES // SHARD_BYTES
+        last = ((asked.first + asked.sectors) * SECTOR_BYTES - 1) // SHARD_BYTES
         for shard in range(first, last + 1):
             replica_set = cluster.set_of(shard)
             in_sync = record.membership.in_sync(replica_set)
@@ -100,7 +100,7 @@ class Checks:
         left = max((stale[node] for node in missing if node in stale), default=-1)
         for name in record.membership.in_sync(replica_set):
             node = cluster.names.index(name)
-            if node in cluster.put_back:
+            if node in cluster.nodes.put_back:
                 continue
             found = cluster.world.node_record(node, cluster.image) if left >= 0 else None
             if found is not None and found[2] <= left:
@@ -108,7 +108,7 @@ class Checks:
                     f"a write to shard {shard} was answered without {sorted(missing)}, "
                     f"which {name} does not know to be left behind"
                 )
-            self.nodes.rely(name, epoch, left + 1)
+            self.records.rely(name, epoch, left + 1)
 
     def _check_quorum(self, shard: int, replica_set: int, have: frozenset[str]) -> None:
         """Check that enough nodes have a write: two, or one and the arbiter's word for it."""
@@ -136,10 +136,10 @@ class Checks:
         cluster = self._cluster
         if cluster.deleted or not cluster.image:
             return
-        for node, process in enumerate(cluster.nodes):
+        for node, process in enumerate(cluster.nodes.processes):
             if process is not None:
                 found = cluster.world.node_record(node, cluster.image)
-                self.nodes.see(process.name, found and (found[0], found[2]))
+                self.records.see(process.name, found and (found[0], found[2]))
 
     def _check_queues(self) -> None:
         cluster = self._cluster
@@ -159,9 +159,9 @@ class Checks:
 
     # Now and then
 
-    def everything(self) -> None:
+    def check(self) -> None:
         """Check all, what takes a while as well."""
-        self._cluster.forget_marks()
+        self._cluster.nodes.forget_marks()
         self.happened()
         self._check_node_queues()
         self._check_replicas()
@@ -191,7 +191,7 @@ class Checks:
         for shard in range(cluster.shape.shards):
             in_sync = record.membership.in_sync(cluster.set_of(shard))
             up = [name for name in in_sync if states.get(name) == "up"]
-            nodes = [node for node in map(cluster.names.index, up) if cluster.nodes[node]]
+            nodes = [node for node in map(cluster.names.index, up) if cluster.nodes.processes[node]]
             is_dirty = any(shard in cluster.world.dirty(node, cluster.image) for node in nodes)
             if is_quiet or not is_dirty:
                 self._compare(shard, nodes, layers)
@@ -221,7 +221,7 @@ class Checks:
     def _is_level(self, name: str, image: OpenImage) -> bool:
         """Whether it is the process that was made level, on the disk that it had."""
         cluster = self._cluster
-        process = cluster.nodes[cluster.names.index(name)]
+        process = cluster.nodes.processes[cluster.names.index(name)]
         served_as = image.holder.nodes[name].served_as
         return process is not None and process.start_counter == served_as
 
@@ -239,12 +239,12 @@ class Checks:
 
     # At the end
 
-    def all_replicas(self) -> None:
+    def check_all_replicas(self) -> None:
         """All replicas in sync are equal, wherever they are."""
         for shard, nodes, layers in self._in_sync():
             self._compare(shard, nodes, layers)
 
-    def no_rot(self) -> None:
+    def check_no_rot(self) -> None:
         """All replicas in sync are intact."""
         cluster = self._cluster
         for shard, nodes, layers in self._in_sync():
