@@ -17,7 +17,6 @@ from arbiter.client import DEADLINE_S, ArbiterClient
 from arbiter.errors import ArbiterFailed, ArbiterUnreachable, RecordError
 from arbiter.record import Record
 from arbiter.server import _Service
-from arbiter.statement import Votes
 from arbiter.voting import Voting
 from etcd import keys
 from etcd.errors import EtcdError
@@ -28,6 +27,8 @@ from shard.ids import ImageId, image_id
 from tests.sim.arbiter_disk import ArbiterDisk, Crash, Tree
 from tests.sim.clock import Clock, Process
 from tests.sim.cluster_state import LATE_S, Door, Path, SimSession, State
+from tests.sim.oracle import Violation
+from tests.sim.standing import Standings
 from vmstore.catalog import Catalog
 from vmstore.errors import (
     ArbiterRetired,
@@ -169,14 +170,18 @@ class Site:
         """Arbiters that run: while one is replaced, two."""
         self.refused: dict[str, str] = {}
         """Arbiters that must not vote, and why."""
+        self.emptied: set[str] = set()
+        """Arbiters that have lost what they had voted."""
         self.supervised = True
-        self.forgetful = False
-        """An older state of a disk was put back: its start counter may not tell."""
         self.confirmed: dict[tuple[ImageId, int], tuple[int, frozenset[str]]] = {}
         """The last set in sync that was confirmed, of an image's replica set: (generation, set)."""
         self.at_vote: list[tuple[str, Callable[[], None]]] = []
         """What waits for a vote: (method, strike); each is struck once."""
+        self.votes = Standings()
+        """What each arbiter has voted, by its name, the image and the replica set."""
         self._say = say
+        self._voted: set[str] = set()
+        """Arbiters that have confirmed anything."""
         self._disks: dict[str, ArbiterDisk] = {}
         self._snapshot: Tree | None = None
         self._count = 1
@@ -280,6 +285,9 @@ class Site:
         """Put an empty disk in place of its own."""
         self.stop(power=False)
         self._snapshot = None
+        self.votes = Standings()
+        if self.current in self._voted:
+            self.emptied.add(self.current)
         self.disk(self.current).put_back({})
         self._say(f"{self.current} has an empty disk")
         self.start()
@@ -297,7 +305,7 @@ class Site:
         self.stop(power=False)
         self.disk(self.current).put_back(self._snapshot)
         self._snapshot = None
-        self.forgetful = True
+        self.votes = Standings()
         self._say(f"{self.current}: the disk's snapshot is put back")
         self.start()
 
@@ -319,7 +327,9 @@ class Site:
             except Crash:
                 self.crashed(arbiter.name)
             else:
-                self._note(ImageId(image), arbiter.record.read(ImageId(image)).votes)
+                self._note(arbiter, ImageId(image))
+                if reply.verdict == pb.VoteReply.VERDICT_GRANTED and arbiter.name in self.emptied:
+                    raise Violation(f"{arbiter.name} has lost its disk, and votes")
                 answer(reply)
                 self._strike(method)
                 if reply.verdict == pb.VoteReply.VERDICT_BEHIND and arbiter.name == self.current:
@@ -334,13 +344,19 @@ class Site:
         for strike in struck:
             strike()
 
-    def _note(self, image: ImageId, votes: Votes) -> None:
-        for index, vote in enumerate(votes):
-            if vote.confirmed is not None:
-                known = self.confirmed.get((image, index), (0, frozenset()))
-                if vote.confirmed.generation >= known[0]:
-                    stated = (vote.confirmed.generation, vote.confirmed.in_sync)
-                    self.confirmed[image, index] = stated
+    def _note(self, arbiter: SimArbiter, image: ImageId) -> None:
+        """Note what is confirmed; no arbiter goes back. Raises Violation."""
+        for index, vote in enumerate(arbiter.record.read(image).votes):
+            if vote.confirmed is None:
+                continue
+            generation, in_sync = vote.confirmed.generation, vote.confirmed.in_sync
+            whose = f"{arbiter.name}, for set {index} of {image[:8]},"
+            self.votes.see(whose, (vote.epoch, generation))
+            self._voted.add(arbiter.name)
+            known, _ = self.confirmed.get((image, index), (0, in_sync))
+            if generation >= known:
+                # A replaced one may know less: it is not believed until it is filled.
+                self.confirmed[image, index] = (generation, in_sync)
 
     # The person who replaces it
 

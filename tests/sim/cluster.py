@@ -72,6 +72,8 @@ class Cluster:
         """As etcd has it."""
         self._record_value = b""
         self._latest: ImageRecord | None = None
+        self.deleted = False
+        """Somebody wanted the image to be deleted."""
         self.damaged = False
         """Blocks rot: a read may fail."""
         self.rolled_back = False
@@ -142,6 +144,7 @@ class Cluster:
         else:
             _, node, power, why = happening
             self.nodes.ended(node, power=power, why=why)
+        self.safety.happened()
 
     def _heard(self, gateway: SimGateway, event: dict[str, Any]) -> None:
         kind = event["event"]
@@ -395,9 +398,12 @@ class Cluster:
         latest = self._latest
         if latest is None or (record.epoch, record.generation) >= (latest.epoch, latest.generation):
             self._latest = record
-        if former is not None and not self.rolled_back:
+        if former is None:
+            return
+        if not self.rolled_back:
             self.safety.check_record(former, record)
-        if former is not None and record.stale != former.stale:
+        self.liveness.record_changed(former, record)
+        if record.stale != former.stale:
             self.say(f"etcd: generation {record.generation}, stale {_plain(record.stale)}")
             self.judge_memory()
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import structlog
 
 from tests.sim.cluster import Cluster
+from tests.sim.copies import Copies
 from tests.sim.guest import Life
 from tests.sim.kinds import kind_of
 from tests.sim.oracle import Violation
-from tests.sim.strikes import Strikes
 
 SETTLE_S = 90.0
 """Until everything works again after the last fault: opening takes 20 s at most, leases 10."""
@@ -21,7 +21,11 @@ OVERDUE_S = 12.0
 """What can be answered is answered within this time when no fault begins: a silent node is given up
 after 4 s, a lost one left behind after 3 more."""
 
-CHECK_S = 0.7
+CHECK_S = (0.02, 0.7)
+"""Between two checks of all, drawn between these."""
+
+AFTER = ("stored", "admitted", "levelled", "healed", "repaired")
+"""Events of an engine after which all is checked as well, more often than not."""
 
 
 @dataclass(slots=True)
@@ -48,10 +52,10 @@ class Outcome:
         return "\n".join([head, *self.lines, tail])
 
 
-class History(Strikes):
+class History(Copies):
     """Plays one seed."""
 
-    def __init__(self, seed: int, *, frames: bool = False) -> None:
+    def __init__(self, seed: int, *, frames: bool = False, length_s: float | None = None) -> None:
         self.seed = seed
         self._frames = frames
         self.chance = random.Random(f"history {seed}")
@@ -61,8 +65,11 @@ class History(Strikes):
         if frames:
             self.cluster.world.tell_all()
         self.pause_s = self.chance.choice((0.6, 2.0, 5.0))
-        self.length_s = self.chance.uniform(10, 45)
+        drawn_s = self.chance.uniform(10, 45)
+        self.length_s = drawn_s if length_s is None else length_s
         self._leaving = False
+        self._looks = random.Random(f"looks {seed}")
+        """When all is checked: what else happens is not drawn from it."""
 
     def play(self) -> Outcome:
         """Run it to its end; a violation is in the outcome."""
@@ -117,7 +124,7 @@ class History(Strikes):
                 guest.pause_s, guest.lazy = self.chance.choice((0.05, 0.15)), True
         cluster.boot(0)
         cluster.run_for(1.0)
-        cluster.clock.after(CHECK_S, self._check)
+        self._check()
         self._next_fault()
         cluster.clock.after(0.5, self._keep_guests)
         cluster.run_for(self.length_s)
@@ -128,7 +135,13 @@ class History(Strikes):
 
     def _check(self) -> None:
         self.cluster.safety.check()
-        self.cluster.clock.after(CHECK_S, self._check)
+        self.cluster.clock.after(self._looks.uniform(*CHECK_S), self._check)
+
+    def _event(self, gateway: int, kind: str, node: str) -> None:
+        super()._event(gateway, kind, node)
+        if kind in AFTER and self._looks.random() < 0.6:
+            pause_s = self._looks.choice((0.0, 0.002, 0.05)) * self._looks.random()
+            self.cluster.clock.after(pause_s, self.cluster.safety.check)
 
     def _keep_guests(self) -> None:
         """Whoever keeps guests running boots one where none runs."""
@@ -192,15 +205,29 @@ class History(Strikes):
             if guest.life is not Life.RUNNING and cluster.serving():
                 guest.stop()
         if not cluster.run_for(SETTLE_S, cluster.liveness.all_level):
-            if self.kind.may_stall:
-                cluster.say(f"stalled, as it may: {self._stuck()}")
-                return
-            raise Violation(f"stuck: {self._stuck()}")
+            self._stalled(f"stuck: {self._stuck()}")
+            return
         cluster.say("all is level")
         self._read_everything()
         if self.kind.scrubs:
             self._scrub_everything()
         self._leave_cleanly()
+
+    def _stalled(self, how: str) -> None:
+        """Something waits for a person, or must not; all that can go on does. Raises Violation."""
+        cluster = self.cluster
+        excuse = cluster.liveness.excuse()
+        if not excuse:
+            raise Violation(how)
+        cluster.say(f"it may wait, {excuse}: {how}")
+        for guest in cluster.serving():
+            for region in guest.regions:
+                guest.read(region.start, len(region))
+        # What is answered is judged, here as ever.
+        cluster.run_for(OVERDUE_S)
+        if not cluster.rolled_back and cluster.liveness.overdue(OVERDUE_S):
+            raise Violation(f"{cluster.liveness.overdue(OVERDUE_S)}: {self._stuck()}")
+        cluster.safety.check()
 
     def _grow_back(self) -> None:
         """Whoever made the image smaller makes it as large as it was."""
@@ -276,9 +303,8 @@ class History(Strikes):
             )
 
         if not cluster.run_for(30.0, closed):
-            if self.kind.may_stall:
-                return
-            raise Violation(f"the image does not close clean: {self._stuck()}")
+            self._stalled(f"the image does not close clean: {self._stuck()}")
+            return
         cluster.safety.check_all_replicas()
         if self.kind.resizes:
             self._delete_with_a_node_away()
@@ -298,3 +324,5 @@ class History(Strikes):
 
         if not cluster.run_for(20.0, lambda: not kept()):
             raise Violation(f"a deleted image is left on nodes {kept()}")
+        if cluster.operator.make_image_of_id(cluster.image) != "refused":
+            raise Violation("the id of a deleted image is given again")

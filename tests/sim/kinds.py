@@ -22,8 +22,6 @@ class Kind:
     )
     sparse: bool = False
     """Guests write seldom, and flush almost never."""
-    may_stall: bool = False
-    """It may end with writes that wait for a heal, or for a person."""
     ledgers: bool = False
     """Nodes keep copies of etcd's records, and somebody recovers an etcd that lost them."""
     scrubs: bool = False
@@ -95,20 +93,15 @@ KINDS = (
         "rot",
         {"rot": 8, "kill_node": 4, "cut_node": 2, "kill_gateway": 2, "cut_host": 1},
         (SMALL_LOG,),
-        # Part of a rotten block cannot be written before it is repaired, which is not built.
-        may_stall=True,
     ),
     Kind(
         "swapped",
         {"snapshot": 6, "roll_back": 6, "kill_node": 2, "kill_gateway": 3, "cut_node": 1},
-        # One of two nodes in sync is not believed any more: its set waits, and cannot be healed.
-        may_stall=True,
     ),
     Kind(
         "restored",
         {"back_up": 4, "restore_etcd": 3, "second": 3, "cut_host": 2, "kill_gateway": 3,
          "kill_node": 4, "pause_gateway": 2, "restore_under_two": 4},
-        may_stall=True,
     ),
     Kind(
         "everything",
@@ -157,7 +150,6 @@ KINDS = (
         {"back_up": 4, "restore_etcd": 3, "leave_behind": 4, "kill_node": 3, "cut_host": 2,
          "kill_gateway": 3, "kill_arbiter": 2, "lose_in_order": 2, "second": 2},
         PAIRS,
-        may_stall=True,
     ),
     Kind(
         "levels",
@@ -169,8 +161,6 @@ KINDS = (
         "refused",
         {"refuse_by_rot": 8, "refuse_and_flush": 3, "full_disk": 1, "kill_node": 1, "reset": 1},
         (SMALL_LOG,),
-        # What is rotten on all that are in sync fails writes of parts of it.
-        may_stall=True,
     ),
     Kind(
         "recovered",
@@ -184,7 +174,6 @@ KINDS = (
          "leave_behind": 2, "guests_leave": 1, "second": 1},
         (SMALL_LOG, Shape(nodes=4, gateways=2, replica_sets=2, log_bytes=512 << 10)),
         scrubs=True,
-        may_stall=True,
     ),
     Kind(
         "sizes",
@@ -198,8 +187,6 @@ KINDS = (
         {"set_back": 8, "kill_node": 4, "kill_gateway": 2, "cut_node": 1, "second": 1, "reset": 1,
          "etcd_down": 1, "leave_behind": 1},
         (Shape(), Shape(shards=6), Shape(nodes=5, gateways=2, replica_sets=3, shards=6)),
-        # Where one of two in sync was set back its set waits for a third.
-        may_stall=True,
     ),
     Kind(
         "some away",
@@ -222,6 +209,17 @@ KINDS = (
     Kind(
         "twins",
         {"second_process": 6, "kill_gateway": 2, "second": 1, "pause_gateway": 1},
+    ),
+    Kind(
+        "half copied",
+        {"strike_half_copied": 6, "kill_gateway": 1, "kill_node": 1},
+        (Shape(shards=4), Shape(nodes=2, shards=4, arbiter=True)),
+        sparse=True,
+    ),
+    Kind(
+        "repairs",
+        {"strike_repair": 8, "kill_node": 1},
+        (Shape(gateways=3, log_bytes=512 << 10),),
     ),
 )  # fmt: skip
 

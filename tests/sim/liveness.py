@@ -1,4 +1,4 @@
-"""What must go on in a cluster, and whether all is well with it again."""
+"""What must go on in a cluster, what excuses that it waits, and whether all is well again."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from tests.sim.shape import SHARD_BYTES
 from vmstore.holder import Phase
 
 if TYPE_CHECKING:
+    from etcd.images import ImageRecord
     from tests.sim.cluster import Cluster
 
 
@@ -17,6 +18,45 @@ class Liveness:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
+        self.doubted: set[tuple[str, int]] = set()
+        """Nodes whose disk was put back, with each replica set where they were not healed since."""
+
+    # What excuses it
+
+    def put_back(self, name: str) -> None:
+        """Note that what a node holds is not what it held."""
+        record = self._cluster.record
+        sets = record.sets if record is not None else ()
+        self.doubted |= {(name, index) for index, members in enumerate(sets) if name in members}
+
+    def record_changed(self, former: ImageRecord, record: ImageRecord) -> None:
+        """Note who was healed."""
+        for name, index in list(self.doubted):
+            was_stale = name in former.stale.get(index, {})
+            if was_stale and name not in record.stale.get(index, {}):
+                self.doubted.discard((name, index))
+
+    def excuse(self) -> str:
+        """Say why the image may wait for a person; empty: it must not."""
+        cluster, record = self._cluster, self._cluster.record
+        assert record is not None
+        if cluster.rolled_back and not cluster.nodes.keep_etcd:
+            return "etcd was put back, and nobody has recovered it"
+        for index in range(len(record.sets)):
+            believed = self._believed(index)
+            if len(believed) < record.policy.quorum:
+                return f"of replica set {index} in sync only {sorted(believed)} are believed"
+        return ""
+
+    def _believed(self, index: int) -> set[str]:
+        """Return the nodes in sync whose disk is the one that they had, or that was healed."""
+        cluster, record = self._cluster, self._cluster.record
+        assert record is not None
+        refused = {cluster.names[node] for node in cluster.nodes.refused}
+        doubted = {name for name, where in self.doubted if where == index}
+        return set(record.membership.in_sync(index)) - refused - doubted
+
+    # What goes on
 
     def all_level(self) -> bool:
         """Whether a guest is served, nothing waits, and every node in sync is there."""
@@ -85,9 +125,8 @@ class Liveness:
         """Whether a set can answer writes with the nodes that are up."""
         cluster = self._cluster
         assert cluster.record is not None
-        in_sync = set(cluster.record.membership.in_sync(index))
-        here = in_sync & cluster.nodes.up()
-        if here == in_sync:
+        here = self._believed(index) & cluster.nodes.up()
+        if here == set(cluster.record.membership.in_sync(index)):
             return True
         return len(here) >= cluster.record.policy.quorum and self._may_change()
 

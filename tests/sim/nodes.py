@@ -24,7 +24,7 @@ class Nodes:
         self.processes: list[SimNode | None] = [None] * cluster.shape.nodes
         self.put_back: set[int] = set()
         """Nodes whose disk was put back to an older state."""
-        self._refused: set[int] = set()
+        self.refused: set[int] = set()
         """Nodes that may not register, and wait for a person."""
         self._kept_down: set[int] = set()
         self._ledgers: list[Ledger] = []
@@ -37,13 +37,14 @@ class Nodes:
         """Start a node's process, if none runs; a supervisor tries again where it cannot."""
         cluster = self._cluster
         self._kept_down.discard(node)
-        if self.processes[node] is not None or node in self._refused:
+        if self.processes[node] is not None or node in self.refused:
             return
         seen, marked = self._marks.get(node, (0, frozenset()))
         try:
             store_id, counter = cluster.world.start_node(node, seen, sorted(marked))
         except RuntimeError as error:
             cluster.say(f"{cluster.names[node]} cannot start: {error}")
+            cluster.safety.records.power_lost(cluster.names[node])
             cluster.judge_memory()
             self._restart_later(node)
             return
@@ -142,6 +143,7 @@ class Nodes:
             self.processes[node] = None
         cluster.say(f"{cluster.names[node]} ends: {why}{' (memory lost)' if power else ''}")
         if power:
+            cluster.safety.records.power_lost(cluster.names[node])
             cluster.judge_memory()
         if cluster.supervised:
             self._restart_later(node)
@@ -159,7 +161,7 @@ class Nodes:
         cluster = self._cluster
         cluster.say(f"{cluster.names[node]} may not serve: {why}")
         if for_good:
-            self._refused.add(node)
+            self.refused.add(node)
         cluster.clock.after(0, lambda: self.stop(node, power=False))
 
     def pause(self, node: int) -> None:
@@ -186,7 +188,14 @@ class Nodes:
         cluster.world.restore_disk(node)
         # What it had stored, and who relied on that, is not told by its record any more.
         self.put_back.add(node)
+        cluster.safety.records.put_back(cluster.names[node])
+        cluster.liveness.put_back(cluster.names[node])
         cluster.judge_memory()
+
+    @property
+    def keep_etcd(self) -> bool:
+        """Whether an etcd that was put back is recovered from them."""
+        return bool(self._ledgers)
 
     def close_ledgers(self) -> None:
         """Close what outlived all processes: it is over."""

@@ -33,6 +33,7 @@ class Operator:
         operator = Process("operator")
         catalog = Catalog(Door(cluster.state, Path(), operator))
         done: list[object] = []
+        cluster.deleted = True
         cluster.clock.start(
             operator, lambda: catalog.delete_image(ImageName(POOL, IMAGE)), done.append
         )

@@ -59,6 +59,8 @@ class SimDeciding:
     def __init__(self, clock: Clock, process: Process) -> None:
         self._clock = clock
         self._process = process
+        self.calls = 0
+        """Calls that are under way."""
         self.on_event: Callable[[dict[str, Any]], None] = lambda _event: None
 
     def now_s(self) -> float:
@@ -104,7 +106,12 @@ class SimDeciding:
                 return lambda: failed(why)
             return lambda: then(result)
 
-        self._clock.start(self._process, work, self.put)
+        def done(outcome: Callable[[], None]) -> None:
+            self.calls -= 1
+            self.put(outcome)
+
+        self.calls += 1
+        self._clock.start(self._process, work, done)
 
     def stop(self) -> None:
         """See `Deciding`."""
@@ -388,7 +395,7 @@ class SimNode:
         self._etcd = Door(state, path, self.process)
         self._catalog = Catalog(self._etcd)
         self._store_id = store_id
-        self._start_counter = start_counter
+        self.start_counter = start_counter
         self._run = run
         self._refused = refused
         self._set_back = set_back
@@ -422,7 +429,7 @@ class SimNode:
         known = replace(
             self.history.known(), distrusted=frozenset(ImageId(image) for image in distrusted)
         )
-        return Member(self.name, self._store_id, self._start_counter, known)
+        return Member(self.name, self._store_id, self.start_counter, known)
 
     def _check_history(self) -> None:
         try:
@@ -449,7 +456,7 @@ class SimNode:
                 labels={},
                 capacity_bytes=1 << 40,
                 store_id=self._store_id,
-                start_counter=self._start_counter,
+                start_counter=self.start_counter,
                 run=self._run,
             )
             if not self._judge(record) or (self.history is not None and not self.history.check()):

@@ -1,54 +1,73 @@
-"""What must never happen to a cluster: checked at each answer, each record, and now and then.
+"""What must hold of a simulated cluster, whoever has failed: each breach raises a Violation.
 
-All of these raise Violation. They look at etcd, stores and gateways from outside, and change
-nothing.
+    checked                                        when
+    an answer: who has it, who knows of the set    as a guest gets it
+    etcd's records and leases                      as they change
+    nodes' records, queues, calls under way        after each happening
+    replicas                                       at moments that a seed draws
+
+Replicas are equal outside dirty maps and requests in flight; with nothing under way, everywhere.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from etcd.images import ImageRecord
 from etcd.records import LeaseRecord
+from shard.membership import WhenFull
 from tests.sim.guest import IN_FLIGHT_MAX
 from tests.sim.oracle import SECTOR_BYTES, Violation
 from tests.sim.shape import SHARD_BYTES
+from tests.sim.standing import Standings
+from vmstore.deciding import WORKERS
+from vmstore.holder import Phase
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
+    from tests.sim.processes import SimGateway
+    from vmstore.open_image import OpenImage
 
 
 class Safety:
-    """See the module. It remembers who served in which epoch, and what nodes had stored."""
+    """See the module."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._served: dict[int, str] = {}
-        self._recorded: dict[int, tuple[int, int]] = {}
+        self.records = Standings()
+        self.compared = 0
+        """Shards that were compared, on replicas that had to be equal."""
 
-    def check_lease(self, former: LeaseRecord, now: LeaseRecord) -> None:
-        """Check that nobody takes the lease of a process that lives. Raises Violation."""
-        cluster = self._cluster
-        if former.holder == now.holder or former.maintenance or cluster.rolled_back:
-            return
-        for process in cluster.gateways:
-            if process is not None and process.holder == former.holder:
-                raise Violation(f"the lease of {process.name}, which lives, was taken")
+    # etcd
 
     def check_record(self, former: ImageRecord, record: ImageRecord) -> None:
-        """Check that what etcd says of the image grows. Raises Violation."""
+        """Check that what etcd says of the image grows."""
         if record.epoch < former.epoch or record.generation < former.generation:
-            raise Violation(f"etcd went back: {former} to {record}")
+            if self._cluster.deleted:
+                raise Violation(f"the id of a deleted image is given again: {record}")
+            raise Violation(f"etcd goes back: {former} to {record}")
         if record.is_behind(former):
             raise Violation(f"an equal record differs: {former} and {record}")
+
+    def check_lease(self, former: LeaseRecord, now: LeaseRecord) -> None:
+        """Check that nobody takes the lease of a process that lives."""
+        if former.holder == now.holder or former.maintenance or self._cluster.rolled_back:
+            return
+        for process in self._cluster.gateways:
+            if process is not None and process.holder == former.holder:
+                raise Violation(f"the lease of {process.name}, which lives, was taken")
 
     def check_epoch(self, epoch: int, holder: str) -> None:
         """Check that one holder serves in an epoch."""
         if self._served.setdefault(epoch, holder) != holder:
             raise Violation(f"epoch {epoch} is served by two holders")
 
+    # Answers
+
     def check_answer(self, asked: Any, gateway: int) -> None:
-        """Judge an answer by who has it. Raises Violation."""
+        """Judge the answer to a write by who has it."""
         cluster = self._cluster
         if asked.kind != "write":
             return
@@ -69,25 +88,27 @@ class Safety:
                     f"a write to shard {shard} was answered with {have}; "
                     f"in sync are {list(in_sync)}, generation {record.generation}"
                 )
-            self._check_stored(shard, replica_set, frozenset(have))
+            self._check_stored(shard, replica_set, frozenset(have), asked.epoch)
             self._check_quorum(shard, replica_set, frozenset(have) & set(record.sets[replica_set]))
 
-    def _check_stored(self, shard: int, replica_set: int, have: frozenset[str]) -> None:
-        """Check that the nodes in sync know who was left behind."""
-        cluster = self._cluster
-        record = cluster.record
+    def _check_stored(self, shard: int, replica_set: int, have: frozenset[str], epoch: int) -> None:
+        """Check that the nodes in sync know who was left behind; they know it durably then."""
+        cluster, record = self._cluster, self._cluster.record
         assert record is not None
         missing = set(record.sets[replica_set]) - have
         stale = record.stale.get(replica_set, {})
         left = max((stale[node] for node in missing if node in stale), default=-1)
-        for name in record.membership.in_sync(replica_set) if left >= 0 else ():
+        for name in record.membership.in_sync(replica_set):
             node = cluster.names.index(name)
-            found = cluster.world.node_record(node, cluster.image)
-            if found is not None and found[2] <= left and node not in cluster.nodes.put_back:
+            if node in cluster.nodes.put_back:
+                continue
+            found = cluster.world.node_record(node, cluster.image) if left >= 0 else None
+            if found is not None and found[2] <= left:
                 raise Violation(
                     f"a write to shard {shard} was answered without {sorted(missing)}, "
                     f"which {name} does not know to be left behind"
                 )
+            self.records.rely(name, epoch, left + 1)
 
     def _check_quorum(self, shard: int, replica_set: int, have: frozenset[str]) -> None:
         """Check that enough nodes have a write: two, or one and the arbiter's word for it."""
@@ -96,113 +117,147 @@ class Safety:
             return
         if not cluster.shape.arbiter:
             raise Violation(f"a write to shard {shard} was answered below quorum: {sorted(have)}")
-        generation, stated = cluster.site.confirmed.get(
-            (cluster.image, replica_set), (0, frozenset())
-        )
+        found = cluster.site.confirmed.get((cluster.image, replica_set))
+        generation, stated = found or (0, frozenset())
         if stated != have:
             raise Violation(
                 f"a write to shard {shard} was answered with {sorted(have)} alone; the arbiter "
                 f"has confirmed {sorted(stated)}, generation {generation}"
             )
 
-    def check(self) -> None:
-        """Check what takes a while: replicas, records, queues. Raises Violation."""
-        self._cluster.nodes.forget_marks()
+    # After each happening
+
+    def happened(self) -> None:
+        """Check what is quickly looked at: records on nodes, and how much waits where."""
         self._check_records()
-        self._check_replicas()
         self._check_queues()
 
     def _check_records(self) -> None:
-        """No running node goes back: what it stored durably it knows."""
         cluster = self._cluster
+        if cluster.deleted or not cluster.image:
+            return
         for node, process in enumerate(cluster.nodes.processes):
-            if process is None:
-                continue
-            found = cluster.world.node_record(node, cluster.image)
-            if found is None:
-                continue
-            epoch, _, generation, _ = found
-            former = self._recorded.get(node, (0, 0))
-            if process.registered and (epoch < former[0] or generation < former[1]):
-                # A record that was not synced goes with the power, and was never relied on.
-                self._recorded[node] = (epoch, generation)
-            else:
-                self._recorded[node] = (max(epoch, former[0]), max(generation, former[1]))
-
-    def _check_replicas(self) -> None:
-        """In-sync replicas are equal on every shard that no dirty map names."""
-        cluster = self._cluster
-        record = cluster.record
-        if record is None or record.epoch == 0 or cluster.rolled_back:
-            # A restored etcd may call a node in sync that its holder has left behind.
-            return
-        layers = [layer.id for layer in record.layers]
-        for shard in range(cluster.shape.shards):
-            replica_set = cluster.set_of(shard)
-            holders = [cluster.names.index(n) for n in record.membership.in_sync(replica_set)]
-            running = [
-                n for n in holders if cluster.nodes.processes[n] is not None and self._is_up(n)
-            ]
-            if any(shard in cluster.world.dirty(n, cluster.image) for n in running):
-                continue
-            digests = [
-                cluster.world.shard_digests(n, cluster.image, layers, shard) for n in running
-            ]
-            self._compare(shard, running, [d for d in digests if d is not None])
-
-    def _compare(self, shard: int, nodes: list[int], digests: list[list[int | None]]) -> None:
-        for block, contents in enumerate(zip(*digests, strict=True)):
-            known = {content for content in contents if content is not None}
-            if len(known) > 1:
-                names = [self._cluster.names[node] for node in nodes]
-                raise Violation(f"block {block} of shard {shard} differs on {names}: {contents}")
-
-    def check_all_replicas(self) -> None:
-        """All replicas in sync are equal, wherever they are. Raises Violation."""
-        cluster = self._cluster
-        record = cluster.record
-        assert record is not None
-        if cluster.rolled_back:
-            return
-        layers = [layer.id for layer in record.layers]
-        for shard in range(cluster.shape.shards):
-            in_sync = record.membership.in_sync(cluster.set_of(shard))
-            nodes = [cluster.names.index(name) for name in in_sync]
-            digests = [cluster.world.shard_digests(n, cluster.image, layers, shard) for n in nodes]
-            self._compare(shard, nodes, [d for d in digests if d is not None])
-
-    def check_no_rot(self) -> None:
-        """All replicas in sync are intact. Raises Violation."""
-        cluster = self._cluster
-        record = cluster.record
-        assert record is not None
-        layers = [layer.id for layer in record.layers]
-        for shard in range(cluster.shape.shards):
-            for name in record.membership.in_sync(cluster.set_of(shard)):
-                node = cluster.names.index(name)
-                found = cluster.world.shard_digests(node, cluster.image, layers, shard)
-                if found is not None and None in found:
-                    block = found.index(None)
-                    raise Violation(f"{name} has rot in block {block} of shard {shard}")
-
-    def _is_up(self, node: int) -> bool:
-        """Whether the image's present holder serves from this node."""
-        cluster = self._cluster
-        record = cluster.record
-        for process in cluster.gateways:
-            if process is None or process.holder != (record.holder if record else None):
-                continue
-            for image in process.exports.snapshot():
-                states = dict(cluster.world.replica_states(process.index, image.channel))
-                return states.get(cluster.names[node]) == "up"
-        return False
+            if process is not None:
+                found = cluster.world.node_record(node, cluster.image)
+                self.records.see(process.name, found and (found[0], found[2]))
 
     def _check_queues(self) -> None:
         cluster = self._cluster
+        most = 2 * IN_FLIGHT_MAX * len(cluster.guests)
         for process in cluster.gateways:
             if process is None:
                 continue
+            if process.deciding.calls > WORKERS:
+                raise Violation(f"{process.name} has {process.deciding.calls} calls under way")
             for image in process.exports.snapshot():
-                requests, parts, _ = cluster.world.queues(process.index, image.channel)
-                if requests > 2 * IN_FLIGHT_MAX * len(cluster.guests) or parts > 4 * requests + 4:
-                    raise Violation(f"{process.name} has {requests} requests in {parts} parts")
+                requests, parts, unanswered = cluster.world.queues(process.index, image.channel)
+                if requests > most or parts > 4 * requests + 4 or unanswered > 2 * most:
+                    raise Violation(
+                        f"{process.name} has {requests} requests in {parts} parts, and "
+                        f"{unanswered} changes"
+                    )
+
+    # Now and then
+
+    def check(self) -> None:
+        """Check all, what takes a while as well."""
+        self._cluster.nodes.forget_marks()
+        self.happened()
+        self._check_node_queues()
+        self._check_replicas()
+
+    def _check_node_queues(self) -> None:
+        cluster = self._cluster
+        most = 4 * IN_FLIGHT_MAX * len(cluster.guests)
+        for name, node in zip(cluster.names, range(cluster.shape.nodes), strict=True):
+            for_sync, for_room = cluster.world.node_queues(node)
+            if for_sync > most or for_room > most:
+                raise Violation(f"on {name} {for_sync} answers wait, and {for_room} requests")
+
+    def _check_replicas(self) -> None:
+        """In-sync replicas are equal on every shard that no dirty map names.
+
+        Where nothing is under way they are equal on all shards.
+        """
+        cluster, record = self._cluster, self._cluster.record
+        serving = self._serving()
+        if record is None or record.epoch == 0 or cluster.rolled_back or serving is None:
+            # A restored etcd may call a node in sync that its holder has left behind.
+            return
+        process, image = serving
+        states = dict(cluster.world.replica_states(process.index, image.channel))
+        is_quiet = self._is_quiet(process, image)
+        layers = [layer.id for layer in record.layers]
+        for shard in range(cluster.shape.shards):
+            in_sync = record.membership.in_sync(cluster.set_of(shard))
+            up = [name for name in in_sync if states.get(name) == "up"]
+            nodes = [node for node in map(cluster.names.index, up) if cluster.nodes.processes[node]]
+            is_dirty = any(shard in cluster.world.dirty(node, cluster.image) for node in nodes)
+            if is_quiet or not is_dirty:
+                self._compare(shard, nodes, layers)
+
+    def _serving(self) -> tuple[SimGateway, OpenImage] | None:
+        """Return whoever holds the image, as etcd has it."""
+        record = self._cluster.record
+        for process in self._cluster.gateways:
+            if process is not None and record is not None and process.holder == record.holder:
+                return next(((process, image) for image in process.exports.snapshot()), None)
+        return None
+
+    def _is_quiet(self, process: SimGateway, image: OpenImage) -> bool:
+        """Whether all that was asked is answered, by all in sync, and nothing is made level."""
+        cluster, holder = self._cluster, image.holder
+        if cluster.shape.when_full is not WhenFull.STALL:
+            # What had no room may be on some.
+            return False
+        idle = cluster.world.queues(process.index, image.channel) == (0, 0, 0)
+        busy = holder.missing() or holder.proposal or holder.levelling
+        if not idle or busy or holder.phase is not Phase.SERVING:
+            return False
+        assert holder.record is not None
+        in_sync = holder.record.membership.all_in_sync()
+        return not cluster.liveness.doubted and all(self._is_level(n, image) for n in in_sync)
+
+    def _is_level(self, name: str, image: OpenImage) -> bool:
+        """Whether it is the process that was made level, on the disk that it had."""
+        cluster = self._cluster
+        process = cluster.nodes.processes[cluster.names.index(name)]
+        served_as = image.holder.nodes[name].served_as
+        return process is not None and process.start_counter == served_as
+
+    def _compare(self, shard: int, nodes: list[int], layers: list[int]) -> None:
+        cluster = self._cluster
+        digests = [cluster.world.shard_digests(n, cluster.image, layers, shard) for n in nodes]
+        known = [(node, found) for node, found in zip(nodes, digests, strict=True) if found]
+        self.compared += len(known) > 1
+        if all(found == known[0][1] for _, found in known):
+            return
+        for block, contents in enumerate(zip(*(found for _, found in known), strict=True)):
+            if len({content for content in contents if content is not None}) > 1:
+                names = [cluster.names[node] for node, _ in known]
+                raise Violation(f"block {block} of shard {shard} differs on {names}: {contents}")
+
+    # At the end
+
+    def check_all_replicas(self) -> None:
+        """All replicas in sync are equal, wherever they are."""
+        for shard, nodes, layers in self._in_sync():
+            self._compare(shard, nodes, layers)
+
+    def check_no_rot(self) -> None:
+        """All replicas in sync are intact."""
+        cluster = self._cluster
+        for shard, nodes, layers in self._in_sync():
+            for node in nodes:
+                found = cluster.world.shard_digests(node, cluster.image, layers, shard)
+                if found is not None and None in found:
+                    block, name = found.index(None), cluster.names[node]
+                    raise Violation(f"{name} has rot in block {block} of shard {shard}")
+
+    def _in_sync(self) -> Iterable[tuple[int, list[int], list[int]]]:
+        cluster, record = self._cluster, self._cluster.record
+        assert record is not None
+        layers = [layer.id for layer in record.layers]
+        for shard in range(cluster.shape.shards if not cluster.rolled_back else 0):
+            in_sync = record.membership.in_sync(cluster.set_of(shard))
+            yield shard, [cluster.names.index(name) for name in in_sync], layers

@@ -131,7 +131,9 @@ class Strikes(HealFaults, ArbiterFaults):
 
         self._later(self.chance.uniform(0.05, 1.5), kill)
 
-    def _kill_between_copies(self, _gateway: int, node: int) -> None:
+    def _kill_between_copies(
+        self, _gateway: int, node: int, also: Callable[[], None] = lambda: None
+    ) -> None:
         """The sources are killed when of some shard one copy has arrived, and another has not."""
         cluster = self.cluster
         record = cluster.record
@@ -154,6 +156,7 @@ class Strikes(HealFaults, ArbiterFaults):
 
         def kill() -> None:
             cluster.say("those who stayed are killed between two copies")
+            also()
             for other in self._others(node):
                 self._away(other, self.chance.choice((0.1, 0.4)), power=False)
 

@@ -17,6 +17,10 @@ def test_broken_rule_is_noticed_within_its_number_of_histories(defect: Defect) -
     assert History(outcome.seed).play().error is None, "with the rule kept the same seed passes"
 
 
+def test_each_defect_says_what_notices_it() -> None:
+    assert [defect.name for defect in DEFECTS if not defect.match] == []
+
+
 def test_names_of_broken_rules_are_those_of_the_engine() -> None:
     named = {rule for defect in DEFECTS for rule in defect.rules}
     assert named <= set(Simulation.rules())

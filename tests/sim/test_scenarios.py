@@ -6,7 +6,7 @@ import pytest
 
 from engine._engine import Simulation
 from tests.sim.cluster import Cluster
-from tests.sim.defects import breaking
+from tests.sim.defects import breaking, planted_by_name
 from tests.sim.guest import Life
 from tests.sim.oracle import Violation
 from tests.sim.shape import Shape
@@ -121,7 +121,7 @@ def test_image_deleted_while_a_node_was_away_does_not_come_back_with_it() -> Non
     assert not any(cluster.world.has_image(node, cluster.image) for node in range(3))
 
 
-def test_node_keeps_the_data_of_an_image_that_a_restored_etcd_lacks() -> None:
+def lose_etcd_under_a_live_image() -> None:
     """Live images must not look like leftovers."""
     cluster = Cluster(5, Shape())
     empty = cluster.state.memory.backup()
@@ -137,6 +137,16 @@ def test_node_keeps_the_data_of_an_image_that_a_restored_etcd_lacks() -> None:
         cluster.nodes.start(node)
     cluster.run_for(20.0)
     assert all(cluster.world.has_image(node, cluster.image) for node in range(3))
+
+
+def test_node_keeps_the_data_of_an_image_that_a_restored_etcd_lacks() -> None:
+    lose_etcd_under_a_live_image()
+
+
+def test_live_image_that_is_collected_as_a_leftover_is_noticed() -> None:
+    collect = planted_by_name("a leftover needs a tombstone")
+    with collect(), pytest.raises(Violation, match="no record"):
+        lose_etcd_under_a_live_image()
 
 
 def test_stale_node_that_returns_stands_in_for_one_that_is_gone_for_good() -> None:

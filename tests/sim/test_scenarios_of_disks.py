@@ -129,6 +129,37 @@ def test_two_writes_of_parts_of_a_block_are_both_there_on_each_replica() -> None
     write_two_parts_of_a_block()
 
 
+def rot_keeps_a_node_from_one_of_two_writes() -> None:
+    """History 17: one write waits for a repair on one node, another one shares its block."""
+    stage = Stage(6, log_bytes=512 << 10)
+    cluster = stage.cluster
+    for block in range(0, 256, 8):
+        # Until checkpoints have put the first ones into their shard's file.
+        stage.write(stage.at(1, block), 64)
+        stage.flush()
+    stage.run(6.0)
+    cluster.damaged = True
+    assert cluster.world.corrupt(1, 0, 9), "there is a shard file to damage"
+    stage.kill(1)
+    stage.start(1)
+    stage.run(2.0)
+    stage.until(cluster.liveness.all_level, "the node is back")
+    # Node 1 cannot merge the first one into its rotten block before that is repaired.
+    stage.guest.write(stage.at(1) + 4, 4)
+    stage.guest.write(stage.at(1), 8)
+    stage.answered()
+    stage.settle()
+
+
+def test_write_that_waits_for_a_repair_keeps_others_from_its_block() -> None:
+    rot_keeps_a_node_from_one_of_two_writes()
+
+
+def test_writes_of_a_block_in_two_orders_are_noticed() -> None:
+    with broken("BlockWritesAreOrdered", match="differs"):
+        rot_keeps_a_node_from_one_of_two_writes()
+
+
 def full(stage: Stage, blocks: int = 4) -> int:
     """Fill all disks until the guest hears of it; return the first block that had no room."""
     for node in range(3):
@@ -206,6 +237,40 @@ def test_rotten_block_that_is_returned_is_noticed() -> None:
         read_rot_on_one_replica()
 
 
+def write_while_a_repair_copies_its_block() -> None:
+    """History 17: what a repair has read of a block is older than what is written meanwhile."""
+    stage = Stage(6, log_bytes=512 << 10)
+    cluster = stage.cluster
+    for block in range(0, 256, 8):
+        # Until checkpoints have put the first ones into their shard's file.
+        stage.write(stage.at(1, block), 64)
+        stage.flush()
+    stage.run(6.0)
+    cluster.damaged = True
+    assert cluster.world.corrupt(0, 0, 9), "there is a shard file to damage"
+    stage.kill(0)
+    stage.start(0)
+    stage.run(2.0)
+    stage.until(cluster.liveness.all_level, "the node is back")
+    for source in (1, 2):
+        stage.slow(0, source, 100)
+    stage.guest.read(stage.at(1), 8)
+    stage.run(0.3)
+    stage.write(stage.at(1))
+    stage.run(2.0)
+    stage.read(stage.at(1))
+    stage.settle()
+
+
+def test_write_while_a_repair_copies_its_block_is_not_overwritten() -> None:
+    write_while_a_repair_copies_its_block()
+
+
+def test_repair_that_goes_on_beside_writes_is_noticed() -> None:
+    with broken("RepairPausesWrites", match="read as|differs"):
+        write_while_a_repair_copies_its_block()
+
+
 def flush_before_the_power_goes(seed: int) -> None:
     """Invariant 1: a flushed write survives the power of the last node."""
     stage = Stage(seed, nodes=2, arbiter=True)
@@ -237,31 +302,48 @@ def test_flush_that_is_answered_early_is_noticed() -> None:
     assert noticed, "what chance leaves on a disk is lost at least once"
 
 
-def two_blocks_of_a_shard_are_newest_on_two_nodes(*, seed: int) -> None:
-    """History 18: of one shard each of two nodes has the newest of another block."""
-    stage = Stage(seed)
+def two_blocks_of_a_shard_are_newest_on_two_nodes(seed: int) -> None:
+    """History 18: one node has its shard's newest block, and not another one that was answered."""
+    stage = Stage(seed, shards=4)
     cluster = stage.cluster
-    one, two = stage.at(1, 0), stage.at(1, 1)
-    stage.write(one, 16)
+    one, two = stage.at(1, 200), stage.at(1, 0)
+    for first in (one, two):
+        stage.write(first)
     stage.flush()
-    # A partial loss of memory: each node keeps what chance has put on its disk.
-    for _ in range(4):
-        stage.write(one)
-        stage.write(two)
-    stage.hold(0, 1, 2)
-    stage.guest.write(two, 8)
-    stage.run(0.02)
-    cluster.stop_gateway(0, host=False)
-    stage.let_go(0, 1, 2)
-    stage.cut(1)
-    stage.start(1)
-    stage.move_to(1)
-    stage.read(one, 16, host=1)
+    stage.run(4.0)
+    stage.write(one)
+    # The newest of its shard, and what is copied first.
+    stage.write(two)
+    stage.cut(0)
+    cluster.set_latency(0, 0, 5_000_000, 60_000_000)
+    stage.start(0)
+
+    def held(node: int, block: int) -> int | None:
+        record = cluster.record
+        assert record is not None
+        layers = [layer.id for layer in record.layers]
+        found = cluster.world.shard_digests(node, cluster.image, layers, 1)
+        return found[block] if found is not None else None
+
+    while held(0, 0) != held(1, 0):
+        assert cluster.clock.now_s < 60.0, "the newest block is copied"
+        stage.run(0.001)
+    assert held(0, 200) != held(1, 200), "the other one is not"
+    stage.kill(0, 1, 2)
+    stage.slow(0, 0, 1)
+    stage.start(0, 1, 2)
+    stage.read(one)
+    stage.read(two)
     stage.settle()
 
 
 def test_newest_block_wins_whatever_else_its_shard_has() -> None:
-    two_blocks_of_a_shard_are_newest_on_two_nodes(seed=8)
+    two_blocks_of_a_shard_are_newest_on_two_nodes(seed=1)
+
+
+def test_winner_that_is_chosen_for_a_whole_shard_is_noticed() -> None:
+    with broken("WinnerPerBlock", match="read as"):
+        two_blocks_of_a_shard_are_newest_on_two_nodes(seed=1)
 
 
 def answer_before_the_record_is_stored() -> None:

@@ -349,7 +349,7 @@ def test_read_of_a_write_that_vanishes_is_noticed() -> None:
         read_what_is_in_flight_and_lose_it()
 
 
-def test_id_of_a_deleted_image_is_never_given_again() -> None:
+def give_an_id_twice() -> None:
     """History 8: the tombstone is compared in the transaction that makes an image."""
     stage = Stage(12)
     cluster: Cluster = stage.cluster
@@ -357,4 +357,14 @@ def test_id_of_a_deleted_image_is_never_given_again() -> None:
     stage.run(5.0)
     cluster.operator.delete_image()
     stage.run(1.0)
-    assert cluster.operator.make_image_of_id(image_id(cluster.image)) == "refused"
+    if cluster.operator.make_image_of_id(image_id(cluster.image)) != "refused":
+        raise Violation("the id of a deleted image is given again")
+
+
+def test_id_of_a_deleted_image_is_never_given_again() -> None:
+    give_an_id_twice()
+
+
+def test_id_that_is_given_twice_is_noticed() -> None:
+    with broken(patch=planted_by_name("an id is given once"), match="given again"):
+        give_an_id_twice()

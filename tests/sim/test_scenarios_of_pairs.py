@@ -242,7 +242,10 @@ def test_emptied_arbiter_grants_nothing() -> None:
 
 
 def test_emptied_arbiter_that_is_believed_is_noticed() -> None:
-    with mock.patch.object(Site, "refuse"), broken(patch=any_arbiter_will_do, match="read as"):
+    with (
+        mock.patch.object(Site, "refuse"),
+        broken(patch=any_arbiter_will_do, match="has lost its disk"),
+    ):
         lose_the_arbiters_disk()
 
 

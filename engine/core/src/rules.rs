@@ -73,10 +73,12 @@ pub enum Rule {
     LossIsTold,
     /// Blocks are repaired while no write to them is in flight.
     RepairPausesWrites,
+    /// Of writes that share a block one begins when the other is answered.
+    BlockWritesAreOrdered,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 33] = [
+    pub const ALL: [Rule; 34] = [
         Rule::SessionIsCurrent,
         Rule::EpochIsCurrent,
         Rule::GenerationIsCurrent,
@@ -110,6 +112,7 @@ impl Rule {
         Rule::FlushWaitsForLevel,
         Rule::LossIsTold,
         Rule::RepairPausesWrites,
+        Rule::BlockWritesAreOrdered,
     ];
 }
 

@@ -34,7 +34,11 @@ pub enum Mode {
 
 impl Mode {
     fn excludes(self, other: Mode) -> bool {
-        !matches!((self, other), (Mode::Read, Mode::Read | Mode::Pause) | (Mode::Pause, Mode::Read))
+        match (self, other) {
+            (Mode::Read, Mode::Read | Mode::Pause) | (Mode::Pause, Mode::Read) => false,
+            (Mode::Write, Mode::Write) => !broken(Rule::BlockWritesAreOrdered),
+            _ => true,
+        }
     }
 
     fn holds(self) -> bool {
@@ -60,6 +64,8 @@ impl Waiter {
 pub struct BlockLocks {
     /// End and mode by first block.
     held: BTreeMap<u64, (u64, Mode)>,
+    /// Writes that go on beside one that is held: none while `Rule::BlockWritesAreOrdered` is kept.
+    beside: Vec<Range>,
     waiting: VecDeque<Waiter>,
     /// Where no write begins.
     paused: Vec<Range>,
@@ -82,8 +88,12 @@ impl BlockLocks {
 
     /// Gives `range` back and appends to `ready` those who may go on now.
     pub fn release(&mut self, range: Range, ready: &mut Vec<usize>) {
-        let held = self.held.remove(&range.first);
-        assert_eq!(held.map(|(end, _)| end), Some(range.end), "a lock is released as it was taken");
+        if let Some(index) = self.beside.iter().position(|beside| *beside == range) {
+            self.beside.swap_remove(index);
+        } else {
+            let held = self.held.remove(&range.first).map(|(end, _)| end);
+            assert_eq!(held, Some(range.end), "a lock is released as it was taken");
+        }
         self.let_in(ready);
     }
 
@@ -132,13 +142,22 @@ impl BlockLocks {
         let before_end = self.held.range(..new.range.end).rev();
         let mut overlapping = before_end.take_while(|(_, (end, _))| *end > new.range.first);
         let paused = || self.paused.iter().any(|paused| paused.overlaps(&new.range));
-        overlapping.any(|(_, (_, mode))| mode.excludes(new.mode))
+        let mut beside = self.beside.iter().filter(|beside| beside.overlaps(&new.range));
+        beside.any(|_| Mode::Write.excludes(new.mode))
+            || overlapping.any(|(_, (_, mode))| mode.excludes(new.mode))
             || new.mode == Mode::Write && paused()
+    }
+
+    fn is_held(&self, range: &Range) -> bool {
+        self.held.range(..range.end).next_back().is_some_and(|(_, (end, _))| *end > range.first)
     }
 
     fn hold(&mut self, new: &Waiter) {
         let Range { first, end } = new.range;
         assert!(first < end, "an empty range holds nothing");
+        if broken(Rule::BlockWritesAreOrdered) && self.is_held(&new.range) {
+            return self.beside.push(new.range);
+        }
         let former = self.held.insert(first, (end, new.mode));
         assert_eq!(former, None, "held ranges never overlap");
     }
@@ -147,6 +166,7 @@ impl BlockLocks {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rules::break_rules;
 
     fn range(first: u64, end: u64) -> Range {
         Range { first, end }
@@ -161,6 +181,24 @@ mod tests {
         let mut ready = Vec::new();
         locks.release(range(0, 4), &mut ready);
         assert_eq!(ready, [2]);
+    }
+
+    #[test]
+    fn overlapping_writes_go_side_by_side_with_the_rule_broken() {
+        break_rules(&[Rule::BlockWritesAreOrdered]);
+        let mut locks = BlockLocks::default();
+        assert!(locks.enter(1, range(0, 4), Mode::Write));
+        assert!(locks.enter(2, range(0, 4), Mode::Write));
+        assert!(locks.enter(3, range(2, 6), Mode::Write));
+        assert!(!locks.enter(4, range(5, 6), Mode::Pause), "it waits for those beside too");
+        let mut ready = Vec::new();
+        locks.release(range(0, 4), &mut ready);
+        locks.release(range(0, 4), &mut ready);
+        assert_eq!(ready, []);
+        locks.release(range(2, 6), &mut ready);
+        break_rules(&[]);
+        assert_eq!(ready, [4]);
+        assert!(locks.beside.is_empty());
     }
 
     #[test]
