@@ -1,7 +1,7 @@
 """What travels in a heal, and what guests keep of their speed beside it, on small images.
 
-`make heal` does the same with 20 GiB and longer windows, against the goals; the limits here leave room for a
-machine with other work.
+`make heal` does the same with 20 GiB and longer windows, against the goals; the limits here leave
+room for a machine with other work.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""What travels in a heal, how soon a node that missed nothing is in, and what guests keep meanwhile.
+"""What travels in a heal, how soon one that missed nothing is in, and what guests keep meanwhile.
 
     python -m tests.tools.heal [--filled MIB] [--rewritten MIB] [--rounds N] [--json FILE] …
 
 An image of 20 GiB, of which 4 GiB are filled; then a node is away while 1 GiB of those is written
-anew, at random places. What the node receives while it is healed is counted at its network device:
-data, checksums, frames and all. The goals are at most 1.1 times what was rewritten, and under a
-second for a node that missed nothing. What a guest keeps of its speed is measured by `guest_speed`, on
-a cluster of its own; the goal is 70 %. Ends with 1 where a goal is missed. Takes about 15 GB of disk.
+anew, at random places. What the node receives while it is healed is counted at its network
+device: data, checksums, frames and all. The goals are at most 1.1 times what was rewritten, and
+under a second for a node that missed nothing. What a guest keeps of its speed is measured by
+`guest_speed`, on a cluster of its own; the goal is 70 %. Ends with 1 where a goal is missed. Takes
+about 15 GB of disk.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ def travel(filled_mib: int, rewritten_mib: int) -> dict[str, Any]:
 
 
 def guests(rounds: int, window_s: float, rate_mib: int | None) -> Sequence[guest_speed.Row]:
-    """Measures what guests keep of their speed. `rate_mib`: instead of the default rate of heals."""
+    """Measures what guests keep of their speed. `rate_mib`: in place of the default of heals."""
     with HostCluster(gateways=1) as cluster, contextlib.ExitStack() as around:
         if rate_mib is not None:
             limits = f'[heal]\nbytes_per_second = "{rate_mib}M"\n'
@@ -195,9 +196,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make heal", description=__doc__.splitlines()[0])
     parser.add_argument("--filled", type=int, default=4096, metavar="MIB")
     parser.add_argument("--rewritten", type=int, default=1024, metavar="MIB")
-    parser.add_argument("--rounds", type=int, default=5, help="windows beside each heal")
+    parser.add_argument("--rounds", type=int, default=3, help="heals of each kind beside a guest")
     parser.add_argument("--window", type=float, default=5.0, metavar="SECONDS")
-    parser.add_argument("--rate", type=int, default=None, metavar="MIB", help="a second, of heals; default: the product's")
+    parser.add_argument(
+        "--rate",
+        type=int,
+        default=None,
+        metavar="MIB",
+        help="a second, of heals; default: the product's",
+    )
     parser.add_argument("--most-moved", type=float, default=MOST_MOVED, metavar="RATIO")
     parser.add_argument("--in-sync", type=float, default=IN_SYNC_S, metavar="SECONDS")
     parser.add_argument("--least-kept", type=float, default=LEAST_KEPT, metavar="RATIO")
@@ -213,7 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ratio = figures["received_mib"] / figures["rewritten_mib"]
     slowest_s = max(figures["missed_nothing_s"])
     say(f"\nreceived while healed: {ratio:.3f} of what was rewritten; goal: {options.most_moved}")
-    say(f"in sync having missed nothing: {slowest_s:.3f} s at most; goal: under {options.in_sync} s")
+    say(
+        f"in sync having missed nothing: {slowest_s:.3f} s at most; goal: under {options.in_sync} s"
+    )
     say("\nIOPS of a guest, 4 KiB at random, 70 % reads, depth 32, without and beside heals\n")
     say(guest_speed.table(rows, options.least_kept))
     kept = (
