@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.tools import guest_speed, heal
 
 LIMITS = ("--most-moved", "1.3", "--in-sync", "10", "--least-kept", "0.4")
-SMALL = ("--filled", "128", "--rewritten", "32", "--rounds", "3", "--window", "1.5", "--rate", "32")
+SMALL = ("--filled", "128", "--rewritten", "32", "--rounds", "2", "--window", "1.5", "--rate", "32")
 
 
 def test_heal_moves_what_was_missed_and_leaves_guests_their_speed(tmp_path: Path) -> None:
