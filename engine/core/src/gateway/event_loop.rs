@@ -11,8 +11,8 @@ use crate::nbd::budget::Budget;
 use crate::nbd::serve::{Client, Need};
 use crate::nbd::{Answer, Counters, Limits, TlsMode};
 use crate::replica::{
-    Background, Event, ImageIo, Instance, Link, LinkEvent, LinkTarget, NodeIndex, OpenSpec, Outcome, Output,
-    Token,
+    Background, Event, ImageIo, Instance, Link, LinkEvent, LinkTarget, NodeIndex, OpenSpec,
+    Outcome, Output, Token,
 };
 use crate::wire::messages::HelloReply;
 use rustix::net::SocketFlags;

@@ -300,8 +300,7 @@ impl EventLoop {
 
     /// What is said with an answer to work in the background: clients want this node too.
     fn clients_flag(&self, to: &Frame) -> u8 {
-        let background =
-            matches!(to.kind, kind::SUMMARY | kind::FETCH | kind::COPY | kind::SCRUB);
+        let background = matches!(to.kind, kind::SUMMARY | kind::FETCH | kind::COPY | kind::SCRUB);
         let silent_ns = self.clients_ns.map(|clients_ns| self.now_ns.saturating_sub(clients_ns));
         let here = silent_ns.is_some_and(|silent_ns| silent_ns < CLIENTS_GONE_NS);
         if background && here { flag::BESIDE_CLIENTS } else { 0 }

@@ -355,9 +355,10 @@ mod tests {
                     self.accounts.asked(self.now_ns);
                 }
                 let over = |ends_ms: u64| ends_ms <= self.now_ns / MS;
-                let done = tickets.iter().copied().filter(|ticket| {
-                    self.ends_ms.get(ticket).copied().is_some_and(over)
-                });
+                let done = tickets
+                    .iter()
+                    .copied()
+                    .filter(|ticket| self.ends_ms.get(ticket).copied().is_some_and(over));
                 for ticket in done.collect::<Vec<_>>() {
                     self.ends_ms.remove(&ticket);
                     self.accounts.report(ticket, self.now_ns, false);

@@ -331,7 +331,9 @@ impl World {
     /// Work in the background that waits for its turn goes on where there is room.
     fn go_on_in_background(&mut self, gateway: usize) {
         for _ in 0..self.gateways[gateway].background.waiting() {
-            let Some(channel) = self.gateways[gateway].background.offer(self.now_ns) else { return };
+            let Some(channel) = self.gateways[gateway].background.offer(self.now_ns) else {
+                return;
+            };
             self.with_image(gateway, channel, ImageIo::pace);
             self.gateways[gateway].background.offer_over();
         }

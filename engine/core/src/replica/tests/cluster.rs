@@ -6,8 +6,8 @@ use super::policy::{Policy, QUORUM, Stored, digest};
 use crate::content::Run;
 use crate::geometry::{BLOCK_BYTES, Geometry, ImageId};
 use crate::replica::{
-    Background, Event, HealLimits, ImageIo, Instance, IoError, NodeIndex, NodeMask, OpenSpec, Outcome, Output,
-    ScrubSpec, ScrubState, SetSpec, Token,
+    Background, Event, HealLimits, ImageIo, Instance, IoError, NodeIndex, NodeMask, OpenSpec,
+    Outcome, Output, ScrubSpec, ScrubState, SetSpec, Token,
 };
 use crate::simulation::LogSize;
 use crate::store::simulated::Seeded;

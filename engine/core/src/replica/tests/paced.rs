@@ -151,7 +151,8 @@ fn a_shard_that_a_guest_waits_for_is_levelled_at_once() {
         gateway.step(&[]);
     }
     (0..30).for_each(|_| gateway.step(&[1]));
-    let left = |gateway: &Gateway| gateway.images[0].io.level_state().map(|level| level.shards_left);
+    let left =
+        |gateway: &Gateway| gateway.images[0].io.level_state().map(|level| level.shards_left);
     let before = left(&gateway);
     assert!(before.is_some_and(|left| left > 20), "{before:?}");
     gateway.images[0].answers.clear();

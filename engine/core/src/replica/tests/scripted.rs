@@ -4,8 +4,8 @@ use super::cluster::{Cluster, Faults};
 use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, Geometry, ImageId, Tag};
 use crate::replica::{
-    Background, Event, HealLimits, ImageIo, Instance, IoError, NodeMask, OpenSpec, Outcome, Output, SetSpec,
-    Token,
+    Background, Event, HealLimits, ImageIo, Instance, IoError, NodeMask, OpenSpec, Outcome, Output,
+    SetSpec, Token,
 };
 use crate::wire::messages::{
     BlocksReply, DirtyEntry, DirtyReply, Head, Io, Level, Number, WrittenReply, put_blocks,
