@@ -139,8 +139,8 @@ impl Accounts {
         self.asked_ns = self.asked_ns.max(Some(now_ns));
     }
 
-    /// Begins an undertaking; gives its ticket. Where those of a sort have different limits, the strictest hold
-    /// for all of them.
+    /// Begins an undertaking; gives its ticket. Where those of a sort have different limits, the strictest
+    /// hold for all of them.
     pub fn join(&mut self, image: u32, sort: Sort, limits: Limits) -> u64 {
         self.tickets += 1;
         self.undertakings.insert(self.tickets, Undertaking { image, sort, limits, busy: false });
