@@ -3,8 +3,12 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-# Where rustup puts its programs, for shells that were not told; mkfs and its like for people.
-export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
+# Debian's Rust where .ci/setup puts it before an older one; where rustup puts its programs, for
+# shells that were not told; mkfs and its like for people.
+export PATH := $(CURDIR)/.cache/rust:$(PATH):$(HOME)/.cargo/bin:/usr/sbin:/sbin
+
+# Daemons start some thousand times in the tests: their modules are compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON := .venv/bin/python
 CARGO_FLAGS := --manifest-path engine/Cargo.toml --locked
@@ -17,10 +21,11 @@ SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 SEED ?=
 ROUNDS ?=
 FRAMES ?=
-IMAGE ?=
+# For the shell to expand, as a file's name may hold blanks and quotes.
+export IMAGE ?=
 HOURS ?= 8
 
-.PHONY: help setup build demo test check fix sim soak stalls heal bench wheel clean
+.PHONY: help setup build demo test check fix sim faults soak stalls heal bench wheel clean
 
 help: ## List what there is
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) \
@@ -32,7 +37,7 @@ setup: ## Install what is missing: system packages, Rust, .venv, the engine (Deb
 build: setup ## The same: everything needed to run `.venv/bin/hci`
 
 demo: setup ## Boot a guest from a replicated image and kill a node under it (IMAGE=some.qcow2: your own)
-	@$(PYTHON) -m tests.e2e.demo $(if $(IMAGE),--image $(IMAGE))
+	@$(PYTHON) -m tests.e2e.demo $${IMAGE:+--image "$$IMAGE"}
 
 test: setup ## All tests (TESTS=tests/unit for a part, PYTEST_FLAGS="-k name", WORKERS=0 in turn)
 	$(PYTHON) -m pytest $(SIDE_BY_SIDE) $(TESTS) $(PYTEST_FLAGS)
@@ -56,6 +61,11 @@ fix: setup ## Repair what `check` can repair by itself, and write the generated 
 sim: setup ## The simulator (SEED=n replays a history and prints it, FRAMES=1 with each frame; ROUNDS=n)
 	@HCI_SIM_SEED=$(SEED) HCI_SIM_ROUNDS=$(ROUNDS) HCI_SIM_FRAMES=$(FRAMES) \
 	    $(PYTHON) -m pytest $(if $(SEED)$(ROUNDS),-s tests/sim/test_histories.py,tests/sim) $(PYTEST_FLAGS)
+
+faults: setup ## Kill nodes, gateways and all at random moments under load (ROUNDS=12, SEED=n)
+	@$(if $(SEED),HCI_FAULT_SEED=$(SEED)) HCI_FAULT_ROUNDS=$(or $(ROUNDS),12) \
+	    $(PYTHON) -m pytest -s --timeout=$$((600 + 60 * $(or $(ROUNDS),12))) \
+	    $(addprefix tests/faults/test_kill_,node.py gateway.py all.py) $(PYTEST_FLAGS)
 
 soak: setup ## Simulated histories from a seed by chance, for HOURS=8
 	@$(PYTHON) -m tests.sim.many --chance --hours $(HOURS)

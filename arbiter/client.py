@@ -21,9 +21,9 @@ from arbiter.errors import (
     OtherArbiter,
     VoteRefused,
 )
+from arbiter.exchange import Addressee, Verdict
 from arbiter.messages import addressee_message, reply_of, statement_message
 from arbiter.statement import Statement
-from arbiter.voting import Addressee, Verdict
 from shard.ids import ImageId
 
 DEADLINE_S = 4.0

@@ -4,9 +4,9 @@ What comes from outside is checked here: `ValueError` or `BadValue` says what is
 """
 
 from arbiter import arbiter_pb2 as pb
+from arbiter.exchange import Addressee, Reply, Verdict
 from arbiter.statement import SETS_MAX, Statement
 from arbiter.vote import Refusal
-from arbiter.voting import Addressee, Reply, Verdict
 from shard.ids import holder_id, node_name
 
 MEMBERS_MAX = 16

@@ -7,15 +7,14 @@ wait for each other's disk syncs. Nothing here needs etcd: what etcd knows arriv
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from enum import Enum
 
 import structlog
 
 from arbiter.errors import ArbiterError
+from arbiter.exchange import Addressee, Reply, Verdict
 from arbiter.record import ImageVotes, Record
 from arbiter.statement import Statement, Votes, confirm_image, prepare_image
-from arbiter.vote import Answer, Refusal
+from arbiter.vote import Answer
 from shard.ids import ImageId
 
 log = structlog.get_logger()
@@ -26,35 +25,6 @@ LOCKS = 64
 DROPPED_MAX = 4096
 """Images dropped last that are refused: a request that was under way as one of them was deleted
 comes within seconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Addressee:
-    """Whom a request is meant for, and what its sender knows of it. See arbiter.proto."""
-
-    arbiter: str
-    start_counter: int = 0
-    changes: int = 0
-
-
-class Verdict(Enum):
-    """How a request was answered. See arbiter.proto."""
-
-    GRANTED = "granted"
-    REFUSED = "refused"
-    OTHER_ARBITER = "other_arbiter"
-    BEHIND = "behind"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """An answer; `changes` counts how often the image's votes have changed."""
-
-    verdict: Verdict
-    changes: int = 0
-    refusal: Refusal | None = None
-    detail: str = ""
 
 
 class Voting:

@@ -10,6 +10,10 @@ from typing import NoReturn, TypeVar
 
 from etcd.errors import MalformedRecord, UnknownVersion
 from shard.errors import BadValue
+from shard.geometry import check_shard_size
+from shard.ids import node_name
+from shard.membership import Policy
+from shard.placement import ReplicaSet
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
@@ -165,3 +169,42 @@ def _no_duplicates(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")
+
+
+# Fields that several records have
+
+
+def not_empty(text: str) -> str:
+    """Return a string that is not empty. Raises BadValue."""
+    if not text:
+        raise BadValue("is empty")
+    return text
+
+
+def policy_of(text: str) -> Policy:
+    """Return the policy that a string names. Raises BadValue."""
+    try:
+        return Policy(text)
+    except ValueError:
+        raise BadValue(f"{text!r} is a policy this program does not know") from None
+
+
+def shard_bytes_of(fields: Fields) -> int:
+    """Return the size of shards, from `shard_bytes`."""
+    try:
+        return check_shard_size(fields.number("shard_bytes"))
+    except BadValue as error:
+        fields.fail("shard_bytes", str(error))
+
+
+def sets_of(fields: Fields) -> tuple[ReplicaSet, ...]:
+    """Return replica sets, from `sets`."""
+    sets = tuple(fields.texts("sets", members, node_name) for members in fields.items("sets"))
+    if not sets or not all(sets):
+        fields.fail("sets", "is empty or has an empty replica set")
+    return sets
+
+
+def sets_json(sets: tuple[ReplicaSet, ...]) -> Json:
+    """Return replica sets as `sets_of` reads them."""
+    return [list(members) for members in sets]

@@ -7,9 +7,10 @@
     /hci/placement/POOL         PlacementRecord   /hci/arbiters/NAME     ArbiterRecord
     /hci/lost                   LostRecord        /hci/voting/NAME       AliveRecord
     /hci/scrubs/ID              ScrubRecord       /hci/imports/ID        ImportRecord
+    /hci/gateways/NAME          GatewayRecord
 
-`alive`, `voting` and `leases` keys are bound to etcd leases. An image's NAME is a UTF-8 path and
-may contain slashes; pools, nodes, arbiters and ids never do.
+`alive`, `voting`, `gateways` and `leases` keys are bound to etcd leases. An image's NAME is a UTF-8
+path and may contain slashes; pools, nodes, arbiters, gateways and ids never do.
 """
 
 from shard.ids import ImageId
@@ -29,8 +30,9 @@ ARBITERS = PREFIX + "arbiters/"
 VOTING = PREFIX + "voting/"
 SCRUBS = PREFIX + "scrubs/"
 IMPORTS = PREFIX + "imports/"
+GATEWAYS = PREFIX + "gateways/"
 
-BOUND = (ALIVE, LEASES, VOTING)
+BOUND = (ALIVE, GATEWAYS, LEASES, VOTING)
 """Prefixes of keys that end with an etcd lease."""
 
 
@@ -104,3 +106,8 @@ def scrub(image_id: ImageId) -> str:
 def unfinished_import(image_id: ImageId) -> str:
     """Return the key that says an image is being filled from a file."""
     return IMPORTS + image_id
+
+
+def gateway(name: str) -> str:
+    """Return the key of a gateway's record, which exists while it runs."""
+    return GATEWAYS + name

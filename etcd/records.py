@@ -1,25 +1,32 @@
 """The records that make up the cluster's state, and their exact JSON.
 
+That of an image stands in `etcd/images.py`, that of its scrubs in `etcd/scrubs.py`.
+
 Each record encodes to canonical JSON with a version `v`, and decodes only from a value that keeps
 all its rules. Fields that this version does not know are kept in `extra` and written back: while
 hosts are upgraded one by one, an older program must not drop what a newer one wrote. A change that
 an older program must not overlook raises `v`, and the older program refuses the record.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
 from etcd import keys
-from etcd.fields import Fields, Json, encode
+from etcd.fields import (
+    Fields,
+    Json,
+    encode,
+    not_empty,
+    policy_of,
+    sets_json,
+    sets_of,
+    shard_bytes_of,
+)
 from shard.errors import BadValue
-from shard.geometry import check_image_size, check_shard_size
 from shard.ids import ImageId, holder_id, image_id, node_name, pool_name
-from shard.membership import FIRST_GENERATION, Membership, Policy, Stale, WhenFull, problem_of
+from shard.membership import FIRST_GENERATION, Policy, WhenFull
 from shard.placement import FailureDomain, ReplicaSet
-
-_INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 
 VERSION = 1
 """Version of all records."""
@@ -95,8 +102,8 @@ class LostRecord(Record):
     @classmethod
     def _take(cls, fields: Fields) -> Self:
         return cls(
-            by=fields.text("by", _not_empty),
-            why=fields.text("why", _not_empty),
+            by=fields.text("by", not_empty),
+            why=fields.text("why", not_empty),
             recovery=fields.number("recovery"),
             extra=fields.rest(),
         )
@@ -113,7 +120,7 @@ class ImportRecord(Record):
 
     @classmethod
     def _take(cls, fields: Fields) -> Self:
-        return cls(by=fields.text("by", _not_empty), extra=fields.rest())
+        return cls(by=fields.text("by", not_empty), extra=fields.rest())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,11 +168,11 @@ class NodeRecord(Record):
             labels[label] = value
         return cls(
             name=fields.text("name", node_name),
-            address=fields.text("address", _not_empty),
-            control=fields.text("control", _not_empty),
-            socket=fields.optional_text("socket", _not_empty),
-            host=fields.text("host", _not_empty),
-            zone=fields.text("zone", _not_empty),
+            address=fields.text("address", not_empty),
+            control=fields.text("control", not_empty),
+            socket=fields.optional_text("socket", not_empty),
+            host=fields.text("host", not_empty),
+            zone=fields.text("zone", not_empty),
             labels=labels,
             capacity_bytes=fields.number("capacity_bytes"),
             store_id=fields.text("store_id", holder_id),
@@ -232,8 +239,8 @@ class ArbiterRecord(Record):
         return cls(
             name=fields.text("name", node_name),
             id=fields.text("id", holder_id),
-            address=fields.text("address", _not_empty),
-            host=fields.text("host", _not_empty),
+            address=fields.text("address", not_empty),
+            host=fields.text("host", not_empty),
             start_counter=fields.number("start_counter", 1),
             retired=fields.boolean("retired"),
             extra=fields.rest(),
@@ -281,8 +288,8 @@ class PoolRecord(Record):
     def _take(cls, fields: Fields) -> Self:
         return cls(
             name=fields.text("name", pool_name),
-            policy=fields.text("policy", _policy),
-            shard_bytes=_shard_bytes(fields),
+            policy=fields.text("policy", policy_of),
+            shard_bytes=shard_bytes_of(fields),
             replica_sets=fields.number("replica_sets", 1),
             failure_domain=fields.text("failure_domain", _failure_domain),
             arbiter=fields.optional_text("arbiter", node_name),
@@ -308,14 +315,14 @@ class PlacementRecord(Record):
         return keys.placement(self.pool)
 
     def _fields(self) -> dict[str, Json]:
-        return {"pool": self.pool, "version": self.version, "sets": _sets_json(self.sets)}
+        return {"pool": self.pool, "version": self.version, "sets": sets_json(self.sets)}
 
     @classmethod
     def _take(cls, fields: Fields) -> Self:
         return cls(
             pool=fields.text("pool", pool_name),
             version=fields.number("version", 1),
-            sets=_sets(fields),
+            sets=sets_of(fields),
             extra=fields.rest(),
         )
 
@@ -361,10 +368,10 @@ class LeaseRecord(Record):
     @classmethod
     def _take(cls, fields: Fields) -> Self:
         return cls(
-            gateway=fields.text("gateway", _not_empty),
+            gateway=fields.text("gateway", not_empty),
             holder=fields.text("holder", holder_id),
             epoch=fields.number("epoch", 1),
-            lock=fields.text("lock", _not_empty) if fields.has("lock") else None,
+            lock=fields.text("lock", not_empty) if fields.has("lock") else None,
             maintenance=fields.flag("maintenance"),
             extra=fields.rest(),
         )
@@ -396,7 +403,7 @@ class TombstoneRecord(Record):
     def _take(cls, fields: Fields) -> Self:
         awaits = None
         if fields.has("awaits"):
-            awaits = fields.texts("awaits", fields.items("awaits"), _not_empty)
+            awaits = fields.texts("awaits", fields.items("awaits"), not_empty)
         return cls(
             id=fields.text("id", image_id),
             generation=fields.number("generation", FIRST_GENERATION),
@@ -408,316 +415,6 @@ class TombstoneRecord(Record):
 def awaited_arbiter(name: str) -> str:
     """Return how a tombstone's `awaits` names an arbiter: a node may have the same name."""
     return f"arbiter/{name}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layer(Record):
-    """One layer of an image; ids grow and are never reused within the image."""
-
-    id: int
-
-    def _fields(self) -> dict[str, Json]:
-        return {"id": self.id}
-
-    @classmethod
-    def _take(cls, fields: Fields) -> Self:
-        return cls(id=fields.number("id", 1), extra=fields.rest())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot(Record):
-    """A named state of an image: the content of its layers up to and with `layer`."""
-
-    name: str
-    layer: int
-
-    def _fields(self) -> dict[str, Json]:
-        return {"name": self.name, "layer": self.layer}
-
-    @classmethod
-    def _take(cls, fields: Fields) -> Self:
-        return cls(
-            name=fields.text("name", _not_empty),
-            layer=fields.number("layer", 1),
-            extra=fields.rest(),
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Grant(Record):
-    """Which arbiter granted an image's last change, and how often the votes had changed by then.
-
-    Nodes keep it with the record. An arbiter that counts less has lost what it knew.
-    """
-
-    arbiter: str
-    changes: int
-
-    def _fields(self) -> dict[str, Json]:
-        return {"arbiter": self.arbiter, "changes": self.changes}
-
-    @classmethod
-    def _take(cls, fields: Fields) -> Self:
-        return cls(
-            arbiter=fields.text("arbiter", holder_id),
-            changes=fields.number("changes"),
-            extra=fields.rest(),
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Use(Record):
-    """Who had an image for clients, in which epoch."""
-
-    epoch: int
-    holder: str
-
-    def _fields(self) -> dict[str, Json]:
-        return {"epoch": self.epoch, "holder": self.holder}
-
-    @classmethod
-    def _take(cls, fields: Fields) -> Self:
-        return cls(
-            epoch=fields.number("epoch", 1),
-            holder=fields.text("holder", holder_id),
-            extra=fields.rest(),
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recovered(Record):
-    """How an image's record was rebuilt: by which recovery, above which epoch and generation.
-
-    A `forced` one did not hear enough nodes to know that there is no later record.
-    """
-
-    recovery: int
-    epoch: int
-    generation: int
-    forced: bool = False
-
-    def _fields(self) -> dict[str, Json]:
-        return {
-            "recovery": self.recovery,
-            "epoch": self.epoch,
-            "generation": self.generation,
-            "forced": self.forced,
-        }
-
-    @classmethod
-    def _take(cls, fields: Fields) -> Self:
-        return cls(
-            recovery=fields.number("recovery", 1),
-            epoch=fields.number("epoch"),
-            generation=fields.number("generation", FIRST_GENERATION),
-            forced=fields.boolean("forced"),
-            extra=fields.rest(),
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageRecord(Record):
-    """An image: its size and layers, where its data lives, who writes it, and who is in sync.
-
-    `sets` and `policy` repeat what the pool's record and placement version say, so that the record
-    alone tells a node or a gateway all it needs. `layers` begins with the top one. `holder` is the
-    process that has or had the current epoch, None before the first. `clean` says that the last
-    holder gave its lease back with nothing in flight. `grant` is None until an arbiter was asked.
-    `used` is who had the image for clients last, where the leases since were for maintenance only.
-    `recovered` says how the record was rebuilt from the nodes, if it ever was.
-    """
-
-    id: ImageId
-    pool: str
-    policy: Policy
-    size_bytes: int
-    shard_bytes: int
-    placement_key: ImageId
-    placement_version: int
-    sets: tuple[ReplicaSet, ...]
-    layers: tuple[Layer, ...]
-    snapshots: tuple[Snapshot, ...] = ()
-    epoch: int = 0
-    holder: str | None = None
-    generation: int = FIRST_GENERATION
-    clean: bool = True
-    stale: Stale = field(default_factory=dict)
-    grant: Grant | None = None
-    used: Use | None = None
-    recovered: Recovered | None = None
-
-    @property
-    def last_use(self) -> Use | None:
-        """Who has or had the image for clients last; None where nobody had it yet."""
-        if self.used is not None or self.holder is None:
-            return self.used
-        return Use(epoch=self.epoch, holder=self.holder)
-
-    @property
-    def key(self) -> str:
-        """Where the record stands."""
-        return keys.image(self.id)
-
-    @property
-    def membership(self) -> Membership:
-        """Who is in sync, by this record."""
-        return Membership(self.policy, self.sets, self.stale, self.generation, self.epoch)
-
-    def is_behind(self, known: "ImageRecord") -> bool:
-        """Whether this record must be refused by whoever stored `known` of the same image.
-
-        So it is where its epoch or generation is lower, and where one is equal but says another
-        thing: an epoch of another holder, a generation with other nodes in sync.
-        """
-        if self.epoch < known.epoch or self.generation < known.generation:
-            return True
-        if self.epoch == known.epoch and self.holder != known.holder:
-            return True
-        return self.generation == known.generation and (self.sets, self.stale) != (
-            known.sets,
-            known.stale,
-        )
-
-    def _fields(self) -> dict[str, Json]:
-        stale: dict[str, Json] = {
-            str(index): dict(nodes) for index, nodes in self.membership.stale.items()
-        }
-        granted: dict[str, Json] = {}
-        if self.grant is not None:
-            granted["grant"] = {**self.grant.extra, **self.grant._fields()}
-        if self.used is not None:
-            granted["used"] = {**self.used.extra, **self.used._fields()}
-        if self.recovered is not None:
-            granted["recovered"] = {**self.recovered.extra, **self.recovered._fields()}
-        return {
-            **granted,
-            "id": self.id,
-            "pool": self.pool,
-            "policy": self.policy.value,
-            "size_bytes": self.size_bytes,
-            "shard_bytes": self.shard_bytes,
-            "placement_key": self.placement_key,
-            "placement_version": self.placement_version,
-            "sets": _sets_json(self.sets),
-            "layers": [{**layer.extra, **layer._fields()} for layer in self.layers],
-            "snapshots": [{**snapshot.extra, **snapshot._fields()} for snapshot in self.snapshots],
-            "epoch": self.epoch,
-            "holder": self.holder,
-            "generation": self.generation,
-            "clean": self.clean,
-            "stale": stale,
-        }
-
-    @classmethod
-    def _take(cls, fields: Fields) -> Self:
-        record = cls(
-            id=fields.text("id", image_id),
-            pool=fields.text("pool", pool_name),
-            policy=fields.text("policy", _policy),
-            size_bytes=_image_bytes(fields),
-            shard_bytes=_shard_bytes(fields),
-            placement_key=fields.text("placement_key", image_id),
-            placement_version=fields.number("placement_version", 1),
-            sets=_sets(fields),
-            layers=tuple(
-                Layer._take(fields.within("layers", item)) for item in fields.items("layers")
-            ),
-            snapshots=tuple(
-                Snapshot._take(fields.within("snapshots", item))
-                for item in fields.items("snapshots")
-            ),
-            epoch=fields.number("epoch"),
-            holder=fields.optional_text("holder", holder_id),
-            generation=fields.number("generation", FIRST_GENERATION),
-            clean=fields.boolean("clean"),
-            stale=_stale(fields),
-            grant=_grant(fields),
-            used=_used(fields),
-            recovered=_recovered(fields),
-            extra=fields.rest(),
-        )
-        problem = _problem_of_image(record)
-        if problem is not None:
-            fields.fail("", f"breaks a rule ({problem})")
-        return record
-
-
-def awaited_members(record: ImageRecord, arbiter: str | None) -> tuple[str, ...]:
-    """Return who has to say that an image is deleted, before its tombstone may go."""
-    members = {node for nodes in record.sets for node in nodes}
-    if arbiter is not None:
-        members.add(awaited_arbiter(arbiter))
-    return tuple(sorted(members))
-
-
-def _problem_of_image(record: ImageRecord) -> str | None:
-    layer_ids = [layer.id for layer in record.layers]
-    if not layer_ids or layer_ids != sorted(set(layer_ids), reverse=True):
-        return "an image has layers, the newest first"
-    if not {snapshot.layer for snapshot in record.snapshots} <= set(layer_ids):
-        return "a snapshot names a layer of its image"
-    if (record.holder is None) != (record.epoch == 0):
-        return "an epoch has a holder"
-    return problem_of(record.policy, record.sets, record.stale, record.generation, record.epoch)
-
-
-def _sets_json(sets: tuple[ReplicaSet, ...]) -> Json:
-    return [list(members) for members in sets]
-
-
-def _sets(fields: Fields) -> tuple[ReplicaSet, ...]:
-    sets = tuple(fields.texts("sets", members, node_name) for members in fields.items("sets"))
-    if not sets or not all(sets):
-        fields.fail("sets", "is empty or has an empty replica set")
-    return sets
-
-
-def _stale(fields: Fields) -> Stale:
-    stale: dict[int, Mapping[str, int]] = {}
-    for index, nodes in fields.mapping("stale").items():
-        if not _INDEX.fullmatch(index):
-            fields.fail("stale", f"{index[:20]!r} is no index of a replica set")
-        stale[int(index)] = fields.numbers("stale", nodes)
-    return stale
-
-
-def _grant(fields: Fields) -> Grant | None:
-    if not fields.has("grant"):
-        return None
-    return Grant._take(fields.within("grant", fields.mapping("grant")))
-
-
-def _used(fields: Fields) -> Use | None:
-    if not fields.has("used"):
-        return None
-    return Use._take(fields.within("used", fields.mapping("used")))
-
-
-def _recovered(fields: Fields) -> Recovered | None:
-    if not fields.has("recovered"):
-        return None
-    return Recovered._take(fields.within("recovered", fields.mapping("recovered")))
-
-
-def _image_bytes(fields: Fields) -> int:
-    try:
-        return check_image_size(fields.number("size_bytes"))
-    except BadValue as error:
-        fields.fail("size_bytes", str(error))
-
-
-def _shard_bytes(fields: Fields) -> int:
-    try:
-        return check_shard_size(fields.number("shard_bytes"))
-    except BadValue as error:
-        fields.fail("shard_bytes", str(error))
-
-
-def _policy(text: str) -> Policy:
-    try:
-        return Policy(text)
-    except ValueError:
-        raise BadValue(f"{text!r} is a policy this program does not know") from None
 
 
 def _failure_domain(text: str) -> FailureDomain:
@@ -732,9 +429,3 @@ def _when_full(text: str) -> WhenFull:
         return WhenFull(text)
     except ValueError:
         raise BadValue(f"{text!r} is nothing that this program does on full disks") from None
-
-
-def _not_empty(text: str) -> str:
-    if not text:
-        raise BadValue("is empty")
-    return text

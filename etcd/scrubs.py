@@ -10,12 +10,16 @@ from typing import Self
 
 from etcd import keys
 from etcd.fields import Fields, Json
-from etcd.records import ImageRecord, Record
+from etcd.images import ImageRecord
+from etcd.records import Record
 from shard.ids import ImageId, image_id, node_name
 from shard.scrub import Times
 
 LISTED_MAX = 64
 """Blocks that a record names; beyond them they are counted only."""
+
+CLOCK_ERROR_MS = 86_400_000
+"""A time that is further ahead was never. Clocks of hosts differ less, and a day is no schedule."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -97,6 +101,30 @@ class ScrubRecord(Record):
     def bad(self) -> tuple[BadBlocks, ...]:
         """Return the blocks that stay bad, or differ, by the last scrub and since."""
         return tuple(sorted({*self.now.bad, *self.last.bad}))
+
+    def set_right(self, now_ms: int) -> "ScrubRecord":
+        """Return the record without times that are a day and more from now on, in their order.
+
+        Some host's clock was ahead then. No scrub would fall due before that time.
+        """
+        latest_ms = max(
+            self.seen_ms, self.asked_ms, self.stopped_ms, self.begun_ms, self.finished_ms
+        )
+        ahead_ms = latest_ms - now_ms
+        if ahead_ms < CLOCK_ERROR_MS:
+            return self
+
+        def moved(time_ms: int) -> int:
+            return max(1, time_ms - ahead_ms) if time_ms else 0
+
+        return replace(
+            self,
+            seen_ms=moved(self.seen_ms),
+            asked_ms=moved(self.asked_ms),
+            stopped_ms=moved(self.stopped_ms),
+            begun_ms=moved(self.begun_ms),
+            finished_ms=moved(self.finished_ms),
+        )
 
     def begin(self, now_ms: int) -> "ScrubRecord":
         """Return the record with a scrub under way: the one there is, or a new one."""

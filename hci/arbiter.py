@@ -130,6 +130,8 @@ class ArbiterDaemon:
         works = int(not self.record.failure)
         yield gauge("hci_arbiter_up", "1: it votes; 0: its disk has failed.", works)
         yield gauge("hci_arbiter_registered", "1: known in etcd as there.", int(self.registered))
+        yield gauge("hci_arbiter_history_lost", "1: etcd is behind what was voted on.",
+                    int(bool(self._history_lost)))  # fmt: skip
         yield gauge("hci_arbiter_images", "Images whose votes it keeps.", len(self.record.images()))
         yield gauge("hci_arbiter_damaged_images", "Images whose votes were damaged when it "
                     "started.", len(self._damaged))  # fmt: skip

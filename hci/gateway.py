@@ -1,4 +1,9 @@
-"""The gateway's daemon: listens for NBD clients, keeps links to the nodes, answers `hci`."""
+"""The gateway's daemon: listens for NBD clients, keeps links to the nodes, answers `hci`.
+
+Clients are served by the engine's thread, and what is decided about their images by that of
+`Exports`; the main thread starts these, keeps links to the nodes that are registered, and sees to
+what is due now and then. It serves nobody before etcd has answered.
+"""
 
 import os
 import random
@@ -7,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
@@ -16,43 +21,33 @@ from engine import VERSION, Gateway
 from etcd import keys
 from etcd.client import EtcdClient
 from etcd.errors import EtcdError
+from etcd.gateways import GatewayRecord
 from etcd.interface import Notice, Reread
 from etcd.lease import Session
 from etcd.records import NodeRecord
-from hci import control, daemon, metrics, tls
+from hci import control, daemon, metrics
 from hci import control_pb2 as pb
 from hci.config import Config, GatewayConfig
 from hci.control_pb2_grpc import GatewayControlServicer, add_GatewayControlServicer_to_server
 from hci.errors import DaemonError
+from hci.image_status import image_status
 from shard.errors import HciError
 from shard.ids import ImageId, image_id
 from vmstore.caretaker import Caretaker
 from vmstore.catalog import Catalog
 from vmstore.errors import OtherCluster, UnknownImage
 from vmstore.exports import Exports, Permission, Visitor
-from vmstore.holder import Holder, Phase, closing_waits_for
 from vmstore.resizing import RESIZE_LIMIT_S
 from vmstore.scrubbing import Scrubber
 from vmstore.served import Served
-from vmstore.serving import OpenImage
+
+if TYPE_CHECKING:
+    from hci.tls import Credentials
 
 log = structlog.get_logger()
 
 POLL_S = 0.5
 BACKLOG = 128
-
-SCRUB_COUNTERS = ("next_shard", "shards_done", "shards_left", "read_bytes", "found", "repaired")
-"""What is told of a scrub under way, each with `scrub_` before it."""
-
-_STATES = {
-    Phase.TAKING: pb.OpenImage.STATE_OPENING,
-    Phase.GATHERING: pb.OpenImage.STATE_OPENING,
-    Phase.JOINING: pb.OpenImage.STATE_OPENING,
-    Phase.SERVING: pb.OpenImage.STATE_SERVING,
-    Phase.CLOSING: pb.OpenImage.STATE_CLOSING,
-    Phase.RELEASING: pb.OpenImage.STATE_CLOSING,
-    Phase.ENDED: pb.OpenImage.STATE_CLOSING,
-}
 
 
 def serve(config: Config, name: str) -> None:
@@ -100,9 +95,10 @@ class GatewayDaemon:
             slow_limits=config.slow,
             permitted=self._permitted,
         )
-        self.credentials = (
-            tls.Credentials(own.tls, self.engine, time.monotonic) if own.tls is not None else None
-        )
+        self.credentials = self._credentials()
+        self._session: Session | None = None
+        self._announced: int | None = None
+        """The etcd lease under which others know this gateway."""
         self.exports.failed = ending.fail
         self.caretaker = Caretaker(
             self.catalog, self.exports.maintain, self.exports.maintained, random.SystemRandom()
@@ -159,7 +155,22 @@ class GatewayDaemon:
         self.exports.stop()
 
     def _lease(self, on_lost: Callable[[], None], on_renewed: Callable[[float], None]) -> Session:
-        return Session(self.etcd, on_lost=on_lost, on_renewed=on_renewed)
+        self._session = Session(self.etcd, on_lost=on_lost, on_renewed=on_renewed)
+        return self._session
+
+    def _announce(self) -> None:
+        """Have `hci` on any host find this gateway, also under a new etcd lease."""
+        session = self._session
+        if session is None or session.lost or session.lease == self._announced:
+            return
+        record = GatewayRecord(
+            name=self.own.name,
+            host=self.own.host,
+            control=str(self.own.control),
+            holder=self.holder,
+        )
+        self.catalog.announce_gateway(record, session.lease)
+        self._announced = session.lease
 
     def _sockets(self) -> list[socket.socket]:
         """Return the sockets that NBD clients connect to. Raises DaemonError.
@@ -183,10 +194,19 @@ class GatewayDaemon:
             return "off"
         return self.own.tls.socket if listening.family == socket.AF_UNIX else self.own.tls.tcp
 
+    def _credentials(self) -> "Credentials | None":
+        if self.own.tls is None:
+            return None
+        from hci.tls import Credentials  # X.509 takes a while to import.
+
+        return Credentials(self.own.tls, self.engine, time.monotonic)
+
     def _permitted(self, visitor: Visitor, image: str) -> Permission:
         """Return what a client may do with an image."""
         allowed = Permission.WRITE
         if not visitor.trusted and self.own.tls is not None:
+            from hci import tls
+
             names = tls.identities(visitor.certificate)
             allowed = tls.permission(names, image, self.own.tls.access)
         return min(allowed, Permission.READ) if self.own.is_read_only(image) else allowed
@@ -224,6 +244,7 @@ class GatewayDaemon:
         steps = (
             lambda: self.catalog.init_cluster(self.config.cluster.id),
             self.exports.start,
+            self._announce,
             lambda: self.etcd.watch(keys.NODES, self._on_nodes),
             lambda: self.etcd.watch(keys.LOST, self._on_mark),
             self.caretaker.watch,
@@ -260,6 +281,10 @@ class GatewayDaemon:
             self.credentials.look()
         self.caretaker.look(time.monotonic())
         self.scrubber.look(time.monotonic(), time.time_ns() // 1_000_000)
+        try:
+            self._announce()
+        except EtcdError as error:
+            log.warning("gateway_not_announced", gateway=self.own.name, why=str(error))
         if not self._nodes_changed.is_set():
             return
         self._nodes_changed.clear()
@@ -319,7 +344,7 @@ class GatewayDaemon:
         yield gauge("hci_gateway_link_up", "1: the node answers.", links, ["node"])
         images = [(str(image.name), image) for image in self.exports.snapshot()]
         states = {
-            (name,): float(_image_status(image, {}, self.exports).state) for name, image in images
+            (name,): float(image_status(image, {}, self.exports).state) for name, image in images
         }
         yield gauge("hci_image_state", "1 opening, 2 serving, 3 writes wait, 4 stalled, 5 closing.",
                     states, ["image"])  # fmt: skip
@@ -345,6 +370,20 @@ class GatewayDaemon:
         }
         yield counter("hci_image_requests_total", "Clients' requests answered since the image was "
                       "opened.", kinds, ["image", "kind"])  # fmt: skip
+        behind = {(name,): float(image.behind) for name, image in images}
+        yield gauge("hci_image_history_lost", "1: etcd is behind what the gateway knows.",
+                    behind, ["image"])  # fmt: skip
+        refusing = {(name,): len(image.refusing) for name, image in images}
+        yield gauge("hci_image_sets_refusing_writes", "Replica sets whose disks are full, where "
+                    "clients are told so.", refusing, ["image"])  # fmt: skip
+        waits = {(name,): float(bool(image.holder.trouble)) for name, image in images}
+        yield gauge("hci_image_waits", "1: for etcd, an arbiter or a node; `hci status` says "
+                    "which.", waits, ["image"])  # fmt: skip
+        ended = self.exports.heal_log.totals()
+        yield counter("hci_heals_total", "Heals since the gateway started, by how they ended.",
+                      {("done",): ended.done, ("failed",): ended.failed}, ["end"])  # fmt: skip
+        yield counter("hci_heal_copied_bytes_total", "Copied by the heals that are done.",
+                      ended.copied_bytes)  # fmt: skip
         heals = {
             (name, found["heal"]["node"]): found["heal"] for name, found in asked if found["heal"]
         }
@@ -420,7 +459,7 @@ class GatewayControl(GatewayControlServicer):
             trouble=gateway.trouble,
             version=VERSION,
             images=[
-                _image_status(image, seen.get(image.channel, {}), gateway.exports)
+                image_status(image, seen.get(image.channel, {}), gateway.exports)
                 for image in gateway.exports.snapshot()
             ],
             counters={"pid": os.getpid()},
@@ -454,78 +493,3 @@ class GatewayControl(GatewayControlServicer):
                 "goes on; `hci image info` says when it has its new size"
             ) from error
         return pb.ResizeReply(size_bytes=request.size_bytes, connections_to_renew=told_before)
-
-
-def _progress(
-    image: OpenImage, heal: dict[str, Any] | None, exports: Exports
-) -> pb.Progress | None:
-    begun = exports.heal_log.under_way(image.image)
-    if heal is None or begun is None:
-        return None
-    seconds = max(0.1, time.monotonic() - begun.begun_s)
-    return pb.Progress(
-        node=heal["node"],
-        shards_done=heal["shards_done"],
-        shards_total=heal["shards_done"] + heal["shards_left"],
-        copied_bytes=heal["bytes_done"],
-        bytes_left=heal["bytes_left"],
-        bytes_per_second=int(heal["bytes_done"] / seconds),
-        bad_blocks=heal["bad_blocks"],
-    )
-
-
-def _counters(seen: dict[str, Any]) -> dict[str, int]:
-    """Return what is told of an image's levelling, rot and scrub while there is any."""
-    level, scrub = seen.get("level"), seen.get("scrub")
-    counters = {f"levelling_{name}": count for name, count in (level or {}).items()}
-    if (rot := seen.get("rot")) is not None:
-        counters |= {f"rot_{what}": rot[what] for what in ("found", "repaired", "waiting")}
-        counters["rot_unrepairable"] = len(rot["unrepairable"])
-    if scrub is not None:
-        counters |= {f"scrub_{what}": scrub[what] for what in SCRUB_COUNTERS}
-    return counters
-
-
-def _image_status(image: OpenImage, seen: dict[str, Any], exports: Exports) -> pb.OpenImage:
-    """Return an image's status; `seen` is what the engine says of it."""
-    holder, record = image.holder, image.holder.record
-    status = pb.OpenImage(
-        image_id=image.image,
-        name=str(image.name),
-        state=_STATES[holder.phase],
-        trouble=holder.trouble,
-        clients=sum(1 for user in image.users if user > 0),
-        heal=_progress(image, seen.get("heal"), exports),
-        counters=_counters(seen),
-        slow=_slow(holder),
-    )
-    if record is None:
-        return status
-    membership = record.membership
-    status.epoch, status.generation = record.epoch, record.generation
-    for index in range(len(record.sets)):
-        status.in_sync.add(replica_set=index, nodes=membership.in_sync(index))
-    stalled_by = holder.stalled_by()
-    if holder.phase is Phase.SERVING and holder.trouble and _waits_for_a_change(holder):
-        # Its writes are answered once etcd and the arbiter have taken the change.
-        status.state = pb.OpenImage.STATE_READS_ONLY
-    if holder.phase is Phase.SERVING and stalled_by:
-        status.state = pb.OpenImage.STATE_READS_ONLY
-        status.trouble = status.trouble or f"writes wait for {', '.join(stalled_by)}"
-    if holder.phase is Phase.CLOSING and stalled_by:
-        status.trouble = f"it waits {closing_waits_for(holder)}"
-    return status
-
-
-def _slow(holder: Holder) -> list[pb.SlowNode]:
-    """Return the nodes that keep clients waiting, and those that rest because they did."""
-    slowness = holder.slowness
-    slow = [pb.SlowNode(node=node, lag_ms=lag) for node, lag in sorted(slowness.slow().items())]
-    resting = sorted(slowness.resting(holder.now_s).items())
-    return [*slow, *(pb.SlowNode(node=node, rests_s=rests_s) for node, rests_s in resting)]
-
-
-def _waits_for_a_change(holder: Holder) -> bool:
-    """Whether a node is missing that etcd, or the arbiter, has not let the image leave behind."""
-    delayed = holder.proposal is not None or holder.retry_at_s is not None
-    return delayed and bool(holder.missing())

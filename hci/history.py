@@ -22,8 +22,9 @@ import structlog
 
 from etcd import keys
 from etcd.errors import EtcdError, RecordError
+from etcd.images import ImageRecord
 from etcd.interface import Changed, Etcd, KeyValue, Notice, Reread
-from etcd.records import ClusterRecord, ImageRecord, LostRecord
+from etcd.records import ClusterRecord, LostRecord
 from shard.errors import HciError
 from shard.ids import ImageId, image_id
 from vmstore.catalog import Catalog

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from urllib.parse import quote
 
-from etcd.records import ImageRecord, NodeRecord
+from etcd.images import ImageRecord
+from etcd.records import NodeRecord
 from hci import control_pb2 as pb
 from hci.config import Config, GatewayConfig
 from hci.control import GatewayClient, NodeClient
@@ -207,7 +208,7 @@ def check(
     if not record.clean:
         holder = holder_of(records, record.id)
         uri = answering_uri(config, name, holder)
-        transfer.touch(uri)
+        transfer.touch(uri, str(name))
         _level(gateway_for(config, holder), uri, record.id)
         record = records.find(name).record
     nodes = records.nodes()

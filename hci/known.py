@@ -7,8 +7,7 @@ from etcd.interface import KeyValue
 from hci import control_pb2 as pb
 from hci.history import held_record
 from shard.ids import ImageId, image_id
-from vmstore.history import HeldRecord, Known
-from vmstore.recovering import Member
+from vmstore.history import HeldRecord, Known, Member
 
 T = TypeVar("T")
 

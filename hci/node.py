@@ -1,14 +1,16 @@
-"""The storage node's daemon: opens the store, serves it, registers in etcd, answers `hci`."""
+"""The storage node's daemon: opens the store, serves it, registers in etcd, answers `hci`.
+
+Data is served by the engine's threads, whether etcd answers or not; the main thread looks after
+registration, what was deleted, and whether etcd may be believed. Nobody is served from a store of
+which etcd has seen a later start, unless it goes on as one of which nothing counts.
+"""
 
 import os
 import secrets
 import threading
-import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -18,15 +20,18 @@ from engine import VERSION, Node
 from etcd import keys
 from etcd.client import EtcdClient
 from etcd.errors import EtcdError
+from etcd.images import ImageRecord
 from etcd.lease import Session
-from etcd.records import ImageRecord, NodeRecord
+from etcd.records import NodeRecord
 from hci import control, daemon, metrics
 from hci import control_pb2 as pb
 from hci.config import Config, NodeConfig
 from hci.control_pb2_grpc import NodeControlServicer, add_NodeControlServicer_to_server
-from hci.errors import ControlError, DaemonError
+from hci.errors import DaemonError
 from hci.history import HistoryWatch, Holdings, held_record
 from hci.known import known_parts
+from hci.memory import forget_memory, memory_id
+from hci.set_back import SetBackJudge
 from hci.usage import FolderUsage
 from shard.digest import UNREADABLE, digest
 from shard.errors import HciError
@@ -41,25 +46,13 @@ from vmstore.errors import (
     UnknownImage,
 )
 from vmstore.ledger import Ledger
-from vmstore.set_back import Marks, may_run_elsewhere, only_here, seen_later
+from vmstore.set_back import Marks, seen_later
 
 log = structlog.get_logger()
-
-FORGOTTEN = "forgotten"
-"""A file in a node's folder: the boot in which its store failed, and the id of the memory since."""
 
 POLL_S = 0.5
 _FULL = "the disk is full: writes are refused until there is room"
 RETRY_S = 1.0
-
-COPIED_S = 20.0
-"""How long a store that was set back waits for the end of the etcd lease of whoever ran with it:
-twice what that lasts. One that goes on is of a process that runs, with a copy of the store."""
-
-ALONE_S = 10.0
-"""How long it waits for another node from which it could be healed, which may be starting too."""
-
-ASK_DEADLINE_S = 2.0
 
 
 def serve(config: Config, name: str) -> None:
@@ -88,14 +81,13 @@ class NodeDaemon:
         self.usage = FolderUsage(own.data_dir)
         self.etcd = EtcdClient([str(endpoint) for endpoint in config.cluster.etcd])
         self.catalog = Catalog(self.etcd)
+        self._set_back_judge = SetBackJudge(self.catalog, ending)
         self.ledger = self._open_ledger()
         self.history = HistoryWatch(
             own.name, self.etcd, self.catalog, self.ledger, self._holdings, self._on_deleted
         )
         self._session: Session | None = None
         self._session_lost = threading.Event()
-        self._copied_since_s = 0.0
-        self._alone_since_s = 0.0
         self._unconfirmed: set[ImageId] = set()
 
     @property
@@ -178,42 +170,11 @@ class NodeDaemon:
         known = self.catalog.nodes().get(own.name)
         if known is None or not seen_later(known, own):
             return True
-        behind = StoreBehind(own.name, known.start_counter, own.start_counter)
-        if may_run_elsewhere(self.catalog.alive().get(own.name), own):
-            self._copied_since_s = self._copied_since_s or time.monotonic()
-            if time.monotonic() - self._copied_since_s > COPIED_S:
-                self.ending.fail(str(StoreCopied(own.name, own.start_counter)))
-            self.trouble = str(behind)
+        self.trouble = self._set_back_judge.waits(known, own)
+        if self.trouble:
             return False
-        images = [entry.image.record for entry in self.catalog.images()]
-        lonely = only_here(images, own.name, self._serving())
-        if lonely:
-            self._alone_since_s = self._alone_since_s or time.monotonic()
-            self.trouble = str(behind.where_alone(lonely))
-            if time.monotonic() - self._alone_since_s > ALONE_S:
-                self.ending.fail(self.trouble)
-            return False
-        self.trouble = ""
         self._set_back(known.start_counter)
         return True
-
-    def _serving(self) -> set[str]:
-        """The other nodes that serve now. One that died counts as alive in etcd for a while yet."""
-        nodes = self.catalog.nodes()
-        others = [name for name in self.catalog.alive() if name != self.own.name and name in nodes]
-
-        def serves(name: str) -> bool:
-            with (
-                suppress(ControlError),
-                control.NodeClient(name, nodes[name].control, deadline_s=ASK_DEADLINE_S) as client,
-            ):
-                return client.status().state == pb.NodeStatus.STATE_SERVING
-            return False
-
-        with ThreadPoolExecutor(max(len(others), 1)) as pool:
-            return {
-                name for name, is_so in zip(others, pool.map(serves, others), strict=True) if is_so
-            }
 
     def _set_back(self, seen_counter: int) -> None:
         """Go on as a new instance that says of all its images that nothing here counts."""
@@ -413,7 +374,20 @@ class NodeDaemon:
             raise DaemonError(f"node {self.own.name}: {error}") from error
 
     def _samples(self) -> metrics.Samples:
-        return node_samples(self.engine.status(), self.engine.failure(), self.registered)
+        yield from node_samples(self.engine.status(), self.engine.failure(), self.registered)
+        gauge = metrics.gauge
+        yield gauge("hci_node_history_lost", "1: etcd is behind what this node knows.",
+                    int(bool(self.history.lost)))  # fmt: skip
+        yield gauge("hci_node_contested_images", "Images that this node knows better than the last "
+                    "recovery of etcd did.", len(self.ledger.contested))  # fmt: skip
+        distrusted = [] if self.engine.failure() else self.engine.inventory()["distrusted"]
+        yield gauge("hci_node_distrusted_images", "Images of which nothing here counts before it "
+                    "is healed: the disk was set back.", len(distrusted))  # fmt: skip
+        unknown = self.unknown_images()
+        yield gauge("hci_node_unknown_images", "Images with data here that etcd does not know.",
+                    len(unknown))  # fmt: skip
+        yield gauge("hci_node_unknown_bytes", "Disk space of these images.",
+                    sum(image.physical_bytes for image in unknown))  # fmt: skip
 
     def state(self) -> "pb.NodeStatus.State.ValueType":
         """Return the node's state."""
@@ -542,25 +516,3 @@ class NodeControl(NodeControlServicer):
             freed = 0
         self._node.bury(image)
         return pb.DeleteReply(freed_bytes=freed)
-
-
-def memory_id(data_dir: Path) -> str:
-    """Return what names the memory that holds what this store's processes have not synced.
-
-    It is the kernel's boot id, unless a former process of the same boot ended by a failed sync: the
-    kernel has given up what that was to write. Then it is what that process left behind.
-    """
-    boot = daemon.boot_id()
-    try:
-        former, memory = (data_dir / FORGOTTEN).read_text().split()
-    except (FileNotFoundError, ValueError):
-        return boot
-    return memory if former == boot else boot
-
-
-def forget_memory(data_dir: Path) -> None:
-    """Have the next process of this boot have another memory. It need not outlive the boot."""
-    try:
-        (data_dir / FORGOTTEN).write_text(f"{daemon.boot_id()} {secrets.token_hex(16)}")
-    except OSError as error:
-        log.error("forgotten_not_written", folder=str(data_dir), why=str(error))

@@ -22,7 +22,9 @@ from hci.known import member_of
 from shard.errors import HciError
 from shard.ids import ImageId, image_id
 from vmstore.errors import OtherCluster
-from vmstore.recovering import Member, Plan, Sources, Voted, Witness, plan
+from vmstore.history import Member
+from vmstore.recovering import Plan, plan
+from vmstore.told import Sources, Voted, Witness
 
 ASK_DEADLINE_S = 5.0
 

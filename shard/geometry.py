@@ -25,8 +25,8 @@ IMAGE_BYTES_MAX = 256 << 40
 
 _SUFFIXES = {"": 0, "b": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5, "e": 6}
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
-_SIZE = re.compile(r"([0-9]+)(\.[0-9]+)?\s*([a-z]?)(ib)?", re.IGNORECASE)
-_HEX_SIZE = re.compile(r"0x[0-9a-f]+", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]+)(\.[0-9]*)?\s*([a-z]?)(ib)?", re.IGNORECASE)
+_HEX_SIZE = re.compile(r"0x([0-9a-f]+)([kmgtp]?)", re.IGNORECASE)
 _SIZE_TEXT_MAX = 40
 
 
@@ -65,13 +65,16 @@ def parse_size(text: str) -> int:
     """Return the bytes that `text` means, as qemu-img reads sizes: `512`, `10G`, `1.5T`, `0x1000`.
 
     Suffixes k, M, G, T, P, E (either case, also KiB, MiB, …) are powers of 1024; b or none are
-    bytes. A fraction is rounded up to a whole sector. Raises BadSize; limits are checked apart,
-    by `check_image_size` and `check_shard_size`.
+    bytes, and digits of a hexadecimal number are not suffixes. A fraction is rounded down to whole
+    bytes, these up to a whole sector. A sign is refused: `+1G` means one more to those who resize
+    with qemu-img. Raises BadSize; limits are checked apart, by `check_image_size` and
+    `check_shard_size`.
     """
     stripped = text.strip()
     if len(stripped) <= _SIZE_TEXT_MAX:
-        if _HEX_SIZE.fullmatch(stripped):
-            return int(stripped, 16)
+        found = _HEX_SIZE.fullmatch(stripped)
+        if found is not None:
+            return int(found[1], 16) << (10 * _SUFFIXES[found[2].lower()])
         found = _SIZE.fullmatch(stripped)
         if found is not None and found[3].lower() in _SUFFIXES:
             size = _size_of(found[1], found[2], found[3].lower(), found[4])
@@ -85,14 +88,15 @@ def parse_size(text: str) -> int:
 
 def _size_of(whole: str, fraction: str | None, suffix: str, binary: str | None) -> int | None:
     power = _SUFFIXES[suffix]
-    if power == 0 and (fraction is not None or binary is not None):
+    if power == 0 and binary is not None:
         return None
-    if fraction is None:
+    rest = Fraction(f"0{fraction or ''}")
+    if rest == 0:
         return int(whole) << (10 * power)
-    exact = Fraction(whole + fraction) * (1 << (10 * power))
-    if exact.denominator == 1:
-        return int(exact)
-    return int(-(-exact // SECTOR_BYTES)) * SECTOR_BYTES
+    if power == 0:
+        return None
+    size = int((int(whole) + rest) * (1 << (10 * power)))
+    return -(-size // SECTOR_BYTES) * SECTOR_BYTES
 
 
 def format_size(size_bytes: int) -> str:

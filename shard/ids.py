@@ -9,7 +9,7 @@ ImageId = NewType("ImageId", str)
 """Random 128-bit id of an image, never reused: 32 lower-case hex digits."""
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,62}"
-"""What node and pool names look like."""
+"""What names of nodes, arbiters and pools look like."""
 
 _NAME = re.compile(NAME_PATTERN)
 _HEX_32 = re.compile(r"[0-9a-f]{32}")
@@ -34,18 +34,23 @@ def holder_id(text: str) -> str:
 
 def node_name(text: str) -> str:
     """Return `text` where it is a node's name, or raise BadName."""
-    return _name(text, "node")
+    return _name(text, "a node")
+
+
+def arbiter_name(text: str) -> str:
+    """Return `text` where it is an arbiter's name, or raise BadName."""
+    return _name(text, "an arbiter")
 
 
 def pool_name(text: str) -> str:
     """Return `text` where it is a pool's name, or raise BadName."""
-    return _name(text, "pool")
+    return _name(text, "a pool")
 
 
 def _name(text: str, what: str) -> str:
     if not _NAME.fullmatch(text):
         raise BadName(
-            f"{text!r} is not a {what} name: use 1 to 63 lower-case letters, digits and hyphens, "
+            f"{text!r} is not {what} name: use 1 to 63 lower-case letters, digits and hyphens, "
             "not beginning with a hyphen"
         )
     return text

@@ -9,6 +9,7 @@ from dataclasses import replace
 from etcd import keys
 from etcd.interface import Compare, KeyAbsent, Put
 from etcd.records import AliveRecord, ArbiterRecord, PoolRecord
+from shard.ids import arbiter_name, pool_name
 from vmstore.errors import (
     ArbiterRetired,
     ArbiterRolledBack,
@@ -28,8 +29,8 @@ class ArbiterRecords(Holding):
     """
 
     def pool(self, name: str) -> Stored[PoolRecord]:
-        """Return a pool. Raises UnknownPool."""
-        found = read(self._etcd, PoolRecord, keys.pool(name))
+        """Return a pool. Raises BadName, UnknownPool."""
+        found = read(self._etcd, PoolRecord, keys.pool(pool_name(name)))
         if found is None:
             self.check_history()
             raise UnknownPool(name)
@@ -48,8 +49,8 @@ class ArbiterRecords(Holding):
         return {item.key.removeprefix(keys.VOTING) for item in found}
 
     def arbiter(self, name: str) -> Stored[ArbiterRecord]:
-        """Return an arbiter. Raises UnknownArbiter, ArbiterRetired."""
-        found = read(self._etcd, ArbiterRecord, keys.arbiter(name))
+        """Return an arbiter. Raises BadName, UnknownArbiter, ArbiterRetired."""
+        found = read(self._etcd, ArbiterRecord, keys.arbiter(arbiter_name(name)))
         if found is None:
             raise UnknownArbiter(name)
         if found.record.retired:

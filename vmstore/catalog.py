@@ -6,25 +6,24 @@ that keep something of it have confirmed that it is gone; each node keeps one of
 """
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from etcd import keys
+from etcd.gateways import GatewayRecord
+from etcd.images import ImageRecord, Layer, awaited_members
 from etcd.interface import Compare, Delete, Etcd, KeyAbsent, Operation, Put
 from etcd.records import (
     AliveRecord,
     ArbiterRecord,
     ClusterRecord,
-    ImageRecord,
     ImportRecord,
-    Layer,
     LeaseRecord,
     NameRecord,
     NodeRecord,
     PlacementRecord,
     PoolRecord,
     TombstoneRecord,
-    awaited_members,
 )
 from shard.errors import BadValue, TooFewDomains
 from shard.geometry import IMAGE_BYTES_MAX, SHARD_BYTES_DEFAULT, check_image_size, check_shard_size
@@ -158,6 +157,16 @@ class Catalog(ArbiterRecords, ScrubRecords):
         if commit(self._etcd, compares, operations, put_found(self._etcd, put)) is None:
             raise RecordChanged(f"node {record.name}")
 
+    def announce_gateway(self, record: GatewayRecord, etcd_lease: int) -> None:
+        """Say that a gateway runs as long as the lease lives. Raises LeaseNotFound."""
+        put = Put(record.key, record.encode(), etcd_lease)
+        commit(self._etcd, [], [put], put_found(self._etcd, put))
+
+    def gateways(self) -> dict[str, GatewayRecord]:
+        """Return the gateways that run, on all hosts, by name."""
+        found = self._all(GatewayRecord, keys.GATEWAYS)
+        return {name: item.record for name, item in found.items()}
+
     @decided_anew
     def create_pool(
         self,
@@ -200,8 +209,8 @@ class Catalog(ArbiterRecords, ScrubRecords):
         self._check_absent(record)
         placement = self._place(record, candidates)
         _check_fits(record, placement)
-        if voter is not None and failure_domain is not FailureDomain.NODE:
-            _check_apart(voter.record, placement, candidates)
+        if voter is not None:
+            _check_apart(voter.record, record, placement, candidates)
         self._create_pool(record, placement, voter.unchanged if voter is not None else ())
         return record
 
@@ -230,6 +239,11 @@ class Catalog(ArbiterRecords, ScrubRecords):
         if found is None:
             raise UnknownPool(pool)
         return found
+
+    def check_apart(self, pool: PoolRecord, arbiter: ArbiterRecord) -> None:
+        """Raise ArbiterBesideData where losing one host would lose two of a pool's three votes."""
+        placement = self.placement(pool.name).record
+        _check_apart(arbiter, pool, placement, self.nodes().values())
 
     @decided_anew
     def create_image(
@@ -503,10 +517,15 @@ def _check_fits(pool: PoolRecord, placement: PlacementRecord) -> None:
 
 
 def _check_apart(
-    arbiter: ArbiterRecord, placement: PlacementRecord, candidates: Sequence[Candidate]
+    arbiter: ArbiterRecord,
+    pool: PoolRecord,
+    placement: PlacementRecord,
+    nodes: Iterable[Candidate | NodeRecord],
 ) -> None:
     """Raise ArbiterBesideData where an arbiter shares its host with a node that it decides on."""
+    if pool.failure_domain is FailureDomain.NODE:
+        return
     placed = {node for members in placement.sets for node in members}
-    for candidate in candidates:
-        if candidate.name in placed and candidate.host == arbiter.host:
-            raise ArbiterBesideData(arbiter.name, arbiter.host, candidate.name)
+    for node in nodes:
+        if node.name in placed and node.host == arbiter.host:
+            raise ArbiterBesideData(arbiter.name, arbiter.host, node.name)

@@ -8,7 +8,7 @@ differing are reported.
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from etcd.records import ImageRecord
+from etcd.images import ImageRecord
 from shard import digest
 from shard.digest import Difference
 from shard.geometry import Geometry

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from etcd.records import ImageRecord
+from etcd.images import ImageRecord
 
 
 @dataclass(frozen=True, slots=True)

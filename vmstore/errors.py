@@ -236,6 +236,7 @@ class ReplaceRefused(VmstoreError):
 
     def __init__(self, arbiter: str, why: str) -> None:
         self.arbiter = arbiter
+        self.why = why
         super().__init__(
             f"arbiter {arbiter} is not replaced now: {why}. The new one would learn who is in sync "
             "from etcd alone; if etcd was ever put back to an older copy, writes could be lost. "

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from etcd.records import ImageRecord
+from etcd.images import ImageRecord
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,13 @@ import structlog
 
 from engine import Gateway
 from etcd.errors import EtcdError, EtcdUnavailable, OutcomeUnknown
+from etcd.images import ImageRecord
 from etcd.lease import Session
-from etcd.records import ImageRecord
 from shard.errors import HciError
 from shard.ids import ImageId
 from shard.scrub import ScrubLimits
 from vmstore import events
+from vmstore.calls import OPEN_RETRY_S, RELEASE_RETRY_S, nothing_more
 from vmstore.catalog import Catalog
 from vmstore.deciding import TICK_S, Deciding
 from vmstore.errors import BeingResized, ClientBarred, LeaseLost, UnknownImage, UnknownPool
@@ -27,9 +28,9 @@ from vmstore.healing import HealLimits
 from vmstore.holder import OPEN_LIMIT_S, Phase, closing_waits_for
 from vmstore.holding import Held
 from vmstore.names import ImageName, parse_image_name
+from vmstore.open_image import OpenImage
 from vmstore.resizing import RECONNECT_S, RESIZER, Resizing
 from vmstore.served import Served
-from vmstore.serving import OPEN_RETRY_S, RELEASE_RETRY_S, OpenImage, nothing_more
 from vmstore.slowness import SlowLimits
 from vmstore.stored import Stored
 
@@ -194,7 +195,7 @@ class Exports(Resizing):
 
     def _on_asked(self, client: int, query: str, name: str | None) -> None:
         if query == "list":
-            self._later(
+            self._calls.later(
                 lambda: [str(entry.name) for entry in self._catalog.images()],
                 lambda names: self._engine.answer_names(client, self._seen_by(client, names)),
                 lambda error: self._refuse(client, error),
@@ -214,14 +215,14 @@ class Exports(Resizing):
         give_up_s = self._deciding.now_s() + (OPEN_LIMIT_S if opens else 0.0)
 
         def look_up() -> None:
-            self._later(
+            self._calls.later(
                 lambda: self._catalog.find(image_name),
                 lambda found: self._found(client, image_name, found, opens),
                 failed,
             )
 
         def failed(error: HciError) -> None:
-            may_wait = not self._stopping and self._deciding.now_s() < give_up_s
+            may_wait = not self._calls.stopping and self._deciding.now_s() < give_up_s
             if isinstance(error, EtcdUnavailable) and client in self._asking and may_wait:
                 self._deciding.after(OPEN_RETRY_S, look_up)
                 return
@@ -237,7 +238,7 @@ class Exports(Resizing):
         self._asking.discard(client)
         if not opens:
             self._answer(client, name, found.record, None)
-        elif self._stopping:
+        elif self._calls.stopping:
             self._say_no(client, "unavailable", "the gateway is stopping; try again")
         else:
             try:
@@ -267,7 +268,7 @@ class Exports(Resizing):
         if peer is None or self._served.is_served(peer, record):
             self._written_down(image, client, name)
             return
-        self._later(
+        self._calls.later(
             lambda: self._served.admit(name, peer, record),
             lambda _written: self._written_down(image, client, name),
             lambda error: self._turn_away(image, client, "refused", str(error)),
@@ -350,10 +351,10 @@ class Exports(Resizing):
         One that we sent away, be it for a restart, comes back with all of it.
         """
         others = {self._peers.get(user) for user in image.users}
-        serves = image.holder.phase is Phase.SERVING and not self._stopping
+        serves = image.holder.phase is Phase.SERVING and not self._calls.stopping
         if peer is not None and peer not in others and serves:
             self._served.left(image.image, peer)
-            self._later(self._served.save, nothing_more, nothing_more)
+            self._calls.later(self._served.save, nothing_more, nothing_more)
 
     def _reconnect(self, image: OpenImage) -> None:
         clients = {user for user in image.users if user > 0}
@@ -394,7 +395,7 @@ class Exports(Resizing):
 
     def _care_for(self, name: ImageName, scrub: bool) -> None:
         def found(stored: Stored[ImageRecord]) -> None:
-            if stored.record.id in self._images or self._stopping:
+            if stored.record.id in self._images or self._calls.stopping:
                 return
             pin = self._take_pin()
             image = self._use(name, stored, maintenance=True)
@@ -402,7 +403,7 @@ class Exports(Resizing):
             self._client_image[pin] = image.image
             self._cared_for[image.image] = _Care(pin, self._deciding.now_s(), scrub)
 
-        self._later(lambda: self._catalog.find(name), found, lambda _error: None)
+        self._calls.later(lambda: self._catalog.find(name), found, lambda _error: None)
 
     def _tick(self) -> None:
         super()._tick()
@@ -462,14 +463,14 @@ class Exports(Resizing):
             if isinstance(error, EtcdError) or lapsed:
                 self._deciding.after(RELEASE_RETRY_S, lambda: self._claim(image))
             else:
-                self._lost(image, events.Lost(str(error)))
+                self._hear(image, events.Lost(str(error)))
 
         def go_on() -> None:
             image.holder.paused = image.claiming = False
             self._step(image, events.Tick(self._deciding.now_s()))
 
         def ask() -> None:
-            self._later(claim, claimed, failed)
+            self._calls.later(claim, claimed, failed)
 
         ask()
 

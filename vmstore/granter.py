@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from arbiter.client import Voter
-from arbiter.voting import Addressee
+from arbiter.exchange import Addressee
 from etcd.records import ArbiterRecord
 from vmstore.arbiters import ArbiterRecords
 from vmstore.granting import Commit, Confirm, Found, Look, Prepare, Step

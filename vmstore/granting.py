@@ -26,7 +26,8 @@ from typing import Any
 from arbiter.errors import ArbiterBehind, ArbiterFailed, ArbiterUnreachable, OtherArbiter
 from arbiter.statement import Statement
 from etcd.errors import EtcdError, EtcdUnavailable
-from etcd.records import ArbiterRecord, Grant, ImageRecord, PoolRecord
+from etcd.images import Grant, ImageRecord
+from etcd.records import ArbiterRecord, PoolRecord
 from shard.errors import HciError
 from shard.ids import ImageId
 from vmstore.errors import (

@@ -19,11 +19,11 @@ from typing import TypeVar
 
 from etcd import keys
 from etcd.errors import RecordError
+from etcd.images import ImageRecord
 from etcd.interface import KeyValue
 from etcd.records import (
     ArbiterRecord,
     ClusterRecord,
-    ImageRecord,
     NameRecord,
     NodeRecord,
     PlacementRecord,
@@ -71,6 +71,16 @@ class Known:
     former: Mapping[str, KeyValue] = field(default_factory=dict)
     contested: frozenset[ImageId] = frozenset()
     distrusted: frozenset[ImageId] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A node that was heard."""
+
+    name: str
+    store_id: str
+    start_counter: int
+    known: Known
 
 
 @dataclass(frozen=True, slots=True)

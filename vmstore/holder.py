@@ -33,8 +33,8 @@ to believe a node that has lost its record or was rolled back itself: such a nod
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
-from etcd.records import ImageRecord
-from shard.membership import Change, Ready, Wait, lose, rejoin, short_of_space
+from etcd.images import ImageRecord
+from shard.membership import Change, Ready, Wait, lose, rejoin
 from vmstore.effects import (
     Admit,
     ChangeMembership,
@@ -78,6 +78,7 @@ from vmstore.events import (
 from vmstore.healing import Heals
 from vmstore.judging import emptied, problem_of
 from vmstore.slowness import Slowness
+from vmstore.space import NO_SPACE, Space
 
 GRACE_S = 3.0
 """How long a new holder waits for nodes in sync that do not answer before it goes on without them:
@@ -90,13 +91,6 @@ RETRY_S = 0.5
 
 FAILING_S = 2.5
 """A node counts as failing so long after it failed a request: it is asked again each second."""
-
-NO_SPACE = "NoSpace"
-"""What the engine says of a node whose disk is full."""
-
-FULL_S = 2.0
-"""How long the disks of too many nodes are full before clients may hear of it: longer than leaving
-one of them behind takes, and than a checkpoint that makes room."""
 
 OPEN_LIMIT_S = 20.0
 """After this a client that waits for an image to open is told so; a gateway that is asked again
@@ -137,8 +131,6 @@ class _Node:
     """The instance that was last up: only it resumes."""
     failed_at_s: float | None = None
     """When it last failed a request."""
-    full_at_s: float | None = None
-    """When it last failed one because its disk is full."""
     away_since_s: float | None = None
     """Since when it has been lost, where that was before the image was opened."""
     peeked: "Peeked | None" = None
@@ -165,8 +157,7 @@ class Holder:
     slowness: Slowness = field(default_factory=Slowness)
     too_slow: str | None = None
     """Whom the proposal leaves behind although it is there."""
-    short_since_s: dict[int, float] = field(default_factory=dict)
-    """Since when replica sets have been short of space: too many of their nodes are full."""
+    space: Space = field(default_factory=lambda: Space(FAILING_S))
     storing: bool = False
     paused: bool = False
     """Another change of the record is under way: none is proposed."""
@@ -225,8 +216,9 @@ class Holder:
                 self.nodes[node].failed_at_s = self.now_s
                 self.trouble = f"{node} fails requests: {status}"
                 if status == NO_SPACE:
-                    self.nodes[node].full_at_s = self.now_s
-                    self.trouble = f"no space left on {', '.join(sorted(self._full()))}"
+                    self.space.refused(node, self.now_s)
+                    full = sorted(self.space.full(self.now_s))
+                    self.trouble = f"no space left on {', '.join(full)}"
                 self.blocking.add(node)
                 if self.waiting_since_s is None:
                     self.waiting_since_s = self.now_s
@@ -321,7 +313,8 @@ class Holder:
         node.standing = Standing.AWAY
         node.instance = None
         node.peeked = None
-        node.failed_at_s = node.full_at_s = None
+        node.failed_at_s = None
+        self.space.gone(name)
         self.slowness.gone(name)
         if self.waiting_since_s is None:
             self.waiting_since_s = self.now_s
@@ -647,7 +640,8 @@ class Holder:
         if self.phase is Phase.ENDED:
             return []
         self.slowness.look(self.now_s)
-        self._look_for_space()
+        if self.record is not None:
+            self.space.look(self.record.membership, self.now_s)
         if self.retry_at_s is not None and self.now_s >= self.retry_at_s:
             self.retry_at_s = None
             if self.record is not None and self.proposal is not None:
@@ -678,27 +672,9 @@ class Holder:
             return self._give_up(reason)
         return self._go_on()
 
-    def _look_for_space(self) -> None:
-        if self.record is None:
-            return
-        short = short_of_space(self.record.membership, self._full())
-        self.short_since_s = {
-            index: self.short_since_s.get(index, self.now_s) for index in sorted(short)
-        }
-
-    def _full(self) -> frozenset[str]:
-        """Return the nodes that lately had no space for what was asked of them."""
-        full_at_s = {name: node.full_at_s for name, node in self.nodes.items()}
-        return frozenset(
-            name
-            for name, at_s in full_at_s.items()
-            if at_s is not None and self.now_s - at_s < FAILING_S
-        )
-
     def without_space(self) -> frozenset[int]:
         """Return the replica sets whose writes wait for room, and not for just a moment."""
-        since_s = self.short_since_s.items()
-        return frozenset(index for index, at_s in since_s if self.now_s - at_s >= FULL_S)
+        return self.space.without(self.now_s)
 
     def missing(self) -> list[str]:
         """Return the nodes in sync that do not serve."""

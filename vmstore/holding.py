@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from etcd import keys
+from etcd.images import Grant, ImageRecord
 from etcd.interface import (
     Compare,
     Delete,
@@ -20,7 +21,7 @@ from etcd.interface import (
     Put,
     ValueEquals,
 )
-from etcd.records import ClusterRecord, Grant, ImageRecord, LeaseRecord, LostRecord
+from etcd.records import ClusterRecord, LeaseRecord, LostRecord
 from shard.geometry import check_image_size
 from shard.ids import ImageId
 from shard.membership import Membership, check_successor

@@ -7,7 +7,7 @@ know it had.
 
 from collections.abc import Iterable
 
-from etcd.records import ImageRecord
+from etcd.images import ImageRecord
 from shard.digest import membership_digest
 from vmstore.events import Peeked
 from vmstore.history import is_missed

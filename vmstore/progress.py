@@ -29,10 +29,21 @@ class HealOf:
         return int(self.bytes_done / self.seconds) if self.seconds > 0 else 0
 
 
+@dataclass(frozen=True, slots=True)
+class HealTotals:
+    """How many heals ended, and how; those that failed are begun anew."""
+
+    done: int = 0
+    failed: int = 0
+    copied_bytes: int = 0
+    """By those that are done."""
+
+
 class HealLog:
     """The heals of one gateway. One thread writes, any may read."""
 
     def __init__(self) -> None:
+        self._totals = HealTotals()
         self._now: dict[ImageId, HealOf] = {}
         self._finished: deque[HealOf] = deque(maxlen=FINISHED_KEPT)
 
@@ -54,10 +65,24 @@ class HealLog:
         heal = self._now.pop(image, None)
         if heal is not None:
             self._finished.append(replace(heal, finished_at=wall_s))
+            self._totals = replace(
+                self._totals,
+                done=self._totals.done + 1,
+                copied_bytes=self._totals.copied_bytes + heal.bytes_done,
+            )
+
+    def fails(self, image: ImageId) -> None:
+        """The heal could not go on."""
+        if self._now.pop(image, None) is not None:
+            self._totals = replace(self._totals, failed=self._totals.failed + 1)
 
     def ends(self, image: ImageId) -> None:
         """The heal ended early, or the image is closed."""
         self._now.pop(image, None)
+
+    def totals(self) -> HealTotals:
+        """Return how many ended since the gateway started."""
+        return self._totals
 
     def under_way(self, image: ImageId) -> HealOf | None:
         """Return the heal of an image."""

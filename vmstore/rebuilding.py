@@ -26,8 +26,9 @@ from etcd.interface import (
 from etcd.records import ClusterRecord, LostRecord
 from vmstore.errors import RecoveryRefused
 from vmstore.history import decoded
-from vmstore.recovering import Plan, Sources, Write
+from vmstore.recovering import Plan, Write
 from vmstore.stored import commit, put_found
+from vmstore.told import Sources
 
 AGAIN = "something changed meanwhile; run `hci cluster recover` again, it goes on where it was"
 

@@ -12,14 +12,15 @@ the same command goes on where it was. The new arbiter knows only what etcd says
 right: with a node missing nothing else could tell that etcd was put back to an older state.
 """
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 
 from arbiter import arbiter_pb2 as pb
 from arbiter.client import Voter
 from arbiter.errors import OtherArbiter
-from arbiter.voting import Addressee
-from etcd.records import ArbiterRecord, ImageRecord, PoolRecord
+from arbiter.exchange import Addressee
+from etcd.images import ImageRecord
+from etcd.records import ArbiterRecord, PoolRecord
 from vmstore.catalog import Catalog
 from vmstore.errors import BadReplacement, ReplaceRefused, UnknownImage
 from vmstore.granting import statement
@@ -41,14 +42,16 @@ def replace_arbiter(
     voter: Callable[[ArbiterRecord], Voter],
     *,
     up: Callable[[], Set[str]],
-    force: bool = False,
+    forced: Callable[[ReplaceRefused], None] | None = None,
 ) -> Replaced:
     """Have the arbiter `new` vote wherever `old` did.
 
-    `voter` asks an arbiter, and `up` tells which nodes answer now.
+    `voter` asks an arbiter, and `up` tells which nodes answer now. `forced` hears, before anything
+    is changed, why this would be refused; without it that is raised.
 
-    Raises UnknownArbiter, ArbiterRetired, BadReplacement, ReplaceRefused, RecordsLost, and what
-    asking the new arbiter raises: where it cannot be reached nothing has changed.
+    Raises UnknownArbiter, ArbiterRetired, BadReplacement, ArbiterBesideData, ReplaceRefused,
+    RecordsLost, and what asking the new arbiter raises: where it cannot be reached nothing has
+    changed.
     """
     if old == new:
         raise BadReplacement(f"arbiter {old} cannot replace itself: name a new one, empty")
@@ -61,8 +64,12 @@ def replace_arbiter(
     wanted = [pool for pool in pools if pool.record.arbiter == old]
     if old not in arbiters or (arbiters[old].retired and not begun and not wanted):
         catalog.arbiter(old)
-    if not force:
-        _check_data_nodes(catalog, old, [*wanted, *begun], up())
+    for pool in wanted:
+        catalog.check_apart(pool.record, target.record)
+    for refusal in _refusals(catalog, old, [*wanted, *begun], up()):
+        if forced is None:
+            raise refusal
+        forced(refusal)
     asked = voter(target.record)
 
     def hand_over(pools: list[Stored[PoolRecord]]) -> int:
@@ -94,20 +101,20 @@ def _pools_of(catalog: Catalog, arbiters: set[str]) -> list[Stored[PoolRecord]]:
     return [catalog.pool(name) for name in sorted(names)]
 
 
-def _check_data_nodes(
+def _refusals(
     catalog: Catalog, old: str, pools: list[Stored[PoolRecord]], up: Set[str]
-) -> None:
-    """Raise ReplaceRefused where a node is missing or stale that could contradict etcd."""
+) -> Iterator[ReplaceRefused]:
+    """Yield where a node is missing or stale that could contradict etcd."""
     for pool in pools:
         name = pool.record.name
         placed = {node for nodes in catalog.placement(name).record.sets for node in nodes}
         missing = sorted(placed - up)
         if missing:
-            raise ReplaceRefused(old, f"{', '.join(missing)} of pool {name} is not running")
+            yield ReplaceRefused(old, f"{', '.join(missing)} of pool {name} is not running")
         for entry in catalog.images(name):
             stale = {node for nodes in entry.image.record.stale.values() for node in nodes}
             if stale:
-                raise ReplaceRefused(
+                yield ReplaceRefused(
                     old, f"{', '.join(sorted(stale))} is stale for image {entry.name}"
                 )
 

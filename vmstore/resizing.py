@@ -17,19 +17,20 @@ way or the other, at the latest with the image.
 import time
 from abc import abstractmethod
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 
 from etcd.errors import OutcomeUnknown
-from etcd.records import ImageRecord
+from etcd.images import ImageRecord
 from shard.errors import HciError
 from vmstore import events
+from vmstore.calls import RELEASE_RETRY_S
 from vmstore.deciding import TICK_S
 from vmstore.errors import BeingClosed, BeingResized, InUse, ShrinkRefused
 from vmstore.holder import Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName
-from vmstore.serving import RELEASE_RETRY_S, OpenImage, Serving
+from vmstore.open_image import OpenImage, Resize
+from vmstore.serving import Serving
 from vmstore.stored import Stored
 
 RESIZE_LIMIT_S = 660.0
@@ -45,18 +46,6 @@ its next request, then after 1, 2, 4 s."""
 
 RESIZER = -1
 """Stands for a resize among the users of an image; clients have positive numbers."""
-
-
-@dataclass(slots=True)
-class Resize:
-    """A change of size that was asked for."""
-
-    size_bytes: int
-    force: bool
-    done: "Future[int]"
-    reconnect: bool = False
-    shrinks: bool = False
-    """Whether data is being discarded: no client is let in."""
 
 
 class Resizing(Serving):
@@ -108,7 +97,7 @@ class Resizing(Serving):
 
     def _find_to_resize(self, name: ImageName, resize: Resize) -> None:
         def found(stored: Stored[ImageRecord]) -> None:
-            if self._stopping:
+            if self._calls.stopping:
                 resize.done.set_exception(_stopping())
                 return
             image = self._use(name, stored)
@@ -124,10 +113,10 @@ class Resizing(Serving):
                 elif image.holder.phase is Phase.SERVING:
                     self._begin_resize(image)
 
-        if self._stopping:
+        if self._calls.stopping:
             resize.done.set_exception(_stopping())
         else:
-            self._later(lambda: self._catalog.find(name), found, resize.done.set_exception)
+            self._calls.later(lambda: self._catalog.find(name), found, resize.done.set_exception)
 
     def _begin_resize(self, image: OpenImage) -> None:
         """Begin what was asked for, if anything was; the image serves."""
@@ -195,7 +184,9 @@ class Resizing(Serving):
             self._step(image, events.Tick(self._deciding.now_s()))
 
         def ask() -> None:
-            self._later(lambda: self._catalog.resize(held, size_bytes, force=True), stored, failed)
+            self._calls.later(
+                lambda: self._catalog.resize(held, size_bytes, force=True), stored, failed
+            )
 
         ask()
 

@@ -18,8 +18,9 @@ import structlog
 
 from etcd import keys
 from etcd.errors import EtcdError
+from etcd.images import ImageRecord
 from etcd.interface import Notice
-from etcd.records import ImageRecord, LeaseRecord
+from etcd.records import LeaseRecord
 from etcd.scrubs import BadBlocks, Findings, ScrubRecord
 from shard.ids import ImageId
 from shard.scrub import Due, ScrubLimits, due
@@ -299,6 +300,9 @@ class Scrubber:
             if known is None:
                 if self._limits.every_s:
                     self._catalog.change_scrub(image, lambda r: replace(r, seen_ms=now_ms))
+                continue
+            if known.record.set_right(now_ms) != known.record:
+                self._catalog.change_scrub(image, lambda record: record.set_right(now_ms))
                 continue
             back = known.record.missed_is_back(entries[image].image.record, running)
             why = due(known.record.times, self._limits, now_ms, missed_is_back=back)

@@ -27,7 +27,7 @@ from typing import Any
 
 import structlog
 
-from etcd.records import ImageRecord
+from etcd.images import ImageRecord
 from shard.errors import HciError
 from shard.ids import ImageId
 from vmstore.errors import ClientBarred

@@ -17,7 +17,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from etcd.records import AliveRecord, ImageRecord, NodeRecord
+from etcd.images import ImageRecord
+from etcd.records import AliveRecord, NodeRecord
 from shard.errors import HciError
 from shard.ids import ImageId, image_id
 

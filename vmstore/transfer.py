@@ -39,6 +39,9 @@ Progress = Callable[[float], None]
 
 _PERCENT = re.compile(rb"\(\s*([0-9.]+)/100%\)")
 
+_SERVER_SAID = "server reported: "
+"""How QEMU begins the line with an NBD server's own reason, which it prints below its complaint."""
+
 
 class TransferFailed(HciError):
     """An import or export was not done and nothing of it remains; correct the cause, try again."""
@@ -88,9 +91,12 @@ def inspect(path: Path, file_format: str | None = None) -> Source:
     return source
 
 
-def touch(uri: str) -> None:
+def touch(uri: str, name: str) -> None:
     """Open the image at `uri` and close it again. Raises TransferFailed where it does not open."""
-    _answer("info", "--output=json", "-f", "raw", uri)
+    try:
+        _answer("info", "--output=json", "-f", "raw", uri)
+    except TransferFailed as error:
+        raise TransferFailed(f"{name} does not open: {error}") from error
 
 
 @contextmanager
@@ -307,6 +313,9 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _complaint(stderr: bytes) -> str:
-    """Return what qemu-img said first, without its own name."""
+    """Return why qemu-img failed: what the gateway said, else what it said first itself."""
     lines = stderr.decode("utf-8", "replace").strip().splitlines()
+    said = next((line for line in lines if line.startswith(_SERVER_SAID)), None)
+    if said is not None:
+        return said.removeprefix(_SERVER_SAID)
     return lines[0].removeprefix("qemu-img: ") if lines else "qemu-img failed without a word"

@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}", error)
+    except UnicodeError as error:
+        _fail(f"a name or a value that was given is not UTF-8: {error}", error)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from hci.cli import output
 from hci.cli.session import Session
 
 MODULES = (
@@ -79,4 +80,5 @@ def root(
     ] = False,
 ) -> None:
     """Look after images, pools, nodes and gateways."""
+    output.never_fail()
     context.obj = Session(config)

@@ -12,6 +12,7 @@ from hci.cli.node import Name, only_or
 from hci.cli.output import AsJson
 from hci.errors import Unsupported
 from vmstore import replacing
+from vmstore.errors import ReplaceRefused
 
 app = typer.Typer(
     help="Thin arbiters: witnesses for pools on two nodes.",
@@ -82,9 +83,17 @@ def replace(
 
     try:
         with here.catalog() as records:
-            done = replacing.replace_arbiter(records, old, new, voter, up=up, force=force)
+            forced = _tell_loss if force else None
+            done = replacing.replace_arbiter(records, old, new, voter, up=up, forced=forced)
     finally:
         for client in clients:
             client.close()
     pools = ", ".join(done.pools) or "no pool"
     typer.echo(f"{new} votes for {pools}, told of {done.images} images; {old} is retired")
+
+
+def _tell_loss(refusal: ReplaceRefused) -> None:
+    typer.echo(
+        f"forced: {refusal.why}; what it alone knows of writes since etcd was last right is lost",
+        err=True,
+    )

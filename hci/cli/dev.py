@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hci import config as configuration
+from hci import config_file
 from hci.cli import output, session
 from hci.cli.output import AsJson
 from hci.dev import cluster, layout
@@ -51,7 +51,10 @@ def start(
         bool,
         typer.Option("--arbiter", help="With a thin arbiter, for which two nodes do."),
     ] = False,
-    pool: Annotated[str, typer.Option(help="Created with the cluster.")] = "vms",
+    pool: Annotated[
+        str | None,
+        typer.Option(help=f"Created with the cluster, by default {cluster.POOL}."),
+    ] = None,
 ) -> None:
     """Start a cluster, a new one or one that was stopped; return when it is healthy."""
     chosen = (_one(folder, directory) or _folder(session.of(context).given)).absolute()
@@ -116,7 +119,7 @@ def _cluster(context: typer.Context, folder: Path | None) -> DevCluster:
     path = folder.absolute() / layout.CONFIG_NAME
     if not path.exists():
         raise DevError(f"{folder} holds no cluster; `hci dev start {folder}` makes one there")
-    return DevCluster(configuration.load(path))
+    return DevCluster(config_file.load(path))
 
 
 def _one(folder: Path | None, directory: Path | None) -> Path | None:
@@ -128,7 +131,7 @@ def _one(folder: Path | None, directory: Path | None) -> Path | None:
 def _is_found(path: Path) -> bool:
     """Whether commands that are told nothing use this configuration."""
     try:
-        return configuration.find().absolute() == path
+        return config_file.find().absolute() == path
     except ConfigError:
         return False
 
@@ -141,11 +144,11 @@ def _folder(given: Path | None) -> Path:
             f"{layout.CONFIG_NAME}; give the cluster's folder instead"
         )
     try:
-        path = configuration.find(given)
+        path = config_file.find(given)
     except ConfigError:
-        return configuration.default_dev_dir()
-    is_default = path == configuration.SYSTEM_CONFIG or path.name != layout.CONFIG_NAME
-    return configuration.default_dev_dir() if is_default else path.parent
+        return config_file.default_dev_dir()
+    is_default = path == config_file.SYSTEM_CONFIG or path.name != layout.CONFIG_NAME
+    return config_file.default_dev_dir() if is_default else path.parent
 
 
 def _values(each: cluster.MemberState) -> dict[str, object]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from etcd.records import ImageRecord
+from etcd.images import ImageRecord
 from etcd.scrubs import ScrubRecord
 from hci import images
 from hci.cli import output, session

@@ -1,5 +1,6 @@
 """How commands print: tables for people, JSON for programs, progress for those who wait."""
 
+import io
 import json
 import sys
 import time
@@ -21,6 +22,16 @@ _PIPE_COLUMNS = 400
 
 _PLAIN_STEP = 0.1
 _PLAIN_PAUSE_S = 1.0
+
+
+def never_fail() -> None:
+    """Have stdout print as an escape what it cannot encode.
+
+    Names of files may be any bytes, and a command that has done its work must not fail as it says
+    so. JSON stays JSON: programs read an escape of these bytes as what Python calls the file.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def console() -> "Console":
@@ -86,7 +97,7 @@ def progress(title: str) -> Iterator[Callable[[float], None]]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeRemainingColumn(),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from hci import config as configuration
+from hci import config_file
 from hci.config import Config
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Session:
     @cached_property
     def config(self) -> Config:
         """The configuration of the cluster that is meant. Raises ConfigError."""
-        return configuration.load(configuration.find(self.given).absolute())
+        return config_file.load(config_file.find(self.given).absolute())
 
     @contextmanager
     def catalog(self) -> "Iterator[Catalog]":

@@ -1,12 +1,14 @@
 """`hci status`: is all well, and if not, what to do."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import typer
 
 from hci.cli import output, session
 from hci.cli.output import AsJson
-from hci.survey import Health, Survey, survey
+from hci.health import Health, Problem, health_of, on_a_screen, problems
+from hci.survey import Survey, survey
 
 app = typer.Typer(add_completion=False)
 
@@ -16,12 +18,15 @@ def show(context: typer.Context, as_json: AsJson = False) -> None:
     """Say in one screen whether all is well and, if not, what to do."""
     config = session.of(context).config
     found = survey(config)
+    judged = problems(found)
+    health = health_of(judged)
     if as_json:
-        output.as_json({"health": found.health, "cluster": config.cluster.id, **_values(found)})
+        values = _values(found, judged)
+        output.as_json({"health": health, "cluster": config.cluster.id, **values})
         return
     console = output.console()
-    console.print(f"Cluster {config.cluster.id} is {_WORDS[found.health]}", style="bold")
-    for problem in found.problems:
+    console.print(f"Cluster {config.cluster.id} is {_WORDS[health]}", style="bold")
+    for problem in on_a_screen(judged):
         console.print(f"  {problem.what}\n    -> {problem.advice}")
     console.print()
     output.table(
@@ -54,12 +59,11 @@ _WORDS = {
 }
 
 
-def _values(found: Survey) -> dict[str, Any]:
+def _values(found: Survey, judged: Sequence[Problem]) -> dict[str, Any]:
     return {
         "etcd": found.etcd or "ok",
         "problems": [
-            {"health": each.health, "what": each.what, "advice": each.advice}
-            for each in found.problems
+            {"health": each.health, "what": each.what, "advice": each.advice} for each in judged
         ],
         "nodes": [{"name": node.name, "state": node.state} for node in found.nodes],
         "gateways": [

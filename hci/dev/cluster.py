@@ -9,16 +9,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hci import config as configuration
+from hci import config_file
 from hci.config import Config, DevConfig, Endpoint
 from hci.dev import health, holder, layout, ports, process
 from hci.dev.process import Process
 from hci.errors import ConfigError, DevError
+from shard.ids import pool_name
 from vmstore.interrupts import undisturbed
 
 STOP_GRACE_S = 30.0
@@ -288,34 +289,36 @@ NODES_WITH_ARBITER = 2
 
 GATEWAYS = 1
 
+POOL = "vms"
+
 
 def open_or_make(
-    folder: Path, nodes: int | None, gateways: int | None, pool: str, *, arbiter: bool = False
+    folder: Path,
+    nodes: int | None,
+    gateways: int | None,
+    pool: str | None,
+    *,
+    arbiter: bool = False,
 ) -> DevCluster:
     """Return the cluster of a folder; where there is none, lay a new one out there.
 
-    With `arbiter` it has a thin arbiter and its pool that policy.
+    With `arbiter` it has a thin arbiter and its pool that policy. What is None may be anything
+    where a cluster is there, and has its default in a new one.
     """
     path = folder / layout.CONFIG_NAME
     with ports.listed(layout.clusters_dir(), path) as taken:
         if not path.exists():
-            needed = NODES_WITH_ARBITER if arbiter else NODES
-            if nodes is not None and nodes < needed:
-                advice = "" if arbiter else "; two nodes do with --arbiter"
-                raise DevError(
-                    f"the pool {pool} keeps {needed} copies, so a cluster has {needed} nodes "
-                    f"or more{advice}"
-                )
-            _make_folder(folder)
-            text = layout.new_config(
-                folder, nodes or needed, gateways or GATEWAYS, pool, taken, arbiter=arbiter
-            )
-            layout.write(path, text)
-    cluster = DevCluster(configuration.load(path))
+            _lay_out(path, nodes, gateways, pool or POOL, taken, arbiter=arbiter)
+    cluster = DevCluster(config_file.load(path))
     if arbiter and not cluster.config.arbiters:
         raise DevError(
             f"the cluster in {folder} has no arbiter; leave --arbiter out, "
             "or start another cluster in another folder"
+        )
+    if pool not in (None, cluster.dev.pool):
+        raise DevError(
+            f"the cluster in {folder} was made with the pool {cluster.dev.pool}; leave --pool out, "
+            f"and make another one with `hci pool create {pool}`"
         )
     for what, wanted, there in (
         ("nodes", nodes, len(cluster.config.nodes)),
@@ -327,6 +330,38 @@ def open_or_make(
                 "or start another cluster in another folder"
             )
     return cluster
+
+
+def _lay_out(
+    path: Path,
+    nodes: int | None,
+    gateways: int | None,
+    pool: str,
+    taken: Collection[int],
+    *,
+    arbiter: bool,
+) -> None:
+    """Write the configuration of a new cluster; where it would be wrong, not even its folder."""
+    needed = NODES_WITH_ARBITER if arbiter else NODES
+    if nodes is not None and nodes < needed:
+        advice = "" if arbiter else "; two nodes do with --arbiter"
+        raise DevError(
+            f"the pool {pool} keeps {needed} copies, so a cluster has {needed} nodes "
+            f"or more{advice}"
+        )
+    folder = path.parent
+    try:
+        os.fsencode(folder).decode()
+    except UnicodeDecodeError:
+        raise DevError(
+            f"the name of {str(folder)!r} is not UTF-8, as its configuration has to be; "
+            "choose another"
+        ) from None
+    count = (nodes or needed, gateways or GATEWAYS)
+    text = layout.new_config(folder, *count, pool_name(pool), taken, arbiter=arbiter)
+    config_file.parse(text, path)
+    _make_folder(folder)
+    layout.write(path, text)
 
 
 def _make_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from hci import config as configuration
+from hci import config_file
 from hci.config import Config
 from hci.errors import DevError
 
@@ -114,7 +114,7 @@ def main() -> None:
     """Command line of the process that `hci dev` starts."""
     parser = argparse.ArgumentParser(description="Holds the NBD sockets of a dev cluster.")
     parser.add_argument("--config", type=Path, required=True)
-    Holder(configuration.load(parser.parse_args().config)).serve()
+    Holder(config_file.load(parser.parse_args().config)).serve()
 
 
 if __name__ == "__main__":

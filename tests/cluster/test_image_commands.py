@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.devcluster import CommandError, DevCluster
+from tests.faults.nbd_session import NbdSession
 from tests.waiting import stop
 
 MIB = 1 << 20
@@ -67,6 +69,22 @@ def test_image_that_was_imported_comes_out_the_same_and_as_sparse(
     assert cluster.json("image", "check", "vms/a/disk 1")["equal"] is True
 
 
+def test_file_with_a_name_of_any_bytes_is_imported_and_exported(
+    cluster: DevCluster, tmp_path: Path
+) -> None:
+    # Both were done, and then failed with a traceback as they said so.
+    original, copy = (tmp_path / os.fsdecode(b"%s[b]\xff.img" % name) for name in (b"a", b"b"))
+    original.write_bytes(os.urandom(MIB))
+    strict = {**cluster.environment(), "PYTHONIOENCODING": "utf-8:strict"}
+    for arguments in (("import", str(original), "vms/a"), ("export", "vms/a", str(copy))):
+        done = subprocess.run(
+            cluster.command("image", *arguments), env=strict, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "[b]\\udcff.img" in done.stdout
+    assert copy.read_bytes() == original.read_bytes()
+
+
 def test_import_that_is_interrupted_leaves_no_image(cluster: DevCluster, tmp_path: Path) -> None:
     big = sparse(tmp_path / "big.img", random=200 * MIB)
     process, qemu_img = importing(cluster, big)
@@ -100,6 +118,32 @@ def test_import_whose_gateway_dies_leaves_no_image_for_long(
     assert complaint.startswith(f"hci: importing {big}: ")
     assert complaint.count("\n") == 1
     assert names(cluster) == []
+
+
+def test_command_on_an_image_with_too_few_nodes_says_whom_it_waited_for(
+    cluster: DevCluster, tmp_path: Path
+) -> None:
+    # Only QEMU's own complaint was shown, "Server shutting down before option 7 (go)".
+    small, copy = sparse(tmp_path / "small.img"), tmp_path / "copy.qcow2"
+    cluster.hci("image", "create", "vms/unclean", "64M")
+    with NbdSession(cluster.url("unclean"), 1) as session:
+        session.call("write", 0, 16, 1)
+        for member in ("gateway1", "node2", "node3"):
+            cluster.kill(member)
+    cluster.run("gateway1")
+    commands = (
+        ("import", str(small), "vms/new"),
+        ("export", "vms/unclean", str(copy)),
+        ("check", "vms/unclean"),
+    )
+    with ThreadPoolExecutor() as pool:
+        ended = list(pool.map(lambda command: cluster.try_hci("image", *command), commands))
+    for done in ended:
+        assert done.returncode == 1
+        assert "for node2, node3: too few replicas in sync are there" in done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+    assert names(cluster) == ["vms/unclean"]
+    assert not copy.exists()
 
 
 def test_image_that_a_client_has_open_is_not_removed(cluster: DevCluster) -> None:

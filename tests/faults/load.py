@@ -7,16 +7,25 @@ import os
 import random
 import subprocess
 import time
+import tomllib
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.devcluster import POOL, DevCluster
 from tests.e2e.guest.machine import nbd_blockdev
 
 SIZE_MIB = 64
-# Slow enough that a moment drawn from the first seconds falls into the load on any machine.
-RATE_MIB = 32
-DURATION_S = 2 * SIZE_MIB / RATE_MIB  # written once, read back once
+# Slow enough that a moment of its own choice falls into the writes, on any machine.
+WRITE_RATE_MIB = 16
+READ_RATE_MIB = 64
+# Written once, then read back once.
+WRITING_S = SIZE_MIB / WRITE_RATE_MIB
+DURATION_S = WRITING_S + SIZE_MIB / READ_RATE_MIB
+# Moments are drawn up to here after the first write, which leaves as much for what is done then.
+STRIKE_S = WRITING_S / 2
 END_TIMEOUT_S = 120.0
 START_TIMEOUT_S = 60.0
 
@@ -37,6 +46,39 @@ def drawn_seed(number: int = 0) -> int:
     return seed
 
 
+def seeds(count: int) -> Iterator[int]:
+    """The seeds of a test's rounds: each the one before it and 1, so that choices go in turn."""
+    first = drawn_seed()
+    yield first
+    for number in range(1, count):
+        seed = (first + number) % (1 << 32)
+        print(f"round {number}: HCI_FAULT_SEED={seed}")
+        yield seed
+
+
+def written(cluster: DevCluster, image: str) -> int:
+    """The writes to an image that a gateway has answered since it opened it."""
+    config = tomllib.loads(cluster.config.read_text())
+    found = 0
+    for gateway in config["gateway"].values():
+        address = f"http://{gateway['metrics']}/metrics"
+        with urllib.request.urlopen(address, timeout=START_TIMEOUT_S) as answer:
+            for line in answer.read().decode().splitlines():
+                name, _, value = line.rpartition(" ")
+                if name == f'hci_image_requests_total{{image="{POOL}/{image}",kind="writes"}}':
+                    found += int(float(value))
+    return found
+
+
+def await_write(cluster: DevCluster, image: str, fio: VerifyingFio) -> None:
+    """Returns when a gateway has answered fio's first write to it."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not written(cluster, image):
+        assert fio.is_running, "fio ended before it had written"
+        assert time.monotonic() < deadline, "fio writes nothing"
+        time.sleep(0.02)
+
+
 class FioError(Exception):
     """fio saw an I/O error, found wrong content, or did not end."""
 
@@ -50,7 +92,7 @@ class VerifyingFio:
             *("fio", "--name=verify", "--direct=1", "--thread", "--output-format=json"),
             *("--rw=randwrite", "--bsrange=4k-64k", f"--size={SIZE_MIB}m", "--iodepth=16"),
             *("--verify=crc32c", "--verify_fatal=1", "--fsync=16", f"--randseed={seed}"),
-            f"--rate={RATE_MIB}m,{RATE_MIB}m",
+            f"--rate={READ_RATE_MIB}m,{WRITE_RATE_MIB}m",
             *("--ioengine=nbd", f"--uri={uri}"),
         ]
         with self._output.open("w") as output:

@@ -6,30 +6,34 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
+
 BLOCK_BYTES = 4096
 SHARD_BYTES = 4 << 20
 BLOCKS = SHARD_BYTES // BLOCK_BYTES
 PAGE_BYTES = 4096
 HEADER_BYTES = 72
+CHECKSUM_BYTES = 8
+TAG_BYTES = 20
 DATA = 2
 
-_CRC_TABLE = []
+CRC32C_TABLE = []
 for _byte in range(256):
     for _ in range(8):
         _byte = _byte >> 1 ^ (0x82F63B78 if _byte & 1 else 0)
-    _CRC_TABLE.append(_byte)
+    CRC32C_TABLE.append(_byte)
 
 
 def crc32c(data: bytes) -> int:
     """RFC 3720, appendix B.4."""
     crc = 0xFFFFFFFF
     for byte in data:
-        crc = crc >> 8 ^ _CRC_TABLE[(crc ^ byte) & 0xFF]
+        crc = crc >> 8 ^ CRC32C_TABLE[(crc ^ byte) & 0xFF]
     return crc ^ 0xFFFFFFFF
 
 
 def _slot_bytes() -> int:
-    most = HEADER_BYTES + BLOCKS // 4 + 24 * BLOCKS
+    most = HEADER_BYTES + BLOCKS // 4 + (CHECKSUM_BYTES + TAG_BYTES) * BLOCKS
     return -(-most // PAGE_BYTES) * PAGE_BYTES
 
 
@@ -80,9 +84,9 @@ class ShardFile:
         newest = self._newest_slot()
         assert newest is not None
         offset, slot = newest
-        place = HEADER_BYTES + BLOCKS // 4 + 4 * self.data_blocks().index(block)
+        place = HEADER_BYTES + BLOCKS // 4 + CHECKSUM_BYTES * self.data_blocks().index(block)
         changed = bytearray(slot)
-        struct.pack_into("<I", changed, place, crc32c(content))
+        struct.pack_into("<Q", changed, place, xxhash.xxh3_64_intdigest(content))
         struct.pack_into("<I", changed, 60, crc32c(bytes(changed[HEADER_BYTES:])))
         struct.pack_into("<I", changed, 68, crc32c(bytes(changed[:68])))
         with self.path.open("r+b") as file:

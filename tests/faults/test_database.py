@@ -7,11 +7,8 @@ audit its database. Acknowledgements come over the guest's serial port, and are 
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -21,16 +18,14 @@ from tests.devcluster import POOL
 from tests.e2e.guest.disk import GuestSystem, build_guest
 from tests.e2e.guest.driver import Guest
 from tests.e2e.guest.evidence import check_file_system
+from tests.faults.befalling import Befalling, settle
 from tests.faults.load import drawn_seed, rounds
 from tests.hosts.cluster import HostCluster
-from tests.hosts.line import Line
-from tests.waiting import stop
 
 MODES = ("wal", "delete")
 ENOUGH = 400
 AFTER = 30
 """Transactions that must still be committed once the fault has begun."""
-LONGEST_OUTAGE_S = 8.0
 
 
 @pytest.mark.timeout(600 + 100 * rounds(1))
@@ -47,9 +42,7 @@ def test_guests_database_keeps_every_committed_transaction(
         directory = tmp_path / f"round-{number}"
         directory.mkdir()
         _suffer(hosts, system, gateway, directory, entries, number, chance)
-        hosts.network.mend()
-        hosts.run("all")
-        hosts.await_health("ok", "healing")
+        settle(hosts, "database")
     last = tmp_path / "last"
     last.mkdir()
     with Guest(system, hosts.url_at("gateway2", "database"), last) as guest:
@@ -77,7 +70,7 @@ def _suffer(
         if entries:
             guest.entries.update(entries)
             guest.audit()
-        fault = _draw(hosts, gateway, chance)
+        fault = chance.choice(Befalling(hosts, gateway, "database", chance).every())
         moment = chance.randrange(5, 60)
         mode = chance.choice(MODES)
         pulled_after = chance.randrange(AFTER, 2 * AFTER)
@@ -99,63 +92,3 @@ def _suffer(
         guest.process.wait()
         thread.join()
         entries.update(guest.entries)
-
-
-def _draw(hosts: HostCluster, gateway: str, chance: Random) -> Callable[[], None]:
-    """Something that befalls the cluster, and is over or lasts when it returns."""
-    others = [name for name in hosts.nodes if name not in hosts.beside(gateway)]
-    node = chance.choice(others)
-    outage_s = chance.uniform(0.5, LONGEST_OUTAGE_S)
-
-    def node_killed() -> None:
-        hosts.kill(chance.choice(hosts.nodes))
-
-    def gateway_killed() -> None:
-        hosts.kill(gateway)
-        hosts.run(gateway)
-
-    def gateway_and_node_killed() -> None:
-        hosts.kill_together([gateway, node])
-        hosts.run(gateway)
-
-    def all_nodes_killed() -> None:
-        hosts.kill_together(hosts.nodes)
-        hosts.run_together(hosts.nodes)
-
-    def everything_killed() -> None:
-        hosts.kill("all")
-        hosts.run("all")
-
-    def host_silent() -> None:
-        hosts.isolate(hosts.beside(node))
-
-    def node_cut_off_for_a_while() -> None:
-        hosts.network.cut([node], [gateway])
-        time.sleep(outage_s)
-        hosts.network.mend()
-
-    def node_stopped_for_a_while() -> None:
-        pid = int(hosts.members()[node]["pid"])
-        stop(pid)
-        time.sleep(outage_s)
-        os.kill(pid, signal.SIGCONT)
-
-    def lines_bad() -> None:
-        rest = [name for name in hosts.members() if name != gateway]
-        line = Line(delay_ms=5, jitter_ms=3, loss=0.02, duplicate=0.02, reorder=0.05)
-        hosts.network.set(line, [gateway], rest)
-        hosts.network.set(line, rest, [gateway])
-
-    return chance.choice(
-        [
-            node_killed,
-            gateway_killed,
-            gateway_and_node_killed,
-            all_nodes_killed,
-            everything_killed,
-            host_silent,
-            node_cut_off_for_a_while,
-            node_stopped_for_a_while,
-            lines_bad,
-        ]
-    )

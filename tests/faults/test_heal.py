@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import random
+import struct
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -15,14 +17,16 @@ import pytest
 from tests.devcluster import POOL, DevCluster
 from tests.faults.flushed_writer import FlushedWriter
 from tests.faults.load import (
-    DURATION_S,
     SIZE_MIB,
+    STRIKE_S,
     ReconnectingDisk,
     VerifyingFio,
+    await_write,
     drawn_seed,
     rounds,
 )
 from tests.faults.nbd_session import NbdSession
+from tests.faults.shard_files import CRC32C_TABLE, crc32c
 from tests.waiting import HANG_S, until
 
 # A hang detector: a heal of these images takes a moment.
@@ -92,14 +96,19 @@ def test_node_killed_under_fio_verify_is_healed_and_serves_alone(
         seed = drawn_seed(number)
         chance = random.Random(seed)
         victim, other = chance.sample(cluster.nodes, 2)
-        moments_s = sorted(chance.uniform(0.1, 0.8 * DURATION_S) for _ in range(2))
-        print(f"round {number}: seed {seed}: {victim} away from {moments_s}, then {other}")
+        moment_s, away_s = chance.uniform(0, STRIKE_S), chance.uniform(0, STRIKE_S)
+        print(
+            f"round {number}: seed {seed}: {victim} {moment_s:.2f} s after the first write, "
+            f"for {away_s:.2f} s, then {other}"
+        )
         image = f"round-{number}"
         cluster.create(image, f"{SIZE_MIB}M")
         with VerifyingFio(cluster.url(image), seed, tmp_path) as fio:
-            time.sleep(moments_s[0])
+            await_write(cluster, image, fio)
+            time.sleep(moment_s)
+            assert fio.is_running
             cluster.kill(victim)
-            time.sleep(moments_s[1] - moments_s[0])
+            time.sleep(away_s)
             cluster.run(victim)
             await_in_sync(cluster, image)
             # From here on the healed node is needed: without it there is no quorum.
@@ -242,6 +251,41 @@ def test_image_that_is_healed_closed_opens_at_once(cluster: DevCluster) -> None:
             assert stale(cluster, "wanted") == ["node2"]
             await_in_sync(cluster, "wanted")
         assert cluster.check("wanted")["equal"]
+
+
+def blocks_of_ext4(content: int) -> bytes:
+    """Blocks that end with their own CRC32C, begun from a seed and not inverted."""
+    block = bytes([content]) * 4092
+    seed = 0x1234_5678
+    register = seed
+    for byte in block:
+        register = register >> 8 ^ CRC32C_TABLE[(register ^ byte) & 0xFF]
+    return (block + struct.pack("<I", register)) * RUN_BLOCKS
+
+
+def test_directories_of_ext4_are_healed(cluster: DevCluster, tmp_path: Path) -> None:
+    # ext4 ends them with their own CRC32C. All of them have the same CRC32C then, whatever is in
+    # them: as long as blocks were compared by it, a node was in sync with those from before.
+    cluster.create("ext4", "16M")
+
+    def write(content: int) -> None:
+        blocks = blocks_of_ext4(content)
+        assert crc32c(blocks[:4096]) == crc32c(blocks_of_ext4(1)[:4096])
+        file = tmp_path / f"blocks-{content}"
+        file.write_bytes(blocks)
+        commands = ["-c", f"write -s {file} 0 {len(blocks)}", "-c", "flush"]
+        subprocess.run(
+            ["qemu-io", "-f", "raw", *commands, cluster.url("ext4")], check=True, timeout=60
+        )
+        until("it is closed", lambda: cluster.info("ext4")["clean"])
+
+    write(1)
+    cluster.kill("node2")
+    write(77)
+    assert stale(cluster, "ext4") == ["node2"]
+    cluster.run("node2")
+    await_in_sync(cluster, "ext4")
+    cluster.must_be_equal("ext4")
 
 
 def test_another_gateway_takes_an_image_from_its_heal() -> None:

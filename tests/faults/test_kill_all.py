@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import signal
 import threading
 import time
 from pathlib import Path
@@ -35,6 +38,8 @@ def test_all_killed_under_writes_and_started_again_loses_no_answered_write(
             time.sleep(moment_s)
             assert running.is_alive(), writer.error
             cluster.kill("all")
+            # No member: it keeps the NBD sockets, and so they are gone as well.
+            os.kill(holder_pid(cluster), signal.SIGKILL)
             running.join()
         cluster.run("all")
         verify_twice(cluster, image, writer, seed)
@@ -63,6 +68,11 @@ def test_all_killed_under_a_reconnecting_client_gives_it_no_error(
         assert writer.error is None
         assert writer.verify(session) == []
     verify_twice(cluster, "guest", writer, seed)
+
+
+def holder_pid(cluster: DevCluster) -> int:
+    """The process that holds the cluster's NBD sockets."""
+    return int(json.loads((cluster.directory / "pid" / "holder.json").read_text())["pid"])
 
 
 def await_flushes(writer: FlushedWriter, running: threading.Thread, count: int) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 from tests.devcluster import DevCluster
 from tests.faults.flushed_writer import FlushedWriter
 from tests.faults.load import (
-    DURATION_S,
     SIZE_MIB,
+    STRIKE_S,
     ReconnectingDisk,
     VerifyingFio,
+    await_write,
     drawn_seed,
     rounds,
 )
@@ -27,18 +28,22 @@ def test_gateway_killed_under_fio_verify_gives_no_error(
 ) -> None:
     for number in range(rounds(1)):
         seed = drawn_seed(number)
-        moment_s = random.Random(seed).uniform(0.2, 0.8 * DURATION_S)
-        print(f"round {number}: seed {seed}: after {moment_s:.2f} s")
+        moment_s = random.Random(seed).uniform(0, STRIKE_S)
+        print(f"round {number}: seed {seed}: {moment_s:.2f} s after the first write")
         image = f"round-{number}"
         directory = tmp_path / image
         directory.mkdir()
         cluster.create(image, f"{SIZE_MIB}M")
         with ReconnectingDisk(cluster.url(image), directory) as disk:
             with VerifyingFio(disk.uri, seed, directory) as fio:
+                await_write(cluster, image, fio)
                 time.sleep(moment_s)
+                assert fio.is_running
                 cluster.kill("gateway1")
                 time.sleep(OUTAGE_S)
                 cluster.run("gateway1")
+                # The new process counts from 0: there was something left to write.
+                await_write(cluster, image, fio)
                 fio.finish()
         cluster.await_health("ok")
         assert cluster.info(image)["stale"] == []
@@ -81,8 +86,7 @@ def test_gateway_and_node_killed_together_gives_no_error(
     cluster.create("both", f"{SIZE_MIB}M")
     with ReconnectingDisk(cluster.url("both"), tmp_path) as disk:
         with VerifyingFio(disk.uri, seed, tmp_path) as fio:
-            # Long before fio is through, whatever a command takes to start.
-            time.sleep(0.5)
+            await_write(cluster, "both", fio)
             assert fio.is_running
             cluster.kill("gateway1")
             cluster.kill(victim)

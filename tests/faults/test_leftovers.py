@@ -9,6 +9,7 @@ from typing import Any
 
 from tests.devcluster import POOL, DevCluster
 from tests.faults.nbd_session import NbdSession
+from tests.protocol.settings import metric
 from tests.waiting import until
 
 
@@ -64,6 +65,7 @@ def test_unknown_data_is_shown_and_deleted_by_name_only(cluster: DevCluster) -> 
     (found,) = leftovers(cluster)
     assert (found["kind"], found["image"], found["nodes"]) == ("unknown", image_id, ["node2"])
     assert found["physical_bytes"] >= 8192
+    assert metric(cluster, "node2", "hci_node_unknown_images") == 1
     sizes = {node["name"]: node["unknown_bytes"] for node in cluster.json("node", "ls")}
     assert sizes["node2"] >= 8192 and sizes["node1"] == 0
     assert "that etcd does not know" in cluster.hci("status")

@@ -15,6 +15,7 @@ import pytest
 from tests.devcluster import POOL, DevCluster
 from tests.faults.load import ReconnectingDisk
 from tests.faults.nbd_session import NbdError, NbdSession
+from tests.protocol.settings import metric
 from tests.waiting import HANG_S, until
 
 """A hang detector: what is waited for takes a few seconds at most."""
@@ -107,6 +108,8 @@ def test_records_are_rebuilt_with_names_pools_and_deletes(lost_whole: bool) -> N
             "a node says so",
             lambda: any("history_lost" in log_of(cluster, node) for node in cluster.nodes),
         )
+        lost = [metric(cluster, node, "hci_node_history_lost") for node in cluster.nodes]
+        assert 1 in lost
         with pytest.raises(NbdError):
             NbdSession(cluster.url_at("gateway1", "kept"), 1)
         for command in (("image", "create", f"{POOL}/new", "8M"), ("pool", "create", "third")):

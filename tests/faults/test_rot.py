@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.devcluster import POOL, CommandError, DevCluster
-from tests.faults.load import DURATION_S, VerifyingFio
+from tests.faults.load import DURATION_S, VerifyingFio, drawn_seed
 from tests.faults.nbd_session import NbdError, NbdSession
 from tests.faults.shard_files import BLOCK_BYTES, BLOCKS, ShardFile, shard_files
 from tests.faults.test_heal import RUN_BLOCKS, await_in_sync, fill
@@ -132,8 +132,7 @@ def slow_scrub(cluster: DevCluster) -> Iterator[None]:
 
 
 def test_rot_under_fio_is_never_seen_and_is_repaired(rotting: DevCluster, tmp_path: Path) -> None:
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
+    seed = drawn_seed()
     chance = random.Random(seed)
     write_to_files(rotting, "busy")
     # The gateway reads from the node of its own host.

@@ -21,7 +21,14 @@ from etcd.interface import Put
 from etcd.records import ArbiterRecord
 from tests.devcluster import DevCluster
 from tests.faults.delay_proxy import DelayProxy
-from tests.faults.load import DURATION_S, SIZE_MIB, VerifyingFio, drawn_seed, rounds
+from tests.faults.load import (
+    SIZE_MIB,
+    STRIKE_S,
+    VerifyingFio,
+    await_write,
+    drawn_seed,
+    rounds,
+)
 from tests.faults.nbd_session import NbdError, NbdSession
 from tests.waiting import until
 
@@ -93,15 +100,17 @@ def test_node_killed_under_fio_verify_gives_no_error(pair: DevCluster, tmp_path:
         seed = drawn_seed(number)
         chance = random.Random(seed)
         victim = chance.choice(pair.nodes)
-        moment_s = chance.uniform(0.1, 0.8 * DURATION_S)
-        print(f"round {number}: seed {seed}: {victim} after {moment_s:.2f} s")
+        moment_s = chance.uniform(0, STRIKE_S)
+        print(f"round {number}: seed {seed}: {victim} {moment_s:.2f} s after the first write")
         image = f"round-{number}"
         pair.create(image, f"{SIZE_MIB}M")
         with VerifyingFio(pair.url(image), seed, tmp_path) as fio:
+            await_write(pair, image, fio)
             time.sleep(moment_s)
+            assert fio.is_running
             pair.kill(victim)
             fio.finish()
-        assert stale(pair, image) in ([], [victim])
+        assert stale(pair, image) == [victim]
         pair.run(victim)
         pair.remove(image)
 

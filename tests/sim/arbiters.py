@@ -382,7 +382,7 @@ class Site:
                     self.current,
                     lambda record: SimVoter(self, way, operator, record.name, record.address),
                     up=up,
-                    force=refusals >= PATIENCE,
+                    forced=self._tell_forced if refusals >= PATIENCE else None,
                 )
             except ReplaceRefused as error:
                 refusals += 1
@@ -396,6 +396,9 @@ class Site:
                 self._say(f"{self.current} votes in place of {old}: {done}")
                 break
         self._replacing = False
+
+    def _tell_forced(self, refusal: ReplaceRefused) -> None:
+        self._say(f"  operator forces: {refusal.why}")
 
     def end(self) -> None:
         """The simulation is over."""

@@ -1,57 +1,38 @@
-"""The simulated cluster: its parts, what may be done to them, and what is checked on the way."""
+"""The simulated cluster: how its parts are put together, how time passes, and its gateways.
+
+What etcd says of the image is followed here, as are writes that may be gone with nodes' memory. The
+nodes stand in `nodes.py`, what is checked in `safety.py` and `liveness.py`, and what persons ask in
+`operators.py`.
+"""
 
 from __future__ import annotations
 
 import itertools
 import random
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 from engine._engine import Simulation
 from etcd import keys
-from etcd.errors import EtcdError
+from etcd.images import ImageRecord
 from etcd.memory import MemoryEtcd
-from etcd.records import ImageRecord, LeaseRecord
-from etcd.scrubs import ScrubRecord
-from shard.errors import HciError
+from etcd.records import LeaseRecord
 from shard.ids import ImageId, image_id_from_bytes
 from shard.membership import Policy, WhenFull
 from shard.placement import FailureDomain, replica_set_index
 from tests.sim.arbiters import Site
 from tests.sim.clock import SECOND_NS, Clock, Process
 from tests.sim.cluster_state import Door, Path, State
-from tests.sim.guest import BLOCK_BYTES, IN_FLIGHT_MAX, Guest, Life, Shared
-from tests.sim.oracle import SECTOR_BYTES, UNDER_WAY_S, Oracle, Violation
-from tests.sim.processes import CUTTER, SimGateway, SimNode
-from tests.sim.recovery import Recoverer, new_ledger
+from tests.sim.guest import BLOCK_BYTES, Guest, Life, Shared
+from tests.sim.liveness import Liveness
+from tests.sim.nodes import Nodes
+from tests.sim.operators import Operator
+from tests.sim.oracle import SECTOR_BYTES, UNDER_WAY_S, Oracle
+from tests.sim.processes import CUTTER, SimGateway
+from tests.sim.safety import Safety
+from tests.sim.shape import IMAGE, IMAGE_NAME, POOL, SHARD_BYTES, Shape
 from vmstore.catalog import Catalog
-from vmstore.errors import RecordChanged
-from vmstore.holder import Phase
-from vmstore.ledger import Ledger
 from vmstore.names import ImageName
-
-SHARD_BYTES = 1 << 20
-POOL = "vms"
-IMAGE = "disk"
-IMAGE_NAME = f"{POOL}/{IMAGE}"
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """How large a cluster is."""
-
-    nodes: int = 3
-    gateways: int = 2
-    replica_sets: int = 1
-    shards: int = 3
-    arbiter: bool = False
-    """Pairs of nodes, and a thin arbiter on a host of its own."""
-    log_bytes: int = 1 << 20
-    segment_bytes: int = 128 << 10
-    """A frame with all blocks that are used must fit into it."""
-    when_full: WhenFull = WhenFull.STALL
 
 
 class Cluster:
@@ -78,39 +59,33 @@ class Cluster:
         )
         self.node_paths = [Path() for _ in names]
         self.gateway_paths = [Path() for _ in range(shape.gateways)]
-        self.nodes: list[SimNode | None] = [None] * shape.nodes
+        self.nodes = Nodes(self)
         self.gateways: list[SimGateway | None] = [None] * shape.gateways
         self.guests: list[Guest] = []
-        self._numbers = itertools.count(1)
+        self.operator = Operator(self)
+        self.safety = Safety(self)
+        self.liveness = Liveness(self)
+        self.numbers = itertools.count(1)
         self.oracle = Oracle(SHARD_BYTES // SECTOR_BYTES)
         self.image: ImageId = ImageId("")
         self.record: ImageRecord | None = None
         """As etcd has it."""
         self._record_value = b""
         self._latest: ImageRecord | None = None
-        self._checked_value: bytes | None = None
-        self.refused: set[int] = set()
-        """Nodes that may not register, and wait for a person."""
         self.damaged = False
         """Blocks rot: a read may fail."""
         self.rolled_back = False
         """etcd was restored: its records may be lower than they were."""
-        self._served: dict[int, str] = {}
-        self._recorded: dict[int, tuple[int, int]] = {}
         self.steps = 0
         self.supervised = True
         self.on_heal: Callable[[str], None] = lambda _node: None
         """Hears that the heal of a node begins."""
         self.on_event: Callable[[int, str, str], None] = lambda _gateway, _kind, _node: None
         """Hears what an engine tells of a node: (gateway, kind of event, node)."""
-        self._kept_down: set[int] = set()
-        self._ledgers: list[Ledger] = []
         self.processes = False
         """Whether gateways know the processes of their guests, a new one at each boot."""
         self._lease: LeaseRecord | None = None
         """As etcd has it."""
-        self._put_back: set[int] = set()
-        """Nodes whose disk was put back to an older state."""
         self._latencies_s: dict[tuple[int, int], float] = {}
         """How long a frame may be under way to or from a node, where that was changed."""
         self._former_s: list[tuple[float, float]] = []
@@ -120,10 +95,6 @@ class Cluster:
         self._cuts: dict[tuple[int, int], list[int]] = {}
         self.scrubs = False
         """Whether gateways scrub."""
-        self._counters: dict[int, int] = {}
-        """The highest start counter of each node so far."""
-        self._marks: dict[int, tuple[int, frozenset[str]]] = {}
-        """Of nodes that were set back: what was seen of them, and what is distrusted on them."""
 
     # Time
 
@@ -170,7 +141,7 @@ class Cluster:
                 process.hear(event)
         else:
             _, node, power, why = happening
-            self._node_ended(node, power=power, why=why)
+            self.nodes.ended(node, power=power, why=why)
 
     def _heard(self, gateway: SimGateway, event: dict[str, Any]) -> None:
         kind = event["event"]
@@ -187,14 +158,14 @@ class Cluster:
         """Start everything, and make a pool and an image."""
         self.state.begin()
         for node in range(self.shape.nodes):
-            self.start_node(node)
+            self.nodes.start(node)
         for gateway in range(self.shape.gateways):
             self.site.ways[f"gate-{gateway}"] = Path()
             self.start_gateway(gateway)
         if self.shape.arbiter:
             self.site.start()
             self.run_for(2.0, self.site.replaceable)
-        self.run_for(2.0, lambda: all(n is not None and n.registered for n in self.nodes))
+        self.run_for(2.0, lambda: all(n is not None and n.registered for n in self.nodes.processes))
         operator = Process("operator")
         ids = self._ids()
         catalog = Catalog(Door(self.state, Path(), operator), lambda: next(ids))
@@ -225,9 +196,9 @@ class Cluster:
             oracle=self.oracle,
             regions=self._used,
             say=self.say,
-            next_number=lambda: next(self._numbers),
-            on_answer=self._answered,
-            on_served=self._check_epoch,
+            next_number=lambda: next(self.numbers),
+            on_answer=self.safety.check_answer,
+            on_served=self.safety.check_epoch,
             may_fail=lambda: self.damaged,
             tells_full=self.shape.when_full is WhenFull.ENOSPC,
         )
@@ -236,38 +207,6 @@ class Cluster:
         ]
         sets = [",".join(members) for members in self.record.sets]
         self.say(f"image {self.image[:8]} on {sets}")
-
-    def _size_bytes(self) -> int:
-        assert self.record is not None
-        return self.record.size_bytes
-
-    def delete_image(self) -> bool:
-        """Delete the image, as an operator; return whether that was done."""
-        operator = Process("operator")
-        catalog = Catalog(Door(self.state, Path(), operator))
-        done: list[object] = []
-        self.clock.start(
-            operator, lambda: catalog.delete_image(ImageName(POOL, IMAGE)), done.append
-        )
-        self.run_for(1.0)
-        return bool(done)
-
-    def make_image_of_id(self, image: ImageId) -> str:
-        """Try to make an image of a certain id, which chance gave twice; say how it went."""
-        operator = Process("operator")
-        catalog = Catalog(Door(self.state, Path(), operator), lambda: image)
-        outcome: list[str] = []
-
-        def make() -> str:
-            try:
-                catalog.create_image(ImageName(POOL, "another"), SHARD_BYTES)
-            except RecordChanged:
-                return "refused"
-            return "made"
-
-        self.clock.start(operator, make, outcome.append)
-        self.run_for(2.0, lambda: bool(outcome))
-        return outcome[0] if outcome else "no answer"
 
     def _ids(self) -> Iterator[ImageId]:
         while True:
@@ -280,158 +219,17 @@ class Cluster:
         for shard in range(1, self.shape.shards):
             yield range(shard * per_shard - near, shard * per_shard + near)
 
-    # Nodes
-
-    def start_node(self, node: int) -> None:
-        """Start a node's process, if none runs; a supervisor tries again where it cannot."""
-        self._kept_down.discard(node)
-        if self.nodes[node] is not None or node in self.refused:
-            return
-        seen, marked = self._marks.get(node, (0, frozenset()))
-        try:
-            store_id, counter = self.world.start_node(node, seen, sorted(marked))
-        except RuntimeError as error:
-            self.say(f"{self.names[node]} cannot start: {error}")
-            self.judge_memory()
-            self._restart_later(node)
-            return
-        self.say(f"{self.names[node]} starts, instance {counter}")
-        self.nodes[node] = process = SimNode(
-            self.clock,
-            self.world,
-            self.state,
-            self.node_paths[node],
-            index=node,
-            name=self.names[node],
-            store_id=store_id,
-            start_counter=counter,
-            run=f"{node:016x}{next(self._numbers):016x}",
-            refused=lambda why, for_good: self._node_refused(node, why, for_good=for_good),
-            set_back=lambda seen: self._node_set_back(node, seen),
-            ledger=self._ledgers[node] if self._ledgers else None,
-        )
-        if counter <= self._counters.get(node, 0):
-            # It is judged before it listens.
-            self.world.pause_node(node)
-            self._serve_when_judged(node, process)
-        self._counters[node] = max(counter, self._counters.get(node, 0))
-
-    def _serve_when_judged(self, node: int, process: SimNode) -> None:
-        if self.nodes[node] is process:
-            if process.may_serve:
-                self.world.continue_node(node)
-            else:
-                self.clock.after(0.01, lambda: self._serve_when_judged(node, process))
-
-    def _node_set_back(self, node: int, seen: int) -> None:
-        """Go on as a new instance, on which nothing counts that it holds."""
-        _, marked = self._marks.get(node, (0, frozenset()))
-        self._marks[node] = (seen, marked | self._held(node))
-        self.say(f"{self.names[node]} was set back, the cluster saw start {seen}")
-
-        def again() -> None:
-            if self.nodes[node] is not None:
-                self.stop_node(node, power=False)
-                self.start_node(node)
-
-        self.clock.after(0, again)
-
-    def keep_ledgers(self) -> None:
-        """Have nodes keep copies of etcd's records, and somebody recover it; before `build`."""
-        self._ledgers = [new_ledger() for _ in self.names]
-        Recoverer(
-            self.clock,
-            self.state,
-            lambda: [node for node in self.nodes if node is not None],
-            self.say,
-            self._recovered,
-        )
-
-    def _recovered(self) -> None:
+    def recovered(self) -> None:
+        """Take note that etcd's records are as high as they ever were again."""
         self.rolled_back = False
 
     def close(self) -> None:
         """End all processes: it is over."""
-        for process in (*self.gateways, *self.nodes):
+        for process in (*self.gateways, *self.nodes.processes):
             if process is not None:
                 self.clock.end(process.process)
         self.site.end()
-        for ledger in self._ledgers:
-            ledger.close()
-
-    def _held(self, node: int) -> frozenset[str]:
-        return frozenset(each["image"] for each in self.world.inventory(node)["images"])
-
-    def _forget_marks(self) -> None:
-        """As a node's daemon does: cross out what a holder has begun to heal."""
-        for node, (seen, marked) in self._marks.items():
-            if self.nodes[node] is not None:
-                left = frozenset(self.world.distrusted(node))
-                self._marks[node] = (seen if left else 0, marked & left)
-
-    def stop_node(self, node: int, *, power: bool) -> None:
-        """Kill a node's process, or cut its host's power."""
-        process = self.nodes[node]
-        if process is None:
-            return
-        self.world.stop_node(node, power)
-        self._node_ended(node, power=power, why="is killed" if not power else "loses its power")
-
-    def keep_down(self, node: int, *, power: bool) -> None:
-        """Stop a node, and do not start it again before somebody does."""
-        self._kept_down.add(node)
-        self.stop_node(node, power=power)
-
-    def nodes_up(self) -> set[str]:
-        """Return the nodes that run."""
-        return {self.names[node] for node, process in enumerate(self.nodes) if process is not None}
-
-    def _node_ended(self, node: int, *, power: bool, why: str) -> None:
-        process = self.nodes[node]
-        if process is not None:
-            self.clock.end(process.process)
-            self.nodes[node] = None
-        self.say(f"{self.names[node]} ends: {why}{' (memory lost)' if power else ''}")
-        if power:
-            self.judge_memory()
-        if self.supervised:
-            self._restart_later(node)
-
-    def _restart_later(self, node: int) -> None:
-        def restart() -> None:
-            if node not in self._kept_down:
-                self.start_node(node)
-
-        self.clock.after(self.chance.choice((0.3, 1.0, 3.0, 8.0)), restart)
-
-    def _node_refused(self, node: int, why: str, *, for_good: bool) -> None:
-        self.say(f"{self.names[node]} may not serve: {why}")
-        if for_good:
-            self.refused.add(node)
-        self.clock.after(0, lambda: self.stop_node(node, power=False))
-
-    def pause_node(self, node: int) -> None:
-        """Stop a node's process as SIGSTOP does."""
-        process = self.nodes[node]
-        if process is not None and not process.process.paused:
-            process.process.paused = True
-            self.world.pause_node(node)
-            self.say(f"{self.names[node]} stands still")
-
-    def continue_node(self, node: int) -> None:
-        """Let it go on."""
-        process = self.nodes[node]
-        if process is not None and process.process.paused:
-            self.world.continue_node(node)
-            self.clock.go_on(process.process)
-            self.say(f"{self.names[node]} goes on")
-
-    def put_back_disk(self, node: int) -> None:
-        """Put the snapshot of a disk in place of what is there; its node is off."""
-        self.world.restore_disk(node)
-        # What it had stored, and who relied on that, is not told by its record any more.
-        self._put_back.add(node)
-        self.judge_memory()
+        self.nodes.close_ledgers()
 
     def judge_memory(self) -> None:
         """Find out whether unflushed writes may be gone."""
@@ -504,19 +302,10 @@ class Cluster:
         if guest is not None and guest.life is Life.CONNECTING:
             guest.start(process)
 
-    # Sizes
-
-    def resize(self, gateway: int, shards: int) -> Future[None] | None:
-        """Have the image resized by a gateway, if it runs; return how it goes."""
-        process = self.gateways[gateway]
-        if process is None or not process.started:
-            return None
-        self.say(f"{process.name} resizes the image to {shards} shards")
-        return process.resize(ImageName(POOL, IMAGE), shards * SHARD_BYTES)
-
     def size_shards(self) -> int:
         """Return how large the image is."""
-        return self._size_bytes() // SHARD_BYTES
+        assert self.record is not None
+        return self.record.size_bytes // SHARD_BYTES
 
     def _cut(self, gateway: int, token: int, first: int, sectors: int) -> None:
         """What is cut off is zeroed: as by a guest."""
@@ -525,7 +314,7 @@ class Cluster:
         for region in self._used:
             cut = range(max(region.start, first), min(region.stop, first + sectors))
             if cut:
-                tokens.append(next(self._numbers))
+                tokens.append(next(self.numbers))
                 now = self.clock.now_s
                 self.oracle.begin(tokens[-1], cut.start, len(cut), 0, epoch, now)
         self._cuts[gateway, token] = tokens
@@ -551,7 +340,7 @@ class Cluster:
         guest = self.guests[gateway]
         if host:
             guest.host_gone()
-            self.stop_node(gateway, power=True)
+            self.nodes.stop(gateway, power=True)
         else:
             guest.gateway_gone()
         if self.supervised:
@@ -580,7 +369,7 @@ class Cluster:
         if process is not None and self.guests[guest].life in (Life.OFF, Life.FAILED):
             self.say(f"guest-{guest} boots")
             if self.processes:
-                self.guests[guest].peer = f"{next(self._numbers)}:1"
+                self.guests[guest].peer = f"{next(self.numbers)}:1"
             self.guests[guest].start(process)
 
     def serving(self) -> list[Guest]:
@@ -590,14 +379,14 @@ class Cluster:
     def _heal_begins(self, node: str) -> None:
         self.on_heal(node)
 
-    # What must hold
+    # What etcd says
 
     def _etcd_changed(self) -> None:
         if not self.image:
             return
         lease, self._lease = self._lease, self._lease_in_etcd()
         if lease is not None and self._lease is not None:
-            self._check_lease(lease, self._lease)
+            self.safety.check_lease(lease, self._lease)
         item = _stored(self.state.memory, keys.image(self.image))
         if item is None or item == self._record_value:
             return
@@ -607,10 +396,7 @@ class Cluster:
         if latest is None or (record.epoch, record.generation) >= (latest.epoch, latest.generation):
             self._latest = record
         if former is not None and not self.rolled_back:
-            if record.epoch < former.epoch or record.generation < former.generation:
-                raise Violation(f"etcd went back: {former} to {record}")
-            if record.is_behind(former):
-                raise Violation(f"an equal record differs: {former} and {record}")
+            self.safety.check_record(former, record)
         if former is not None and record.stale != former.stale:
             self.say(f"etcd: generation {record.generation}, stale {_plain(record.stale)}")
             self.judge_memory()
@@ -618,192 +404,6 @@ class Cluster:
     def _lease_in_etcd(self) -> LeaseRecord | None:
         item = _stored(self.state.memory, keys.lease(self.image))
         return None if item is None else LeaseRecord.decode(keys.lease(self.image), item)
-
-    def _check_lease(self, former: LeaseRecord, now: LeaseRecord) -> None:
-        """Check that nobody takes the lease of a process that lives. Raises Violation."""
-        if former.holder == now.holder or former.maintenance or self.rolled_back:
-            return
-        for process in self.gateways:
-            if process is not None and process.holder == former.holder:
-                raise Violation(f"the lease of {process.name}, which lives, was taken")
-
-    def _check_epoch(self, epoch: int, holder: str) -> None:
-        """Check that one holder serves in an epoch."""
-        if self._served.setdefault(epoch, holder) != holder:
-            raise Violation(f"epoch {epoch} is served by two holders")
-
-    def _answered(self, asked: Any, gateway: int) -> None:
-        """Judge an answer by who has it. Raises Violation."""
-        if asked.kind != "write":
-            return
-        record = self.record
-        assert record is not None
-        process = self.gateways[gateway]
-        applied = dict(self.world.take_applied(asked.stamp))
-        if asked.epoch != record.epoch or process is None or self.rolled_back:
-            return
-        first = asked.first * SECTOR_BYTES // SHARD_BYTES
-        last = ((asked.first + asked.sectors) * SECTOR_BYTES - 1) // SHARD_BYTES
-        for shard in range(first, last + 1):
-            replica_set = self.set_of(shard)
-            in_sync = record.membership.in_sync(replica_set)
-            have = [n for i, n in enumerate(self.names) if applied.get(shard, 0) >> i & 1]
-            if not set(in_sync) <= set(have):
-                raise Violation(
-                    f"a write to shard {shard} was answered with {have}; "
-                    f"in sync are {list(in_sync)}, generation {record.generation}"
-                )
-            self._check_stored(shard, replica_set, frozenset(have))
-            self._check_quorum(shard, replica_set, frozenset(have) & set(record.sets[replica_set]))
-
-    def _check_stored(self, shard: int, replica_set: int, have: frozenset[str]) -> None:
-        """Check that the nodes in sync know who was left behind."""
-        record = self.record
-        assert record is not None
-        missing = set(record.sets[replica_set]) - have
-        stale = record.stale.get(replica_set, {})
-        left = max((stale[node] for node in missing if node in stale), default=-1)
-        for name in record.membership.in_sync(replica_set) if left >= 0 else ():
-            node = self.names.index(name)
-            found = self.world.node_record(node, self.image)
-            if found is not None and found[2] <= left and node not in self._put_back:
-                raise Violation(
-                    f"a write to shard {shard} was answered without {sorted(missing)}, "
-                    f"which {name} does not know to be left behind"
-                )
-
-    def _check_quorum(self, shard: int, replica_set: int, have: frozenset[str]) -> None:
-        """Check that enough nodes have a write: two, or one and the arbiter's word for it."""
-        if len(have) >= 2:
-            return
-        if not self.shape.arbiter:
-            raise Violation(f"a write to shard {shard} was answered below quorum: {sorted(have)}")
-        generation, stated = self.site.confirmed.get((self.image, replica_set), (0, frozenset()))
-        if stated != have:
-            raise Violation(
-                f"a write to shard {shard} was answered with {sorted(have)} alone; the arbiter "
-                f"has confirmed {sorted(stated)}, generation {generation}"
-            )
-
-    def check(self) -> None:
-        """Check what takes a while: replicas, records, queues. Raises Violation."""
-        self._forget_marks()
-        self._check_records()
-        self._check_replicas()
-        self._check_queues()
-
-    def _check_records(self) -> None:
-        """No running node goes back: what it stored durably it knows."""
-        for node, process in enumerate(self.nodes):
-            if process is None:
-                continue
-            found = self.world.node_record(node, self.image)
-            if found is None:
-                continue
-            epoch, _, generation, _ = found
-            former = self._recorded.get(node, (0, 0))
-            if process.registered and (epoch < former[0] or generation < former[1]):
-                # A record that was not synced goes with the power, and was never relied on.
-                self._recorded[node] = (epoch, generation)
-            else:
-                self._recorded[node] = (max(epoch, former[0]), max(generation, former[1]))
-
-    def _check_replicas(self) -> None:
-        """In-sync replicas are equal on every shard that no dirty map names."""
-        record = self.record
-        if record is None or record.epoch == 0 or self.rolled_back:
-            # A restored etcd may call a node in sync that its holder has left behind.
-            return
-        layers = [layer.id for layer in record.layers]
-        for shard in range(self.shape.shards):
-            replica_set = self.set_of(shard)
-            holders = [self.names.index(n) for n in record.membership.in_sync(replica_set)]
-            running = [n for n in holders if self.nodes[n] is not None and self._is_up(n)]
-            if any(shard in self.world.dirty(n, self.image) for n in running):
-                continue
-            digests = [self.world.shard_digests(n, self.image, layers, shard) for n in running]
-            self._compare(shard, running, [d for d in digests if d is not None])
-
-    def _compare(self, shard: int, nodes: list[int], digests: list[list[int | None]]) -> None:
-        for block, contents in enumerate(zip(*digests, strict=True)):
-            known = {content for content in contents if content is not None}
-            if len(known) > 1:
-                names = [self.names[node] for node in nodes]
-                raise Violation(f"block {block} of shard {shard} differs on {names}: {contents}")
-
-    def check_all_replicas(self) -> None:
-        """All replicas in sync are equal, wherever they are. Raises Violation."""
-        record = self.record
-        assert record is not None
-        if self.rolled_back:
-            return
-        layers = [layer.id for layer in record.layers]
-        for shard in range(self.shape.shards):
-            in_sync = record.membership.in_sync(self.set_of(shard))
-            nodes = [self.names.index(name) for name in in_sync]
-            digests = [self.world.shard_digests(n, self.image, layers, shard) for n in nodes]
-            self._compare(shard, nodes, [d for d in digests if d is not None])
-
-    # Scrubs
-
-    def ask_for_scrub(self) -> None:
-        """Ask for a scrub as a person does; one that is under way is that."""
-        now_ms = int(self.clock.now_s * 1000) + 1
-        operator = Process("operator")
-        catalog = Catalog(Door(self.state, Path(), operator))
-
-        def ask() -> None:
-            try:
-                catalog.ask_for_scrub(self.image, now_ms)
-            except (HciError, EtcdError) as error:
-                self.say(f"  operator: {error}")
-
-        self.clock.start(operator, ask)
-
-    def scrub_record(self) -> ScrubRecord:
-        """Return how its scrub stands."""
-        item = self.state.memory.get(keys.scrub(self.image))
-        if item is None:
-            return ScrubRecord(image=self.image)
-        return ScrubRecord.decode(item.key, item.value)
-
-    def is_scrubbed(self) -> bool:
-        """Whether no scrub waits or is under way, and nothing waits to be read again."""
-        found = self.scrub_record()
-        return not (found.times.is_asked or found.times.is_under_way or found.missed_end)
-
-    def check_no_rot(self) -> None:
-        """All replicas in sync are intact. Raises Violation."""
-        record = self.record
-        assert record is not None
-        layers = [layer.id for layer in record.layers]
-        for shard in range(self.shape.shards):
-            for name in record.membership.in_sync(self.set_of(shard)):
-                node = self.names.index(name)
-                found = self.world.shard_digests(node, self.image, layers, shard)
-                if found is not None and None in found:
-                    block = found.index(None)
-                    raise Violation(f"{name} has rot in block {block} of shard {shard}")
-
-    def _is_up(self, node: int) -> bool:
-        """Whether the image's present holder serves from this node."""
-        record = self.record
-        for process in self.gateways:
-            if process is None or process.holder != (record.holder if record else None):
-                continue
-            for image in process.exports.snapshot():
-                states = dict(self.world.replica_states(process.index, image.channel))
-                return states.get(self.names[node]) == "up"
-        return False
-
-    def _check_queues(self) -> None:
-        for process in self.gateways:
-            if process is None:
-                continue
-            for image in process.exports.snapshot():
-                requests, parts, _ = self.world.queues(process.index, image.channel)
-                if requests > 2 * IN_FLIGHT_MAX * len(self.guests) or parts > 4 * requests + 4:
-                    raise Violation(f"{process.name} has {requests} requests in {parts} parts")
 
     # The end
 
@@ -821,13 +421,13 @@ class Cluster:
                 self.world.set_path(gateway, node, False, True)
                 self.set_latency(gateway, node, 50_000, 1_000_000)
         for node in range(self.shape.nodes):
-            self.continue_node(node)
+            self.nodes.go_on(node)
             self.world.set_free_bytes(node, None)
             self.world.set_disk_speed(node, 100_000, 4_000_000)
             if node in away:
-                self.keep_down(node, power=False)
+                self.nodes.keep_down(node, power=False)
             else:
-                self.start_node(node)
+                self.nodes.start(node)
         if self.shape.arbiter:
             self.site.go_on()
             if arbiter:
@@ -837,79 +437,6 @@ class Cluster:
         for gateway in range(self.shape.gateways):
             self.continue_gateway(gateway)
             self.start_gateway(gateway)
-
-    def overdue(self, limit_s: float) -> str:
-        """Say what has waited for so long although those who are here suffice; empty: nothing."""
-        record = self.record
-        assert record is not None
-        if record.stale and not self._may_change():
-            # What etcd has taken counts when the arbiter has heard of it.
-            return ""
-        goes_on = [self._goes_on(index) for index in range(len(record.sets))]
-        if all(goes_on) and not self.serving():
-            return "nobody is served, and each set has its quorum"
-        for guest in self.serving():
-            for kind, begun_s, blocks in self._able(guest, goes_on):
-                if begun_s < self.clock.now_s - limit_s:
-                    where = f"blocks {blocks.start} to {blocks.stop}" if blocks else "all"
-                    return f"a {kind} of {guest.name} waits ({where}), and its sets can go on"
-        if not (self.serving() and all(goes_on) and self._may_change()):
-            return ""
-        up = self.nodes_up()
-        waits = sorted(up & {name for stale in record.stale.values() for name in stale})
-        return f"{', '.join(waits)} are here, and are not healed" if waits else ""
-
-    def _able(self, guest: Guest, goes_on: list[bool]) -> list[tuple[str, float, range]]:
-        """Return the unanswered requests of sets that can go on, and that wait for no other one."""
-        per_shard = SHARD_BYTES // BLOCK_BYTES
-
-        def goes(blocks: range) -> bool:
-            return all(goes_on[self.set_of(block // per_shard)] for block in blocks)
-
-        able = [each for each in guest.waiting() if each[2] and goes(each[2])]
-        held = [each for each in guest.waiting() if each[2] and not goes(each[2])]
-        while held:
-            # Whoever shares a block with one that waits waits behind it.
-            one = held.pop()[2]
-            behind = [
-                each for each in able if each[2].start < one.stop and one.start < each[2].stop
-            ]
-            able = [each for each in able if each not in behind]
-            held += behind
-        flushes = [each for each in guest.waiting() if not each[2]]
-        return able + (flushes if all(goes_on) else [])
-
-    def _goes_on(self, index: int) -> bool:
-        """Whether a set can answer writes with the nodes that are up."""
-        assert self.record is not None
-        in_sync = set(self.record.membership.in_sync(index))
-        here = in_sync & self.nodes_up()
-        if here == in_sync:
-            return True
-        return len(here) >= self.record.policy.quorum and self._may_change()
-
-    def _may_change(self) -> bool:
-        return not self.shape.arbiter or self.site.replaceable()
-
-    def all_level(self) -> bool:
-        """Whether a guest is served, nothing waits, and every node in sync is there."""
-        serving = self.serving()
-        if not serving or self.record is None:
-            return False
-        gateway = serving[0].gateway
-        assert gateway is not None
-        for image in gateway.exports.snapshot():
-            holder = image.holder
-            if (
-                holder.phase is not Phase.SERVING
-                or holder.missing()
-                or holder.proposal
-                or holder.levelling
-            ):
-                return False
-        if self.record.stale and not self.rolled_back:
-            return False
-        return all(guest.in_flight == 0 for guest in serving)
 
 
 def _stored(etcd: MemoryEtcd, key: str) -> bytes | None:

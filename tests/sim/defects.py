@@ -21,18 +21,22 @@ from arbiter.statement import Statement, Votes
 from arbiter.vote import Answer, Ballot, Refusal, Vote
 from arbiter.vote import prepare as prepare_vote
 from engine._engine import Simulation
-from etcd.records import ImageRecord
+from etcd.images import ImageRecord
 from shard.membership import Policy
 from tests.sim.history import History, Outcome
 from tests.sim.kinds import KINDS, seeds_of
 from tests.sim.oracle import SECTOR_BYTES
 from tests.sim.processes import SimNode
 from vmstore import granting
+from vmstore.channels import Channels
 from vmstore.exports import Exports
 from vmstore.history import Verdict
 from vmstore.holder import Holder, Standing
+from vmstore.leases import Leases
+from vmstore.open_image import OpenImage
 from vmstore.served import Served
-from vmstore.serving import OpenImage, Serving
+from vmstore.serving import Serving
+from vmstore.sessions import Sessions
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,26 +61,31 @@ def _quorum_of_one() -> Any:
     return mock.patch.object(Policy, "quorum", property(lambda _policy: 1))
 
 
-def _acknowledge_first() -> Any:
+@contextmanager
+def _acknowledge_first() -> Iterator[None]:
     """A membership counts before etcd took it."""
-    change, reconfigure = Serving._change_membership, Serving._reconfigure
+    change, reconfigure = Serving._change_membership, Channels.reconfigure
 
     def change_first(serving: Serving, image: OpenImage, after: ImageRecord) -> None:
         if image.holder.retry_at_s is None and after.generation not in counted(image):
             counted(image).add(after.generation)
-            reconfigure(serving, image, after)
+            reconfigure(serving._channels, image, after)
         change(serving, image, after)
 
-    def not_again(serving: Serving, image: OpenImage, record: ImageRecord) -> None:
+    def not_again(channels: Channels, image: OpenImage, record: ImageRecord) -> None:
         if record.generation not in counted(image):
-            reconfigure(serving, image, record)
+            reconfigure(channels, image, record)
 
     generations: dict[int, set[int]] = {}
 
     def counted(image: OpenImage) -> set[int]:
         return generations.setdefault(id(image), set())
 
-    return mock.patch.multiple(Serving, _change_membership=change_first, _reconfigure=not_again)
+    with (
+        mock.patch.object(Serving, "_change_membership", change_first),
+        mock.patch.object(Channels, "reconfigure", not_again),
+    ):
+        yield
 
 
 def _believe_any_disk() -> Any:
@@ -100,7 +109,7 @@ def _never_reconcile() -> Any:
 
 def _lease_for_ever() -> Any:
     """The engine is never told when the lease ends."""
-    return mock.patch.object(Serving, "_tell_deadline", return_value=None)
+    return mock.patch.object(Sessions, "tell_deadline", return_value=None)
 
 
 def _no_set_goes_alone() -> Any:
@@ -174,10 +183,10 @@ def _let_anybody_in() -> Any:
 def _the_name_says_it_all() -> Any:
     """A lease of one's own name is taken over, whoever holds it."""
 
-    def is_of_the_dead(serving: Serving, lease: Any) -> bool:
-        return bool(lease.gateway == serving._gateway)
+    def is_of_the_dead(leases: Leases, lease: Any) -> bool:
+        return bool(lease.gateway == leases._gateway)
 
-    return mock.patch.object(Serving, "_is_of_the_dead", is_of_the_dead)
+    return mock.patch.object(Leases, "_is_of_the_dead", is_of_the_dead)
 
 
 def _never_confirmed() -> Any:

@@ -1,4 +1,8 @@
-"""Faults, each with what ends it. A history calls them by their names in its kind."""
+"""Faults, each with what ends it. A history calls them by their names in its kind.
+
+Those that meet a heal or an admission stand in `heal_faults.py`, the arbiter's in
+`arbiter_faults.py`, and faults that follow one another in `strikes.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,10 @@ import random
 from collections.abc import Callable
 
 from etcd.memory import Backup
-from tests.sim.cluster import SHARD_BYTES, Cluster
+from tests.sim.cluster import Cluster
 from tests.sim.guest import BLOCK_BYTES, Life
 from tests.sim.processes import SimNode
+from tests.sim.shape import SHARD_BYTES
 
 
 class Faults:
@@ -32,6 +37,21 @@ class Faults:
         cluster.on_heal = self._heal_begins
         cluster.on_event = self._event
 
+    def _heal_begins(self, node: str) -> None:
+        strikes, self._strikes = self._strikes, []
+        for strike in strikes:
+            pause_s = self.chance.choice((0.004, 0.02, 0.1, 0.5)) * self.chance.random()
+            self.cluster.clock.after(pause_s, lambda strike=strike: strike(node))
+
+    def _event(self, gateway: int, kind: str, node: str) -> None:
+        if not self._over:
+            for strike in self._at_event.pop(kind, []):
+                strike(gateway, node)
+
+    def _soon(self, act: Callable[[], None], at_most_s: float) -> None:
+        pause_s = self.chance.random() * at_most_s
+        self.cluster.clock.after(pause_s, lambda: self._over or act())
+
     def _node(self) -> int:
         return self.chance.randrange(self.cluster.shape.nodes)
 
@@ -42,14 +62,14 @@ class Faults:
         self.cluster.clock.after(self.chance.choice(choices), undo)
 
     def kill_node(self) -> None:
-        self.cluster.stop_node(self._node(), power=False)
+        self.cluster.nodes.stop(self._node(), power=False)
 
     def cut_node(self) -> None:
-        self.cluster.stop_node(self._node(), power=True)
+        self.cluster.nodes.stop(self._node(), power=True)
 
     def cut_all(self) -> None:
         for node in range(self.cluster.shape.nodes):
-            self.cluster.stop_node(node, power=True)
+            self.cluster.nodes.stop(node, power=True)
 
     def crash_node(self) -> None:
         """Somewhere in the midst of what its store does."""
@@ -58,8 +78,8 @@ class Faults:
 
     def pause_node(self) -> None:
         node = self._node()
-        self.cluster.pause_node(node)
-        self._for_a_while(lambda: self.cluster.continue_node(node), 0.5, 3.0, 6.0)
+        self.cluster.nodes.pause(node)
+        self._for_a_while(lambda: self.cluster.nodes.go_on(node), 0.5, 3.0, 6.0)
 
     def kill_gateway(self) -> None:
         self.cluster.stop_gateway(self._gateway(), host=False)
@@ -196,7 +216,7 @@ class Faults:
 
     def snapshot(self) -> None:
         """Somebody takes a snapshot of a node's disk."""
-        node = self.cluster.nodes[self._victim]
+        node = self.cluster.nodes.processes[self._victim]
         if node is not None:
             self._snapshot_of = node
             self.cluster.world.snapshot_disk(self._victim)
@@ -205,13 +225,13 @@ class Faults:
     def roll_back(self) -> None:
         """… and puts it back, within the same run of the node: its start counter tells nothing."""
         cluster, victim = self.cluster, self._victim
-        if self._snapshot_of is None or cluster.nodes[victim] is not self._snapshot_of:
+        if self._snapshot_of is None or cluster.nodes.processes[victim] is not self._snapshot_of:
             return
         self._snapshot_of = None
-        cluster.stop_node(victim, power=False)
-        cluster.put_back_disk(victim)
+        cluster.nodes.stop(victim, power=False)
+        cluster.nodes.put_back_disk(victim)
         cluster.say(f"{cluster.names[victim]}: the disk's snapshot is put back")
-        cluster.start_node(victim)
+        cluster.nodes.start(victim)
 
     def set_back(self) -> None:
         """A snapshot of any former run is put back: the start counter is behind, or as it was."""
@@ -220,10 +240,10 @@ class Faults:
             self.snapshot()
             return
         self._snapshot_of = None
-        cluster.keep_down(victim, power=False)
-        cluster.put_back_disk(victim)
+        cluster.nodes.keep_down(victim, power=False)
+        cluster.nodes.put_back_disk(victim)
         cluster.say(f"{cluster.names[victim]}: an older copy of its disk is put back")
-        self._for_a_while(lambda: cluster.start_node(victim), 0.0, 0.5, 4.0)
+        self._for_a_while(lambda: cluster.nodes.start(victim), 0.0, 0.5, 4.0)
 
     def back_up(self) -> None:
         """Somebody backs etcd up."""
@@ -237,124 +257,14 @@ class Faults:
             self.cluster.rolled_back = True
             self.cluster.state.memory.restore(self._backup)
 
-    # Heals
+    # Several parts at once
 
     def leave_behind(self) -> None:
         """A node is away until it is stale, and comes back."""
         node, power = self._node(), self.chance.random() < 0.4
         cluster = self.cluster
-        cluster.keep_down(node, power=power)
-        self._for_a_while(lambda: cluster.start_node(node), 2.0, 5.0, 9.0)
-
-    def interrupt_heal(self) -> None:
-        """The next heal is interrupted at some point."""
-        self.leave_behind()
-        self._strikes.append(self._strike)
-
-    def _heal_begins(self, node: str) -> None:
-        strikes, self._strikes = self._strikes, []
-        for strike in strikes:
-            pause_s = self.chance.choice((0.004, 0.02, 0.1, 0.5)) * self.chance.random()
-            self.cluster.clock.after(pause_s, lambda strike=strike: strike(node))
-
-    def _strike(self, healed: str) -> None:
-        """Hit the node that is healed, one that may be its source, the holder, or etcd."""
-        if self._over:
-            return
-        cluster = self.cluster
-        target = cluster.names.index(healed)
-        others = [node for node in range(cluster.shape.nodes) if node != target]
-        source = self.chance.choice(others)
-        holders = [
-            gateway
-            for gateway, process in enumerate(cluster.gateways)
-            if process is not None and process.exports.snapshot()
-        ]
-        holder = self.chance.choice(holders) if holders else 0
-        strikes: list[Callable[[], None]] = [
-            lambda: cluster.stop_node(target, power=False),
-            lambda: cluster.stop_node(target, power=True),
-            lambda: cluster.stop_node(source, power=False),
-            lambda: cluster.stop_node(source, power=True),
-            lambda: cluster.world.crash_after(target, self.chance.randrange(1, 30), True),
-            lambda: cluster.world.crash_after(source, self.chance.randrange(1, 30), False),
-            lambda: cluster.world.reset(holder, target),
-            lambda: cluster.world.reset(holder, source),
-            lambda: self._cut_path(holder, target, "both", 6.0),
-            lambda: cluster.stop_gateway(holder, host=self.chance.random() < 0.3),
-            lambda: self._stand_still(holder),
-            self.etcd_down,
-            self.slow_etcd,
-            lambda: self._cut_etcd_of(cluster.gateway_paths[holder], f"gate-{holder}", 8.0),
-            self.second,
-            self._guest_comes,
-        ]
-        strike = self.chance.choice(strikes)
-        cluster.say(f"the heal of {healed} is interrupted")
-        strike()
-        if self.chance.random() < 0.4:
-            self.chance.choice(strikes)()
-
-    def _event(self, gateway: int, kind: str, node: str) -> None:
-        if not self._over:
-            for strike in self._at_event.pop(kind, []):
-                strike(gateway, node)
-
-    def _soon(self, act: Callable[[], None], at_most_s: float) -> None:
-        pause_s = self.chance.random() * at_most_s
-        self.cluster.clock.after(pause_s, lambda: self._over or act())
-
-    def interrupt_end_of_heal(self) -> None:
-        """The next heal is interrupted when all is level, and the record takes the node in."""
-        self.leave_behind()
-        self._at_event.setdefault("healed", []).append(self._strike_at_end)
-
-    def _strike_at_end(self, gateway: int, healed: str) -> None:
-        cluster = self.cluster
-        target = cluster.names.index(healed)
-        path = cluster.gateway_paths[gateway]
-        power = self.chance.random() < 0.5
-
-        def lose_answer() -> None:
-            """etcd takes the node in, and the holder does not hear of it."""
-            cluster.say(f"gate-{gateway} does not hear from etcd")
-            path.back = False
-            self._soon(lambda: cluster.stop_node(target, power=power), 0.05)
-            cluster.clock.after(self.chance.choice((1.0, 5.0)), open_path)
-
-        def open_path() -> None:
-            path.back = True
-
-        def cut_sources() -> None:
-            for node in range(cluster.shape.nodes):
-                if node != target:
-                    cluster.stop_node(node, power=True)
-
-        strikes: list[Callable[[], None]] = [
-            lose_answer,
-            cut_sources,
-            lambda: self._soon(lambda: cluster.stop_node(target, power=True), 0.2),
-            lambda: self._soon(lambda: cluster.world.reset(gateway, target), 0.03),
-            lambda: self._soon(lambda: cluster.stop_gateway(gateway, host=False), 0.03),
-        ]
-        cluster.say(f"the end of the heal of {healed} is interrupted")
-        self.chance.choice(strikes)()
-
-    def interrupt_admission(self) -> None:
-        """A node restarts; when it is level it loses its power, or its sources do."""
-        node = self._node()
-        self.cluster.stop_node(node, power=self.chance.random() < 0.7)
-        self._at_event.setdefault("admitted", []).append(self._strike_admitted)
-
-    def _strike_admitted(self, gateway: int, _node: str) -> None:
-        cluster = self.cluster
-        nodes = range(cluster.shape.nodes)
-        struck = self.chance.sample(nodes, self.chance.choice((1, 1, 2, len(nodes) - 1)))
-        cluster.say("an admission is struck")
-        for node in struck:
-            self._soon(lambda node=node: cluster.stop_node(node, power=True), 0.1)
-        if self.chance.random() < 0.3:
-            self._soon(lambda: cluster.stop_gateway(gateway, host=False), 0.1)
+        cluster.nodes.keep_down(node, power=power)
+        self._for_a_while(lambda: cluster.nodes.start(node), 2.0, 5.0, 9.0)
 
     def late_frames(self) -> None:
         """A holder stands still with writes under way; they arrive when another has the image."""
@@ -388,51 +298,12 @@ class Faults:
             cluster.world.set_path(gateway, node, True, False)
 
         def lose() -> None:
-            cluster.keep_down(node, power=self.chance.random() < 0.3)
+            cluster.nodes.keep_down(node, power=self.chance.random() < 0.3)
             for gateway in range(cluster.shape.gateways):
                 cluster.world.set_path(gateway, node, True, True)
 
         cluster.clock.after(self.chance.choice((0.1, 0.3, 1.0)), lose)
-        self._for_a_while(lambda: cluster.start_node(node), 5.0, 8.0)
-
-    def slow_listing(self) -> None:
-        """The next heal hears late from one of its sources what was written."""
-        self.leave_behind()
-        self._strikes.append(self._slow_source)
-
-    def _slow_source(self, healed: str) -> None:
-        cluster, node = self.cluster, self._node()
-        if cluster.names[node] == healed:
-            return
-        for gateway in range(cluster.shape.gateways):
-            cluster.set_latency(gateway, node, 300_000_000, 600_000_000)
-
-        def undo() -> None:
-            for gateway in range(cluster.shape.gateways):
-                cluster.set_latency(gateway, node, 50_000, 1_000_000)
-
-        cluster.clock.after(1.0, undo)
-
-    def lose_sources(self) -> None:
-        """All who could be sources of the next heal lose their power while it goes on."""
-        self.leave_behind()
-        self._strikes.append(self._cut_sources)
-
-    def _cut_sources(self, healed: str) -> None:
-        cluster = self.cluster
-        target = cluster.names.index(healed)
-        cluster.world.set_disk_speed(target, 200_000_000, 500_000_000)
-        self._for_a_while(
-            lambda: cluster.world.set_disk_speed(target, 100_000, 4_000_000), 1.0, 3.0
-        )
-
-        def cut() -> None:
-            for node in range(cluster.shape.nodes):
-                if node != target:
-                    cluster.stop_node(node, power=True)
-                    cluster.start_node(node)
-
-        self._soon(cut, 0.4)
+        self._for_a_while(lambda: cluster.nodes.start(node), 5.0, 8.0)
 
     def vanish(self) -> None:
         """A write reaches the holder's own node only, and goes with its host."""
@@ -463,100 +334,3 @@ class Faults:
         for guest in cluster.guests:
             guest.stop()
         self._away_until_s = cluster.clock.now_s + self.chance.choice((2.0, 8.0, 20.0))
-
-    # The arbiter
-
-    def kill_arbiter(self) -> None:
-        """Its process ends."""
-        self.cluster.site.stop(power=False)
-
-    def cut_arbiter(self) -> None:
-        """Its host loses power."""
-        self.cluster.site.stop(power=True)
-
-    def crash_arbiter(self) -> None:
-        """It ends in the midst of what it writes."""
-        self.cluster.site.crash_soon()
-
-    def pause_arbiter(self) -> None:
-        """It stands still."""
-        site = self.cluster.site
-        site.pause()
-        self._for_a_while(site.go_on, 0.5, 3.0, 7.0)
-
-    def cut_to_arbiter(self) -> None:
-        """A gateway does not reach it, or is not reached by it."""
-        name = f"gate-{self._gateway()}"
-        way = self.cluster.site.ways[name]
-        way.there, way.back = self.chance.choice(((False, False), (False, True), (True, False)))
-        self.cluster.say(f"{name} is cut off from the arbiter ({way.there}, {way.back})")
-
-        def undo() -> None:
-            way.there = way.back = True
-
-        self._for_a_while(undo, 1.0, 5.0, 12.0)
-
-    def slow_arbiter(self) -> None:
-        """The way to it is slow, and loses what takes too long."""
-        way = self.cluster.site.ways[f"gate-{self._gateway()}"]
-        way.slow = True
-
-        def undo() -> None:
-            way.slow = False
-
-        self._for_a_while(undo, 3.0, 10.0)
-
-    def cut_arbiter_from_etcd(self) -> None:
-        """It votes on, and is not registered."""
-        self._cut_etcd_of(self.cluster.site.path, self.cluster.site.current, 12.0)
-
-    def empty_arbiter(self) -> None:
-        """Its disk is lost."""
-        self.cluster.site.empty()
-
-    def snapshot_arbiter(self) -> None:
-        """Somebody takes a snapshot of its disk."""
-        self.cluster.site.snapshot()
-
-    def roll_back_arbiter(self) -> None:
-        """… and puts it back."""
-        self.cluster.site.roll_back()
-
-    def replace_arbiter(self) -> None:
-        """A person replaces it, though nothing is wrong with it."""
-        self.cluster.site.replace(self.cluster.nodes_up)
-
-    def lose_in_order(self) -> None:
-        """Nodes, arbiter and etcd go one after the other, and come back in another order."""
-        cluster, site = self.cluster, self.cluster.site
-        pair = self.chance.sample(range(cluster.shape.nodes), 2)
-
-        def down_etcd() -> None:
-            cluster.state.up = False
-            cluster.say("etcd is down")
-
-        def up_etcd() -> None:
-            cluster.state.up = True
-            cluster.say("etcd is up")
-
-        def lose(node: int) -> Callable[[], None]:
-            return lambda: cluster.keep_down(node, power=self.chance.random() < 0.3)
-
-        def regain(node: int) -> Callable[[], None]:
-            return lambda: cluster.start_node(node)
-
-        parts: list[tuple[Callable[[], None], Callable[[], None]]] = [
-            (lose(pair[0]), regain(pair[0])),
-            (lose(pair[1]), regain(pair[1])),
-            (lambda: site.keep_down(power=self.chance.random() < 0.3), site.start),
-            (down_etcd, up_etcd),
-        ]
-        chosen = self.chance.sample(parts, self.chance.choice((2, 3, 3, 4)))
-        at_s = 0.0
-        for lose_it, _ in chosen:
-            cluster.clock.after(at_s, lambda lose_it=lose_it: self._over or lose_it())
-            at_s += self.chance.choice((0.0, 0.05, 1.0, 3.0, 6.0))
-        at_s += self.chance.choice((0.5, 3.0))
-        for _, regain_it in self.chance.sample(chosen, len(chosen)):
-            cluster.clock.after(at_s, regain_it)
-            at_s += self.chance.choice((0.0, 1.0, 4.0))

@@ -106,10 +106,10 @@ class History(Strikes):
         cluster.scrubs, cluster.processes = self.kind.scrubs, self.kind.processes
         if self.kind.ledgers:
             self._backup = cluster.state.memory.backup()
-            cluster.keep_ledgers()
+            cluster.nodes.keep_ledgers()
         cluster.build()
         if cluster.shape.arbiter:
-            cluster.site.care(cluster.nodes_up)
+            cluster.site.care(cluster.nodes.up)
         for guest in cluster.guests:
             guest.pause_s = self.chance.choice((0.015, 0.06, 0.2))
             guest.lazy = self.chance.random() < 0.3
@@ -127,7 +127,7 @@ class History(Strikes):
         self.mended()
 
     def _check(self) -> None:
-        self.cluster.check()
+        self.cluster.safety.check()
         self.cluster.clock.after(CHECK_S, self._check)
 
     def _keep_guests(self) -> None:
@@ -162,8 +162,8 @@ class History(Strikes):
         cluster.run_for(15.0)
         cluster.run_for(30.0, lambda: bool(cluster.serving()))
         cluster.run_for(OVERDUE_S)
-        if not cluster.run_for(SETTLE_S, lambda: not cluster.overdue(OVERDUE_S)):
-            raise Violation(f"{cluster.overdue(OVERDUE_S)}: {self._stuck()}")
+        if not cluster.run_for(SETTLE_S, lambda: not cluster.liveness.overdue(OVERDUE_S)):
+            raise Violation(f"{cluster.liveness.overdue(OVERDUE_S)}: {self._stuck()}")
         cluster.say("all that can go on does")
 
     def _choose_away(self) -> tuple[frozenset[int], bool]:
@@ -191,7 +191,7 @@ class History(Strikes):
             guest.busy = False
             if guest.life is not Life.RUNNING and cluster.serving():
                 guest.stop()
-        if not cluster.run_for(SETTLE_S, cluster.all_level):
+        if not cluster.run_for(SETTLE_S, cluster.liveness.all_level):
             if self.kind.may_stall:
                 cluster.say(f"stalled, as it may: {self._stuck()}")
                 return
@@ -208,7 +208,7 @@ class History(Strikes):
         for attempt in range(12):
             if cluster.size_shards() == shards:
                 return
-            cluster.resize(attempt % cluster.shape.gateways, shards)
+            cluster.operator.resize(attempt % cluster.shape.gateways, shards)
             cluster.run_for(10.0, lambda: cluster.size_shards() == shards)
             for guest in cluster.guests:
                 # Whoever came before sees the former size.
@@ -220,14 +220,15 @@ class History(Strikes):
         cluster = self.cluster
         for ask in (False, True):
             if ask:
-                cluster.ask_for_scrub()
+                cluster.operator.ask_for_scrub()
                 cluster.run_for(1.0)
-            if not cluster.run_for(90.0, cluster.is_scrubbed):
-                raise Violation(f"a scrub does not end: {cluster.scrub_record()}, {self._stuck()}")
-        found = cluster.scrub_record()
+            if not cluster.run_for(90.0, cluster.operator.is_scrubbed):
+                found = cluster.operator.scrub_record()
+                raise Violation(f"a scrub does not end: {found}, {self._stuck()}")
+        found = cluster.operator.scrub_record()
         if not (found.last.unrepairable or found.bad or found.last.missed):
             cluster.run_for(2.0)
-            cluster.check_no_rot()
+            cluster.safety.check_no_rot()
 
     def _stuck(self) -> str:
         parts = [
@@ -252,7 +253,7 @@ class History(Strikes):
             guest.read(region.start, len(region))
         if not cluster.run_for(30.0, lambda: guest.in_flight == 0):
             raise Violation(f"the last reads are not answered: {self._stuck()}")
-        cluster.check()
+        cluster.safety.check()
 
     def _leave_cleanly(self) -> None:
         """The last guest leaves: the image closes clean, and replicas are equal throughout."""
@@ -278,18 +279,18 @@ class History(Strikes):
             if self.kind.may_stall:
                 return
             raise Violation(f"the image does not close clean: {self._stuck()}")
-        cluster.check_all_replicas()
+        cluster.safety.check_all_replicas()
         if self.kind.resizes:
             self._delete_with_a_node_away()
 
     def _delete_with_a_node_away(self) -> None:
         """Nothing of a deleted image is left, nor comes back with a node that was away."""
         cluster, away = self.cluster, self._node()
-        cluster.keep_down(away, power=self.chance.random() < 0.5)
-        if not cluster.delete_image():
+        cluster.nodes.keep_down(away, power=self.chance.random() < 0.5)
+        if not cluster.operator.delete_image():
             raise Violation("an image that nobody has open cannot be deleted")
         cluster.run_for(2.0)
-        cluster.start_node(away)
+        cluster.nodes.start(away)
 
         def kept() -> list[int]:
             nodes = range(cluster.shape.nodes)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tests.sim.cluster import Shape
+from tests.sim.shape import Shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,11 @@ from tests.sim.arbiters import CLUSTER_ID
 from tests.sim.clock import Clock, Process
 from tests.sim.cluster_state import Door, Path, State
 from vmstore.catalog import Catalog
+from vmstore.history import Member
 from vmstore.ledger import Ledger
 from vmstore.rebuilding import carry_out
-from vmstore.recovering import Member, Sources, plan
+from vmstore.recovering import plan
+from vmstore.told import Sources
 
 if TYPE_CHECKING:
     from tests.sim.processes import SimNode

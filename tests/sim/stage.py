@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.sim.cluster import SHARD_BYTES, Cluster, Shape
+from tests.sim.cluster import Cluster
 from tests.sim.defects import breaking
 from tests.sim.guest import Guest, Life
 from tests.sim.oracle import SECTOR_BYTES, Violation
+from tests.sim.shape import SHARD_BYTES, Shape
 
 BLOCK = 8
 """Sectors of a block."""
@@ -84,17 +85,17 @@ class Stage:
     def kill(self, *nodes: int) -> None:
         """Kill nodes' processes."""
         for node in nodes:
-            self.cluster.stop_node(node, power=False)
+            self.cluster.nodes.stop(node, power=False)
 
     def cut(self, *nodes: int) -> None:
         """Cut nodes' power."""
         for node in nodes:
-            self.cluster.stop_node(node, power=True)
+            self.cluster.nodes.stop(node, power=True)
 
     def start(self, *nodes: int) -> None:
         """Start nodes."""
         for node in nodes:
-            self.cluster.start_node(node)
+            self.cluster.nodes.start(node)
 
     def hold(self, gateway: int, *nodes: int) -> None:
         """Hold back what a gateway sends to nodes."""
@@ -155,13 +156,13 @@ class Stage:
         """End all faults: all must become level, be read as it was written, and be equal."""
         cluster = self.cluster
         cluster.mend()
-        self.until(cluster.all_level, "all is level", 90.0)
+        self.until(cluster.liveness.all_level, "all is level", 90.0)
         guest = cluster.serving()[0]
         for shard in range(cluster.shape.shards):
             guest.read(self.at(shard), BLOCK)
         self.until(lambda: guest.in_flight == 0, "all is read")
-        cluster.check()
-        cluster.check_all_replicas()
+        cluster.safety.check()
+        cluster.safety.check_all_replicas()
 
 
 @contextmanager

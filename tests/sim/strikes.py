@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from tests.sim.cluster import SHARD_BYTES
-from tests.sim.faults import Faults
+from tests.sim.arbiter_faults import ArbiterFaults
 from tests.sim.guest import BLOCK_BYTES, Guest, Life
+from tests.sim.heal_faults import HealFaults
 from tests.sim.oracle import SECTOR_BYTES
+from tests.sim.shape import SHARD_BYTES
 
 LOOK_S = 0.01
 """Between two looks at what a strike waits for."""
@@ -20,7 +21,7 @@ BURST = 14
 """Requests that a burst has under way: less than what a history takes for too many."""
 
 
-class Strikes(Faults):
+class Strikes(HealFaults, ArbiterFaults):
     """See the module."""
 
     def _running(self) -> Guest | None:
@@ -66,8 +67,8 @@ class Strikes(Faults):
         cluster.clock.after(length_s, undo)
 
     def _away(self, node: int, length_s: float, *, power: bool) -> None:
-        self.cluster.keep_down(node, power=power)
-        self.cluster.clock.after(length_s, partial(self.cluster.start_node, node))
+        self.cluster.nodes.keep_down(node, power=power)
+        self.cluster.clock.after(length_s, partial(self.cluster.nodes.start, node))
 
     def _flushed(self, then: Callable[[], None], limit_s: float = 4.0) -> None:
         """Have a guest flush; go on when that is answered."""
@@ -366,7 +367,7 @@ class Strikes(Faults):
         process = cluster.gateways[other]
         if process is not None:
             cluster.say(f"gate-{other} has the name of gate-{gateway}")
-            process.exports._gateway = f"gate-{gateway}"
+            process.rename(f"gate-{gateway}")
             cluster.boot(other)
 
     # Sizes and scrubs
@@ -382,18 +383,20 @@ class Strikes(Faults):
         if self.chance.random() < 0.5:
             # What is discarded is in flight as the node goes.
             self._later(self.chance.uniform(0.0, 2.5), self.kill_node)
-        self._later(self.chance.uniform(0.0, 2.0), lambda: _drop(cluster.resize(gateway, shards)))
+        self._later(
+            self.chance.uniform(0.0, 2.0), lambda: _drop(cluster.operator.resize(gateway, shards))
+        )
 
     def grow(self) -> None:
         """Somebody makes it as large as it was."""
         cluster = self.cluster
         if cluster.size_shards() < cluster.shape.shards:
-            _drop(cluster.resize(self._gateway(), cluster.shape.shards))
+            _drop(cluster.operator.resize(self._gateway(), cluster.shape.shards))
 
     def ask_scrub(self) -> None:
         """Somebody wants all to be read."""
         self.cluster.say("a scrub is asked for")
-        self.cluster.ask_for_scrub()
+        self.cluster.operator.ask_for_scrub()
 
     # Votes
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from engine._engine import Simulation
-from tests.sim.cluster import Cluster, Shape
+from tests.sim.cluster import Cluster
 from tests.sim.defects import breaking
 from tests.sim.guest import Life
 from tests.sim.oracle import Violation
+from tests.sim.shape import Shape
 
 
 def healthy(seed: int = 1) -> Cluster:
@@ -72,12 +73,12 @@ def test_killed_nodes_of_a_living_gateway_are_made_equal_and_go_on() -> None:
     write(cluster, 0)
     cluster.guests[0].write(cluster.guests[0].regions[0].start, 24)
     for node in range(3):
-        cluster.stop_node(node, power=False)
+        cluster.nodes.stop(node, power=False)
     cluster.mend()
-    assert cluster.run_for(15.0, cluster.all_level)
+    assert cluster.run_for(15.0, cluster.liveness.all_level)
     cluster.guests[0].read(cluster.guests[0].regions[0].start, 24)
-    assert cluster.run_for(5.0, cluster.all_level)
-    cluster.check_all_replicas()
+    assert cluster.run_for(5.0, cluster.liveness.all_level)
+    cluster.safety.check_all_replicas()
 
 
 def test_dead_pair_of_one_replica_set_stalls_no_other() -> None:
@@ -93,7 +94,7 @@ def test_dead_pair_of_one_replica_set_stalls_no_other() -> None:
     assert len(pair) == 2, "the sets share a node at most"
     cluster.supervised = False
     for name in pair:
-        cluster.stop_node(cluster.names.index(name), power=False)
+        cluster.nodes.stop(cluster.names.index(name), power=False)
     per_shard = (1 << 20) // 512
     stalled, served = (
         next(shard for shard in range(8) if cluster.set_of(shard) == index) for index in (0, 1)
@@ -103,7 +104,7 @@ def test_dead_pair_of_one_replica_set_stalls_no_other() -> None:
     cluster.run_for(10.0)
     assert cluster.guests[0].in_flight == 1, "only the set that lost two waits"
     cluster.mend()
-    assert cluster.run_for(30.0, cluster.all_level)
+    assert cluster.run_for(30.0, cluster.liveness.all_level)
 
 
 def test_image_deleted_while_a_node_was_away_does_not_come_back_with_it() -> None:
@@ -112,10 +113,10 @@ def test_image_deleted_while_a_node_was_away_does_not_come_back_with_it() -> Non
     cluster.guests[0].stop()
     cluster.supervised = False
     cluster.run_for(5.0)
-    cluster.stop_node(1, power=True)
-    cluster.delete_image()
+    cluster.nodes.stop(1, power=True)
+    cluster.operator.delete_image()
     cluster.run_for(2.0)
-    cluster.start_node(1)
+    cluster.nodes.start(1)
     cluster.run_for(5.0)
     assert not any(cluster.world.has_image(node, cluster.image) for node in range(3))
 
@@ -132,8 +133,8 @@ def test_node_keeps_the_data_of_an_image_that_a_restored_etcd_lacks() -> None:
     cluster.rolled_back = True
     cluster.state.memory.restore(empty)
     for node in range(3):
-        cluster.stop_node(node, power=False)
-        cluster.start_node(node)
+        cluster.nodes.stop(node, power=False)
+        cluster.nodes.start(node)
     cluster.run_for(20.0)
     assert all(cluster.world.has_image(node, cluster.image) for node in range(3))
 
@@ -143,15 +144,15 @@ def test_stale_node_that_returns_stands_in_for_one_that_is_gone_for_good() -> No
     cluster = healthy(6)
     guest = cluster.guests[0]
     cluster.supervised = False
-    cluster.stop_node(1, power=False)
+    cluster.nodes.stop(1, power=False)
     write(cluster, 0)
     record = cluster.record
     assert record is not None and record.stale, "the first lost node is left behind"
-    cluster.stop_node(2, power=False)
+    cluster.nodes.stop(2, power=False)
     guest.write(guest.regions[0].start, 8)
     cluster.run_for(6.0)
     assert guest.in_flight == 1, "below the quorum writes wait"
-    cluster.start_node(1)
+    cluster.nodes.start(1)
     assert cluster.run_for(30.0, lambda: guest.in_flight == 0), "two nodes are alive"
 
 
@@ -173,7 +174,7 @@ def test_stale_node_stands_in_although_a_write_waits_for_another_set() -> None:
         shard for shard in range(7) if {cluster.set_of(shard), cluster.set_of(shard + 1)} == {0, 1}
     )
     cluster.supervised = False
-    stop = cluster.stop_node
+    stop = cluster.nodes.stop
     stop(cluster.names.index(returns), power=False)
     guest.write((border + 1) * per_shard - 4, 8)
     cluster.run_for(6.0)
@@ -185,7 +186,7 @@ def test_stale_node_stands_in_although_a_write_waits_for_another_set() -> None:
     assert guest.in_flight == 1, "both sets are below their quorum"
     mine = next(shard for shard in (border, border + 1) if cluster.set_of(shard) == 1)
     guest.write(mine * per_shard + 512, 8)
-    cluster.start_node(cluster.names.index(returns))
+    cluster.nodes.start(cluster.names.index(returns))
     assert cluster.run_for(30.0, lambda: guest.in_flight == 1), "one set has two nodes again"
     cluster.mend()
-    assert cluster.run_for(30.0, cluster.all_level)
+    assert cluster.run_for(30.0, cluster.liveness.all_level)

@@ -21,7 +21,7 @@ def clear_while_a_newer_write_is_in_flight() -> None:
     assert cluster.world.corrupt(1, 0, 9), "there is a shard file to damage"
     stage.kill(1)
     stage.start(1)
-    stage.until(cluster.all_level, "the node is back")
+    stage.until(cluster.liveness.all_level, "the node is back")
     stage.flush()
     stage.run(5.0)
     # Node 1 cannot merge the rest of its rotten block, so it refuses the whole block behind it too.
@@ -65,7 +65,7 @@ def fail_a_sync() -> None:
     stage.cluster.world.fail_sync(0, 0)
     stage.guest.flush()
     stage.run(0.2)
-    if stage.cluster.nodes[0] is not None:
+    if stage.cluster.nodes.processes[0] is not None:
         raise Violation("a node goes on after a sync has failed")
     stage.start(0)
     stage.settle()
@@ -92,7 +92,7 @@ def roll_a_disk_back_within_its_run() -> None:
     stage.flush()
     stage.run(4.0)
     stage.kill(0)
-    cluster.put_back_disk(0)
+    cluster.nodes.put_back_disk(0)
     stage.start(0)
     stage.run(4.0)
     for _ in range(4):
@@ -192,7 +192,7 @@ def read_rot_on_one_replica() -> None:
     stage.kill(0)
     stage.start(0)
     stage.run(2.0)
-    stage.until(cluster.all_level, "the node is back")
+    stage.until(cluster.liveness.all_level, "the node is back")
     for block in range(0, 256, 8):
         stage.read(stage.at(1, block), 64)
 
@@ -346,14 +346,14 @@ def set_a_disk_back_over_its_starts() -> Stage:
     for _ in range(2):
         stage.kill(0)
         stage.start(0)
-        stage.until(cluster.all_level, "the node is back")
+        stage.until(cluster.liveness.all_level, "the node is back")
         stage.write(first)
         stage.flush()
         stage.run(4.0)
     stage.kill(0)
     # The etcd lease of its last run is over, or it might run elsewhere.
     stage.run(12.0)
-    cluster.put_back_disk(0)
+    cluster.nodes.put_back_disk(0)
     stage.start(0)
     stage.run(6.0)
     for _ in range(4):
@@ -384,16 +384,18 @@ def test_disk_that_was_set_back_waits_for_another_one_in_sync() -> None:
     stage.kill(0)
     stage.start(0)
     stage.run(1.0)
-    stage.until(cluster.all_level, "the node is back")
+    stage.until(cluster.liveness.all_level, "the node is back")
     stage.kill(1)
     stage.write(first)
     stage.flush()
     stage.await_stale(1)
     stage.kill(0)
     stage.run(12.0)
-    cluster.put_back_disk(0)
+    cluster.nodes.put_back_disk(0)
     stage.start(0)
     stage.start(1)
     stage.run(20.0)
-    assert cluster.nodes[0] is None, "the stale one has not everything, and nobody else is there"
+    assert cluster.nodes.processes[0] is None, (
+        "the stale one has not everything, and nobody else is there"
+    )
     assert any("could be healed" in line for line in cluster.lines), "and it says so"

@@ -223,7 +223,7 @@ def lose_power_after_an_admission() -> None:
     stage.write(stage.at(1))
     stage.cut(1)
     stage.start(1)
-    stage.until(stage.cluster.all_level, "the node is back")
+    stage.until(stage.cluster.liveness.all_level, "the node is back")
     stage.run(0.02)
     stage.cut(1)
     stage.start(1)

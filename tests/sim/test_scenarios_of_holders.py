@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-from unittest import mock
-
 from shard.ids import image_id
 from tests.sim.cluster import Cluster
 from tests.sim.defects import breaking, planted_by_name
 from tests.sim.guest import Life
 from tests.sim.oracle import Violation
 from tests.sim.stage import Stage, broken
-from vmstore.holder import Holder
-from vmstore.served import Served
-from vmstore.serving import Serving
 
 
 def reconnect_after_the_image_was_anothers() -> None:
@@ -54,16 +48,12 @@ def reconnect_after_the_image_was_anothers() -> None:
     stage.settle()
 
 
-def let_anybody_in() -> Any:
-    return mock.patch.multiple(Served, check=mock.DEFAULT, admit=mock.DEFAULT)
-
-
 def test_guest_whose_image_was_anothers_is_not_let_in_again() -> None:
     reconnect_after_the_image_was_anothers()
 
 
 def test_guest_that_is_let_in_again_is_noticed() -> None:
-    with broken(patch=let_anybody_in, match="read as"):
+    with broken(patch=planted_by_name("who was served is barred"), match="read as"):
         reconnect_after_the_image_was_anothers()
 
 
@@ -111,16 +101,14 @@ def restore_etcd_under_two_holders() -> None:
         cluster.guests[1].read(first, 8)
 
 
-def believe_etcd() -> Any:
-    return mock.patch("vmstore.holder.problem_of", return_value=None)
-
-
 def test_restored_etcd_serves_nobody_with_the_epoch_of_another() -> None:
     restore_etcd_under_two_holders()
 
 
 def test_two_holders_of_an_epoch_are_noticed() -> None:
-    with broken("EqualRecordsAgree", patch=believe_etcd, match="two holders"):
+    with broken(
+        "EqualRecordsAgree", patch=planted_by_name("equal records agree"), match="two holders"
+    ):
         restore_etcd_under_two_holders()
 
 
@@ -154,7 +142,7 @@ def test_node_left_behind_is_not_believed_after_etcd_was_restored() -> None:
 
 
 def test_node_left_behind_that_a_restored_etcd_calls_in_sync_is_noticed() -> None:
-    with broken("RecordsGrow", "EqualRecordsAgree", patch=believe_etcd):
+    with broken("RecordsGrow", "EqualRecordsAgree", patch=planted_by_name("equal records agree")):
         restore_etcd_before_a_node_was_left_behind()
 
 
@@ -166,7 +154,7 @@ def restore_etcd_before_a_delete() -> None:
     stage.guest.stop()
     stage.run(5.0)
     backup = cluster.state.memory.backup()
-    cluster.delete_image()
+    cluster.operator.delete_image()
     stage.run(2.0)
     cluster.rolled_back = True
     cluster.state.memory.restore(backup)
@@ -189,7 +177,7 @@ def delete_while_a_node_is_away() -> None:
     stage.guest.stop()
     stage.run(5.0)
     stage.cut(1)
-    cluster.delete_image()
+    cluster.operator.delete_image()
     stage.run(1.0)
     stage.start(1)
     stage.run(4.0)
@@ -198,16 +186,12 @@ def delete_while_a_node_is_away() -> None:
         raise Violation(f"a deleted image is left on {kept}")
 
 
-def nothing_is_buried_at_the_start() -> Any:
-    return mock.patch("tests.sim.processes.SimNode._bury", return_value=None)
-
-
 def test_image_deleted_while_a_node_was_away_goes_from_it_too() -> None:
     delete_while_a_node_is_away()
 
 
 def test_deleted_image_that_a_node_keeps_is_noticed() -> None:
-    with broken(patch=nothing_is_buried_at_the_start):
+    with broken(patch=planted_by_name("nodes delete on tombstones")):
         delete_while_a_node_is_away()
 
 
@@ -285,7 +269,7 @@ def second_gateway_process_of_a_host() -> None:
     # gate-1 is given the name of gate-0, by mistake; it has another lock file.
     second = cluster.gateways[1]
     assert second is not None
-    second.exports._gateway = "gate-0"
+    second.rename("gate-0")
     cluster.boot(1)
     stage.run(3.0)
     if cluster.guests[0].life is not Life.RUNNING:
@@ -294,19 +278,14 @@ def second_gateway_process_of_a_host() -> None:
     stage.read(stage.at(1))
 
 
-def the_name_says_it_all() -> Any:
-    def is_of_the_dead(serving: Serving, lease: Any) -> bool:
-        return bool(lease.gateway == serving._gateway)
-
-    return mock.patch.object(Serving, "_is_of_the_dead", is_of_the_dead)
-
-
 def test_second_process_of_a_gateways_name_does_not_take_its_images() -> None:
     second_gateway_process_of_a_host()
 
 
 def test_lease_taken_by_the_name_alone_is_noticed() -> None:
-    with broken(patch=the_name_says_it_all, match="lost its image|lease of"):
+    with broken(
+        patch=planted_by_name("the lock file tells who is dead"), match="lost its image|lease of"
+    ):
         second_gateway_process_of_a_host()
 
 
@@ -333,22 +312,12 @@ def two_sets_share_a_lost_node() -> None:
     stage.settle()
 
 
-def all_sets_or_none() -> Any:
-    """A set that cannot let its lost nodes go keeps the others from doing so."""
-    change = Holder._change_membership
-
-    def patched(holder: Holder) -> Any:
-        return None if holder.stalled_by() else change(holder)
-
-    return mock.patch.object(Holder, "_change_membership", patched)
-
-
 def test_dead_pair_of_one_set_does_not_stall_another_that_lost_one_of_them() -> None:
     two_sets_share_a_lost_node()
 
 
 def test_set_that_waits_for_another_is_noticed() -> None:
-    with broken(patch=all_sets_or_none, match="writes wait"):
+    with broken(patch=planted_by_name("sets go on alone"), match="writes wait"):
         two_sets_share_a_lost_node()
 
 
@@ -386,6 +355,6 @@ def test_id_of_a_deleted_image_is_never_given_again() -> None:
     cluster: Cluster = stage.cluster
     stage.guest.stop()
     stage.run(5.0)
-    cluster.delete_image()
+    cluster.operator.delete_image()
     stage.run(1.0)
-    assert cluster.make_image_of_id(image_id(cluster.image)) == "refused"
+    assert cluster.operator.make_image_of_id(image_id(cluster.image)) == "refused"

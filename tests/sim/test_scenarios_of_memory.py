@@ -71,7 +71,7 @@ def test_killed_processes_and_one_node_with_power_lose_nothing() -> None:
 def test_loss_is_told_when_the_one_that_remembers_is_left_behind() -> None:
     stage = unflushed(20)
     stage.cut(0, 1)
-    stage.cluster.keep_down(2, power=False)
+    stage.cluster.nodes.keep_down(2, power=False)
     stage.start(0, 1)
     stage.run(1.0)
     stage.flush()

@@ -10,11 +10,12 @@ from unittest import mock
 import pytest
 
 from arbiter import statement, voting
+from arbiter.exchange import Addressee, Reply
 from arbiter.statement import Statement, Votes
-from arbiter.vote import Answer, Ballot, Refusal, Vote
+from arbiter.vote import Answer, Vote
 from arbiter.vote import prepare as prepare_vote
-from arbiter.voting import Addressee, Reply
 from tests.sim.arbiters import Site
+from tests.sim.defects import planted_by_name
 from tests.sim.stage import Stage, broken
 from vmstore import granting
 
@@ -157,24 +158,12 @@ def lose_the_node_that_was_granted_to_be_alone() -> None:
     stage.settle()
 
 
-def prepared_is_kept() -> Any:
-    """A grant is never replaced by another."""
-
-    def prepare(vote: Vote, ballot: Ballot) -> tuple[Vote, Answer]:
-        other = vote.prepared
-        if other is not None and other.in_sync != ballot.in_sync:
-            return vote, Refusal.GENERATION_OF_TWO_SETS
-        return prepare_vote(vote, ballot)
-
-    return mock.patch.object(statement, "prepare", prepare)
-
-
 def test_grant_that_never_came_to_etcd_gives_way_to_the_other_node() -> None:
     lose_the_node_that_was_granted_to_be_alone()
 
 
 def test_arbiter_stuck_on_a_grant_is_noticed() -> None:
-    with broken(patch=prepared_is_kept, match="stuck"):
+    with broken(patch=planted_by_name("a grant may be replaced"), match="stuck"):
         lose_the_node_that_was_granted_to_be_alone()
 
 
@@ -204,21 +193,12 @@ def believe_the_one_that_was_left_behind() -> None:
         stage.run(5.0)
 
 
-def nothing_is_confirmed() -> Any:
-    """The holder answers writes by what etcd took, whether the arbiter knows or not."""
-    return mock.patch.object(granting, "_confirm", _no_steps)
-
-
-def _no_steps(_held: Any, _arbiter: Any) -> Any:
-    yield from ()
-
-
 def test_node_left_behind_is_not_believed_alone_after_etcd_was_restored() -> None:
     believe_the_one_that_was_left_behind()
 
 
 def test_write_answered_before_the_arbiter_confirmed_is_noticed() -> None:
-    with broken(patch=nothing_is_confirmed, match="alone"):
+    with broken(patch=planted_by_name("confirmed before the answer"), match="alone"):
         believe_the_one_that_was_left_behind()
 
 
@@ -276,7 +256,7 @@ def test_arbiter_whose_disk_was_put_back_is_replaced_and_the_pair_goes_on() -> N
     stage.await_stale()
     site.roll_back()
     stage.run(3.0)
-    site.care(stage.cluster.nodes_up)
+    site.care(stage.cluster.nodes.up)
     stage.kill(0)
     stage.guest.write(stage.at(1), 8)
     stage.answered(limit_s=60.0)

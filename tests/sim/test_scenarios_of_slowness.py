@@ -55,7 +55,7 @@ def test_slow_disk_does_not_flap() -> None:
 
 def test_slow_disk_at_the_quorum_is_waited_for() -> None:
     stage = working(3)
-    stage.cluster.keep_down(2, power=False)
+    stage.cluster.nodes.keep_down(2, power=False)
     stage.await_stale(2)
     set_speed(stage.cluster.world, 1, slow=True)
     stage.run(30.0)

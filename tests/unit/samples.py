@@ -5,13 +5,37 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from etcd.records import ImageRecord, Layer, NodeRecord
+from etcd.images import ImageRecord, Layer, Snapshot
+from etcd.records import NodeRecord
 from shard.ids import ImageId
 from shard.membership import Policy
 
 NODES = ("node1", "node2", "node3")
 MIB = 1 << 20
 GIB = 1 << 30
+
+ID = ImageId("0123456789abcdef0123456789abcdef")
+HOLDER = "f" * 32
+ABC = ("a", "b", "c")
+
+IMAGE = ImageRecord(
+    id=ID,
+    pool="vms",
+    policy=Policy.REPLICA_3,
+    size_bytes=10 << 30,
+    shard_bytes=4 << 20,
+    placement_key=ID,
+    placement_version=1,
+    sets=(ABC,),
+    layers=(Layer(id=2), Layer(id=1)),
+    snapshots=(Snapshot(name="before upgrade", layer=1),),
+    epoch=3,
+    holder=HOLDER,
+    generation=7,
+    clean=False,
+    stale={0: {"b": 6}},
+)
+"""One that is open, has a snapshot, and a node that is left behind."""
 
 
 def image_record(image: ImageId, **changes: Any) -> ImageRecord:

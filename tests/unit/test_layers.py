@@ -21,10 +21,12 @@ MAY_IMPORT = {
 PURE = (
     "shard/**/*.py",
     "arbiter/errors.py",
+    "arbiter/exchange.py",
     "arbiter/statement.py",
     "arbiter/vote.py",
     "etcd/errors.py",
     "etcd/fields.py",
+    "etcd/images.py",
     "etcd/interface.py",
     "etcd/keys.py",
     "etcd/records.py",
@@ -40,7 +42,9 @@ PURE = (
     "vmstore/names.py",
     "vmstore/recovering.py",
     "vmstore/slowness.py",
+    "vmstore/space.py",
     "vmstore/stored.py",
+    "vmstore/told.py",
 )
 """Code that decides, and so can be run by a simulator. A module listed here may not exist yet."""
 

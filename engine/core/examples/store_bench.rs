@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
-use hci_engine_core::checksum::{block_checksums, crc32c};
+use hci_engine_core::checksum::{block_checksums, checksum_of};
 use hci_engine_core::geometry::{BLOCK_BYTES, ImageId};
 use hci_engine_core::store::real::RealDisk;
 use hci_engine_core::store::{RecordHead, Stamp, Store, StoreConfig, StoreError, WriteOp};
@@ -43,17 +43,17 @@ impl Bench {
         ((self.random >> 33) % SHARDS, (self.random >> 40) as u32 % blocks as u32)
     }
 
-    fn write(&mut self, data: &Bytes, crcs: &[u32]) -> Result<(), StoreError> {
+    fn write(&mut self, data: &Bytes, checksums: &[u64]) -> Result<(), StoreError> {
         self.sequence += 1;
         let (shard, block) = self.place();
-        let block = block / crcs.len() as u32 * crcs.len() as u32;
+        let block = block / checksums.len() as u32 * checksums.len() as u32;
         let stamp = Stamp { epoch: 1, generation: 1, sequence: self.sequence };
         let offset = block * BLOCK_BYTES;
         let op = WriteOp { image: IMAGE, layers: &[1], shard, offset, stamp };
-        match self.store.write(&op, crcs, data.clone()) {
+        match self.store.write(&op, checksums, data.clone()) {
             Err(StoreError::LogFull) => {
                 self.checkpoint(false)?;
-                self.store.write(&op, crcs, data.clone()).map(|_| ())
+                self.store.write(&op, checksums, data.clone()).map(|_| ())
             }
             other => other.map(|_| ()),
         }
@@ -118,26 +118,26 @@ fn main() -> Result<(), Box<dyn Error>> {
     let folder = std::env::args().nth(1).ok_or("name a folder that may be filled")?;
     let mut bench = Bench::open(Path::new(&folder))?;
     let block = Bytes::from(vec![0x5a; BLOCK_BYTES as usize]);
-    let crc = [crc32c(&block)];
+    let checksum = [checksum_of(&block)];
     let large = Bytes::from(vec![0x5a; 1 << 20]);
-    let mut crcs = Vec::new();
-    block_checksums(&large, &mut crcs);
+    let mut checksums = Vec::new();
+    block_checksums(&large, &mut checksums);
     let mut out = BytesMut::with_capacity(1 << 20);
     measure(&mut bench, "1 MiB write + append", 512, |b, _| {
-        b.write(&large, &crcs)?;
+        b.write(&large, &checksums)?;
         b.store.append()
     })?;
     measure(&mut bench, "4 KiB write, append per 8", 200_000, |b, index| {
-        b.write(&block, &crc)?;
+        b.write(&block, &checksum)?;
         if index % 8 == 7 { b.store.append() } else { Ok(()) }
     })?;
     measure(&mut bench, "4 KiB write + append", 50_000, |b, _| {
-        b.write(&block, &crc)?;
+        b.write(&block, &checksum)?;
         b.store.append()
     })?;
     measure(&mut bench, "4 KiB read, log and files", 100_000, |b, _| b.read(1, &mut out))?;
     measure(&mut bench, "4 KiB write + sync", 300, |b, _| {
-        b.write(&block, &crc)?;
+        b.write(&block, &checksum)?;
         b.sync()
     })?;
     let start = Instant::now();

@@ -1,5 +1,6 @@
 //! What a block holds, and what a read found: the words that store, wire, replication and NBD share.
 
+use crate::checksum::Checksum;
 use bytes::Bytes;
 
 /// What one block holds.
@@ -9,8 +10,8 @@ pub enum Block {
     Absent,
     /// Explicit zeroes, which hide the layer below.
     Zero,
-    /// Data with this CRC32C.
-    Data(u32),
+    /// Data with this checksum.
+    Data(Checksum),
     /// Damaged on every replica: reading it is an error until it is written.
     Bad,
 }

@@ -28,18 +28,18 @@ fn hex(text: &str) -> Vec<u8> {
 }
 
 const HELLO: &str = "
-    2d000000 00000000 692ee714 ; head 45, payload 0, checksum
+    2d000000 00000000 1b70ef72 ; head 45, payload 0, checksum
     01 00 0000 00000000 0000000000000000 ; kind, flags, status, channel, tag
     484349574952450a ; magic
-    01000100 ; versions 1 to 1
+    02000200 ; versions 2 to 2
     cccccccccccccccccccccccccccccccc ; cluster
     08006761746577617931 ; gateway1
     05006e6f646531 ; node1
 ";
 const HELLO_REPLY: &str = "
-    39000000 00000000 1e505dc7 ; head 57, payload 0, checksum
+    39000000 00000000 b7d7264c ; head 57, payload 0, checksum
     81 00 0000 00000000 0000000000000000 ; kind, flags, status, channel, tag
-    0100 ; version 1
+    0200 ; version 2
     05006e6f646531 ; node1
     55555555555555555555555555555555 ; store
     0500000000000000 ; start counter 5
@@ -47,9 +47,9 @@ const HELLO_REPLY: &str = "
     1100000000000000 ; flush number 17
 ";
 const HELLO_REFUSED: &str = "
-    39000000 00000000 c57ac0e9 ; head 57, payload 0, checksum
+    39000000 00000000 6cfdbb62 ; head 57, payload 0, checksum
     81 00 0300 00000000 0000000000000000 ; kind, flags, status, channel, tag
-    0100 ; version 1
+    0200 ; version 2
     05006e6f646531 ; node1
     55555555555555555555555555555555 ; store
     0500000000000000 ; start counter 5
@@ -124,14 +124,15 @@ const CONFIRM: &str = "
     0300000000000000 ; epoch 3
 ";
 const WRITE: &str = "
-    30000000 05000000 d0a1a5de ; head 48, payload 5, checksum
+    38000000 05000000 a9fb3cfb ; head 56, payload 5, checksum
     10 01 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
     0600000000000000 ; shard 6
     fe0f000005000000 ; offset 4094, length 5
     0300000000000000 ; epoch 3
     0200000000000000 ; generation 2
     2100000000000000 ; sequence 33
-    1216deb84c6a1d8c ; of `he`, of `llo`
+    aa05b30be01c270c ; of `he`
+    ea2ffe9bc5724bbe ; of `llo`
     68656c6c6f ; payload
 ";
 const WRITE_REPLY: &str = "
@@ -167,13 +168,13 @@ const READ_INTO: &str = "
     0000300000000000 ; at 3 MiB of the memory
 ";
 const READ_REPLY: &str = "
-    18000000 00100000 b866eee8 ; head 24, payload 4096, checksum
+    28000000 00100000 975eaa8a ; head 40, payload 4096, checksum
     92 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
     04000000 ; four blocks
-    0000000000 ; absent
-    0100000000 ; zero
-    02d333c98a ; data
-    0300000000 ; bad
+    000000000000000000 ; absent
+    010000000000000000 ; zero
+    02324ddb2604ea7a1b ; data
+    030000000000000000 ; bad
 ";
 const READ_BAD_BLOCK: &str = "
     04000000 00000000 e20ae64e ; head 4, payload 0, checksum
@@ -190,11 +191,11 @@ const STATUS: &str = "
     0000000000000000 ; sequence 0
 ";
 const STATUS_REPLY: &str = "
-    0e000000 00000000 e5507471 ; head 14, payload 0, checksum
+    16000000 00000000 70aeb5f5 ; head 22, payload 0, checksum
     93 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
     02000000 ; two blocks
-    0100000000 ; zero
-    0200000000 ; data
+    010000000000000000 ; zero
+    020000000000000000 ; data
 ";
 const FLUSH: &str = "
     2b000000 00000000 01f6e8cb ; head 43, payload 0, checksum
@@ -243,12 +244,12 @@ const SUMMARY: &str = "
     0400000002000000 ; block 4, 2 of them
 ";
 const SUMMARY_REPLY: &str = "
-    36000000 00000000 dcfc24f8 ; head 54, payload 0, checksum
+    3e000000 00000000 c42ed039 ; head 62, payload 0, checksum
     a1 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
     0200000000000000 ; generation 2
     02000000 ; two blocks
-    02d333c98a03000000000000002100000000000000 ; data, tag (3, 33)
-    010000000000000000000000000000000000000000 ; zero, no tag
+    02324ddb2604ea7a1b03000000000000002100000000000000 ; data, tag (3, 33)
+    01000000000000000000000000000000000000000000000000 ; zero, no tag
 ";
 const FETCH: &str = "
     1c000000 00000000 c2916f49 ; head 28, payload 0, checksum
@@ -259,15 +260,15 @@ const FETCH: &str = "
     0400000002000000 ; block 4, 2 of them
 ";
 const FETCH_REPLY: &str = "
-    36000000 00100000 c9c0a46f ; head 54, payload 4096, checksum
+    3e000000 00100000 be94b4ca ; head 62, payload 4096, checksum
     a2 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
     0200000000000000 ; generation 2
     02000000 ; two blocks
-    02d333c98a03000000000000002100000000000000 ; data, tag (3, 33)
-    010000000000000000000000000000000000000000 ; zero, no tag
+    02324ddb2604ea7a1b03000000000000002100000000000000 ; data, tag (3, 33)
+    01000000000000000000000000000000000000000000000000 ; zero, no tag
 ";
 const COPY: &str = "
-    5e000000 00100000 b85d6819 ; head 94, payload 4096, checksum
+    66000000 00100000 7ee354a7 ; head 102, payload 4096, checksum
     23 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
     0300000000000000 ; epoch 3
     0200000000000000 ; generation 2
@@ -276,8 +277,8 @@ const COPY: &str = "
     0100000000000000 ; written in generation 1
     020000000400000007000000 ; two indexes: 4, 7
     02000000 ; two blocks
-    02d333c98a03000000000000002100000000000000 ; data, tag (3, 33)
-    010000000000000000000000000000000000000000 ; zero, no tag
+    02324ddb2604ea7a1b03000000000000002100000000000000 ; data, tag (3, 33)
+    01000000000000000000000000000000000000000000000000 ; zero, no tag
 ";
 const LEVEL: &str = "
     1c000000 00000000 2d00fda9 ; head 28, payload 0, checksum
@@ -323,7 +324,7 @@ const SCRUB_REPLY: &str = "
 
 /// The payload of frames that carry one block of data, and its checksum.
 const BLOCK: [u8; 4096] = [0xa5; 4096];
-const BLOCK_CRC: u32 = 0x8ac9_33d3;
+const BLOCK_CHECKSUM: u64 = 0x1b7a_ea04_26db_4d32;
 
 const CHANNEL: u32 = 9;
 const TAG: u64 = 0x0102_0304_0506_0708;
@@ -397,7 +398,7 @@ fn record() -> RecordHead {
 
 fn hello_reply() -> HelloReply {
     HelloReply {
-        version: 1,
+        version: 2,
         node: "node1".into(),
         store: [0x55; 16],
         start_counter: 5,
@@ -419,14 +420,14 @@ fn shard_range() -> ShardRange {
 }
 
 fn blocks() -> Vec<(Block, Tag)> {
-    vec![(Block::Data(BLOCK_CRC), Tag { epoch: 3, sequence: 33 }), (Block::Zero, Tag::NONE)]
+    vec![(Block::Data(BLOCK_CHECKSUM), Tag { epoch: 3, sequence: 33 }), (Block::Zero, Tag::NONE)]
 }
 
 #[test]
 fn greeting_is_as_specified() {
     let hello = Hello {
-        version_min: 1,
-        version_max: 1,
+        version_min: 2,
+        version_max: 2,
         cluster: [0xcc; 16],
         gateway: "gateway1".into(),
         node: "node1".into(),
@@ -463,15 +464,15 @@ fn records_and_sessions_are_as_specified() {
 
 #[test]
 fn write_is_as_specified() {
-    let (head, crcs) = (io(6, 4094, 5, 33), [crc32c::crc32c(b"he"), crc32c::crc32c(b"llo")]);
+    let (head, checksums) = (io(6, 4094, 5, 33), [0x0c27_1ce0_0bb3_05aa, 0xbe4b_72c5_9bfe_2fea]);
     let prefix = Prefix { flags: flag::FUA, ..request(kind::WRITE) };
     let frame = check_frame(WRITE, prefix, b"hello", |out| {
         head.put(out);
-        crcs.iter().for_each(|crc| out.put_u32_le(*crc));
+        checksums.iter().for_each(|checksum| out.put_u64_le(*checksum));
     });
     let mut read = Vec::new();
     assert_eq!(take_write(frame.head, &mut read), Ok(head));
-    assert_eq!(read, crcs);
+    assert_eq!(read, checksums);
     check_empty(WRITE_REPLY, reply(kind::WRITE));
 }
 
@@ -494,7 +495,7 @@ fn read_and_status_are_as_specified() {
     check(READ, request(kind::READ), &io(6, 4096, 16384, 0), &[]);
     let into = IoInto { io: io(6, 4096, 16384, 0), at: 3 << 20 };
     check(READ_INTO, request(kind::READ_INTO), &into, &[]);
-    let found = [Block::Absent, Block::Zero, Block::Data(BLOCK_CRC), Block::Bad];
+    let found = [Block::Absent, Block::Zero, Block::Data(BLOCK_CHECKSUM), Block::Bad];
     check_blocks(READ_REPLY, reply(kind::READ), &found, &BLOCK);
     let bad = Prefix { status: Status::BadBlock, ..reply(kind::READ) };
     let frame = check_frame(READ_BAD_BLOCK, bad, &[], |out| out.put_u32_le(3));

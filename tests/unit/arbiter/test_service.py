@@ -19,11 +19,12 @@ from arbiter.errors import (
     OtherArbiter,
     VoteRefused,
 )
+from arbiter.exchange import Addressee, Verdict
 from arbiter.record import Record
 from arbiter.server import CannotListen, serve
 from arbiter.statement import Statement
 from arbiter.vote import Refusal
-from arbiter.voting import Addressee, Verdict, Voting
+from arbiter.voting import Voting
 from shard.ids import ImageId, image_id
 from tests.cluster.etcd_server import free_ports
 

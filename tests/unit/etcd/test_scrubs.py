@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from etcd.errors import MalformedRecord
-from etcd.scrubs import LISTED_MAX, BadBlocks, Findings, ScrubRecord
+from etcd.scrubs import CLOCK_ERROR_MS, LISTED_MAX, BadBlocks, Findings, ScrubRecord
 from shard.ids import image_id
 
 IMAGE = image_id("0123456789abcdef0123456789abcdef")
@@ -42,6 +42,23 @@ def test_times_tell_right_also_where_clocks_of_hosts_differ() -> None:
     stopped = record.stopped(5)
     assert not stopped.times.is_under_way
     assert stopped.asked(3).times.is_asked
+
+
+def test_times_of_a_clock_that_was_years_ahead_are_set_right_in_their_order() -> None:
+    # Nothing would have been scrubbed by schedule before that time, for years.
+    ahead_ms = 10 * 365 * CLOCK_ERROR_MS
+    done = replace(ScrubRecord(image=IMAGE, seen_ms=5).begin(ahead_ms), finished_ms=ahead_ms + 7)
+    waits = done.asked(ahead_ms + 9)
+    under_way = waits.begin(ahead_ms + 20)
+    now_ms = 1000
+    assert done.set_right(now_ms).finished_ms == now_ms
+    assert done.set_right(now_ms).begun_ms == now_ms - 7
+    assert done.set_right(now_ms).seen_ms == 1
+    assert done.set_right(now_ms).stopped_ms == 0
+    assert waits.set_right(now_ms).times.is_asked
+    assert under_way.set_right(now_ms).times.is_under_way
+    near = done.begin(ahead_ms + 100)
+    assert near.set_right(near.begun_ms - CLOCK_ERROR_MS + 1) == near
 
 
 def test_findings_of_two_parts_are_added_and_bounded() -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from arbiter.exchange import Addressee, Verdict
 from arbiter.record import Record
 from arbiter.statement import Statement
-from arbiter.voting import Addressee, Verdict, Voting
+from arbiter.voting import Voting
 from etcd.memory import MemoryEtcd
 from hci.arbiter import ArbiterDaemon
 from shard.ids import image_id

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from etcd import keys
+from etcd.images import ImageRecord
 from etcd.interface import Put
 from etcd.memory import MemoryEtcd
-from etcd.records import ImageRecord, LeaseRecord
+from etcd.records import LeaseRecord
 from hci import control, images
 from hci import control_pb2 as pb
 from hci.config import ClusterConfig, Config, Endpoint, GatewayConfig

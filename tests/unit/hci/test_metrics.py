@@ -1,5 +1,7 @@
 """A daemon's metrics are what Prometheus reads."""
 
+import re
+from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
@@ -77,3 +79,20 @@ def test_no_address_serves_nothing_and_a_taken_one_is_a_clear_error() -> None:
         with pytest.raises(DaemonError, match=r"node y cannot listen for metrics at .*in use"):
             with metrics.served("node y", address, list):
                 pass
+
+
+def test_each_metric_is_documented_and_each_documented_one_exists() -> None:
+    project = Path(metrics.__file__).parent.parent
+    sources = [project / "hci" / f"{name}.py" for name in ("metrics", "node", "gateway", "arbiter")]
+    made = {
+        name
+        for source in sources
+        for name in re.findall(
+            r'(?:gauge|counter)\("(hci_[a-z_]+)"', source.read_text(encoding="utf-8")
+        )
+    }
+    text = (project / "docs" / "operations.md").read_text(encoding="utf-8")
+    table = text.split("\n## Metrics\n")[1].split("\n## ")[0]
+    told = {name for line in table.splitlines() for name in re.findall(r"`(hci_[a-z_]+)", line)}
+    assert len(made) > 40
+    assert made == told

@@ -10,13 +10,14 @@ import pytest
 
 from etcd import keys
 from etcd.errors import LeaseNotFound
+from etcd.images import ImageRecord
 from etcd.interface import Put
 from etcd.memory import MemoryEtcd
-from etcd.records import ImageRecord, NodeRecord, TombstoneRecord
+from etcd.records import NodeRecord, TombstoneRecord
 from hci import control_pb2 as pb
-from hci import daemon
 from hci.history import HistoryWatch
-from hci.node import FORGOTTEN, NodeControl, NodeDaemon, forget_memory, memory_id
+from hci.node import NodeControl, NodeDaemon
+from hci.set_back import SetBackJudge
 from shard.digest import UNREADABLE, digest
 from shard.ids import ImageId
 from tests.unit.samples import image_record
@@ -87,8 +88,7 @@ class Registering(NodeDaemon):
         self._unconfirmed: set[ImageId] = set()
         self._run = "a" * 32
         self._marks = Marks(Path("nowhere"))
-        self._copied_since_s = 0.0
-        self._alone_since_s = 0.0
+        self._set_back_judge = SetBackJudge(self.catalog, self.ending)
         self.ledger = Ledger(Path(":memory:"))
         self.history = HistoryWatch(
             "node1", self.etcd, self.catalog, self.ledger, self._holdings, self._on_deleted
@@ -186,19 +186,3 @@ def test_tombstone_that_no_notice_told_of_is_heeded(
     assert buried == []
     assert node.history.check()
     assert buried == [IMAGE]
-
-
-def test_memory_is_that_of_the_boot_until_a_sync_has_failed_in_it(tmp_path: Path) -> None:
-    # The kernel gives up what a failed sync was to write: answered writes went without a power cut.
-    boot = daemon.boot_id()
-    assert memory_id(tmp_path) == boot
-    forget_memory(tmp_path)
-    since = memory_id(tmp_path)
-    assert since != boot and len(since) == len(boot) and memory_id(tmp_path) == since
-    forget_memory(tmp_path)
-    assert memory_id(tmp_path) not in (boot, since)
-    (tmp_path / FORGOTTEN).write_text(f"{'0' * 32} {since}")
-    assert memory_id(tmp_path) == boot, "that was before the host came up"
-    (tmp_path / FORGOTTEN).write_text("")
-    assert memory_id(tmp_path) == boot
-    forget_memory(tmp_path / "gone")

@@ -33,7 +33,16 @@ from shard.geometry import (
         ("256T", 256 << 40),
         ("1P", 1 << 50),
         ("2E", 2 << 60),
+        ("1.", 1),
+        ("1.0b", 1),
+        ("1.G", 1 << 30),
+        ("0.0000000000001k", 0),
+        ("0.3k", 512),
         ("0x1000", 4096),
+        ("0X1000k", 4 << 20),
+        ("0x10P", 16 << 50),
+        ("0x1b", 27),
+        ("0x1E", 30),
     ],
 )
 def test_parse_size_of_valid_text_returns_bytes(text: str, size_bytes: int) -> None:
@@ -42,7 +51,10 @@ def test_parse_size_of_valid_text_returns_bytes(text: str, size_bytes: int) -> N
 
 @pytest.mark.parametrize(
     "text",
-    ["", "G", "ten", "-1", "+1", "1.5", "1.5b", "1ib", "1KB", "1Q", "1 000", "1e3", "1..5G", "1.G"],
+    [
+        *("", "G", "ten", "-1", "+1", "1.5", "1.5b", "1ib", "1.ib", "1KB", "1Q", "1 000", "1e3"),
+        *("1..5G", ".5G", "0x", "0xk", "0x1.k", "0x1KiB", "0x1 k", "0x1Q"),
+    ],
 )
 def test_parse_size_of_other_text_says_what_a_size_is(text: str) -> None:
     with pytest.raises(BadSize, match=r"is not a size: write a number of bytes"):

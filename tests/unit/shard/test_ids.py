@@ -3,7 +3,14 @@
 import pytest
 
 from shard.errors import BadName
-from shard.ids import holder_id, image_id, image_id_from_bytes, node_name, pool_name
+from shard.ids import (
+    arbiter_name,
+    holder_id,
+    image_id,
+    image_id_from_bytes,
+    node_name,
+    pool_name,
+)
 
 
 def test_image_id_of_hex_text_is_taken() -> None:
@@ -28,11 +35,16 @@ def test_image_id_from_wrong_length_is_refused() -> None:
 def test_name_within_its_rule_is_taken(text: str) -> None:
     assert node_name(text) == text
     assert pool_name(text) == text
+    assert arbiter_name(text) == text
 
 
-@pytest.mark.parametrize("text", ["", "-a", "A", "a_b", "a.b", "a/b", "x" * 64, "a\n", "é"])
+@pytest.mark.parametrize(
+    "text", ["", "-a", "A", "a_b", "a.b", "a/b", "x" * 64, "a\n", "é", "\udcff"]
+)
 def test_name_outside_its_rule_is_refused(text: str) -> None:
     with pytest.raises(BadName, match="is not a node name"):
         node_name(text)
     with pytest.raises(BadName, match="is not a pool name"):
         pool_name(text)
+    with pytest.raises(BadName, match="is not an arbiter name"):
+        arbiter_name(text)

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from etcd.images import ImageRecord
 from etcd.interface import Delete
 from etcd.lease import Session
 from etcd.memory import MemoryEtcd
-from etcd.records import ImageRecord, LeaseRecord
+from etcd.records import LeaseRecord
 from tests.unit.samples import GIB, NODES, node_record
 from vmstore.catalog import Catalog
 from vmstore.exports import Exports

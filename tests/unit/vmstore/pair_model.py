@@ -10,13 +10,14 @@ import random
 from dataclasses import dataclass, field, replace
 
 from arbiter.errors import ArbiterError, ArbiterUnreachable, VoteRefused
+from arbiter.exchange import Addressee
 from arbiter.statement import Statement, Votes, confirm_image, prepare_image
-from arbiter.voting import Addressee
 from etcd import keys
 from etcd.errors import EtcdError, EtcdUnavailable
+from etcd.images import ImageRecord
 from etcd.interface import Delete, Operation, Outcome, Put
 from etcd.memory import Fault, MemoryEtcd
-from etcd.records import ArbiterRecord, ImageRecord
+from etcd.records import ArbiterRecord
 from shard.digest import membership_digest
 from shard.errors import HciError
 from shard.ids import ImageId

@@ -6,8 +6,8 @@ import pytest
 
 from arbiter import arbiter_pb2 as pb
 from arbiter.errors import ArbiterUnreachable, OtherArbiter
+from arbiter.exchange import Addressee
 from arbiter.statement import Statement
-from arbiter.voting import Addressee
 from etcd.memory import MemoryEtcd
 from etcd.records import ArbiterRecord
 from shard.ids import ImageId
@@ -190,7 +190,13 @@ def test_replacement_with_a_node_missing_or_stale_is_refused_unless_forced(
     with pytest.raises(ReplaceRefused, match="b is stale for image p/i"):
         replace_arbiter(catalog, "w", "x", lambda _record: told, up=lambda: NODES)
     assert catalog.pool("p").record.arbiter == "w"
-    replace_arbiter(catalog, "w", "x", lambda _record: told, up=lambda: {"a"}, force=True)
+    heard: list[str] = []
+    replace_arbiter(
+        *(catalog, "w", "x", lambda _record: told),
+        up=lambda: {"a"},
+        forced=lambda refusal: heard.append(refusal.why),
+    )
+    assert heard == ["b of pool p is not running", "b is stale for image p/i"]
     assert told.statements[held.record.id].in_sync == (frozenset("a"),)
 
 
@@ -207,6 +213,24 @@ def test_replacement_by_a_wrong_arbiter_is_refused(etcd: MemoryEtcd, catalog: Ca
     status = pb.ArbiterStatus(name="x", arbiter_id="e" * 32, cluster_id="d" * 32)
     with pytest.raises(OtherArbiter, match="it is x of cluster dddd"):
         check_candidate(arbiter(), status)
+
+
+def test_replacement_on_the_host_of_a_data_node_is_refused_also_by_force(
+    etcd: MemoryEtcd, catalog: Catalog
+) -> None:
+    # It was checked where a pool is made alone: losing that host would have lost two of three.
+    catalog.create_pool("p", policy=Policy.THIN_ARBITER, arbiter="w")
+    catalog.create_pool(
+        "q", policy=Policy.THIN_ARBITER, arbiter="w", failure_domain=FailureDomain.NODE
+    )
+    catalog.announce_arbiter(arbiter("near", host="host-a"), etcd.grant_lease(10))
+    for forced in (None, lambda _refusal: None):
+        with pytest.raises(ArbiterBesideData, match="run the arbiter on a third host"):
+            replace_arbiter(
+                *(catalog, "w", "near", lambda _record: Told()), up=lambda: NODES, forced=forced
+            )
+    assert {pool.arbiter for pool in catalog.pools().values()} == {"w"}
+    assert not catalog.arbiters()["w"].retired
 
 
 def test_pool_made_while_its_arbiter_was_replaced_gets_the_new_one(
@@ -247,6 +271,10 @@ def test_arbiter_is_not_filled_from_an_etcd_that_lost_history(
     catalog.mark_lost("a", "a test", catalog.stored_cluster())
     told = Told()
     with pytest.raises(RecordsLost):
-        replace_arbiter(catalog, "w", "x", lambda _record: told, up=lambda: NODES, force=True)
+        replace_arbiter(
+            *(catalog, "w", "x", lambda _record: told),
+            up=lambda: NODES,
+            forced=lambda _refusal: None,
+        )
     assert told.statements == {}
     assert catalog.pool("p").record.arbiter == "w"

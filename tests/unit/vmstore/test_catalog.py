@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from etcd import keys
-from etcd.errors import EtcdUnavailable, OutcomeUnknown
+from etcd.errors import EtcdUnavailable, LeaseNotFound, OutcomeUnknown
+from etcd.gateways import GatewayRecord
 from etcd.interface import Put
 from etcd.memory import Fault, MemoryEtcd
 from etcd.records import ClusterRecord, LeaseRecord, NodeRecord, PlacementRecord
@@ -71,6 +72,20 @@ def test_cluster_is_made_once(empty: Catalog) -> None:
         empty.init_cluster("d" * 32)
     with pytest.raises(OtherCluster):
         empty.cluster("d" * 32)
+
+
+def test_gateway_is_known_while_its_lease_lives(etcd: MemoryEtcd, empty: Catalog) -> None:
+    first, second = etcd.grant_lease(10), etcd.grant_lease(10)
+    one = GatewayRecord(name="gateway1", host="h", control="10.0.0.1:7301", holder="a" * 32)
+    newer = replace(one, extra={"zone": "z"})
+    empty.announce_gateway(one, first)
+    empty.announce_gateway(newer, second)
+    etcd.revoke_lease(first)
+    assert empty.gateways() == {"gateway1": newer}
+    etcd.revoke_lease(second)
+    assert empty.gateways() == {}
+    with pytest.raises(LeaseNotFound):
+        empty.announce_gateway(one, first)
 
 
 def test_node_is_known_for_ever_and_alive_while_its_lease_lives(

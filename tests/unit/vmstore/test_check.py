@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 
 import pytest
 
-from etcd.records import ImageRecord
+from etcd.images import ImageRecord
 from shard.digest import UNREADABLE, Difference
 from shard.ids import image_id
 from shard.placement import replica_set_index

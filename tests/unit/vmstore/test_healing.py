@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from etcd.images import ImageRecord
 from etcd.memory import MemoryEtcd
-from etcd.records import ImageRecord, LeaseRecord
+from etcd.records import LeaseRecord
 from shard.ids import ImageId
 from shard.membership import Membership, Policy
 from tests.unit.vmstore.test_holder import record

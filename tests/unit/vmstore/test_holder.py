@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from etcd.records import ImageRecord
+from etcd.images import ImageRecord
 from shard.digest import membership_digest
 from shard.ids import ImageId
 from tests.unit.samples import NODES, image_record
@@ -17,6 +17,7 @@ from vmstore import healing as healing_rules
 from vmstore import holder as h
 from vmstore.holder import Holder, Phase, Standing
 from vmstore.slowness import SlowLimits, Slowness
+from vmstore.space import FULL_S
 
 ME = "ab" * 16
 IMAGE = ImageId("cd" * 16)
@@ -326,13 +327,13 @@ def full(holder: Holder, nodes: tuple[str, ...], until_s: float, from_s: float =
 def test_set_whose_quorum_is_full_is_without_space_after_a_while_and_not_before() -> None:
     holder = serving()
     holder.paused = True
-    full(holder, NODES[:2], h.FULL_S - 0.1)
+    full(holder, NODES[:2], FULL_S - 0.1)
     assert not holder.without_space()
-    full(holder, NODES[:2], h.FULL_S + 0.2, h.FULL_S - 0.1)
+    full(holder, NODES[:2], FULL_S + 0.2, FULL_S - 0.1)
     assert holder.without_space() == {0}
     # Room: what is asked again is done, and nobody fails any more.
     for tenth in range(100):
-        holder.step(events.Tick(h.FULL_S + tenth / 10))
+        holder.step(events.Tick(FULL_S + tenth / 10))
     assert not holder.without_space()
 
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etcd.errors import EtcdUnavailable, LeaseNotFound, OutcomeUnknown
+from etcd.images import ImageRecord
 from etcd.interface import Delete, Put
 from etcd.memory import Fault, MemoryEtcd
-from etcd.records import ImageRecord
 from shard.errors import BadSize
 from shard.ids import ImageId
 from shard.membership import Change, Membership, lose, rejoin

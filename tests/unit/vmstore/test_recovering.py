@@ -7,18 +7,20 @@ from pathlib import Path
 import pytest
 
 from etcd import keys
+from etcd.images import ImageRecord
 from etcd.interface import KeyValue, Put
 from etcd.memory import MemoryEtcd
-from etcd.records import ClusterRecord, ImageRecord, LostRecord, NameRecord, TombstoneRecord
+from etcd.records import ClusterRecord, LostRecord, NameRecord, TombstoneRecord
 from hci.known import known_parts, member_of
 from shard.digest import membership_digest
 from shard.ids import ImageId
 from tests.unit.samples import image_record
 from vmstore.errors import RecoveryRefused
-from vmstore.history import FORCED_STEP, HeldRecord, Known, judge
+from vmstore.history import FORCED_STEP, HeldRecord, Known, Member, judge
 from vmstore.ledger import Ledger
 from vmstore.rebuilding import carry_out
-from vmstore.recovering import Member, Plan, Sources, Voted, Witness, plan
+from vmstore.recovering import Plan, plan
+from vmstore.told import Sources, Voted, Witness
 
 IMAGE = ImageId("ab" * 16)
 NAME = keys.name("vms", "disk")

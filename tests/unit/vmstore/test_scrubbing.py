@@ -202,6 +202,21 @@ def test_the_schedule_begins_when_an_image_is_first_seen(catalog: Catalog, image
     assert gateway.images.begun == [(image, 1, 0, 0)]
 
 
+def test_a_clock_that_was_years_ahead_does_not_end_the_schedule(
+    catalog: Catalog, image: ImageId
+) -> None:
+    gateway = Gateway(catalog, ScrubLimits(every_s=86_400))
+    gateway.images.open[image] = NAME
+    gateway.now_ms += 1000 * DAY_MS
+    gateway.pass_s(1)
+    gateway.now_ms -= 1000 * DAY_MS
+    gateway.pass_s(3600)
+    assert record(catalog, image).seen_ms == gateway.now_ms
+    gateway.pass_s(86_400)
+    gateway.pass_s(1)
+    assert gateway.images.begun == [(image, 1, 0, 0)]
+
+
 def test_what_stays_bad_is_noted_whoever_found_it(catalog: Catalog, image: ImageId) -> None:
     gateway = Gateway(catalog)
     bad = {"event": "unrepairable", "shard": 3, "block": 7, "blocks": 1}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from etcd.records import ImageRecord
+from etcd.images import ImageRecord
 from shard.errors import HciError
 from shard.ids import ImageId
 from tests.unit.samples import image_record

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from etcd.records import AliveRecord, ImageRecord
+from etcd.images import ImageRecord
+from etcd.records import AliveRecord
 from shard.ids import ImageId
 from tests.unit.vmstore.test_catalog import node
 from tests.unit.vmstore.test_holder import record

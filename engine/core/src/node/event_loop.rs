@@ -308,10 +308,14 @@ impl EventLoop {
 
     /// The gateway hands memory over. One that cannot be used is refused, and reads come without it.
     fn take_memory(&mut self, index: usize, frame: &Frame) -> bool {
+        if !frame.head.is_empty() || !frame.payload.is_empty() {
+            self.end(index);
+            return false;
+        }
         let connection = &mut self.connections[index];
         let mapped = connection.stream.take_descriptor().map(SharedMemory::of_peer);
         let status = match mapped {
-            Some(Ok(memory)) if frame.head.is_empty() && frame.payload.is_empty() => {
+            Some(Ok(memory)) => {
                 connection.memory = Some(memory);
                 Status::Ok
             }

@@ -2,6 +2,7 @@
 //! has the store do it, and says what to answer, and when.
 
 use super::sessions::{Session, Sessions};
+use crate::checksum::Checksum;
 use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, ShardKey, Tag};
 use crate::io::SharedMemory;
@@ -43,7 +44,7 @@ pub(crate) enum Outcome {
 /// Scratch space that requests share.
 #[derive(Default)]
 pub(crate) struct Scratch {
-    checksums: Vec<u32>,
+    checksums: Vec<Checksum>,
     states: Vec<Block>,
     heads: BytesMut,
     data: BytesMut,
@@ -99,6 +100,12 @@ fn ok() -> Outcome {
     Outcome::Answer { status: Status::Ok, head: Bytes::new(), payload: Bytes::new() }
 }
 
+/// A head that does not fit its kind is the end here too, though nobody would look into it.
+fn ping(frame: &Frame) -> Step {
+    let fits = frame.head.is_empty() && frame.payload.is_empty();
+    if fits { Ok(ok()) } else { Err(Refused::Close) }
+}
+
 impl Requests<'_> {
     /// Does what `frame` asks for.
     pub(crate) fn handle(&mut self, frame: &Frame) -> Outcome {
@@ -109,7 +116,7 @@ impl Requests<'_> {
             kind::ZERO => self.zero(frame),
             kind::READ_INTO => self.read_into(frame),
             kind::STATUS => self.status(frame),
-            kind::PING => Ok(ok()),
+            kind::PING => ping(frame),
             kind::PEEK => self.peek(frame),
             kind::RECORD => self.record(frame),
             kind::ATTACH => self.attach(frame),
@@ -406,7 +413,8 @@ impl Requests<'_> {
         let end = asked.first_block.checked_add(asked.blocks).ok_or(Refused::Close)?;
         let range = asked.first_block as usize..end as usize;
         let blocks = summary.blocks.get(range).ok_or(Refused::Close)?;
-        let blocks = blocks.iter().map(|block| (block.state.with(block.crc), block.tag)).collect();
+        let blocks =
+            blocks.iter().map(|block| (block.state.with(block.checksum), block.tag)).collect();
         Ok((key, asked, BlocksReply { generation: summary.generation, blocks }))
     }
 
@@ -439,8 +447,8 @@ impl Requests<'_> {
             .iter()
             .zip(&copy.blocks)
             .map(|(block, (content, tag))| {
-                let (state, crc) = BlockState::of(*content);
-                CopyBlock { block: *block, state, tag: *tag, crc }
+                let (state, checksum) = BlockState::of(*content);
+                CopyBlock { block: *block, state, tag: *tag, checksum }
             })
             .collect();
         self.store.copy(&key, &blocks, frame.payload.clone(), copy.shard_generation)?;

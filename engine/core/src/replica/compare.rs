@@ -337,8 +337,10 @@ mod tests {
 
     #[test]
     fn the_majority_is_right_then_the_highest_tag_and_nothing_is_guessed() {
-        let held = |blocks: &[(NodeIndex, u32, Tag)]| {
-            let block = |(node, crc, tag): &(NodeIndex, u32, Tag)| (*node, Block::Data(*crc), *tag);
+        let held = |blocks: &[(NodeIndex, u64, Tag)]| {
+            let block = |(node, checksum, tag): &(NodeIndex, u64, Tag)| {
+                (*node, Block::Data(*checksum), *tag)
+            };
             judge(&blocks.iter().map(block).collect::<Vec<_>>())
         };
         let (right, wrong) = (mask(&[A, C]), mask(&[B]));

@@ -9,7 +9,7 @@ use super::compare::{Comparison, CopyRun};
 use super::pacing::Need;
 use super::replies::BadReply;
 use super::{NodeIndex, NodeMask};
-use crate::checksum::crc32c;
+use crate::checksum::checksum_of;
 use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, LayerId, SHARD_BYTES_MAX, Tag};
 use crate::wire::codec::Fields;
@@ -378,7 +378,7 @@ fn verify_fetch(reply: &BlocksReply, run: &CopyRun, payload: &Bytes) -> Result<(
     let mut chunks = payload.chunks_exact(BLOCK_BYTES as usize);
     for (block, _) in &reply.blocks {
         if let Block::Data(checksum) = block {
-            let intact = chunks.next().is_some_and(|data| crc32c(data) == *checksum);
+            let intact = chunks.next().is_some_and(|data| checksum_of(data) == *checksum);
             if !intact {
                 return Err(BadReply("a fetched block does not match its checksum"));
             }
@@ -409,7 +409,7 @@ mod tests {
     /// Plays nodes of which the second lacks every `step`th block; gives what was fetched, piece by piece.
     fn fetched(copier: &mut Copier, step: u32, limited: bool) -> Vec<u32> {
         let block = vec![7; BLOCK_BYTES as usize];
-        let held = (Block::Data(crc32c(&block)), Tag::NONE);
+        let held = (Block::Data(checksum_of(&block)), Tag::NONE);
         let members = NodeMask(0b11);
         let compared = Comparison::new(NodeMask::one(0), NodeMask::one(1));
         let _ = copier.start((1, 0), compared, members, limited, STAMP);

@@ -4,7 +4,7 @@ use super::asks::is_ask;
 use super::image::{Clear, ImageIo, Phase, RequestKind};
 use super::level::Leveller;
 use super::{Event, Extent, IoError, NodeIndex, NodeMask, Outcome, Output};
-use crate::checksum::crc32c;
+use crate::checksum::checksum_of;
 use crate::content::{Block, Run};
 use crate::geometry::BLOCK_BYTES;
 use crate::rules::{Rule, broken};
@@ -265,7 +265,7 @@ impl ImageIo {
             _ => None,
         });
         let mut contents = frame.payload.chunks_exact(BLOCK_BYTES as usize).zip(stored);
-        let damaged = contents.find(|(data, (_, checksum))| crc32c(data) != *checksum);
+        let damaged = contents.find(|(data, (_, checksum))| checksum_of(data) != *checksum);
         if let Some((_, (index, _))) = damaged
             && !broken(Rule::ReadsAreVerified)
         {

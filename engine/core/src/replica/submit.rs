@@ -5,7 +5,7 @@ use super::image::{ImageIo, Part, Phase, Request, RequestKind};
 use super::lag::Timing;
 use super::locks::Mode;
 use super::{Event, IoError, NodeIndex, NodeMask, Outcome, Output, Token};
-use crate::checksum::block_checksums;
+use crate::checksum::{block_checksums, checksum_of};
 use crate::geometry::BLOCK_BYTES;
 use crate::rules::{Rule, broken};
 use crate::wire::messages::{Flush, Head, Io};
@@ -498,10 +498,10 @@ fn put_checksums(out: &mut BytesMut, offset: u32, payload: &[u8]) {
     let to_boundary = (BLOCK_BYTES - offset % BLOCK_BYTES) as usize;
     let (first, rest) = payload.split_at(to_boundary.min(payload.len()));
     if payload.len() == BLOCK_BYTES as usize && rest.is_empty() {
-        return out.put_u32_le(crate::checksum::crc32c(payload));
+        return out.put_u64_le(checksum_of(payload));
     }
     let mut checksums = Vec::with_capacity(2 + rest.len() / BLOCK_BYTES as usize);
     block_checksums(first, &mut checksums);
     block_checksums(rest, &mut checksums);
-    checksums.into_iter().for_each(|checksum| out.put_u32_le(checksum));
+    checksums.into_iter().for_each(|checksum| out.put_u64_le(checksum));
 }

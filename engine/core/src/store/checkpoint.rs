@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::BytesMut;
 
-use crate::checksum::crc32c;
+use crate::checksum::checksum_of;
 use crate::geometry::{BLOCK_BYTES, ImageId, ShardKey, Tag};
 
 use super::disk::{Disk, DiskResult, Errno, FileRef};
@@ -424,8 +424,8 @@ impl Copier<'_> {
             rest = &rest[count..];
         }
         for ((block, run), content) in runs.iter().zip(self.buffer.chunks_exact(BLOCK)) {
-            match crc32c(content) == run.crc {
-                true => meta.set(*block, BlockState::Data, run.crc),
+            match checksum_of(content) == run.checksum {
+                true => meta.set(*block, BlockState::Data, run.checksum),
                 false => meta.set(*block, BlockState::Bad, 0),
             }
         }

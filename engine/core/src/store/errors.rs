@@ -27,7 +27,7 @@ pub enum StoreError {
     Locked,
     /// The folder holds the store of another cluster or node.
     Foreign { cluster: [u8; 16], node: String },
-    /// Written by a newer version of the format.
+    /// Written in another version of the format.
     Format { version: u32 },
     /// A file that nothing can stand in for is damaged.
     Corrupt { file: String },
@@ -80,7 +80,7 @@ impl fmt::Display for StoreError {
                 write!(f, "the store belongs to node {node} of cluster {}", ImageId(*cluster))
             }
             StoreError::Format { version } => {
-                write!(f, "the store has format {version}, newer than this program")
+                write!(f, "the store has format {version}, which this program does not read")
             }
             StoreError::Corrupt { file } => write!(f, "{file} is damaged; replace the disk"),
             StoreError::Io { errno } => write!(f, "the disk failed: {errno}"),

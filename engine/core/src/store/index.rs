@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasherDefault, Hasher};
 
+use crate::checksum::Checksum;
 use crate::geometry::{ShardKey, Tag};
 
 use super::BlockState;
@@ -70,7 +71,7 @@ pub struct Run {
     /// Without data: the shard file keeps the space.
     pub keep_allocated: bool,
     /// Checksum of the one block of data.
-    pub crc: u32,
+    pub checksum: Checksum,
     /// Where in the log the data begins; without data, the place of its record.
     pub place: Place,
     pub tag: Tag,

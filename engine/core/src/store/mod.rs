@@ -49,6 +49,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use crate::checksum::Checksum;
 use crate::content::Block;
 use crate::geometry::{ImageId, LayerId, ShardKey, Tag};
 
@@ -93,20 +94,20 @@ impl BlockState {
     }
 
     /// A block's content as state and checksum (0 without data), and back.
-    pub fn of(block: Block) -> (BlockState, u32) {
+    pub fn of(block: Block) -> (BlockState, Checksum) {
         match block {
             Block::Absent => (BlockState::Absent, 0),
             Block::Zero => (BlockState::Zero, 0),
-            Block::Data(crc) => (BlockState::Data, crc),
+            Block::Data(checksum) => (BlockState::Data, checksum),
             Block::Bad => (BlockState::Bad, 0),
         }
     }
 
-    pub fn with(self, crc: u32) -> Block {
+    pub fn with(self, checksum: Checksum) -> Block {
         match self {
             BlockState::Absent => Block::Absent,
             BlockState::Zero => Block::Zero,
-            BlockState::Data => Block::Data(crc),
+            BlockState::Data => Block::Data(checksum),
             BlockState::Bad => Block::Bad,
         }
     }

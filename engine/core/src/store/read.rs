@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::BytesMut;
 
-use crate::checksum::crc32c;
+use crate::checksum::{Checksum, checksum_of};
 use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, ShardKey, Tag};
 use crate::rules::{Rule, broken};
@@ -33,7 +33,7 @@ pub struct Found {
     state: BlockState,
     source: Source,
     layer: LayerId,
-    crc: u32,
+    checksum: Checksum,
 }
 
 impl Found {
@@ -42,8 +42,8 @@ impl Found {
     }
 
     /// Of data: the checksum that it should have.
-    pub(super) fn crc(&self) -> u32 {
-        self.crc
+    pub(super) fn checksum(&self) -> Checksum {
+        self.checksum
     }
 
     pub(super) fn is_in_file(&self) -> bool {
@@ -52,7 +52,7 @@ impl Found {
 }
 
 const NOT_FOUND: Found =
-    Found { state: BlockState::Absent, source: Source::Nowhere, layer: 0, crc: 0 };
+    Found { state: BlockState::Absent, source: Source::Nowhere, layer: 0, checksum: 0 };
 
 /// One block of a shard, as a summary tells it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -61,7 +61,7 @@ pub struct BlockSummary {
     /// Tag of its last write since the last clear, else `Tag::NONE`.
     pub tag: Tag,
     /// Checksum that its content should have; 0 without data.
-    pub crc: u32,
+    pub checksum: Checksum,
 }
 
 /// One shard of one layer: what a replica compares with another's.
@@ -141,7 +141,7 @@ impl Store {
             .look_up(image, layers, shard, (first_block, blocks), &mut found)
             .and_then(|()| self.fetch(image, shard, first_block, &found, data));
         match outcome {
-            Ok(()) => content.extend(found.iter().map(|found| found.state.with(found.crc))),
+            Ok(()) => content.extend(found.iter().map(|found| found.state.with(found.checksum))),
             Err(_) => data.truncate(data_before),
         }
         self.scratch = found;
@@ -162,12 +162,12 @@ impl Store {
             .max(entry.filter(|e| e.layer == key.layer).map_or(0, |e| e.generation))
             .max(index.map_or(0, |shard| shard.generation));
         let summary = |block| {
-            let (state, tag, crc) = match index.and_then(|shard| shard.get(block)) {
-                Some(run) => (run.state, run.tag, run.crc),
-                None => (meta.state(block), meta.tag(block), meta.crc(block)),
+            let (state, tag, checksum) = match index.and_then(|shard| shard.get(block)) {
+                Some(run) => (run.state, run.tag, run.checksum),
+                None => (meta.state(block), meta.tag(block), meta.checksum(block)),
             };
             let tag = if entry.is_some_and(|e| tag >= e.first) { tag } else { Tag::NONE };
-            BlockSummary { state, tag, crc }
+            BlockSummary { state, tag, checksum }
         };
         Ok(ShardSummary { generation, blocks: (0..blocks).map(summary).collect() })
     }
@@ -201,7 +201,7 @@ impl Store {
                 let index = self.state.index.get(&key);
                 if let Some(run) = index.and_then(|shard| shard.get(block)) {
                     let (state, source) = (run.state, Source::Log(run.place));
-                    *found = Found { state, source, layer, crc: run.crc };
+                    *found = Found { state, source, layer, checksum: run.checksum };
                     staged |= state == BlockState::Data && self.log.is_staged(run.place);
                 } else {
                     let meta = match &meta {
@@ -209,7 +209,7 @@ impl Store {
                         None => meta.insert(self.meta(&key, shard_bytes)?),
                     };
                     let (state, source) = (meta.state(block), Source::File(layer));
-                    *found = Found { state, source, layer, crc: meta.crc(block) };
+                    *found = Found { state, source, layer, checksum: meta.checksum(block) };
                 }
                 missing -= u32::from(found.state != BlockState::Absent);
             }
@@ -253,7 +253,7 @@ impl Store {
                     unsafe { data.advance(run * BLOCK) };
                     let contents = data.since(start).chunks_exact(BLOCK);
                     for (step, content) in contents.enumerate() {
-                        if crc32c(content) != found[index + step].crc
+                        if checksum_of(content) != found[index + step].checksum
                             && !broken(Rule::ReadsAreVerified)
                         {
                             return Err(bad(index + step));

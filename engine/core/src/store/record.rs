@@ -4,6 +4,7 @@
 //! The header's checksum starts from a seed made of the store's random id, so that no guest can
 //! write data that reads as a record.
 
+use crate::checksum::{CHECKSUM_BYTES, Checksum, checksum_of};
 use crate::geometry::{BLOCK_BYTES, ImageId, ShardKey, Tag};
 
 use super::encoding::{Reader, put_u32, put_u64};
@@ -13,9 +14,9 @@ use super::{BlockState, Stamp};
 pub const HEADER_BYTES: usize = 104;
 const MAGIC: u32 = 0x4C49_4348;
 /// Bytes per block in the variable part of a write record.
-pub const WRITE_EXTRA: usize = 4;
+pub const WRITE_EXTRA: usize = CHECKSUM_BYTES;
 /// Bytes per block in the variable part of a copy record.
-pub const COPY_EXTRA: usize = 28;
+pub const COPY_EXTRA: usize = 24 + CHECKSUM_BYTES;
 
 /// What a record says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -166,8 +167,8 @@ pub struct CopyBlock {
     pub state: BlockState,
     /// The source's tag of the block.
     pub tag: Tag,
-    /// CRC32C of the block's content; 0 where it has none.
-    pub crc: u32,
+    /// Of the block's content; 0 where it has none.
+    pub checksum: Checksum,
 }
 
 /// Appends the variable part of a copy record.
@@ -175,7 +176,7 @@ pub fn encode_copy(blocks: &[CopyBlock], out: &mut Vec<u8>) {
     for block in blocks {
         out.extend_from_slice(&block.block.to_le_bytes());
         out.extend_from_slice(&u32::from(block.state.to_u8()).to_le_bytes());
-        out.extend_from_slice(&block.crc.to_le_bytes());
+        out.extend_from_slice(&block.checksum.to_le_bytes());
         out.extend_from_slice(&block.tag.epoch.to_le_bytes());
         out.extend_from_slice(&block.tag.sequence.to_le_bytes());
     }
@@ -189,33 +190,37 @@ pub fn decode_copy(extra: &[u8]) -> Option<Vec<CopyBlock>> {
     let mut reader = Reader::new(extra);
     let mut blocks = Vec::with_capacity(extra.len() / COPY_EXTRA);
     while !reader.is_empty() {
-        let (block, state, crc) = (reader.u32()?, reader.u32()?, reader.u32()?);
+        let (block, state, checksum) = (reader.u32()?, reader.u32()?, reader.u64()?);
         let state = BlockState::from_u8(u8::try_from(state).ok()?)?;
         let tag = Tag { epoch: reader.u64()?, sequence: reader.u64()? };
-        blocks.push(CopyBlock { block, state, tag, crc });
+        blocks.push(CopyBlock { block, state, tag, checksum });
     }
     Some(blocks)
+}
+
+/// The checksums in the variable part of a write record, one for each block.
+pub fn checksums_of_write(extra: &[u8]) -> impl Iterator<Item = Checksum> {
+    let (checksums, _) = extra.as_chunks::<WRITE_EXTRA>();
+    checksums.iter().map(|bytes| Checksum::from_le_bytes(*bytes))
 }
 
 /// Whether the payload is what the checksums of the record promise.
 pub fn payload_matches(header: &Header, extra: &[u8], payload: &[u8]) -> bool {
     let block_bytes = BLOCK_BYTES as usize;
-    let matches = |(data, crc): (&[u8], u32)| ::crc32c::crc32c(data) == crc;
+    let matches = |(data, checksum): (&[u8], Checksum)| checksum_of(data) == checksum;
     match header.kind {
         Kind::Write => {
-            let crcs = extra
-                .chunks_exact(WRITE_EXTRA)
-                .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+            let checksums = checksums_of_write(extra);
             payload.len() == header.blocks as usize * block_bytes
                 && extra.len() == header.blocks as usize * WRITE_EXTRA
-                && payload.chunks_exact(block_bytes).zip(crcs).all(matches)
+                && payload.chunks_exact(block_bytes).zip(checksums).all(matches)
         }
         Kind::Copy => {
             let Some(blocks) = decode_copy(extra) else { return false };
-            let crcs: Vec<u32> =
-                blocks.iter().filter(|b| b.state == BlockState::Data).map(|b| b.crc).collect();
-            payload.len() == crcs.len() * block_bytes
-                && payload.chunks_exact(block_bytes).zip(crcs).all(matches)
+            let checksums: Vec<Checksum> =
+                blocks.iter().filter(|b| b.state == BlockState::Data).map(|b| b.checksum).collect();
+            payload.len() == checksums.len() * block_bytes
+                && payload.chunks_exact(block_bytes).zip(checksums).all(matches)
         }
         _ => payload.is_empty(),
     }

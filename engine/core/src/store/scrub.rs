@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use bytes::BytesMut;
 
-use crate::checksum::crc32c;
+use crate::checksum::checksum_of;
 use crate::geometry::{BLOCK_BYTES, ShardKey};
 
 use super::disk::{Errno, FileRef};
@@ -86,7 +86,7 @@ impl Store {
                     if step > 0 {
                         digest.update(&[BlockState::Data.to_u8()]);
                     }
-                    match crc32c(content) == found[index + step].crc() {
+                    match checksum_of(content) == found[index + step].checksum() {
                         true => _ = digest.update(content),
                         false => rotten.push(block + step as u32),
                     }

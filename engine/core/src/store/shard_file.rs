@@ -11,7 +11,7 @@ use std::io::IoSlice;
 
 use bytes::BytesMut;
 
-use crate::checksum::crc32c;
+use crate::checksum::{CHECKSUM_BYTES, Checksum, crc32c};
 use crate::geometry::{BLOCK_BYTES, ShardKey, Tag};
 
 use super::BlockState;
@@ -32,7 +32,7 @@ pub struct ShardMeta {
     pub generation: u64,
     /// Two bits per block.
     states: Box<[u8]>,
-    crcs: Box<[u32]>,
+    checksums: Box<[Checksum]>,
     /// Tags of blocks, by block, while the shard is dirty.
     pub tags: Box<[(u32, Tag)]>,
     /// In memory only: a slot was lost, so what the slots say does not count. Both must be written.
@@ -42,23 +42,23 @@ pub struct ShardMeta {
 impl ShardMeta {
     /// A shard that was never written.
     pub fn absent() -> ShardMeta {
-        let (states, crcs, tags) = (Box::default(), Box::default(), Box::default());
-        ShardMeta { version: 0, generation: 0, states, crcs, tags, rewrite_both: false }
+        let (states, checksums, tags) = (Box::default(), Box::default(), Box::default());
+        ShardMeta { version: 0, generation: 0, states, checksums, tags, rewrite_both: false }
     }
 
     /// A shard of `blocks` blocks, all in `state`.
     pub fn uniform(blocks: u32, state: BlockState) -> ShardMeta {
         let byte = state.to_u8() * 0b0101_0101;
         let states = vec![byte; blocks.div_ceil(4) as usize].into_boxed_slice();
-        let crcs = vec![0; blocks as usize].into_boxed_slice();
-        ShardMeta { states, crcs, ..ShardMeta::absent() }
+        let checksums = vec![0; blocks as usize].into_boxed_slice();
+        ShardMeta { states, checksums, ..ShardMeta::absent() }
     }
 
     /// The same with room for all blocks.
     pub fn with_blocks(mut self, blocks: u32) -> ShardMeta {
-        if self.crcs.is_empty() {
+        if self.checksums.is_empty() {
             let empty = ShardMeta::uniform(blocks, BlockState::Absent);
-            (self.states, self.crcs) = (empty.states, empty.crcs);
+            (self.states, self.checksums) = (empty.states, empty.checksums);
         }
         self
     }
@@ -70,16 +70,16 @@ impl ShardMeta {
     }
 
     #[inline]
-    pub fn crc(&self, block: u32) -> u32 {
-        self.crcs.get(block as usize).copied().unwrap_or(0)
+    pub fn checksum(&self, block: u32) -> Checksum {
+        self.checksums.get(block as usize).copied().unwrap_or(0)
     }
 
     /// Sets what a block is.
-    pub fn set(&mut self, block: u32, state: BlockState, crc: u32) {
+    pub fn set(&mut self, block: u32, state: BlockState, checksum: Checksum) {
         let shift = block % 4 * 2;
         let byte = &mut self.states[block as usize / 4];
         *byte = *byte & !(0b11 << shift) | state.to_u8() << shift;
-        self.crcs[block as usize] = crc;
+        self.checksums[block as usize] = checksum;
     }
 
     /// The tag kept for a block.
@@ -90,7 +90,7 @@ impl ShardMeta {
 
     /// Memory that it takes, about.
     pub fn weight(&self) -> usize {
-        96 + self.states.len() + 4 * self.crcs.len() + 24 * self.tags.len()
+        96 + self.states.len() + CHECKSUM_BYTES * self.checksums.len() + 24 * self.tags.len()
     }
 }
 
@@ -107,7 +107,7 @@ pub fn shard_folder(key: &ShardKey) -> String {
 /// Bytes that each slot has in the file.
 pub fn slot_bytes(shard_bytes: u32) -> u64 {
     let blocks = (shard_bytes / BLOCK_BYTES) as usize;
-    let most = HEADER_BYTES + blocks.div_ceil(4) + blocks * (4 + TAG_BYTES);
+    let most = HEADER_BYTES + blocks.div_ceil(4) + blocks * (CHECKSUM_BYTES + TAG_BYTES);
     most.next_multiple_of(PAGE_BYTES as usize) as u64
 }
 
@@ -122,11 +122,11 @@ fn slot_offset(shard_bytes: u32, version: u64) -> u64 {
 
 /// Encodes a slot: whole pages.
 pub fn encode_slot(key: &ShardKey, meta: &ShardMeta) -> Vec<u8> {
-    let blocks = meta.crcs.len() as u32;
+    let blocks = meta.checksums.len() as u32;
     let mut body = Vec::with_capacity(PAGE_BYTES as usize * 2);
     body.extend_from_slice(&meta.states);
     let data = (0..blocks).filter(|block| meta.state(*block) == BlockState::Data);
-    data.for_each(|block| push_u32(&mut body, meta.crc(block)));
+    data.for_each(|block| push_u64(&mut body, meta.checksum(block)));
     for (block, tag) in &meta.tags {
         push_u32(&mut body, *block);
         push_u64(&mut body, tag.epoch);
@@ -216,7 +216,7 @@ fn decode_slot_body(
     (meta.version, meta.generation) = (version, header.generation);
     for block in 0..blocks {
         if meta.state(block) == BlockState::Data {
-            meta.crcs[block as usize] = reader.u32()?;
+            meta.checksums[block as usize] = reader.u64()?;
         }
     }
     let mut tags = Vec::with_capacity(header.tags.min(blocks as usize));

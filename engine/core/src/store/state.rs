@@ -3,13 +3,14 @@
 //! Live requests and replay change it through the same functions, in log order, so that a recovered
 //! store is in the state that the instance before it was in.
 
+use crate::checksum::Checksum;
 use crate::geometry::{BLOCK_BYTES, ImageId, ShardKey, Tag};
 
 use super::dirty::{DirtyMaps, Dropped};
 use super::encoding::{Reader, push_u32, push_u64, put_text};
 use super::images::{ImageRecord, Images, decode_record};
 use super::index::{Index, Place, Run};
-use super::record::{CopyBlock, Header, Kind, decode_copy};
+use super::record::{CopyBlock, Header, Kind, checksums_of_write, decode_copy};
 use super::{BlockState, Stamp};
 
 /// The state of a store but for its files.
@@ -28,7 +29,7 @@ impl State {
         &mut self,
         key: ShardKey,
         first_block: u32,
-        crcs: impl Iterator<Item = u32>,
+        checksums: impl Iterator<Item = Checksum>,
         place: Place,
         stamp: Stamp,
     ) {
@@ -36,9 +37,9 @@ impl State {
         self.wrote(&key, tag, stamp);
         let shard = self.index.touch(key, place, stamp.generation);
         let mut place = place;
-        for (block, crc) in (first_block..).zip(crcs) {
+        for (block, checksum) in (first_block..).zip(checksums) {
             let (state, keep_allocated) = (BlockState::Data, false);
-            shard.insert(block, Run { length: 1, state, keep_allocated, crc, place, tag });
+            shard.insert(block, Run { length: 1, state, keep_allocated, checksum, place, tag });
             shard.last = place;
             place.offset += BLOCK_BYTES;
         }
@@ -50,7 +51,10 @@ impl State {
         self.wrote(&header.key, tag, header.stamp);
         let shard = self.index.touch(header.key, place, header.stamp.generation);
         let (length, keep_allocated) = (header.blocks, header.keep_allocated);
-        shard.insert(header.first_block, Run { length, state, keep_allocated, crc: 0, place, tag });
+        shard.insert(
+            header.first_block,
+            Run { length, state, keep_allocated, checksum: 0, place, tag },
+        );
     }
 
     fn wrote(&mut self, key: &ShardKey, tag: Tag, stamp: Stamp) {
@@ -74,10 +78,10 @@ impl State {
         }
         let shard = self.index.touch(key, place, generation);
         let mut next = place;
-        for CopyBlock { block, state, tag, crc } in blocks.iter().copied() {
+        for CopyBlock { block, state, tag, checksum } in blocks.iter().copied() {
             let is_data = state == BlockState::Data;
             let at = if is_data { next } else { place };
-            let run = Run { length: 1, state, keep_allocated: false, crc, place: at, tag };
+            let run = Run { length: 1, state, keep_allocated: false, checksum, place: at, tag };
             shard.insert(block, run);
             if is_data {
                 shard.last = next;
@@ -147,9 +151,8 @@ impl State {
         match header.kind {
             Kind::Head => {}
             Kind::Write => {
-                let crcs =
-                    extra.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-                self.apply_write(header.key, header.first_block, crcs, place, header.stamp);
+                let checksums = checksums_of_write(extra);
+                self.apply_write(header.key, header.first_block, checksums, place, header.stamp);
             }
             Kind::Zero => {
                 header.first_block.checked_add(header.blocks)?;

@@ -5,7 +5,7 @@
 
 use bytes::{Bytes, BytesMut};
 
-use crate::checksum::crc32c;
+use crate::checksum::{Checksum, checksum_of};
 use crate::geometry::{BLOCK_BYTES, ImageId, ShardKey, blocks_touched};
 use crate::rules::{Rule, broken};
 
@@ -50,42 +50,42 @@ impl Span {
 impl Store {
     /// Stages a write of `payload` to any byte range of a shard, and gives its lsn.
     ///
-    /// `crcs` has one CRC32C per touched block, over the payload's part of it; they are verified
+    /// `checksums` has one checksum per touched block, over the payload's part of it; they are verified
     /// (`BadChecksum`). Partly covered blocks are merged with their old content, resolved through
     /// the layers and verified (`BadBlock`). The payload is kept by reference until `append`.
     pub fn write(
         &mut self,
         op: &WriteOp<'_>,
-        crcs: &[u32],
+        checksums: &[Checksum],
         payload: Bytes,
     ) -> Result<u64, StoreError> {
         let shard_bytes = self.admit(op)?;
         self.check_dirty_room(&op.image, op.shard)?;
         let span = Span::new(op.offset, payload.len(), shard_bytes)?;
-        verify(&span, crcs, &payload)?;
+        verify(&span, checksums, &payload)?;
         let last = span.blocks - 1;
         if span.is_whole(0) && span.is_whole(last) {
             self.check_room(payload.len(), span.blocks)?;
-            return self.stage_write(&op.key(), span.first_block, crcs, &[payload], op.stamp);
+            return self.stage_write(&op.key(), span.first_block, checksums, &[payload], op.stamp);
         }
-        let mut crcs = crcs.to_vec();
+        let mut checksums = checksums.to_vec();
         let mut pieces: [Bytes; 3] = Default::default();
         let (mut middle_start, mut middle_end) = (0, payload.len());
         if !span.is_whole(0) {
             let (_, length) = span.part(0);
             middle_start = length as usize;
             pieces[0] = self.merge(op, &span, 0, &payload[..middle_start])?;
-            crcs[0] = crc32c(&pieces[0]);
+            checksums[0] = checksum_of(&pieces[0]);
         }
         if last > 0 && !span.is_whole(last) {
             let (_, length) = span.part(last);
             middle_end -= length as usize;
             pieces[2] = self.merge(op, &span, last, &payload[middle_end..])?;
-            crcs[last as usize] = crc32c(&pieces[2]);
+            checksums[last as usize] = checksum_of(&pieces[2]);
         }
         pieces[1] = payload.slice(middle_start..middle_end);
         self.check_room(span.blocks as usize * BLOCK, span.blocks)?;
-        self.stage_write(&op.key(), span.first_block, &crcs, &pieces, op.stamp)
+        self.stage_write(&op.key(), span.first_block, &checksums, &pieces, op.stamp)
     }
 
     /// Stages zeros for `length` bytes from the op's offset, and gives the last record's lsn. Whole
@@ -117,8 +117,8 @@ impl Store {
         let end_whole = if last > 0 && !span.is_whole(last) { last } else { span.blocks };
         self.check_room(3 * (BLOCK + HEADER_BYTES), 3)?;
         for (block, content) in edges.into_iter().flatten() {
-            let crc = crc32c(&content);
-            self.stage_write(&op.key(), block, &[crc], &[content], op.stamp)?;
+            let checksum = checksum_of(&content);
+            self.stage_write(&op.key(), block, &[checksum], &[content], op.stamp)?;
         }
         if first_whole < end_whole {
             let state = match op.layers.len() {
@@ -160,7 +160,7 @@ impl Store {
             return Err(StoreError::OutOfRange);
         }
         for (block, content) in data.zip(payload.chunks_exact(BLOCK)) {
-            if crc32c(content) != block.crc {
+            if checksum_of(content) != block.checksum {
                 return Err(StoreError::BadChecksum { block: block.block });
             }
         }
@@ -233,25 +233,26 @@ impl Store {
         &mut self,
         key: &ShardKey,
         first_block: u32,
-        crcs: &[u32],
+        checksums: &[Checksum],
         pieces: &[Bytes],
         stamp: Stamp,
     ) -> Result<u64, StoreError> {
         let per_record = self.log.record_blocks_max() as usize;
         let mut lsn = 0;
-        for (index, crcs) in crcs.chunks(per_record).enumerate() {
-            let length = crcs.len() * BLOCK;
-            self.make_room(HEADER_BYTES + crcs.len() * WRITE_EXTRA + length, Class::Data)?;
+        for (index, checksums) in checksums.chunks(per_record).enumerate() {
+            let length = checksums.len() * BLOCK;
+            self.make_room(HEADER_BYTES + checksums.len() * WRITE_EXTRA + length, Class::Data)?;
             let first_block = first_block + (index * per_record) as u32;
-            let blocks = crcs.len() as u32;
+            let blocks = checksums.len() as u32;
             let header = Header::new(Kind::Write, key.image);
             let header = Header { key: *key, first_block, blocks, stamp, ..header };
-            let extra =
-                |out: &mut Vec<u8>| crcs.iter().for_each(|crc| out.extend(crc.to_le_bytes()));
+            let extra = |out: &mut Vec<u8>| {
+                checksums.iter().for_each(|checksum| out.extend(checksum.to_le_bytes()))
+            };
             let start = index * per_record * BLOCK;
             let staged = self.log.stage(header, extra, cut(pieces, start, start + length));
-            let crcs = crcs.iter().copied();
-            self.state.apply_write(*key, first_block, crcs, staged.place, stamp);
+            let checksums = checksums.iter().copied();
+            self.state.apply_write(*key, first_block, checksums, staged.place, stamp);
             lsn = staged.lsn;
         }
         Ok(lsn)
@@ -311,14 +312,14 @@ impl WriteOp<'_> {
 }
 
 /// Checks each block's part of the payload against its checksum.
-fn verify(span: &Span, crcs: &[u32], payload: &[u8]) -> Result<(), StoreError> {
-    if crcs.len() != span.blocks as usize {
+fn verify(span: &Span, checksums: &[Checksum], payload: &[u8]) -> Result<(), StoreError> {
+    if checksums.len() != span.blocks as usize {
         return Err(StoreError::OutOfRange);
     }
     let mut rest = payload;
-    for (index, crc) in (0..span.blocks).zip(crcs) {
+    for (index, checksum) in (0..span.blocks).zip(checksums) {
         let (part, next) = rest.split_at(span.part(index).1 as usize);
-        if crc32c(part) != *crc {
+        if checksum_of(part) != *checksum {
             return Err(StoreError::BadChecksum { block: span.first_block + index });
         }
         rest = next;

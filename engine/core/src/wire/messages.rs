@@ -3,6 +3,7 @@
 
 use super::codec::{Fields, Short, put_list, put_text};
 use super::{MAGIC, VERSION};
+use crate::checksum::{CHECKSUM_BYTES, Checksum};
 use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, Tag};
 use bytes::{BufMut, Bytes, BytesMut};
@@ -280,20 +281,20 @@ impl Head for IoInto {
 }
 
 /// WRITE's head: the range, then one checksum per touched block, read into `checksums`.
-pub fn take_write(head: Bytes, checksums: &mut Vec<u32>) -> Result<Io, Short> {
+pub fn take_write(head: Bytes, checksums: &mut Vec<Checksum>) -> Result<Io, Short> {
     let mut fields = Fields(head);
     let io = Io::take_fields(&mut fields)?;
-    if !fields.0.len().is_multiple_of(4) {
+    if !fields.0.len().is_multiple_of(CHECKSUM_BYTES) {
         return Err(Short);
     }
     checksums.clear();
     while !fields.0.is_empty() {
-        checksums.push(fields.u32()?);
+        checksums.push(fields.u64()?);
     }
     Ok(io)
 }
 
-/// A block on the wire: a byte 0 (absent), 1 (zero), 2 (data) or 3 (bad) and the CRC32C (0 without
+/// A block on the wire: a byte 0 (absent), 1 (zero), 2 (data) or 3 (bad) and the checksum (0 without
 /// data).
 fn put_block(out: &mut BytesMut, block: Block) {
     let (state, checksum) = match block {
@@ -303,11 +304,11 @@ fn put_block(out: &mut BytesMut, block: Block) {
         Block::Bad => (3, 0),
     };
     out.put_u8(state);
-    out.put_u32_le(checksum);
+    out.put_u64_le(checksum);
 }
 
 fn take_block(f: &mut Fields) -> Result<Block, Short> {
-    let (state, checksum) = (f.u8()?, f.u32()?);
+    let (state, checksum) = (f.u8()?, f.u64()?);
     match state {
         0 => Ok(Block::Absent),
         1 => Ok(Block::Zero),
@@ -327,7 +328,7 @@ pub fn put_blocks(out: &mut BytesMut, blocks: impl ExactSizeIterator<Item = Bloc
 pub fn take_blocks(head: Bytes, blocks: &mut Vec<Block>) -> Result<(), Short> {
     let mut fields = Fields(head);
     let count = fields.u32()? as usize;
-    if fields.0.len() != count.checked_mul(5).ok_or(Short)? {
+    if fields.0.len() != count.checked_mul(BLOCK_WIRE_BYTES).ok_or(Short)? {
         return Err(Short);
     }
     blocks.clear();
@@ -510,8 +511,10 @@ fn put_tagged(out: &mut BytesMut, blocks: &[(Block, Tag)]) {
     });
 }
 
+/// Of a block's state and checksum.
+const BLOCK_WIRE_BYTES: usize = 1 + CHECKSUM_BYTES;
 /// Of a block's state, checksum and tag.
-pub const TAGGED_BLOCK_BYTES: usize = 21;
+pub const TAGGED_BLOCK_BYTES: usize = BLOCK_WIRE_BYTES + 16;
 
 fn take_tagged(f: &mut Fields) -> Result<Vec<(Block, Tag)>, Short> {
     f.list(TAGGED_BLOCK_BYTES, |f| Ok((take_block(f)?, take_tag(f)?)))

@@ -146,11 +146,13 @@ def test_wrong_usage_ends_with_2(hci: Run, arguments: tuple[str, ...]) -> None:
         (("image", "rm", "vms/none"), "there is no image vms/none"),
         (("image", "url", "vms/none"), "there is no image vms/none"),
         (("image", "ls", "none"), "there is no pool none"),
+        (("image", "ls", "\udcff"), r"'\udcff' is not a pool name"),
         (("image", "resize", "vms/there", "512"), "use --force if that data is not needed"),
         (("image", "import", "/none.img", "vms/a"), "/none.img cannot be read: No such file"),
         (("image", "url", "vms/there", "--gateway", "gateway9"), "no [gateway.gateway9] in it"),
         (("pool", "create", "vms"), "the pool vms exists already"),
         (("pool", "set", "none", "--when-full", "stall"), "there is no pool none"),
+        (("pool", "set", "\udcff", "--when-full", "stall"), r"'\udcff' is not a pool name"),
         (("pool", "create", "Bad"), "'Bad' is not a pool name"),
         (("pool", "create", "b", "--shard-size", "3M"), "is not a shard size: use 1M, 2M"),
         (("pool", "create", "b", "--failure-domain", "zone"), "needs 3 nodes on different zones"),
@@ -161,7 +163,12 @@ def test_wrong_usage_ends_with_2(hci: Run, arguments: tuple[str, ...]) -> None:
             "there is no arbiter w; `hci arbiter ls`",
         ),
         (("pool", "create", "b", "--arbiter", "w"), "replica-3 has no arbiter: leave w out"),
+        (
+            ("pool", "create", "b", "--policy", "thin-arbiter", "--arbiter", "\udcff"),
+            r"'\udcff' is not an arbiter name",
+        ),
         (("arbiter", "replace", "v", "w"), "there is no arbiter w"),
+        (("arbiter", "replace", "v", "\udcff"), r"'\udcff' is not an arbiter name"),
         (("arbiter", "serve"), "say which arbiter with --name (known: none)"),
         (("dev", "kill", "node9"), "no member 'node9' in"),
         (("dev", "kill", "node1"), "node1 is not running; see `hci dev status`"),
@@ -289,6 +296,32 @@ def test_dev_start_in_a_folder_of_something_else_is_refused(hci: Run, tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("folder", "pool", "told"),
+    [
+        ("new", "Bad Pool", "'Bad Pool' is not a pool name: use 1 to 63 lower-case"),
+        ("n\x7fw", "vms", "is not valid TOML"),
+        ("n\udcffw", "vms", "is not UTF-8, as its configuration has to be"),
+    ],
+)
+def test_dev_start_that_would_write_a_wrong_configuration_makes_no_folder(
+    hci: Run, tmp_path: Path, folder: str, pool: str, told: str
+) -> None:
+    # It wrote the configuration, found it wrong, and found it wrong at each start from then on.
+    status, _, complaint = hci("dev", "start", str(tmp_path / folder), "--pool", pool)
+    assert status == 1
+    assert told in complaint
+    assert [path.name for path in tmp_path.iterdir()] == ["hci.toml"]
+
+
+def test_dev_start_of_a_cluster_with_another_pool_is_refused(hci: Run, tmp_path: Path) -> None:
+    # It was passed over, unlike --nodes and --gateways.
+    status, _, complaint = hci("dev", "start", str(tmp_path), "--pool", "other")
+    assert status == 1
+    assert "was made with the pool vms; leave --pool out" in complaint
+    assert "`hci pool create other`" in complaint
+
+
+@pytest.mark.parametrize(
     ("written", "understood"),
     [
         (["image", "ls", "--config", "a"], ["--config", "a", "image", "ls"]),
@@ -314,6 +347,33 @@ def test_dev_commands_take_the_folder_that_start_took(
     status, _, complaint = hci("dev", "kill", "node1", "--dir", str(tmp_path))
     assert (status, complaint) == (1, "hci: node1 is not running; see `hci dev status`\n")
     assert hci("dev", "stop", str(tmp_path))[0] == 0
+
+
+def test_folder_with_a_name_that_is_not_utf8_is_printed(
+    hci: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What had been done ended with a traceback as it was said.
+    monkeypatch.delenv("HCI_CONFIG")
+    folder = tmp_path / "n\udcffw"
+    folder.mkdir()
+    (tmp_path / "hci.toml").rename(folder / "hci.toml")
+    status, printed, _ = hci("dev", "status", str(folder), "--json")
+    assert (status, json.loads(printed)["dir"]) == (0, str(folder))
+    assert hci("dev", "stop", str(folder))[0] == 0
+
+
+@pytest.mark.usefixtures("etcd")
+def test_text_that_is_not_utf8_is_one_line_where_nobody_else_says_so(
+    hci: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_self: Catalog) -> None:
+        "\udcff".encode()
+
+    monkeypatch.setattr(Catalog, "pools", fail)
+    status, printed, complaint = hci("pool", "ls")
+    assert (status, printed) == (1, "")
+    assert complaint.startswith("hci: a name or a value that was given is not UTF-8: ")
+    assert complaint.count("\n") == 1
 
 
 def test_dev_cluster_without_an_arbiter_gets_none_later(hci: Run, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hci import config
+from hci import config_file
+from hci.config import Config
 from hci.dev import health, holder, layout
 from hci.errors import DevError
 
@@ -25,10 +26,10 @@ connection.sendall(sys.argv[1].encode())
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[config.Config]:
+def cluster(tmp_path: Path) -> Iterator[Config]:
     path = tmp_path / "hci.toml"
     layout.write(path, layout.new_config(tmp_path, 3, 2, "vms"))
-    found = config.load(path)
+    found = config_file.load(path)
     assert found.dev is not None
     layout.make_run_dir(found.dev.run_dir)
     process = subprocess.Popen([sys.executable, "-m", "hci.dev.holder", "--config", str(path)])
@@ -69,7 +70,7 @@ def serve_one(listener: socket.socket, word: str) -> None:
     subprocess.run(command, pass_fds=[descriptor], check=True, timeout=60)
 
 
-def connect(cluster: config.Config) -> socket.socket:
+def connect(cluster: Config) -> socket.socket:
     client = socket.socket(socket.AF_UNIX)
     client.settimeout(60)
     client.connect(str(cluster.gateways["gateway1"].nbd_socket))
@@ -77,7 +78,7 @@ def connect(cluster: config.Config) -> socket.socket:
 
 
 def test_client_that_connects_between_two_gateways_is_served_by_the_second(
-    cluster: config.Config,
+    cluster: Config,
 ) -> None:
     with holder.take(cluster, "gateway1") as first:
         with connect(cluster) as client:
@@ -89,19 +90,19 @@ def test_client_that_connects_between_two_gateways_is_served_by_the_second(
         assert client.recv(64) == b"second"
 
 
-def test_socket_is_for_its_owner_alone(cluster: config.Config) -> None:
+def test_socket_is_for_its_owner_alone(cluster: Config) -> None:
     with holder.take(cluster, "gateway1"):
         path = cluster.gateways["gateway1"].nbd_socket
         assert path.stat().st_mode & 0o777 == 0o600
         assert path.parent.stat().st_mode & 0o777 == 0o700
 
 
-def test_gateway_that_is_not_configured_gets_no_socket(cluster: config.Config) -> None:
+def test_gateway_that_is_not_configured_gets_no_socket(cluster: Config) -> None:
     with pytest.raises(DevError, match="no NBD socket for gateway9: gateway9 is not in"):
         holder.take(cluster, "gateway9")
 
 
-def test_holder_survives_a_client_that_says_nothing(cluster: config.Config) -> None:
+def test_holder_survives_a_client_that_says_nothing(cluster: Config) -> None:
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(holder.address(cluster)))
     with holder.take(cluster, "gateway2") as listener:
@@ -109,6 +110,6 @@ def test_holder_survives_a_client_that_says_nothing(cluster: config.Config) -> N
 
 
 def test_holder_that_is_gone_is_told(tmp_path: Path) -> None:
-    found = config.parse(layout.new_config(tmp_path, 3, 1, "vms"), tmp_path / "hci.toml")
+    found = config_file.parse(layout.new_config(tmp_path, 3, 1, "vms"), tmp_path / "hci.toml")
     with pytest.raises(DevError, match="holder of the NBD sockets does not answer"):
         holder.take(found, "gateway1")

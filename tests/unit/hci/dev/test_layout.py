@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from hci import config
+from hci import config_file
+from hci.config import Config, Endpoint
+from hci.config_values import LONGEST_SOCKET_PATH
 from hci.dev import layout, ports
 
 
-def parsed(folder: Path, nodes: int = 3, gateways: int = 2) -> config.Config:
+def parsed(folder: Path, nodes: int = 3, gateways: int = 2) -> Config:
     text = layout.new_config(folder, nodes, gateways, "vms")
-    return config.parse(text, folder / layout.CONFIG_NAME)
+    return config_file.parse(text, folder / layout.CONFIG_NAME)
 
 
 def test_new_config_has_all_members_each_on_a_host_of_its_own() -> None:
@@ -24,7 +26,7 @@ def test_new_config_has_all_members_each_on_a_host_of_its_own() -> None:
 
 def test_new_config_with_an_arbiter_has_it_on_a_host_of_its_own() -> None:
     text = layout.new_config(Path("/srv/c"), 2, 1, "vms", arbiter=True)
-    found = config.parse(text, Path("/srv/c/hci.toml"))
+    found = config_file.parse(text, Path("/srv/c/hci.toml"))
     assert list(found.arbiters) == ["arbiter"]
     arbiter = found.arbiter("arbiter")
     assert (arbiter.host, arbiter.data_dir) == ("host3", Path("/srv/c/arbiter"))
@@ -49,7 +51,7 @@ def test_new_config_in_a_deep_folder_has_short_sockets() -> None:
     found = parsed(deep)
     assert found.nodes["node1"].data_dir == deep / "node1"
     socket_path = found.gateways["gateway2"].nbd_socket
-    assert len(str(socket_path)) <= config.LONGEST_SOCKET_PATH
+    assert len(str(socket_path)) <= LONGEST_SOCKET_PATH
 
 
 def test_two_new_configs_share_no_run_folder() -> None:
@@ -63,8 +65,8 @@ def test_two_new_configs_share_no_run_folder() -> None:
 def test_port_in_use_is_not_free() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        assert not ports.is_free(config.Endpoint("127.0.0.1", port))
-    assert ports.is_free(config.Endpoint("127.0.0.1", port))
+        assert not ports.is_free(Endpoint("127.0.0.1", port))
+    assert ports.is_free(Endpoint("127.0.0.1", port))
 
 
 def test_write_replaces_a_file_whole(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 //! A simulated node as the histories here move it: nothing may go wrong but what they do to it.
 
-use crate::checksum::crc32c;
+use crate::checksum::checksum_of;
 use crate::geometry::{BLOCK_BYTES, ImageId, ShardKey, Tag};
 use crate::replica::Instance;
 use crate::simulation;
@@ -42,9 +42,9 @@ impl SimNode {
     pub fn scribble(&mut self) {
         let image = ImageId([0xA1; 16]);
         let key = ShardKey { image, layer: 1, shard: 7 };
-        let crc = crc32c(&[0xE5; BLOCK_BYTES as usize]);
+        let checksum = checksum_of(&[0xE5; BLOCK_BYTES as usize]);
         let blocks: Vec<CopyBlock> = (0..2)
-            .map(|block| CopyBlock { block, state: BlockState::Data, tag: Tag::NONE, crc })
+            .map(|block| CopyBlock { block, state: BlockState::Data, tag: Tag::NONE, checksum })
             .collect();
         let store = &mut self.run().store;
         let content = Bytes::from(vec![0xE5; 2 * BLOCK_BYTES as usize]);

@@ -121,9 +121,9 @@ impl Run {
                     .copy_from_slice(&data);
                 self.wrote(&mut model, shard);
                 self.models.push(model);
-                let crcs = fragment_crcs(offset, &data);
+                let checksums = fragment_checksums(offset, &data);
                 self.retrying(|store| {
-                    store.write(&op, &crcs, Bytes::from(data.clone())).map(|_| ())
+                    store.write(&op, &checksums, Bytes::from(data.clone())).map(|_| ())
                 })
             }
             Request::Zero { shard, offset, length } => {

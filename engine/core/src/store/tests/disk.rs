@@ -103,7 +103,7 @@ fn store_on_a_real_folder_is_locked_and_read_back_after_a_restart() {
         let (shard, offset) = (sequence % 20, sequence as u32 % 7 * BLOCK_BYTES);
         let op = WriteOp { image: IMAGE, layers: &[1], shard, offset, stamp };
         let data = vec![sequence as u8; BLOCK];
-        store.write(&op, &fragment_crcs(offset, &data), Bytes::from(data))
+        store.write(&op, &fragment_checksums(offset, &data), Bytes::from(data))
     };
     for sequence in 1..400 {
         while write(&mut store, sequence) == Err(StoreError::LogFull) {

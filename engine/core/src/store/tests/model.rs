@@ -6,7 +6,7 @@ use bytes::{Bytes, BytesMut};
 use proptest::prelude::*;
 
 use super::rig::*;
-use crate::checksum::crc32c;
+use crate::checksum::checksum_of;
 use crate::geometry::{BLOCK_BYTES, LayerId, ShardKey, Tag};
 use crate::store::index::{Place, Run, ShardIndex};
 use crate::store::{BlockState, CopyBlock, StoreError, WriteOp};
@@ -123,8 +123,8 @@ fn do_request(rig: &mut Rig, model: &mut Model, request: &Request) -> Result<(),
         Request::Copy { shard, block, state, byte } => {
             let state = BlockState::from_u8(state).expect("a state");
             let data = if state == BlockState::Data { vec![byte; BLOCK] } else { Vec::new() };
-            let crc = if data.is_empty() { 0 } else { crc32c(&data) };
-            let copied = [CopyBlock { block, state, tag: Tag { epoch: 1, sequence: 1 }, crc }];
+            let checksum = if data.is_empty() { 0 } else { checksum_of(&data) };
+            let copied = [CopyBlock { block, state, tag: Tag { epoch: 1, sequence: 1 }, checksum }];
             rig.store.copy(&Rig::key(shard), &copied, Bytes::from(data.clone()), 1)?;
             let content = if data.is_empty() { vec![0; BLOCK] } else { data };
             model.blocks.insert((1, shard, block), (state, content));
@@ -161,8 +161,12 @@ fn check(rig: &mut Rig, model: &Model) {
         let summary = rig.store.summary(&key).expect("summary");
         for (block, found) in (0..BLOCKS).zip(summary.blocks) {
             let (state, content) = model.own(layer, 0, block);
-            let crc = if state == BlockState::Data { crc32c(&content) } else { 0 };
-            assert_eq!((found.state, found.crc), (state, crc), "layer {layer}, block {block}");
+            let checksum = if state == BlockState::Data { checksum_of(&content) } else { 0 };
+            assert_eq!(
+                (found.state, found.checksum),
+                (state, checksum),
+                "layer {layer}, block {block}"
+            );
         }
     }
 }
@@ -216,7 +220,7 @@ proptest! {
             let state = if data { BlockState::Data } else { BlockState::Zero };
             let place = Place { segment: 1, offset: number as u32 };
             let tag = Tag::NONE;
-            let run = Run { length, state, keep_allocated: false, crc: 0, place, tag };
+            let run = Run { length, state, keep_allocated: false, checksum: 0, place, tag };
             index.insert(first, run);
             (first..first + length).for_each(|block| array[block as usize] = Some(place));
         }
@@ -249,8 +253,8 @@ proptest! {
         let mut meta = ShardMeta::uniform(256, BlockState::Absent);
         for (block, state) in (0..).zip(&states) {
             let state = BlockState::from_u8(*state).expect("a state");
-            let crc = if state == BlockState::Data { 7 * block + 1 } else { 0 };
-            meta.set(block, state, crc);
+            let checksum = if state == BlockState::Data { u64::from(7 * block + 1) << 29 } else { 0 };
+            meta.set(block, state, checksum);
         }
         (meta.version, meta.generation) = (5, 6);
         meta.tags = tags.iter().map(|(b, s)| (*b, Tag { epoch: 1, sequence: *s })).collect();
@@ -259,7 +263,7 @@ proptest! {
         prop_assert_eq!(&decoded, &Slot::Whole(Box::new(meta)));
         prop_assert_eq!(decode_slot(&Rig::key(4), 256, &slot), Slot::Damaged(None));
         let data = states.iter().filter(|state| **state == 2).count();
-        let used = 72 + 64 + 4 * data + 20 * tags.len();
+        let used = 72 + 64 + 8 * data + 20 * tags.len();
         slot[flip.index(used)] ^= 0x10;
         prop_assert!(matches!(decode_slot(&key, 256, &slot), Slot::Damaged(_)));
     }

@@ -8,7 +8,7 @@ use crate::store::simulated::Crash;
 use crate::store::{BlockState, CopyBlock, StoreError, WriteOp};
 use bytes::Bytes;
 
-use crate::checksum::crc32c;
+use crate::checksum::checksum_of;
 
 #[test]
 fn write_is_read_back_staged_appended_checkpointed_and_restarted() {
@@ -160,12 +160,12 @@ fn copy_keeps_tags_states_and_the_higher_generation() {
     let mut rig = Rig::new();
     let tag = |sequence| Tag { epoch: 1, sequence };
     let content = Bytes::from([vec![6; BLOCK], vec![7; BLOCK]].concat());
-    let crc = |index: usize| crc32c(&content[index * BLOCK..][..BLOCK]);
+    let checksum = |index: usize| checksum_of(&content[index * BLOCK..][..BLOCK]);
     let blocks = [
-        CopyBlock { block: 1, state: BlockState::Data, tag: tag(5), crc: crc(0) },
-        CopyBlock { block: 2, state: BlockState::Zero, tag: tag(6), crc: 0 },
-        CopyBlock { block: 9, state: BlockState::Data, tag: Tag::NONE, crc: crc(1) },
-        CopyBlock { block: 10, state: BlockState::Bad, tag: Tag::NONE, crc: 0 },
+        CopyBlock { block: 1, state: BlockState::Data, tag: tag(5), checksum: checksum(0) },
+        CopyBlock { block: 2, state: BlockState::Zero, tag: tag(6), checksum: 0 },
+        CopyBlock { block: 9, state: BlockState::Data, tag: Tag::NONE, checksum: checksum(1) },
+        CopyBlock { block: 10, state: BlockState::Bad, tag: Tag::NONE, checksum: 0 },
     ];
     rig.store.copy(&Rig::key(4), &blocks, content.clone(), 3).expect("copy");
     for _ in 0..2 {
@@ -173,7 +173,10 @@ fn copy_keeps_tags_states_and_the_higher_generation() {
         assert_eq!(summary.generation, 3);
         for block in &blocks {
             let found = summary.blocks[block.block as usize];
-            assert_eq!((found.state, found.tag, found.crc), (block.state, block.tag, block.crc));
+            assert_eq!(
+                (found.state, found.tag, found.checksum),
+                (block.state, block.tag, block.checksum)
+            );
         }
         assert_eq!(rig.content(4, 9, 1), vec![7; BLOCK]);
         let bad = StoreError::BadBlock { layer: 1, shard: 4, block: 10 };
@@ -183,7 +186,7 @@ fn copy_keeps_tags_states_and_the_higher_generation() {
     }
     rig.fill(4, 10, 1, 1);
     assert_eq!(rig.content(4, 10, 1), vec![1; BLOCK], "a write makes a bad block good");
-    let wrong = [CopyBlock { crc: 1, ..blocks[0] }];
+    let wrong = [CopyBlock { checksum: 1, ..blocks[0] }];
     let refused = rig.store.copy(&Rig::key(4), &wrong, content.slice(..BLOCK), 3);
     assert_eq!(refused, Err(StoreError::BadChecksum { block: 1 }));
 }
@@ -339,10 +342,10 @@ fn image_deleted_on_a_full_disk_goes_before_anything_needs_space() {
     const OTHER: ImageId = ImageId([0xB2; 16]);
     let mut rig = Rig::new();
     rig.store.put_record(OTHER, head(1, 1), Bytes::new()).expect("a first record");
-    let (data, crcs) = ([9; 4 * BLOCK], fragment_crcs(0, &[9; 4 * BLOCK]));
+    let (data, checksums) = ([9; 4 * BLOCK], fragment_checksums(0, &[9; 4 * BLOCK]));
     for shard in 0..8 {
         let op = WriteOp { image: OTHER, layers: &[1], shard, offset: 0, stamp: rig.stamp };
-        rig.store.write(&op, &crcs, Bytes::copy_from_slice(&data)).expect("a write");
+        rig.store.write(&op, &checksums, Bytes::copy_from_slice(&data)).expect("a write");
         rig.checkpoint();
     }
     (0..8).for_each(|shard| rig.fill(shard, 0, 2, shard as u8 + 1));

@@ -2,7 +2,7 @@
 
 use bytes::{Bytes, BytesMut};
 
-use crate::checksum::{block_checksums, crc32c};
+use crate::checksum::{Checksum, block_checksums, checksum_of};
 use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, ShardKey};
 use crate::store::simulated::SimDisk;
 use crate::store::{
@@ -85,7 +85,7 @@ impl Rig {
     ) -> Result<u64, StoreError> {
         self.stamp.sequence += 1;
         let op = WriteOp { image: IMAGE, layers, shard, offset, stamp: self.stamp };
-        self.store.write(&op, &fragment_crcs(offset, data), Bytes::copy_from_slice(data))
+        self.store.write(&op, &fragment_checksums(offset, data), Bytes::copy_from_slice(data))
     }
 
     pub fn write(&mut self, shard: u64, offset: u32, data: &[u8]) {
@@ -158,9 +158,9 @@ pub fn flatten(states: &[BlockState], data: &[u8]) -> Vec<u8> {
 }
 
 /// CRC32C of each touched block's part of the data.
-pub fn fragment_crcs(offset: u32, data: &[u8]) -> Vec<u32> {
+pub fn fragment_checksums(offset: u32, data: &[u8]) -> Vec<Checksum> {
     let first = (BLOCK - offset as usize % BLOCK).min(data.len());
-    let mut crcs = vec![crc32c(&data[..first])];
-    block_checksums(&data[first..], &mut crcs);
-    crcs
+    let mut checksums = vec![checksum_of(&data[..first])];
+    block_checksums(&data[first..], &mut checksums);
+    checksums
 }

@@ -1,7 +1,7 @@
 //! Damage that no crash explains is noticed, and never returned as data.
 
 use super::rig::*;
-use crate::checksum::crc32c;
+use crate::checksum::checksum_of;
 use crate::geometry::{BLOCK_BYTES, Tag};
 use crate::store::record::{self, Header, Kind};
 use crate::store::shard_file::{decode_slot, shard_path, slot_bytes};
@@ -26,7 +26,7 @@ fn corrupted_block_is_bad_until_it_is_repaired() {
     assert_eq!(rig.write_layers(&[1], 0, 2 * BLOCK_BYTES, &[1; 10]), Err(bad(2)), "no merge");
     let content = Bytes::from(vec![5; BLOCK]);
     let (state, tag) = (BlockState::Data, Tag::NONE);
-    let good = [CopyBlock { block: 2, state, tag, crc: crc32c(&content) }];
+    let good = [CopyBlock { block: 2, state, tag, checksum: checksum_of(&content) }];
     rig.store.copy(&Rig::key(0), &good, content, 1).expect("repair");
     assert_eq!(rig.content(0, 0, 4), vec![5; 4 * BLOCK]);
     rig.checkpoint();
@@ -231,7 +231,7 @@ fn rot_in_a_synced_record_is_reported_for_ever_and_a_torn_end_is_not() {
     let stamp = crate::store::Stamp { epoch: 1, generation: 1, sequence: 50 };
     let op = crate::store::WriteOp { image: IMAGE, layers: &[1], shard: 0, offset: 0, stamp };
     let data = vec![3; BLOCK];
-    store.write(&op, &[crc32c(&data)], Bytes::from(data)).expect("write");
+    store.write(&op, &[checksum_of(&data)], Bytes::from(data)).expect("write");
     store.append().expect("append");
     let place = store.state.index.get(&Rig::key(0)).and_then(|s| s.get(0)).expect("there").place;
     torn.corrupt(&path, u64::from(place.offset) + 5);

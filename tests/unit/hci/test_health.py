@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from etcd.records import ImageRecord, PlacementRecord, PoolRecord
+from etcd.images import ImageRecord
+from etcd.records import PlacementRecord, PoolRecord
 from hci import control_pb2 as pb
-from hci.survey import ArbiterView, GatewayView, Health, NodeView, Survey
+from hci.health import NAMED, SHOWN, Health, health_of, on_a_screen, problems
+from hci.survey import ArbiterView, GatewayView, NodeView, Survey
 from shard.ids import image_id
 from shard.membership import Policy
 from shard.placement import FailureDomain
@@ -98,8 +100,8 @@ def witness(state: str, trouble: str = "") -> ArbiterView:
     ],
 )
 def test_pair_with_an_arbiter_says_how_it_is(found: Survey, health: Health, told: str) -> None:
-    assert found.health is health
-    said = " ".join(f"{each.what} {each.advice}" for each in found.problems)
+    assert health_of(problems(found)) is health
+    said = " ".join(f"{each.what} {each.advice}" for each in problems(found))
     assert told in said
 
 
@@ -120,8 +122,8 @@ def slow(node: pb.SlowNode) -> GatewayView:
 
 
 def test_cluster_without_problems_is_ok() -> None:
-    assert WELL.problems == []
-    assert WELL.health is Health.OK
+    assert problems(WELL) == []
+    assert health_of(problems(WELL)) is Health.OK
 
 
 @pytest.mark.parametrize(
@@ -233,15 +235,40 @@ def test_cluster_without_problems_is_ok() -> None:
 def test_cluster_with_a_problem_says_how_bad_it_is_and_what_to_do(
     found: Survey, health: Health, told: str
 ) -> None:
-    assert found.health is health
-    worst = [each for each in found.problems if each.health is health]
+    assert health_of(problems(found)) is health
+    worst = [each for each in problems(found) if each.health is health]
     assert any(told in f"{each.what} {each.advice}" for each in worst)
-    assert found.problems[: len(worst)] == worst, "the worst come first"
+    assert problems(found)[: len(worst)] == worst, "the worst come first"
 
 
 def test_image_that_many_nodes_are_stale_for_is_counted_not_listed() -> None:
     images = {
         f"vms/{number}": image(stale={0: {"node3": 1}}, generation=2) for number in range(100)
     }
-    (problem,) = replace(WELL, images=images).problems
+    (problem,) = problems(replace(WELL, images=images))
     assert problem.what == "node3 is stale for vms/0, vms/1, vms/2 and 97 more"
+
+
+def test_a_screen_has_room_for_a_hundred_images_that_wait_for_the_same() -> None:
+    away = (node("node1"), node("node2", "down"), node("node3", "down"))
+    images = {f"vms/{number:03}": image() for number in range(100)}
+    waits = pb.OpenImage.STATE_READS_ONLY
+    opened = [pb.OpenImage(name=name, state=waits, trouble="node2") for name in images]
+    busy = replace(WELL.gateways[0], images=opened)
+    judged = problems(replace(WELL, nodes=away, images=images, gateways=(busy,)))
+    assert len(judged) == 2 + 1 + 100 + 100
+    shown = list(on_a_screen(judged))
+    assert len(shown) == 2 + 1 + 2 * (SHOWN + 1)
+    assert [each for each in shown if not each.image and "more" not in each.what] == [
+        each for each in judged if not each.image
+    ]
+    more = [each.what for each in shown if each.what.startswith(f"{100 - SHOWN} more")]
+    assert len(more) == 2
+    assert all(what.count("vms/") == NAMED for what in more)
+
+
+def test_gateway_that_runs_elsewhere_and_cannot_be_asked_is_said_to_be_so() -> None:
+    silent = GatewayView("gateway2", "silent", "host2", "it does not answer")
+    (problem,) = problems(replace(WELL, gateways=(*WELL.gateways, silent)))
+    assert problem.health is Health.DEGRADED
+    assert "gateway2 on host2 runs and cannot be asked" in problem.what

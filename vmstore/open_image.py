@@ -1,0 +1,65 @@
+"""`OpenImage`: what a gateway keeps of an image while it is open, opening or closing.
+
+Written on the deciding thread only (`vmstore/deciding.py`). Who is in sync, and what is done about
+it, is its holder's business; here is what stands around that: the lease, clients, what the engine
+told.
+"""
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from shard.ids import ImageId
+from vmstore.holder import Holder
+from vmstore.holding import Held
+from vmstore.names import ImageName
+
+
+@dataclass(slots=True)
+class Resize:
+    """A change of size that was asked for."""
+
+    size_bytes: int
+    force: bool
+    done: Future[int]
+    reconnect: bool = False
+    shrinks: bool = False
+    """Whether data is being discarded: no client is let in."""
+
+
+@dataclass(slots=True)
+class OpenImage:
+    """An image that is open, opening or closing."""
+
+    image: ImageId
+    name: ImageName
+    channel: int
+    holder: Holder
+    held: Held | None = None
+    maintenance: bool = False
+    """Open to be healed, for no client: the next gateway that is asked may take it over."""
+    claiming: bool = False
+    node_names: tuple[str, ...] = ()
+    waiting: list[tuple[int, ImageName]] = field(default_factory=list)
+    """Clients that are answered when it is open."""
+    users: set[int] = field(default_factory=set)
+    sent_away: set[int] = field(default_factory=set)
+    """Users who were asked to connect anew: their processes come back, with what they had asked."""
+    resize: Resize | None = None
+    """A change of its size that is under way."""
+    boots: dict[str, str] = field(default_factory=dict)
+    """Of its nodes: which memory holds what they answered and have not synced."""
+    late: dict[int, float] = field(default_factory=dict)
+    """Since when clients wait for it to be closed."""
+    slow: dict[str, int] = field(default_factory=dict)
+    """Nodes that were told to be slow, and by how many milliseconds."""
+    slow_left_behind: int = 0
+    """How often a node was left behind because it was slow."""
+    refusing: frozenset[int] = frozenset()
+    """Replica sets where clients are told that disks are full."""
+    full_asked_s: float | None = None
+    """When the pool was asked for that, while disks are full."""
+    writes_lost: int = 0
+    """How often answered writes were lost with the power of all nodes in sync."""
+    behind: bool = False
+    """Whether etcd was found to have lost history of it."""
+    last_trouble: str = ""
