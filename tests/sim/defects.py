@@ -256,7 +256,7 @@ DEFECTS = (
     Defect("flush numbers", "16: a disk is rolled back", "swapped", 20, 10,
            patch=_believe_any_disk),
     Defect("a flush is durable", "invariant 1", "power", 10, 5, rules=("FlushIsDurable",)),
-    Defect("levelled means durable", "5: copies that are not synced", "power", 110, 73,
+    Defect("levelled means durable", "5: copies that are not synced", "power", 220, 145,
            rules=("LevelIsDurable",)),
     Defect("level before requests", "18: copies that land on newer data", "kills", 80, 48,
            rules=("LevelBeforeRequests",)),
