@@ -74,8 +74,8 @@ stalls: setup ## Measure how long a guest waits when something dies, beside the 
 	@$(PYTHON) -m tests.tools.stalls --json bench/results/stalls.json \
 	    $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SEED),--seed $(SEED))
 
-heal: setup ## Count what travels when a node that was away is healed: 20 GiB image, 15 GB of disk
-	@$(PYTHON) -m tests.tools.heal --json bench/results/heal.json
+heal: setup ## Count what travels in a heal, and what guests keep beside it: 15 GB of disk (ROUNDS=3)
+	@$(PYTHON) -m tests.tools.heal --json bench/results/heal.json $(if $(ROUNDS),--rounds $(ROUNDS))
 
 bench: setup ## Measure against nbdkit and, where installed, Gluster; table and bench/results/
 	@$(PYTHON) -m bench

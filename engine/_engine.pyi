@@ -113,7 +113,9 @@ class Gateway:
 
         `serial` is that of its last `peeked`, `attempt` is given back in the events, `sets` says
         since which generation the node is stale in which replica sets. 0 bytes: no limit.
-        While clients ask for something it works `share_percent` of the time.
+        The limits are those of all heals, and of levelling, of this gateway together; where they
+        differ the strictest hold. While clients of any image ask for something these work
+        `share_percent` of the time.
         """
 
     def writes_lost(self, channel: int, sets: list[int]) -> None:
@@ -138,7 +140,7 @@ class Gateway:
         """Read and compare all replicas in sync from a shard on, up to another (`scrub_ended`).
 
         At most `bytes_per_second` on each node (0: no limit), and `share_percent` of the time while
-        clients ask for something.
+        clients of any image ask for something, for all scrubs of this gateway together.
         """
 
     def end_scrub(self, channel: int, attempt: int) -> None:

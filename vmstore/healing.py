@@ -22,7 +22,7 @@ LONGEST_PAUSE_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class HealLimits:
-    """How much of the hosts a heal may take.
+    """How much of the hosts the heals of a gateway may take, all together.
 
     The rate leaves most of a 10 Gbit/s network and of any SSD to guests; a few shards at once hide
     the time that each waits for answers.
@@ -31,6 +31,7 @@ class HealLimits:
     bytes_per_second: int = 128 << 20
     """0: as fast as it goes."""
     shards_at_once: int = 4
+    """Dealt out among the images that are healed; each has one at least."""
     share_percent: int = 25
     """Of the time, while guests want something: they keep the rest, and the budget is 70 %."""
 

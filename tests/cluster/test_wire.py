@@ -12,6 +12,7 @@ import socket
 import struct
 import subprocess
 import threading
+import time
 import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,11 @@ STATUS_WRONG_NODE = 4
 STATUS_NO_SESSION = 8
 MEMORY = 8
 READ_INTO = 22
+PING = 2
+SUMMARY = 33
+BESIDE_CLIENTS = 1
+# A hang detector; the load pauses for a moment where it begins anew.
+SEEN_TIMEOUT_S = 20.0
 KINDS = (*range(1, 9), *range(16, 23), *range(32, 39))
 UNKNOWN_KINDS = (0, 9, 15, 23, 31, 39, 99, 127)
 
@@ -115,18 +121,24 @@ def hello(cluster: bytes, node: str, *, lowest: int = 1, highest: int = 1) -> by
 
 def answer(connection: socket.socket) -> tuple[int, int]:
     """Kind and status of the next frame."""
+    kind, _, status = flagged_answer(connection)
+    return kind, status
+
+
+def flagged_answer(connection: socket.socket) -> tuple[int, int, int]:
+    """Kind, flags and status of the next frame."""
     prefix = b""
     while len(prefix) < 28:
         piece = connection.recv(28 - len(prefix))
         assert piece, "closed without an answer"
         prefix += piece
-    head_bytes, payload_bytes, _, kind, _, status = struct.unpack("<IIIBBH", prefix[:16])
+    head_bytes, payload_bytes, _, kind, flags, status = struct.unpack("<IIIBBH", prefix[:16])
     left = head_bytes + payload_bytes
     while left:
         piece = connection.recv(left)
         assert piece, "closed within a frame"
         left -= len(piece)
-    return kind, status
+    return kind, flags, status
 
 
 def is_closed(connection: socket.socket) -> bool:
@@ -278,3 +290,20 @@ def test_wire_memory_without_a_descriptor_and_descriptors_without_end_are_refuse
         assert answer(connection) == (HELLO | REPLY, 0)
         connection.sendall(frame(MEMORY, b""))
         assert answer(connection) == (MEMORY | REPLY, STATUS_MALFORMED)
+
+
+def test_wire_work_in_the_background_is_told_of_clients(busy: DevCluster) -> None:
+    """A gateway that heals sees its own clients only; the node says that there are others."""
+    blocks = struct.pack("<QIQII", 1, 1, 0, 0, 1)
+    deadline = time.monotonic() + SEEN_TIMEOUT_S
+    with connect(busy) as connection:
+        connection.sendall(hello(cluster_id(busy), "node1"))
+        assert answer(connection) == (HELLO | REPLY, 0)
+        flags = 0
+        while flags == 0 and time.monotonic() < deadline:
+            connection.sendall(frame(SUMMARY, blocks, channel=3))
+            kind, flags, status = flagged_answer(connection)
+            assert (kind, status) == (SUMMARY | REPLY, STATUS_NO_SESSION)
+        assert flags == BESIDE_CLIENTS
+        connection.sendall(frame(PING, b""))
+        assert flagged_answer(connection) == (PING | REPLY, 0, 0)

@@ -334,7 +334,7 @@ DEFECTS = (
            patch=_believe_any_disk),
     Defect("a flush is durable", "invariant 1", "power", 10, 5,
            match="read as", rules=("FlushIsDurable",)),
-    Defect("levelled means durable", "5: copies that are not synced", "power", 110, 73,
+    Defect("levelled means durable", "5: copies that are not synced", "power", 220, 145,
            match="differs|read as",
            rules=("LevelIsDurable",)),
     Defect("level before requests", "18: copies that land on newer data", "kills", 80, 48,

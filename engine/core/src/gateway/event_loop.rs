@@ -11,8 +11,8 @@ use crate::nbd::budget::Budget;
 use crate::nbd::serve::{Client, Need};
 use crate::nbd::{Answer, Counters, Limits, TlsMode};
 use crate::replica::{
-    Event, ImageIo, Instance, Link, LinkEvent, LinkTarget, NodeIndex, OpenSpec, Outcome, Output,
-    Token,
+    Background, Event, ImageIo, Instance, Link, LinkEvent, LinkTarget, NodeIndex, OpenSpec,
+    Outcome, Output, Token,
 };
 use crate::wire::messages::HelloReply;
 use rustix::net::SocketFlags;
@@ -70,6 +70,7 @@ pub(super) struct EventLoop {
     /// Clients that the budget holds back, in the order in which they go on.
     held: Vec<usize>,
     images: HashMap<u32, OpenImage>,
+    background: Background,
     touched: Vec<u32>,
     limits: Limits,
     now_ns: u64,
@@ -101,6 +102,7 @@ impl EventLoop {
             budget: Budget::default(),
             held: Vec::new(),
             images: HashMap::new(),
+            background: Background::default(),
             touched: Vec::new(),
             limits: Limits::default(),
             now_ns,
@@ -129,6 +131,7 @@ impl EventLoop {
                 self.tick();
             }
             self.settle();
+            self.go_on_in_background();
         }
     }
 
@@ -238,6 +241,7 @@ impl EventLoop {
         let Some(client) = self.clients.get_mut(index) else { return };
         let Some(channel) = client.channel() else { return };
         let Some(image) = self.images.get_mut(&channel) else { return self.end_client(index) };
+        image.io.set_now(self.now_ns);
         let served = client.serve(&mut image.io, &self.budget);
         client.account(&mut self.budget);
         self.touch(channel);
@@ -433,7 +437,7 @@ impl EventLoop {
         assert!(!self.images.contains_key(&channel), "channel {channel} is taken");
         let links: Vec<_> =
             spec.nodes.iter().map(|node| self.link_names.get(node).copied()).collect();
-        let mut io = ImageIo::new(spec);
+        let mut io = ImageIo::new(spec, &self.background);
         for (node, link) in links.iter().enumerate() {
             let ready = link.map(|link| &self.links[link]).filter(|link| link.is_ready());
             if let Some(link) = ready {
@@ -451,6 +455,16 @@ impl EventLoop {
             image.io.set_now(self.now_ns);
             act(&mut image.io);
             self.touch(channel);
+        }
+    }
+
+    /// Work in the background that waits for its turn goes on where there is room.
+    fn go_on_in_background(&mut self) {
+        for _ in 0..self.background.waiting() {
+            let Some(channel) = self.background.offer(self.now_ns) else { return };
+            self.with_image(channel, ImageIo::pace);
+            self.settle();
+            self.background.offer_over();
         }
     }
 
@@ -496,6 +510,7 @@ impl EventLoop {
                     }
                 }
             }
+            image.io.report_background();
         }
         self.flush_links(links);
         for index in clients {

@@ -12,7 +12,7 @@ use crate::io::{
 use crate::store::disk::Errno;
 use crate::store::{Store, StoreError};
 use crate::wire::messages::{Head, Hello, HelloReply, Number};
-use crate::wire::{Frame, FrameReader, Prefix, REPLY, Status, VERSION, encode, kind};
+use crate::wire::{Frame, FrameReader, Prefix, REPLY, Status, VERSION, encode, flag, kind};
 use bytes::{Bytes, BytesMut};
 use rustix::net::SocketFlags;
 use slab::Slab;
@@ -36,6 +36,8 @@ const SIGN_OF_LIFE_NS: u64 = 1_000_000_000;
 const NO_SPACE_PAUSE_NS: u64 = 1_000_000_000;
 /// A peer that has not greeted by then is sent away.
 const GREETING_NS: u64 = 5_000_000_000;
+/// Without a client's request for so long no client is there.
+const CLIENTS_GONE_NS: u64 = 250_000_000;
 
 struct Connection {
     stream: Stream,
@@ -80,6 +82,9 @@ pub(super) struct EventLoop {
     /// No checkpoint begins before this time.
     checkpoint_after_ns: u64,
     counters: Counters,
+    now_ns: u64,
+    /// When a client's request last came, of any image and by any gateway.
+    clients_ns: Option<u64>,
     signed_ns: u64,
     /// See `now_and_then`.
     next_look_ns: u64,
@@ -117,6 +122,8 @@ impl EventLoop {
             checkpointing: false,
             checkpoint_after_ns: 0,
             counters: Counters::default(),
+            now_ns: 0,
+            clients_ns: None,
             signed_ns: 0,
             next_look_ns: 0,
             touched: Vec::new(),
@@ -138,6 +145,7 @@ impl EventLoop {
             if let Err(error) = self.poller.wait(TICK, &mut ready) {
                 panic!("epoll_wait failed: {error}");
             }
+            self.now_ns = boottime_ns();
             for event in &ready {
                 self.ready(*event);
             }
@@ -255,10 +263,15 @@ impl EventLoop {
             memory,
         };
         let outcome = requests.handle(&frame);
+        if matches!(frame.kind, kind::READ | kind::READ_INTO | kind::WRITE | kind::ZERO) {
+            self.clients_ns = Some(self.now_ns);
+        }
         self.counters.request(&frame, &outcome);
         match outcome {
             Outcome::Answer { status, head, payload } => {
-                self.answer(index, Prefix::reply(&frame, status), &head, payload);
+                let flags = self.clients_flag(&frame);
+                let prefix = Prefix { flags, ..Prefix::reply(&frame, status) };
+                self.answer(index, prefix, &head, payload);
             }
             Outcome::Placed { head, .. } => {
                 self.answer(index, Prefix::reply(&frame, Status::Ok), &head, Bytes::new());
@@ -283,6 +296,14 @@ impl EventLoop {
             }
         }
         true
+    }
+
+    /// What is said with an answer to work in the background: clients want this node too.
+    fn clients_flag(&self, to: &Frame) -> u8 {
+        let background = matches!(to.kind, kind::SUMMARY | kind::FETCH | kind::COPY | kind::SCRUB);
+        let silent_ns = self.clients_ns.map(|clients_ns| self.now_ns.saturating_sub(clients_ns));
+        let here = silent_ns.is_some_and(|silent_ns| silent_ns < CLIENTS_GONE_NS);
+        if background && here { flag::BESIDE_CLIENTS } else { 0 }
     }
 
     /// The gateway hands memory over. One that cannot be used is refused, and reads come without it.

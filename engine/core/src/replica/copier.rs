@@ -4,8 +4,9 @@
 //!
 //! Who counts, and who gets what, `compare` decides; when a shard may be worked on, its owner does.
 
+use super::background::Pacing;
 use super::compare::{Comparison, CopyRun};
-use super::pacing::Pacing;
+use super::pacing::Need;
 use super::replies::BadReply;
 use super::{NodeIndex, NodeMask};
 use crate::checksum::checksum_of;
@@ -251,18 +252,19 @@ impl Copier {
     /// Keeps fetches in flight; true: the job has nothing left.
     fn pump(&mut self, job_id: usize, stamp: CopyStamp) -> bool {
         loop {
-            let (allowed, narrow) = (self.pacing.allows(), self.pacing.is_beside_clients());
+            let narrow = self.pacing.is_beside_clients();
             let job = &mut self.jobs[job_id];
             let at_once = if job.limited && narrow { 1 } else { FETCHES_AT_ONCE };
             if job.summaries_missing > 0 || job.in_flight as usize >= at_once {
                 return false;
             }
-            if !job.runs.is_empty() && job.limited && !allowed {
+            if job.runs.is_empty() {
+                return job.in_flight == 0;
+            }
+            if job.limited && !self.pacing.begins(Need::TimeAndBytes) {
                 return false;
             }
-            let Some(mut run) = job.runs.pop_front() else {
-                return job.in_flight == 0;
-            };
+            let Some(mut run) = job.runs.pop_front() else { return false };
             if narrow && run.blocks > NARROW_BLOCKS {
                 let rest = CopyRun {
                     first_block: run.first_block + NARROW_BLOCKS,
@@ -390,6 +392,8 @@ fn verify_fetch(reply: &BlocksReply, run: &CopyRun, payload: &Bytes) -> Result<(
 
 #[cfg(test)]
 mod tests {
+    use super::super::background::Background;
+    use super::super::pacing::{Limits, Sort};
     use super::*;
 
     const BLOCKS: u32 = SHARD_BYTES_MAX / BLOCK_BYTES;
@@ -447,8 +451,10 @@ mod tests {
 
     #[test]
     fn beside_clients_every_piece_is_small_also_of_what_somebody_waits_for() {
-        let mut copier = Copier::paced(Pacing::new(0, 25, 0));
-        copier.pacing.refill(1_000_000_000, 1_000_000_000, false);
+        let background = Background::default();
+        let limits = Limits { bytes_per_second: 0, share_percent: 25 };
+        let mut copier = Copier::paced(background.join(1, Sort::Copies, limits));
+        background.asked(1_000_000_000);
         assert!(copier.pacing.is_beside_clients());
         let pieces = fetched(&mut copier, 1, false);
         assert_eq!(pieces.iter().sum::<u32>(), BLOCKS);

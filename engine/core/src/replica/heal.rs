@@ -24,28 +24,32 @@
 //! known whether it is in sync: if so it is the one that they are made equal to.
 
 use super::asks::Asks;
+use super::background::{Background, Pacing};
 use super::copier::Copier;
 use super::heal_shards::{Ask, Job};
 use super::image::{ImageIo, Phase, Purpose, ReplicaState, RequestKind};
-use super::pacing::Pacing;
+use super::pacing::{Limits, Sort};
 use super::shard_set::ShardSet;
 use super::{Event, Instance, NodeIndex, NodeMask};
 use crate::rules::{Rule, broken};
 use crate::wire::Status;
 
-/// What policy allows a heal.
+/// What policy allows the heals, and the levelling, of all images of a gateway together.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct HealLimits {
     /// 0: as fast as it goes.
     pub bytes_per_second: u64,
+    /// Each image has one at least; beside clients one is all it has.
     pub shards_at_once: usize,
-    /// The part of the time that it may have something under way while clients ask for something.
+    /// The part of the time that they may have something under way while clients ask for something.
     pub share_percent: u64,
 }
 
 impl HealLimits {
-    pub(super) fn pacing(&self, now_ns: u64) -> Pacing {
-        Pacing::new(self.bytes_per_second, self.share_percent, now_ns)
+    /// Begins an undertaking of an image by these limits.
+    pub(super) fn join(&self, background: &Background, image: u32) -> Pacing {
+        let (bytes_per_second, share_percent) = (self.bytes_per_second, self.share_percent);
+        background.join(image, Sort::Copies, Limits { bytes_per_second, share_percent })
     }
 }
 
@@ -142,7 +146,7 @@ impl ImageIo {
             instance: self.replica(node).instance,
             stage: Stage::Entering,
             asks,
-            copier: Copier::paced(spec.limits.pacing(self.now_ns)),
+            copier: Copier::paced(spec.limits.join(&self.background, self.spec.channel)),
             jobs: Vec::new(),
             list: ShardSet::default(),
             own: ShardSet::default(),

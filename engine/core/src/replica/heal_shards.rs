@@ -14,6 +14,7 @@ use super::copier::CopyAsk;
 use super::heal::{Heal, Stage};
 use super::image::{ImageIo, Part};
 use super::locks::Range;
+use super::pacing::Need;
 use super::replies::BadReply;
 use super::{Event, NodeIndex, NodeMask};
 use crate::geometry::{IMAGE_BYTES_MAX, LayerId};
@@ -124,7 +125,6 @@ impl ImageIo {
 
     /// Takes an answer to one of the heal's own frames.
     pub(super) fn take_heal(&mut self, node: NodeIndex, frame: Frame) -> Result<(), BadReply> {
-        self.refill_heal();
         let stamp = self.copy_stamp();
         let Some(heal) = &mut self.heal else { return Ok(()) };
         let Some(ask) = heal.asks.take(node, frame.tag) else { return Ok(()) };
@@ -225,18 +225,20 @@ impl ImageIo {
             match heal.stage {
                 Stage::Listing if idle => heal.stage = Stage::Copying,
                 Stage::Copying => {
+                    if heal.list.is_empty() {
+                        if !heal.jobs.is_empty() {
+                            return;
+                        }
+                        self.begin_heal_flush();
+                        continue;
+                    }
                     let pacing = &heal.copier.pacing;
-                    let at_once = match pacing.is_beside_clients() {
-                        true => 1,
-                        false => heal.spec.limits.shards_at_once.max(1),
-                    };
-                    if heal.jobs.len() >= at_once || pacing.is_held() {
+                    let full = heal.jobs.len() >= pacing.at_once(heal.spec.limits.shards_at_once);
+                    if full || !pacing.begins(Need::Time) {
                         return;
                     }
-                    match heal.list.pop_first() {
-                        Some(shard) => self.begin_shard(shard),
-                        None if heal.jobs.is_empty() => self.begin_heal_flush(),
-                        None => return,
+                    if let Some(shard) = heal.list.pop_first() {
+                        self.begin_shard(shard);
                     }
                 }
                 Stage::Flushing if idle => heal.stage = Stage::Marking,
@@ -487,11 +489,11 @@ impl ImageIo {
         ready.into_iter().for_each(|id| self.start(id));
     }
 
-    /// Time has passed: what the rate allows goes on.
+    /// Time has passed: what may go on in the background does.
     pub fn pace(&mut self) {
+        self.background.reckon(self.now_ns);
         self.pace_levelling();
-        self.pace_scrub();
-        self.refill_heal();
+        self.go_on_scrubbing();
         let stamp = self.copy_stamp();
         if let Some(heal) = &mut self.heal {
             heal.copier.pump_all(stamp);
@@ -501,17 +503,13 @@ impl ImageIo {
         }
     }
 
-    /// Whether something waits until it may use some time again.
-    pub(super) fn is_held(&self) -> bool {
-        self.heal.as_ref().is_some_and(|heal| heal.copier.pacing.is_held())
-            || self.is_levelling_held()
-    }
-
-    fn refill_heal(&mut self) {
-        let (now_ns, asked_ns) = (self.now_ns, self.asked_ns);
-        if let Some(heal) = &mut self.heal {
-            let busy = !heal.asks.is_empty();
-            heal.copier.pacing.refill(now_ns, asked_ns, busy);
+    /// Says what of the work in the background is under way. To be called when everything that came was
+    /// taken, before others that share it may go on.
+    pub fn report_background(&mut self) {
+        if let Some(heal) = &self.heal {
+            heal.copier.pacing.report(self.now_ns, !heal.asks.is_empty());
         }
+        self.report_levelling();
+        self.report_scrub();
     }
 }

@@ -1,6 +1,7 @@
 //! One image as its holder serves it: its parts in flight and their bookkeeping.
 
 use super::admission::Admission;
+use super::background::Background;
 use super::heal::{Heal, HealLimits};
 use super::lag::{Lag, Timing};
 use super::level::Leveller;
@@ -223,15 +224,15 @@ pub struct ImageIo {
     /// Time after which reads need the nodes' word that this is still the holder, and now.
     pub(super) lease_deadline_ns: u64,
     pub(super) now_ns: u64,
-    /// When a client last asked for something.
-    pub(super) asked_ns: u64,
+    /// Shared by all images of the gateway.
+    pub(super) background: Background,
     pub(super) read_turn: u8,
     pub(super) arena: BytesMut,
     pub outputs: VecDeque<Output>,
 }
 
 impl ImageIo {
-    pub fn new(spec: OpenSpec) -> ImageIo {
+    pub fn new(spec: OpenSpec, background: &Background) -> ImageIo {
         assert!(spec.nodes.len() <= 64, "an image spreads over at most 64 nodes");
         assert_eq!(spec.sets.len(), spec.geometry.replica_sets as usize);
         let replicas = spec.nodes.iter().map(|name| Replica {
@@ -282,7 +283,7 @@ impl ImageIo {
             lags_told: false,
             lease_deadline_ns: u64::MAX,
             now_ns: 0,
-            asked_ns: 0,
+            background: background.clone(),
             read_turn: 0,
             arena: BytesMut::with_capacity(64 * 1024),
             outputs: VecDeque::new(),

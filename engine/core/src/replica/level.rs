@@ -19,10 +19,12 @@
 //! A node that is lost, a record with other nodes in sync, or a failure has what was under way begun again.
 
 use super::asks::Asks;
+use super::background::Pacing;
 use super::compare::Comparison;
 use super::copier::{Copier, CopyAsk, CopyStamp};
 use super::heal::HealLimits;
 use super::image::{ImageIo, Part, Phase};
+use super::pacing::Need;
 use super::replies::BadReply;
 use super::shard_set::ShardSet;
 use super::{Event, NodeIndex, NodeMask};
@@ -106,7 +108,7 @@ impl Leveller {
             demanded: ShardSet::default(),
             cursor: 0,
             asks: Asks::new(0),
-            copier: Copier::paced(limits.pacing(0)),
+            copier: Copier::default(),
             jobs: Vec::new(),
             copied: Vec::new(),
             flushing: Vec::new(),
@@ -141,10 +143,6 @@ impl ImageIo {
 
     pub(super) fn is_levelling(&self) -> bool {
         !self.leveller.unlevelled.is_empty()
-    }
-
-    pub(super) fn is_levelling_held(&self) -> bool {
-        self.is_levelling() && self.leveller.copier.pacing.is_held()
     }
 
     /// Whether the last steps are under way, in which the nodes forget what was dirty.
@@ -192,6 +190,8 @@ impl ImageIo {
     pub(super) fn doubt(&mut self, joiners: NodeMask, dirty: &ShardSet) {
         if !self.is_levelling() {
             self.leveller.shards_done = 0;
+            let pacing = self.leveller.limits.join(&self.background, self.spec.channel);
+            self.leveller.copier.pacing = pacing;
         }
         let mut shards = dirty.clone();
         self.leveller.unlevelled.iter().for_each(|shard| _ = shards.insert(shard));
@@ -205,7 +205,6 @@ impl ImageIo {
             }
         }
         dirty.iter().for_each(|shard| _ = self.leveller.listed.insert(shard));
-        self.reckon_levelling();
         self.begin_levelling_again();
     }
 
@@ -308,7 +307,6 @@ impl ImageIo {
 
     /// Takes an answer to one of the leveller's own frames.
     pub(super) fn take_level(&mut self, node: NodeIndex, frame: Frame) -> Result<(), BadReply> {
-        self.reckon_levelling();
         let stamp = self.copy_stamp();
         let Some(ask) = self.leveller.asks.take(node, frame.tag) else { return Ok(()) };
         match ask {
@@ -370,18 +368,20 @@ impl ImageIo {
         if !self.is_levelling() {
             return;
         }
-        self.reckon_levelling();
         let stamp = self.copy_stamp();
         self.leveller.copier.pump_all(stamp);
         self.send_level_orders();
         self.go_on_levelling();
     }
 
-    fn reckon_levelling(&mut self) {
-        let (now_ns, asked_ns) = (self.now_ns, self.asked_ns);
+    /// Says what is under way, or that it is over.
+    pub(super) fn report_levelling(&mut self) {
+        let over = !self.is_levelling();
         let leveller = &mut self.leveller;
-        let busy = !leveller.asks.is_empty();
-        leveller.copier.pacing.refill(now_ns, asked_ns, busy);
+        match over {
+            true => leveller.copier.pacing = Pacing::default(),
+            false => leveller.copier.pacing.report(self.now_ns, !leveller.asks.is_empty()),
+        }
     }
 
     /// A second has passed: what failed is tried again.
@@ -418,21 +418,21 @@ impl ImageIo {
             return true;
         }
         let urgent = !self.held_flushes.is_empty();
-        let pacing = &self.leveller.copier.pacing;
-        let at_once = match pacing.is_beside_clients() {
-            true => 1,
-            false => self.leveller.limits.shards_at_once.max(1),
-        };
-        if !urgent && (under_way >= at_once || pacing.is_held()) {
+        let limit = self.leveller.limits.shards_at_once;
+        if !urgent && under_way >= self.leveller.copier.pacing.at_once(limit) {
             return false;
         }
         while let Some(shard) = self.leveller.unlevelled.next(self.leveller.cursor) {
             let Some(next) = shard.checked_add(1) else { break };
-            self.leveller.cursor = next;
             if !self.leveller.is_worked_on(shard) && self.may_begin(shard) {
+                if !urgent && !self.leveller.copier.pacing.begins(Need::Time) {
+                    return false;
+                }
+                self.leveller.cursor = next;
                 self.begin_shard_of_level(shard, !urgent);
                 return true;
             }
+            self.leveller.cursor = next;
         }
         false
     }

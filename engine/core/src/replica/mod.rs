@@ -24,6 +24,7 @@
 
 mod admission;
 mod asks;
+mod background;
 mod compare;
 mod copier;
 mod full;
@@ -45,6 +46,7 @@ mod submit;
 #[cfg(test)]
 mod tests;
 
+pub use background::Background;
 pub use heal::{HealLimits, HealSpec, HealState};
 pub use image::{ImageIo, OpenSpec, Queues, SetSpec};
 pub use level::LevelState;

@@ -27,14 +27,16 @@ impl ImageIo {
             return Ok(());
         }
         if is_ask(frame.tag) {
+            self.background.reckon(self.now_ns);
+            if frame.flags & flag::BESIDE_CLIENTS != 0 {
+                // Perhaps of another gateway, whose requests are not seen here.
+                self.background.asked(self.now_ns);
+            }
             self.take_dirty(node, frame.clone())?;
             self.take_level(node, frame.clone())?;
             self.take_repair(node, frame.clone())?;
             self.take_scrub(node, frame.clone())?;
             return self.take_heal(node, frame);
-        }
-        if self.is_held() || self.is_scrub_held() {
-            self.pace();
         }
         match frame.kind & !REPLY {
             kind::WRITE | kind::ZERO | kind::FLUSH | kind::CONFIRM => self.count(node, frame),

@@ -16,9 +16,10 @@
 //! shards that it was passed over in: a later scrub reads these again.
 
 use super::asks::Asks;
+use super::background::Pacing;
 use super::compare::{Judgement, judge};
 use super::image::{ImageIo, Phase, RequestKind};
-use super::pacing::Pacing;
+use super::pacing::{Limits, Need, Sort};
 use super::replies::BadReply;
 use super::shard_set::ShardSet;
 use super::{Event, NodeIndex, NodeMask};
@@ -130,13 +131,15 @@ impl ImageIo {
         }
         let rot = self.rot_state();
         let asks = Asks::new(self.next_serial());
+        let (bytes_per_second, share_percent) = (spec.bytes_per_second, spec.share_percent);
+        let limits = Limits { bytes_per_second, share_percent };
         self.scrub = Some(Scrub {
             stage: Stage::Listing,
             asks,
             shards: ShardSet::default(),
             at: (spec.from_shard, 0, 0),
             piece: None,
-            pacing: Pacing::new(spec.bytes_per_second, spec.share_percent, self.now_ns),
+            pacing: self.background.join(self.spec.channel, Sort::Scrubs, limits),
             done: ScrubState { attempt, ..Default::default() },
             before: (rot.found, rot.repaired, rot.given_up),
             missed: NodeMask::EMPTY,
@@ -255,7 +258,6 @@ impl ImageIo {
 
     /// Takes an answer to one of the scrub's own frames.
     pub(super) fn take_scrub(&mut self, node: NodeIndex, frame: Frame) -> Result<(), BadReply> {
-        self.refill_scrub();
         let Some(scrub) = &mut self.scrub else { return Ok(()) };
         let Some(ask) = scrub.asks.take(node, frame.tag) else { return Ok(()) };
         if frame.status != Status::Ok {
@@ -287,7 +289,7 @@ impl ImageIo {
         Ok(())
     }
 
-    fn go_on_scrubbing(&mut self) {
+    pub(super) fn go_on_scrubbing(&mut self) {
         loop {
             let Some(scrub) = &self.scrub else { return };
             if !scrub.asks.is_empty() {
@@ -313,7 +315,7 @@ impl ImageIo {
             // What makes replicas equal goes first, and what is found has to find room.
             let whole = self.up().without(self.whole()).is_empty();
             let others = self.heal.is_some() || self.admission.is_some() || !whole;
-            if others || !scrub.pacing.allows() || !self.repairs.has_room() {
+            if others || !self.repairs.has_room() || !scrub.pacing.begins(Need::TimeAndBytes) {
                 return;
             }
             if !self.next_piece() {
@@ -521,24 +523,9 @@ impl ImageIo {
         }
     }
 
-    // Time
-
-    pub(super) fn pace_scrub(&mut self) {
-        self.refill_scrub();
-        self.go_on_scrubbing();
-    }
-
-    fn refill_scrub(&mut self) {
-        let (now_ns, asked_ns) = (self.now_ns, self.asked_ns);
-        if let Some(scrub) = &mut self.scrub {
-            let busy = !scrub.asks.is_empty();
-            scrub.pacing.refill(now_ns, asked_ns, busy);
+    pub(super) fn report_scrub(&self) {
+        if let Some(scrub) = &self.scrub {
+            scrub.pacing.report(self.now_ns, !scrub.asks.is_empty());
         }
-    }
-
-    /// Whether the scrub waits until it may use some time again.
-    pub(super) fn is_scrub_held(&self) -> bool {
-        let waits = |scrub: &&Scrub| scrub.asks.is_empty() && scrub.piece.is_none();
-        self.scrub.as_ref().filter(waits).is_some()
     }
 }

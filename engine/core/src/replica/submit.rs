@@ -70,7 +70,7 @@ impl ImageIo {
             let outcome = Outcome::Failed(error);
             return self.outputs.push_back(Output::Answer { token, outcome });
         }
-        self.asked_ns = self.now_ns;
+        self.background.asked(self.now_ns);
         let request = Request {
             token: Some(token),
             kind,

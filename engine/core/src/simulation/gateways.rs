@@ -6,7 +6,7 @@ use super::world::{Action, Happening, MILLISECOND_NS, Span, World};
 use crate::content::Run;
 use crate::gateway::GatewayEvent;
 use crate::replica::{
-    Event, ImageIo, Instance, IoError, NodeIndex, OpenSpec, Outcome, Output, Token,
+    Background, Event, ImageIo, Instance, IoError, NodeIndex, OpenSpec, Outcome, Output, Token,
 };
 use crate::wire::messages::HelloReply;
 use crate::wire::{Frame, FrameReader, flag};
@@ -76,6 +76,7 @@ pub(super) struct Gateway {
     held: Vec<Action>,
     links: Vec<Link>,
     images: BTreeMap<u32, Image>,
+    background: Background,
     events: VecDeque<GatewayEvent>,
     told_ns: u64,
     next_tick_ns: u64,
@@ -93,6 +94,7 @@ impl Default for Gateway {
             held: Vec::new(),
             links: Vec::new(),
             images: BTreeMap::new(),
+            background: Background::default(),
             events: VecDeque::new(),
             told_ns: 0,
             next_tick_ns: 0,
@@ -200,6 +202,7 @@ impl World {
         for channel in healing {
             self.with_image(gateway, channel, ImageIo::pace);
         }
+        self.go_on_in_background(gateway);
         let slot = &mut self.gateways[gateway];
         if now_ns < slot.next_image_tick_ns {
             return;
@@ -322,6 +325,18 @@ impl World {
             Item::Frame(frame) => self.gateway_takes(gateway, node, id, frame),
             Item::Hello | Item::Ping | Item::Pong => {}
         }
+        self.go_on_in_background(gateway);
+    }
+
+    /// Work in the background that waits for its turn goes on where there is room.
+    fn go_on_in_background(&mut self, gateway: usize) {
+        for _ in 0..self.gateways[gateway].background.waiting() {
+            let Some(channel) = self.gateways[gateway].background.offer(self.now_ns) else {
+                return;
+            };
+            self.with_image(gateway, channel, ImageIo::pace);
+            self.gateways[gateway].background.offer_over();
+        }
     }
 
     fn gateway_takes(&mut self, gateway: usize, node: usize, connection: u64, frame: Frame) {
@@ -346,7 +361,7 @@ impl World {
             found.expect("an image lies on nodes of the cluster")
         });
         let nodes: Vec<usize> = places.collect();
-        let mut io = ImageIo::new(spec);
+        let mut io = ImageIo::new(spec, &self.gateways[gateway].background);
         for (index, node) in nodes.iter().enumerate() {
             let link = self.gateways[gateway].links.iter().find(|link| link.node == *node);
             if let Some(link) = link.filter(|l| matches!(l.state, LinkState::Ready { .. })) {
@@ -429,7 +444,9 @@ impl World {
         loop {
             let slot = &mut self.gateways[gateway];
             let Some(image) = slot.images.get_mut(&channel) else { return };
-            let Some(output) = image.io.outputs.pop_front() else { return };
+            let Some(output) = image.io.outputs.pop_front() else {
+                return image.io.report_background();
+            };
             match output {
                 Output::Send { node, head, payload } => {
                     let node = image.nodes[usize::from(node)];

@@ -53,12 +53,14 @@ pub mod kind {
     pub const SCRUB: u8 = 38;
 }
 
-/// Flag bits of requests.
+/// Flag bits.
 pub mod flag {
     /// WRITE, ZERO: answer only when durable.
     pub const FUA: u8 = 1;
     /// ZERO: keep the blocks allocated (they become explicit zeroes).
     pub const KEEP_ALLOCATED: u8 = 2;
+    /// Replies to SUMMARY, FETCH, COPY and SCRUB: clients of some image ask something of the node.
+    pub const BESIDE_CLIENTS: u8 = 1;
 }
 
 /// Outcome of a request (docs/wire.md, "Status").

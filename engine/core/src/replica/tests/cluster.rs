@@ -6,8 +6,8 @@ use super::policy::{Policy, QUORUM, Stored, digest};
 use crate::content::Run;
 use crate::geometry::{BLOCK_BYTES, Geometry, ImageId};
 use crate::replica::{
-    Event, HealLimits, ImageIo, Instance, IoError, NodeIndex, NodeMask, OpenSpec, Outcome, Output,
-    ScrubSpec, ScrubState, SetSpec, Token,
+    Background, Event, HealLimits, ImageIo, Instance, IoError, NodeIndex, NodeMask, OpenSpec,
+    Outcome, Output, ScrubSpec, ScrubState, SetSpec, Token,
 };
 use crate::simulation::LogSize;
 use crate::store::simulated::Seeded;
@@ -132,7 +132,7 @@ impl Cluster {
             nodes: (0..NODES).map(|node| SimNode::new(node, log)).collect(),
             links: (0..NODES).map(|_| SimLink::default()).collect(),
             connections: 0,
-            io: ImageIo::new(spec(record, faults)),
+            io: ImageIo::new(spec(record, faults), &Background::default()),
             policy: Policy::new(record, NODES, rots(faults)),
             events: VecDeque::new(),
             oracle: Oracle::new(SECTORS, faults == Faults::PowerCuts),
@@ -526,7 +526,7 @@ impl Cluster {
         }
         record.epoch += 1;
         self.healed += self.policy.healed;
-        self.io = ImageIo::new(spec(record, self.faults));
+        self.io = ImageIo::new(spec(record, self.faults), &Background::default());
         self.policy = Policy::new(record, NODES, rots(self.faults));
         self.events.clear();
         self.asked.clear();

@@ -8,6 +8,7 @@ mod levels;
 mod memory;
 mod node;
 mod oracle;
+mod paced;
 mod policy;
 mod rot;
 mod scripted;

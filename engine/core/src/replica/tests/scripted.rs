@@ -4,13 +4,13 @@ use super::cluster::{Cluster, Faults};
 use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, Geometry, ImageId, Tag};
 use crate::replica::{
-    Event, HealLimits, ImageIo, Instance, IoError, NodeMask, OpenSpec, Outcome, Output, SetSpec,
-    Token,
+    Background, Event, HealLimits, ImageIo, Instance, IoError, NodeMask, OpenSpec, Outcome, Output,
+    SetSpec, Token,
 };
 use crate::wire::messages::{
-    BlocksReply, DirtyEntry, DirtyReply, Head, Io, Level, Number, put_blocks,
+    BlocksReply, DirtyEntry, DirtyReply, Head, Io, Level, Number, WrittenReply, put_blocks,
 };
-use crate::wire::{Frame, FrameReader, REPLY, Status, kind};
+use crate::wire::{Frame, FrameReader, REPLY, Status, flag, kind};
 use bytes::{Bytes, BytesMut};
 
 fn dirty_reply(to: &Frame, shards: &[u64]) -> Frame {
@@ -29,6 +29,10 @@ pub(super) struct TwoSets {
     pub asked: Vec<(u8, Frame)>,
     /// Nodes that have no room for data.
     pub full: NodeMask,
+    /// Shards that nodes say were written while another was away.
+    pub written: Vec<u64>,
+    /// Nodes say that clients of others ask something of them.
+    pub beside_clients: bool,
     /// What clients were answered.
     pub answers: Vec<(Token, Outcome)>,
     /// How the image was closed, if it was.
@@ -39,6 +43,12 @@ pub(super) struct TwoSets {
 impl TwoSets {
     /// Node 0 is in sync in the first set and stale in the second.
     pub fn new() -> TwoSets {
+        let levelling = HealLimits { bytes_per_second: 0, shards_at_once: 1, share_percent: 100 };
+        TwoSets::sharing(&Background::default(), 1, levelling)
+    }
+
+    /// One of several images of a gateway.
+    pub fn sharing(background: &Background, channel: u32, levelling: HealLimits) -> TwoSets {
         let geometry = Geometry {
             size_bytes: 64 << 20,
             shard_bytes: 1 << 20,
@@ -51,7 +61,7 @@ impl TwoSets {
         };
         let spec = OpenSpec {
             image: ImageId([9; 16]),
-            channel: 1,
+            channel,
             geometry,
             layers: vec![1],
             epoch: 2,
@@ -62,22 +72,28 @@ impl TwoSets {
             nodes: (1..=4).map(|number| format!("node{number}")).collect(),
             sets: vec![set(0b0111, 0b0111), set(0b1011, 0b1010)],
             local: None,
-            levelling: HealLimits { bytes_per_second: 0, shards_at_once: 1, share_percent: 100 },
+            levelling,
         };
         TwoSets {
-            io: ImageIo::new(spec),
+            io: ImageIo::new(spec, background),
             asked: Vec::new(),
             full: NodeMask::EMPTY,
+            written: Vec::new(),
+            beside_clients: false,
             answers: Vec::new(),
             closed_clean: None,
             peeked: Vec::new(),
         }
     }
 
-    /// All nodes connect, and the image is served.
-    pub fn open(&mut self, dirty: &[u64]) {
+    pub fn connect(&mut self) {
         let instance = |node: u8| Instance { store: [node; 16], start_counter: 1 };
         (0..4).for_each(|node| self.io.link_up(node, instance(node), [0; 16]));
+    }
+
+    /// All nodes connect, and the image is served.
+    pub fn open(&mut self, dirty: &[u64]) {
+        self.connect();
         self.run(dirty);
         assert!(self.io.is_running(), "{:?}", self.io.replica_states());
     }
@@ -94,28 +110,39 @@ impl TwoSets {
     /// Answers until nothing more is asked; `dirty`: what each node's dirty map names.
     pub fn run(&mut self, dirty: &[u64]) {
         while let Some(output) = self.io.outputs.pop_front() {
-            match output {
-                Output::Send { node, head, payload } => {
-                    let mut bytes = BytesMut::from(&head[..]);
-                    bytes.extend_from_slice(&payload);
-                    let frame = FrameReader::next(&mut bytes).expect("ours").expect("whole");
-                    let answer = match frame.kind == kind::WRITE && self.full.has(node) {
-                        true => Self::refusal(&frame),
-                        false => Self::answer(&frame, dirty),
-                    };
-                    self.asked.push((node, frame));
-                    assert_eq!(self.io.receive(node, answer), Ok(()));
-                }
-                Output::Event(Event::Peeked { node, serial, .. }) => {
-                    self.peeked.push((node, serial));
-                    if self.peeked.len() == 4 {
-                        self.io.admit(&self.peeked, false);
-                    }
-                }
-                Output::Event(Event::Closed { clean }) => self.closed_clean = Some(clean),
-                Output::Event(_) => {}
-                Output::Answer { token, outcome } => self.answers.push((token, outcome)),
+            self.carry_out(output, dirty);
+        }
+    }
+
+    /// Answers what is asked by now; what comes of that waits.
+    pub fn run_once(&mut self, dirty: &[u64]) {
+        for output in std::mem::take(&mut self.io.outputs) {
+            self.carry_out(output, dirty);
+        }
+    }
+
+    fn carry_out(&mut self, output: Output, dirty: &[u64]) {
+        match output {
+            Output::Send { node, head, payload } => {
+                let mut bytes = BytesMut::from(&head[..]);
+                bytes.extend_from_slice(&payload);
+                let frame = FrameReader::next(&mut bytes).expect("ours").expect("whole");
+                let answer = match frame.kind == kind::WRITE && self.full.has(node) {
+                    true => Self::refusal(&frame),
+                    false => self.answer(&frame, dirty),
+                };
+                self.asked.push((node, frame));
+                assert_eq!(self.io.receive(node, answer), Ok(()));
             }
+            Output::Event(Event::Peeked { node, serial, .. }) => {
+                self.peeked.push((node, serial));
+                if self.peeked.len() == 4 {
+                    self.io.admit(&self.peeked, false);
+                }
+            }
+            Output::Event(Event::Closed { clean }) => self.closed_clean = Some(clean),
+            Output::Event(_) => {}
+            Output::Answer { token, outcome } => self.answers.push((token, outcome)),
         }
     }
 
@@ -124,7 +151,7 @@ impl TwoSets {
         Frame { kind: to.kind | REPLY, status: Status::NoSpace, head, payload, ..to.clone() }
     }
 
-    fn answer(to: &Frame, dirty: &[u64]) -> Frame {
+    fn answer(&self, to: &Frame, dirty: &[u64]) -> Frame {
         let mut head = BytesMut::new();
         let mut status = Status::Ok;
         match to.kind {
@@ -139,6 +166,9 @@ impl TwoSets {
                 let entries = dirty.iter().map(entry).collect();
                 DirtyReply { entries, more: false }.put(&mut head);
             }
+            kind::WRITTEN => {
+                WrittenReply { shards: self.written.clone(), next: None }.put(&mut head);
+            }
             kind::SUMMARY => {
                 let blocks = vec![(Block::Absent, Tag::NONE); 256];
                 BlocksReply { generation: 1, blocks }.put(&mut head);
@@ -150,8 +180,9 @@ impl TwoSets {
             }
             _ => {}
         }
+        let flags = if self.beside_clients { flag::BESIDE_CLIENTS } else { 0 };
         let (kind, head) = (to.kind | REPLY, head.freeze());
-        Frame { kind, status, head, payload: Bytes::new(), ..to.clone() }
+        Frame { kind, flags, status, head, payload: Bytes::new(), ..to.clone() }
     }
 }
 
