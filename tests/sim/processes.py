@@ -250,6 +250,13 @@ class SimEngine:
             guest.sent_away(client, kind, message)
 
 
+def _heal_limits(chance: random.Random) -> HealLimits:
+    """Limits by chance: none at all in some histories, or few would see what comes after heals."""
+    bytes_per_second = chance.choice((0, 1 << 20, 64 << 20))
+    share_percent = HealLimits().share_percent if bytes_per_second else 100
+    return HealLimits(bytes_per_second=bytes_per_second, share_percent=share_percent)
+
+
 class SimGateway:
     """A gateway's process."""
 
@@ -293,7 +300,7 @@ class SimGateway:
             ),
             served=Served(self.holder, lives=lambda _peer: True),
             voters=SimVoters(site, site.ways[name], self.process),
-            heal_limits=HealLimits(bytes_per_second=chance.choice((0, 1 << 20, 64 << 20))),
+            heal_limits=_heal_limits(chance),
             slow_limits=SLOW,
             lock=f"lock-{index}",
             deciding=self.deciding,
