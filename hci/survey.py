@@ -7,7 +7,7 @@ Whether all is well by that, and what to do if not, says `hci.health`.
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from arbiter import arbiter_pb2 as arbiter_pb
 from arbiter.errors import ArbiterError
@@ -110,7 +110,7 @@ def survey(config: Config) -> Survey:
             return Survey(
                 lost=f"{lost.record.by} found that {lost.record.why}" if lost is not None else "",
                 etcd="",
-                nodes=_nodes(config, records.nodes(), records.alive()),
+                nodes=_registered(config, records),
                 gateways=_gateways(config, records.gateways()),
                 pools=pools,
                 placements=_placements(records, pools),
@@ -145,7 +145,7 @@ def _placements(records: Catalog, pools: Iterable[str]) -> dict[str, PlacementRe
 def nodes(config: Config) -> Sequence[NodeView]:
     """Every node that is registered or configured here. Raises EtcdUnavailable."""
     with catalog(config) as records:
-        return _nodes(config, records.nodes(), records.alive())
+        return _registered(config, records)
 
 
 def arbiters(config: Config) -> Sequence[ArbiterView]:
@@ -158,6 +158,18 @@ def gateways(config: Config) -> Sequence[GatewayView]:
     """Every gateway that runs or is configured here. Raises EtcdUnavailable."""
     with catalog(config) as records:
         return _gateways(config, records.gateways())
+
+
+def _registered(config: Config, records: Catalog) -> list[NodeView]:
+    views = _nodes(config, records.nodes(), records.alive())
+    if not any(view.unknown for view in views):
+        return views
+    # A node hears of new images a moment later than their first writes reach it.
+    known = {entry.image.record.id for entry in records.images()} | records.tombstones().keys()
+    return [
+        replace(view, unknown=[each for each in view.unknown if each.image_id not in known])
+        for view in views
+    ]
 
 
 def _nodes(

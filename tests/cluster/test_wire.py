@@ -26,6 +26,7 @@ HELLO = 1
 REPLY = 0x80
 STATUS_MALFORMED = 1
 STATUS_VERSION = 2
+VERSION = 2
 STATUS_WRONG_CLUSTER = 3
 STATUS_WRONG_NODE = 4
 STATUS_NO_SESSION = 8
@@ -113,7 +114,7 @@ def text(value: str) -> bytes:
     return struct.pack("<H", len(value.encode())) + value.encode()
 
 
-def hello(cluster: bytes, node: str, *, lowest: int = 1, highest: int = 1) -> bytes:
+def hello(cluster: bytes, node: str, *, lowest: int = VERSION, highest: int = VERSION) -> bytes:
     """A greeting."""
     head = MAGIC + struct.pack("<HH", lowest, highest) + cluster + text("stranger") + text(node)
     return frame(HELLO, head)
@@ -159,7 +160,7 @@ def test_wire_hello_of_a_member_is_answered(busy: DevCluster) -> None:
 
 def test_wire_hello_of_an_unknown_version_is_refused_and_closed(busy: DevCluster) -> None:
     with connect(busy) as connection:
-        connection.sendall(hello(cluster_id(busy), "node1", lowest=2, highest=9))
+        connection.sendall(hello(cluster_id(busy), "node1", lowest=VERSION + 1, highest=9))
         assert answer(connection) == (HELLO | REPLY, STATUS_VERSION)
         assert is_closed(connection)
 
