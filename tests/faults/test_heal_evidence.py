@@ -1,7 +1,7 @@
 """What travels in a heal, and what guests keep of their speed beside it, on small images.
 
-`make heal` does the same with 20 GiB and longer windows, against the goals; the limits here leave
-room for a machine with other work.
+`make heal` does the same with 20 GiB and longer windows, against the goals. The limits here are no
+measure of speed: tests run beside each other, and a guest that is not starved passes.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tests.tools import guest_speed, heal
 
-LIMITS = ("--most-moved", "1.3", "--in-sync", "10", "--least-kept", "0.4")
-SMALL = ("--filled", "128", "--rewritten", "32", "--rounds", "2", "--window", "1.5", "--rate", "32")
+LIMITS = ("--most-moved", "1.3", "--in-sync", "10", "--least-kept", "0.1")
+SMALL = ("--filled", "128", "--rewritten", "32", "--rounds", "1", "--window", "1", "--rate", "32")
 
 
 def test_heal_moves_what_was_missed_and_leaves_guests_their_speed(tmp_path: Path) -> None:
