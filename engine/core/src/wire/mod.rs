@@ -20,7 +20,7 @@ pub const MAGIC: [u8; 8] = *b"HCIWIRE\n";
 pub const VERSION: u16 = 2;
 /// Bytes of a frame's prefix.
 pub const PREFIX_BYTES: usize = 28;
-/// Largest head. A full block summary of a 64 MiB shard (16,384 × 21 bytes) fits.
+/// Largest head. A full block summary of a 64 MiB shard (16,384 × 25 bytes) fits.
 pub const HEAD_BYTES_MAX: usize = 512 * 1024;
 /// Largest payload: the part of a request that travels as one frame.
 pub const PAYLOAD_BYTES_MAX: usize = 1 << 20;
