@@ -340,8 +340,11 @@ class NodeDaemon:
         if self.engine.failure() is not None:
             return []
         records = self.ledger.records()
-        held, deleted = self._holdings()
-        found = {ImageId(image) for image in self.engine.folders()} | held.keys()
+        holds = self.engine.inventory()
+        held = {ImageId(each["image"]) for each in holds["images"]}
+        # What an older copy of the disk brought back, and was deleted since, is among these.
+        found = held | {ImageId(image) for image in self.engine.folders()}
+        deleted = {ImageId(image) for image in holds["deleted"]}
         return [
             pb.UnknownImage(
                 image_id=image,

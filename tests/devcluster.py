@@ -221,6 +221,11 @@ class DevCluster:
         answer: dict[str, Any] = self.json("image", "info", f"{POOL}/{image}")
         return answer
 
+    def leftovers(self) -> list[dict[str, Any]]:
+        """What `hci cluster leftovers --json` lists."""
+        listed: list[dict[str, Any]] = self.json("cluster", "leftovers")["leftovers"]
+        return listed
+
     def check(self, image: str) -> dict[str, Any]:
         """What `hci image check --json` says; it may exit non-zero where replicas differ.
 

@@ -81,6 +81,7 @@ def test_node_on_an_older_copy_of_its_disk_is_healed_by_itself(
     image, old = f"older-{starts}", tmp_path / "old"
     cluster.create(image, "16M")
     cluster.create(f"gone-{starts}", "16M")
+    gone = cluster.info(f"gone-{starts}")["id"]
     with NbdSession(cluster.url(f"gone-{starts}"), 1) as session:
         session.call("write", 0, 8, 5)
         session.call("flush")
@@ -97,7 +98,7 @@ def test_node_on_an_older_copy_of_its_disk_is_healed_by_itself(
             if start == starts - 1:
                 # Its own copy of the cluster's records is as old: it proves nothing about etcd.
                 cluster.remove(f"gone-{starts}")
-                cluster.await_health("ok")
+                until("all nodes deleted it", lambda: not cluster.leftovers())
             cluster.kill("node3")
         put_back(cluster, "node3", old)
         session.call("write", 32, 16, 3)
@@ -108,6 +109,11 @@ def test_node_on_an_older_copy_of_its_disk_is_healed_by_itself(
         assert "store_set_back" in log
         # Images that were deleted since stay of no account; nothing of them was held against etcd.
         until("the heal is noted", lambda: cluster.info(image)["id"] not in set_back(cluster))
+        # They are shown, as they take space, and go when they are named.
+        (found,) = cluster.leftovers()
+        assert (found["kind"], found["image"], found["nodes"]) == ("unknown", gone, ["node3"])
+        cluster.hci("cluster", "leftovers", gone, "--collect", "--yes")
+        until("it is gone", lambda: not cluster.leftovers())
     cluster.must_be_equal(image)
 
 

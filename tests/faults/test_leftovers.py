@@ -5,17 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
 
 from tests.devcluster import POOL, DevCluster
 from tests.faults.nbd_session import NbdSession
 from tests.protocol.settings import metric
 from tests.waiting import until
-
-
-def leftovers(cluster: DevCluster) -> list[dict[str, Any]]:
-    listed: list[dict[str, Any]] = cluster.json("cluster", "leftovers")["leftovers"]
-    return listed
 
 
 def folder(cluster: DevCluster, node: str, image_id: str) -> Path:
@@ -34,14 +28,14 @@ def test_image_deleted_while_a_node_was_away_never_comes_back(cluster: DevCluste
     until(
         "node3 is awaited",
         lambda: (
-            [(each["kind"], each["nodes"]) for each in leftovers(cluster)]
+            [(each["kind"], each["nodes"]) for each in cluster.leftovers()]
             == [("deleted", ["node3"])]
         ),
     )
     refused = cluster.try_hci("cluster", "leftovers", image_id, "--collect", "--yes")
     assert "is no leftover that can be collected" in refused.stderr
     cluster.run("node3")
-    until("nobody is awaited", lambda: not leftovers(cluster))
+    until("nobody is awaited", lambda: not cluster.leftovers())
     for node in cluster.nodes:
         at = folder(cluster, node, image_id)
         until(f"the data is gone from {node}", lambda at=at: not at.exists())  # type: ignore[misc]
@@ -50,7 +44,7 @@ def test_image_deleted_while_a_node_was_away_never_comes_back(cluster: DevCluste
     cluster.run("node3")
     cluster.await_health("ok")
     assert cluster.json("image", "ls") == []
-    assert leftovers(cluster) == []
+    assert cluster.leftovers() == []
 
 
 def test_unknown_data_is_shown_and_deleted_by_name_only(cluster: DevCluster) -> None:
@@ -62,7 +56,7 @@ def test_unknown_data_is_shown_and_deleted_by_name_only(cluster: DevCluster) -> 
     shard.write_bytes(b"x" * 8192)
     cluster.run("node2")
     cluster.await_health("ok")
-    (found,) = leftovers(cluster)
+    (found,) = cluster.leftovers()
     assert (found["kind"], found["image"], found["nodes"]) == ("unknown", image_id, ["node2"])
     assert found["physical_bytes"] >= 8192
     assert metric(cluster, "node2", "hci_node_unknown_images") == 1
@@ -74,7 +68,7 @@ def test_unknown_data_is_shown_and_deleted_by_name_only(cluster: DevCluster) -> 
     unconfirmed = cluster.try_hci("cluster", "leftovers", image_id, "--collect")
     assert "--yes" in unconfirmed.stderr and at.exists()
     cluster.hci("cluster", "leftovers", image_id, "--collect", "--yes")
-    until("it is gone", lambda: not at.exists() and not leftovers(cluster))
+    until("it is gone", lambda: not at.exists() and not cluster.leftovers())
 
 
 def test_interrupted_import_is_found_and_collected(cluster: DevCluster, tmp_path: Path) -> None:
@@ -92,11 +86,11 @@ def test_interrupted_import_is_found_and_collected(cluster: DevCluster, tmp_path
     until("it has begun", lambda: opened in log.read_text())
     running.kill()
     running.wait()
-    until("it is left over", lambda: [e["collectable"] for e in leftovers(cluster)] == [True])
-    (found,) = leftovers(cluster)
+    until("it is left over", lambda: [e["collectable"] for e in cluster.leftovers()] == [True])
+    (found,) = cluster.leftovers()
     assert (found["kind"], found["name"]) == ("import", f"{POOL}/half")
     cluster.hci("cluster", "leftovers", "--collect", "--yes")
     assert cluster.json("image", "ls") == []
-    until("nothing is left", lambda: not leftovers(cluster))
+    until("nothing is left", lambda: not cluster.leftovers())
     cluster.hci("image", "import", str(source), f"{POOL}/half", timeout_s=120)
-    assert leftovers(cluster) == [], "what was imported whole is no leftover"
+    assert cluster.leftovers() == [], "what was imported whole is no leftover"
