@@ -501,10 +501,11 @@ class Holder:
     def _let_in(self) -> list[Effect]:
         """Admit nodes that wait, if they are in sync and level can be told from stale.
 
-        One admission at a time: its outcome is that of all nodes that join. In each of its sets a
+        One admission at a time: its outcome is that of all nodes that join. In one of its sets a
         node that joins needs one that is up, to be made equal to, or every other one that is in
         sync beside it: one that is away may have answered what this one has lost. So may a healed
-        one of which is not yet known whether the record takes it in.
+        one of which is not yet known whether the record takes it in. In its other sets nothing is
+        asked of it before the same holds there.
         """
         assert self.record is not None
         membership = self.record.membership
@@ -517,16 +518,16 @@ class Holder:
             return effects
         join = waiting - resume
         while True:
-            unfounded: set[str] = set()
+            founded: set[str] = set()
             for index in range(len(membership.sets)):
                 in_sync = set(membership.in_sync(index))
                 up = any(self.nodes[name].standing is Standing.UP for name in in_sync)
                 undecided = index in self.heals.to_take_in()
-                if not up and (undecided or not in_sync <= join):
-                    unfounded |= in_sync & join
-            if not unfounded:
+                if up or (not undecided and in_sync <= join):
+                    founded |= in_sync & join
+            if founded == join:
                 break
-            join -= unfounded
+            join = founded
         if join and self._may_join(join):
             effects.append(self._admit(tuple(sorted(join)), resume=False))
         return effects

@@ -151,6 +151,31 @@ def _anyone_joins() -> Any:
     return mock.patch.object(Holder, "_let_in", let_in)
 
 
+def _all_sets_or_none() -> Any:
+    """A node is let in only where it can be told from level in each of its sets."""
+    let_in = Holder._let_in
+
+    def patched(holder: Holder) -> Any:
+        assert holder.record is not None
+        membership = holder.record.membership
+        sets = [set(membership.in_sync(index)) for index in range(len(membership.sets))]
+        join = {name for name in membership.all_in_sync() if holder._may_be_let_in(name)}
+        while unfounded := [
+            of_set
+            for of_set in sets
+            if of_set & join
+            and not of_set <= join
+            and all(holder.nodes[name].standing is not Standing.UP for name in of_set)
+        ]:
+            join -= set().union(*unfounded)
+        with mock.patch.object(
+            Holder, "_may_be_let_in", lambda holder, name: name in join or holder._resumes(name)
+        ):
+            return let_in(holder)
+
+    return mock.patch.object(Holder, "_let_in", patched)
+
+
 def _cut_off_is_kept() -> Any:
     """A smaller size is stored without that what it cuts off is discarded."""
 
@@ -403,6 +428,9 @@ DEFECTS = (
     Defect("sets go on alone", "20: a dead pair stalls another", "some away", 10, 1,
            match="can go on|each set has its quorum",
            patch=_no_set_goes_alone),
+    Defect("sets are founded alone", "20: a dead pair stalls another", "some away", 20, 7,
+           match="can go on|each set has its quorum",
+           patch=_all_sets_or_none),
     # etcd
     Defect("equal records agree", "7: etcd restored", "restored", 10, 2, match="two holders",
            rules=("EqualRecordsAgree",),

@@ -72,7 +72,8 @@ class Oracle:
         self._sectors: dict[int, list[Written]] = {}
         self._shard_sectors = shard_sectors
         self._open: dict[int, _Change] = {}
-        self._unflushed: list[Written] = []
+        self._unflushed: dict[int, Written] = {}
+        """By their `id`."""
         self._forgotten: list[Written] = []
         """Answered and not flushed when the last memory of them went; no flush has failed since."""
         self._loss_untold = False
@@ -110,7 +111,7 @@ class Oracle:
             if durable:
                 entry.durable = True
             elif entry.sure:
-                self._unflushed.append(entry)
+                self._unflushed[id(entry)] = entry
             self._supersede(sector, entry)
 
     def _supersede(self, sector: int, newer: Written) -> None:
@@ -156,7 +157,7 @@ class Oracle:
 
     def flush_begins(self) -> list[Written]:
         """Return what a flush that is sent now covers."""
-        return [*self._unflushed, *self._forgotten]
+        return [*self._unflushed.values(), *self._forgotten]
 
     def flush_failed(self, covered: list[Written], begun: float, now: float) -> None:
         """It says that answered writes may be gone. Raises Violation if nobody lost any memory."""
@@ -184,8 +185,8 @@ class Oracle:
             if entry.sure:
                 entry.durable = True
         self._forgotten = [entry for entry in self._forgotten if not entry.durable]
-        done = set(map(id, covered))
-        self._unflushed = [entry for entry in self._unflushed if id(entry) not in done]
+        for entry in covered:
+            self._unflushed.pop(id(entry), None)
         for sector in {entry.sector for entry in covered}:
             self._prune(sector)
 
@@ -200,9 +201,9 @@ class Oracle:
                     entry.shaken |= entry.ended is None and entry.wide
         self._loss_untold, self._lost_s = True, now
         known = {id(entry) for entry in self._forgotten}
-        lost = [entry for entry in self._unflushed if not entry.sure and entry.answered]
+        lost = [e for e in self._unflushed.values() if not e.sure and e.answered]
         self._forgotten += [entry for entry in lost if id(entry) not in known]
-        self._unflushed = [entry for entry in self._unflushed if entry.sure]
+        self._unflushed = {key: entry for key, entry in self._unflushed.items() if entry.sure}
 
     def check_read(self, first: int, stamps: list[int], begun: float, now: float) -> None:
         """Judge what a read returned. Raises Violation."""
@@ -231,8 +232,8 @@ class Oracle:
             return
         entry.sure = True
         entry.known = min(entry.known, now)
-        if not entry.durable and all(entry is not other for other in self._unflushed):
-            self._unflushed.append(entry)
+        if not entry.durable:
+            self._unflushed.setdefault(id(entry), entry)
         for other in self._sectors[sector]:
             if other is entry or other.ended is None or other.ended >= begun:
                 continue

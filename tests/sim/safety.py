@@ -188,8 +188,9 @@ class Safety:
         states = dict(cluster.world.replica_states(process.index, image.channel))
         is_quiet = self._is_quiet(process, image)
         layers = [layer.id for layer in record.layers]
+        membership = record.membership
         for shard in range(cluster.shape.shards):
-            in_sync = record.membership.in_sync(cluster.set_of(shard))
+            in_sync = membership.in_sync(cluster.set_of(shard))
             up = [name for name in in_sync if states.get(name) == "up"]
             nodes = [node for node in map(cluster.names.index, up) if cluster.nodes.processes[node]]
             is_dirty = any(shard in cluster.world.dirty(node, cluster.image) for node in nodes)

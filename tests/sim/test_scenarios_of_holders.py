@@ -321,6 +321,62 @@ def test_set_that_waits_for_another_is_noticed() -> None:
         two_sets_share_a_lost_node()
 
 
+def two_sets_share_a_node_that_comes_back() -> None:
+    """History 20 again: all of a set come back at once, one of them alone of those in another set.
+
+    Those who stay away have what it lost there: it is believed in the one set, not in the other.
+    """
+    stage = Stage(10, nodes=5, replica_sets=2, shards=8)
+    cluster = stage.cluster
+    record = cluster.record
+    assert record is not None
+    waits_for, goes_on = (set(members) for members in record.sets)
+    away, back = (
+        [cluster.names.index(name) for name in sorted(names)]
+        for names in (waits_for - goes_on, goes_on)
+    )
+    assert len(away) == 2, "the sets share one node"
+    shards = range(cluster.shape.shards)
+    first, second = (
+        stage.at(next(shard for shard in shards if cluster.set_of(shard) == index), 1)
+        for index in (0, 1)
+    )
+    stage.write(first)
+    stage.write(second)
+    stage.flush()
+    stage.write(first)
+    stage.kill(*away)
+    shared = cluster.names.index(*(waits_for & goes_on))
+    stage.kill(*(node for node in back if node != shared))
+    stage.cut(shared)
+    stage.run(0.5)
+    stage.start(*back)
+    stage.run(3.0)
+    stage.read(second)
+    stage.write(second)
+    stage.guest.read(first, 8)
+    stage.run(10.0)
+    if stage.guest.in_flight != 1:
+        raise Violation("what nobody can know was read")
+    stage.start(*away)
+    stage.answered()
+    stage.settle()
+
+
+def test_set_whose_nodes_all_came_back_waits_for_no_other_set() -> None:
+    two_sets_share_a_node_that_comes_back()
+
+
+def test_node_that_joins_for_all_its_sets_or_for_none_is_noticed() -> None:
+    with broken(patch=planted_by_name("sets are founded alone"), match="stuck"):
+        two_sets_share_a_node_that_comes_back()
+
+
+def test_node_that_is_believed_where_others_know_better_is_noticed() -> None:
+    with broken("AllInSyncLevelled", match="read as|was read"):
+        two_sets_share_a_node_that_comes_back()
+
+
 def read_what_is_in_flight_and_lose_it() -> None:
     """History 21: a read must not see a write that then vanishes with its only replica."""
     stage = Stage(11)

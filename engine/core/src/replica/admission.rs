@@ -1,12 +1,15 @@
 //! Admission of nodes whose content may differ: the dirty maps of all participants name the shards, then
 //! the nodes are up, doubtful in these shards until `level` has made them equal.
 //!
-//! A participant that is lost meanwhile, or a joining node, ends the attempt; policy starts another. In a
-//! replica set without a node that is `Up` all in-sync nodes join, or none does: one that is away may have
-//! answered what they have lost.
+//! A participant that is lost meanwhile, or a joining node, ends the attempt; policy starts another.
+//!
+//! A replica set is *founded* where one that stayed up is in sync, or all that are in sync take part: one that
+//! is away may have answered what those here have lost. A node may join for one of its sets while another is
+//! not founded. There it is doubtful in every shard, and is asked for nothing; when the others have come, all
+//! dirty maps are asked for once more.
 
 use super::asks::Asks;
-use super::image::{ImageIo, Purpose, Replica, ReplicaState};
+use super::image::{ImageIo, Purpose, Replica, ReplicaState, Set};
 use super::replies::BadReply;
 use super::shard_set::ShardSet;
 use super::{Event, NodeIndex, NodeMask};
@@ -19,6 +22,8 @@ use bytes::Bytes;
 pub(super) struct Admission {
     participants: NodeMask,
     joiners: NodeMask,
+    /// Of each set, who is asked what it may lack: those that join, or were let in before others came.
+    founded: Vec<NodeMask>,
     asks: Asks<u64>,
     dirty: ShardSet,
 }
@@ -34,25 +39,32 @@ impl ImageIo {
             return;
         }
         let joiners = self.nodes_in(|state| state == ReplicaState::Listing);
-        if joiners.is_empty() {
+        let participants = joiners.with(self.up());
+        let founded: Vec<NodeMask> =
+            self.sets.iter().map(|set| self.founded(set, participants, joiners)).collect();
+        if joiners.is_empty() && founded.iter().all(|mask| mask.is_empty()) {
             return;
         }
-        let up = self.up();
-        let participants = joiners.with(up);
-        let unfounded = self.sets.iter().find_map(|set| {
-            let joins = !set.in_sync.and(joiners).is_empty();
-            let founded = !set.in_sync.and(up).is_empty();
-            let absent = set.in_sync.without(participants).first();
-            absent.filter(|_| joins && !founded)
-        });
-        let unfounded = unfounded.filter(|_| !broken(Rule::AllInSyncLevelled));
-        if let Some(absent) = unfounded.or(self.undecided()) {
-            return self.end_admission(absent, Status::Io);
+        match self.undecided() {
+            // Those that are up are asked when it is decided.
+            Some(_) if joiners.is_empty() => return,
+            Some(node) => return self.end_admission(node, Status::Io, false),
+            None => {}
         }
         let asks = Asks::new(self.next_serial());
         let dirty = ShardSet::default();
-        self.admission = Some(Admission { participants, joiners, asks, dirty });
+        self.admission = Some(Admission { participants, joiners, founded, asks, dirty });
         participants.iter().for_each(|node| self.ask_dirty(node, 0));
+    }
+
+    /// Who can be told from level in a set, of those that join it or are unfounded there.
+    fn founded(&self, set: &Set, participants: NodeMask, joiners: NodeMask) -> NodeMask {
+        let stayed = set.in_sync.and(self.up()).without(set.unfounded);
+        let complete = set.in_sync.without(participants).is_empty();
+        match !stayed.is_empty() || complete || broken(Rule::AllInSyncLevelled) {
+            true => set.in_sync.and(joiners.with(set.unfounded).and(participants)),
+            false => NodeMask::EMPTY,
+        }
     }
 
     /// Changes in flight that a former instance had answered may be lost with its memory, and be on nobody
@@ -83,23 +95,27 @@ impl ImageIo {
             .fold(NodeMask::EMPTY, |mask, (index, _)| mask.with(NodeMask::one(index as NodeIndex)))
     }
 
-    /// The admission under way fails, because of `node`: all that are being admitted wait again.
+    /// The admission under way fails, because of `node`: all that are being admitted wait again. Those that
+    /// are up are asked again with the next tick.
     ///
     /// Also before the dirty maps are asked for: those that are left were chosen because of who else was
     /// there.
-    fn end_admission(&mut self, node: NodeIndex, status: Status) {
+    fn end_admission(&mut self, node: NodeIndex, status: Status, joined: bool) {
         self.admission = None;
-        for joiner in self.joining().iter() {
+        let joining = self.joining();
+        for joiner in joining.iter() {
             self.replica(joiner).state = ReplicaState::Waiting;
         }
-        self.event(Event::AdmitFailed { node, status });
+        if joined || !joining.is_empty() {
+            self.event(Event::AdmitFailed { node, status });
+        }
         self.go_on_levelling();
     }
 
     /// `node`, which took part in what goes on or joined, is gone: an admission under way fails.
     pub(super) fn end_admission_without(&mut self, node: NodeIndex, status: Status, joined: bool) {
-        if joined || !self.joining().is_empty() {
-            self.end_admission(node, status);
+        if joined || self.admission.is_some() || !self.joining().is_empty() {
+            self.end_admission(node, status, joined);
         }
     }
 
@@ -120,7 +136,7 @@ impl ImageIo {
         let Some(admission) = &mut self.admission else { return Ok(()) };
         let Some(from_shard) = admission.asks.take(node, frame.tag) else { return Ok(()) };
         if frame.status != Status::Ok {
-            self.end_admission(node, frame.status);
+            self.end_admission(node, frame.status, false);
             return Ok(());
         }
         let reply = DirtyReply::take(frame.head).map_err(|_| BadReply("malformed dirty map"))?;
@@ -146,10 +162,18 @@ impl ImageIo {
     fn finish_admission(&mut self) {
         let Some(admission) = self.admission.take() else { return };
         assert!(admission.joiners.without(admission.participants).is_empty());
-        self.doubt(admission.joiners, &admission.dirty);
+        self.doubt(&admission.founded, &admission.dirty);
+        let mut serving = admission.joiners;
+        for (set, founded) in self.sets.iter_mut().zip(&admission.founded) {
+            let joined = set.in_sync.and(admission.joiners);
+            set.unfounded = set.unfounded.with(joined).without(*founded);
+            serving = serving.with(*founded);
+        }
         self.run_if_opening();
-        self.go_up(admission.joiners);
-        self.tell_admitted();
+        self.go_up(serving);
+        if !admission.joiners.is_empty() {
+            self.tell_admitted();
+        }
         self.go_on_levelling();
         self.start_admission();
     }

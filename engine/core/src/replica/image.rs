@@ -98,6 +98,9 @@ pub(super) struct Set {
     /// In-sync nodes that have not stored `storing_generation`, the one that changed this set.
     pub storing: NodeMask,
     pub storing_generation: u64,
+    /// Nodes that were let in for other sets while some in sync in this one were away, and none was whole:
+    /// what they may lack here is not known, so that they are doubtful in every shard of it.
+    pub unfounded: NodeMask,
     pub memory: Memory,
     /// It has no room for what clients write, and they are told so.
     pub refuses: bool,
@@ -255,6 +258,7 @@ impl ImageIo {
             in_sync: set.in_sync,
             storing: NodeMask::EMPTY,
             storing_generation: 0,
+            unfounded: NodeMask::EMPTY,
             memory: Memory::default(),
             refuses: false,
         });
@@ -327,11 +331,12 @@ impl ImageIo {
 
     /// State of each replica, for people.
     pub fn replica_states(&self) -> Vec<(String, String)> {
-        let name = |r: &Replica| match r.state {
-            ReplicaState::Up if !r.doubtful.is_empty() => (r.name.clone(), "levelling".to_owned()),
-            state => (r.name.clone(), format!("{state:?}").to_lowercase()),
+        let state = |index: usize, replica: &Replica| match replica.state {
+            ReplicaState::Up if !self.is_whole(index as NodeIndex) => "levelling".to_owned(),
+            state => format!("{state:?}").to_lowercase(),
         };
-        self.replicas.iter().map(name).collect()
+        let states = self.replicas.iter().enumerate();
+        states.map(|(index, replica)| (replica.name.clone(), state(index, replica))).collect()
     }
 
     /// In-sync nodes of each set.
@@ -369,11 +374,14 @@ impl ImageIo {
 
     /// Replicas that serve every shard.
     pub fn whole(&self) -> NodeMask {
-        let up = self.up();
-        up.iter().fold(NodeMask::EMPTY, |mask, node| {
-            let whole = self.replicas[usize::from(node)].doubtful.is_empty();
-            if whole { mask.with(NodeMask::one(node)) } else { mask }
-        })
+        let whole = self.up().iter().filter(|node| self.is_whole(*node));
+        whole.fold(NodeMask::EMPTY, |mask, node| mask.with(NodeMask::one(node)))
+    }
+
+    /// Whether a node, where it is up, is doubtful nowhere.
+    pub(super) fn is_whole(&self, node: NodeIndex) -> bool {
+        self.replicas[usize::from(node)].doubtful.is_empty()
+            && !self.sets.iter().any(|set| set.unfounded.has(node))
     }
 
     /// Nodes that may be sent changes: those that are up, and one that is being healed.

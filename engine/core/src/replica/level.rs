@@ -23,7 +23,7 @@ use super::background::Pacing;
 use super::compare::Comparison;
 use super::copier::{Copier, CopyAsk, CopyStamp};
 use super::heal::HealLimits;
-use super::image::{ImageIo, Part, Phase};
+use super::image::{ImageIo, Part, Phase, Set};
 use super::pacing::Need;
 use super::replies::BadReply;
 use super::shard_set::ShardSet;
@@ -143,6 +143,7 @@ impl ImageIo {
 
     pub(super) fn is_levelling(&self) -> bool {
         !self.leveller.unlevelled.is_empty()
+            || self.sets.iter().any(|set| !set.unfounded.is_empty())
     }
 
     /// Whether the last steps are under way, in which the nodes forget what was dirty.
@@ -152,7 +153,7 @@ impl ImageIo {
 
     /// Whether nothing is doubtful and no dirty entry waits to go.
     pub(super) fn is_level(&self) -> bool {
-        self.leveller.unlevelled.is_empty() && self.leveller.listed.is_empty()
+        !self.is_levelling() && self.leveller.listed.is_empty()
     }
 
     pub(super) fn copy_stamp(&self) -> CopyStamp {
@@ -163,13 +164,17 @@ impl ImageIo {
         }
     }
 
+    fn set_of(&self, shard: u64) -> &Set {
+        &self.sets[self.spec.geometry.replica_set_of(shard) as usize]
+    }
+
     fn in_sync_of(&self, shard: u64) -> NodeMask {
-        self.sets[self.spec.geometry.replica_set_of(shard) as usize].in_sync
+        self.set_of(shard).in_sync
     }
 
     fn doubtful_in(&self, shard: u64) -> NodeMask {
-        let in_sync = self.in_sync_of(shard);
-        in_sync.iter().fold(NodeMask::EMPTY, |mask, node| {
+        let Set { in_sync, unfounded, .. } = self.set_of(shard);
+        in_sync.iter().fold(unfounded.and(*in_sync), |mask, node| {
             match self.replicas[usize::from(node)].doubtful.has(shard) {
                 true => mask.with(NodeMask::one(node)),
                 false => mask,
@@ -180,14 +185,16 @@ impl ImageIo {
     /// Nodes that are asked nothing of this shard yet.
     pub(super) fn gated(&self, shard: u64) -> NodeMask {
         let none = self.leveller.unlevelled.is_empty() || !self.leveller.unlevelled.has(shard);
-        if none || broken(Rule::LevelBeforeRequests) {
+        let founded = self.set_of(shard).unfounded.is_empty();
+        if none && founded || broken(Rule::LevelBeforeRequests) {
             return NodeMask::EMPTY;
         }
         self.doubtful_in(shard)
     }
 
-    /// `joiners` may differ from others in sync in what is dirty anywhere, and in what was not level yet.
-    pub(super) fn doubt(&mut self, joiners: NodeMask, dirty: &ShardSet) {
+    /// These nodes of each set may differ from others in sync in what is dirty anywhere, and in what was
+    /// not level yet.
+    pub(super) fn doubt(&mut self, joiners: &[NodeMask], dirty: &ShardSet) {
         if !self.is_levelling() {
             self.leveller.shards_done = 0;
             let pacing = self.leveller.limits.join(&self.background, self.spec.channel);
@@ -196,7 +203,8 @@ impl ImageIo {
         let mut shards = dirty.clone();
         self.leveller.unlevelled.iter().for_each(|shard| _ = shards.insert(shard));
         for shard in shards.iter() {
-            let doubtful = joiners.and(self.in_sync_of(shard));
+            let set = self.spec.geometry.replica_set_of(shard) as usize;
+            let doubtful = joiners[set].and(self.sets[set].in_sync);
             for node in doubtful.iter() {
                 self.replica(node).doubtful.insert(shard);
             }
@@ -236,8 +244,8 @@ impl ImageIo {
     /// Whether a flush has to wait: a node in sync may lack something that was answered.
     pub(super) fn flush_waits(&self) -> bool {
         let in_sync = self.in_sync_anywhere();
-        let whole = |node: NodeIndex| self.replicas[usize::from(node)].doubtful.is_empty();
-        self.is_levelling() && !broken(Rule::FlushWaitsForLevel) && !in_sync.iter().all(whole)
+        let whole = in_sync.iter().all(|node| self.is_whole(node));
+        self.is_levelling() && !broken(Rule::FlushWaitsForLevel) && !whole
     }
 
     /// `request`, a flush, waits until all nodes in sync are whole; so everything is wanted at once.
@@ -285,10 +293,12 @@ impl ImageIo {
             };
             replica.doubtful.retain(in_sync);
         }
+        self.sets.iter_mut().for_each(|set| set.unfounded = set.unfounded.and(set.in_sync));
         self.begin_levelling_again();
         self.leveller.told = self.leveller.told.and(self.in_sync_anywhere());
         self.leveller.resting = false;
         self.go_on_levelling();
+        self.start_admission();
     }
 
     fn ask(
@@ -388,6 +398,7 @@ impl ImageIo {
     pub(super) fn tick_levelling(&mut self) {
         self.leveller.resting = false;
         self.leveller.cursor = 0;
+        self.start_admission();
         self.go_on_levelling();
     }
 
@@ -440,6 +451,9 @@ impl ImageIo {
     /// Whether a shard can be levelled with those who are here.
     fn may_begin(&self, shard: u64) -> bool {
         let (in_sync, up, doubtful) = (self.in_sync_of(shard), self.up(), self.doubtful_in(shard));
+        if !self.set_of(shard).unfounded.and(up).is_empty() {
+            return false;
+        }
         let founded = !in_sync.and(up).without(doubtful).is_empty();
         let complete = in_sync.without(up).is_empty() || broken(Rule::AllInSyncLevelled);
         let decided = self.undecided().is_none();

@@ -7,6 +7,7 @@ use crate::replica::Queues;
 use crate::store::RecordHead;
 use bytes::BytesMut;
 use std::collections::BTreeSet;
+use twox_hash::XxHash3_64;
 
 impl World {
     /// The record that a running node has of an image.
@@ -108,17 +109,11 @@ impl World {
     }
 }
 
-/// Zeroes, written or not, are 0.
+/// Zeroes, written or not, are 0. Seeded, so that it is not the checksum that the store goes by.
 fn digest(block: &[u8]) -> u64 {
-    if block.iter().all(|byte| *byte == 0) {
-        return 0;
+    const ZEROES: [u8; BLOCK_BYTES as usize] = [0; BLOCK_BYTES as usize];
+    match block == ZEROES {
+        true => 0,
+        false => XxHash3_64::oneshot_with_seed(1, block),
     }
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    for word in block.chunks(8) {
-        let mut bytes = [0; 8];
-        bytes[..word.len()].copy_from_slice(word);
-        hash =
-            (hash ^ u64::from_le_bytes(bytes)).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(29);
-    }
-    hash | 1
 }
