@@ -39,7 +39,7 @@ from vmstore.errors import OtherCluster, UnknownImage
 from vmstore.exports import Exports, Permission, Visitor
 from vmstore.resizing import RESIZE_LIMIT_S
 from vmstore.scrubbing import Scrubber
-from vmstore.served import Served
+from vmstore.served import Served, ServedFile
 
 if TYPE_CHECKING:
     from hci.tls import Credentials
@@ -89,7 +89,9 @@ class GatewayDaemon:
             holder=self.holder,
             local_node=lambda: self._local_node,
             lease=self._lease,
-            served=Served(self.holder, path=own.run_dir / "served.json", boot=daemon.boot_id()),
+            served=Served(
+                self.holder, file=ServedFile(own.run_dir / "served.json"), boot=daemon.boot_id()
+            ),
             lock=lock,
             heal_limits=config.heal,
             slow_limits=config.slow,

@@ -67,10 +67,33 @@ class _Image:
         return last.epoch == self.epoch + 1 and last.holder in ours
 
 
+class ServedFile:
+    """Where processes of a gateway leave word for the next one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    def read(self) -> str | None:
+        """Return what was written last; None: nothing was. Raises OSError."""
+        try:
+            return self._path.read_text()
+        except FileNotFoundError:
+            return None
+
+    def write(self, text: str) -> None:
+        """Put this in place of what there was, whole. Raises OSError."""
+        part = self._path.with_name(f".{self._path.name}.part")
+        part.write_text(text)
+        part.replace(self._path)
+
+
 class Served:
     """Knows the client processes of one gateway. For any thread; `save` and `admit` write a file.
 
-    `holder` is the id of this process of the gateway. `path` is where its predecessors wrote what
+    `holder` is the id of this process of the gateway. `file` is where its predecessors wrote what
     they knew in the same boot of the host, named by `boot`; None keeps nothing.
     """
 
@@ -78,11 +101,11 @@ class Served:
         self,
         holder: str,
         *,
-        path: Path | None = None,
+        file: ServedFile | None = None,
         boot: str = "",
         lives: Callable[[str], bool] | None = None,
     ) -> None:
-        self._path = path
+        self._file = file
         self._boot = boot
         self._lives = lives or process_lives
         self._lock = threading.Lock()
@@ -90,8 +113,8 @@ class Served:
         self._holders: list[str] = []
         self._images: dict[ImageId, _Image] = {}
         self._memory: dict[ImageId, dict[str, str]] = {}
-        if path is not None:
-            self._read(path)
+        if file is not None:
+            self._read(file)
         self._holders = [*self._holders, holder][-HOLDERS_MAX:]
         if self._images:
             self.save()
@@ -154,7 +177,7 @@ class Served:
             known.served.add(peer)
         if not self.save():
             raise HciError(
-                f"{self._path} cannot be written, and {name} is served to nobody who is not "
+                f"{self._file} cannot be written, and {name} is served to nobody who is not "
                 "written down there: see the gateway's log"
             )
 
@@ -197,18 +220,16 @@ class Served:
 
     def save(self) -> bool:
         """Write down what is known; return whether that was possible. Not for a hot path."""
-        if self._path is None:
+        if self._file is None:
             return True
         with self._writing:
             with self._lock:
                 self._drop_ended()
                 text = self._text()
-            part = self._path.with_name(f".{self._path.name}.part")
             try:
-                part.write_text(text)
-                part.replace(self._path)
+                self._file.write(text)
             except OSError as error:
-                log.error("served_not_written", path=str(self._path), why=str(error))
+                log.error("served_not_written", path=str(self._file), why=str(error))
                 return False
         return True
 
@@ -245,9 +266,12 @@ class Served:
         document = {"v": VERSION, "boot": self._boot, "holders": self._holders, "images": images}
         return json.dumps(document, sort_keys=True)
 
-    def _read(self, path: Path) -> None:
+    def _read(self, file: ServedFile) -> None:
         try:
-            document = json.loads(path.read_text())
+            text = file.read()
+            if text is None:
+                return
+            document = json.loads(text)
             if document["boot"] != self._boot:
                 return
             if document["v"] != VERSION:
@@ -260,11 +284,9 @@ class Served:
                 ImageId(image): {str(k): str(v) for k, v in values.get("memory", {}).items()}
                 for image, values in document["images"].items()
             }
-        except FileNotFoundError:
-            return
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             # Written whole by every process, so the host went down while it was: no client lives.
-            log.error("served_not_readable", path=str(path), why=str(error))
+            log.error("served_not_readable", path=str(file), why=str(error))
             self._holders, self._images, self._memory = [], {}, {}
 
 

@@ -28,7 +28,7 @@ from tests.sim.liveness import Liveness
 from tests.sim.nodes import Nodes
 from tests.sim.operators import Operator
 from tests.sim.oracle import SECTOR_BYTES, UNDER_WAY_S, Oracle
-from tests.sim.processes import CUTTER, SimGateway
+from tests.sim.processes import CUTTER, KeptServed, SimGateway
 from tests.sim.safety import Safety
 from tests.sim.shape import IMAGE, IMAGE_NAME, POOL, SHARD_BYTES, Shape
 from vmstore.catalog import Catalog
@@ -59,6 +59,7 @@ class Cluster:
         )
         self.node_paths = [Path() for _ in names]
         self.gateway_paths = [Path() for _ in range(shape.gateways)]
+        self._served = [KeptServed() for _ in range(shape.gateways)]
         self.nodes = Nodes(self)
         self.gateways: list[SimGateway | None] = [None] * shape.gateways
         self.guests: list[Guest] = []
@@ -238,18 +239,24 @@ class Cluster:
         """Find out whether unflushed writes may be gone."""
         if self.record is None:
             return
-        lost = set()
+        lost, excused = set(), set()
         # A holder may go on by the record that a restored etcd has lost.
         for record in (self.record, self._latest or self.record):
             for index in range(len(record.sets)):
                 holders = [self.names.index(name) for name in record.membership.in_sync(index)]
                 if not any(self.world.remembers(node, self.image) for node in holders):
                     lost.add(index)
-        if lost:
-            per_shard = SHARD_BYTES // SECTOR_BYTES
-            self.oracle.memory_lost(
-                lambda sector: self.set_of(sector // per_shard) in lost, self.clock.now_s
-            )
+                    if any((self.names[node], index) in self.liveness.doubted for node in holders):
+                        # Its memory is that of its process; only flushes tell an older disk.
+                        excused.add(index)
+        per_shard = SHARD_BYTES // SECTOR_BYTES
+        for sets, is_told in ((lost - excused, True), (excused, False)):
+            if sets:
+                self.oracle.memory_lost(
+                    lambda sector, sets=sets: self.set_of(sector // per_shard) in sets,  # type: ignore[misc]
+                    self.clock.now_s,
+                    is_told=is_told,
+                )
 
     def set_of(self, shard: int) -> int:
         """Return the replica set of a shard."""
@@ -293,6 +300,7 @@ class Cluster:
             node_name=self.names[gateway],
             nodes=self.shape.nodes,
             site=self.site,
+            served=self._served[gateway],
             on_heal=self._heal_begins,
             scrubs=self.scrubs,
         )
@@ -342,6 +350,7 @@ class Cluster:
         self.gateways[gateway] = None
         guest = self.guests[gateway]
         if host:
+            self._served[gateway] = KeptServed()
             guest.host_gone()
             self.nodes.stop(gateway, power=True)
         else:

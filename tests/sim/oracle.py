@@ -190,8 +190,13 @@ class Oracle:
         for sector in {entry.sector for entry in covered}:
             self._prune(sector)
 
-    def memory_lost(self, concerns: Callable[[int], bool], now: float) -> None:
-        """The last in-sync node that remembered these sectors has lost its power."""
+    def memory_lost(
+        self, concerns: Callable[[int], bool], now: float, *, is_told: bool = True
+    ) -> None:
+        """The last in-sync node that remembered these sectors has lost its power.
+
+        A flush has to say so, where `is_told`; else one may.
+        """
         for sector, history in self._sectors.items():
             if concerns(sector):
                 for entry in history:
@@ -202,7 +207,8 @@ class Oracle:
         self._loss_untold, self._lost_s = True, now
         known = {id(entry) for entry in self._forgotten}
         lost = [e for e in self._unflushed.values() if not e.sure and e.answered]
-        self._forgotten += [entry for entry in lost if id(entry) not in known]
+        if is_told:
+            self._forgotten += [entry for entry in lost if id(entry) not in known]
         self._unflushed = {key: entry for key, entry in self._unflushed.items() if entry.sure}
 
     def check_read(self, first: int, stamps: list[int], begun: float, now: float) -> None:

@@ -6,6 +6,7 @@ sockets or threads.
 
 from __future__ import annotations
 
+import pathlib
 import random
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -35,7 +36,7 @@ from vmstore.ledger import Ledger
 from vmstore.names import ImageName
 from vmstore.open_image import Resize
 from vmstore.scrubbing import Scrubber
-from vmstore.served import Served
+from vmstore.served import Served, ServedFile
 from vmstore.set_back import may_run_elsewhere, only_here, seen_later
 from vmstore.slowness import SlowLimits
 
@@ -257,6 +258,22 @@ def _heal_limits(chance: random.Random) -> HealLimits:
     return HealLimits(bytes_per_second=bytes_per_second, share_percent=share_percent)
 
 
+class KeptServed(ServedFile):
+    """What a gateway's processes leave for the next one, until their host goes down."""
+
+    def __init__(self) -> None:
+        super().__init__(pathlib.Path("served.json"))
+        self._text: str | None = None
+
+    def read(self) -> str | None:
+        """See `ServedFile`."""
+        return self._text
+
+    def write(self, text: str) -> None:
+        """See `ServedFile`."""
+        self._text = text
+
+
 class SimGateway:
     """A gateway's process."""
 
@@ -274,6 +291,7 @@ class SimGateway:
         node_name: str,
         nodes: int,
         site: Site,
+        served: KeptServed,
         on_heal: Callable[[str], None],
         scrubs: bool = False,
     ) -> None:
@@ -298,7 +316,7 @@ class SimGateway:
             lease=lambda lost, renewed: SimSession(
                 etcd, clock, self.process, on_lost=lost, on_renewed=renewed
             ),
-            served=Served(self.holder, lives=lambda _peer: True),
+            served=Served(self.holder, file=served, lives=lambda _peer: True),
             voters=SimVoters(site, site.ways[name], self.process),
             heal_limits=_heal_limits(chance),
             slow_limits=SLOW,

@@ -15,7 +15,7 @@ from vmstore import exports
 from vmstore.errors import ClientBarred
 from vmstore.holder import Phase
 from vmstore.names import ImageName
-from vmstore.served import Served
+from vmstore.served import Served, ServedFile
 from vmstore.stored import Stored
 
 GUEST, OTHER = "10:111", "20:222"
@@ -65,7 +65,7 @@ def test_client_that_left_by_itself_comes_back_after_another_gateway(
 def test_guest_that_a_stop_sent_away_is_remembered(tmp_path: Path) -> None:
     # Its unanswered requests come with it, to a successor that must know what happened meanwhile.
     def served(holder: str) -> Served:
-        return Served(holder, path=tmp_path / "served.json", lives=lambda _peer: True)
+        return Served(holder, file=ServedFile(tmp_path / "served.json"), lives=lambda _peer: True)
 
     with scripted_gateway(served=served("a1" * 16)) as gateway:
         gateway.connect(1, GUEST)
@@ -107,7 +107,7 @@ def test_client_of_an_image_that_cannot_be_closed_hears_why(
 
 
 def test_guest_comes_back_to_an_image_that_was_healed_elsewhere_meanwhile(tmp_path: Path) -> None:
-    served = Served("a1" * 16, path=tmp_path / "served.json", lives=lambda _peer: True)
+    served = Served("a1" * 16, file=ServedFile(tmp_path / "served.json"), lives=lambda _peer: True)
     with scripted_gateway(served=served) as gateway:
         gateway.connect(1, GUEST)
         assert gateway.answer(1)[0] == "export"
@@ -118,7 +118,9 @@ def test_guest_comes_back_to_an_image_that_was_healed_elsewhere_meanwhile(tmp_pa
     assert healed.last_use is not None
     assert (healed.epoch, healed.last_use.epoch) == (2, 1)
     assert image.image == healed.id
-    successor = Served("a2" * 16, path=tmp_path / "served.json", lives=lambda _peer: True)
+    successor = Served(
+        "a2" * 16, file=ServedFile(tmp_path / "served.json"), lives=lambda _peer: True
+    )
     successor.check(gateway.name, GUEST, healed)
 
 

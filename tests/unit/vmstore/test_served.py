@@ -13,7 +13,7 @@ from shard.ids import ImageId
 from tests.unit.samples import image_record
 from vmstore.errors import ClientBarred
 from vmstore.names import ImageName, parse_image_name
-from vmstore.served import Served, process_lives
+from vmstore.served import Served, ServedFile, process_lives
 
 IMAGE = ImageId("cd" * 16)
 NAME: ImageName = parse_image_name("vms/a")
@@ -34,7 +34,9 @@ class Host:
         self.living = {GUEST, OTHER}
 
     def gateway(self, holder: str) -> Served:
-        return Served(holder, path=self.path, boot=self.boot, lives=self.living.__contains__)
+        return Served(
+            holder, file=ServedFile(self.path), boot=self.boot, lives=self.living.__contains__
+        )
 
 
 @pytest.fixture
