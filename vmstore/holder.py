@@ -473,7 +473,7 @@ class Holder:
         """A serving image leaves nodes behind when requests wait; an opening one after a grace."""
         waits = bool(lost & self.blocking) or bool(lost & self.emptied)
         if self.phase in (Phase.SERVING, Phase.CLOSING) and self._somebody_is_up():
-            if waits and self._somebody_is_level():
+            if waits and self._others_are_level(lost):
                 return True
             return waits and self._grace_is_over(lost)
         return self._grace_is_over(lost) or lost <= self.emptied
@@ -481,13 +481,18 @@ class Holder:
     def _somebody_is_up(self) -> bool:
         return any(node.standing is Standing.UP for node in self._in_sync_nodes())
 
-    def _somebody_is_level(self) -> bool:
-        """Whether a node surely has all that was answered; else a lost one may have it alone."""
-        level = self._in_sync_names() - self.levelling
-        return any(
-            self.nodes[name].standing is Standing.UP and not self._is_failing(self.nodes[name])
-            for name in level
-        )
+    def _others_are_level(self, lost: set[str]) -> bool:
+        """Whether of each set that can go on another node surely has all that was answered.
+
+        Where none has, a lost one may have it alone.
+        """
+        assert self.record is not None
+        membership = self.record.membership
+        well = {name for name in self._in_sync_names() - self.levelling if self._is_well(name)}
+        sets = [set(membership.in_sync(index)) for index in range(len(membership.sets))]
+        left = [of_set - lost for of_set in sets if of_set & lost]
+        go_on = [of_set for of_set in left if len(of_set) >= membership.policy.quorum]
+        return bool(well) and all(of_set & well for of_set in go_on)
 
     def _grace_is_over(self, lost: set[str]) -> bool:
         """A node that was away long before anybody asked for it has had its time."""

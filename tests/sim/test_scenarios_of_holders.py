@@ -377,6 +377,60 @@ def test_node_that_is_believed_where_others_know_better_is_noticed() -> None:
         two_sets_share_a_node_that_comes_back()
 
 
+def flush_waits_for_a_node_that_lost_what_it_covers() -> None:
+    """A flush is under way when a node comes back that has lost what was answered before it.
+
+    The other one that has it cannot be reached: were the first believed, nobody else would have it.
+    """
+    stage = Stage(10, nodes=5, replica_sets=2, shards=8)
+    cluster = stage.cluster
+    record = cluster.record
+    assert record is not None
+    first_set, second_set = (set(members) for members in record.sets)
+    (shared,) = [cluster.names.index(name) for name in first_set & second_set]
+    keeps, gone = [cluster.names.index(name) for name in sorted(first_set - second_set)]
+    gone_too = cluster.names.index(min(second_set - first_set))
+    shards = range(cluster.shape.shards)
+    first, second = (
+        stage.at(next(shard for shard in shards if cluster.set_of(shard) == index), 1)
+        for index in (0, 1)
+    )
+    stage.write(first)
+    stage.write(second)
+    stage.flush()
+    stage.kill(gone, gone_too)
+    stage.write(first)
+    stage.write(second)
+    stage.flush()
+    stage.await_stale(gone, gone_too)
+    stage.write(first)
+    stage.cut(shared)
+    stage.guest.flush()
+    stage.run(0.5)
+    stage.hold(0, keeps)
+    stage.hear_nothing(0, keeps)
+    stage.run(6.0)
+    stage.start(shared)
+    stage.run(5.0)
+    if stage.guest.in_flight != 1:
+        raise Violation("a flush was answered by one that has lost what it covers")
+    stage.let_go(0, keeps)
+    stage.hear_again(0, keeps)
+    stage.answered()
+    stage.read(first)
+    cluster.mend()
+    stage.settle()
+
+
+def test_flush_under_way_waits_for_a_node_that_came_back_without_what_it_covers() -> None:
+    flush_waits_for_a_node_that_lost_what_it_covers()
+
+
+def test_flush_answered_by_who_lost_what_it_covers_is_noticed() -> None:
+    with broken("FlushWaitsForLevel", match="answered by one"):
+        flush_waits_for_a_node_that_lost_what_it_covers()
+
+
 def read_what_is_in_flight_and_lose_it() -> None:
     """History 21: a read must not see a write that then vanishes with its only replica."""
     stage = Stage(11)

@@ -9,7 +9,7 @@
 //! dirty maps are asked for once more.
 
 use super::asks::Asks;
-use super::image::{ImageIo, Purpose, Replica, ReplicaState, Set};
+use super::image::{ImageIo, Phase, Purpose, Replica, ReplicaState};
 use super::replies::BadReply;
 use super::shard_set::ShardSet;
 use super::{Event, NodeIndex, NodeMask};
@@ -40,16 +40,17 @@ impl ImageIo {
         }
         let joiners = self.nodes_in(|state| state == ReplicaState::Listing);
         let participants = joiners.with(self.up());
+        let sets = 0..self.sets.len();
         let founded: Vec<NodeMask> =
-            self.sets.iter().map(|set| self.founded(set, participants, joiners)).collect();
+            sets.map(|set| self.founded(set, participants, joiners)).collect();
         if joiners.is_empty() && founded.iter().all(|mask| mask.is_empty()) {
             return;
         }
-        match self.undecided() {
-            // Those that are up are asked when it is decided.
-            Some(_) if joiners.is_empty() => return,
-            Some(node) => return self.end_admission(node, Status::Io, false),
-            None => {}
+        // A new holder begins with every node in sync: each has to know of it.
+        let absent = self.in_sync_anywhere().without(participants).first();
+        let absent = absent.filter(|_| self.phase == Phase::Opening);
+        if let Some(absent) = absent.filter(|_| !broken(Rule::AllInSyncLevelled)) {
+            return self.end_admission(absent, Status::Io, false);
         }
         let asks = Asks::new(self.next_serial());
         let dirty = ShardSet::default();
@@ -58,9 +59,10 @@ impl ImageIo {
     }
 
     /// Who can be told from level in a set, of those that join it or are unfounded there.
-    fn founded(&self, set: &Set, participants: NodeMask, joiners: NodeMask) -> NodeMask {
+    fn founded(&self, index: usize, participants: NodeMask, joiners: NodeMask) -> NodeMask {
+        let set = &self.sets[index];
         let stayed = set.in_sync.and(self.up()).without(set.unfounded);
-        let complete = set.in_sync.without(participants).is_empty();
+        let complete = set.in_sync.without(participants).is_empty() && !self.is_undecided(index);
         match !stayed.is_empty() || complete || broken(Rule::AllInSyncLevelled) {
             true => set.in_sync.and(joiners.with(set.unfounded).and(participants)),
             false => NodeMask::EMPTY,
@@ -136,6 +138,9 @@ impl ImageIo {
         let Some(admission) = &mut self.admission else { return Ok(()) };
         let Some(from_shard) = admission.asks.take(node, frame.tag) else { return Ok(()) };
         if frame.status != Status::Ok {
+            if self.joining().is_empty() {
+                self.has_failed(node, frame.status);
+            }
             self.end_admission(node, frame.status, false);
             return Ok(());
         }
@@ -169,7 +174,9 @@ impl ImageIo {
             set.unfounded = set.unfounded.with(joined).without(*founded);
             serving = serving.with(*founded);
         }
+        self.forget_demands();
         self.run_if_opening();
+        self.take_back_flushes(serving);
         self.go_up(serving);
         if !admission.joiners.is_empty() {
             self.tell_admitted();

@@ -226,11 +226,12 @@ impl ImageIo {
         })
     }
 
-    /// The healed node whose membership is being decided, where no node of a set of its was up all the
-    /// time: the others must not agree on anything without it, should it turn out to be in sync.
-    pub(super) fn undecided(&self) -> Option<NodeIndex> {
-        let heal = self.heal.as_ref().filter(|heal| heal.stage == Stage::Settled)?;
-        (!self.has_sources()).then_some(heal.spec.node)
+    /// Whether a healed node's membership in this set is being decided, while no node of a set of its was up
+    /// all the time: the others must not agree on anything without it, should it turn out to be in sync.
+    pub(super) fn is_undecided(&self, set: usize) -> bool {
+        let heal = self.heal.as_ref().filter(|heal| heal.stage == Stage::Settled);
+        heal.is_some_and(|heal| heal.spec.sets.iter().any(|(healed, _)| *healed == set))
+            && !self.has_sources()
     }
 
     /// Who takes part in clients' flushes beside the nodes in sync.

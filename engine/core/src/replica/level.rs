@@ -23,7 +23,7 @@ use super::background::Pacing;
 use super::compare::Comparison;
 use super::copier::{Copier, CopyAsk, CopyStamp};
 use super::heal::HealLimits;
-use super::image::{ImageIo, Part, Phase, Set};
+use super::image::{ImageIo, Part, Phase, RequestKind, Set};
 use super::pacing::Need;
 use super::replies::BadReply;
 use super::shard_set::ShardSet;
@@ -185,7 +185,7 @@ impl ImageIo {
     /// Nodes that are asked nothing of this shard yet.
     pub(super) fn gated(&self, shard: u64) -> NodeMask {
         let none = self.leveller.unlevelled.is_empty() || !self.leveller.unlevelled.has(shard);
-        let founded = self.set_of(shard).unfounded.is_empty();
+        let founded = self.sets.iter().all(|set| set.unfounded.is_empty());
         if none && founded || broken(Rule::LevelBeforeRequests) {
             return NodeMask::EMPTY;
         }
@@ -358,6 +358,11 @@ impl ImageIo {
     fn levelling_failed(&mut self, node: NodeIndex, status: Status) {
         self.begin_levelling_again();
         self.leveller.resting = true;
+        self.has_failed(node, status);
+    }
+
+    /// What `node` was asked for to make others level failed there.
+    pub(super) fn has_failed(&mut self, node: NodeIndex, status: Status) {
         match status {
             Status::StaleEpoch | Status::Deleted => self.fence(node, status),
             // Asked under a generation of before; or others have to be flushed first, and are.
@@ -451,12 +456,13 @@ impl ImageIo {
     /// Whether a shard can be levelled with those who are here.
     fn may_begin(&self, shard: u64) -> bool {
         let (in_sync, up, doubtful) = (self.in_sync_of(shard), self.up(), self.doubtful_in(shard));
-        if !self.set_of(shard).unfounded.and(up).is_empty() {
+        let set = self.spec.geometry.replica_set_of(shard) as usize;
+        if !self.sets[set].unfounded.and(up).is_empty() {
             return false;
         }
         let founded = !in_sync.and(up).without(doubtful).is_empty();
         let complete = in_sync.without(up).is_empty() || broken(Rule::AllInSyncLevelled);
-        let decided = self.undecided().is_none();
+        let decided = !self.is_undecided(set);
         doubtful.is_empty() || !doubtful.and(up).is_empty() && (founded || complete && decided)
     }
 
@@ -564,6 +570,35 @@ impl ImageIo {
         again.into_iter().for_each(|(_, id)| self.send_missing(id, up));
         self.dispatch_parked_reads();
         self.repairs_of_level(&level);
+    }
+
+    /// Flushes under way that one of these nodes has not answered wait until it is whole: it was let in
+    /// after they were asked for, and may lack what they cover.
+    pub(super) fn take_back_flushes(&mut self, nodes: NodeMask) {
+        if !self.flush_waits() {
+            return;
+        }
+        let lacks = |part: &Part| {
+            let last = self.phase == Phase::Closing && self.requests[part.request].token.is_none();
+            part.kind == RequestKind::Flush && !part.waiting.and(nodes).is_empty() && !last
+        };
+        let flushes = self.parts.iter().filter(|(_, part)| lacks(part));
+        let flushes: Vec<usize> = flushes.map(|(id, _)| id).collect();
+        for id in flushes {
+            let request = self.parts.remove(id).request;
+            self.requests[request].parts_left = 0;
+            self.hold_flush(request);
+        }
+    }
+
+    /// What nobody waits for any more, since nobody is doubtful there, is no longer wanted at once.
+    pub(super) fn forget_demands(&mut self) {
+        let (geometry, sets, leveller) = (self.spec.geometry, &self.sets, &mut self.leveller);
+        let unlevelled = &leveller.unlevelled;
+        leveller.demanded.retain(|shard| {
+            let set = &sets[geometry.replica_set_of(shard) as usize];
+            unlevelled.has(shard) || !set.unfounded.is_empty()
+        });
     }
 
     /// Flushes that waited for nodes to be whole go on.

@@ -78,11 +78,13 @@ impl ImageIo {
         }
     }
 
-    /// Nodes that are whole have all that was answered.
+    /// Nodes that are whole have all that was answered; also where they are unfounded in another set.
     pub(super) fn whole_remember(&mut self) {
-        let whole = self.whole();
+        let level = |node: &NodeIndex| self.replicas[usize::from(*node)].doubtful.is_empty();
+        let level = self.up().iter().filter(level);
+        let level = level.fold(NodeMask::EMPTY, |mask, node| mask.with(NodeMask::one(node)));
         for set in &mut self.sets {
-            set.memory.forgot = set.memory.forgot.without(whole);
+            set.memory.forgot = set.memory.forgot.without(level.without(set.unfounded));
         }
     }
 

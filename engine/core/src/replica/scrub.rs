@@ -313,8 +313,10 @@ impl ImageIo {
                 Stage::Reading => {}
             }
             // What makes replicas equal goes first, and what is found has to find room.
-            let whole = self.up().without(self.whole()).is_empty();
-            let others = self.heal.is_some() || self.admission.is_some() || !whole;
+            // One that is unfounded in a set is passed over there.
+            let level = |node: NodeIndex| self.replicas[usize::from(node)].doubtful.is_empty();
+            let level = self.up().iter().all(level);
+            let others = self.heal.is_some() || self.admission.is_some() || !level;
             if others || !self.repairs.has_room() || !scrub.pacing.begins(Need::TimeAndBytes) {
                 return;
             }
@@ -336,8 +338,9 @@ impl ImageIo {
             scrub.stage = Stage::Ending { since_ns: self.now_ns };
             return true;
         };
-        let in_sync = self.sets[self.spec.geometry.replica_set_of(shard) as usize].in_sync;
-        let members = in_sync.and(up);
+        let set = &self.sets[self.spec.geometry.replica_set_of(shard) as usize];
+        let in_sync = set.in_sync;
+        let members = in_sync.and(up).without(set.unfounded);
         let passed_over = in_sync.without(members);
         if !passed_over.is_empty() {
             scrub.missed = scrub.missed.with(passed_over);
