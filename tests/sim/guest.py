@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from engine._engine import Simulation
 from tests.sim.clock import Clock
 from tests.sim.oracle import SECTOR_BYTES, Oracle, Written
+from vmstore.errors import ClientBarred
 
 if TYPE_CHECKING:
     from tests.sim.processes import SimGateway
@@ -196,10 +197,11 @@ class Guest:
             return
         self._shared.say(f"{self.name} is refused by {self._gateway.name}: {message}")
         self._gateway.engine.guests.pop(client, None)
-        if self.life is Life.CONNECTING:
-            self._shared.clock.after(1.0, self._connect)
-        elif self.life is Life.RUNNING:
+        if self.life is Life.RUNNING or message == str(ClientBarred(self._image)):
+            # The latter has to be started anew.
             self.fail(message)
+        elif self.life is Life.CONNECTING:
+            self._shared.clock.after(1.0, self._connect)
 
     def disconnected(self, client: int, why: str) -> None:
         """The gateway ended the connection, on purpose."""
