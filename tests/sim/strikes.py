@@ -346,9 +346,15 @@ class Strikes(HealFaults, ArbiterFaults):
             process = cluster.gateways[gateway]
             if guest.life is not Life.FAILED or process is None:
                 return
+            peer = guest.peer
+
+            def came() -> bool:
+                # One that is started anew is another process, and has nothing to send again.
+                return guest.life is Life.RUNNING and guest.peer == peer
+
             guest.start(process)
-            self._when(lambda: guest.life is Life.RUNNING, send_again, 6.0)
-            cluster.clock.after(7.0, lambda: guest.life is Life.RUNNING or guest.stop())
+            self._when(came, send_again, 6.0)
+            cluster.clock.after(7.0, lambda: came() or guest.peer != peer or guest.stop())
 
         def send_again() -> None:
             if guest.channel is not None:
