@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -48,7 +49,7 @@ def at_most(what: str, figure: float | None, bound: float) -> Verdict:
     return Verdict(what, figure, bound, at_least=False)
 
 
-def tally(verdicts: list[Verdict]) -> str:
+def tally(verdicts: Sequence[Verdict]) -> str:
     """How many goals were met, and which were missed, in a line."""
     judged = [verdict for verdict in verdicts if verdict.is_met is not None]
     missed = [verdict.what for verdict in judged if not verdict.is_met]

@@ -69,7 +69,7 @@ class ManyImages(Measure):
                             (f"--rw={mode}", "--bs=4k", f"--iodepth={case.depth}"),
                             targets[case.images],
                             own_cluster.pids(cluster),
-                            setting.runtime_s,
+                            setting.window_s,
                             IMAGE_BYTES // case.images,
                         )
                     self.taken[work, case].append(one)

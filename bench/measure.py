@@ -27,6 +27,9 @@ class Setting:
     """On a real file system, the same for all that is compared."""
     rounds: int
     runtime_s: int
+    """Of a run of the rows."""
+    window_s: int
+    """Of a run of anything else that is measured for a time."""
     systems: Sequence[str]
     workloads: Sequence[Workload]
     console: Console

@@ -8,7 +8,6 @@ from dataclasses import asdict
 
 from bench import comparison
 from bench.fio import Measurement, MeasurementError, fill, measure
-from bench.goals import tally
 from bench.measure import Measure, Setting, SkippedError
 from bench.report import Section
 from bench.systems import SYSTEMS, System
@@ -49,12 +48,11 @@ class Rows(Measure):
         workloads, found = self.setting.workloads, self.rows()
         if not found:
             return None
-        judged = comparison.verdicts(workloads, found)
         return Section(
             title="Beside nbdkit and Gluster",
-            about=f"{ABOUT} {tally(judged)}.",
+            about=ABOUT,
             tables=comparison.tables(workloads, self._names, found),
-            verdicts=judged,
+            verdicts=comparison.verdicts(workloads, found),
             figures={"rows": [asdict(row) for row in found]},
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -43,6 +44,8 @@ RESULTS = Path(__file__).with_name("results")
 MEASURES: dict[str, type[Measure]] = {
     kind.name: kind for kind in (Rows, ManyImages, FirstWrites, Failures, Opening, InGuest)
 }
+QUIET = 0.5
+"""A load average, of each core, up to which nothing is said of it."""
 LIMIT_MINUTES = 40.0
 """Well above what all of it takes on two cores, which is under 25."""
 EXPECTED = (
@@ -69,11 +72,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _end_on_sigterm)
     chosen = [w for w in WORKLOADS if not options.workloads or w.name in options.workloads]
     began_s = time.monotonic()
+    load = os.getloadavg()[0]
     try:
         # Not /tmp, which may be kept in memory: all systems share one real file system.
         with tempfile.TemporaryDirectory(prefix="hci-bench-", dir=options.directory) as scratch:
             setting = Setting(
-                Path(scratch), options.rounds, options.runtime, options.systems, chosen, console
+                scratch=Path(scratch),
+                rounds=options.rounds,
+                runtime_s=options.runtime,
+                window_s=options.window,
+                systems=options.systems,
+                workloads=chosen,
+                console=console,
             )
             measures = [MEASURES[name](setting) for name in MEASURES if name in options.only]
             _run(measures, setting, began_s + options.limit * 60)
@@ -88,20 +98,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "machine": machine,
         "rounds": options.rounds,
         "runtime_s": options.runtime,
+        "window_s": options.window,
         "took_s": round(time.monotonic() - began_s),
         "skipped": setting.skipped,
         "failures": setting.failures,
+        "load_before": round(load, 2),
         "goals": [verdict.as_json() for section in sections for verdict in section.verdicts],
     }
     for section in sections:
         result |= section.figures
     file = _keep(result)
-    _show(options, sections, _about(result))
+    if not options.compare:
+        _show(options, sections, _about(result))
     for name, reason in setting.skipped.items():
         console.print(f"[yellow]{name} was skipped:[/] {escape(reason)}")
     for failure in setting.failures:
         console.print(f"[red]failed:[/] {escape(failure)}")
-    console.print(tally([verdict for section in sections for verdict in section.verdicts]))
+    if load > QUIET * (os.cpu_count() or 1):
+        console.print(
+            f"[yellow]The machine was busy with something else before (load average {load:.1f}): "
+            "these figures say little.[/]",
+            soft_wrap=True,
+        )
     console.print(f"[dim]{file}[/]", soft_wrap=True)
     is_slower = _against_reference(options, result)
     return 1 if setting.failures or "hci" in setting.skipped or is_slower else 0
@@ -114,7 +132,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES))
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
-    parser.add_argument("--runtime", type=int, default=5, metavar="SECONDS", help="of one run")
+    parser.add_argument(
+        "--runtime", type=int, default=5, metavar="SECONDS", help="of a run of the rows"
+    )
+    parser.add_argument(
+        "--window", type=int, default=3, metavar="SECONDS", help="of a run of the other measures"
+    )
     parser.add_argument(
         "--limit", type=float, default=LIMIT_MINUTES, metavar="MINUTES", help="of the whole"
     )
@@ -148,8 +171,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="make this run's rows the ones that others are compared with",
     )
     options = parser.parse_args(arguments)
-    if options.rounds < 1 or options.runtime < 1 or options.limit <= 0:
-        parser.error("--rounds and --runtime are at least 1, and --limit is above 0")
+    if min(options.rounds, options.runtime, options.window) < 1 or options.limit <= 0:
+        parser.error("--rounds, --runtime and --window are at least 1, and --limit is above 0")
     if not 0 < options.tolerance <= 1:
         parser.error("--tolerance is above 0, and 1 at most")
     needed = {"hci", "nbdkit"} - set(options.systems)
@@ -195,7 +218,7 @@ def _keep(result: dict[str, Any]) -> Path:
     try:
         plot.write(result, file.with_suffix(".svg"))
     except plot.NoPlotError as reason:
-        console.print(f"[yellow]no plot:[/] {escape(str(reason))}")
+        console.print(f"[yellow]no plot:[/] {escape(str(reason))}", soft_wrap=True)
     return file
 
 
@@ -205,7 +228,8 @@ def _show(options: argparse.Namespace, sections: Sequence[report.Section], about
         return
     out = Console(width=None if sys.stdout.isatty() else 160)
     for section in sections:
-        out.print(f"\n[bold]{section.title}[/]\n{escape(section.about)}")
+        verdicts = f" {tally(section.verdicts)}." if section.verdicts else ""
+        out.print(f"\n[bold]{section.title}[/]\n{escape(section.about)}{escape(verdicts)}")
         for table in section.tables:
             out.print(report.terminal(table))
 
@@ -219,7 +243,7 @@ def _against_reference(options: argparse.Namespace, result: dict[str, Any]) -> b
         return False
     compared = reference.compare(reference.load(reference.FILE), result, options.tolerance)
     Console(width=None if sys.stdout.isatty() else 160).print(report.terminal(compared.table))
-    console.print(compared.about)
+    console.print(escape(compared.about), soft_wrap=True)
     return compared.is_slower
 
 
@@ -230,8 +254,9 @@ def _about(result: dict[str, Any]) -> str:
     return (
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
         f"Linux {machine['kernel']}; {versions}. Commit {result['commit']}, "
-        f"{result['taken'][:10]}. Medians of {result['rounds']} rounds of {result['runtime_s']} s, "
-        "what is compared in turn, all on one file system of one machine."
+        f"{result['taken'][:10]}. Medians of {result['rounds']} rounds, of {result['runtime_s']} s "
+        f"for the rows and {result['window_s']} s for the rest, what is compared in turn, all on "
+        "one file system of one machine."
     )
 
 
