@@ -102,7 +102,7 @@ def compare(reference: Reference, result: Mapping[str, Any], tolerance: float) -
 def _ratios(result: Mapping[str, Any]) -> dict[str, float]:
     """By workload, the median of the ratios of its rounds."""
     found = {}
-    for row in result["rows"]:
+    for row in result.get("rows", []):
         if row["system"] == "hci":
             each = row.get("round_ratios_nbdkit") or [row["ratio_nbdkit"]]
             if None not in each:

@@ -58,7 +58,7 @@ EXPECTED = (
     OSError,
     subprocess.SubprocessError,
 )
-"""How a measure may fail for what it measures, and the others go on."""
+"""How a measure fails where that is no defect of its own."""
 console = Console(highlight=False, stderr=True)
 
 
@@ -91,22 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("[yellow]Interrupted: everything was stopped and removed.[/]")
         return 130
     sections = [section for measure in measures if (section := measure.section()) is not None]
-    machine = report.machine()
-    result: dict[str, Any] = {
-        "taken": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": report.commit(),
-        "machine": machine,
-        "rounds": options.rounds,
-        "runtime_s": options.runtime,
-        "window_s": options.window,
+    result = _result(options, setting, sections) | {
         "took_s": round(time.monotonic() - began_s),
-        "skipped": setting.skipped,
-        "failures": setting.failures,
         "load_before": round(load, 2),
-        "goals": [verdict.as_json() for section in sections for verdict in section.verdicts],
     }
-    for section in sections:
-        result |= section.figures
     file = _keep(result)
     if not options.compare:
         _show(options, sections, _about(result))
@@ -193,6 +181,9 @@ def _run(measures: Sequence[Measure], setting: Setting, deadline_s: float) -> No
             setting.failures.append(f"{measure.name}: the time for all of it is over (--limit)")
         except EXPECTED as failure:
             setting.failures.append(f"{measure.name}: {failure}")
+        except Exception as defect:  # noqa: BLE001 - it is shown, and what others measured is kept
+            setting.console.print_exception()
+            setting.failures.append(f"{measure.name}: {defect!r}")
         setting.say(f"{measure.name} took {time.monotonic() - began_s:.0f} s")
 
 
@@ -208,6 +199,26 @@ def _within(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def _result(
+    options: argparse.Namespace, setting: Setting, sections: Sequence[report.Section]
+) -> dict[str, Any]:
+    """What is kept of a run: how it was taken, every figure and every goal."""
+    result: dict[str, Any] = {
+        "taken": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": report.commit(),
+        "machine": report.machine(),
+        "rounds": options.rounds,
+        "runtime_s": options.runtime,
+        "window_s": options.window,
+        "skipped": setting.skipped,
+        "failures": setting.failures,
+        "goals": [verdict.as_json() for section in sections for verdict in section.verdicts],
+    }
+    for section in sections:
+        result |= section.figures
+    return result
 
 
 def _keep(result: dict[str, Any]) -> Path:
@@ -237,7 +248,12 @@ def _show(options: argparse.Namespace, sections: Sequence[report.Section], about
 def _against_reference(options: argparse.Namespace, result: dict[str, Any]) -> bool:
     """Compares with the former ratios or replaces them, as asked; True: a row is too slow."""
     if options.write_reference:
-        reference.FILE.write_text(reference.text(reference.of_result(result)))
+        try:
+            taken = reference.of_result(result)
+        except ValueError as nothing:
+            console.print(f"[red]{reference.FILE} stays as it was:[/] {nothing}")
+            return True
+        reference.FILE.write_text(reference.text(taken))
         console.print(f"{reference.FILE} has the ratios of this run.")
     if not options.compare:
         return False

@@ -68,9 +68,13 @@ def test_limit_ends_the_measure_and_those_after_it(setting: Setting) -> None:
     assert not never.stopped
 
 
-def test_programming_error_is_not_hidden(setting: Setting) -> None:
-    with pytest.raises(AssertionError):
-        run_all(setting, Recorded(setting, AssertionError()))
+def test_defect_is_shown_and_costs_only_its_measure(setting: Setting) -> None:
+    last = Recorded(setting)
+    run_all(setting, Recorded(setting, AssertionError("impossible")), last)
+    assert setting.failures == ["recorded: AssertionError('impossible')"]
+    assert last.stopped
+    assert isinstance(setting.console.file, io.StringIO)
+    assert "Traceback" in setting.console.file.getvalue()
 
 
 @pytest.mark.parametrize(
