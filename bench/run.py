@@ -246,21 +246,21 @@ def _show(options: argparse.Namespace, sections: Sequence[report.Section], about
 
 
 def _against_reference(options: argparse.Namespace, result: dict[str, Any]) -> bool:
-    """Compares with the former ratios or replaces them, as asked; True: a row is too slow."""
+    """Compares with the former ratios, then replaces them, as asked; True: that has failed."""
+    has_failed = False
+    if options.compare:
+        compared = reference.compare(reference.load(reference.FILE), result, options.tolerance)
+        Console(width=None if sys.stdout.isatty() else 160).print(report.terminal(compared.table))
+        console.print(escape(compared.about), soft_wrap=True)
+        has_failed = compared.is_slower
     if options.write_reference:
         try:
-            taken = reference.of_result(result)
+            reference.FILE.write_text(reference.text(reference.of_result(result)))
         except ValueError as nothing:
             console.print(f"[red]{reference.FILE} stays as it was:[/] {nothing}")
             return True
-        reference.FILE.write_text(reference.text(taken))
         console.print(f"{reference.FILE} has the ratios of this run.")
-    if not options.compare:
-        return False
-    compared = reference.compare(reference.load(reference.FILE), result, options.tolerance)
-    Console(width=None if sys.stdout.isatty() else 160).print(report.terminal(compared.table))
-    console.print(escape(compared.about), soft_wrap=True)
-    return compared.is_slower
+    return has_failed
 
 
 def _about(result: dict[str, Any]) -> str:
