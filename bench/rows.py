@@ -53,7 +53,14 @@ class Rows(Measure):
             about=ABOUT,
             tables=comparison.tables(workloads, self._names, found),
             verdicts=comparison.verdicts(workloads, found),
-            figures={"rows": [asdict(row) for row in found]},
+            figures={
+                "rows": [asdict(row) for row in found],
+                "rows_by_round": [
+                    {"workload": workload, "system": system, "round": number, **asdict(one)}
+                    for (workload, system), taken in self._taken.items()
+                    for number, one in taken.items()
+                ],
+            },
         )
 
     def _start(self, stack: contextlib.ExitStack) -> list[System]:
