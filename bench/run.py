@@ -39,6 +39,7 @@ from tests.devcluster import CommandError
 from tests.e2e.guest.kernel import GuestBuildError
 from tests.e2e.guest.machine import MachineError
 from tests.faults.nbd_session import NbdError
+from tests.tools.guest_speed import TooShortError
 
 RESULTS = Path(__file__).with_name("results")
 MEASURES: dict[str, type[Measure]] = {
@@ -54,6 +55,7 @@ EXPECTED = (
     GuestBuildError,
     MachineError,
     NbdError,
+    TooShortError,
     EOFError,
     OSError,
     subprocess.SubprocessError,
