@@ -168,6 +168,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     needed = {"hci", "nbdkit"} - set(options.systems)
     if (options.compare or options.write_reference) and (needed or "rows" not in options.only):
         parser.error("a comparison with former ratios takes the rows of hci and nbdkit")
+    if options.write_reference and options.workloads:
+        parser.error("--write-reference takes all workloads")
     return options
 
 

@@ -78,6 +78,7 @@ def test_defect_is_shown_and_costs_only_its_measure(setting: Setting) -> None:
         ["--only", "nothing"],
         ["--compare", "--systems", "hci"],
         ["--compare", "--only", "guest"],
+        ["--write-reference", "--workloads", "randread 4k depth 1"],
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(arguments: list[str]) -> None:
