@@ -25,11 +25,15 @@ FRAMES ?=
 export IMAGE ?=
 HOURS ?= 8
 
-.PHONY: help setup build demo test check fix sim faults soak stalls heal bench wheel clean
+MEASURES ?=
+TOLERANCE ?=
+
+.PHONY: help setup build demo test check fix sim faults soak stalls heal bench bench-smoke \
+    bench-picture wheel clean
 
 help: ## List what there is
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) \
-	    | while IFS=$$'\t' read -r name text; do printf '  make %-7s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) \
+	    | while IFS=$$'\t' read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
 
 setup: ## Install what is missing: system packages, Rust, .venv, the engine (Debian 12; root or sudo)
 	@.ci/setup
@@ -77,8 +81,18 @@ stalls: setup ## Measure how long a guest waits when something dies, beside the 
 heal: setup ## Count what travels in a heal, and what guests keep beside it: 15 GB of disk (ROUNDS=3)
 	@$(PYTHON) -m tests.tools.heal --json bench/results/heal.json $(if $(ROUNDS),--rounds $(ROUNDS))
 
-bench: setup ## Measure against nbdkit and, where installed, Gluster; table and bench/results/
-	@$(PYTHON) -m bench
+bench: setup bench-picture ## Measure against nbdkit, Gluster and more: 25 minutes (MEASURES="rows guest": a part)
+	@$(PYTHON) -m bench $(if $(MEASURES),--only $(MEASURES))
+
+bench-smoke: setup ## Only beside nbdkit: is it slower than the last release? (TOLERANCE=0.75): 3 minutes
+	@$(PYTHON) -m bench --only rows --systems hci nbdkit --rounds 3 --runtime 2 --limit 6 --compare \
+	    $(if $(TOLERANCE),--tolerance $(TOLERANCE))
+
+# What draws the picture is large and needed for nothing else; without it the figures are the same.
+bench-picture: setup
+	@$(PYTHON) -c 'import matplotlib' 2>/dev/null \
+	    || $(PYTHON) -m pip install --quiet --disable-pip-version-check --group bench \
+	    || echo 'bench: matplotlib cannot be installed, so there will be no picture' >&2
 
 wheel: setup ## A wheel and an sdist in dist/
 	$(PYTHON) -m maturin build --release --locked --sdist --out dist

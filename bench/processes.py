@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -23,7 +24,7 @@ def processes_naming(directory: Path) -> list[int]:
     return sorted(found)
 
 
-def processor_time_s(pids: list[int]) -> float:
+def processor_time_s(pids: Iterable[int]) -> float:
     """User and system time of all threads of `pids`, living children not included."""
     ticks = 0
     for pid in pids:
@@ -32,6 +33,14 @@ def processor_time_s(pids: list[int]) -> float:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             ticks += int(fields[11]) + int(fields[12])
     return ticks / TICKS_PER_S
+
+
+def resident_bytes(pid: int) -> int:
+    """The memory of a process that is there, shared pages included: VmRSS of proc(5)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def end_processes_naming(directory: Path, *, patience_s: float = 5.0) -> None:

@@ -12,15 +12,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.measure import SkippedError
 from bench.processes import end_processes_naming, processes_naming
 from bench.workloads import IMAGE_BYTES
 from tests.devcluster import CommandError, DevCluster
 
 START_TIMEOUT_S = 60.0
-
-
-class SkippedError(Exception):
-    """This system cannot be measured here; the message says why."""
 
 
 class System(ABC):

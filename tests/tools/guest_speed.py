@@ -18,9 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.devcluster import POOL
+from tests.devcluster import POOL, DevCluster
 from tests.faults.nbd_session import NbdSession
-from tests.hosts.cluster import HostCluster
 
 MIB = 1 << 20
 GUEST = "guest"
@@ -81,14 +80,19 @@ class GuestSpeed:
     """One cluster, and the rounds on it. `rate_mib` is what `[heal]` allows without guests."""
 
     def __init__(
-        self, cluster: HostCluster, window_s: float, rate_mib: int, say: Callable[[str], None]
+        self,
+        cluster: DevCluster,
+        window_s: float,
+        rate_mib: int,
+        say: Callable[[str], None],
+        cases: Sequence[Case] = CASES,
     ) -> None:
         self._cluster = cluster
         self._window_s = window_s
         self._missed_mib = int(rate_mib * (WINDOWS * window_s + START_S))
         self._say = say
         self._fills = 0
-        self.rows = [Row(case) for case in CASES]
+        self.rows = [Row(case) for case in cases]
 
     def prepare(self) -> None:
         """Makes the images, and fills what the guest works on."""
