@@ -24,6 +24,7 @@ from tests.protocol.settings import GATEWAY, Setting, gateway_with
 from tests.waiting import until
 
 MIB = 1 << 20
+UNSUPPORTED = 0x80000001
 TLS_REQUIRED = 0x80000005
 INVALID = 0x80000003
 POLICY = 0x80000002
@@ -281,3 +282,21 @@ def test_optional_tls_knows_clients_without_it_as_anonymous(shared: DevCluster, 
             assert client.go()[0] == POLICY
         with Client(site.plain_uri("own")) as client:
             assert client.start_tls(context(site.owner, site.server)).go()[0] == 1
+
+
+def test_each_listener_has_a_mode_of_its_own(shared: DevCluster, site: Site, run: Run) -> None:
+    with gateway_with(shared, tls=site.settings(tcp="off", socket="required")):
+        run("nbdinfo", shared.url("own"), fails=True)
+        with Client(shared.url("own")) as client:
+            client.greet()
+            assert client.go()[0] == TLS_REQUIRED
+        with Client(shared.url("own")) as client:
+            assert client.start_tls(context(site.owner, site.server)).go()[0] == 1
+        with Client(shared.url("other")) as client:
+            assert client.start_tls(context(site.owner, site.server)).go()[0] == POLICY
+        # Nobody is asked who he is where there is no TLS.
+        assert "export-size: 67108864" in run("nbdinfo", site.plain_uri("other"))
+        with Client(site.plain_uri("other")) as client:
+            client.greet()
+            client.option(STARTTLS)
+            assert client.option_reply()[1] == UNSUPPORTED
