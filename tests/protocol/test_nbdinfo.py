@@ -11,8 +11,12 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from tests.protocol.newer_peers import WITH_NEWER
+
 GIB = 1 << 30
 MIB = 1 << 20
+
+pytestmark = WITH_NEWER
 
 Run = Callable[..., str]
 
@@ -92,5 +96,5 @@ def test_nbdinfo_map_of_allocation_depth_tells_what_is_allocated(
 
 def test_nbdinfo_of_an_unknown_export_fails_with_a_message(run: Run, nbd_uri: str) -> None:
     unknown = nbd_uri.replace("?", "-that-is-not-there?")
-    said = run("nbdinfo", "--size", unknown, fails=True)
+    said = run("nbdinfo", unknown, fails=True)
     assert "not-there" in said or "no export" in said, said

@@ -13,8 +13,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
+from tests.protocol.newer_peers import WITH_NEWER
+
 MIB = 1 << 20
 SIZE = 3 << 30
+
+pytestmark = WITH_NEWER
 
 Run = Callable[..., str]
 
