@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
+
 from tests.devcluster import POOL, DevCluster
 from tests.e2e.guest.disk import build_guest
 from tests.e2e.guest.driver import Guest
@@ -69,6 +71,7 @@ def await_used(cluster: DevCluster, right: Callable[[str, int], bool]) -> dict[s
         time.sleep(0.2)
 
 
+@pytest.mark.timeout(1200)
 def test_guest_installs_packages_runs_them_and_gives_their_space_back(
     cluster: DevCluster, tmp_path: Path
 ) -> None:

@@ -35,6 +35,8 @@ Dir::State::Status "/dev/null";
 Dir::Cache "{scratch}/cache";
 APT::Architecture "amd64";
 APT::Sandbox::User "root";
+Acquire::Languages "none";
+Acquire::IndexTargets::deb::DEP-11::DefaultEnabled "false";
 """
 
 

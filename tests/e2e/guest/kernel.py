@@ -107,11 +107,7 @@ def _fetch_database(scratch: Path) -> Path:
 
 
 def _fetch_installation(scratch: Path) -> Path:
-    """Libraries that packages of dpkg's own bring are put where the guest finds them: they are not
-    among those that it installs, nor is what only these need."""
-    own = [*_with_dependencies("dpkg"), "libc-bin", SCRIPT_SHELL_PACKAGE]
-    installed = [name for name in _with_dependencies(INSTALLED_PACKAGE) if name not in own]
-    tree = _unpacked(scratch, lambda: [*own, *installed])
+    tree = _unpacked(scratch, lambda: [*_installers_packages(), *_installed_packages()])
     found = {}
     for prefix in (tree, tree / "usr"):
         for path in (path for pattern in INSTALLER_FILES for path in prefix.glob(pattern)):
@@ -122,10 +118,22 @@ def _fetch_installation(scratch: Path) -> Path:
     libraries = _libraries(tree, [*found.values(), _only(tree, "bin/perl")])
     _copied({**found, **libraries}, fresh / "program")
     (fresh / "archives").mkdir()
+    installed = _installed_packages()
     for archive in (scratch / "packages").glob("*.deb"):
         if archive.name.partition("_")[0] in installed:
             shutil.copy(archive, fresh / "archives" / archive.name)
     return fresh
+
+
+def _installers_packages() -> list[str]:
+    """Those whose files are put on the disk as they are, for dpkg to run."""
+    return [*_with_dependencies("dpkg"), "libc-bin", SCRIPT_SHELL_PACKAGE]
+
+
+def _installed_packages() -> list[str]:
+    """Those that dpkg installs: not those that it runs with itself."""
+    installers = _installers_packages()
+    return [name for name in _with_dependencies(INSTALLED_PACKAGE) if name not in installers]
 
 
 def _libraries(tree: Path, programs: list[Path]) -> dict[str, Path]:
