@@ -117,7 +117,7 @@ def request(chance: Random, extended: bool) -> bytes:
     writes = command == 1
     if extended and writes != bool(flags & PAYLOAD) and chance.random() < 0.9:
         flags ^= PAYLOAD
-    follows = bool(flags & PAYLOAD) if extended else writes
+    follows = writes or (extended and bool(flags & PAYLOAD))
     payload = bytes(min(length, 300_000)) if follows else b""
     cookie = chance.randrange(1 << 64)
     if extended:
