@@ -145,10 +145,27 @@ FIRST_ACTIVATED = 3
 
 
 def activated_sockets() -> list[socket.socket]:
-    """Return the listening sockets that the supervisor passed (sd_listen_fds(3)), if it did."""
+    """Return the listening sockets that the supervisor passed (sd_listen_fds(3)), if it did.
+
+    Raises DaemonError for one that nobody can connect to: its clients would wait for ever.
+    """
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []
     count = os.environ.get("LISTEN_FDS", "")
     if not re.fullmatch(r"[1-9][0-9]?", count):
         raise DaemonError(f"LISTEN_FDS = {count!r} is not a number of sockets")
-    return [socket.socket(fileno=FIRST_ACTIVATED + number) for number in range(int(count))]
+    return [_listening(FIRST_ACTIVATED + number) for number in range(int(count))]
+
+
+def _listening(descriptor: int) -> socket.socket:
+    try:
+        found = socket.socket(fileno=descriptor)
+        accepts = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise DaemonError(f"descriptor {descriptor} in LISTEN_FDS: {error.strerror}") from error
+    if not accepts or found.type != socket.SOCK_STREAM:
+        raise DaemonError(
+            f"descriptor {descriptor} in LISTEN_FDS is not a stream socket that listens; a unit of "
+            "systemd's needs ListenStream= and Accept=no"
+        )
+    return found

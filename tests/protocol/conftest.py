@@ -1,10 +1,12 @@
 """What the protocol tests share: an NBD export to talk to, and foreign peers to talk to it with.
 
 The tests know the server only by URIs that `new_export` hands out, so that they can be tried on a
-server that others wrote (`NBD_TEST_URI`).
+server that others wrote (`NBD_TEST_URI`), and the peers by name, so that they can be tried with
+newer ones than the system's (`NBD_TEST_TOOLS`, a folder of programs).
 """
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from itertools import count
@@ -13,10 +15,16 @@ from pathlib import Path
 import pytest
 
 from tests.devcluster import DevCluster
+from tests.protocol.newer_peers import NEWER, SYSTEM, are_fetched, kinds, newer_peers
 
 GIB = 1 << 30
 # Foreign tools are the system's, also where a virtual environment has others of the same names.
-SYSTEM_ENVIRONMENT = {**os.environ, "PATH": f"/usr/bin:{os.environ.get('PATH', '')}", "LC_ALL": "C"}
+_FOLDERS = (os.environ.get("NBD_TEST_TOOLS"), "/usr/bin", os.environ.get("PATH"))
+SYSTEM_ENVIRONMENT = {
+    **os.environ,
+    "PATH": ":".join(folder for folder in _FOLDERS if folder),
+    "LC_ALL": "C",
+}
 
 Run = Callable[..., str]
 NewExport = Callable[[int], str]
@@ -27,6 +35,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("NBD peers")
     for command in ("qemu-img", "nbdkit", "nbdinfo", "fio"):
         terminalreporter.write_line(f"{command}: {_version(command)}")
+    if NEWER in kinds() and are_fetched():
+        for command in ("qemu-img", "nbdinfo"):
+            newer = str(newer_peers() / command)
+            terminalreporter.write_line(f"newer {command}: {_version(newer)}")
 
 
 def _version(command: str) -> str:
@@ -44,22 +56,27 @@ def _version(command: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def run() -> Run:
+def run(request: pytest.FixtureRequest) -> Run:
     """Runs a foreign tool and returns what it printed; a failure shows everything it said.
 
     `timeout_s` is a hang detector. With `fails=True` the tool has to fail, and its stderr is
-    returned.
+    returned. In modules marked `newer_peers.WITH_NEWER` one that is newer than the system's, too.
     """
+    path = SYSTEM_ENVIRONMENT["PATH"]
+    if getattr(request, "param", SYSTEM) == NEWER:
+        path = f"{newer_peers()}:{path}"
 
     def run_tool(*command: str | Path, timeout_s: float = 120, fails: bool = False) -> str:
+        program = shutil.which(command[0], path=path)
+        assert program is not None, f"{command[0]} is not installed"
         done = subprocess.run(
-            [str(word) for word in command],
+            [program, *(str(word) for word in command[1:])],
             capture_output=True,
             text=True,
             timeout=timeout_s,
-            env=SYSTEM_ENVIRONMENT,
+            env={**SYSTEM_ENVIRONMENT, "PATH": path},
         )
-        said = f"{command[0]} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        said = f"{program} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
         assert (done.returncode != 0) == fails, said
         return done.stderr if fails else done.stdout
 

@@ -10,20 +10,18 @@ import contextlib
 import random
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.protocol.healthy_client import healthy_client
 from tests.protocol.raw_client import (
     ABORT,
     DISCONNECT,
     EXPORT_NAME,
-    FLUSH,
     GO,
     IHAVEOPT,
-    PATIENCE_S,
     READ,
     REQUEST_MAGIC,
     WRITE,
@@ -44,43 +42,8 @@ def connect(nbd_uri: str) -> Callable[[], Client]:
 @pytest.fixture(autouse=True)
 def healthy(nbd_uri: str) -> Iterator[None]:
     """A well-behaved client at work during the whole test, in the export's last MiB."""
-    stop = threading.Event()
-    rounds = [0]
-    failures: list[BaseException] = []
-
-    def work() -> None:
-        chance = random.Random(1)
-        try:
-            with Client(nbd_uri).open() as client:
-                while not stop.is_set():
-                    data = chance.randbytes(5000)
-                    client.write(GIB - MIB + 123, data)
-                    client.request(FLUSH, 3)
-                    assert client.reply() == (0, 3)
-                    assert client.read(GIB - MIB + 123, 5000) == data
-                    rounds[0] += 1
-                client.request(DISCONNECT, 4)
-        except (OSError, EOFError, AssertionError) as error:
-            failures.append(error)
-
-    def gets_on() -> None:
-        """Waits until a round that began after now has ended."""
-        goal = rounds[0] + 2
-        deadline = time.monotonic() + PATIENCE_S
-        while rounds[0] < goal and not failures:
-            assert time.monotonic() < deadline, "the healthy client is stuck"
-            time.sleep(0.005)
-        assert not failures, failures
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        gets_on()
+    with healthy_client(nbd_uri, GIB - MIB + 123):
         yield
-        gets_on()
-    finally:
-        stop.set()
-        thread.join(PATIENCE_S)
 
 
 Connect = Callable[[], Client]

@@ -1,8 +1,9 @@
 """Extended headers: requests and answers with lengths of 64 bits.
 
-By hand, since the libnbd and QEMU of stable distributions do not ask for them yet. Covers the
-handshake, zeroes, trims and block status of more than 4 GiB in one request, both metadata contexts
-at once, payloads where none belong, and errors.
+By hand, since the libnbd and QEMU of Debian 12 do not ask for them yet (`test_newer_peers.py` has
+some that do). Covers the handshake, zeroes, trims and block status of more than 4 GiB in one
+request, both metadata contexts at once, payloads where none belong, writes that do not say that
+they have one, and errors.
 """
 
 import struct
@@ -91,6 +92,14 @@ def test_extended_write_and_read_are_equal(client: ExtendedClient) -> None:
     assert [kind for _, kind, _ in client.ask(READ, GIB, 4096)] == [HOLE]
 
 
+def test_extended_write_that_does_not_say_that_it_has_a_payload_is_taken(
+    client: ExtendedClient,
+) -> None:
+    # QEMU does not say so (seen with 10.0). Its guests could not write.
+    assert client.errno(WRITE, 4095, 10, payload=b"0123456789") == 0
+    assert client.ask(READ, 4095, 10, DF)[0][2][8:] == b"0123456789"
+
+
 def test_extended_zeroes_and_trims_of_gigabytes_take_one_request(client: ExtendedClient) -> None:
     places = [0, GIB - 2, 3 * GIB + 5, 5 * GIB - 1, 6 * GIB - 7]
     for command in (WRITE_ZEROES, TRIM):
@@ -117,7 +126,6 @@ def test_extended_block_status_describes_gigabytes_at_once(client: ExtendedClien
 def test_extended_mistakes_are_answered_and_the_connection_goes_on(client: ExtendedClient) -> None:
     assert client.errno(READ, 0, 1 << 40) == EINVAL
     assert client.errno(READ, 0, 4, PAYLOAD, payload=b"what") == EINVAL
-    assert client.errno(WRITE, 0, 4096) == EINVAL
     assert client.errno(BLOCK_STATUS, 0, 12, PAYLOAD, payload=bytes(12)) == EINVAL
     assert client.errno(WRITE, SIZE - 1, 2, PAYLOAD, payload=b"ab") == ENOSPC
     assert client.errno(WRITE_ZEROES, GIB, SIZE) == ENOSPC

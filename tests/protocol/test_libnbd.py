@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.protocol.newer_peers import WITH_NEWER
+
 GIB = 1 << 30
 BIG = 5 * GIB
+
+pytestmark = WITH_NEWER
 
 Run = Callable[..., str]
 Libnbd = Callable[..., str]
@@ -58,7 +62,7 @@ def libnbd(run: Run, tmp_path: Path) -> Libnbd:
     def run_script(uri: str, script: str) -> str:
         path = tmp_path / "script.py"
         path.write_text(PRELUDE + script)
-        return run("/usr/bin/python3", path, uri)
+        return run("python3", path, uri)
 
     return run_script
 

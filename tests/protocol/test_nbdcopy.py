@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.protocol.newer_peers import WITH_NEWER
+
 MIB = 1 << 20
 SIZE = 256 * MIB
+
+pytestmark = WITH_NEWER
 
 Run = Callable[..., str]
 

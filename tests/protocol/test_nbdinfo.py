@@ -1,7 +1,7 @@
 """nbdinfo: what the handshake says of an export, and what block status says of its content.
 
 Covers INFO and GO with every information, LIST, LIST_META_CONTEXT, transmission flags, block sizes,
-and BLOCK_STATUS over a whole export.
+and BLOCK_STATUS over a whole export, in both metadata contexts.
 """
 
 import json
@@ -11,8 +11,12 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from tests.protocol.newer_peers import WITH_NEWER
+
 GIB = 1 << 30
 MIB = 1 << 20
+
+pytestmark = WITH_NEWER
 
 Run = Callable[..., str]
 
@@ -38,7 +42,7 @@ def test_nbdinfo_of_an_export_shows_the_block_sizes(export: dict[str, Any]) -> N
 
 def test_nbdinfo_of_a_writable_export_shows_what_it_can(export: dict[str, Any]) -> None:
     assert export["is_read_only"] is False
-    for feature in ("cache", "df", "fast_zero", "flush", "fua", "trim", "zero"):
+    for feature in ("cache", "df", "fast_zero", "flush", "fua", "multi_conn", "trim", "zero"):
         assert export[f"can_{feature}"] is True, feature
 
 
@@ -48,8 +52,8 @@ def test_nbdinfo_of_an_export_negotiates_structured_replies(run: Run, nbd_uri: s
     assert told["structured"] is True
 
 
-def test_nbdinfo_of_an_export_shows_base_allocation(export: dict[str, Any]) -> None:
-    assert "base:allocation" in export["contexts"]
+def test_nbdinfo_of_an_export_shows_both_contexts(export: dict[str, Any]) -> None:
+    assert set(export["contexts"]) == {"base:allocation", "qemu:allocation-depth"}
 
 
 def test_nbdinfo_list_names_the_export(run: Run, nbd_uri: str) -> None:
@@ -76,7 +80,21 @@ def test_nbdinfo_map_of_written_and_zeroed_ranges_shows_data_and_holes(
     assert data & set(range(64)) == {16, 17, 18, 19, 32, 33}
 
 
+def test_nbdinfo_map_of_allocation_depth_tells_what_is_allocated(
+    run: Run, new_export: Callable[[int], str]
+) -> None:
+    uri = new_export(64 * MIB)
+    # Zeroes that keep their space are allocated, and a hole is not, though both read as zeroes.
+    run("qemu-io", "-f", "raw", "-c", f"discard 0 {64 * MIB}", uri)
+    run("qemu-io", "-f", "raw", "-c", "write -P 1 16M 4M", "-c", "write -z 32M 4M", uri)
+    extents = json.loads(run("nbdinfo", "--json", "--map=qemu:allocation-depth", uri))
+    found = [(each["offset"], each["length"], each["type"]) for each in extents]
+    assert [(offset // MIB, length // MIB, depth) for offset, length, depth in found] == [
+        *((0, 16, 0), (16, 4, 1), (20, 12, 0), (32, 4, 1), (36, 28, 0)),
+    ]
+
+
 def test_nbdinfo_of_an_unknown_export_fails_with_a_message(run: Run, nbd_uri: str) -> None:
     unknown = nbd_uri.replace("?", "-that-is-not-there?")
-    said = run("nbdinfo", "--size", unknown, fails=True)
+    said = run("nbdinfo", unknown, fails=True)
     assert "not-there" in said or "no export" in said, said

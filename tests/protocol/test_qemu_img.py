@@ -1,18 +1,24 @@
 """qemu-img: a multi-gigabyte sparse disk converted into an export and compared out of it.
 
 Covers QEMU's client with up to 16 requests in flight, large WRITE_ZEROES, block status over
-gigabytes, qcow2 on both ends, and `bench` with flushes.
+gigabytes in both metadata contexts, qcow2 on both ends, and `bench` with flushes, whose writes are
+read back.
 """
 
 import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
+from tests.protocol.newer_peers import WITH_NEWER
+
 MIB = 1 << 20
 SIZE = 3 << 30
+
+pytestmark = WITH_NEWER
 
 Run = Callable[..., str]
 
@@ -85,8 +91,55 @@ def test_qemu_img_map_covers_the_whole_export(run: Run, disk_uri: str) -> None:
     assert end == SIZE
 
 
-@pytest.mark.parametrize("options", [("-w", "--flush-interval=64"), ("-w", "-s", "1536"), ()])
-def test_qemu_img_bench_ends_without_errors(
-    run: Run, nbd_uri: str, options: tuple[str, ...]
+def test_qemu_img_map_of_allocation_depth_finds_what_was_written(
+    run: Run, new_export: Callable[[int], str]
 ) -> None:
-    run("qemu-img", "bench", "-f", "raw", "-t", "none", "-c", "2000", "-d", "32", *options, nbd_uri)
+    uri = new_export(64 * MIB)
+    run("qemu-io", "-f", "raw", "-c", "write -P 1 16M 4M", uri)
+    parts = urlsplit(uri)
+    options = (
+        f"driver=nbd,server.type=unix,server.path={parse_qs(parts.query)['socket'][0]},"
+        f"export={unquote(parts.path)[1:]},x-dirty-bitmap=qemu:allocation-depth"
+    )
+    extents = json.loads(run("qemu-img", "map", "--output=json", "--image-opts", options))
+    # QEMU shows a depth of 0 as data, and any other one as none: it was made for bitmaps.
+    written = [(each["start"], each["length"]) for each in extents if not each["data"]]
+    assert written == [(16 * MIB, 4 * MIB)]
+
+
+REQUESTS = 2000
+
+
+@pytest.mark.parametrize(
+    ("size", "step", "more"),
+    [
+        (4096, 4096, ("--flush-interval=64",)),
+        (1536, 1536, ()),
+        (512, 4608, ("--flush-interval=64", "--no-drain")),
+    ],
+)
+def test_qemu_img_bench_writes_what_is_read_back(
+    run: Run, nbd_uri: str, size: int, step: int, more: tuple[str, ...]
+) -> None:
+    place = 3 * MIB
+    end = place + REQUESTS * step
+    run("qemu-io", "-f", "raw", "-c", f"write -P 0x33 {place} {REQUESTS * step + 4096}", nbd_uri)
+    told = run(
+        *("qemu-img", "bench", "-f", "raw", "-t", "none", "-c", f"{REQUESTS}", "-d", "32", "-w"),
+        *("--pattern=0x5a", "-o", f"{place}", "-s", f"{size}", "-S", f"{step}", *more, nbd_uri),
+    )
+    assert "Run completed" in told
+    checks = [f"read -P 0x33 {end} 4096"]
+    if step == size:
+        checks.append(f"read -P 0x5a {place} {REQUESTS * step}")
+    else:
+        for number in (0, 1, REQUESTS // 2, REQUESTS - 1):
+            at = place + number * step
+            checks.append(f"read -P 0x5a {at} {size}")
+            checks.append(f"read -P 0x33 {at + size} {step - size}")
+    run("qemu-io", "-f", "raw", *(word for check in checks for word in ("-c", check)), nbd_uri)
+
+
+def test_qemu_img_bench_reads_to_its_end(run: Run, nbd_uri: str) -> None:
+    bench = ("qemu-img", "bench", "-f", "raw", "-t", "none", "-c", f"{REQUESTS}", "-d", "32")
+    assert "Run completed" in run(*bench, nbd_uri)

@@ -8,7 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.protocol.newer_peers import WITH_NEWER
+
 GIB = 1 << 30
+
+pytestmark = WITH_NEWER
 
 Run = Callable[..., str]
 QemuIo = Callable[..., str]

@@ -5,14 +5,16 @@ nothing, and stock tools that use several connections because they may.
 """
 
 import random
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.devcluster import DevCluster
 from tests.protocol.raw_client import FLUSH, Client
-from tests.protocol.settings import metric
+from tests.protocol.settings import GATEWAY, metric
 
 MIB = 1 << 20
+TRIES = 5
 Run = Callable[..., str]
 
 
@@ -67,6 +69,26 @@ def test_nbdcopy_over_several_connections_is_equal_both_ways(
     run("nbdcopy", *many, "--flush", source, uri)
     run("nbdcopy", *many, uri, back)
     assert back.read_bytes() == source.read_bytes()
+
+
+def test_nbdcopy_uses_as_many_connections_as_it_is_told_to(
+    shared: DevCluster, tmp_path: Path
+) -> None:
+    # It uses one where the server does not say that it may use several, and copies all the same.
+    source = tmp_path / "source"
+    source.write_bytes(random.Random(15).randbytes(64 * MIB))
+    shared.create("counted", "64M")
+    command = ["nbdcopy", "--connections=4", "--threads=4", source, shared.url("counted")]
+    most = 0
+    for _ in range(TRIES):
+        # A copy may be over before somebody looks.
+        with subprocess.Popen(command) as copying:
+            while copying.poll() is None:
+                most = max(most, round(metric(shared, GATEWAY, "hci_gateway_clients")))
+        assert copying.returncode == 0
+        if most >= 4:
+            break
+    assert most == 4
 
 
 def test_nbdcopy_from_one_image_to_another_is_equal(

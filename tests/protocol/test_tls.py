@@ -2,7 +2,8 @@
 
 Covers nbdinfo, nbdcopy and libnbd (GnuTLS), qemu-img and qemu-io with `tls-creds-x509`, Python's
 `ssl` for TLS 1.2 and 1.3 and for what the tools do not do: plain commands where TLS is required, a
-second STARTTLS, plain bytes behind STARTTLS, certificates that are replaced under a connection.
+second STARTTLS, plain bytes behind STARTTLS, a handshake that stalls, certificates that are
+replaced under a connection.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from tests.protocol.settings import GATEWAY, Setting, gateway_with
 from tests.waiting import until
 
 MIB = 1 << 20
+UNSUPPORTED = 0x80000001
 TLS_REQUIRED = 0x80000005
 INVALID = 0x80000003
 POLICY = 0x80000002
@@ -204,6 +206,22 @@ def test_garbage_instead_of_a_tls_handshake_disturbs_nobody(site: Site) -> None:
         assert client.start_tls(context(site.owner, site.server)).go()[0] == 1
 
 
+def test_tls_handshake_that_stalls_is_ended(shared: DevCluster, site: Site) -> None:
+    with gateway_with(shared, tls=site.settings(), handshake_timeout="4s"):
+        for said in (b"", b"\x16\x03\x01\x02\x00\x01\x00"):
+            with Client(site.plain_uri("own")) as client:
+                client.greet()
+                client.option(STARTTLS)
+                assert client.option_reply() == (STARTTLS, 1, b"")
+                # The beginning of a hello, at most, whose rest never comes.
+                client.send(said)
+                begun = time.monotonic()
+                assert client.ended()
+                assert 3 < time.monotonic() - begun < PATIENCE_S
+        with Client(site.plain_uri("own")) as client:
+            assert client.start_tls(context(site.owner, site.server)).go()[0] == 1
+
+
 def test_clients_open_what_their_certificates_allow(site: Site) -> None:
     def opened(credentials: Path, image: str) -> tuple[int, int]:
         with Client(site.plain_uri(image)) as client:
@@ -281,3 +299,21 @@ def test_optional_tls_knows_clients_without_it_as_anonymous(shared: DevCluster, 
             assert client.go()[0] == POLICY
         with Client(site.plain_uri("own")) as client:
             assert client.start_tls(context(site.owner, site.server)).go()[0] == 1
+
+
+def test_each_listener_has_a_mode_of_its_own(shared: DevCluster, site: Site, run: Run) -> None:
+    with gateway_with(shared, tls=site.settings(tcp="off", socket="required")):
+        run("nbdinfo", shared.url("own"), fails=True)
+        with Client(shared.url("own")) as client:
+            client.greet()
+            assert client.go()[0] == TLS_REQUIRED
+        with Client(shared.url("own")) as client:
+            assert client.start_tls(context(site.owner, site.server)).go()[0] == 1
+        with Client(shared.url("other")) as client:
+            assert client.start_tls(context(site.owner, site.server)).go()[0] == POLICY
+        # Nobody is asked who he is where there is no TLS.
+        assert "export-size: 67108864" in run("nbdinfo", site.plain_uri("other"))
+        with Client(site.plain_uri("other")) as client:
+            client.greet()
+            client.option(STARTTLS)
+            assert client.option_reply()[1] == UNSUPPORTED

@@ -17,11 +17,16 @@ from pathlib import Path
 from tests.e2e.guest.kernel import (
     GuestBuildError,
     GuestParts,
+    Installation,
     database_files,
     guest_parts,
 )
 
 INIT = Path(__file__).with_name("init.sh")
+FOLDERS = (
+    *("bin", "sbin", "dev", "proc", "sys", "tmp", "data", "journal", "etc", "var/log"),
+    *("var/lib/dpkg/info", "var/lib/dpkg/updates", "var/lib/dpkg/alternatives"),
+)
 BOOT = """#!/bin/busybox sh
 # Loads the disk's driver and hands over to the disk's own init.
 /bin/busybox mount -t devtmpfs dev /dev
@@ -42,24 +47,34 @@ class GuestSystem:
     disk: Path  # qcow2, to be imported
 
 
-def build_guest(directory: Path, *, size: str = "1G", database: bool = False) -> GuestSystem:
+def build_guest(
+    directory: Path,
+    *,
+    size: str = "1G",
+    database: bool = False,
+    install: Installation | None = None,
+) -> GuestSystem:
     """Makes disk and initial RAM disk in `directory`; raises GuestBuildError where it cannot.
 
-    With `database`, sqlite3 is on the disk.
+    With `database`, sqlite3 is on the disk; with `install`, dpkg and packages that wait for it.
     """
     parts = guest_parts()
     directory.mkdir(parents=True, exist_ok=True)
     initrd = directory / "initrd.cpio"
     initrd.write_bytes(_initial_ram_disk(parts))
     disk = directory / "guest.qcow2"
-    _root_disk(parts, disk, size, database_files() if database else {})
+    more = database_files() if database else {}
+    if install is not None:
+        more |= install.program_files
+        more |= {f"packages/{archive.name}": archive for archive in install.packages}
+    _root_disk(parts, disk, size, more)
     return GuestSystem(parts.kernel, initrd, disk)
 
 
 def _root_disk(parts: GuestParts, disk: Path, size: str, more: Mapping[str, Path]) -> None:
     with tempfile.TemporaryDirectory(prefix="root-", dir=disk.parent) as scratch:
         root = Path(scratch) / "root"
-        for name in ("bin", "sbin", "dev", "proc", "sys", "tmp", "data", "journal"):
+        for name in FOLDERS:
             (root / name).mkdir(parents=True)
         shutil.copy(parts.busybox, root / "bin" / "busybox")
         (root / "bin" / "busybox").chmod(0o755)
@@ -68,6 +83,7 @@ def _root_disk(parts: GuestParts, disk: Path, size: str, more: Mapping[str, Path
                 (root / "bin" / applet).symlink_to("busybox")
         for place, path in more.items():
             (root / place).parent.mkdir(parents=True, exist_ok=True)
+            (root / place).unlink(missing_ok=True)  # a link to busybox, for a program of that name
             shutil.copy(path, root / place)
         shutil.copy(INIT, root / "sbin" / "init")
         (root / "sbin" / "init").chmod(0o755)

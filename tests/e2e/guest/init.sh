@@ -1,10 +1,15 @@
-#!/bin/sh
+#!/bin/busybox sh
 # The guest's only program. It reads one command a line from its second serial port and answers
 # there; every answer about data is given after that data was synced.
 #
 #   write FIRST COUNT KIB   files of random content         SYNCED n sha256     a line each
 #   commit FIRST COUNT      4 KiB records, fsync after each  COMMITTED n sha256  a line each
 #   remove FIRST COUNT      deletes files, discards          REMOVED n
+#   delete FIRST COUNT      deletes files                    DELETED n
+#   install                 the packages that are there      INSTALLED n
+#   contents                Perl reads what they consist of  CONTENTS n sha256
+#   purge                   removes them all, discards       PURGED
+#   discard                 from now on with each deletion   -
 #   record FIRST COUNT MODE  transactions of a database       RECORDED n token     a line each
 #   audit                   reads the database              INTEGRITY, BALANCE, ENTRY n token
 #   size                    looks at the disk                SIZE bytes
@@ -14,7 +19,7 @@
 #
 # A command ends with DONE, or with FAILED and the reason.
 
-export PATH=/bin
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 mount -t devtmpfs dev /dev
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -54,7 +59,7 @@ commit_records() {
     done
 }
 
-remove_files() {
+delete_files() {
     number=$1
     end=$(($1 + $2))
     while [ "$number" -lt "$end" ]; do
@@ -64,8 +69,44 @@ remove_files() {
         number=$((number + 1))
     done
     sync
-    fstrim / || return 1
+}
+
+remove_files() {
+    delete_files "$1" "$2" && fstrim / || return 1
     echo "REMOVED $2"
+}
+
+# dpkg syncs each file before it gives it its name. What the guest has of itself is in no package. The
+# shell would take an applet of its own for a program that is named without its path.
+install_packages() {
+    touch /var/lib/dpkg/status
+    /usr/bin/dpkg --install --force-depends /packages/*.deb >/dev/console 2>&1 || return 1
+    sync
+    echo "INSTALLED $(grep -c '^Status: install ok installed$' /var/lib/dpkg/status)"
+}
+
+# With the Perl that was installed, and a library of it.
+digest_contents() {
+    sync
+    echo 3 >/proc/sys/vm/drop_caches
+    cat /var/lib/dpkg/info/*.list | /usr/bin/perl -MDigest::SHA -ne '
+        chomp; $seen{$_} = 1 if -f and not -l;
+        END {
+            for my $path (sort keys %seen) {
+                my $sum = Digest::SHA->new(256)->addfile($path, "b")->hexdigest;
+                $all .= "$path $sum\n";
+            }
+            printf "CONTENTS %d %s\n", scalar(keys %seen), Digest::SHA::sha256_hex($all);
+        }'
+}
+
+purge_packages() {
+    names=$(sed -n 's/^Package: //p' /var/lib/dpkg/status)
+    /usr/bin/dpkg --purge --force-depends --force-remove-essential --force-remove-protected \
+        $names >/dev/console 2>&1 || return 1
+    sync
+    fstrim / || return 1
+    echo PURGED
 }
 
 # Each transaction moves money between two accounts and notes a token, which is told once it is
@@ -128,6 +169,11 @@ while read -r command first second third; do
         write) write_files "$first" "$second" "$third" ;;
         commit) commit_records "$first" "$second" ;;
         remove) remove_files "$first" "$second" ;;
+        delete) delete_files "$first" "$second" && echo "DELETED $second" ;;
+        install) install_packages ;;
+        contents) digest_contents ;;
+        purge) purge_packages ;;
+        discard) mount -o remount,discard / ;;
         record) record_entries "$first" "$second" "$third" ;;
         audit) audit_entries ;;
         size) echo "SIZE $(($(disk_kib) * 1024))" ;;

@@ -1,4 +1,4 @@
-"""The guest's kernel, modules, shell and database, from Debian's packages without installing them.
+"""The guest's kernel, modules, shell and programs, from Debian's packages without installing them.
 
 Owns the cache directory: a set of files is either there whole or not at all, and is fetched once.
 Refuses machines that are not amd64 Debian relatives, since the kernel package is theirs.
@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,12 @@ CACHE = Path(__file__).resolve().parents[3] / ".cache" / "guest"
 KERNEL_META_PACKAGE = "linux-image-cloud-amd64"
 SHELL_PACKAGE = "busybox-static"
 DATABASE_PACKAGE = "sqlite3"
+INSTALLED_PACKAGE = "perl"
+SCRIPT_SHELL_PACKAGE = "dash"
+# What dpkg itself consists of in the guest, by where it lies in its packages.
+INSTALLER_FILES = (
+    *("bin/dpkg*", "bin/update-alternatives", "share/dpkg/**/*", "bin/tar", "sbin/ldconfig"),
+)
 # What the guest needs beyond what is built into the cloud kernel (ext4 is): its disk.
 WANTED_MODULES = ("virtio_pci", "virtio_blk")
 
@@ -36,22 +42,20 @@ class GuestParts:
     modules: tuple[Path, ...]  # in the order in which they must be loaded
 
 
+@dataclass(frozen=True)
+class Installation:
+    """What a guest needs to install packages: dpkg, and the packages."""
+
+    program_files: dict[str, Path]  # by where they belong in the guest
+    packages: tuple[Path, ...]
+
+
 def guest_parts(cache: Path = CACHE) -> GuestParts:
     """The kernel, its modules and busybox, fetched into `cache` if they are not there yet.
 
     Raises GuestBuildError where the packages cannot be had.
     """
-    parts = cache / "parts"
-    if not (parts / "vmlinuz").exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="fetch-", dir=cache) as scratch:
-            fresh = _fetch(Path(scratch))
-            try:
-                fresh.rename(parts)
-            except OSError:
-                # Another process was faster; its files are as good.
-                if not (parts / "vmlinuz").exists():
-                    raise
+    parts = _cached(cache, "parts", _fetch)
     names = (parts / "modules" / "order").read_text().split()
     modules = tuple(parts / "modules" / name for name in names)
     return GuestParts(parts / "vmlinuz", parts / "busybox", modules)
@@ -62,52 +66,117 @@ def database_files(cache: Path = CACHE) -> dict[str, Path]:
 
     Fetched like the other parts; raises GuestBuildError where the packages cannot be had.
     """
-    parts = cache / "database"
+    return _by_place(_cached(cache, "database", _fetch_database))
+
+
+def installation(cache: Path = CACHE) -> Installation:
+    """Dpkg with what it needs, and Perl's packages with those that they depend on.
+
+    Fetched like the other parts; raises GuestBuildError where the packages cannot be had.
+    """
+    parts = _cached(cache, "installation", _fetch_installation)
+    archives = tuple(sorted((parts / "archives").iterdir()))
+    return Installation(_by_place(parts / "program"), archives)
+
+
+def _cached(cache: Path, name: str, fetch: Callable[[Path], Path]) -> Path:
+    """A folder of the cache; `fetch` makes it in a folder for scratch where it is not there yet."""
+    parts = cache / name
     if not parts.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="fetch-", dir=cache) as scratch:
-            fresh = _fetch_database(Path(scratch))
+            fresh = fetch(Path(scratch))
             try:
                 fresh.rename(parts)
             except OSError:
+                # Another process was faster; its files are as good.
                 if not parts.exists():
                     raise
-    return {str(path.relative_to(parts)): path for path in parts.rglob("*") if path.is_file()}
+    return parts
+
+
+def _by_place(folder: Path) -> dict[str, Path]:
+    return {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
 
 
 def _fetch_database(scratch: Path) -> Path:
     tree = _unpacked(scratch, _database_packages)
-    libraries = {path.name: path for path in sorted(tree.rglob("*.so*"))}
     program = _only(tree, "bin/sqlite3")
-    fresh = scratch / "database"
-    found = {"bin/sqlite3": program}
-    unread = [program]
+    found = {"bin/sqlite3": program, **_libraries(tree, [program])}
+    return _copied(found, scratch / "database")
+
+
+def _fetch_installation(scratch: Path) -> Path:
+    tree = _unpacked(scratch, lambda: [*_installers_packages(), *_installed_packages()])
+    found = {}
+    for prefix in (tree, tree / "usr"):
+        for path in (path for pattern in INSTALLER_FILES for path in prefix.glob(pattern)):
+            if path.is_file() and not path.is_symlink():
+                found[f"usr/{path.relative_to(prefix)}"] = path
+    found["bin/sh"] = _only(tree, "bin/dash")
+    fresh = scratch / "installation"
+    libraries = _libraries(tree, [*found.values(), _only(tree, "bin/perl")])
+    _copied({**found, **libraries}, fresh / "program")
+    (fresh / "archives").mkdir()
+    installed = _installed_packages()
+    for archive in (scratch / "packages").glob("*.deb"):
+        if archive.name.partition("_")[0] in installed:
+            shutil.copy(archive, fresh / "archives" / archive.name)
+    return fresh
+
+
+def _installers_packages() -> list[str]:
+    """Those whose files are put on the disk as they are, for dpkg to run."""
+    return [*_with_dependencies("dpkg"), "libc-bin", SCRIPT_SHELL_PACKAGE]
+
+
+def _installed_packages() -> list[str]:
+    """Those that dpkg installs: not those that it runs with itself."""
+    installers = _installers_packages()
+    return [name for name in _with_dependencies(INSTALLED_PACKAGE) if name not in installers]
+
+
+def _libraries(tree: Path, programs: list[Path]) -> dict[str, Path]:
+    """The libraries in `tree` that programs need, by where they belong in the guest."""
+    libraries = {path.name: path for path in sorted(tree.rglob("*.so*"))}
+    found: dict[str, Path] = {}
+    unread = list(programs)
     while unread:
         # Names of libraries stand in a program's table of strings.
-        names = re.findall(rb"\0((?:lib|ld-)[\w+-]+\.so\.\d+)(?=\0)", unread.pop().read_bytes())
+        names = re.findall(rb"\0((?:lib|ld-)[\w+-]+\.so\.[\d.]+)(?=\0)", unread.pop().read_bytes())
         for name in {each.decode() for each in names} & libraries.keys():
             place = f"lib64/{name}" if name.startswith("ld-") else f"lib/x86_64-linux-gnu/{name}"
             if place not in found:
                 found[place] = libraries[name]
                 unread.append(libraries[name])
-    for place, path in found.items():
-        (fresh / place).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, fresh / place)
-        (fresh / place).chmod(0o755)
-    return fresh
+    return found
+
+
+def _copied(files: Mapping[str, Path], folder: Path) -> Path:
+    for place, path in files.items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / place)
+        (folder / place).chmod(0o755)
+    return folder
 
 
 def _database_packages() -> list[str]:
+    named = _with_dependencies(DATABASE_PACKAGE)
+    libraries = [name for name in named if re.match(r"lib|zlib", name)]
+    return [DATABASE_PACKAGE, *libraries]
+
+
+def _with_dependencies(package: str) -> list[str]:
+    """A package and those that it depends on, by name."""
     depends = _run(
         [
             *("apt-cache", "depends", "--recurse", "--no-recommends", "--no-suggests"),
             *("--no-conflicts", "--no-breaks", "--no-replaces", "--no-enhances"),
-            DATABASE_PACKAGE,
+            package,
         ]
     )
-    named = set(re.findall(r"^(\S+)", depends, re.MULTILINE))
-    libraries = sorted(name for name in named if re.match(r"lib|zlib", name) and ":" not in name)
-    return [DATABASE_PACKAGE, *libraries]
+    named = set(re.findall(r"^([a-z0-9]\S*)", depends, re.MULTILINE))
+    return sorted(name for name in named if ":" not in name)
 
 
 def _unpacked(scratch: Path, wanted: Callable[[], list[str]]) -> Path:

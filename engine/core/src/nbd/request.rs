@@ -139,9 +139,10 @@ struct Header {
 }
 
 impl Header {
-    /// Bytes that follow it. With extended headers a flag says so, which a write must have.
+    /// Bytes that follow it. A write always has them: with extended headers a flag says so as well, but
+    /// QEMU (seen with 10.0) does not set it, and its own server does without.
     fn payload_bytes(&self, extended: bool) -> u64 {
-        let follows = if extended { self.flags.payload() } else { self.number == command::WRITE };
+        let follows = self.number == command::WRITE || (extended && self.flags.payload());
         if follows { self.length } else { 0 }
     }
 }
@@ -216,8 +217,8 @@ impl RequestReader {
         let writes = header.number == command::WRITE;
         if payload_bytes > u64::from(self.max_payload) {
             Some(TOO_LONG)
-        } else if self.extended && writes != header.flags.payload() {
-            Some("writes have a payload, and say so; other commands have none")
+        } else if self.extended && !writes && header.flags.payload() {
+            Some("only writes have a payload")
         } else {
             None
         }

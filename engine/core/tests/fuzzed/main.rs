@@ -244,7 +244,7 @@ fn any_requests() -> impl Strategy<Value = Vec<u8>> {
         } else {
             out.put_u32(length);
         }
-        let has_payload = if extended { flags & 1 << 5 != 0 } else { command == 1 };
+        let has_payload = command == 1 || (extended && flags & 1 << 5 != 0);
         if has_payload {
             out.put_bytes(7, length.min(100) as usize);
         }

@@ -55,7 +55,8 @@ const STYLES: [ReplyStyle; 3] = [ReplyStyle::Simple, ReplyStyle::Structured, Rep
 fn any_extended_request() -> impl Strategy<Value = Vec<u8>> {
     let header = (any::<u16>(), 0u16..10, any::<u64>(), any::<u64>(), 0u64..100);
     let whole = header.prop_map(|(flags, command, cookie, offset, length)| {
-        let payload = if flags & 1 << 5 != 0 { vec![7; length as usize] } else { vec![] };
+        let has_payload = command == 1 || flags & 1 << 5 != 0;
+        let payload = if has_payload { vec![7; length as usize] } else { vec![] };
         extended_request(flags, command, cookie, offset, length, &payload)
     });
     prop_oneof![9 => whole, 1 => vec(any::<u8>(), 0..60)]
