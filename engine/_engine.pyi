@@ -13,9 +13,10 @@ class Gateway:
 
     Nodes of an image are named by their index in the `nodes` that it was opened with. Every method
     raises RuntimeError once the gateway is stopped, and ValueError for what makes no sense.
+    Its loop polls for `poll_us` at most before it sleeps.
     """
 
-    def __new__(cls) -> Gateway: ...
+    def __new__(cls, *, poll_us: int = 0) -> Gateway: ...
     def listen(self, fd: int, tls: str = "off") -> None:
         """Take over a listening socket, by descriptor. `tls`: off, optional or required."""
 
@@ -206,7 +207,7 @@ class Node:
     Opening it locks the folder, replays the log and raises the start counter, above `seen_counter`
     too. Nothing that it has of the images `distrusted` counts. Raises OSError where
     the folder cannot be used, RuntimeError where the store in it cannot (another cluster's or
-    node's, open elsewhere, damaged).
+    node's, open elsewhere, damaged). Its loop polls for `poll_us` at most before it sleeps.
     """
 
     def __new__(
@@ -220,6 +221,7 @@ class Node:
         log_bytes: int,
         seen_counter: int = 0,
         distrusted: list[str] = ...,
+        poll_us: int = 0,
     ) -> Node: ...
     @property
     def start_counter(self) -> int: ...

@@ -22,6 +22,9 @@ DEFAULT_ZONE = "default"
 """Sites without zones are one zone."""
 
 DEFAULT_LOG_BYTES = 1 << 30
+
+DEFAULT_POLL_US = 100
+"""As long as a request of a guest that waits for each one takes between two of its steps."""
 """A node's write-ahead log. Bursts up to this size are written once, at the page cache's speed;
 what is overwritten within it never reaches a shard file. Read back after a crash in about a second.
 Its segments are created as they are needed."""
@@ -75,6 +78,8 @@ class NodeConfig:
     log_bytes: int
     metrics: Endpoint | None
     """Where Prometheus asks; None: nowhere."""
+    poll_us: int = DEFAULT_POLL_US
+    """How long its loop looks for requests before it sleeps, while they come as fast; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,8 @@ class GatewayConfig:
     read_only: tuple[str, ...] = ()
     """Patterns of the names of images that nobody may write to here."""
     tls: TlsConfig | None = None
+    poll_us: int = DEFAULT_POLL_US
+    """How long its loop looks for requests and answers before it sleeps; 0: never."""
 
     def is_read_only(self, image: str) -> bool:
         """Return whether clients of this gateway may only read an image."""

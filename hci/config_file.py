@@ -14,6 +14,7 @@ from pathlib import Path
 from hci import config_values as values
 from hci.config import (
     DEFAULT_LOG_BYTES,
+    DEFAULT_POLL_US,
     DEFAULT_ZONE,
     AccessRule,
     ArbiterConfig,
@@ -160,6 +161,7 @@ def _node(name: str, table: Table) -> NodeConfig:
         zone=table.take("zone", values.label, DEFAULT_ZONE),
         log_bytes=table.take("log_bytes", values.log_bytes, DEFAULT_LOG_BYTES),
         metrics=table.take("metrics", values.endpoint, None),
+        poll_us=table.take("poll_us", values.poll_us, DEFAULT_POLL_US),
     )
     table.finish()
     return node
@@ -177,6 +179,7 @@ def _gateway(name: str, table: Table) -> GatewayConfig:
         limits=_client_limits(table),
         read_only=table.take("read_only", values.patterns, ()),
         tls=_tls(table.table("tls")) if table.has("tls") else None,
+        poll_us=table.take("poll_us", values.poll_us, DEFAULT_POLL_US),
     )
     table.finish()
     return gateway

@@ -251,5 +251,11 @@ def slow_seconds(value: Any) -> int:
     return value
 
 
+def poll_us(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= 1000:
+        raise ValueError("must be a number of microseconds from 0 (never) to 1000")
+    return value
+
+
 def pool(value: Any) -> str:
     return ids.pool_name(text(value))

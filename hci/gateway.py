@@ -79,7 +79,7 @@ class GatewayDaemon:
         self.trouble = ""
         self.etcd = EtcdClient([str(endpoint) for endpoint in config.cluster.etcd])
         self.catalog = Catalog(self.etcd)
-        self.engine = Gateway()
+        self.engine = Gateway(poll_us=own.poll_us)
         self._nodes_changed = threading.Event()
         self._local_node: str | None = None
         self.exports = Exports(

@@ -141,6 +141,7 @@ class NodeDaemon:
                 log_bytes=own.log_bytes,
                 seen_counter=self._marks.seen_counter,
                 distrusted=sorted(self._marks.images),
+                poll_us=own.poll_us,
             )
         except (OSError, RuntimeError) as error:
             raise DaemonError(f"node {own.name} cannot use {own.data_dir}: {error}") from error

@@ -460,6 +460,9 @@ class Exports(Resizing):
                 return
             go_on()
             lapsed = isinstance(error, LeaseLost) and error.gateway is None
+            if lapsed:
+                # It is taken again, or found to have been another's meanwhile.
+                self._sessions.retake(image)
             if isinstance(error, EtcdError) or lapsed:
                 self._deciding.after(RELEASE_RETRY_S, lambda: self._claim(image))
             else:

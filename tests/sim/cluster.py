@@ -154,7 +154,10 @@ class Cluster:
         told = {k: v for k, v in event.items() if k not in ("event", "channel")}
         self.say(f"{gateway.name}: {kind} {told}")
         names = gateway.engine.node_names.get(event.get("channel", 0), [])
-        self.on_event(gateway.index, kind, names[event["node"]] if "node" in event else "")
+        node = names[event["node"]] if "node" in event else ""
+        if kind == "replica_down":
+            self.oracle.noticed(node)
+        self.on_event(gateway.index, kind, node)
 
     # The beginning
 

@@ -344,7 +344,12 @@ class Guest:
                 shared.oracle.flush_failed(asked.covered or [], asked.begun, now)
                 shared.say(f"{self.name} hears that what it wrote may be gone")
                 return
-            assert asked.kind == "read" and shared.may_fail(), f"a {asked.kind} failed with EIO"
+            partial = asked.first % 8 or asked.sectors % 8
+            assert shared.may_fail(), f"a {asked.kind} failed with EIO"
+            if asked.kind in ("write", "zero"):
+                # What is merged needs the rest of its block.
+                assert partial, f"a {asked.kind} of whole blocks failed with EIO"
+                shared.oracle.orphan(token)
             return
         self.answers += 1
         assert self._gateway is not None

@@ -144,6 +144,7 @@ class Nodes:
         cluster.say(f"{cluster.names[node]} ends: {why}{' (memory lost)' if power else ''}")
         if power:
             cluster.safety.records.power_lost(cluster.names[node])
+            cluster.oracle.power_lost(cluster.names[node])
             cluster.judge_memory()
         if cluster.supervised:
             self._restart_later(node)

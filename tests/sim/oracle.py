@@ -83,6 +83,8 @@ class Oracle:
         self._reading: dict[int, float] = {}
         self.reads = 0
         self.under_way_s = UNDER_WAY_S
+        self._unnoticed: set[str] = set()
+        """Nodes that have lost their power, while the holder still takes them for alive."""
 
     def _history(self, sector: int) -> list[Written]:
         found = self._sectors.get(sector)
@@ -106,7 +108,9 @@ class Oracle:
         for sector, entry in zip(change.sectors, change.entries, strict=True):
             entry.ended = now if entry.ended is None else entry.ended
             entry.known = min(entry.known, now)
-            under_way = now - entry.lost < self.under_way_s
+            # It may rest on what a node said that has lost it since, unnoticed.
+            unnoticed = bool(self._unnoticed) and entry.lost > entry.begun
+            under_way = unnoticed or now - entry.lost < self.under_way_s
             entry.answered, entry.sure = True, durable or not (entry.shaken or under_way)
             if durable:
                 entry.durable = True
@@ -147,8 +151,17 @@ class Oracle:
         # It stays in the sectors' histories as in flight.
         self._open.pop(token, None)
 
+    def power_lost(self, node: str) -> None:
+        """A node has lost its power; whoever waits for nothing from it learns that later."""
+        self._unnoticed.add(node)
+
+    def noticed(self, node: str) -> None:
+        """The holder knows that a node is gone."""
+        self._unnoticed.discard(node)
+
     def settle(self, epoch: int, now: float) -> None:
         """A holder of this epoch serves: what earlier ones sent has happened, or never will."""
+        self._unnoticed.clear()
         self._forgotten = [entry for entry in self._forgotten if entry.epoch >= epoch]
         for history in self._sectors.values():
             for entry in history:

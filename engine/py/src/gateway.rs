@@ -39,8 +39,10 @@ impl Gateway {
 #[pymethods]
 impl Gateway {
     #[new]
-    fn new() -> PyResult<Self> {
-        Ok(Gateway { core: std::sync::Mutex::new(Some(Core::start()?)) })
+    #[pyo3(signature = (*, poll_us=0))]
+    fn new(poll_us: u64) -> PyResult<Self> {
+        let core = Core::start(Duration::from_micros(poll_us))?;
+        Ok(Gateway { core: std::sync::Mutex::new(Some(core)) })
     }
 
     /// Takes over a listening socket, by descriptor.

@@ -11,6 +11,7 @@ use pyo3::types::{PyBytes, PyDict};
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 /// A storage node's store, and the event loop that serves it to gateways. Opening it locks the
 /// folder, replays the log and raises the start counter; `listen` lets gateways in.
@@ -37,7 +38,7 @@ impl Node {
     #[new]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
     #[pyo3(signature = (data_dir, *, cluster, name, new_store_id, boot, log_bytes, seen_counter=0,
-                        distrusted=Vec::new()))]
+                        distrusted=Vec::new(), poll_us=0))]
     fn new(
         py: Python<'_>,
         data_dir: &str,
@@ -48,6 +49,7 @@ impl Node {
         log_bytes: u64,
         seen_counter: u64,
         distrusted: Vec<String>,
+        poll_us: u64,
     ) -> PyResult<Self> {
         let distrusted =
             distrusted.iter().map(|image| parse_id(image)).collect::<PyResult<Vec<_>>>()?;
@@ -71,7 +73,8 @@ impl Node {
             let (start_counter, id) = (store.instance(), store.id());
             let created = recovery.created;
             let identity = Identity { cluster, node: name, store: id, boot };
-            let core = Arc::new(NodeHandle::start(store, identity)?);
+            let core =
+                Arc::new(NodeHandle::start(store, identity, Duration::from_micros(poll_us))?);
             let store_id = hex(&id);
             Ok(Node { core: Mutex::new(Some(core)), start_counter, store_id, created })
         })

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hci import config_file, images
-from hci.config import DEFAULT_LOG_BYTES, AccessRule, ClientLimits, Endpoint
+from hci.config import DEFAULT_LOG_BYTES, DEFAULT_POLL_US, AccessRule, ClientLimits, Endpoint
 from hci.errors import ConfigError
 from vmstore.names import parse_image_name
 from vmstore.slowness import SlowLimits
@@ -26,6 +26,7 @@ socket = "/run/hci/node1.sock"
 host = "host1"
 zone = "cellar"
 log_bytes = "64M"
+poll_us = 0
 
 [gateway.gateway1]
 host = "host1"
@@ -38,6 +39,7 @@ client_bytes_in_flight = "32M"
 bytes_in_flight = "1G"
 handshake_timeout = "1m"
 idle_timeout = "12h"
+poll_us = 200
 read_only = ["vms/golden-*", "iso/*"]
 
 [arbiter.witness]
@@ -72,6 +74,7 @@ def test_config_with_every_key_is_read() -> None:
     assert arbiter.listen == Endpoint("127.0.0.1", 7401)
     node = found.node("node1")
     assert (node.data_dir, node.zone, node.log_bytes) == (Path("/srv/node1"), "cellar", 64 << 20)
+    assert (node.poll_us, found.gateway("gateway1").poll_us) == (0, 200)
     assert str(node.listen) == "127.0.0.1:7101"
     assert found.gateway("gateway1").nbd_listen == Endpoint("127.0.0.1", 10809)
     assert found.slow == SlowLimits(300, 4000, 20.0, 90.0)
@@ -82,6 +85,7 @@ def test_config_with_only_what_is_needed_has_defaults() -> None:
     found = config_file.parse(SMALL, PATH)
     node = found.node("node1")
     assert (node.socket, node.zone, node.log_bytes) == (None, "default", DEFAULT_LOG_BYTES)
+    assert node.poll_us == DEFAULT_POLL_US
     assert node.host
     assert found.gateways == {}
     assert found.slow == SlowLimits()
@@ -107,6 +111,8 @@ def test_config_with_only_what_is_needed_has_defaults() -> None:
         ('"64M"', '"64 apples"', "node.node1.log_bytes = '64 apples': '64 apples' is not a size"),
         ('"64M"', '"4M"', "must be at least 16M"),
         ('"64M"', "true", "node.node1.log_bytes = True: must be a string"),
+        ("poll_us = 0", "poll_us = 1001", "node.node1.poll_us = 1001: must be a number of micros"),
+        ("poll_us = 0", 'poll_us = "1s"', "node.node1.poll_us = '1s': must be a number of micros"),
         ("[node.node1]", "[node.Node_1]", "node.Node_1: 'Node_1' is not a node name"),
         ("[node.node1]", "[[node.node1]]", "must be a table"),
         ('["127.0.0.1:2379", "[::1]:2379"]', "[]", "cluster.etcd = []: must be a list such as"),

@@ -199,9 +199,9 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// Starts the event loop in a thread of its own.
-    pub fn start() -> io::Result<Gateway> {
-        let poller = Poller::new()?;
+    /// Starts the event loop in a thread of its own. It polls for `poll` at most before it sleeps.
+    pub fn start(poll: Duration) -> io::Result<Gateway> {
+        let poller = Poller::polling(poll)?;
         let waker = Waker::new(&poller, event_loop::WAKER)?;
         let (commands, received) = mpsc::channel();
         let events = Arc::new(EventQueue::default());
@@ -275,7 +275,7 @@ mod tests {
         const ASKED: usize = 60;
         let path = std::env::temp_dir().join(format!("hci-lists-{}", std::process::id()));
         let listener = UnixListener::bind(&path).expect("a socket");
-        let gateway = Gateway::start().expect("a gateway");
+        let gateway = Gateway::start(Duration::ZERO).expect("a gateway");
         gateway.order(Command::Listen(listener.into(), TlsMode::Off));
         let mut client = UnixStream::connect(&path).expect("it listens");
         std::fs::remove_file(&path).expect("it was there");
@@ -302,7 +302,7 @@ mod tests {
     fn a_client_that_leaves_before_its_answer_is_gone_at_once() {
         let path = std::env::temp_dir().join(format!("hci-gateway-{}", std::process::id()));
         let listener = UnixListener::bind(&path).expect("a socket");
-        let gateway = Gateway::start().expect("a gateway");
+        let gateway = Gateway::start(Duration::ZERO).expect("a gateway");
         gateway.order(Command::Listen(listener.into(), TlsMode::Off));
         let mut client = UnixStream::connect(&path).expect("it listens");
         std::fs::remove_file(&path).expect("it was there");

@@ -95,9 +95,9 @@ pub struct NodeHandle {
 const ANSWER: Duration = Duration::from_secs(30);
 
 impl NodeHandle {
-    /// Serves `store` in threads of its own.
-    pub fn start(store: Store, identity: Identity) -> io::Result<NodeHandle> {
-        let poller = Poller::new()?;
+    /// Serves `store` in threads of its own. The loop polls for `poll` at most before it sleeps.
+    pub fn start(store: Store, identity: Identity, poll: Duration) -> io::Result<NodeHandle> {
+        let poller = Poller::polling(poll)?;
         let waker = Waker::new(&poller, WAKER)?;
         let (commands, received) = mpsc::channel();
         let usage = store.usage_handle();

@@ -305,6 +305,7 @@ impl ImageIo {
             self.replica(node).state = ReplicaState::Waiting;
             self.replica(node).blocking_told = false;
         }
+        self.judge_memory();
         self.complete_answered();
     }
 

@@ -126,6 +126,8 @@ pub(super) struct Request {
     pub flags: u8,
     pub payload: Bytes,
     pub parts_left: u32,
+    /// Flushes: of each set, how many changes were answered when it came. Also where it is begun later.
+    pub covers: Vec<u64>,
     pub error: Option<IoError>,
     /// Answers of the parts, in order.
     pub runs: Vec<Vec<Run>>,
@@ -163,8 +165,6 @@ pub(super) struct Part {
     /// Flushes: write marks at sending, by node, and the sequence that may be cleared after.
     pub marks: Vec<(NodeIndex, u64)>,
     pub clear_sequence: u64,
-    /// Flushes: of each set, how many answered changes it covers.
-    pub covers: Vec<u64>,
     /// Changes and flushes: how their answers come in.
     pub timing: Timing,
 }

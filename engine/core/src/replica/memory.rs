@@ -63,9 +63,11 @@ impl ImageIo {
         self.judge_memory();
     }
 
-    /// Others are in sync, or have forgotten.
+    /// Others are in sync, or have forgotten. Where a healed node may be in sync, it is not known yet who is.
     pub(super) fn judge_memory(&mut self) {
-        let changes: u64 = self.sets.iter_mut().map(Set::judge_memory).sum();
+        let decided: Vec<usize> =
+            (0..self.sets.len()).filter(|set| !self.is_undecided(*set)).collect();
+        let changes: u64 = decided.into_iter().map(|set| self.sets[set].judge_memory()).sum();
         if changes > 0 {
             self.event(Event::WritesLost { changes });
         }
@@ -105,22 +107,23 @@ impl ImageIo {
         self.sets[set as usize].memory.answered += u64::from(!durable);
     }
 
-    /// What of each set a flush covers that begins now.
+    /// What of each set a flush covers that comes now.
     pub(super) fn flush_covers(&self) -> Vec<u64> {
         self.sets.iter().map(|set| set.memory.answered).collect()
     }
 
     /// A flush of `request` is done on all nodes: what it covers is durable, or its client hears that
     /// it may be gone.
-    pub(super) fn flush_covered(&mut self, request: usize, covers: &[u64]) {
+    pub(super) fn flush_covered(&mut self, request: usize) {
         let told = self.requests[request].token.is_some();
+        let covers = std::mem::take(&mut self.requests[request].covers);
         let mut loss = false;
         for (set, covered) in self.sets.iter_mut().zip(covers) {
             let memory = &mut set.memory;
-            memory.durable = memory.durable.max(*covered);
-            if let Some((from, through)) = memory.lost.filter(|(from, _)| told && covered > from) {
+            memory.durable = memory.durable.max(covered);
+            if let Some((from, through)) = memory.lost.filter(|(from, _)| told && covered > *from) {
                 loss = true;
-                memory.lost = (*covered < through).then_some((from.max(*covered), through));
+                memory.lost = (covered < through).then_some((from.max(covered), through));
             }
         }
         if loss && !broken(Rule::LossIsTold) {

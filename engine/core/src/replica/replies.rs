@@ -147,7 +147,7 @@ impl ImageIo {
                 self.overwritten(part.shard, part.offset, part.length);
             }
             RequestKind::Flush => {
-                self.flush_covered(part.request, &part.covers);
+                self.flush_covered(part.request);
                 self.flush_done(part.clear_sequence);
             }
             RequestKind::Read | RequestKind::Status | RequestKind::Pause => {}

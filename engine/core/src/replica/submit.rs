@@ -79,6 +79,7 @@ impl ImageIo {
             flags,
             payload,
             parts_left: 0,
+            covers: Vec::new(),
             error: None,
             runs: Vec::new(),
             extents: Vec::new(),
@@ -108,6 +109,7 @@ impl ImageIo {
             flags: 0,
             payload: Bytes::new(),
             parts_left: 0,
+            covers: Vec::new(),
             error: None,
             runs: Vec::new(),
             extents: Vec::new(),
@@ -227,7 +229,6 @@ impl ImageIo {
             confirming: false,
             marks: Vec::new(),
             clear_sequence: 0,
-            covers: Vec::new(),
             timing: Timing::default(),
         })
     }
@@ -357,6 +358,9 @@ impl ImageIo {
 
     /// Sends FLUSH to every in-sync node that has had a write since its last finished flush.
     fn start_flush(&mut self, request: usize) {
+        if self.requests[request].covers.is_empty() {
+            self.requests[request].covers = self.flush_covers();
+        }
         if self.phase != Phase::Closing || self.requests[request].token.is_some() {
             // The last flush of a holder promises nothing: what is dirty stays so.
             if self.flush_waits() {
@@ -379,9 +383,8 @@ impl ImageIo {
             true => self.next_sequence - 1,
             false => self.answered_through(),
         };
-        let covers = self.flush_covers();
         let part = &mut self.parts[id];
-        (part.wanted, part.waiting, part.covers) = (waiting, waiting, covers);
+        (part.wanted, part.waiting) = (waiting, waiting);
         part.clear_sequence = clear_sequence;
         let up = waiting.and(self.attached());
         self.send_flush(id, up);
