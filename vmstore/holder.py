@@ -471,12 +471,23 @@ class Holder:
 
     def _is_due(self, lost: set[str]) -> bool:
         """A serving image leaves nodes behind when requests wait; an opening one after a grace."""
-        waits = bool(lost & self.blocking) or bool(lost & self.emptied)
+        waits = bool(lost & (self.blocking | self.emptied)) or self._keep_others_out(lost)
         if self.phase in (Phase.SERVING, Phase.CLOSING) and self._somebody_is_up():
             if waits and self._others_are_level(lost):
                 return True
             return waits and self._grace_is_over(lost)
         return self._grace_is_over(lost) or lost <= self.emptied
+
+    def _keep_others_out(self, lost: set[str]) -> bool:
+        """Whether requests wait for a node that comes in only when lost ones are left behind."""
+        assert self.record is not None
+        membership = self.record.membership
+        for index in range(len(membership.sets)):
+            in_sync = set(membership.in_sync(index))
+            founded = any(self.nodes[name].standing is Standing.UP for name in in_sync)
+            if not founded and in_sync & lost and in_sync & self.blocking:
+                return True
+        return False
 
     def _somebody_is_up(self) -> bool:
         return any(node.standing is Standing.UP for node in self._in_sync_nodes())
@@ -663,8 +674,12 @@ class Holder:
                 node.failed_at_s = None
                 if node.standing is Standing.UP:
                     self.blocking.discard(name)
-        if self.phase is Phase.SERVING and not any(map(self._is_lost, self._in_sync_names())):
-            self.waiting_since_s = None
+        if self.phase is Phase.SERVING:
+            if not any(map(self._is_lost, self._in_sync_names())):
+                self.waiting_since_s = None
+            elif self.waiting_since_s is None:
+                # It was lost before a change took it in.
+                self.waiting_since_s = self.now_s
         opening = self.phase in (Phase.GATHERING, Phase.JOINING)
         if opening and self.now_s - self.opened_s > OPEN_LIMIT_S:
             away = sorted(n for n in self.nodes if self.nodes[n].standing is Standing.AWAY)

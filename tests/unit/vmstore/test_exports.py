@@ -157,6 +157,20 @@ def test_claim_whose_outcome_stayed_unknown_costs_no_client_its_image(
     assert gateway.engine.named("kill") == []
 
 
+def test_image_that_another_had_since_it_was_opened_for_maintenance_is_let_go(
+    gateway: ScriptedGateway,
+) -> None:
+    # The other one took the lease, and gave it back: it looked as if ours had merely lapsed, and a
+    # client waited for ever while it was claimed again and again.
+    gateway.exports.maintain(gateway.name, scrub=True)
+    gateway.until(lambda: bool(gateway.exports.serving()), "it is not opened")
+    gateway.give_to_another_gateway()
+    gateway.connect(1)
+    kind, *_ = gateway.answer(1)
+    assert kind == "error"
+    gateway.until(lambda: not gateway.exports.snapshot(), "it is not let go")
+
+
 def test_client_is_let_in_when_etcd_is_back(gateway: ScriptedGateway) -> None:
     # A guest that was started while etcd elected a leader was refused.
     gateway.etcd.fail_next(*[Fault.UNAVAILABLE] * 3)

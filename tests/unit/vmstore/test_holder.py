@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from etcd.images import ImageRecord
 from shard.digest import membership_digest
 from shard.ids import ImageId
+from shard.membership import Policy
 from tests.unit.samples import NODES, image_record
 from vmstore import effects as wanted
 from vmstore import events
@@ -722,3 +723,41 @@ class Histories(RuleBasedStateMachine):
 
 TestHistories = Histories.TestCase
 TestHistories.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+
+
+def test_node_that_keeps_the_one_that_is_waited_for_out_is_left_behind() -> None:
+    """Requests waited for a node that came back, which waited for one that stayed away.
+
+    Nothing waited for the latter: it had answered all that was asked of it.
+    """
+    sets = (("node1", "node2"), ("node3", "node4"))
+    ours = record(policy=Policy.THIN_ARBITER, sets=sets)
+    holder = gathering(ours)
+    for node in ("node1", "node2", "node3", "node4"):
+        holder.step(replace(peeked(node), record=view(ours)))
+    holder.step(events.Admitted())
+    assert holder.phase is Phase.SERVING
+    holder.step(events.ReplicaDown("node1", blocking=False))
+    holder.step(replace(peeked("node1", instance=2, serial=2), record=view(ours)))
+    holder.step(events.ReplicaDown("node2", blocking=False))
+    holder.step(events.ReplicaBlocking("node1"))
+    effects = holder.step(events.Tick(h.GRACE_S + 0.1))
+    (change,) = changes(effects)
+    assert change.after.stale == {0: {"node2": 1}}
+
+
+def test_node_that_was_gone_before_a_change_took_it_in_has_its_grace_too() -> None:
+    """It was lost while it was not in sync: nothing said since when it is waited for."""
+    ours = record(stale={0: {"node3": 1}}, generation=2)
+    holder = serving(ours)
+    holder.step(peeked("node3"))
+    heal = holder.heals.now
+    assert heal is not None
+    holder.step(events.Healed("node3", heal.attempt))
+    assert holder.proposal is not None
+    after = holder.proposal
+    holder.step(events.ReplicaDown("node3", blocking=False))
+    holder.step(events.Tick(1.0))
+    holder.step(events.MembershipChanged(after))
+    holder.step(events.Tick(2.0))
+    assert holder.waiting_since_s == 2.0

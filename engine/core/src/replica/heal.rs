@@ -102,6 +102,8 @@ pub(super) struct Heal {
     /// The node's own dirty map as it came, and up to where it was marked level.
     pub own: ShardSet,
     pub marked_to: Option<u64>,
+    /// Its peers were told its flush number, where it begins anew.
+    pub number_told: bool,
     pub shards_done: u64,
 }
 
@@ -151,6 +153,7 @@ impl ImageIo {
             list: ShardSet::default(),
             own: ShardSet::default(),
             marked_to: None,
+            number_told: false,
             shards_done: 0,
             spec,
         });

@@ -241,7 +241,8 @@ impl ImageIo {
                         self.begin_shard(shard);
                     }
                 }
-                Stage::Flushing if idle => heal.stage = Stage::Marking,
+                Stage::Flushing if idle && heal.number_told => heal.stage = Stage::Marking,
+                Stage::Flushing if idle => self.tell_number(),
                 Stage::Marking if idle => match self.mark_own() {
                     true => {}
                     false => return self.heal_settled(),
@@ -394,7 +395,7 @@ impl ImageIo {
         let flushing = self.up().with(self.healing());
         let Some(heal) = &mut self.heal else { return };
         assert!(heal.list.is_empty() && heal.jobs.is_empty(), "what is listed is not level");
-        (heal.stage, heal.asks) = (Stage::Flushing, asks);
+        (heal.stage, heal.asks, heal.number_told) = (Stage::Flushing, asks, false);
         for (_, part) in self.parts.iter() {
             let counts = part.is_change() && heal.heals(part.set as usize);
             assert!(!counts || part.wanted.has(heal.spec.node), "a change that the node misses");
@@ -416,6 +417,25 @@ impl ImageIo {
             false => flushing,
         };
         self.ask_healing(flushing, Ask::Flush, kind::FLUSH, &Bytes::new(), put);
+    }
+
+    /// Tells the nodes in sync the flush number of one of which nothing counted, durably: what they were told
+    /// before is of the disk that it had then, and whoever opens the image next would go by that.
+    fn tell_number(&mut self) {
+        let Some(heal) = &mut self.heal else { return };
+        heal.number_told = true;
+        if heal.spec.sets.iter().all(|(_, since)| *since > 0) {
+            return;
+        }
+        let proof = self.flush_numbers(self.healing().with(self.up()));
+        let flush = Flush {
+            epoch: self.spec.epoch,
+            generation: self.spec.generation,
+            clear_sequence: 0,
+            proof,
+        };
+        let put = |out: &mut BytesMut| flush.put(out);
+        self.ask_healing(self.up(), Ask::Flush, kind::FLUSH, &Bytes::new(), put);
     }
 
     /// Tells the node that shards of its own dirty map are level, a bounded number at a time; false:

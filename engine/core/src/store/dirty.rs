@@ -22,7 +22,7 @@ pub struct DirtyEntry {
     /// before the last clear and mean nothing.
     pub last: Tag,
     pub first: Tag,
-    /// What `last` was when the entry became sticky.
+    /// What `last` was when the entry became sticky; none, where one of the writes before came again.
     settled: Tag,
     /// The generation that the shard counts as written in.
     pub generation: u64,
@@ -151,6 +151,15 @@ impl DirtyMaps {
         entry.generation = entry.generation.max(generation).max(current);
         entry.written = entry.written.max(generation);
         entry.layer = layer;
+    }
+
+    /// A client's change was written, with this tag. It may be one of before that is asked again, since the
+    /// former instance that had it did not answer, or nobody else did: then others may not have it yet.
+    pub fn changed(&mut self, image: &ImageId, shard: u64, tag: Tag) {
+        let entry = self.images.get_mut(image).and_then(|map| map.shards.get_mut(&shard));
+        if let Some(entry) = entry.filter(|entry| entry.sticky && tag <= entry.settled) {
+            entry.settled = Tag::NONE;
+        }
     }
 
     /// All writes up to `tag` are answered and flushed by every in-sync node, and each peer has

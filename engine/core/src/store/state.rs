@@ -61,6 +61,7 @@ impl State {
         let observed = (stamp.epoch, stamp.generation);
         let shard = (key.shard, key.layer);
         self.dirty.wrote(&key.image, shard, (tag, tag), stamp.generation, observed);
+        self.dirty.changed(&key.image, key.shard, tag);
     }
 
     /// A record with copied blocks, which keep their source's tags.

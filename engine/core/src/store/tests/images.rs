@@ -263,3 +263,25 @@ fn flush_number_grows_with_each_sync_and_survives() {
     rig.sync();
     assert_eq!(rig.store.flush_number(), 4, "nothing to sync, no new number");
 }
+
+/// A node came back with a write that it alone had, was made level with the others, and was sent it again. The
+/// mark that the shard is level took its entry away, and nothing named the difference any more.
+#[test]
+fn entry_of_a_shard_that_is_level_stays_where_a_write_of_before_came_again() {
+    let mut rig = Rig::new();
+    rig.fill(1, 0, 1, 1);
+    rig.fill(2, 0, 1, 2);
+    let again = rig.stamp;
+    rig.sync();
+    let (mut rig, _) = rig.restart();
+    let op = WriteOp { image: IMAGE, layers: &[1], shard: 2, offset: 0, stamp: again };
+    let data = vec![2; BLOCK];
+    rig.store
+        .write(&op, &fragment_checksums(0, &data), Bytes::copy_from_slice(&data))
+        .expect("the same write");
+    rig.store.mark_level(IMAGE, &[1, 2]).expect("level");
+    assert_eq!(rig.dirty(), [2]);
+    rig.store.append().expect("append");
+    let (rig, _) = rig.restart();
+    assert_eq!(rig.dirty(), [2], "also as the log is read again");
+}
