@@ -21,9 +21,10 @@ print(json.dumps([names, pid == str(os.getpid()), ports, more]))
 """
 # Puts the sockets at these descriptors, then becomes what comes behind.
 PLACE = """
-import os, sys
+import fcntl, os, sys
 given, wanted = (list(map(int, each.split(","))) for each in sys.argv[1:3])
-high = [os.dup2(each, 50 + number) for number, each in enumerate(given)]
+# Free ones, whatever numbers the sockets have in the process of the test.
+high = [fcntl.fcntl(each, fcntl.F_DUPFD, 50) for each in given]
 for each in given:
     os.close(each)
 for each, place in zip(high, wanted):
