@@ -81,6 +81,10 @@ class Membership:
         stale = self.stale.get(index, {})
         return tuple(node for node in self.sets[index] if node not in stale)
 
+    def in_sync_sets(self) -> list[frozenset[str]]:
+        """Return the nodes in sync of each replica set, in no order."""
+        return [frozenset(self.in_sync(index)) for index in range(len(self.sets))]
+
     def all_in_sync(self) -> frozenset[str]:
         """Return the nodes that are in sync in at least one replica set."""
         return frozenset(node for index in range(len(self.sets)) for node in self.in_sync(index))

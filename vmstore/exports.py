@@ -22,7 +22,14 @@ from vmstore import events
 from vmstore.calls import OPEN_RETRY_S, RELEASE_RETRY_S, nothing_more
 from vmstore.catalog import Catalog
 from vmstore.deciding import TICK_S, Deciding
-from vmstore.errors import BeingResized, ClientBarred, LeaseLost, UnknownImage, UnknownPool
+from vmstore.errors import (
+    BeingResized,
+    ClientBarred,
+    LeaseLost,
+    LeaseMoved,
+    UnknownImage,
+    UnknownPool,
+)
 from vmstore.granter import Voters
 from vmstore.healing import HealLimits
 from vmstore.holder import OPEN_LIMIT_S, Phase, closing_waits_for
@@ -463,7 +470,8 @@ class Exports(Resizing):
             if lapsed:
                 # It is taken again, or found to have been another's meanwhile.
                 self._sessions.retake(image)
-            if isinstance(error, EtcdError) or lapsed:
+            # Moved: it was taken again while the claim was on its way.
+            if isinstance(error, EtcdError | LeaseMoved) or lapsed:
                 self._deciding.after(RELEASE_RETRY_S, lambda: self._claim(image))
             else:
                 self._hear(image, events.Lost(str(error)))

@@ -30,6 +30,7 @@ What this module refuses: to serve from a node that knows a later record (etcd w
 to believe a node that has lost its record or was rolled back itself: such a node is stale since 0.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
@@ -367,7 +368,7 @@ class Holder:
         well = {name for name in self._in_sync_names() - self.levelling if self._is_well(name)}
         name = self.slowness.too_slow(well, self.now_s)
         membership = self.record.membership
-        sets = [set(membership.in_sync(index)) for index in range(len(membership.sets))]
+        sets = membership.in_sync_sets()
         others_are_well = all(of_set - {name} <= well for of_set in sets if name in of_set)
         return name if others_are_well else None
 
@@ -472,7 +473,7 @@ class Holder:
     def _is_due(self, lost: set[str]) -> bool:
         """A serving image leaves nodes behind when requests wait; an opening one after a grace."""
         waits = bool(lost & (self.blocking | self.emptied)) or self._keep_others_out(lost)
-        if self.phase in (Phase.SERVING, Phase.CLOSING) and self._somebody_is_up():
+        if self.phase in (Phase.SERVING, Phase.CLOSING) and self._is_founded(self._in_sync_names()):
             if waits and self._others_are_level(lost):
                 return True
             return waits and self._grace_is_over(lost)
@@ -481,16 +482,13 @@ class Holder:
     def _keep_others_out(self, lost: set[str]) -> bool:
         """Whether requests wait for a node that comes in only when lost ones are left behind."""
         assert self.record is not None
-        membership = self.record.membership
-        for index in range(len(membership.sets)):
-            in_sync = set(membership.in_sync(index))
-            founded = any(self.nodes[name].standing is Standing.UP for name in in_sync)
-            if not founded and in_sync & lost and in_sync & self.blocking:
-                return True
-        return False
+        sets = self.record.membership.in_sync_sets()
+        concerned = [of_set for of_set in sets if of_set & lost and of_set & self.blocking]
+        return not all(map(self._is_founded, concerned))
 
-    def _somebody_is_up(self) -> bool:
-        return any(node.standing is Standing.UP for node in self._in_sync_nodes())
+    def _is_founded(self, names: Iterable[str]) -> bool:
+        """Whether one of these is up, to tell level from stale by."""
+        return any(self.nodes[name].standing is Standing.UP for name in names)
 
     def _others_are_level(self, lost: set[str]) -> bool:
         """Whether of each set that can go on another node surely has all that was answered.
@@ -500,8 +498,7 @@ class Holder:
         assert self.record is not None
         membership = self.record.membership
         well = {name for name in self._in_sync_names() - self.levelling if self._is_well(name)}
-        sets = [set(membership.in_sync(index)) for index in range(len(membership.sets))]
-        left = [of_set - lost for of_set in sets if of_set & lost]
+        left = [of_set - lost for of_set in membership.in_sync_sets() if of_set & lost]
         go_on = [of_set for of_set in left if len(of_set) >= membership.policy.quorum]
         return bool(well) and all(of_set & well for of_set in go_on)
 
@@ -535,11 +532,9 @@ class Holder:
         join = waiting - resume
         while True:
             founded: set[str] = set()
-            for index in range(len(membership.sets)):
-                in_sync = set(membership.in_sync(index))
-                up = any(self.nodes[name].standing is Standing.UP for name in in_sync)
+            for index, in_sync in enumerate(membership.in_sync_sets()):
                 undecided = index in self.heals.to_take_in()
-                if up or (not undecided and in_sync <= join):
+                if self._is_founded(in_sync) or (not undecided and in_sync <= join):
                     founded |= in_sync & join
             if founded == join:
                 break

@@ -113,7 +113,9 @@ def _never_reconcile() -> Any:
 
     def patched(holder: Holder, join: set[str]) -> bool:
         served = any(node.served_as is not None for node in holder.nodes.values())
-        return may_join(holder, join) and (holder._somebody_is_up() or not served)
+        return may_join(holder, join) and (
+            holder._is_founded(holder._in_sync_names()) or not served
+        )
 
     return mock.patch.object(Holder, "_may_join", patched)
 
@@ -158,7 +160,7 @@ def _all_sets_or_none() -> Any:
     def patched(holder: Holder) -> Any:
         assert holder.record is not None
         membership = holder.record.membership
-        sets = [set(membership.in_sync(index)) for index in range(len(membership.sets))]
+        sets = membership.in_sync_sets()
         join = {name for name in membership.all_in_sync() if holder._may_be_let_in(name)}
         while unfounded := [
             of_set

@@ -289,6 +289,13 @@ def test_lease_taken_by_the_name_alone_is_noticed() -> None:
         second_gateway_process_of_a_host()
 
 
+def a_block_of_each_set(stage: Stage) -> tuple[int, int]:
+    """Where a block of each of two replica sets begins, in sectors."""
+    cluster = stage.cluster
+    sets = [cluster.set_of(shard) for shard in range(cluster.shape.shards)]
+    return stage.at(sets.index(0), 1), stage.at(sets.index(1), 1)
+
+
 def two_sets_share_a_lost_node() -> None:
     """History 20: one set loses two nodes and waits, another loses one and goes on without it."""
     stage = Stage(10, nodes=5, replica_sets=2, shards=8)
@@ -298,13 +305,11 @@ def two_sets_share_a_lost_node() -> None:
     one, other = (set(members) for members in record.sets)
     shared, alone = sorted(one & other), sorted(one - other)
     pair = [cluster.names.index(name) for name in (shared[0], alone[0])]
-    shards = range(cluster.shape.shards)
-    waits = next(shard for shard in shards if cluster.set_of(shard) == 0)
-    goes_on = next(shard for shard in shards if cluster.set_of(shard) == 1)
+    waits, goes_on = a_block_of_each_set(stage)
     stage.kill(*pair)
     stage.run(0.5)
-    stage.guest.write(stage.at(waits, 1), 8)
-    stage.guest.write(stage.at(goes_on, 1), 8)
+    stage.guest.write(waits, 8)
+    stage.guest.write(goes_on, 8)
     stage.run(10.0)
     if stage.guest.in_flight != 1:
         raise Violation(f"{stage.guest.in_flight} writes wait; only one set lost its quorum")
@@ -336,11 +341,7 @@ def two_sets_share_a_node_that_comes_back() -> None:
         for names in (waits_for - goes_on, goes_on)
     )
     assert len(away) == 2, "the sets share one node"
-    shards = range(cluster.shape.shards)
-    first, second = (
-        stage.at(next(shard for shard in shards if cluster.set_of(shard) == index), 1)
-        for index in (0, 1)
-    )
+    first, second = a_block_of_each_set(stage)
     stage.write(first)
     stage.write(second)
     stage.flush()
@@ -390,11 +391,7 @@ def flush_waits_for_a_node_that_lost_what_it_covers() -> None:
     (shared,) = [cluster.names.index(name) for name in first_set & second_set]
     keeps, gone = [cluster.names.index(name) for name in sorted(first_set - second_set)]
     gone_too = cluster.names.index(min(second_set - first_set))
-    shards = range(cluster.shape.shards)
-    first, second = (
-        stage.at(next(shard for shard in shards if cluster.set_of(shard) == index), 1)
-        for index in (0, 1)
-    )
+    first, second = a_block_of_each_set(stage)
     stage.write(first)
     stage.write(second)
     stage.flush()
