@@ -39,8 +39,8 @@ class Process:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it still runs; one that ended and waits for its parent does not."""
-        return self.boot_id == _boot_id() and _start_ticks(self.pid) == self.start_ticks
+        """Whether any thread of it still runs; one that ended and waits for its parent does not."""
+        return not self.wait(0)
 
     def signal(self, number: signal.Signals) -> bool:
         """Send a signal to this process and no other; return whether it was there."""
@@ -56,22 +56,26 @@ class Process:
         return True
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until it has ended; return False where it still runs after `timeout_s`."""
+        """Wait until it has ended; return False where it still runs after `timeout_s`.
+
+        Only then has it let go of its files and ports. What /proc says is too early: killed, its
+        first thread may be a zombie while others are still on their way out.
+        """
         pidfd = self._open()
         if pidfd is None:
             return True
         try:
-            ready, _, _ = select.select([pidfd], [], [], max(timeout_s, 0))
+            return _ends(pidfd, timeout_s)
         finally:
             os.close(pidfd)
-        return bool(ready)
 
     def _open(self) -> int | None:
         try:
             pidfd = os.pidfd_open(self.pid)
         except OSError:
             return None
-        if self.is_alive:
+        is_this = self.boot_id == _boot_id() and _start_ticks(self.pid) == self.start_ticks
+        if is_this and not _ends(pidfd, 0):
             return pidfd
         os.close(pidfd)
         return None
@@ -144,16 +148,20 @@ def last_line(log: Path) -> str:
     return ""
 
 
+def _ends(pidfd: int, timeout_s: float) -> bool:
+    """Whether the last thread of a process ends within the time (pidfd_open(2))."""
+    ready, _, _ = select.select([pidfd], [], [], max(timeout_s, 0))
+    return bool(ready)
+
+
 def _start_ticks(pid: int) -> int | None:
-    """Start time of a living process in clock ticks since boot (proc(5), field 22 of stat)."""
+    """Start time of a process in clock ticks since boot (proc(5), field 22 of stat)."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
     # The second field is the program's name, which may itself hold spaces and parentheses.
-    fields = stat[stat.rindex(")") + 2 :].split()
-    state, start_ticks = fields[0], int(fields[19])
-    return None if state in "ZX" else start_ticks
+    return int(stat[stat.rindex(")") + 2 :].split()[19])
 
 
 def _boot_id() -> str:

@@ -117,12 +117,12 @@ def counted(cluster: DevCluster, image: str) -> dict[str, int]:
 def slow_scrub(cluster: DevCluster) -> Iterator[None]:
     """Scrubs creep, so that there is time to disturb them."""
     before = cluster.config.read_text()
-    cluster.config.write_text(before + '\n[scrub]\nevery = 0\nbytes_per_second = "16M"\n')
-    for gateway in cluster.gateways:
-        cluster.kill(gateway)
-        cluster.run(gateway)
-    cluster.await_health("ok")
     try:
+        cluster.config.write_text(before + '\n[scrub]\nevery = 0\nbytes_per_second = "16M"\n')
+        for gateway in cluster.gateways:
+            cluster.kill(gateway)
+            cluster.run(gateway)
+        cluster.await_health("ok")
         yield
     finally:
         cluster.config.write_text(before)

@@ -24,6 +24,15 @@ print("up", flush=True)
 time.sleep(60)""",
 ]
 
+HEADLESS = [
+    sys.executable,
+    "-c",
+    """import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(60,)).start()
+print("up", flush=True)
+ctypes.CDLL(None).pthread_exit(None)""",
+]
+
 
 class Spawner:
     """Starts processes and sees to it that none outlives the test."""
@@ -81,6 +90,17 @@ def test_process_that_was_killed_is_not_alive_even_before_its_parent_looks(spawn
     process.kill([found])
     assert not found.is_alive
     assert not found.signal(signal.SIGTERM)
+
+
+def test_process_is_alive_until_its_last_thread_has_ended(spawn: Spawner) -> None:
+    """A killed gateway was taken for ended while a thread of it still had the port."""
+    found = spawn(HEADLESS)
+    while "\nState:\tZ" not in Path(f"/proc/{found.pid}/status").read_text():
+        assert spawn.started[0].poll() is None
+    assert found.is_alive
+    assert not found.wait(0.05)
+    process.kill([found])
+    assert not found.is_alive
 
 
 def test_process_of_another_start_time_is_not_signalled(spawn: Spawner) -> None:
