@@ -346,9 +346,14 @@ impl EventLoop {
     // Links
 
     fn link_ready(&mut self, index: usize) {
-        let Some(link) = self.links.get_mut(index) else { return };
-        link.ready(&self.poller, self.now_ns, &mut self.link_events);
-        self.take_link_events(index);
+        while let Some(link) = self.links.get_mut(index) {
+            let more = link.ready(&self.poller, self.now_ns, &mut self.link_events);
+            self.take_link_events(index);
+            if !more {
+                return;
+            }
+            self.settle();
+        }
     }
 
     fn take_link_events(&mut self, index: usize) {

@@ -24,6 +24,9 @@ const RETRY_NS: u64 = SECOND_NS / 10;
 const IN_MEMORY_FROM: u32 = 16 << 10;
 /// So many may be under way, or on their way to clients, before others take the socket again.
 const SLOTS: u32 = 64;
+/// Frames that are taken before their owner carries out what they mean, so that a client has the first
+/// answers, and works on, while the others are looked at.
+const FRAMES_IN_TURN: usize = 8;
 
 /// Where a node is, and as whom to ask it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,6 +72,8 @@ pub struct Link {
     next_address: usize,
     /// The node was reached over a unix socket.
     is_local: bool,
+    /// The socket had no more when it was last read; what came after it is told anew.
+    is_drained: bool,
     pub hello: HelloReply,
 }
 
@@ -82,6 +87,7 @@ impl Link {
             state,
             next_address: 0,
             is_local: false,
+            is_drained: false,
             hello: HelloReply::default(),
         }
     }
@@ -154,6 +160,7 @@ impl Link {
     }
 
     fn connect(&mut self, poller: &Poller, now_ns: u64) {
+        self.is_drained = false;
         let address = &self.target.addresses[self.next_address % self.target.addresses.len()];
         self.next_address += 1;
         self.is_local = matches!(address, Address::Unix(_));
@@ -168,19 +175,23 @@ impl Link {
         };
     }
 
-    /// The descriptor is ready.
-    pub fn ready(&mut self, poller: &Poller, now_ns: u64, events: &mut Vec<LinkEvent>) {
+    /// The descriptor is ready, or there was more the last time. Returns whether there may be more:
+    /// frames that have been read already, of which nothing else tells.
+    pub fn ready(&mut self, poller: &Poller, now_ns: u64, events: &mut Vec<LinkEvent>) -> bool {
         if let State::Connecting { stream, .. } = &self.state {
-            if let Err(error) = stream.connected() {
-                return self.end(poller, now_ns, error.to_string(), events);
+            match stream.connected() {
+                Ok(()) => self.greet(now_ns),
+                Err(error) => self.end(poller, now_ns, error.to_string(), events),
             }
-            self.greet(now_ns);
-            return self.flush(poller, now_ns, events);
+            self.flush(poller, now_ns, events);
+            return false;
         }
-        if let Err(why) = self.read(now_ns, events) {
-            return self.end(poller, now_ns, why, events);
+        let read = self.read(now_ns, events);
+        match &read {
+            Ok(_) => self.flush(poller, now_ns, events),
+            Err(why) => self.end(poller, now_ns, why.clone(), events),
         }
-        self.flush(poller, now_ns, events);
+        read == Ok(true)
     }
 
     fn greet(&mut self, now_ns: u64) {
@@ -199,19 +210,27 @@ impl Link {
         self.state = State::Greeting { stream, deadline_ns: now_ns + CONNECT_NS };
     }
 
-    fn read(&mut self, now_ns: u64, events: &mut Vec<LinkEvent>) -> Result<(), String> {
+    /// Whether there is more than one turn's frames.
+    fn read(&mut self, now_ns: u64, events: &mut Vec<LinkEvent>) -> Result<bool, String> {
+        let mut taken = 0;
         loop {
-            let (State::Ready { stream, .. } | State::Greeting { stream, .. }) = &mut self.state
-            else {
-                return Ok(());
-            };
-            let wanted = FrameReader::missing(&stream.input);
-            let filled = stream.fill(wanted).map_err(|error| error.to_string())?;
             while let Some(frame) = self.next_frame()? {
                 self.take(frame, now_ns, events)?;
+                taken += 1;
+                if taken == FRAMES_IN_TURN {
+                    return Ok(true);
+                }
             }
-            match filled {
-                Filled::Drained => return Ok(()),
+            let (State::Ready { stream, .. } | State::Greeting { stream, .. }) = &mut self.state
+            else {
+                return Ok(false);
+            };
+            if std::mem::take(&mut self.is_drained) {
+                return Ok(false);
+            }
+            let wanted = FrameReader::missing(&stream.input);
+            match stream.fill(wanted).map_err(|error| error.to_string())? {
+                Filled::Drained => self.is_drained = true,
                 Filled::More => {}
                 Filled::Closed => return Err("closed by the node".into()),
             }
@@ -345,6 +364,7 @@ mod tests {
     use crate::content::Block;
     use crate::io::SharedMemory;
     use crate::wire::messages::put_blocks;
+    use std::io::Write;
     use std::os::unix::net::UnixStream;
 
     /// A gateway's end that has handed memory over, and the node's end that has taken it.
@@ -358,6 +378,42 @@ mod tests {
         let taken = SharedMemory::of_peer(node.take_descriptor().expect("came along"));
         memory.answered(Status::Ok);
         (memory, taken.expect("sealed"))
+    }
+
+    /// What is left in a link's buffer after a turn is told by nothing but its word.
+    #[test]
+    fn frames_are_taken_in_turns_and_none_is_forgotten() {
+        let (ours, mut theirs) = UnixStream::pair().expect("a pair");
+        ours.set_nonblocking(true).expect("a socket");
+        let target = LinkTarget {
+            node: "node1".into(),
+            addresses: Vec::new(),
+            cluster: [1; 16],
+            gateway: "gateway1".into(),
+        };
+        let mut link = Link::new(target, 0);
+        let (stream, memory) = (Stream::new(ours.into()), Memory::default());
+        link.state = State::Ready { stream, heard_ns: 0, pinged_ns: 0, memory };
+        let poller = Poller::new().expect("an epoll");
+        let mut turns = |frames: u64| {
+            let mut sent = BytesMut::new();
+            for tag in 0..frames {
+                let asked = Prefix::request(kind::WRITE, 0, 3, tag);
+                encode(&mut sent, Prefix { kind: kind::WRITE | REPLY, ..asked }, 0, |_| {});
+            }
+            theirs.write_all(&sent).expect("room in the socket");
+            let (mut turns, mut more) = (Vec::new(), true);
+            while more {
+                let mut events = Vec::new();
+                more = link.ready(&poller, 1, &mut events);
+                turns.push(events.len());
+            }
+            turns
+        };
+        assert_eq!(turns(3), [3]);
+        assert_eq!(turns(2 * FRAMES_IN_TURN as u64 + 1), [FRAMES_IN_TURN, FRAMES_IN_TURN, 1]);
+        assert_eq!(turns(FRAMES_IN_TURN as u64), [FRAMES_IN_TURN, 0]);
+        assert_eq!(turns(1), [1]);
     }
 
     fn read_of(length: u32, tag: u64) -> Bytes {
