@@ -45,7 +45,7 @@ def recover(
     from vmstore.rebuilding import carry_out
 
     here = session.of(context)
-    with here.catalog() as records:
+    with here.catalog(may_be_empty=True) as records:
         with output.waiting("asking the nodes"):
             sources = hearing.hear(here.config, records.etcd, node or ())
         found = hearing.make_plan(sources)

@@ -13,8 +13,8 @@ import pytest
 from etcd import keys
 from etcd.interface import Delete, Put
 from etcd.memory import MemoryEtcd
-from etcd.records import ArbiterRecord
-from hci import cli, connect
+from etcd.records import ArbiterRecord, LostRecord
+from hci import cli, config_file, connect
 from hci.cli import app
 from hci.dev import layout
 from tests.unit.samples import node_record
@@ -25,12 +25,28 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def etcd(monkeypatch: pytest.MonkeyPatch) -> MemoryEtcd:
-    """The verified fake in the place of the client, with three nodes that are up."""
+def config(tmp_path: Path) -> Path:
+    """The configuration of a cluster in the test's folder."""
+    path = tmp_path / "hci.toml"
+    path.write_text(layout.new_config(tmp_path, 3, 2, "vms"))
+    return path
+
+
+@pytest.fixture
+def empty_etcd(monkeypatch: pytest.MonkeyPatch) -> MemoryEtcd:
+    """The verified fake in the place of the client."""
     memory = MemoryEtcd()
     monkeypatch.setattr(MemoryEtcd, "close", lambda _self: None)
     monkeypatch.setattr(connect, "EtcdClient", lambda _endpoints, **_options: memory)
+    return memory
+
+
+@pytest.fixture
+def etcd(config: Path, empty_etcd: MemoryEtcd) -> MemoryEtcd:
+    """The fake, holding the configured cluster, with three nodes that are up."""
+    memory = empty_etcd
     catalog = Catalog(memory)
+    catalog.init_cluster(config_file.load(config).cluster.id)
     for number in range(1, 4):
         catalog.announce_node(node_record(number), memory.grant_lease(60))
     catalog.create_pool("vms")
@@ -38,11 +54,14 @@ def etcd(monkeypatch: pytest.MonkeyPatch) -> MemoryEtcd:
 
 
 @pytest.fixture
-def hci(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def hci(
+    tmp_path: Path,
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Run:
     """Runs a command against a configuration in the test's folder."""
-    path = tmp_path / "hci.toml"
-    path.write_text(layout.new_config(tmp_path, 3, 2, "vms"))
-    monkeypatch.setenv("HCI_CONFIG", str(path))
+    monkeypatch.setenv("HCI_CONFIG", str(config))
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
 
     def run(*arguments: str) -> tuple[int, str, str]:
@@ -251,6 +270,70 @@ def test_status_of_a_cluster_that_is_down_says_what_to_start(hci: Run, etcd: Mem
     printed = hci("status")[1]
     for start in ("hci dev run node1", "hci dev run gateway2"):
         assert start in printed
+
+
+ASKING = [
+    ("status",),
+    ("status", "--json"),
+    ("image", "ls"),
+    ("image", "info", "vms/there"),
+    ("image", "create", "vms/new", "1G"),
+    ("image", "resize", "vms/there", "2G"),
+    ("image", "rm", "vms/there"),
+    ("image", "url", "vms/there"),
+    ("image", "export", "vms/there", "/none/there.raw"),
+    ("image", "check", "vms/there"),
+    ("pool", "ls"),
+    ("pool", "create", "second"),
+    ("pool", "set", "vms", "--when-full", "enospc"),
+    ("node", "ls"),
+    ("gateway", "ls"),
+    ("arbiter", "ls"),
+    ("arbiter", "replace", "v", "w"),
+    ("heal", "status"),
+    ("scrub", "start"),
+    ("scrub", "stop"),
+    ("scrub", "status"),
+    ("cluster", "leftovers"),
+    ("cluster", "recover", "--yes"),
+]
+"""Every command that asks etcd, but for an import, which asks its gateway first."""
+
+
+@pytest.mark.parametrize("arguments", ASKING, ids=" ".join)
+def test_etcd_of_another_cluster_is_refused_and_left_as_it_is(
+    hci: Run, config: Path, etcd: MemoryEtcd, arguments: tuple[str, ...]
+) -> None:
+    # "Cluster … is well", it said of a foreign one, and made and removed images there.
+    Catalog(etcd).create_image(ImageName("vms", "there"), 1 << 30)
+    own = config_file.load(config).cluster.id
+    other = "e" * 32
+    config.write_text(config.read_text().replace(own, other))
+    before = etcd.get_prefix("/").items
+    status, printed, complaint = hci(*arguments)
+    assert (status, printed) == (1, "")
+    assert complaint == (
+        f"hci: etcd holds the cluster {own}, the configuration says {other}; "
+        "correct the cluster id or the etcd addresses\n"
+    )
+    assert etcd.get_prefix("/").items == before
+
+
+@pytest.mark.usefixtures("empty_etcd")
+@pytest.mark.parametrize("arguments", [("image", "ls"), ("pool", "create", "second")])
+def test_etcd_without_a_cluster_says_how_one_is_made(hci: Run, arguments: tuple[str, ...]) -> None:
+    # It listed nothing, as if there were no images; and advised a command that does not exist.
+    status, printed, complaint = hci(*arguments)
+    assert (status, printed) == (1, "")
+    assert "etcd holds no cluster; correct the etcd addresses" in complaint
+    assert "start the nodes: the first one makes the cluster" in complaint
+
+
+def test_etcd_that_lost_all_is_told_as_that(hci: Run, empty_etcd: MemoryEtcd) -> None:
+    lost = LostRecord(by="node1", why="the cluster's record is gone")
+    empty_etcd.transaction([], [Put(keys.LOST, lost.encode())])
+    assert "etcd lost history" in hci("pool", "create", "second")[2]
+    assert "etcd lost history" in hci("status")[1]
 
 
 def test_etcd_that_does_not_answer_is_told(hci: Run) -> None:
