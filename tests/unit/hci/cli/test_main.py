@@ -1,14 +1,17 @@
 """The command line: what it prints, and how it ends when it cannot."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 from etcd import keys
 from etcd.interface import Delete, Put
@@ -139,13 +142,43 @@ def test_dev_commands_that_ask_nobody_do_not_load_what_asks(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [("nonsense",), ("image", "create", "vms/a"), ("dev", "start", "--nodes", "x"), ("pool", "rm")],
+    ("arguments", "told"),
+    [
+        (("nonsense",), "No such command 'nonsense'"),
+        (("image", "create", "vms/a"), "Missing argument 'size'"),
+        (("pool", "rm"), "No such command 'rm'"),
+        (("dev", "start", "--nodes", "x"), "Invalid value for '--nodes'"),
+        (("dev", "start", "--nodes", "-1"), "Invalid value for '--nodes'"),
+        (("dev", "start", "--gateways", "-2"), "Invalid value for '--gateways'"),
+        (("pool", "create", "b", "--replica-sets", "0"), "Invalid value for '--replica-sets'"),
+        (("pool", "create", "b", "--replica-sets", "-1"), "Invalid value for '--replica-sets'"),
+        # The next word was taken for its value, and what was left for the command.
+        (("image", "ls", "--config"), "Option '--config' requires an argument"),
+        (("status", "--config", "--json"), "Option '--config' requires an argument"),
+    ],
 )
-def test_wrong_usage_ends_with_2(hci: Run, arguments: tuple[str, ...]) -> None:
+def test_wrong_usage_ends_with_2(hci: Run, arguments: tuple[str, ...], told: str) -> None:
     status, printed, complaint = hci(*arguments)
     assert (status, printed) == (2, "")
-    assert "Usage: hci" in complaint
+    assert f"Error: {told}" in complaint
+
+
+def every_command() -> Iterator[tuple[str, ...]]:
+    yield ()
+    for module in app.MODULES:
+        yield (module,)
+        command = get_command(import_module(f"hci.cli.{module}").app)
+        yield from ((module, name) for name in getattr(command, "commands", ()))
+
+
+def test_help_shows_no_value_for_what_takes_none(hci: Run) -> None:
+    # `--json <bool>`, it said, as if one had to write `--json true`.
+    for names in every_command():
+        status, printed, _ = hci(*names, "--help")
+        assert status == 0
+        assert "<bool>" not in printed, names
+        assert "--no-" not in printed, names
+        assert re.search(r"--help +Show this", printed), names
 
 
 @pytest.mark.parametrize(
@@ -175,7 +208,7 @@ def test_wrong_usage_ends_with_2(hci: Run, arguments: tuple[str, ...]) -> None:
         (("pool", "create", "Bad"), "'Bad' is not a pool name"),
         (("pool", "create", "b", "--shard-size", "3M"), "is not a shard size: use 1M, 2M"),
         (("pool", "create", "b", "--failure-domain", "zone"), "needs 3 nodes on different zones"),
-        (("pool", "create", "b", "--replica-sets", "0"), "1 to 1024 replica sets, not 0"),
+        (("pool", "create", "b", "--replica-sets", "1025"), "1 to 1024 replica sets, not 1025"),
         (("pool", "create", "b", "--policy", "thin-arbiter"), "needs an arbiter: name one with"),
         (
             ("pool", "create", "b", "--policy", "thin-arbiter", "--arbiter", "w"),
@@ -411,7 +444,8 @@ def test_dev_start_of_a_cluster_with_another_pool_is_refused(hci: Run, tmp_path:
         (["image", "ls", "--config=a", "--json"], ["--config=a", "image", "ls", "--json"]),
         (["--config", "a", "status"], ["--config", "a", "status"]),
         (["image", "rm", "--", "--config"], ["image", "rm", "--", "--config"]),
-        (["status", "--config"], ["--config", "status"]),
+        (["image", "ls", "--config"], ["--config"]),
+        (["status", "--config", "--json"], ["--config"]),
     ],
 )
 def test_config_may_stand_anywhere(written: list[str], understood: list[str]) -> None:
