@@ -324,7 +324,11 @@ def test_node_with_a_disk_of_another_cluster_is_refused(stopped: DevCluster) -> 
         mine.rename(mine.with_name("kept"))
         Path(foreign["node"]["node1"]["data_dir"]).rename(mine)
         line = refused(stopped, "dev", "start", str(stopped.directory))
-        assert "cluster" in line
+        theirs = foreign["cluster"]["id"]
+        assert (
+            f"node1 cannot use {mine}: the store belongs to node node1 of cluster {theirs};" in line
+        )
+        assert "mount this node's own or correct `data_dir`" in line
         assert stopped.processes() == []
 
 
