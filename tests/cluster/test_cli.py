@@ -193,6 +193,7 @@ def test_image_name_that_breaks_the_rules_is_refused(shared: DevCluster, name: s
 @pytest.mark.parametrize(
     "arguments",
     [
+        ("image", "info", "vms/nothing", "--json"),
         ("image", "info", "vms/nothing"),
         ("image", "rm", "vms/nothing"),
         ("image", "resize", "vms/nothing", "1G"),
@@ -206,7 +207,12 @@ def test_image_name_that_breaks_the_rules_is_refused(shared: DevCluster, name: s
 def test_unknown_image_or_pool_is_refused_by_name(
     shared: DevCluster, arguments: tuple[str, ...]
 ) -> None:
-    assert "no" in refused(shared, *arguments)
+    named = (
+        "there is no pool nopool; `hci pool ls` lists what there is"
+        if any("nopool" in each for each in arguments)
+        else "there is no image vms/nothing; `hci image ls` lists what there is"
+    )
+    assert refused(shared, *arguments) == f"hci: {named}"
     assert not Path("/tmp/hci-never-written.raw").exists()
 
 
