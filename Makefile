@@ -18,6 +18,9 @@ PYTEST_FLAGS ?=
 # many cores, the disk is what they share.
 WORKERS ?= 4
 SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+# What needs no root; for anything else sudo is asked where this is not root.
+ROOTLESS := tests/unit% tests/sim% tests/engine% tests/cluster%
+AS_ROOT := $(PYTHON) .ci/as_root.py
 SEED ?=
 ROUNDS ?=
 FRAMES ?=
@@ -43,8 +46,8 @@ build: setup ## The same: everything needed to run `.venv/bin/hci`
 demo: setup ## Boot a guest from a replicated image and kill a node under it (IMAGE=some.qcow2: your own)
 	@$(PYTHON) -m tests.e2e.demo $${IMAGE:+--image "$$IMAGE"}
 
-test: setup ## All tests (TESTS=tests/unit for a part, PYTEST_FLAGS="-k name", WORKERS=0 in turn)
-	$(PYTHON) -m pytest $(SIDE_BY_SIDE) $(TESTS) $(PYTEST_FLAGS)
+test: setup ## All tests, as root (TESTS=tests/unit for a part, PYTEST_FLAGS="-k name", WORKERS=0 in turn)
+	$(if $(filter-out $(ROOTLESS),$(TESTS)),$(AS_ROOT) )$(PYTHON) -m pytest $(SIDE_BY_SIDE) $(TESTS) $(PYTEST_FLAGS)
 
 check: setup ## Format, lint, types, stubs, layers: under 90 s warm
 	$(PYTHON) -m ruff format --check .
@@ -75,11 +78,11 @@ soak: setup ## Simulated histories from a seed by chance, for HOURS=8
 	@$(PYTHON) -m tests.sim.many --chance --hours $(HOURS)
 
 stalls: setup ## Measure how long a guest waits when something dies, beside the budgets (ROUNDS=5, SEED=n)
-	@$(PYTHON) -m tests.tools.stalls --json bench/results/stalls.json \
+	@$(AS_ROOT) $(PYTHON) -m tests.tools.stalls --json bench/results/stalls.json \
 	    $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SEED),--seed $(SEED))
 
 heal: setup ## Count what travels in a heal, and what guests keep beside it: 15 GB of disk (ROUNDS=3)
-	@$(PYTHON) -m tests.tools.heal --json bench/results/heal.json $(if $(ROUNDS),--rounds $(ROUNDS))
+	@$(AS_ROOT) $(PYTHON) -m tests.tools.heal --json bench/results/heal.json $(if $(ROUNDS),--rounds $(ROUNDS))
 
 bench: setup bench-picture ## Measure against nbdkit, Gluster and more: 25 minutes (MEASURES="rows guest": a part)
 	@$(PYTHON) -m bench $(if $(MEASURES),--only $(MEASURES))

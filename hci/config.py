@@ -22,12 +22,12 @@ DEFAULT_ZONE = "default"
 """Sites without zones are one zone."""
 
 DEFAULT_LOG_BYTES = 1 << 30
-
-DEFAULT_POLL_US = 100
-"""As long as a request of a guest that waits for each one takes between two of its steps."""
 """A node's write-ahead log. Bursts up to this size are written once, at the page cache's speed;
 what is overwritten within it never reaches a shard file. Read back after a crash in about a second.
 Its segments are created as they are needed."""
+
+DEFAULT_POLL_US = 100
+"""As long as a request of a guest that waits for each one takes between two of its steps."""
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,9 @@ _NO_ANSWER = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EX
 class _Client:
     """A connection to one daemon. Opened at the first call; close it, or use `with`."""
 
+    _serve: str
+    """The command that is such a daemon, for a person who looks for it."""
+
     def __init__(self, daemon: str, address: Endpoint | str, deadline_s: float) -> None:
         self.daemon = daemon
         self.address = str(address)
@@ -78,7 +81,8 @@ class _Client:
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return Unreachable(self.daemon, self.address, "it is there but busy; try again")
         if code in _NO_ANSWER:
-            return Unreachable(self.daemon, self.address, "is it running? `hci dev status`")
+            asked = f"is `{self._serve}` running there? `hci status` says how to start it"
+            return Unreachable(self.daemon, self.address, asked)
         if code is grpc.StatusCode.UNIMPLEMENTED:
             details = "it runs an older version, which cannot do this; restart it"
         text = f"{self.daemon}: {details or code.name.lower().replace('_', ' ')}"
@@ -87,6 +91,8 @@ class _Client:
 
 class NodeClient(_Client):
     """Asks a storage node."""
+
+    _serve = "hci node serve"
 
     def __init__(
         self, name: str, address: Endpoint | str, *, deadline_s: float = DEADLINE_S
@@ -126,6 +132,8 @@ class NodeClient(_Client):
 
 class GatewayClient(_Client):
     """Asks a gateway."""
+
+    _serve = "hci gateway serve"
 
     def __init__(
         self, name: str, address: Endpoint | str, *, deadline_s: float = DEADLINE_S

@@ -4,6 +4,7 @@ HciError                    one line for a person (`shard.errors`)
 ├── ConfigError             the configuration is missing or wrong; correct the file
 ├── ControlError            a daemon could not be asked
 │   ├── Unreachable         no answer; start it, or ask again
+│   ├── OpenElsewhere       no answer from another host's gateway; run the command there
 │   └── Refused             it answered that it cannot; the text says why
 ├── DaemonError             a daemon cannot start, or a part of it has failed
 ├── DevError                a cluster on this machine did not do what was asked
@@ -38,6 +39,20 @@ class Unreachable(ControlError):
 
     def __init__(self, daemon: str, address: str, advice: str) -> None:
         super().__init__(f"{daemon} does not answer at {address}: {advice}", daemon, address)
+
+
+class OpenElsewhere(ControlError):
+    """An image is open at a gateway of another host, which cannot be asked from here."""
+
+    def __init__(self, image: str, gateway: str, host: str, address: str) -> None:
+        self.image = image
+        self.host = host
+        super().__init__(
+            f"{image} is open at {gateway} on {host}, which cannot be asked from here "
+            f"(at {address}); run this command on {host}",
+            gateway,
+            address,
+        )
 
 
 class Refused(ControlError):

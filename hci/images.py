@@ -2,9 +2,9 @@
 
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from urllib.parse import quote
 
 from etcd.images import ImageRecord
@@ -12,7 +12,7 @@ from etcd.records import NodeRecord
 from hci import control_pb2 as pb
 from hci.config import Config, GatewayConfig
 from hci.control import GatewayClient, NodeClient
-from hci.errors import ConfigError, ControlError
+from hci.errors import ConfigError, ControlError, OpenElsewhere, Unreachable
 from shard.geometry import check_image_size
 from shard.ids import ImageId
 from vmstore import check as replicas
@@ -154,8 +154,10 @@ def resize(
 ) -> int:
     """Change an image's size; return how many connections do not see it until they are renewed.
 
-    One that nobody has open grows by its record alone. Else its gateway does it, and a shrink of a
-    closed one is a gateway's work too: it discards what is cut off.
+    One that nobody has open grows by its record alone. Else its gateway does it, on whatever host,
+    and a shrink of a closed one is a gateway's work too: it discards what is cut off.
+
+    Raises OpenElsewhere where it is open on another host whose gateway cannot be asked from here.
     """
     check_image_size(size_bytes)
     record = records.find(name).record
@@ -166,12 +168,33 @@ def resize(
         with suppress(InUse):
             records.grow_image(name, size_bytes)
             return 0
-    holder = holder_of(records, record.id)
-    if holder is not None and holder not in config.gateways:
-        raise InUse(str(name), holder)
-    gateway = gateway_for(config, holder)
-    with GatewayClient(gateway.name, gateway.control) as client:
+    with _holding(config, records, name, holder_of(records, record.id)) as client:
         return client.resize(record.id, size_bytes, force=force, reconnect=reconnect)
+
+
+@contextmanager
+def _holding(
+    config: Config, records: Catalog, name: ImageName, holder: str | None
+) -> Iterator[GatewayClient]:
+    """Give a client of the gateway that has an image, or of one of this host where none has it."""
+    if holder is None or holder in config.gateways:
+        own = gateway_for(config, holder)
+        with GatewayClient(own.name, own.control) as client:
+            yield client
+        return
+    known = records.gateways().get(holder)
+    if known is None:
+        # It has just died: its leases end, and another one may open the image.
+        raise InUse(str(name), holder)
+    with GatewayClient(known.name, known.control) as client:
+        try:
+            answering = client.status().holder_id
+        except Unreachable as error:
+            raise OpenElsewhere(str(name), known.name, known.host, known.control) from error
+        # Its address may be one for its own host alone, at which another one answers here.
+        if answering != known.holder:
+            raise OpenElsewhere(str(name), known.name, known.host, known.control)
+        yield client
 
 
 def import_file(

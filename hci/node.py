@@ -32,6 +32,7 @@ from hci.history import HistoryWatch, Holdings, held_record
 from hci.known import known_parts
 from hci.memory import forget_memory, memory_id
 from hci.set_back import SetBackJudge
+from hci.unusable_store import with_advice
 from hci.usage import FolderUsage
 from shard.digest import UNREADABLE, digest
 from shard.errors import HciError
@@ -144,7 +145,8 @@ class NodeDaemon:
                 poll_us=own.poll_us,
             )
         except (OSError, RuntimeError) as error:
-            raise DaemonError(f"node {own.name} cannot use {own.data_dir}: {error}") from error
+            why = with_advice(str(error))
+            raise DaemonError(f"node {own.name} cannot use {own.data_dir}: {why}") from error
 
     def _load_marks(self) -> Marks:
         try:

@@ -100,10 +100,13 @@ class Survey:
 
 
 def survey(config: Config) -> Survey:
-    """Look at the cluster. Raises nothing for what is merely down: that is what it is to find."""
+    """Look at the cluster. Raises nothing for what is merely down: that is what it is to find.
+
+    Raises OtherCluster where etcd holds another cluster, as all here do.
+    """
     is_dev = config.dev is not None
     try:
-        with catalog(config) as records:
+        with catalog(config, may_be_empty=True) as records:
             pools = records.pools()
             entries, scrubs = records.images(), records.scrubs()
             lost = records.lost()
@@ -144,19 +147,19 @@ def _placements(records: Catalog, pools: Iterable[str]) -> dict[str, PlacementRe
 
 def nodes(config: Config) -> Sequence[NodeView]:
     """Every node that is registered or configured here. Raises EtcdUnavailable."""
-    with catalog(config) as records:
+    with catalog(config, may_be_empty=True) as records:
         return _registered(config, records)
 
 
 def arbiters(config: Config) -> Sequence[ArbiterView]:
     """Every arbiter that is registered and was not replaced. Raises EtcdUnavailable."""
-    with catalog(config) as records:
+    with catalog(config, may_be_empty=True) as records:
         return _arbiters(config, records.arbiters(), records.pools())
 
 
 def gateways(config: Config) -> Sequence[GatewayView]:
     """Every gateway that runs or is configured here. Raises EtcdUnavailable."""
-    with catalog(config) as records:
+    with catalog(config, may_be_empty=True) as records:
         return _gateways(config, records.gateways())
 
 

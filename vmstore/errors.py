@@ -52,7 +52,10 @@ class NoCluster(VmstoreError):
     """etcd holds no cluster yet."""
 
     def __init__(self) -> None:
-        super().__init__("etcd holds no cluster; check the etcd addresses, or create the cluster")
+        super().__init__(
+            "etcd holds no cluster; correct the etcd addresses in the configuration, or start the "
+            "nodes: the first one makes the cluster. If etcd lost its data: `hci cluster recover`"
+        )
 
 
 class OtherCluster(VmstoreError):

@@ -15,6 +15,9 @@ from typing import NoReturn
 
 from shard.errors import BadValue, HciError
 
+COUNTS = ("--nodes", "--gateways", "--replica-sets")
+"""Options whose value is a count, with a least one that the parser knows."""
+
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and end the process with its exit status."""
@@ -38,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def config_first(arguments: Sequence[str]) -> list[str]:
-    """Put `--config FILE` before the command's name, so that a person may write it anywhere."""
+    """Put `--config FILE` before the command's name, so that a person may write it anywhere.
+
+    Without a value it is left alone: the parser says so then, and would take the next word for it.
+    """
     found: list[str] = []
     rest: list[str] = []
     remaining = iter(arguments)
@@ -46,7 +52,10 @@ def config_first(arguments: Sequence[str]) -> list[str]:
         if argument == "--":
             rest += [argument, *remaining]
         elif argument == "--config":
-            found += [argument, *[value for value in [next(remaining, None)] if value is not None]]
+            value = next(remaining, None)
+            if value is None or value.startswith("--"):
+                return [argument]
+            found += [argument, value]
         elif argument.startswith("--config="):
             found.append(argument)
         else:
@@ -69,11 +78,11 @@ def is_daemon(arguments: Sequence[str]) -> bool:
 def checked(arguments: Sequence[str]) -> list[str]:
     """Return the arguments; raises BadValue for a negative number, which no command takes.
 
-    The parser would take it for an option.
+    The parser would take it for an option, but for the value of one that counts: that it refuses.
     """
     before_end = list(takewhile(lambda argument: argument != "--", arguments))
-    for argument in before_end:
-        if re.match(r"-\.?[0-9]", argument):
+    for before, argument in pairwise(["", *before_end]):
+        if before not in COUNTS and re.match(r"-\.?[0-9]", argument):
             raise BadValue(f"{argument!r} is negative; sizes and counts are not")
     return list(arguments)
 

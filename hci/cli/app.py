@@ -43,8 +43,16 @@ class OnDemand(TyperGroup):
             if name not in self.commands:
                 command = get_command(import_module(f"hci.cli.{name}").app)
                 command.name = name
+                _plain(command)
                 self.add_command(command)
         return super().get_command(ctx, cmd_name)
+
+
+def _plain(command: Any) -> None:
+    """Have help told without frames, in which a switch looks as if it took a value."""
+    command.rich_markup_mode = None
+    for each in getattr(command, "commands", {}).values():
+        _plain(each)
 
 
 app = typer.Typer(
@@ -54,6 +62,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 

@@ -62,8 +62,9 @@ def replace(
     force: Annotated[
         bool,
         typer.Option(
+            "--force",
             help="Also with a node missing or stale: if etcd was put back to an older copy, "
-            "writes answered since then are lost."
+            "writes answered since then are lost.",
         ),
     ] = False,
 ) -> None:

@@ -31,7 +31,8 @@ def recover(
     force: Annotated[
         bool,
         typer.Option(
-            help="Also images of which too few nodes answer; it is shown what may be lost."
+            "--force",
+            help="Also images of which too few nodes answer; it is shown what may be lost.",
         ),
     ] = False,
     node: Annotated[
@@ -45,7 +46,7 @@ def recover(
     from vmstore.rebuilding import carry_out
 
     here = session.of(context)
-    with here.catalog() as records:
+    with here.catalog(may_be_empty=True) as records:
         with output.waiting("asking the nodes"):
             sources = hearing.hear(here.config, records.etcd, node or ())
         found = hearing.make_plan(sources)
@@ -70,7 +71,7 @@ def leftovers(
     context: typer.Context,
     images: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[ID]...", help="Only these; unknown ones need it."),
+        typer.Argument(metavar="ID", help="Only these; unknown ones need it."),
     ] = None,
     collect: Annotated[
         bool, typer.Option("--collect", help="Delete them; without it they are only shown.")

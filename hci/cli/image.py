@@ -115,12 +115,15 @@ def resize(
     context: typer.Context,
     name: Image,
     size: Size,
-    force: Annotated[bool, typer.Option(help="Shrink, and lose what lies past the end.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Shrink, and lose what lies past the end.")
+    ] = False,
     reconnect: Annotated[
         bool,
         typer.Option(
+            "--reconnect",
             help="Have clients connect anew, between two requests, so that they see it: for QEMU "
-            "with reconnect-delay. Then tell QEMU, by block_resize or `virsh blockresize`."
+            "with reconnect-delay. Then tell QEMU, by block_resize or `virsh blockresize`.",
         ),
     ] = False,
 ) -> None:
@@ -152,7 +155,9 @@ def url(
     gateway: Annotated[
         str | None, typer.Option(help="By default the one that has it open.")
     ] = None,
-    tcp: Annotated[bool, typer.Option(help="Over TCP rather than the unix socket.")] = False,
+    tcp: Annotated[
+        bool, typer.Option("--tcp", help="Over TCP rather than the unix socket.")
+    ] = False,
 ) -> None:
     """Print the NBD URI of an image."""
     here, image = session.of(context), parse_image_name(name)
@@ -187,7 +192,7 @@ def export(
     name: Image,
     file: Annotated[Path, typer.Argument(help="Its suffix says the format, else --format.")],
     file_format: Format = None,
-    force: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write an image's content into a file."""
     here = session.of(context)

@@ -26,7 +26,7 @@ def create(
     ] = "4M",
     replica_sets: Annotated[
         int | None,
-        typer.Option(help="Groups of nodes to spread over; by default enough for all."),
+        typer.Option(min=1, help="Groups of nodes to spread over; by default enough for all."),
     ] = None,
     failure_domain: Annotated[
         FailureDomain, typer.Option(help="What the copies of a shard must not share.")

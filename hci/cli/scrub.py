@@ -19,7 +19,7 @@ from vmstore.names import parse_image_name
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 Images = Annotated[
-    list[str] | None, typer.Argument(metavar="[POOL/IMAGE]…", help="Which images; default: all.")
+    list[str] | None, typer.Argument(metavar="POOL/IMAGE", help="Which images; default: all.")
 ]
 
 _POLL_S = 0.5

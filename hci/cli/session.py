@@ -28,11 +28,14 @@ class Session:
         return config_file.load(config_file.find(self.given).absolute())
 
     @contextmanager
-    def catalog(self) -> "Iterator[Catalog]":
-        """Give the cluster's catalogue for one block."""
+    def catalog(self, *, may_be_empty: bool = False) -> "Iterator[Catalog]":
+        """Give the cluster's catalogue for one block.
+
+        Raises OtherCluster; and NoCluster, unless etcd `may_be_empty`.
+        """
         from hci.connect import catalog
 
-        with catalog(self.config) as records:
+        with catalog(self.config, may_be_empty=may_be_empty) as records:
             yield records
 
 

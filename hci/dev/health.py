@@ -63,7 +63,7 @@ def ensure_cluster(config: Config) -> None:
     """Make the cluster's record, unless it is there. Raises OtherCluster where another's is."""
     from hci.connect import catalog
 
-    with catalog(config) as records:
+    with catalog(config, may_be_empty=True) as records:
         records.init_cluster(config.cluster.id)
 
 

@@ -193,6 +193,7 @@ def test_image_name_that_breaks_the_rules_is_refused(shared: DevCluster, name: s
 @pytest.mark.parametrize(
     "arguments",
     [
+        ("image", "info", "vms/nothing", "--json"),
         ("image", "info", "vms/nothing"),
         ("image", "rm", "vms/nothing"),
         ("image", "resize", "vms/nothing", "1G"),
@@ -206,7 +207,12 @@ def test_image_name_that_breaks_the_rules_is_refused(shared: DevCluster, name: s
 def test_unknown_image_or_pool_is_refused_by_name(
     shared: DevCluster, arguments: tuple[str, ...]
 ) -> None:
-    assert "no" in refused(shared, *arguments)
+    named = (
+        "there is no pool nopool; `hci pool ls` lists what there is"
+        if any("nopool" in each for each in arguments)
+        else "there is no image vms/nothing; `hci image ls` lists what there is"
+    )
+    assert refused(shared, *arguments) == f"hci: {named}"
     assert not Path("/tmp/hci-never-written.raw").exists()
 
 
@@ -324,7 +330,11 @@ def test_node_with_a_disk_of_another_cluster_is_refused(stopped: DevCluster) -> 
         mine.rename(mine.with_name("kept"))
         Path(foreign["node"]["node1"]["data_dir"]).rename(mine)
         line = refused(stopped, "dev", "start", str(stopped.directory))
-        assert "cluster" in line
+        theirs = foreign["cluster"]["id"]
+        assert (
+            f"node1 cannot use {mine}: the store belongs to node node1 of cluster {theirs};" in line
+        )
+        assert "mount this node's own or correct `data_dir`" in line
         assert stopped.processes() == []
 
 

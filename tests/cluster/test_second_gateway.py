@@ -173,3 +173,19 @@ def test_gateway_of_another_host_is_seen_with_what_it_has_open(
     until("its lease has ended", lambda: "gateway2" not in gateways())
     two.run("gateway2")
     until("it runs again", lambda: gateways().get("gateway2", {}).get("state") == "up")
+
+
+def test_image_that_is_open_on_another_host_is_grown_from_here(
+    two: DevCluster, tmp_path: Path
+) -> None:
+    # As on a host whose configuration has no gateway but its own.
+    here = tmp_path / "here.toml"
+    before, gateway2 = two.config.read_text().split("\n[gateway.gateway2]\n")
+    here.write_text(before + "\n" + "".join(gateway2.partition("\n[")[1:]))
+    assert "gateway2" not in tomllib.loads(here.read_text())["gateway"]
+    two.create("guests", "16M")
+    with NbdSession(two.url_at("gateway2", "guests"), 1) as session:
+        session.call("write", 0, 4, 1)
+        two.hci("--config", str(here), "image", "resize", f"{POOL}/guests", "32M")
+        assert session.call("read", 0, 4) == [1] * 4
+    assert two.info("guests")["size_bytes"] == 32 << 20

@@ -238,7 +238,6 @@ def note(text: str) -> None:
 def show(cluster: DevCluster, *arguments: str) -> None:
     """Prints a command as a person would type it, and its answer."""
     console.print(f"[bold]$ hci {' '.join(arguments)}[/]")
-    # `hci status` may say by its exit code that not all is well, which is what is shown here.
     done = cluster.try_hci(*arguments)
     for line in (done.stdout + done.stderr).rstrip().splitlines():
         console.print(f"    {escape(line)}", soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import time
 import urllib.request
@@ -182,6 +183,10 @@ def test_scrub_of_a_closed_image_repairs_what_nobody_read(rotting: DevCluster) -
     first, *_, last = write_to_files(rotting, "idle")
     files(rotting, "node2", "idle")[first].flip(blocks_of(rotting, "node2", "idle", first)[0])
     files(rotting, "node3", "idle")[last].flip(blocks_of(rotting, "node3", "idle", last)[5])
+    assert rotting.check("idle")["different"] == [
+        {"shard": first, "nodes": ["node2"], "unreadable": ["node2"]},
+        {"shard": last, "nodes": ["node3"], "unreadable": ["node3"]},
+    ]
     line = scrub(rotting, "idle")
     assert (line["found"], line["repaired"], line["bad"]) == (2, 2, [])
     assert scrub(rotting, "idle")["found"] == 0
@@ -197,7 +202,14 @@ def test_rot_with_a_valid_checksum_is_found_by_the_majority(rotting: DevCluster)
     files(rotting, "node2", "hidden")[shard].replace(block, OTHER)
     rotting.run("node2")
     rotting.await_health("ok")
-    assert not rotting.check("hidden")["equal"], "it is there, and its checksum is right"
+    done = rotting.try_hci("image", "check", f"{POOL}/hidden", "--json")
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["equal"]) == (1, False), "its checksum is right"
+    assert report["different"] == [{"shard": shard, "nodes": ["node2"], "unreadable": []}]
+    shown = rotting.try_hci("image", "check", f"{POOL}/hidden")
+    assert shown.returncode == 1
+    assert f"{POOL}/hidden: shard {shard} differs on node2\n" in shown.stdout
+    assert "are equal" not in shown.stdout
     line = scrub(rotting, "hidden")
     assert (line["found"], line["repaired"], line["undecided"]) == (1, 1, 0)
     rotting.must_be_equal("hidden")

@@ -41,9 +41,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def disk_uri(new_export: Callable[[int], str]) -> str:
-    """An export of the disk's size."""
+    """An empty export of the disk's size: what a former test wrote is not taken for this one's."""
     return new_export(SIZE)
 
 
@@ -83,12 +83,15 @@ def test_qemu_img_compare_after_one_changed_byte_finds_it(
 
 
 def test_qemu_img_map_covers_the_whole_export(run: Run, disk_uri: str) -> None:
+    run("qemu-io", "-f", "raw", "-c", "write -P 1 1G 4M", disk_uri)
     extents = json.loads(run("qemu-img", "map", "-f", "raw", "--output=json", disk_uri))
     end = 0
     for extent in extents:
         assert extent["start"] == end
         end += extent["length"]
     assert end == SIZE
+    data = [(each["start"], each["length"]) for each in extents if each["data"]]
+    assert data == [(1 << 30, 4 * MIB)]
 
 
 def test_qemu_img_map_of_allocation_depth_finds_what_was_written(

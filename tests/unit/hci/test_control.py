@@ -116,7 +116,8 @@ def test_daemon_that_is_not_there_is_unreachable() -> None:
     with NodeClient("node1", f"127.0.0.1:{port}") as client, pytest.raises(Unreachable) as caught:
         client.status()
     assert str(caught.value) == (
-        f"node1 does not answer at 127.0.0.1:{port}: is it running? `hci dev status`"
+        f"node1 does not answer at 127.0.0.1:{port}: is `hci node serve` running there? "
+        "`hci status` says how to start it"
     )
 
 

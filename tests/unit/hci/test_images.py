@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from etcd import keys
+from etcd.gateways import GatewayRecord
 from etcd.images import ImageRecord
 from etcd.interface import Put
 from etcd.memory import MemoryEtcd
@@ -20,6 +21,7 @@ from hci import control, images
 from hci import control_pb2 as pb
 from hci.config import ClusterConfig, Config, Endpoint, GatewayConfig
 from hci.control_pb2_grpc import GatewayControlServicer, add_GatewayControlServicer_to_server
+from hci.errors import OpenElsewhere
 from shard.ids import ImageId
 from tests.cluster.etcd_server import free_ports
 from tests.unit.samples import GIB, node_record
@@ -80,6 +82,84 @@ def test_image_that_somebody_has_open_is_not_removed(
     with pytest.raises(InUse):
         images.remove(config, catalog, DISK)
     assert [entry.name for entry in catalog.images()] == [DISK]
+
+
+class Elsewhere(GatewayControlServicer):
+    """A gateway of another host."""
+
+    def __init__(self, holder: str) -> None:
+        self.holder = holder
+        self.resized: list[tuple[str, int]] = []
+
+    def Status(self, request: Any, context: Any) -> pb.GatewayStatus:  # noqa: N802
+        return pb.GatewayStatus(name="gateway1", holder_id=self.holder)
+
+    def Resize(self, request: Any, context: Any) -> pb.ResizeReply:  # noqa: N802
+        self.resized.append((request.image_id, request.size_bytes))
+        return pb.ResizeReply(size_bytes=request.size_bytes, connections_to_renew=3)
+
+
+@contextmanager
+def elsewhere(etcd: MemoryEtcd, catalog: Catalog, answering: str) -> Iterator[Elsewhere]:
+    """A gateway that etcd knows to run as the process `a…a`; who answers in its place is given."""
+    address = Endpoint("127.0.0.1", free_ports(1)[0])
+    record = GatewayRecord(name="gateway1", host="host7", control=str(address), holder="a" * 32)
+    etcd.transaction([], [Put(record.key, record.encode(), etcd.grant_lease(60))])
+    gateway = Elsewhere(answering)
+    server = control.server(
+        "gateway1", address, lambda server: add_GatewayControlServicer_to_server(gateway, server)
+    )
+    try:
+        yield gateway
+    finally:
+        server.stop(None).wait(10)
+
+
+def resized(config: Config, catalog: Catalog) -> int:
+    return images.resize(config, catalog, DISK, 2 * GIB, force=False)
+
+
+def test_image_that_is_open_on_another_host_is_resized_by_its_gateway(
+    etcd: MemoryEtcd, catalog: Catalog, config: Config
+) -> None:
+    # Whoever had it open was to be stopped, which is what growing a disk is there to avoid.
+    taken(etcd, catalog)
+    with elsewhere(etcd, catalog, "a" * 32) as gateway:
+        assert resized(config, catalog) == 3
+    assert gateway.resized == [(catalog.find(DISK).record.id, 2 * GIB)]
+
+
+def test_gateway_that_answers_in_anothers_place_is_not_asked_to_resize(
+    etcd: MemoryEtcd, catalog: Catalog, config: Config
+) -> None:
+    taken(etcd, catalog)
+    with elsewhere(etcd, catalog, "b" * 32) as gateway:
+        with pytest.raises(
+            OpenElsewhere, match="vms/disk is open at gateway1 on host7, .* on host7"
+        ):
+            resized(config, catalog)
+    assert gateway.resized == []
+
+
+def test_image_whose_gateway_cannot_be_asked_is_resized_on_its_host(
+    etcd: MemoryEtcd, catalog: Catalog, config: Config
+) -> None:
+    taken(etcd, catalog)
+    with elsewhere(etcd, catalog, "a" * 32):
+        pass
+    with pytest.raises(OpenElsewhere, match="run this command on host7"):
+        resized(config, catalog)
+
+
+def test_image_of_a_gateway_that_is_gone_is_in_use_until_its_lease_ends(
+    etcd: MemoryEtcd, catalog: Catalog, config: Config
+) -> None:
+    lease = taken(etcd, catalog)
+    with pytest.raises(InUse):
+        resized(config, catalog)
+    etcd.revoke_lease(lease)
+    assert resized(config, catalog) == 0
+    assert catalog.find(DISK).record.size_bytes == 2 * GIB
 
 
 class InterruptedCatalog(Catalog):

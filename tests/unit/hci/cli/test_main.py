@@ -1,20 +1,23 @@
 """The command line: what it prints, and how it ends when it cannot."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 from etcd import keys
 from etcd.interface import Delete, Put
 from etcd.memory import MemoryEtcd
-from etcd.records import ArbiterRecord
-from hci import cli, connect
+from etcd.records import ArbiterRecord, LostRecord
+from hci import cli, config_file, connect
 from hci.cli import app
 from hci.dev import layout
 from tests.unit.samples import node_record
@@ -25,12 +28,28 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def etcd(monkeypatch: pytest.MonkeyPatch) -> MemoryEtcd:
-    """The verified fake in the place of the client, with three nodes that are up."""
+def config(tmp_path: Path) -> Path:
+    """The configuration of a cluster in the test's folder."""
+    path = tmp_path / "hci.toml"
+    path.write_text(layout.new_config(tmp_path, 3, 2, "vms"))
+    return path
+
+
+@pytest.fixture
+def empty_etcd(monkeypatch: pytest.MonkeyPatch) -> MemoryEtcd:
+    """The verified fake in the place of the client."""
     memory = MemoryEtcd()
     monkeypatch.setattr(MemoryEtcd, "close", lambda _self: None)
     monkeypatch.setattr(connect, "EtcdClient", lambda _endpoints, **_options: memory)
+    return memory
+
+
+@pytest.fixture
+def etcd(config: Path, empty_etcd: MemoryEtcd) -> MemoryEtcd:
+    """The fake, holding the configured cluster, with three nodes that are up."""
+    memory = empty_etcd
     catalog = Catalog(memory)
+    catalog.init_cluster(config_file.load(config).cluster.id)
     for number in range(1, 4):
         catalog.announce_node(node_record(number), memory.grant_lease(60))
     catalog.create_pool("vms")
@@ -38,11 +57,14 @@ def etcd(monkeypatch: pytest.MonkeyPatch) -> MemoryEtcd:
 
 
 @pytest.fixture
-def hci(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def hci(
+    tmp_path: Path,
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Run:
     """Runs a command against a configuration in the test's folder."""
-    path = tmp_path / "hci.toml"
-    path.write_text(layout.new_config(tmp_path, 3, 2, "vms"))
-    monkeypatch.setenv("HCI_CONFIG", str(path))
+    monkeypatch.setenv("HCI_CONFIG", str(config))
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
 
     def run(*arguments: str) -> tuple[int, str, str]:
@@ -120,13 +142,43 @@ def test_dev_commands_that_ask_nobody_do_not_load_what_asks(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [("nonsense",), ("image", "create", "vms/a"), ("dev", "start", "--nodes", "x"), ("pool", "rm")],
+    ("arguments", "told"),
+    [
+        (("nonsense",), "No such command 'nonsense'"),
+        (("image", "create", "vms/a"), "Missing argument 'size'"),
+        (("pool", "rm"), "No such command 'rm'"),
+        (("dev", "start", "--nodes", "x"), "Invalid value for '--nodes'"),
+        (("dev", "start", "--nodes", "-1"), "Invalid value for '--nodes'"),
+        (("dev", "start", "--gateways", "-2"), "Invalid value for '--gateways'"),
+        (("pool", "create", "b", "--replica-sets", "0"), "Invalid value for '--replica-sets'"),
+        (("pool", "create", "b", "--replica-sets", "-1"), "Invalid value for '--replica-sets'"),
+        # The next word was taken for its value, and what was left for the command.
+        (("image", "ls", "--config"), "Option '--config' requires an argument"),
+        (("status", "--config", "--json"), "Option '--config' requires an argument"),
+    ],
 )
-def test_wrong_usage_ends_with_2(hci: Run, arguments: tuple[str, ...]) -> None:
+def test_wrong_usage_ends_with_2(hci: Run, arguments: tuple[str, ...], told: str) -> None:
     status, printed, complaint = hci(*arguments)
     assert (status, printed) == (2, "")
-    assert "Usage: hci" in complaint
+    assert f"Error: {told}" in complaint
+
+
+def every_command() -> Iterator[tuple[str, ...]]:
+    yield ()
+    for module in app.MODULES:
+        yield (module,)
+        command = get_command(import_module(f"hci.cli.{module}").app)
+        yield from ((module, name) for name in getattr(command, "commands", ()))
+
+
+def test_help_shows_no_value_for_what_takes_none(hci: Run) -> None:
+    # `--json <bool>`, it said, as if one had to write `--json true`.
+    for names in every_command():
+        status, printed, _ = hci(*names, "--help")
+        assert status == 0
+        assert "<bool>" not in printed, names
+        assert "--no-" not in printed, names
+        assert re.search(r"--help +Show this", printed), names
 
 
 @pytest.mark.parametrize(
@@ -156,7 +208,7 @@ def test_wrong_usage_ends_with_2(hci: Run, arguments: tuple[str, ...]) -> None:
         (("pool", "create", "Bad"), "'Bad' is not a pool name"),
         (("pool", "create", "b", "--shard-size", "3M"), "is not a shard size: use 1M, 2M"),
         (("pool", "create", "b", "--failure-domain", "zone"), "needs 3 nodes on different zones"),
-        (("pool", "create", "b", "--replica-sets", "0"), "1 to 1024 replica sets, not 0"),
+        (("pool", "create", "b", "--replica-sets", "1025"), "1 to 1024 replica sets, not 1025"),
         (("pool", "create", "b", "--policy", "thin-arbiter"), "needs an arbiter: name one with"),
         (
             ("pool", "create", "b", "--policy", "thin-arbiter", "--arbiter", "w"),
@@ -253,6 +305,70 @@ def test_status_of_a_cluster_that_is_down_says_what_to_start(hci: Run, etcd: Mem
         assert start in printed
 
 
+ASKING = [
+    ("status",),
+    ("status", "--json"),
+    ("image", "ls"),
+    ("image", "info", "vms/there"),
+    ("image", "create", "vms/new", "1G"),
+    ("image", "resize", "vms/there", "2G"),
+    ("image", "rm", "vms/there"),
+    ("image", "url", "vms/there"),
+    ("image", "export", "vms/there", "/none/there.raw"),
+    ("image", "check", "vms/there"),
+    ("pool", "ls"),
+    ("pool", "create", "second"),
+    ("pool", "set", "vms", "--when-full", "enospc"),
+    ("node", "ls"),
+    ("gateway", "ls"),
+    ("arbiter", "ls"),
+    ("arbiter", "replace", "v", "w"),
+    ("heal", "status"),
+    ("scrub", "start"),
+    ("scrub", "stop"),
+    ("scrub", "status"),
+    ("cluster", "leftovers"),
+    ("cluster", "recover", "--yes"),
+]
+"""Every command that asks etcd, but for an import, which asks its gateway first."""
+
+
+@pytest.mark.parametrize("arguments", ASKING, ids=" ".join)
+def test_etcd_of_another_cluster_is_refused_and_left_as_it_is(
+    hci: Run, config: Path, etcd: MemoryEtcd, arguments: tuple[str, ...]
+) -> None:
+    # "Cluster … is well", it said of a foreign one, and made and removed images there.
+    Catalog(etcd).create_image(ImageName("vms", "there"), 1 << 30)
+    own = config_file.load(config).cluster.id
+    other = "e" * 32
+    config.write_text(config.read_text().replace(own, other))
+    before = etcd.get_prefix("/").items
+    status, printed, complaint = hci(*arguments)
+    assert (status, printed) == (1, "")
+    assert complaint == (
+        f"hci: etcd holds the cluster {own}, the configuration says {other}; "
+        "correct the cluster id or the etcd addresses\n"
+    )
+    assert etcd.get_prefix("/").items == before
+
+
+@pytest.mark.usefixtures("empty_etcd")
+@pytest.mark.parametrize("arguments", [("image", "ls"), ("pool", "create", "second")])
+def test_etcd_without_a_cluster_says_how_one_is_made(hci: Run, arguments: tuple[str, ...]) -> None:
+    # It listed nothing, as if there were no images; and advised a command that does not exist.
+    status, printed, complaint = hci(*arguments)
+    assert (status, printed) == (1, "")
+    assert "etcd holds no cluster; correct the etcd addresses" in complaint
+    assert "start the nodes: the first one makes the cluster" in complaint
+
+
+def test_etcd_that_lost_all_is_told_as_that(hci: Run, empty_etcd: MemoryEtcd) -> None:
+    lost = LostRecord(by="node1", why="the cluster's record is gone")
+    empty_etcd.transaction([], [Put(keys.LOST, lost.encode())])
+    assert "etcd lost history" in hci("pool", "create", "second")[2]
+    assert "etcd lost history" in hci("status")[1]
+
+
 def test_etcd_that_does_not_answer_is_told(hci: Run) -> None:
     status, _, complaint = hci("pool", "ls")
     assert status == 1
@@ -328,7 +444,8 @@ def test_dev_start_of_a_cluster_with_another_pool_is_refused(hci: Run, tmp_path:
         (["image", "ls", "--config=a", "--json"], ["--config=a", "image", "ls", "--json"]),
         (["--config", "a", "status"], ["--config", "a", "status"]),
         (["image", "rm", "--", "--config"], ["image", "rm", "--", "--config"]),
-        (["status", "--config"], ["--config", "status"]),
+        (["image", "ls", "--config"], ["--config"]),
+        (["status", "--config", "--json"], ["--config"]),
     ],
 )
 def test_config_may_stand_anywhere(written: list[str], understood: list[str]) -> None:
