@@ -241,7 +241,7 @@ def test_image_that_nobody_has_open_is_healed(cluster: DevCluster) -> None:
 
 
 def progress_is_told(cluster: DevCluster, image: str, *, bytes_per_second: int) -> None:
-    """Asserts that the heal under way, of such a rate, tells how far it is and how long it takes."""
+    """Asserts that the heal under way, of such a rate, tells how far it is, and how long yet."""
 
     def line() -> dict[str, Any]:
         found = heals(cluster, image)[0]
