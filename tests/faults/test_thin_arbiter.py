@@ -84,8 +84,8 @@ def refuse(cluster: DevCluster, image: str, why: str) -> None:
     assert why in said, said
 
 
-def metrics(cluster: DevCluster) -> str:
-    address = tomllib.loads(cluster.config.read_text())["arbiter"]["arbiter"]["metrics"]
+def metrics(cluster: DevCluster, kind: str = "arbiter", name: str = "arbiter") -> str:
+    address = tomllib.loads(cluster.config.read_text())[kind][name]["metrics"]
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
         return str(answer.read(), "utf-8")
 
@@ -149,8 +149,11 @@ def test_writes_stall_without_arbiter_and_node_and_resume_when_the_arbiter_is_ba
         assert pair.health() == "unavailable"
         assert "arbiter" in trouble(pair)
         assert stale(pair, "stall") == [], "etcd takes nothing that the arbiter did not grant"
+        told = 'hci_gateway_arbiter_up{{arbiter="arbiter"}} {}.0'.format
+        assert told(0) in metrics(pair, "gateway", "gateway1")
         pair.run("arbiter")
         assert waiting.result(timeout=RESUME_S) == []
+        assert told(1) in metrics(pair, "gateway", "gateway1")
         session.call("flush")
         assert session.call("read", 0, 32) == [2] * 16 + [1] * 16
     assert stale(pair, "stall") == ["node1"]
