@@ -162,8 +162,9 @@ def _judge_nodes(found: Survey) -> Iterator[Problem]:
             what = f"{node.name} on {node.host} is down; it ended with: {node.ended}"
             yield Problem(Health.DEGRADED, what, f"see to that, then {start}", harm=harm)
         elif node.state == "down":
-            # There is no more to say than that it does not answer: its log tells why.
-            advice = f"{start}; if it ends again, or its disk failed, its log tells why"
+            # There is no more to say than that it does not answer. Of this machine's it would be
+            # known if it had ended with an error.
+            advice = start if found.is_dev else f"{start}; if it ended by itself its log tells why"
             yield Problem(Health.DEGRADED, f"{node.name} on {node.host} is down", advice, harm=harm)
         elif node.state != "up":
             told = f" ({node.trouble})" if node.trouble else ""
