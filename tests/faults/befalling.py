@@ -17,6 +17,7 @@ from random import Random
 
 from tests import reaper
 from tests.devcluster import POOL
+from tests.faults.nbd_session import NbdSession
 from tests.faults.shard_files import shard_files
 from tests.faults.test_clocks import FAR_S, at
 from tests.faults.test_failing_disk import Disk
@@ -28,8 +29,12 @@ from tests.waiting import stop
 ON_A_DISK = "node3"
 """The node whose disk is filled, or fails: one without a gateway beside it."""
 DISK_BYTES = 8 << 30
+MIB_BLOCKS = 256
+BALLAST_MIB = 96
+"""Three times what logs hold."""
+NODES = ("node1", "node2", "node3")
 SMALL_LOG = {"log_bytes": "32M"}
-"""So that a full disk is felt while its node is written to."""
+"""So that a full disk is felt while its node is written to, and that what is to rot is in files."""
 
 SETTLED_S = 180.0
 """A heal that found no room is tried again a minute later at most; a hang detector."""
@@ -236,6 +241,15 @@ class Befalling:
         self._hosts.run_together([member], at(*jumps))
 
 
+def put_into_files(hosts: HostCluster, gateway: str) -> None:
+    """Has logs go round, by writes to another image: what was written before lies in files then."""
+    hosts.create("ballast", f"{BALLAST_MIB}M")
+    with NbdSession(hosts.url_at(gateway, "ballast"), 1) as session:
+        for first in range(0, session.blocks, MIB_BLOCKS):
+            session.call("write", first, MIB_BLOCKS, 1)
+        session.call("flush")
+
+
 def settle(hosts: HostCluster, image: str) -> None:
     """Has everything run and well again, what nobody has read since it rotted as well."""
     hosts.network.mend()
@@ -253,7 +267,7 @@ def hosts_with_a_disk() -> Iterator[tuple[HostCluster, Disk]]:
         folder = Path(tempfile.mkdtemp(prefix="hci-disk-"))
         ends.callback(shutil.rmtree, folder)
         reaper.watch(folder, remove=True)
-        hosts = HostCluster(gateways=2, settings={ON_A_DISK: SMALL_LOG})
+        hosts = HostCluster(gateways=2, settings=dict.fromkeys(NODES, SMALL_LOG))
         ends.callback(hosts.close)
         place = hosts.directory / ON_A_DISK
         place.mkdir()

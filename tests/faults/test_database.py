@@ -18,7 +18,7 @@ from tests.devcluster import POOL
 from tests.e2e.guest.disk import GuestSystem, build_guest
 from tests.e2e.guest.driver import Guest
 from tests.e2e.guest.evidence import check_file_system
-from tests.faults.befalling import EVERY, Befalling, settle
+from tests.faults.befalling import EVERY, Befalling, put_into_files, settle
 from tests.faults.load import drawn_fault, drawn_seed, fault_rounds
 from tests.faults.test_failing_disk import Disk
 from tests.hosts.cluster import HostCluster
@@ -39,6 +39,7 @@ def test_guests_database_keeps_every_committed_transaction(
     hosts, disk = hosts_and_disk
     system = build_guest(tmp_path / "build", database=True)
     hosts.hci("image", "import", str(system.disk), f"{POOL}/database")
+    put_into_files(hosts, "gateway1")
     entries: dict[int, str] = {}
     for number in range(ROUNDS):
         chance = Random(drawn_seed(number))
