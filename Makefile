@@ -26,6 +26,7 @@ ROUNDS ?=
 FRAMES ?=
 # For the shell to expand, as a file's name may hold blanks and quotes.
 export IMAGE ?=
+FAULT ?=
 HOURS ?= 8
 
 MEASURES ?=
@@ -69,10 +70,12 @@ sim: setup ## The simulator (SEED=n replays a history and prints it, FRAMES=1 wi
 	@HCI_SIM_SEED=$(SEED) HCI_SIM_ROUNDS=$(ROUNDS) HCI_SIM_FRAMES=$(FRAMES) \
 	    $(PYTHON) -m pytest $(if $(SEED)$(ROUNDS),-s tests/sim/test_histories.py,tests/sim) $(PYTEST_FLAGS)
 
-faults: setup ## Kill nodes, gateways and all at random moments under load (ROUNDS=12, SEED=n)
-	@$(if $(SEED),HCI_FAULT_SEED=$(SEED)) HCI_FAULT_ROUNDS=$(or $(ROUNDS),12) \
+faults: setup ## Every fault at random moments under load: 50 minutes (FAULT=name, ROUNDS=12 kills, SEED=n)
+	@$(if $(SEED),HCI_FAULT_SEED=$(SEED)) HCI_FAULT=$(or $(FAULT),each) \
+	    HCI_FAULT_ROUNDS=$(if $(FAULT),$(or $(ROUNDS),1),$(or $(ROUNDS),12)) \
 	    $(PYTHON) -m pytest -s --timeout=$$((600 + 60 * $(or $(ROUNDS),12))) \
-	    $(addprefix tests/faults/test_kill_,node.py gateway.py all.py) $(PYTEST_FLAGS)
+	    $(addprefix tests/faults/test_,$(if $(FAULT),,kill_node.py kill_gateway.py kill_all.py \
+	    partition.py) fio_through_faults.py database.py) $(PYTEST_FLAGS)
 
 soak: setup ## Simulated histories from a seed by chance, for HOURS=8
 	@$(PYTHON) -m tests.sim.many --chance --hours $(HOURS)

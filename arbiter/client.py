@@ -103,6 +103,11 @@ class ArbiterClient:
             lambda stub, limit_s: list(stub.Known(pb.KnownRequest(), timeout=limit_s))
         )
 
+    @property
+    def silent(self) -> str:
+        """Why it did not answer when it was asked last; empty where it did, or never was."""
+        return self._silent
+
     def close(self) -> None:
         """End the connection; calls under way fail. Another call would connect again."""
         with self._lock:
@@ -181,6 +186,11 @@ class Arbiters:
                     self._clients.pop(next(iter(self._clients))).close()
                 client = self._clients[name, address] = ArbiterClient(name, address)
             return client
+
+    def answering(self) -> dict[str, bool]:
+        """Return, for each arbiter that was asked, whether it answered last."""
+        with self._lock:
+            return {name: not client.silent for (name, _), client in self._clients.items()}
 
     def close(self) -> None:
         """End all connections."""

@@ -60,7 +60,11 @@ class ArbiterFailed(ArbiterError):
 
     def __init__(self, name: str, detail: str) -> None:
         self.name = name
-        super().__init__(f"arbiter {name} cannot vote: {detail}")
+        self.detail = detail
+        super().__init__(
+            f"arbiter {name} cannot vote: {detail}; it is asked again by itself: see to its disk "
+            "and its log, or replace it with `hci arbiter replace`"
+        )
 
 
 class VoteRefused(ArbiterError):
@@ -105,4 +109,6 @@ class RecordBusy(RecordError):
     """Another process uses the data directory."""
 
     def __init__(self, data_dir: str) -> None:
-        super().__init__(f"another process uses {data_dir}: stop it first")
+        super().__init__(
+            f"another process uses {data_dir}: stop it first, or give this one another data_dir"
+        )

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import structlog
 
-from arbiter.errors import ArbiterError
+from arbiter.errors import ArbiterError, ArbiterFailed
 from arbiter.exchange import Addressee, Reply, Verdict
 from arbiter.record import ImageVotes, Record
 from arbiter.statement import Statement, Votes, confirm_image, prepare_image
@@ -76,6 +76,8 @@ class Voting:
         with self._lock_of(image):
             try:
                 reply = self._judged(to, image, judge)
+            except ArbiterFailed as error:
+                reply = Reply(Verdict.FAILED, detail=error.detail)
             except ArbiterError as error:
                 reply = Reply(Verdict.FAILED, detail=str(error))
         with self._counting:

@@ -113,7 +113,10 @@ class ArbiterDaemon:
         return pb.ArbiterStatus(
             name=self.own.name,
             state=self._state(),
-            trouble=self.record.failure or "; ".join(self._damaged[:1]) or self.trouble,
+            trouble=self.record.failure
+            or self.trouble
+            or self._unheard()
+            or "; ".join(self._damaged[:1]),
             version=VERSION,
             cluster_id=identity.cluster,
             arbiter_id=identity.id,
@@ -129,7 +132,8 @@ class ArbiterDaemon:
         gauge, counter = metrics.gauge, metrics.counter
         works = int(not self.record.failure)
         yield gauge("hci_arbiter_up", "1: it votes; 0: its disk has failed.", works)
-        yield gauge("hci_arbiter_registered", "1: known in etcd as there.", int(self.registered))
+        yield gauge("hci_arbiter_registered", "1: known in etcd as there.",
+                    int(self._known()))  # fmt: skip
         yield gauge("hci_arbiter_history_lost", "1: etcd is behind what was voted on.",
                     int(bool(self._history_lost)))  # fmt: skip
         yield gauge("hci_arbiter_images", "Images whose votes it keeps.", len(self.record.images()))
@@ -144,9 +148,20 @@ class ArbiterDaemon:
             return pb.ArbiterStatus.STATE_FAILED
         if self.ending.due:
             return pb.ArbiterStatus.STATE_STOPPING
-        if self.registered:
+        if self._known():
             return pb.ArbiterStatus.STATE_SERVING
         return pb.ArbiterStatus.STATE_STARTING
+
+    def _known(self) -> bool:
+        """Whether etcd says that the arbiter is there, as far as that can be known."""
+        return self.registered and not self._unheard()
+
+    def _unheard(self) -> str:
+        """Say so where etcd may have forgotten the arbiter since it answered last."""
+        session = self._session
+        if session is None or not self.registered or session.remaining_s():
+            return ""
+        return daemon.UNHEARD
 
     def _look_after(self) -> None:
         if self.record.failure:

@@ -23,6 +23,9 @@ from hci.errors import DaemonError
 RETRY_S = 1.0
 """Until etcd is asked again by a daemon that starts."""
 
+UNHEARD = "etcd has not answered for longer than its registration lasts"
+"""The trouble of a daemon whose etcd lease may have ended without its hearing of that."""
+
 LOCK_WAIT_S = 10.0
 """How long a new process waits for its predecessor to end and free the lock."""
 

@@ -75,4 +75,6 @@ class ScrubFailed(HciError):
     """A scrub that was waited for has ended early; ask for another one."""
 
     def __init__(self, image: str, why: str) -> None:
-        super().__init__(f"the scrub of {image} has ended early: {why}")
+        super().__init__(
+            f"the scrub of {image} has ended early: {why}; `hci scrub start {image}` begins another"
+        )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import structlog
 
+from arbiter.client import Arbiters
 from engine import VERSION, Gateway
 from etcd import keys
 from etcd.client import EtcdClient
@@ -82,6 +83,9 @@ class GatewayDaemon:
         self.engine = Gateway(poll_us=own.poll_us)
         self._nodes_changed = threading.Event()
         self._local_node: str | None = None
+        self._arbiters = Arbiters()
+        served = ServedFile(own.run_dir / "served.json")
+        self._served = Served(self.holder, file=served, boot=daemon.boot_id())
         self.exports = Exports(
             self.engine,
             self.catalog,
@@ -89,9 +93,8 @@ class GatewayDaemon:
             holder=self.holder,
             local_node=lambda: self._local_node,
             lease=self._lease,
-            served=Served(
-                self.holder, file=ServedFile(own.run_dir / "served.json"), boot=daemon.boot_id()
-            ),
+            served=self._served,
+            voters=self._arbiters,
             lock=lock,
             heal_limits=config.heal,
             slow_limits=config.slow,
@@ -99,6 +102,7 @@ class GatewayDaemon:
         )
         self.credentials = self._credentials()
         self._session: Session | None = None
+        self._not_announced = ""
         self._announced: int | None = None
         """The etcd lease under which others know this gateway."""
         self.exports.failed = ending.fail
@@ -173,6 +177,21 @@ class GatewayDaemon:
         )
         self.catalog.announce_gateway(record, session.lease)
         self._announced = session.lease
+
+    def unannounced(self) -> str:
+        """Say so where etcd, and whoever asks it, may not know this gateway, which serves."""
+        session = self._session
+        if not self.serving or session is None:
+            return ""
+        return self._not_announced or ("" if session.remaining_s() else daemon.UNHEARD)
+
+    @property
+    def _registered(self) -> bool:
+        """Whether etcd knows this gateway, as far as that can be known."""
+        session = self._session
+        return (
+            session is not None and session.lease == self._announced and session.remaining_s() > 0
+        )
 
     def _sockets(self) -> list[socket.socket]:
         """Return the sockets that NBD clients connect to. Raises DaemonError.
@@ -285,8 +304,11 @@ class GatewayDaemon:
         self.scrubber.look(time.monotonic(), time.time_ns() // 1_000_000)
         try:
             self._announce()
+            self._not_announced = ""
         except EtcdError as error:
-            log.warning("gateway_not_announced", gateway=self.own.name, why=str(error))
+            if not self._not_announced:
+                log.warning("gateway_not_announced", gateway=self.own.name, why=str(error))
+            self._not_announced = str(error)
         if not self._nodes_changed.is_set():
             return
         self._nodes_changed.clear()
@@ -337,6 +359,8 @@ class GatewayDaemon:
         of_engine = {image["channel"]: image for image in seen["images"]}
         gauge, counter = metrics.gauge, metrics.counter
         yield gauge("hci_gateway_up", "1: serves; 0: is starting or stopping.", int(self.serving))
+        yield gauge("hci_gateway_registered", "1: known in etcd as there.",
+                    int(self._registered))  # fmt: skip
         yield gauge("hci_gateway_clients", "NBD connections open now.", len(seen["clients"]))
         yield counter("hci_gateway_clients_refused_total", "NBD connections closed as they came, "
                       "for there were `clients_max`.", seen["refused_clients"])  # fmt: skip
@@ -344,6 +368,16 @@ class GatewayDaemon:
                     seen["bytes_in_flight"])  # fmt: skip
         links = {(node,): int(ready) for node, ready in seen["links"]}
         yield gauge("hci_gateway_link_up", "1: the node answers.", links, ["node"])
+        arbiters = {(name,): int(well) for name, well in self._arbiters.answering().items()}
+        yield gauge("hci_gateway_arbiter_up", "1: the arbiter answered when it was asked last.",
+                    arbiters, ["arbiter"])  # fmt: skip
+        fenced = self._served.fenced()
+        yield counter("hci_gateway_images_lost_total", "Times that an image was found to be "
+                      "another gateway's.", fenced.images)  # fmt: skip
+        yield counter("hci_gateway_processes_barred_total", "Processes of clients that had such "
+                      "an image, and get errors.", fenced.barred)  # fmt: skip
+        yield counter("hci_gateway_processes_refused_total", "Times that such a process was not "
+                      "let in again.", fenced.refused)  # fmt: skip
         images = [(str(image.name), image) for image in self.exports.snapshot()]
         states = {
             (name,): float(image_status(image, {}, self.exports).state) for name, image in images
@@ -427,6 +461,21 @@ class GatewayDaemon:
         yield gauge("hci_scrub_read_bytes", "Read of each node by the scrubs under way.",
                     {who: scrub["read_bytes"] for who, scrub in scrubs.items()},
                     ["image"])  # fmt: skip
+        known = self.scrubber.known()
+        yield gauge("hci_scrub_finished_timestamp_seconds", "When the last scrub was through, in "
+                    "seconds since 1970; 0: none was.",
+                    {(name,): record.finished_ms / 1000 for name, record in known.items()},
+                    ["image"])  # fmt: skip
+        bad = {
+            (name, kind): float(blocks)
+            for name, record in known.items()
+            for kind, blocks in (
+                ("unrepairable", record.last.unrepairable),
+                ("undecided", record.last.undecided),
+            )
+        }
+        yield gauge("hci_scrub_bad_blocks", "What the last scrub left damaged or undecided.",
+                    bad, ["image", "kind"])  # fmt: skip
         moved = {
             (name, direction): found["counters"][f"{direction}_bytes"]
             for name, found in asked
@@ -458,7 +507,7 @@ class GatewayControl(GatewayControlServicer):
             holder_id=gateway.holder,
             host=gateway.own.host,
             state=gateway.state(),
-            trouble=gateway.trouble,
+            trouble=gateway.trouble or gateway.unannounced(),
             version=VERSION,
             images=[
                 image_status(image, seen.get(image.channel, {}), gateway.exports)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from hci import control_pb2 as pb
-from hci.survey import Survey
+from hci.survey import ArbiterView, GatewayView, NodeView, Survey
 from shard.geometry import format_size
 
 SHOWN = 2
@@ -24,9 +24,19 @@ class Health(StrEnum):
     HEALING = "healing"
     """Not well, and will be by itself."""
     DEGRADED = "degraded"
-    """All images are served, some with fewer copies than they should have."""
+    """All images are served, and something will not be well before a person sees to it."""
     UNAVAILABLE = "unavailable"
     """Some image cannot be written, or nothing can be said."""
+
+
+class Harm(StrEnum):
+    """What a problem does to the data of images that are served all the same."""
+
+    NONE = "none"
+    COPIES = "copies"
+    """There are fewer intact copies than there should be."""
+    DAMAGE = "damage"
+    """Something of it cannot be read, or nothing says which copy of it is right."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,7 @@ class Problem:
     what: str
     advice: str
     image: str = ""
+    harm: Harm = Harm.NONE
 
     @property
     def kind(self) -> tuple[Health, str]:
@@ -56,6 +67,28 @@ def problems(found: Survey) -> Sequence[Problem]:
 def health_of(judged: Sequence[Problem]) -> Health:
     """Return the health of a cluster with these problems, of which the worst comes first."""
     return judged[0].health if judged else Health.OK
+
+
+def in_words(judged: Sequence[Problem]) -> str:
+    """Return the health of a cluster with these problems, and what it means, for a person."""
+    health = health_of(judged)
+    if health is not Health.DEGRADED:
+        return _WORDS[health]
+    harms = {problem.harm for problem in judged}
+    told = [words for harm, words in _HARMS.items() if harm in harms]
+    return f"degraded: all images are served{''.join(told)}; it will not be well by itself"
+
+
+_WORDS = {
+    Health.OK: "well",
+    Health.HEALING: "healing: it will be well by itself",
+    Health.UNAVAILABLE: "unavailable",
+}
+
+_HARMS = {
+    Harm.COPIES: ", some with fewer copies than there should be",
+    Harm.DAMAGE: ", and some of their data is damaged",
+}
 
 
 def on_a_screen(judged: Sequence[Problem]) -> Iterator[Problem]:
@@ -92,20 +125,51 @@ def judge(found: Survey) -> Iterator[Problem]:
     yield from _judge_images(found)
 
 
+def _start(found: Survey, kind: str, member: NodeView | GatewayView | ArbiterView) -> str:
+    """Say how a member is started: whatever runs it on its host, this ends in that command."""
+    if found.is_dev:
+        return f"start it: `hci dev run {member.name}`"
+    serve = f"`hci {kind} serve --name {member.name}`"
+    return f"start {serve} on {member.host}, or the service that runs it there"
+
+
+_TO_ETCD = (
+    "it is tried again each second: see to what it says, to the way from {host} to etcd, and to "
+    "the log of {name}"
+)
+_DISK = (
+    "see to its disk (`dmesg`, `smartctl`). Once that is sound {start}; what is on it is healed. "
+    "If it is lost, see `A lost disk` in the operations manual"
+)
+
+
 def _judge_nodes(found: Survey) -> Iterator[Problem]:
+    sets = [placement.sets for placement in found.placements.values()]
+    sets += [record.sets for record in found.images.values()]
+    placed = {name for of_one in sets for members in of_one for name in members}
     for node in found.nodes:
+        harm = Harm.COPIES if node.name in placed else Harm.NONE
+        start = _start(found, "node", node)
         if node.history_lost:
             told = f"{node.name} on {node.host} does not go by etcd: {node.trouble}"
             yield Problem(Health.UNAVAILABLE, told, "see above; it goes on by itself after that")
         elif node.state == "starting":
-            yield Problem(Health.HEALING, f"{node.name} is starting", "wait")
+            yield from _judge_waiting(found, node.name, node.host, node.trouble)
+        elif node.state == "failed":
+            what = f"{node.name} on {node.host} has failed: {node.trouble}"
+            yield Problem(Health.DEGRADED, what, _DISK.format(start=start), harm=harm)
+        elif node.state == "down" and node.ended:
+            what = f"{node.name} on {node.host} is down; it ended with: {node.ended}"
+            yield Problem(Health.DEGRADED, what, f"see to that, then {start}", harm=harm)
+        elif node.state == "down":
+            # There is no more to say than that it does not answer. Of this machine's it would be
+            # known if it had ended with an error.
+            advice = start if found.is_dev else f"{start}; if it ended by itself its log tells why"
+            yield Problem(Health.DEGRADED, f"{node.name} on {node.host} is down", advice, harm=harm)
         elif node.state != "up":
-            # Of a node that is down there is no more to say than that it does not answer.
-            told = f" ({node.trouble})" if node.trouble and node.state != "down" else ""
-            start = f"hci dev run {node.name}" if found.is_dev else "systemctl start hci-node"
-            where = "" if found.is_dev else f" on {node.host}"
+            told = f" ({node.trouble})" if node.trouble else ""
             what = f"{node.name} on {node.host} is {node.state}{told}"
-            yield Problem(Health.DEGRADED, what, f"start it{where}: `{start}`")
+            yield Problem(Health.DEGRADED, what, start, harm=harm)
         elif node.trouble:
             what = f"{node.name} on {node.host}: {node.trouble}"
             yield Problem(Health.DEGRADED, what, f"see to it, and to the log of {node.name}")
@@ -118,19 +182,36 @@ def _judge_nodes(found: Survey) -> Iterator[Problem]:
             )
 
 
+def _judge_waiting(found: Survey, name: str, host: str, trouble: str) -> Iterator[Problem]:
+    """A member that is not registered in etcd: it has just been started, or cannot go on."""
+    if not trouble:
+        yield Problem(Health.HEALING, f"{name} is starting", "wait")
+    elif not found.etcd:
+        # Where etcd answers nobody, that has been said, and is all that there is to do.
+        what = f"{name} on {host} is not registered in etcd: {trouble}"
+        yield Problem(Health.DEGRADED, what, _TO_ETCD.format(name=name, host=host))
+
+
 def _judge_gateways(found: Survey) -> Iterator[Problem]:
     up = [gateway for gateway in found.gateways if gateway.state == "up"]
     for gateway in found.gateways:
         if gateway.state == "starting":
-            yield Problem(Health.HEALING, f"{gateway.name} is starting", "wait")
+            yield from _judge_waiting(found, gateway.name, gateway.host, gateway.trouble)
         elif gateway.state == "silent":
             what = f"{gateway.name} on {gateway.host} runs and cannot be asked: {gateway.trouble}"
             advice = "see to the network, and that its `control` is an address for other hosts"
             yield Problem(Health.DEGRADED, what, advice)
         elif gateway.state != "up":
-            start = f"hci dev run {gateway.name}" if found.is_dev else "systemctl start hci-gateway"
             worst = Health.DEGRADED if up else Health.UNAVAILABLE
-            yield Problem(worst, f"{gateway.name} is {gateway.state}", f"start it: `{start}`")
+            start = _start(found, "gateway", gateway)
+            yield Problem(worst, f"{gateway.name} is {gateway.state}", start)
+        elif gateway.trouble and not found.etcd:
+            what = (
+                f"{gateway.name} on {gateway.host} is cut off from etcd: {gateway.trouble}. Other "
+                "gateways may take its images over"
+            )
+            advice = _TO_ETCD.format(name=gateway.name, host=gateway.host)
+            yield Problem(Health.DEGRADED, what, advice)
         for image in gateway.images:
             for problem in (*_judge_open(image), *_judge_rot(found, image)):
                 yield replace(problem, image=image.name)
@@ -143,16 +224,16 @@ def _judge_arbiters(found: Survey) -> Iterator[Problem]:
             told = f"arbiter {arbiter.name} does not go by etcd: {arbiter.trouble}"
             yield Problem(Health.UNAVAILABLE, told, "see above; it goes on by itself after that")
         elif arbiter.state == "starting":
-            yield Problem(Health.HEALING, f"arbiter {arbiter.name} is starting", "wait")
+            name = f"arbiter {arbiter.name}"
+            yield from _judge_waiting(found, name, arbiter.host, arbiter.trouble)
         elif arbiter.state != "up":
             told = f" ({arbiter.trouble})" if arbiter.trouble and arbiter.state != "down" else ""
-            start = f"hci dev run {arbiter.name}" if found.is_dev else "systemctl start hci-arbiter"
-            where = "" if found.is_dev else f" on {arbiter.host}"
+            start = _start(found, "arbiter", arbiter)
             yield Problem(
                 Health.DEGRADED if arbiter.pools or found.etcd else Health.OK,
                 f"arbiter {arbiter.name} on {arbiter.host} is {arbiter.state}{told}: without it "
                 "writes stall as soon as a node is lost",
-                f"start it{where}: `{start}`; if it is lost for good: `hci arbiter replace`",
+                f"{start}; if it is lost for good: `hci arbiter replace`",
             )
         elif arbiter.trouble:
             yield Problem(
@@ -168,7 +249,8 @@ def _judge_open(image: pb.OpenImage) -> Iterator[Problem]:
         heal = image.heal
         shards = f"{heal.shards_total - heal.shards_done} of {heal.shards_total} shards"
         what = f"{heal.node} is healed for {image.name}, {shards} to go"
-        yield Problem(Health.HEALING, what, "wait; `hci heal status` tells how long")
+        advice = "wait; `hci heal status` tells how long"
+        yield Problem(Health.HEALING, what, advice, harm=Harm.COPIES)
     left = image.counters["levelling_shards_left"] if image.counters else 0
     if left:
         total = left + image.counters["levelling_shards_done"]
@@ -198,7 +280,7 @@ def _judge_rot(found: Survey, image: pb.OpenImage) -> Iterator[Problem]:
         )
     if bad and image.name not in found.scrubs:
         what = f"{bad} blocks of {image.name} are damaged on every node"
-        yield Problem(Health.DEGRADED, what, _RESTORE.format(image.name))
+        yield Problem(Health.DEGRADED, what, _RESTORE.format(image.name), harm=Harm.DAMAGE)
 
 
 _RESTORE = (
@@ -214,13 +296,13 @@ def _judge_scrubs(found: Survey) -> Iterator[Problem]:
         differ = sum(blocks.blocks for blocks in every if blocks.nodes)
         if bad:
             what = f"{bad} blocks of {name} are damaged on every node"
-            yield Problem(Health.DEGRADED, what, _RESTORE.format(name), name)
+            yield Problem(Health.DEGRADED, what, _RESTORE.format(name), name, Harm.DAMAGE)
         if differ:
             what = (
                 f"{differ} blocks of {name} differ between nodes, and nothing says which is right"
             )
             advice = f"have the guest write them again; `hci scrub status {name}` names them"
-            yield Problem(Health.DEGRADED, what, advice, name)
+            yield Problem(Health.DEGRADED, what, advice, name, Harm.DAMAGE)
 
 
 def _judge_pools(found: Survey) -> Iterator[Problem]:
@@ -246,7 +328,9 @@ def _judge_pools(found: Survey) -> Iterator[Problem]:
 
 def _judge_images(found: Survey) -> Iterator[Problem]:
     up = {node.name for node in found.nodes if node.state == "up"}
-    voting = {pool for arbiter in found.arbiters if arbiter.state == "up" for pool in arbiter.pools}
+    # One that waits for etcd votes all the same, unless it does not believe it.
+    votes = (each for each in found.arbiters if each.state in ("up", "starting"))
+    voting = {pool for each in votes if not each.history_lost for pool in each.pools}
     for name, record in found.images.items():
         for index, members in enumerate(record.sets):
             in_sync = [node for node in members if node not in record.stale.get(index, {})]
@@ -311,14 +395,15 @@ def _judge_stale(found: Survey, up: set[str]) -> Iterator[Problem]:
         shown += f" and {len(waiting) - 3} more" if len(waiting) > 3 else ""
         what = f"{node} is stale for {shown}"
         why = next((trouble[name] for name in waiting if name in trouble), "")
+        health = Health.DEGRADED
         if node not in up:
-            yield Problem(Health.DEGRADED, what, f"it missed writes and is not read; start {node}")
+            advice = f"it missed writes and is not read; start {node}"
         elif resting := [rests[node, name] for name in waiting if (node, name) in rests]:
             advice = f"it was too slow; it is healed in {max(resting):.0f} s; see to its disk"
-            yield Problem(Health.DEGRADED, what, advice)
         elif why:
-            yield Problem(Health.DEGRADED, what, f"{why}; it is tried again by itself")
+            advice = f"{why}; it is tried again by itself"
         elif not healer:
-            yield Problem(Health.DEGRADED, what, "start a gateway: it heals the node")
+            advice = "start a gateway: it heals the node"
         else:
-            yield Problem(Health.HEALING, what, "wait: it is healed by itself")
+            health, advice = Health.HEALING, "wait: it is healed by itself"
+        yield Problem(health, what, advice, harm=Harm.COPIES)

@@ -380,7 +380,7 @@ class NodeDaemon:
             raise DaemonError(f"node {self.own.name}: {error}") from error
 
     def _samples(self) -> metrics.Samples:
-        yield from node_samples(self.engine.status(), self.engine.failure(), self.registered)
+        yield from node_samples(self.engine.status(), self.engine.failure(), self._known())
         gauge = metrics.gauge
         yield gauge("hci_node_history_lost", "1: etcd is behind what this node knows.",
                     int(bool(self.history.lost)))  # fmt: skip
@@ -401,7 +401,18 @@ class NodeDaemon:
             return pb.NodeStatus.STATE_FAILED
         if self.ending.due:
             return pb.NodeStatus.STATE_STOPPING
-        return pb.NodeStatus.STATE_SERVING if self.registered else pb.NodeStatus.STATE_STARTING
+        return pb.NodeStatus.STATE_SERVING if self._known() else pb.NodeStatus.STATE_STARTING
+
+    def _known(self) -> bool:
+        """Whether etcd says that the node is alive, as far as that can be known."""
+        return self.registered and not self.unheard()
+
+    def unheard(self) -> str:
+        """Say so where etcd may have forgotten the node since it answered last."""
+        session = self._session
+        if session is None or not self.registered or session.remaining_s():
+            return ""
+        return daemon.UNHEARD
 
 
 def node_samples(status: dict[str, Any], failure: str | None, registered: bool) -> metrics.Samples:
@@ -449,6 +460,7 @@ class NodeControl(NodeControlServicer):
             trouble=node.engine.failure()
             or node.history.lost
             or node.trouble
+            or node.unheard()
             or (_FULL if status["no_space"] else "")
             or node.contested(),
             version=VERSION,

@@ -20,12 +20,17 @@ from hci import control_pb2 as pb
 from hci.config import Config
 from hci.connect import arbiter_client, catalog
 from hci.control import DEADLINE_S, GatewayClient, NodeClient
+from hci.dev.process import last_line
 from hci.errors import ControlError
 from vmstore.catalog import Catalog
 from vmstore.errors import RecordsLost, UnknownPool
 
 ASK_DEADLINE_S = DEADLINE_S
 """A daemon that is silent for longer is shown as down; all of a kind are asked at once."""
+
+NOT_REGISTERED = "etcd does not say that it is alive"
+FAILED = "hci: "
+"""Begins the last words of a process that ended with an error."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class NodeView:
     capacity_bytes: int | None
     used_bytes: int | None
     trouble: str
+    ended: str = ""
+    """Why its process ended by itself, where that can be found out here."""
     history_lost: bool = False
     unknown: Sequence[pb.UnknownImage] = ()
     """Images with data there that etcd does not know."""
@@ -129,7 +136,7 @@ def survey(config: Config) -> Survey:
     except EtcdUnavailable as error:
         return Survey(
             etcd=str(error),
-            nodes=_nodes(config, {}, None),
+            nodes=_nodes(config, {}),
             gateways=_gateways(config, {}),
             arbiters=_arbiters(config, {}, {}),
             is_dev=is_dev,
@@ -164,7 +171,15 @@ def gateways(config: Config) -> Sequence[GatewayView]:
 
 
 def _registered(config: Config, records: Catalog) -> list[NodeView]:
-    views = _nodes(config, records.nodes(), records.alive())
+    views = _nodes(config, records.nodes())
+    # Asked for after the nodes: one that registered meanwhile would seem to have been forgotten.
+    alive = records.alive()
+    views = [
+        replace(view, state="starting", trouble=view.trouble or NOT_REGISTERED)
+        if view.state == "up" and view.name not in alive
+        else view
+        for view in views
+    ]
     if not any(view.unknown for view in views):
         return views
     # A node hears of new images a moment later than their first writes reach it.
@@ -175,19 +190,15 @@ def _registered(config: Config, records: Catalog) -> list[NodeView]:
     ]
 
 
-def _nodes(
-    config: Config, records: Mapping[str, NodeRecord], alive: Mapping[str, object] | None
-) -> list[NodeView]:
+def _nodes(config: Config, records: Mapping[str, NodeRecord]) -> list[NodeView]:
     names = sorted({*records, *config.nodes})
     if not names:
         return []
     with ThreadPoolExecutor(min(len(names), 32)) as pool:
-        return list(pool.map(lambda name: _node(config, name, records.get(name), alive), names))
+        return list(pool.map(lambda name: _node(config, name, records.get(name)), names))
 
 
-def _node(
-    config: Config, name: str, record: NodeRecord | None, alive: Mapping[str, object] | None
-) -> NodeView:
+def _node(config: Config, name: str, record: NodeRecord | None) -> NodeView:
     here = config.nodes.get(name)
     # A name comes from the records or from the configuration.
     control = record.control if record else str(config.node(name).control)
@@ -199,8 +210,6 @@ def _node(
     except ControlError as error:
         trouble = str(error)
     state = _STATES[status.state] if status is not None else "down"
-    if state == "up" and alive is not None and name not in alive:
-        state, trouble = "starting", trouble or "it is not registered in etcd"
     return NodeView(
         name=name,
         state=state,
@@ -211,9 +220,18 @@ def _node(
         capacity_bytes=status.capacity_bytes if status else _capacity(record),
         used_bytes=(status.used_bytes or None) if status else None,
         trouble=trouble,
+        ended="" if status is not None else _ended(config, name),
         history_lost=status is not None and status.history_lost,
         unknown=status.unknown if status is not None else (),
     )
+
+
+def _ended(config: Config, member: str) -> str:
+    """Return what a member of a cluster of this machine said last, if that was an error."""
+    if config.dev is None:
+        return ""
+    said = last_line(config.dev.log_dir / f"{member}.log")
+    return said.removeprefix(FAILED) if said.startswith(FAILED) else ""
 
 
 def _arbiters(

@@ -106,6 +106,11 @@ class StoreBehind(VmstoreError):
                 f", and no other node in sync of image {images[0]}{more} runs, from which it could "
                 "be healed; start those first, or use the current disk"
             )
+        else:
+            what += (
+                ". Nothing on it counts: when the etcd lease of its last run is over, within 20 s, "
+                "it goes on and is healed; if the current disk is there, stop it and use that"
+            )
         super().__init__(what)
 
     def where_alone(self, images: Sequence[str]) -> "StoreBehind":

@@ -244,6 +244,11 @@ class Scrubber:
         self._runs: dict[ImageId, _Run] = {}
         self._attempts = 0
         self._not_before_s: dict[ImageId, float] = {}
+        self._known: Mapping[str, ScrubRecord] = {}
+
+    def known(self) -> Mapping[str, ScrubRecord]:
+        """Return how the scrubs of all images stood when it was looked, by name. Any thread."""
+        return self._known
 
     def watch(self) -> None:
         """Be told by etcd when somebody asks for a scrub or an image is closed."""
@@ -277,6 +282,7 @@ class Scrubber:
         entries = {entry.image.record.id: entry for entry in self._catalog.images()}
         for image in records.keys() - entries.keys():
             self._catalog.forget_scrub(records.pop(image))
+        self._known = {str(entries[image].name): found.record for image, found in records.items()}
         self._save_bad()
         for run in list(self._runs.values()):
             self._go_on(run, records.get(run.image), now_s, now_ms)

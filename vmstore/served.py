@@ -21,7 +21,7 @@ a sync protects from.
 import json
 import threading
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,18 @@ class ServedFile:
         part.replace(self._path)
 
 
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """What other gateways took from this one since its process began."""
+
+    images: int = 0
+    """Times that an image was found to be another's."""
+    barred: int = 0
+    """Processes of clients that had one then."""
+    refused: int = 0
+    """Times that such a process was not let in again."""
+
+
 class Served:
     """Knows the client processes of one gateway. For any thread; `save` and `admit` write a file.
 
@@ -110,6 +122,7 @@ class Served:
         self._lives = lives or process_lives
         self._lock = threading.Lock()
         self._writing = threading.Lock()
+        self._fenced = Fenced()
         self._holders: list[str] = []
         self._images: dict[ImageId, _Image] = {}
         self._memory: dict[ImageId, dict[str, str]] = {}
@@ -130,6 +143,7 @@ class Served:
                 return
             lost = peer in known.served and not known.only_ours_until(record, self._holders)
             if lost or peer in known.barred:
+                self._fenced = replace(self._fenced, refused=self._fenced.refused + 1)
                 raise ClientBarred(str(name))
 
     def taken(self, before: ImageRecord, now: ImageRecord) -> None:
@@ -214,9 +228,15 @@ class Served:
     def lost(self, image: ImageId) -> None:
         """Note that an image is another's: whom it was served to is barred."""
         with self._lock:
+            self._fenced = replace(self._fenced, images=self._fenced.images + 1)
             known = self._images.get(image)
             if known is not None:
                 self._bar(image, known)
+
+    def fenced(self) -> Fenced:
+        """Return what was lost, and to whom that was told, since this process began."""
+        with self._lock:
+            return self._fenced
 
     def save(self) -> bool:
         """Write down what is known; return whether that was possible. Not for a hot path."""
@@ -236,6 +256,8 @@ class Served:
     def _bar(self, image: ImageId, known: _Image) -> None:
         for peer in sorted(known.served):
             log.warning("client_barred", image=image, process=peer)
+        barred = self._fenced.barred + len(known.served)
+        self._fenced = replace(self._fenced, barred=barred)
         known.barred |= known.served
         known.served = set()
 

@@ -7,7 +7,7 @@ import typer
 
 from hci.cli import output, session
 from hci.cli.output import AsJson
-from hci.health import Health, Problem, health_of, on_a_screen, problems
+from hci.health import Problem, health_of, in_words, on_a_screen, problems
 from hci.survey import Survey, survey
 
 app = typer.Typer(add_completion=False)
@@ -19,13 +19,12 @@ def show(context: typer.Context, as_json: AsJson = False) -> None:
     config = session.of(context).config
     found = survey(config)
     judged = problems(found)
-    health = health_of(judged)
     if as_json:
         values = _values(found, judged)
-        output.as_json({"health": health, "cluster": config.cluster.id, **values})
+        output.as_json({"health": health_of(judged), "cluster": config.cluster.id, **values})
         return
     console = output.console()
-    console.print(f"Cluster {config.cluster.id} is {_WORDS[health]}", style="bold")
+    console.print(f"Cluster {config.cluster.id} is {in_words(judged)}", style="bold")
     for problem in on_a_screen(judged):
         console.print(f"  {problem.what}\n    -> {problem.advice}")
     console.print()
@@ -49,14 +48,6 @@ def show(context: typer.Context, as_json: AsJson = False) -> None:
         "no nodes are registered",
     )
     console.print(f"\n{len(found.pools)} pools, {len(found.images)} images")
-
-
-_WORDS = {
-    Health.OK: "well",
-    Health.HEALING: "healing: it will be well by itself",
-    Health.DEGRADED: "degraded: all images are served, with fewer copies than there should be",
-    Health.UNAVAILABLE: "unavailable",
-}
 
 
 def _values(found: Survey, judged: Sequence[Problem]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.conftest import failed
+from tests.faults.befalling import hosts_with_a_disk
+from tests.faults.test_failing_disk import Disk
 from tests.hosts.cluster import HostCluster
 
 
@@ -27,6 +29,13 @@ def hosts(
 ) -> Iterator[HostCluster]:
     """Three hosts with etcd and a node each, two of them with a gateway, all lines whole."""
     yield from _lent(request, _kept_hosts, "three", lambda: HostCluster(gateways=2))
+
+
+@pytest.fixture
+def hosts_and_disk() -> Iterator[tuple[HostCluster, Disk]]:
+    """The same for one test alone, whose third node has a disk that can fail."""
+    with hosts_with_a_disk() as found:
+        yield found
 
 
 @pytest.fixture

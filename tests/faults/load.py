@@ -9,10 +9,12 @@ import subprocess
 import time
 import tomllib
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import pytest
 
 from tests.devcluster import POOL, DevCluster
 from tests.e2e.guest.machine import nbd_blockdev
@@ -44,6 +46,34 @@ def drawn_seed(number: int = 0) -> int:
     seed = random.randrange(1 << 32) if given is None else (int(given) + number) % (1 << 32)
     print(f"round {number}: HCI_FAULT_SEED={seed}")
     return seed
+
+
+EACH = "each"
+"""As HCI_FAULT: every fault that there is in turn, one in each round."""
+
+
+def plays_each() -> bool:
+    """Whether there is time for all that there is."""
+    return os.environ.get("HCI_FAULT") == EACH
+
+
+def fault_rounds(faults: Sequence[str]) -> int:
+    """How many rounds a test has that plays one of these faults in each."""
+    return len(faults) if plays_each() else rounds(1)
+
+
+def drawn_fault(faults: Sequence[str], chance: random.Random, number: int) -> str:
+    """The fault of round `number`: by chance, unless HCI_FAULT is `each` or names one."""
+    # Drawn in any case, so that what else a seed decides stays the same.
+    drawn = chance.choice(faults)
+    wanted = os.environ.get("HCI_FAULT")
+    if wanted is None:
+        return drawn
+    if wanted == EACH:
+        return faults[number % len(faults)]
+    if wanted not in faults:
+        pytest.skip(f"HCI_FAULT={wanted} is none of {', '.join(faults)}")
+    return wanted
 
 
 def seeds(count: int) -> Iterator[int]:

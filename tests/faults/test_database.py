@@ -18,8 +18,9 @@ from tests.devcluster import POOL
 from tests.e2e.guest.disk import GuestSystem, build_guest
 from tests.e2e.guest.driver import Guest
 from tests.e2e.guest.evidence import check_file_system
-from tests.faults.befalling import Befalling, settle
-from tests.faults.load import drawn_seed, rounds
+from tests.faults.befalling import EVERY, Befalling, put_into_files, settle
+from tests.faults.load import drawn_fault, drawn_seed, fault_rounds
+from tests.faults.test_failing_disk import Disk
 from tests.hosts.cluster import HostCluster
 
 MODES = ("wal", "delete")
@@ -28,20 +29,25 @@ AFTER = 30
 """Transactions that must still be committed once the fault has begun."""
 
 
-@pytest.mark.timeout(600 + 100 * rounds(1))
+ROUNDS = fault_rounds(EVERY)
+
+
+@pytest.mark.timeout(600 + 250 * ROUNDS)
 def test_guests_database_keeps_every_committed_transaction(
-    hosts: HostCluster, tmp_path: Path
+    hosts_and_disk: tuple[HostCluster, Disk], tmp_path: Path
 ) -> None:
+    hosts, disk = hosts_and_disk
     system = build_guest(tmp_path / "build", database=True)
     hosts.hci("image", "import", str(system.disk), f"{POOL}/database")
+    put_into_files(hosts, "gateway1")
     entries: dict[int, str] = {}
-    for number in range(rounds(1)):
+    for number in range(ROUNDS):
         chance = Random(drawn_seed(number))
         # The gateway whose guest it was, and the other one, in turn.
         gateway = hosts.gateways[number % 2]
         directory = tmp_path / f"round-{number}"
         directory.mkdir()
-        _suffer(hosts, system, gateway, directory, entries, number, chance)
+        _suffer(hosts, disk, system, gateway, directory, entries, number, chance)
         settle(hosts, "database")
     last = tmp_path / "last"
     last.mkdir()
@@ -59,6 +65,7 @@ def test_guests_database_keeps_every_committed_transaction(
 
 def _suffer(
     hosts: HostCluster,
+    disk: Disk,
     system: GuestSystem,
     gateway: str,
     directory: Path,
@@ -70,18 +77,27 @@ def _suffer(
         if entries:
             guest.entries.update(entries)
             guest.audit()
-        fault = chance.choice(Befalling(hosts, gateway, "database", chance).every())
+        befalling = Befalling(hosts, disk, gateway, "database", chance)
+        name = drawn_fault(EVERY, chance, number)
         moment = chance.randrange(5, 60)
         mode = chance.choice(MODES)
         pulled_after = chance.randrange(AFTER, 2 * AFTER)
-        thread = threading.Thread(target=fault, name="fault")
+        failed: list[BaseException] = []
+
+        def strike() -> None:
+            try:
+                befalling.fault(name)()
+            except BaseException as error:  # noqa: BLE001 - it is the test's
+                failed.append(error)
+
+        thread = threading.Thread(target=strike, name="fault")
         first = 1_000_000 * number
         known = len(guest.entries)
         seen_after = 0
         for _ in guest.follow(f"record {first} {ENOUGH} {mode}", timeout_s=60):
             count = len(guest.entries) - known
             if count == moment and thread.ident is None:
-                print(f"  {fault.__name__} after {count} transactions, journal {mode}")
+                print(f"  {name} after {count} transactions, journal {mode}")
                 thread.start()
             seen_after += thread.ident is not None
             if seen_after > pulled_after and not thread.is_alive():
@@ -91,4 +107,5 @@ def _suffer(
         guest.process.send_signal(signal.SIGKILL)
         guest.process.wait()
         thread.join()
+        assert not failed, failed
         entries.update(guest.entries)

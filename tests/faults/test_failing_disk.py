@@ -8,6 +8,7 @@ mapper would do it with less, but kernels without it exist, and this asks for no
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -38,12 +39,12 @@ def run(*command: object) -> str:
 class Disk:
     """A file system at `folder` whose disk fails and is mended at will."""
 
-    def __init__(self, folder: Path, mounted_at: Path) -> None:
+    def __init__(self, folder: Path, mounted_at: Path, size_bytes: int = DISK_BYTES) -> None:
         self.folder = folder
         self.mounted_at = mounted_at
         self.content, self.export = folder / "content", folder / "export"
         self.content.touch()
-        os.truncate(self.content, DISK_BYTES)
+        os.truncate(self.content, size_bytes)
         self.export.touch()
         run("mkfs.ext4", "-q", "-F", self.content)
         self._undo = contextlib.ExitStack()
@@ -70,6 +71,27 @@ class Disk:
         if self._pid is not None:
             os.kill(self._pid, signal.SIGKILL)
             self._pid = None
+
+    def fill(self) -> None:
+        """From now on the disk has no room."""
+        with self._filler.open("ab") as filler:
+            space = os.statvfs(self.mounted_at)
+            piece = space.f_bfree * space.f_frsize
+            while piece >= space.f_frsize:
+                try:
+                    os.posix_fallocate(filler.fileno(), os.fstat(filler.fileno()).st_size, piece)
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+                    piece //= 2
+
+    def make_room(self) -> None:
+        """It has again."""
+        self._filler.unlink(missing_ok=True)
+
+    @property
+    def _filler(self) -> Path:
+        return self.mounted_at / "filler"
 
     def detach(self) -> None:
         """Nobody uses it any more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from concurrent.futures import TimeoutError as StillWaiting
 from random import Random
@@ -9,7 +10,7 @@ from random import Random
 import pytest
 
 from tests.devcluster import CommandError
-from tests.faults.load import drawn_seed, rounds
+from tests.faults.load import drawn_seed, plays_each, rounds
 from tests.faults.nbd_session import NbdSession
 from tests.faults.test_silent import open_at
 from tests.faults.writing import await_progress, writing
@@ -19,6 +20,7 @@ from tests.hosts.cluster import HostCluster
 STALL_S = 40.0
 HEAL_TIMEOUT_S = 60.0
 LONGEST_CUT_S = 9.0
+CUT_FROM_ETCD_S = 13.0
 
 
 def stale(hosts: HostCluster, image: str) -> set[str]:
@@ -73,6 +75,39 @@ def test_nodes_that_lose_etcd_serve_on(hosts: HostCluster) -> None:
         hosts.await_health("ok")
         assert stale(hosts, "nodes") == set()
     hosts.must_be_equal("nodes")
+
+
+MEMBERS = ("gateway1", "node2", "arbiter")
+PARTED = [MEMBERS, *((name,) for name in MEMBERS if plays_each())]
+"""Who is cut off from etcd: all together, which takes as long as one, and each alone for soaks."""
+
+
+@pytest.mark.parametrize("direction", ["to", "from"])
+@pytest.mark.parametrize("parted", PARTED, ids="-".join)
+def test_members_cut_off_from_etcd_in_one_direction_work_on_and_say_so(
+    arbiter_hosts: HostCluster, parted: tuple[str, ...], direction: str
+) -> None:
+    hosts = arbiter_hosts
+    image = f"unheard-{direction}"
+    hosts.create(image, "16M")
+    with NbdSession(hosts.url_at("gateway1", image), 1) as session:
+        session.call("write", 0, 64, 1)
+        ends = (parted, hosts.etcds) if direction == "to" else (hosts.etcds, parted)
+        hosts.network.cut(*ends)
+        # Longer than what keeps them registered lives.
+        session.go_on(CUT_FROM_ETCD_S, 64)
+        status = hosts.json("status")
+        assert status["health"] == "degraded", status
+        told = "\n".join(each["what"] for each in status["problems"])
+        for name in parted:
+            said = "is cut off from etcd" if name == "gateway1" else "is not registered in etcd"
+            assert re.search(f"{name} on .* {said}", told), told
+        hosts.network.mend()
+        hosts.await_health("ok")
+        session.go_on(1, 64)
+        assert stale(hosts, image) == set()
+    hosts.must_be_equal(image)
+    hosts.remove(image)
 
 
 def test_etcd_member_cut_off_from_its_peers_is_left_for_another(hosts: HostCluster) -> None:

@@ -84,8 +84,8 @@ def refuse(cluster: DevCluster, image: str, why: str) -> None:
     assert why in said, said
 
 
-def metrics(cluster: DevCluster) -> str:
-    address = tomllib.loads(cluster.config.read_text())["arbiter"]["arbiter"]["metrics"]
+def metrics(cluster: DevCluster, kind: str = "arbiter", name: str = "arbiter") -> str:
+    address = tomllib.loads(cluster.config.read_text())[kind][name]["metrics"]
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
         return str(answer.read(), "utf-8")
 
@@ -149,8 +149,11 @@ def test_writes_stall_without_arbiter_and_node_and_resume_when_the_arbiter_is_ba
         assert pair.health() == "unavailable"
         assert "arbiter" in trouble(pair)
         assert stale(pair, "stall") == [], "etcd takes nothing that the arbiter did not grant"
+        told = 'hci_gateway_arbiter_up{{arbiter="arbiter"}} {}.0'.format
+        assert told(0) in metrics(pair, "gateway", "gateway1")
         pair.run("arbiter")
         assert waiting.result(timeout=RESUME_S) == []
+        assert told(1) in metrics(pair, "gateway", "gateway1")
         session.call("flush")
         assert session.call("read", 0, 32) == [2] * 16 + [1] * 16
     assert stale(pair, "stall") == ["node1"]
@@ -174,6 +177,28 @@ def test_writes_that_wait_for_the_arbiter_resume_when_the_node_is_back(pair: Dev
         session.call("flush")
         assert session.call("read", 0, 32) == [2] * 16 + [1] * 16
     pair.run("arbiter")
+
+
+def test_node_lost_while_etcd_is_away_stalls_writes_until_etcd_is_back(pair: DevCluster) -> None:
+    """The arbiter alone makes nobody stale: what it grants is valid when etcd has taken it."""
+    pair.create("blind", "16M")
+    with NbdSession(pair.url("blind"), 7) as session:
+        session.call("write", 0, 64, 1)
+        pair.kill("etcd")
+        pair.kill("node2")
+        waiting = session.submit("write", 0, 16, 2)
+        with pytest.raises(StillWaiting):
+            waiting.result(timeout=WAIT_S)
+        assert session.call("read", 16, 32) == [1] * 32
+        pair.run("etcd")
+        assert waiting.result(timeout=RESUME_S) == []
+        session.call("flush")
+        assert session.call("read", 0, 32) == [2] * 16 + [1] * 16
+        assert stale(pair, "blind") == ["node2"]
+        pair.run("node2")
+        until("node2 is healed", lambda: stale(pair, "blind") == [])
+    pair.await_health("ok")
+    pair.must_be_equal("blind")
 
 
 def test_granted_node_goes_on_when_the_arbiter_is_lost_after_that(pair: DevCluster) -> None:

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,22 @@ class HostCluster(DevCluster):
     """`nodes` hosts with a node each, `gateways` of them with a gateway, etcd on three.
 
     With `arbiter`, it is on the host after the nodes', as is the last member of etcd then.
+    `settings` are further ones of members, by name.
     """
 
     def __init__(
-        self, *, nodes: int = 3, gateways: int = 2, arbiter: bool = False, seed: int = 0
+        self,
+        *,
+        nodes: int = 3,
+        gateways: int = 2,
+        arbiter: bool = False,
+        seed: int = 0,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__(nodes=nodes, gateways=gateways, arbiter=arbiter)
         self.etcds = [f"etcd{number + 1}" for number in range(ETCD_MEMBERS)]
         self._seed = seed
+        self._settings = settings or {}
         self._members = {member.name: member for member in self._planned()}
         self._listeners: dict[str, socket.socket] = {}
         self._network: Network | None = None
@@ -220,6 +228,7 @@ class HostCluster(DevCluster):
                 }
             if member.kind in ("node", "gateway"):
                 own["control"] = self._at(name, CONTROL)
+            own |= self._settings.get(name, {})
             if member.kind != "etcd":
                 sections[f"{member.kind}.{name}"] = own
         return "\n".join(

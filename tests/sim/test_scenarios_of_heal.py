@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.sim.defects import breaking
+from tests.sim.defects import breaking, planted_by_name
 from tests.sim.oracle import Violation
 from tests.sim.stage import Stage, broken
 
@@ -66,6 +66,39 @@ def test_write_that_a_heal_list_misses_is_noticed() -> None:
         write_while_a_heal_makes_its_list()
 
 
+def write_while_a_shard_is_copied() -> None:
+    """History 5: a source that was compared before a write came to it lacks that."""
+    stage = Stage(seed=13, shards=8)
+    stage.kill(1)
+    for shard in range(8):
+        stage.write(stage.at(shard))
+    for node in range(3):
+        stage.slow(0, node, 5)
+
+    def write_all() -> None:
+        for shard in range(8):
+            stage.guest.write(stage.at(shard), 8)
+
+    def heal_begins(_node: str) -> None:
+        # Some shards are compared by then, some are not yet, and some are right now.
+        stage.cluster.on_heal = lambda _again: None
+        stage.cluster.clock.after(0.06, write_all)
+
+    stage.cluster.on_heal = heal_begins
+    stage.start(1)
+    stage.run(8.0)
+    stage.settle()
+
+
+def test_write_while_its_shard_is_copied_is_on_the_healed_node() -> None:
+    write_while_a_shard_is_copied()
+
+
+def test_shard_that_is_copied_beside_writes_is_noticed() -> None:
+    with broken("HealPausesWrites", match="differs"):
+        write_while_a_shard_is_copied()
+
+
 def discard_while_a_node_is_away() -> None:
     """History 10: what was discarded must not come back with a node that still has it."""
     stage = Stage(shards=4)
@@ -92,6 +125,42 @@ def test_discarded_shard_does_not_come_back_with_a_node_that_was_away() -> None:
 def test_discard_that_a_heal_list_misses_is_noticed() -> None:
     with broken("DirtyCountsAsNewer"):
         discard_while_a_node_is_away()
+
+
+def shrink_while_a_node_is_away() -> None:
+    """History 10: what was cut off must not come back with a node that still has it."""
+    stage = Stage(seed=12, shards=4)
+    cluster = stage.cluster
+    for shard in range(4):
+        stage.write(stage.at(shard))
+    stage.flush()
+    stage.run(4.0)
+    stage.guest.stop()
+    stage.run(4.0)
+    stage.kill(2)
+    for shards in (2, 4):
+        assert cluster.operator.resize(0, shards) is not None
+        stage.until(lambda size=shards: cluster.size_shards() == size, "the image has that size")
+        stage.run(4.0)
+    assert stage.stale() == {"node-2"}
+    stage.start(2)
+    stage.await_stale()
+    # The one that was away is needed, and read, from here on.
+    stage.kill(0)
+    stage.serve(1)
+    for shard in range(4):
+        stage.read(stage.at(shard), host=1)
+    stage.start(0)
+    stage.settle()
+
+
+def test_shard_that_was_shrunk_away_does_not_come_back_with_a_node_that_was_away() -> None:
+    shrink_while_a_node_is_away()
+
+
+def test_shrunk_away_shard_that_is_kept_is_noticed() -> None:
+    with broken(patch=planted_by_name("what a shrink cuts off is discarded"), match="read as"):
+        shrink_while_a_node_is_away()
 
 
 def lose_all_sources_during_a_heal() -> None:

@@ -226,6 +226,56 @@ def test_late_write_that_is_applied_under_another_epoch_is_noticed() -> None:
         old_connection_delivers_after_another_holder_wrote()
 
 
+def copy_arrives_after_another_holder_wrote() -> None:
+    """History 14: a copy that a dead holder ordered lands when its blocks were written over."""
+    stage = Stage(12, shards=4)
+    cluster, blocks = stage.cluster, [stage.at(1, block) for block in range(3)]
+    stage.kill(1)
+    for first in blocks:
+        stage.write(first)
+    stage.flush()
+    cluster.world.tell_all()
+    stage.start(1)
+    delivered(stage, "FETCH")
+    # What it has fetched it sends to the node that is healed, and that is held back.
+    stage.hold(0, 1)
+    stage.run(0.02)
+    cluster.pause_gateway(0)
+    stage.move_to(1)
+    stage.await_stale()
+    for first in blocks:
+        stage.write(first, host=1)
+    stage.flush(host=1)
+    cluster.world.take_told()
+    stage.let_go(0, 1)
+    delivered(stage, "COPY")
+    stage.run(1.0)
+    for first in [*blocks] * 4:
+        stage.read(first, host=1)
+    cluster.continue_gateway(0)
+    stage.run(3.0)
+    stage.settle()
+
+
+def delivered(stage: Stage, frame: str) -> None:
+    """Let time pass until a frame of a kind was delivered."""
+    for _ in range(100_000):
+        if any(frame in words for _at, words in stage.cluster.world.take_told()):
+            return
+        stage.run(0.0001)
+    raise AssertionError(f"there was no {frame}")
+
+
+def test_copy_that_a_dead_holder_ordered_is_dropped() -> None:
+    copy_arrives_after_another_holder_wrote()
+
+
+def test_copy_that_lands_on_newer_data_is_noticed() -> None:
+    """Each of the three refuses it by itself: it is of a session, an epoch, a generation."""
+    with broken("SessionIsCurrent", "EpochIsCurrent", "GenerationIsCurrent", match="read as"):
+        copy_arrives_after_another_holder_wrote()
+
+
 def resend_overtakes_the_old_connection(seed: int) -> None:
     """History 14: one holder, two connections; the old one delivers after the resend."""
     stage = Stage(seed)

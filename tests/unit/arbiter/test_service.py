@@ -229,3 +229,13 @@ def test_clients_are_kept_by_name_and_address(running: Running) -> None:
     assert arbiters.at("arbiter", running.address) is first
     assert arbiters.at("arbiter", "127.0.0.1:1") is not first
     arbiters.close()
+
+
+def test_arbiters_that_were_asked_are_known_to_answer_or_not(running: Running) -> None:
+    arbiters = Arbiters()
+    assert arbiters.answering() == {}
+    arbiters.at("there", running.address).confirm(running.to(), IMAGE, stated(1, "ab"))
+    with pytest.raises(ArbiterUnreachable):
+        arbiters.at("away", "127.0.0.1:1").confirm(running.to(), IMAGE, stated(1, "ab"))
+    assert arbiters.answering() == {"there": True, "away": False}
+    arbiters.close()

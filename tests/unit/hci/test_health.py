@@ -7,7 +7,7 @@ import pytest
 from etcd.images import ImageRecord
 from etcd.records import PlacementRecord, PoolRecord
 from hci import control_pb2 as pb
-from hci.health import NAMED, SHOWN, Health, health_of, on_a_screen, problems
+from hci.health import NAMED, SHOWN, Health, health_of, in_words, on_a_screen, problems
 from hci.survey import ArbiterView, GatewayView, NodeView, Survey
 from shard.ids import image_id
 from shard.membership import Policy
@@ -17,8 +17,11 @@ from tests.unit.samples import image_record
 SETS = (("node1", "node2", "node3"),)
 
 
-def node(name: str, state: str = "up") -> NodeView:
-    return NodeView(name, state, f"host-of-{name}", "default", "127.0.0.1:1", None, 1, 1, "")
+CUT_OFF = "etcd is not reachable"
+
+
+def node(name: str, state: str = "up", trouble: str = "") -> NodeView:
+    return NodeView(name, state, f"host-of-{name}", "default", "127.0.0.1:1", None, 1, 1, trouble)
 
 
 def image(**changes: object) -> ImageRecord:
@@ -76,6 +79,16 @@ def witness(state: str, trouble: str = "") -> ArbiterView:
         ),
         (replace(PAIR, arbiters=(witness("starting"),)), Health.HEALING, "wait"),
         (
+            # It votes: with a node away writes go on.
+            replace(
+                PAIR,
+                nodes=(node("node1"), node("node2", "down")),
+                arbiters=(witness("starting", CUT_OFF),),
+            ),
+            Health.DEGRADED,
+            f"arbiter witness on far is not registered in etcd: {CUT_OFF}",
+        ),
+        (
             replace(PAIR, arbiters=(witness("up", "votes/x is damaged"),)),
             Health.DEGRADED,
             "hci arbiter replace witness NEW",
@@ -121,6 +134,12 @@ def slow(node: pb.SlowNode) -> GatewayView:
     return GatewayView("gateway1", "up", "h", "", [image])
 
 
+def rotten() -> GatewayView:
+    counters = {"rot_waiting": 0, "rot_unrepairable": 3}
+    image = pb.OpenImage(name="vms/a", state=pb.OpenImage.STATE_SERVING, counters=counters)
+    return GatewayView("gateway1", "up", "h", "", [image])
+
+
 def test_cluster_without_problems_is_ok() -> None:
     assert problems(WELL) == []
     assert health_of(problems(WELL)) is Health.OK
@@ -143,6 +162,51 @@ def test_cluster_without_problems_is_ok() -> None:
             replace(WELL, nodes=(node("node1"), node("node2"), node("node3", "starting"))),
             Health.HEALING,
             "wait",
+        ),
+        (
+            # Said to be healing, "wait", for as long as a person did not mend the network.
+            replace(WELL, nodes=(node("node1"), node("node2"), node("node3", "starting", CUT_OFF))),
+            Health.DEGRADED,
+            f"node3 on host-of-node3 is not registered in etcd: {CUT_OFF}",
+        ),
+        (
+            replace(WELL, gateways=(replace(WELL.gateways[0], trouble=CUT_OFF),)),
+            Health.DEGRADED,
+            f"gateway1 on host1 is cut off from etcd: {CUT_OFF}",
+        ),
+        (
+            replace(WELL, gateways=(GatewayView("gateway1", "starting", "h", CUT_OFF),)),
+            Health.DEGRADED,
+            f"gateway1 on h is not registered in etcd: {CUT_OFF}",
+        ),
+        (
+            replace(WELL, gateways=(GatewayView("gateway1", "starting", "h", ""),)),
+            Health.HEALING,
+            "gateway1 is starting wait",
+        ),
+        (
+            replace(WELL, nodes=(node("node1"), node("node2"), node("node3", "failed", "EIO"))),
+            Health.DEGRADED,
+            "node3 on host-of-node3 has failed: EIO see to its disk",
+        ),
+        (
+            replace(
+                WELL,
+                nodes=(
+                    node("node1"),
+                    node("node2"),
+                    replace(node("node3", "down"), ended="a sync failed: Input/output error"),
+                ),
+            ),
+            Health.DEGRADED,
+            "it ended with: a sync failed: Input/output error see to that, then start it",
+        ),
+        (
+            replace(
+                WELL, nodes=(node("node1"), node("node2"), node("node3", "down")), is_dev=False
+            ),
+            Health.DEGRADED,
+            "start `hci node serve --name node3` on host-of-node3, or the service",
         ),
         (
             replace(WELL, images={"vms/a": image(stale={0: {"node3": 1}}, generation=2)}),
@@ -272,3 +336,47 @@ def test_gateway_that_runs_elsewhere_and_cannot_be_asked_is_said_to_be_so() -> N
     (problem,) = problems(replace(WELL, gateways=(*WELL.gateways, silent)))
     assert problem.health is Health.DEGRADED
     assert "gateway2 on host2 runs and cannot be asked" in problem.what
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (WELL, "well"),
+        (
+            replace(WELL, nodes=(node("node1"), node("node2"), node("node3", "starting"))),
+            "healing: it will be well by itself",
+        ),
+        (
+            replace(WELL, nodes=(node("node1"), node("node2"), node("node3", "down"))),
+            "degraded: all images are served, some with fewer copies than there should be; "
+            "it will not be well by itself",
+        ),
+        (
+            # No copy of anything is missing.
+            replace(WELL, gateways=(*WELL.gateways, GatewayView("gateway2", "down", "h", ""))),
+            "degraded: all images are served; it will not be well by itself",
+        ),
+        (
+            # Nothing lies on that node.
+            replace(WELL, nodes=(*WELL.nodes, node("node4", "down"))),
+            "degraded: all images are served; it will not be well by itself",
+        ),
+        (
+            replace(WELL, gateways=(rotten(),)),
+            "degraded: all images are served, and some of their data is damaged; "
+            "it will not be well by itself",
+        ),
+        (Survey(etcd="etcd is not reachable"), "unavailable"),
+    ],
+)
+def test_health_is_told_in_words_that_are_true_of_it(found: Survey, told: str) -> None:
+    assert in_words(problems(found)) == told
+
+
+def test_etcd_that_is_away_is_told_once_and_not_for_each_member_too() -> None:
+    waiting = Survey(
+        etcd=CUT_OFF,
+        nodes=(node("node1", "starting", CUT_OFF),),
+        gateways=(replace(WELL.gateways[0], trouble=CUT_OFF),),
+    )
+    assert [problem.what for problem in problems(waiting)] == [CUT_OFF]

@@ -13,7 +13,7 @@ from shard.ids import ImageId
 from tests.unit.samples import image_record
 from vmstore.errors import ClientBarred
 from vmstore.names import ImageName, parse_image_name
-from vmstore.served import Served, ServedFile, process_lives
+from vmstore.served import Fenced, Served, ServedFile, process_lives
 
 IMAGE = ImageId("cd" * 16)
 NAME: ImageName = parse_image_name("vms/a")
@@ -66,6 +66,7 @@ def test_client_of_a_lost_image_is_barred_until_its_process_ends(host: Host) -> 
     with pytest.raises(ClientBarred):
         served.admit(NAME, GUEST, again)
     served.admit(NAME, OTHER, again)
+    assert served.fenced() == Fenced(images=1, barred=1, refused=1)
     host.living.remove(GUEST)
     served.save()
     served.check(NAME, GUEST, again)

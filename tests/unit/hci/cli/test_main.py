@@ -369,6 +369,20 @@ def test_etcd_that_lost_all_is_told_as_that(hci: Run, empty_etcd: MemoryEtcd) ->
     assert "etcd lost history" in hci("status")[1]
 
 
+def test_status_tells_what_a_node_of_this_machine_ended_with(
+    hci: Run, etcd: MemoryEtcd, tmp_path: Path
+) -> None:
+    # A node whose disk had failed was to be started, and nothing else was said of it.
+    folder = tmp_path / "log"
+    folder.mkdir(parents=True)
+    (folder / "node1.log").write_text("event=node_started\nhci: node node1: Input/output error\n")
+    (folder / "node2.log").write_text("event=node_registered\n")
+    problems = json.loads(hci("status", "--json")[1])["problems"]
+    told = [each["what"] for each in problems]
+    assert any(what.endswith("it ended with: node node1: Input/output error") for what in told)
+    assert not any("node2" in what and "ended" in what for what in told)
+
+
 def test_etcd_that_does_not_answer_is_told(hci: Run) -> None:
     status, _, complaint = hci("pool", "ls")
     assert status == 1
