@@ -50,7 +50,7 @@ class NodeStatus(_message.Message):
         DESCRIPTOR: _descriptor.EnumDescriptor
         STATE_UNSPECIFIED: NodeStatus._State.ValueType  # 0
         STATE_STARTING: NodeStatus._State.ValueType  # 1
-        """Opening its store, or not registered in etcd yet."""
+        """Opening its store, or not known in etcd: not yet, or no more."""
         STATE_SERVING: NodeStatus._State.ValueType  # 2
         STATE_STOPPING: NodeStatus._State.ValueType  # 3
         """Asked to stop; answers what it has begun."""
@@ -60,7 +60,7 @@ class NodeStatus(_message.Message):
     class State(_State, metaclass=_StateEnumTypeWrapper): ...
     STATE_UNSPECIFIED: NodeStatus.State.ValueType  # 0
     STATE_STARTING: NodeStatus.State.ValueType  # 1
-    """Opening its store, or not registered in etcd yet."""
+    """Opening its store, or not known in etcd: not yet, or no more."""
     STATE_SERVING: NodeStatus.State.ValueType  # 2
     STATE_STOPPING: NodeStatus.State.ValueType  # 3
     """Asked to stop; answers what it has begun."""
@@ -494,7 +494,7 @@ class GatewayStatus(_message.Message):
         DESCRIPTOR: _descriptor.EnumDescriptor
         STATE_UNSPECIFIED: GatewayStatus._State.ValueType  # 0
         STATE_STARTING: GatewayStatus._State.ValueType  # 1
-        """Not registered in etcd yet."""
+        """Not known in etcd: not yet, or no more."""
         STATE_SERVING: GatewayStatus._State.ValueType  # 2
         STATE_STOPPING: GatewayStatus._State.ValueType  # 3
         """Asked to stop: flushes, closes its images and gives their leases back."""
@@ -502,7 +502,7 @@ class GatewayStatus(_message.Message):
     class State(_State, metaclass=_StateEnumTypeWrapper): ...
     STATE_UNSPECIFIED: GatewayStatus.State.ValueType  # 0
     STATE_STARTING: GatewayStatus.State.ValueType  # 1
-    """Not registered in etcd yet."""
+    """Not known in etcd: not yet, or no more."""
     STATE_SERVING: GatewayStatus.State.ValueType  # 2
     STATE_STOPPING: GatewayStatus.State.ValueType  # 3
     """Asked to stop: flushes, closes its images and gives their leases back."""
