@@ -158,10 +158,7 @@ class ArbiterDaemon:
 
     def _unheard(self) -> str:
         """Say so where etcd may have forgotten the arbiter since it answered last."""
-        session = self._session
-        if session is None or not self.registered or session.remaining_s():
-            return ""
-        return daemon.UNHEARD
+        return daemon.unheard(self._session) if self.registered else ""
 
     def _look_after(self) -> None:
         if self.record.failure:

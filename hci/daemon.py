@@ -17,20 +17,25 @@ from typing import IO
 import structlog
 
 from etcd.errors import EtcdError
+from etcd.lease import Session
 from hci.config import Endpoint
 from hci.errors import DaemonError
 
 RETRY_S = 1.0
 """Until etcd is asked again by a daemon that starts."""
 
-UNHEARD = "etcd has not answered for longer than its registration lasts"
-"""The trouble of a daemon whose etcd lease may have ended without its hearing of that."""
-
 LOCK_WAIT_S = 10.0
 """How long a new process waits for its predecessor to end and free the lock."""
 
 OPEN_FILES = 65_536
 """More than a gateway's clients (4,096) and a node's shard files (512) and connections (1,024)."""
+
+
+def unheard(session: Session | None) -> str:
+    """Say so where a daemon's etcd lease may have ended without its having heard of that."""
+    if session is None or session.remaining_s():
+        return ""
+    return "etcd has not answered for longer than its registration lasts"
 
 
 def log_to_stderr() -> None:

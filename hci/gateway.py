@@ -180,18 +180,16 @@ class GatewayDaemon:
 
     def unannounced(self) -> str:
         """Say so where etcd, and whoever asks it, may not know this gateway, which serves."""
-        session = self._session
-        if not self.serving or session is None:
+        if not self.serving or self._session is None:
             return ""
-        return self._not_announced or ("" if session.remaining_s() else daemon.UNHEARD)
+        return self._not_announced or daemon.unheard(self._session)
 
     @property
     def _registered(self) -> bool:
         """Whether etcd knows this gateway, as far as that can be known."""
         session = self._session
-        return (
-            session is not None and session.lease == self._announced and session.remaining_s() > 0
-        )
+        announced = session is not None and session.lease == self._announced
+        return announced and not daemon.unheard(session)
 
     def _sockets(self) -> list[socket.socket]:
         """Return the sockets that NBD clients connect to. Raises DaemonError.

@@ -409,10 +409,7 @@ class NodeDaemon:
 
     def unheard(self) -> str:
         """Say so where etcd may have forgotten the node since it answered last."""
-        session = self._session
-        if session is None or not self.registered or session.remaining_s():
-            return ""
-        return daemon.UNHEARD
+        return daemon.unheard(self._session) if self.registered else ""
 
 
 def node_samples(status: dict[str, Any], failure: str | None, registered: bool) -> metrics.Samples:

@@ -9,7 +9,7 @@ import subprocess
 import time
 import tomllib
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -223,3 +223,33 @@ class ReconnectingDisk:
             ["nbdinfo", "--size", self.uri], capture_output=True, timeout=START_TIMEOUT_S
         )
         return asked.returncode == 0
+
+
+def gateways_lost_under_fio(
+    cluster: DevCluster, folder: Path, strike: Callable[[], None]
+) -> Iterator[str]:
+    """Has `strike` end gateways, which it starts again, at a chosen moment under fio that verifies.
+
+    Gives the image of each round once all is well again; its replicas are compared after that.
+    """
+    for number in range(rounds(1)):
+        seed = drawn_seed(number)
+        moment_s = random.Random(seed).uniform(0, STRIKE_S)
+        print(f"round {number}: seed {seed}: {moment_s:.2f} s after the first write")
+        image = f"fio-{number}"
+        directory = folder / image
+        directory.mkdir()
+        cluster.create(image, f"{SIZE_MIB}M")
+        with ReconnectingDisk(cluster.url(image), directory) as disk:
+            with VerifyingFio(disk.uri, seed, directory) as fio:
+                await_write(cluster, image, fio)
+                time.sleep(moment_s)
+                assert fio.is_running
+                strike()
+                # The new process counts from 0: there was something left to write.
+                await_write(cluster, image, fio)
+                fio.finish()
+        cluster.await_health("ok")
+        yield image
+        cluster.must_be_equal(image)
+        cluster.remove(image)

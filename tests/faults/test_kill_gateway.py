@@ -11,11 +11,11 @@ from tests.devcluster import DevCluster
 from tests.faults.flushed_writer import FlushedWriter
 from tests.faults.load import (
     SIZE_MIB,
-    STRIKE_S,
     ReconnectingDisk,
     VerifyingFio,
     await_write,
     drawn_seed,
+    gateways_lost_under_fio,
     rounds,
 )
 from tests.faults.nbd_session import NbdSession
@@ -26,29 +26,13 @@ OUTAGE_S = 0.5
 def test_gateway_killed_under_fio_verify_gives_no_error(
     cluster: DevCluster, tmp_path: Path
 ) -> None:
-    for number in range(rounds(1)):
-        seed = drawn_seed(number)
-        moment_s = random.Random(seed).uniform(0, STRIKE_S)
-        print(f"round {number}: seed {seed}: {moment_s:.2f} s after the first write")
-        image = f"round-{number}"
-        directory = tmp_path / image
-        directory.mkdir()
-        cluster.create(image, f"{SIZE_MIB}M")
-        with ReconnectingDisk(cluster.url(image), directory) as disk:
-            with VerifyingFio(disk.uri, seed, directory) as fio:
-                await_write(cluster, image, fio)
-                time.sleep(moment_s)
-                assert fio.is_running
-                cluster.kill("gateway1")
-                time.sleep(OUTAGE_S)
-                cluster.run("gateway1")
-                # The new process counts from 0: there was something left to write.
-                await_write(cluster, image, fio)
-                fio.finish()
-        cluster.await_health("ok")
+    def killed_for_a_while() -> None:
+        cluster.kill("gateway1")
+        time.sleep(OUTAGE_S)
+        cluster.run("gateway1")
+
+    for image in gateways_lost_under_fio(cluster, tmp_path, killed_for_a_while):
         assert cluster.info(image)["stale"] == []
-        cluster.must_be_equal(image)
-        cluster.remove(image)
 
 
 def test_gateway_killed_during_writes_loses_no_answered_write(

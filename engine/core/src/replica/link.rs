@@ -186,12 +186,16 @@ impl Link {
             self.flush(poller, now_ns, events);
             return false;
         }
-        let read = self.read(now_ns, events);
-        match &read {
-            Ok(_) => self.flush(poller, now_ns, events),
-            Err(why) => self.end(poller, now_ns, why.clone(), events),
+        match self.read(now_ns, events) {
+            Ok(more) => {
+                self.flush(poller, now_ns, events);
+                more
+            }
+            Err(why) => {
+                self.end(poller, now_ns, why, events);
+                false
+            }
         }
-        read == Ok(true)
     }
 
     fn greet(&mut self, now_ns: u64) {
