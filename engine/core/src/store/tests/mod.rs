@@ -5,6 +5,7 @@ mod disk;
 mod images;
 mod model;
 mod read_write;
+mod replay;
 mod rig;
 mod rot;
 mod scrub;
