@@ -14,7 +14,6 @@ import structlog
 
 from engine import Gateway
 from etcd.images import ImageRecord
-from shard.digest import membership_digest
 from vmstore import effects, events
 from vmstore.events import NodeRecordView
 from vmstore.healing import HealLimits
@@ -85,11 +84,11 @@ class Channels:
             size_bytes=record.size_bytes,
             shard_bytes=record.shard_bytes,
             placement_key=record.placement_key,
-            layers=[layer.id for layer in record.layers],
+            layers=record.layer_ids,
             epoch=record.epoch,
             holder=self._holder_id,
             generation=record.generation,
-            digest=membership_digest(record.membership),
+            digest=record.digest,
             body=record.encode(),
             nodes=list(image.node_names),
             sets=[self._indexes(image, members) for members in record.sets],
@@ -138,7 +137,7 @@ class Channels:
         self._engine.reconfigure(
             image.channel,
             generation=record.generation,
-            digest=membership_digest(record.membership),
+            digest=record.digest,
             body=record.encode(),
             in_sync=self._in_sync(image, record),
         )

@@ -26,6 +26,8 @@ One change of the record is under way at a time. A node in sync that is lost is 
 where requests wait for it, and only by a change that etcd took first (membership before
 acknowledgement); where that would break the quorum it stays in sync, and its requests wait.
 
+A snapshot is a change of the record too, for which changes of clients wait (`freezing`).
+
 What this module refuses: to serve from a node that knows a later record (etcd was rolled back), and
 to believe a node that has lost its record or was rolled back itself: such a node is stale since 0.
 """
@@ -35,7 +37,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from etcd.images import ImageRecord
-from shard.membership import Change, Ready, Wait, lose, rejoin
+from shard.membership import Change, Ready, lose, rejoin
 from vmstore.effects import (
     Admit,
     ChangeMembership,
@@ -43,6 +45,7 @@ from vmstore.effects import (
     Effect,
     EndHeal,
     Forget,
+    Freeze,
     Heal,
     KillImage,
     OpenImage,
@@ -51,6 +54,8 @@ from vmstore.effects import (
     Refuse,
     Release,
     Serve,
+    TellSnapshot,
+    Thaw,
 )
 from vmstore.events import (
     AdmitFailed,
@@ -60,6 +65,8 @@ from vmstore.events import (
     Event,
     Fail,
     Fenced,
+    FreezeFailed,
+    Frozen,
     Healed,
     HealFailed,
     Lags,
@@ -74,8 +81,10 @@ from vmstore.events import (
     ReplicaDown,
     ReplicaFailed,
     Stored,
+    TakeSnapshot,
     Tick,
 )
+from vmstore.freezing import Freezing, Stage, is_unstored
 from vmstore.healing import Heals
 from vmstore.judging import emptied, problem_of
 from vmstore.slowness import Slowness
@@ -159,6 +168,7 @@ class Holder:
     too_slow: str | None = None
     """Whom the proposal leaves behind although it is there."""
     space: Space = field(default_factory=lambda: Space(FAILING_S))
+    freezing: Freezing = field(default_factory=Freezing)
     storing: bool = False
     paused: bool = False
     """Another change of the record is under way: none is proposed."""
@@ -234,6 +244,15 @@ class Holder:
                 return self._go_on()
             case AdmitFailed(node):
                 return self._on_admit_failed(node)
+            case TakeSnapshot(name, created_s):
+                if self.phase is not Phase.SERVING:
+                    return [TellSnapshot("the image is being closed; try again")]
+                self.freezing.order(name, created_s, self.now_s)
+                return self._go_on()
+            case Frozen(attempt):
+                return self._on_frozen(attempt)
+            case FreezeFailed(attempt, why):
+                return self._on_freeze_failed(attempt, why)
             case Healed(_, attempt):
                 self.heals.healed(attempt)
                 return self._go_on()
@@ -242,9 +261,7 @@ class Holder:
                 self._on_heal_failed(attempt)
                 return self._go_on()
             case Stored(generation):
-                if generation == self.record.generation:
-                    self.storing = False
-                return self._go_on()
+                return [*self._on_stored(generation), *self._go_on()]
 
     # Taking the lease, and the end
 
@@ -261,9 +278,11 @@ class Holder:
 
     def _on_close(self) -> list[Effect]:
         if self.phase is Phase.SERVING:
-            self.phase = Phase.CLOSING
             heal = self.heals.now
             ended = self._end_heal(heal.attempt) if heal and self.proposal is None else []
+            if self.freezing.stage is not Stage.STORING:
+                ended += self._give_up_snapshot("the image is being closed; try again")
+            self.phase = Phase.CLOSING
             return [*ended, CloseImage()]
         if self.phase in (Phase.GATHERING, Phase.JOINING):
             # Nothing was served: what was unclean before stays so.
@@ -274,17 +293,19 @@ class Holder:
     def _on_closed(self, clean: bool) -> list[Effect]:
         if self.phase is not Phase.CLOSING or self.record is None:
             return []
+        told = self._give_up_snapshot("the image was closed before its nodes had stored it")
         self.phase = Phase.RELEASING
         self.retry_at_s = None
-        return [Release(self.record, clean and self.proposal is None)]
+        return [*told, Release(self.record, clean and self.proposal is None)]
 
     def _give_up(self, reason: str) -> list[Effect]:
         if self.phase is Phase.RELEASING or self.record is None:
             return []
+        told = self._give_up_snapshot(reason)
         self.trouble = reason
         self.phase = Phase.RELEASING
         self.retry_at_s = None
-        return [KillImage(), Refuse(reason), Release(self.record, False)]
+        return [*told, KillImage(), Refuse(reason), Release(self.record, False)]
 
     # Nodes that come
 
@@ -328,16 +349,18 @@ class Holder:
             return []
         if self.proposal is not None or self.paused:
             return []
+        if self.freezing.stage is Stage.FREEZING:
+            return self._watch_freeze()
         effects = self._give_up_heal()
         change = self._change_membership()
         if change is not None:
             return [*effects, change]
-        return [*effects, *self._let_in(), *self._begin_heal()]
+        return [*effects, *self._let_in(), *self._freeze(), *self._begin_heal()]
 
     def _change_membership(self) -> Effect | None:
         """Propose a membership without the nodes that are lost, where that is due and allowed.
 
-        It takes the healed node in as well.
+        It takes the healed node in as well, and out a snapshot that is withdrawn.
         """
         assert self.record is not None
         membership = self.record.membership
@@ -346,19 +369,20 @@ class Holder:
             return None
         if not lost or not self._is_due(lost):
             lost = set()
-        if self.storing and not lost & self.blocking:
+        held = self.blocking | (lost if self.freezing.stage is Stage.STORING else set())
+        if self.storing and not lost & held:
             return None
         self.too_slow = None if lost else self._too_slow()
         slow = set() if self.too_slow is None else {self.too_slow}
         plan = rejoin(membership, self._to_take_in(), lost | slow, self.emptied)
-        match plan:
-            case Ready() | Wait():
-                return None
-            case Change(membership):
-                self.proposal = replace(
-                    self.record, generation=membership.generation, stale=membership.stale
-                )
-                return ChangeMembership(self.record, self.proposal)
+        after = self.record.without_newest_snapshot() if self._withdraws() else self.record
+        if isinstance(plan, Change):
+            changed = plan.membership
+            after = replace(after, generation=changed.generation, stale=changed.stale)
+        if after is self.record:
+            return None
+        self.proposal = after
+        return ChangeMembership(self.record, after)
 
     def _too_slow(self) -> str | None:
         """Return a node that is not worth waiting for: all others of its sets are well."""
@@ -375,6 +399,82 @@ class Holder:
     def _is_well(self, name: str) -> bool:
         node = self.nodes[name]
         return node.standing is Standing.UP and not self._is_failing(node)
+
+    # Snapshots: see `freezing`
+
+    @property
+    def changes_record(self) -> bool:
+        """Whether the record is being changed, or about to be: no other change may be made."""
+        freezing = self.freezing
+        return self.proposal is not None or self.paused or freezing.holds or freezing.withdraws
+
+    def _freeze(self) -> list[Effect]:
+        """Begin to freeze for the snapshot that is wanted, if all nodes in sync are well."""
+        if self.freezing.stage is not Stage.WAITING or self.phase is not Phase.SERVING:
+            return []
+        if self.storing or self.retry_at_s is not None or self.now_s < self.freezing.not_before_s:
+            return []
+        return [Freeze(self.freezing.freeze(self.now_s))] if self._all_are_well() else []
+
+    def _all_are_well(self) -> bool:
+        in_sync = self._in_sync_names()
+        return all(map(self._is_well, in_sync)) and not in_sync & (self.levelling | self.emptied)
+
+    def _watch_freeze(self) -> list[Effect]:
+        """Thaw where a node is lost: the record has to leave it behind first."""
+        if self._all_are_well():
+            return []
+        self.freezing.wait(self.now_s)
+        return [Thaw(self.freezing.attempt), *self._go_on()]
+
+    def _on_frozen(self, attempt: int) -> list[Effect]:
+        assert self.record is not None
+        if not self.freezing.is_of_now(attempt):
+            return []
+        self.proposal = self.freezing.propose(self.record, self.now_s)
+        return [ChangeMembership(self.record, self.proposal)]
+
+    def _on_freeze_failed(self, attempt: int, why: str) -> list[Effect]:
+        freezing = self.freezing
+        if not freezing.is_of_now(attempt):
+            return []
+        if self.now_s - freezing.since_s < RETRY_S:
+            # At once, with nothing held up: the engine knew of a loss before us.
+            freezing.wait(self.now_s, RETRY_S)
+            return self._go_on()
+        freezing.end()
+        return [TellSnapshot(f"{why}; try again"), *self._go_on()]
+
+    def _on_stored(self, generation: int) -> list[Effect]:
+        assert self.record is not None
+        if generation != self.record.generation:
+            return []
+        self.storing = False
+        if self.freezing.stage is not Stage.STORING:
+            return []
+        self.freezing.end()
+        return [TellSnapshot()]
+
+    def _give_up_snapshot(self, why: str) -> list[Effect]:
+        """End one that is being taken; what etcd may have of it is withdrawn once that is known."""
+        freezing = self.freezing
+        if freezing.stage is Stage.NONE:
+            return []
+        held = freezing.stage in (Stage.FREEZING, Stage.CHANGING)
+        freezing.withdraws = freezing.stage is Stage.CHANGING
+        freezing.end()
+        return [*([Thaw(freezing.attempt)] if held else []), TellSnapshot(why)]
+
+    def _withdraws(self) -> bool:
+        """Whether the record's newest snapshot is to go: see `freezing`."""
+        assert self.record is not None
+        if self.freezing.withdraws:
+            return True
+        if self.phase is not Phase.GATHERING:
+            return False
+        heard = [self.nodes[name].peeked for name in self._in_sync_names() - self.emptied]
+        known = [peeked for peeked in heard if peeked is not None]
+        return len(known) == len(heard) and is_unstored(self.record, known)
 
     # Heal
 
@@ -473,6 +573,7 @@ class Holder:
     def _is_due(self, lost: set[str]) -> bool:
         """A serving image leaves nodes behind when requests wait; an opening one after a grace."""
         waits = bool(lost & (self.blocking | self.emptied)) or self._keep_others_out(lost)
+        waits = waits or (bool(lost) and self.freezing.stage is not Stage.NONE)
         if self.phase in (Phase.SERVING, Phase.CLOSING) and self._is_founded(self._in_sync_names()):
             if waits and self._others_are_level(lost):
                 return True
@@ -619,7 +720,17 @@ class Holder:
     def _on_changed(self, record: ImageRecord) -> list[Effect]:
         assert self.proposal is not None, "one change at a time"
         assert record.membership == self.proposal.membership, "it is the one that was proposed"
+        assert record.layers == self.proposal.layers, "with its layers"
+        assert self.record is not None
+        adds_layer = len(record.layers) > len(self.record.layers)
         self.record, self.proposal, self.undecided = record, None, False
+        if adds_layer and self.freezing.withdraws:
+            # It was given up. The engine goes by the former layers until it is withdrawn.
+            self.retry_at_s = None
+            return self._go_on()
+        self.freezing.withdraws = False
+        if adds_layer:
+            self.freezing.store(self.now_s)
         self._on_taken_in(record)
         in_sync = record.membership.all_in_sync()
         if self.too_slow is not None:
@@ -641,16 +752,30 @@ class Holder:
     def _on_delayed(self, why: str, maybe_taken: bool) -> list[Effect]:
         """Keep a proposal that etcd may have taken; forget another one and decide anew later."""
         self.retry_at_s = self.now_s + RETRY_S
-        self.trouble = f"a change of membership waits: {why}"
+        what = "a snapshot" if self.freezing.holds else "a change of membership"
+        self.trouble = f"{what} waits: {why}"
         self.undecided = self.undecided or maybe_taken
         if self.undecided:
             return []
+        told = self._give_up_snapshot(why) if self.freezing.stage is Stage.CHANGING else []
+        self._forget_withdrawal()
         self.proposal = self.too_slow = None
-        return self._go_on()
+        return [*told, *self._go_on()]
+
+    def _forget_withdrawal(self) -> None:
+        """What was to be withdrawn surely did not come to etcd, unless the record has it."""
+        assert self.record is not None and self.proposal is not None
+        if len(self.proposal.layers) > len(self.record.layers):
+            self.freezing.withdraws = False
 
     def _on_tick(self) -> list[Effect]:
         if self.phase is Phase.ENDED:
             return []
+        late = self.freezing.is_late(self.missing(), self.levelling, self.now_s)
+        told = self._give_up_snapshot(late) if late else []
+        return [*told, *self._on_time()]
+
+    def _on_time(self) -> list[Effect]:
         self.slowness.look(self.now_s)
         if self.record is not None:
             self.space.look(self.record.membership, self.now_s)
@@ -717,6 +842,11 @@ class Holder:
         if self.proposal is not None:
             assert self.proposal.generation == self.record.generation + 1, "one step at a time"
             assert self.proposal.epoch == self.record.epoch, "epochs change with the lease only"
+        stage = self.freezing.stage
+        if stage is not Stage.NONE:
+            assert self.phase in (Phase.SERVING, Phase.CLOSING), "a snapshot is of what serves"
+            assert (stage is Stage.CHANGING) <= (self.proposal is not None), "and is asked for"
+            assert stage is not Stage.STORING or self.storing, "then stored"
 
 
 def closing_waits_for(holder: Holder) -> str:

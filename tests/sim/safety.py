@@ -187,7 +187,7 @@ class Safety:
         process, image = serving
         states = dict(cluster.world.replica_states(process.index, image.channel))
         is_quiet = self._is_quiet(process, image)
-        layers = [layer.id for layer in record.layers]
+        layers = record.layer_ids
         membership = record.membership
         for shard in range(cluster.shape.shards):
             in_sync = membership.in_sync(cluster.set_of(shard))
@@ -258,7 +258,7 @@ class Safety:
     def _in_sync(self) -> Iterable[tuple[int, list[int], list[int]]]:
         cluster, record = self._cluster, self._cluster.record
         assert record is not None
-        layers = [layer.id for layer in record.layers]
+        layers = record.layer_ids
         for shard in range(cluster.shape.shards if not cluster.rolled_back else 0):
             in_sync = record.membership.in_sync(cluster.set_of(shard))
             yield shard, [cluster.names.index(name) for name in in_sync], layers

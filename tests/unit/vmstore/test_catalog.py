@@ -209,7 +209,7 @@ def test_image_is_made_empty_and_clean(catalog: Catalog) -> None:
     assert (record.epoch, record.holder, record.generation, record.clean) == (0, None, 1, True)
     assert record.placement_key == record.id
     assert record.sets == catalog.placement("vms").record.sets
-    assert [layer.id for layer in record.layers] == [1]
+    assert record.layer_ids == [1]
 
 
 def test_image_ids_are_random(catalog: Catalog) -> None:

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from etcd.images import ImageRecord
-from shard.digest import membership_digest
 from shard.ids import ImageId
 from shard.membership import Policy
 from tests.unit.samples import NODES, image_record
@@ -33,7 +32,7 @@ def view(ours: ImageRecord, **changes: object) -> events.NodeRecordView:
         epoch=ours.epoch - 1,
         holder="ef" * 16,
         generation=ours.generation,
-        digest=membership_digest(ours.membership),
+        digest=ours.digest,
         peers={},
         dirty=1,
     )

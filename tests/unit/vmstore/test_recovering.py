@@ -12,7 +12,6 @@ from etcd.interface import KeyValue, Put
 from etcd.memory import MemoryEtcd
 from etcd.records import ClusterRecord, LostRecord, NameRecord, TombstoneRecord
 from hci.known import known_parts, member_of
-from shard.digest import membership_digest
 from shard.ids import ImageId
 from tests.unit.samples import image_record
 from vmstore.errors import RecoveryRefused
@@ -40,7 +39,7 @@ def record(epoch: int, generation: int, stale: Mapping[str, int] | None = None) 
 
 
 def held(image: ImageRecord) -> HeldRecord:
-    digest = membership_digest(image.membership)
+    digest = image.digest
     return HeldRecord(IMAGE, image.epoch, image.holder or "", image.generation, digest, image)
 
 
