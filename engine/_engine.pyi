@@ -91,9 +91,32 @@ class Gateway:
         """
 
     def reconfigure(
-        self, channel: int, *, generation: int, digest: bytes, body: bytes, in_sync: list[list[int]]
+        self,
+        channel: int,
+        *,
+        generation: int,
+        digest: bytes,
+        body: bytes,
+        in_sync: list[list[int]],
+        layers: list[int],
     ) -> None:
-        """Go by a new record; `stored` tells that the nodes in sync hold it."""
+        """Go by a new record; `stored` tells that the nodes in sync hold it.
+
+        Other layers than before only while the image is frozen; as its nodes in sync have stored
+        them, what waited goes on, to the new top.
+        """
+
+    def freeze(self, channel: int, attempt: int) -> None:
+        """Have clients' writes, zeroes and flushes wait for a snapshot (`frozen`, `freeze_failed`).
+
+        `frozen`: no write is in flight, and all is durable on the nodes in sync. It stays so until
+        `thaw`, or `reconfigure` with other layers. `freeze_failed`, with `why`, at once where not
+        all nodes in sync are up and level; when one is lost before `frozen`, or two seconds were
+        not enough; then what waited goes on.
+        """
+
+    def thaw(self, channel: int, attempt: int) -> None:
+        """End that freeze under the layers of before; nothing where it is over."""
 
     def refuse_writes(self, channel: int, sets: list[int]) -> None:
         """Tell clients of these replica sets, and only these, that there is no room for writes."""
@@ -391,7 +414,10 @@ class Simulation:
         digest: bytes,
         body: bytes,
         in_sync: list[list[int]],
+        layers: list[int],
     ) -> None: ...
+    def freeze(self, gateway: int, channel: int, attempt: int) -> None: ...
+    def thaw(self, gateway: int, channel: int, attempt: int) -> None: ...
     def refuse_writes(self, gateway: int, channel: int, sets: list[int]) -> None: ...
     def set_lease_deadline(self, gateway: int, channel: int, deadline_ns: int) -> None: ...
     def heal(
@@ -458,6 +484,9 @@ class Simulation:
     def flush(self, gateway: int, channel: int, client: int, cookie: int) -> bool: ...
     def node_record(self, node: int, image: str) -> tuple[int, str, int, bytes] | None:
         """Return epoch, holder, generation and digest of the record on a running node."""
+
+    def node_layers(self, node: int, image: str) -> list[int] | None:
+        """Return the layers that this record names, top first."""
 
     def inventory(self, node: int) -> dict[str, Any]:
         """Return what a running node holds, as `Node.inventory`."""

@@ -75,10 +75,14 @@ pub enum Rule {
     RepairPausesWrites,
     /// Of writes that share a block one begins when the other is answered.
     BlockWritesAreOrdered,
+    /// The layers change when no write is in flight.
+    SnapshotsWaitForWrites,
+    /// What a snapshot holds is durable on all nodes in sync before the record names it.
+    SnapshotsAreFlushed,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 34] = [
+    pub const ALL: [Rule; 36] = [
         Rule::SessionIsCurrent,
         Rule::EpochIsCurrent,
         Rule::GenerationIsCurrent,
@@ -113,6 +117,8 @@ impl Rule {
         Rule::LossIsTold,
         Rule::RepairPausesWrites,
         Rule::BlockWritesAreOrdered,
+        Rule::SnapshotsWaitForWrites,
+        Rule::SnapshotsAreFlushed,
     ];
 }
 

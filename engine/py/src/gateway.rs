@@ -10,6 +10,7 @@ use hci_engine_core::replica::{
     Event, HealLimits, HealSpec, HealState, LevelState, LinkTarget, NodeMask, OpenSpec,
     PeekedRecord, RotState, ScrubSpec, ScrubState, SetSpec,
 };
+use hci_engine_core::store::Chain;
 use hci_engine_core::wire::messages::HelloReply;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -169,7 +170,7 @@ impl Gateway {
         self.order(Command::Admit { channel, nodes, resume })
     }
 
-    #[pyo3(signature = (channel, *, generation, digest, body, in_sync))]
+    #[pyo3(signature = (channel, *, generation, digest, body, in_sync, layers))]
     fn reconfigure(
         &self,
         channel: u32,
@@ -177,10 +178,20 @@ impl Gateway {
         digest: [u8; 32],
         body: Vec<u8>,
         in_sync: Vec<Vec<u8>>,
+        layers: Vec<u32>,
     ) -> PyResult<()> {
         let in_sync = in_sync.iter().map(|nodes| mask(nodes)).collect::<PyResult<_>>()?;
-        let body = body.into();
-        self.order(Command::Reconfigure { channel, generation, digest, body, in_sync })
+        let (body, layers) = (body.into(), chain(layers)?);
+        self.order(Command::Reconfigure { channel, generation, digest, body, in_sync, layers })
+    }
+
+    /// Has what clients change wait for a snapshot, until `frozen` or `freeze_failed`.
+    fn freeze(&self, channel: u32, attempt: u64) -> PyResult<()> {
+        self.order(Command::Freeze { channel, attempt })
+    }
+
+    fn thaw(&self, channel: u32, attempt: u64) -> PyResult<()> {
+        self.order(Command::Thaw { channel, attempt })
     }
 
     fn refuse_writes(&self, channel: u32, sets: Vec<usize>) -> PyResult<()> {
@@ -398,7 +409,7 @@ pub(crate) fn open_spec(
         image: parse_id(image)?,
         channel,
         geometry,
-        layers,
+        layers: chain(layers)?,
         epoch,
         holder: parse_id(holder)?.0,
         generation,
@@ -409,6 +420,14 @@ pub(crate) fn open_spec(
         local,
         levelling: HealLimits { bytes_per_second, shards_at_once, share_percent },
     })
+}
+
+/// The layers of an image, top first.
+pub(crate) fn chain(layers: Vec<u32>) -> PyResult<Vec<u32>> {
+    match Chain::new(&layers) {
+        Some(_) => Ok(layers),
+        None => Err(PyValueError::new_err("layers are ids that fall, at least one")),
+    }
 }
 
 pub(crate) fn mask(nodes: &[u8]) -> PyResult<NodeMask> {
@@ -574,6 +593,15 @@ fn put_image_event(py: Python<'_>, dict: &Bound<'_, PyDict>, event: Event) -> Py
         Event::Stored { generation } => {
             dict.set_item("event", "stored")?;
             dict.set_item("generation", generation)
+        }
+        Event::Frozen { attempt } => {
+            dict.set_item("event", "frozen")?;
+            dict.set_item("attempt", attempt)
+        }
+        Event::FreezeFailed { attempt, why } => {
+            dict.set_item("event", "freeze_failed")?;
+            dict.set_item("attempt", attempt)?;
+            dict.set_item("why", why)
         }
         Event::Fenced { node, status } => {
             dict.set_item("event", "fenced")?;

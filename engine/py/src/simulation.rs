@@ -1,7 +1,7 @@
 //! `Simulation`: a cluster in memory for tests, moved one step at a time. Only with the feature
 //! `simulation`.
 
-use crate::gateway::{event_dict, mask, open_spec, scrub_dict};
+use crate::gateway::{chain, event_dict, mask, open_spec, scrub_dict};
 use crate::ids::{hex, parse_id};
 use crate::node::inventory_dict;
 use hci_engine_core::replica::{HealLimits, HealSpec, ImageIo, ScrubSpec, Token};
@@ -309,7 +309,8 @@ impl Simulation {
         Ok(())
     }
 
-    #[pyo3(signature = (gateway, channel, *, generation, digest, body, in_sync))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
+    #[pyo3(signature = (gateway, channel, *, generation, digest, body, in_sync, layers))]
     fn reconfigure(
         &self,
         gateway: usize,
@@ -318,11 +319,23 @@ impl Simulation {
         digest: [u8; 32],
         body: Vec<u8>,
         in_sync: Vec<Vec<u8>>,
+        layers: Vec<u32>,
     ) -> PyResult<()> {
         let in_sync = in_sync.iter().map(|nodes| mask(nodes)).collect::<PyResult<Vec<_>>>()?;
+        let layers = chain(layers)?;
         self.at_gateway(gateway)?.with_image(gateway, channel, |io| {
-            io.reconfigure(generation, digest, body.into(), &in_sync);
+            io.reconfigure(generation, digest, body.into(), &in_sync, &layers);
         });
+        Ok(())
+    }
+
+    fn freeze(&self, gateway: usize, channel: u32, attempt: u64) -> PyResult<()> {
+        self.at_gateway(gateway)?.with_image(gateway, channel, |io| io.freeze(attempt));
+        Ok(())
+    }
+
+    fn thaw(&self, gateway: usize, channel: u32, attempt: u64) -> PyResult<()> {
+        self.at_gateway(gateway)?.with_image(gateway, channel, |io| io.thaw(attempt));
         Ok(())
     }
 
@@ -480,6 +493,11 @@ impl Simulation {
     fn node_record(&self, node: usize, image: &str) -> PyResult<Option<RecordTuple>> {
         let record = self.at_node(node)?.node_record(node, &parse_id(image)?);
         Ok(record.map(|head| (head.epoch, hex(&head.holder), head.generation, head.digest)))
+    }
+
+    /// The layers that the record on a running node names, top first.
+    fn node_layers(&self, node: usize, image: &str) -> PyResult<Option<Vec<u32>>> {
+        Ok(self.at_node(node)?.node_layers(node, &parse_id(image)?))
     }
 
     /// Images of a running node that were set back with its store.

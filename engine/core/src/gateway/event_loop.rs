@@ -556,9 +556,16 @@ impl EventLoop {
                 Command::Admit { channel, nodes, resume } => {
                     self.with_image(channel, |io| io.admit(&nodes, resume));
                 }
-                Command::Reconfigure { channel, generation, digest, body, in_sync } => {
-                    let act = |io: &mut ImageIo| io.reconfigure(generation, digest, body, &in_sync);
-                    self.with_image(channel, act);
+                Command::Reconfigure { channel, generation, digest, body, in_sync, layers } => {
+                    self.with_image(channel, |io| {
+                        io.reconfigure(generation, digest, body, &in_sync, &layers);
+                    });
+                }
+                Command::Freeze { channel, attempt } => {
+                    self.with_image(channel, |io| io.freeze(attempt));
+                }
+                Command::Thaw { channel, attempt } => {
+                    self.with_image(channel, |io| io.thaw(attempt));
                 }
                 Command::RefuseWrites { channel, sets } => {
                     self.with_image(channel, |io| io.refuse_writes(&sets));

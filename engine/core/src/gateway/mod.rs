@@ -7,6 +7,7 @@ mod snapshot;
 
 pub use snapshot::{ClientSnapshot, ImageSnapshot, LinkSnapshot, Snapshot};
 
+use crate::geometry::LayerId;
 use crate::io::{Poller, TlsConfig, Waker};
 use crate::nbd::budget::ClientLimits;
 use crate::nbd::{Answer, Query, TlsMode};
@@ -53,6 +54,16 @@ pub enum Command {
         digest: [u8; 32],
         body: Bytes,
         in_sync: Vec<NodeMask>,
+        layers: Vec<LayerId>,
+    },
+    /// Have clients' changes wait for a snapshot; `Event::Frozen` or `Event::FreezeFailed` tells how it went.
+    Freeze {
+        channel: u32,
+        attempt: u64,
+    },
+    Thaw {
+        channel: u32,
+        attempt: u64,
     },
     /// Make a stale node level; `Event::Healed` or `Event::HealFailed` tells how it went.
     Heal {

@@ -2,6 +2,7 @@
 
 use super::admission::Admission;
 use super::background::Background;
+use super::freeze::Freeze;
 use super::heal::{Heal, HealLimits};
 use super::lag::{Lag, Timing};
 use super::level::Leveller;
@@ -214,6 +215,9 @@ pub struct ImageIo {
     pub(super) leveller: Leveller,
     /// Flushes that wait until every node in sync is whole.
     pub(super) held_flushes: Vec<usize>,
+    pub(super) freeze: Option<Freeze>,
+    /// Requests of clients that wait for the end of the freeze, in order of arrival.
+    pub(super) held_back: Vec<usize>,
     pub(super) heal: Option<Heal>,
     pub(super) repairs: Repairs,
     pub(super) scrub: Option<Scrub>,
@@ -277,6 +281,8 @@ impl ImageIo {
             admission: None,
             leveller: Leveller::new(spec.levelling),
             held_flushes: Vec::new(),
+            freeze: None,
+            held_back: Vec::new(),
             heal: None,
             repairs: Repairs::default(),
             scrub: None,
@@ -489,6 +495,7 @@ impl ImageIo {
             self.locks.release(Self::block_range(request.offset, request.length), &mut ready);
             ready.into_iter().for_each(|id| self.start(id));
         }
+        self.freeze_after(request_id);
         if self.phase == Phase::Closing {
             self.go_on_closing();
         }

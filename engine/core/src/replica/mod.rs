@@ -27,6 +27,7 @@ mod asks;
 mod background;
 mod compare;
 mod copier;
+mod freeze;
 mod full;
 mod heal;
 mod heal_shards;
@@ -191,6 +192,11 @@ pub enum Event {
     Stored { generation: u64 },
     /// A node knows a later holder, or a later membership: nothing more is answered, ever.
     Fenced { node: NodeIndex, status: Status },
+    /// No change of a client is in flight, and all is durable on the nodes in sync. It stays so until policy
+    /// ends it, by `reconfigure` or `thaw`.
+    Frozen { attempt: u64 },
+    /// A freeze has ended before that; clients' changes go on.
+    FreezeFailed { attempt: u64, why: &'static str },
     /// `close` is done. Not `clean`: the next holder has to reconcile.
     Closed { clean: bool },
 }

@@ -307,6 +307,7 @@ impl ImageIo {
     /// Ends the image at once: every request fails, later ones too.
     pub fn kill(&mut self) {
         self.phase = Phase::Dead;
+        self.kill_freeze();
         self.parts.clear();
         self.admission = None;
         self.leveller = Leveller::new(self.spec.levelling);
@@ -333,6 +334,7 @@ impl ImageIo {
         self.fail_heal_unless_settled(Status::NoSession);
         self.close_scrub();
         self.close_repairs();
+        self.close_freeze();
         self.phase = Phase::Closing;
         self.go_on_closing();
     }

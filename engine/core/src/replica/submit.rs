@@ -85,7 +85,9 @@ impl ImageIo {
             extents: Vec::new(),
         };
         let id = self.requests.insert(request);
-        self.enter(id, kind, offset, length);
+        if !self.hold_back(id) {
+            self.enter(id, kind, offset, length);
+        }
     }
 
     /// Has a flush follow with the next tick.

@@ -16,6 +16,12 @@ impl World {
         run.store.image(image).map(|record| record.head)
     }
 
+    /// The layers that this record names, top first.
+    pub fn node_layers(&self, node: usize, image: &ImageId) -> Option<Vec<LayerId>> {
+        let run = self.nodes[node].sim.run.as_ref()?;
+        run.store.image(image).map(|record| record.chain.layers().to_vec())
+    }
+
     /// What a running node holds.
     pub fn inventory(&self, node: usize) -> Inventory {
         let run = self.nodes[node].sim.run.as_ref();

@@ -94,14 +94,14 @@ impl Head for HelloReply {
     }
 }
 
-/// What fences: the part of an image's record that nodes compare (RECORD, PEEK's reply, refusals).
+/// What fences: the part of an image's record that nodes compare (RECORD, PEEK's reply).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RecordHead {
     pub image: ImageId,
     pub epoch: u64,
     pub holder: [u8; 16],
     pub generation: u64,
-    /// BLAKE3 of the replica sets and who is stale in them.
+    /// BLAKE3 of the replica sets, of who is stale in them, and of the layers.
     pub digest: [u8; 32],
     pub shard_bytes: u32,
 }
@@ -125,6 +125,44 @@ impl Head for RecordHead {
             shard_bytes: f.u32()?,
         })
     }
+}
+
+/// Most layers of an image.
+pub const LAYERS_MAX: usize = 1024;
+
+/// RECORD's head; the record's body is the payload.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    pub head: RecordHead,
+    /// The node is made from others from nothing: what it has of the image does not count yet.
+    pub blank: bool,
+    /// The chain, top first: ids that fall.
+    pub layers: Vec<LayerId>,
+}
+
+impl Head for Record {
+    fn put(&self, out: &mut BytesMut) {
+        self.head.put(out);
+        out.put_u8(u8::from(self.blank));
+        put_layers(out, &self.layers);
+    }
+    fn take_fields(f: &mut Fields) -> Result<Self, Short> {
+        Ok(Record {
+            head: RecordHead::take_fields(f)?,
+            blank: f.u8()? != 0,
+            layers: take_layers(f)?,
+        })
+    }
+}
+
+fn put_layers(out: &mut BytesMut, layers: &[LayerId]) {
+    put_list(out, layers, |out, layer| out.put_u32_le(*layer));
+}
+
+fn take_layers(f: &mut Fields) -> Result<Vec<LayerId>, Short> {
+    let layers = f.list(4, Fields::u32)?;
+    let is_chain = (1..=LAYERS_MAX).contains(&layers.len()) && layers.is_sorted_by(|a, b| a > b);
+    if is_chain { Ok(layers) } else { Err(Short) }
 }
 
 /// PEEK asks by image id alone.
@@ -184,13 +222,11 @@ fn take_flush_numbers(f: &mut Fields) -> Result<Vec<(String, u64)>, Short> {
 }
 
 /// Begins a session of the image's holder on the frame's channel.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Attach {
     pub image: ImageId,
     pub epoch: u64,
     pub holder: [u8; 16],
-    /// The chain, top first.
-    pub layers: Vec<LayerId>,
 }
 
 impl Head for Attach {
@@ -198,15 +234,27 @@ impl Head for Attach {
         out.put_slice(&self.image.0);
         out.put_u64_le(self.epoch);
         out.put_slice(&self.holder);
-        put_list(out, &self.layers, |out, layer| out.put_u32_le(*layer));
     }
     fn take_fields(f: &mut Fields) -> Result<Self, Short> {
-        Ok(Attach {
-            image: ImageId(f.array()?),
-            epoch: f.u64()?,
-            holder: f.array()?,
-            layers: f.list(4, Fields::u32)?,
-        })
+        Ok(Attach { image: ImageId(f.array()?), epoch: f.u64()?, holder: f.array()? })
+    }
+}
+
+/// Begins a session of a reader of frozen layers on the frame's channel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AttachReader {
+    pub image: ImageId,
+    /// The frozen layers, top first.
+    pub layers: Vec<LayerId>,
+}
+
+impl Head for AttachReader {
+    fn put(&self, out: &mut BytesMut) {
+        out.put_slice(&self.image.0);
+        put_layers(out, &self.layers);
+    }
+    fn take_fields(f: &mut Fields) -> Result<Self, Short> {
+        Ok(AttachReader { image: ImageId(f.array()?), layers: take_layers(f)? })
     }
 }
 

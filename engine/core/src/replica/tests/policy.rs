@@ -125,6 +125,7 @@ impl Policy {
                 }
             }
             Event::Stored { .. } | Event::Closed { .. } => {}
+            Event::Frozen { .. } | Event::FreezeFailed { .. } => {}
             Event::WritesLost { .. } | Event::Lags { .. } => {}
             Event::Healed { attempt, .. } => {
                 if let Some(heal) = self.heal.as_mut().filter(|heal| heal.attempt == attempt) {
@@ -283,7 +284,8 @@ impl Policy {
         self.blocking = self.blocking.and(taken.in_sync);
         self.levelling = self.levelling.and(taken.in_sync);
         let digest = digest(taken.generation, taken.in_sync);
-        io.reconfigure(taken.generation, digest, bytes::Bytes::new(), &[taken.in_sync]);
+        let layers = io.spec().layers.clone();
+        io.reconfigure(taken.generation, digest, bytes::Bytes::new(), &[taken.in_sync], &layers);
         self.go_on(io);
     }
 }
