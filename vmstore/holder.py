@@ -412,7 +412,12 @@ class Holder:
         """Begin to freeze for the snapshot that is wanted, if all nodes in sync are well."""
         if self.freezing.stage is not Stage.WAITING or self.phase is not Phase.SERVING:
             return []
-        if self.storing or self.retry_at_s is not None or self.now_s < self.freezing.not_before_s:
+        if (
+            self.freezing.withdraws
+            or self.storing
+            or self.retry_at_s is not None
+            or self.now_s < self.freezing.not_before_s
+        ):
             return []
         return [Freeze(self.freezing.freeze(self.now_s))] if self._all_are_well() else []
 
@@ -461,7 +466,7 @@ class Holder:
         if freezing.stage is Stage.NONE:
             return []
         held = freezing.stage in (Stage.FREEZING, Stage.CHANGING)
-        freezing.withdraws = freezing.stage is Stage.CHANGING
+        freezing.withdraws |= freezing.stage is Stage.CHANGING
         freezing.end()
         return [*([Thaw(freezing.attempt)] if held else []), TellSnapshot(why)]
 
