@@ -185,8 +185,30 @@ class Gateway:
     def reconnect(self, channel: int) -> None:
         """End them too, each when what it has asked for is answered."""
 
+    def open_reader(
+        self,
+        channel: int,
+        *,
+        image: str,
+        size_bytes: int,
+        shard_bytes: int,
+        placement_key: str,
+        layers: list[int],
+        nodes: list[str],
+        sets: list[list[int]],
+        in_sync: list[list[int]],
+        local: int | None = None,
+    ) -> None:
+        """Read layers that are frozen, top first, from nodes that were in sync when they were.
+
+        `reader_open` once a node of each replica set serves them, else `reader_failed` with `why`,
+        after five seconds, or as soon as the image is deleted. That may also come later, where no
+        node of a set has the layers any more; then every request fails. It needs no lease.
+        `close`, `kill`, `forget`, `disconnect` and `reconnect` are as for an image.
+        """
+
     def close(self, channel: int) -> None:
-        """Flush, clear, let go (`closed`)."""
+        """Flush, clear, let go, or end a reader (`closed`)."""
 
     def kill(self, channel: int) -> None:
         """End an image at once; its requests fail."""
@@ -400,6 +422,21 @@ class Simulation:
         in_sync: list[list[int]],
         local: int | None = None,
         levelling: tuple[int, int, int] | None = None,
+    ) -> None: ...
+    def open_reader(
+        self,
+        gateway: int,
+        channel: int,
+        *,
+        image: str,
+        size_bytes: int,
+        shard_bytes: int,
+        placement_key: str,
+        layers: list[int],
+        nodes: list[str],
+        sets: list[list[int]],
+        in_sync: list[list[int]],
+        local: int | None = None,
     ) -> None: ...
     def peek(self, gateway: int, channel: int, node: int) -> None: ...
     def admit(

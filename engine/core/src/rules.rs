@@ -79,10 +79,12 @@ pub enum Rule {
     SnapshotsWaitForWrites,
     /// What a snapshot holds is durable on all nodes in sync before the record names it.
     SnapshotsAreFlushed,
+    /// A node serves a reader only layers that lie below the top of its record.
+    ReadersReadFrozenLayers,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 36] = [
+    pub const ALL: [Rule; 37] = [
         Rule::SessionIsCurrent,
         Rule::EpochIsCurrent,
         Rule::GenerationIsCurrent,
@@ -119,6 +121,7 @@ impl Rule {
         Rule::BlockWritesAreOrdered,
         Rule::SnapshotsWaitForWrites,
         Rule::SnapshotsAreFlushed,
+        Rule::ReadersReadFrozenLayers,
     ];
 }
 

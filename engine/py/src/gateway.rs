@@ -8,7 +8,7 @@ use hci_engine_core::nbd::budget::ClientLimits;
 use hci_engine_core::nbd::{Answer, ExportInfo, Query, TlsMode};
 use hci_engine_core::replica::{
     Event, HealLimits, HealSpec, HealState, LevelState, LinkTarget, NodeMask, OpenSpec,
-    PeekedRecord, RotState, ScrubSpec, ScrubState, SetSpec,
+    PeekedRecord, ReaderSpec, RotState, ScrubSpec, ScrubState, SetSpec,
 };
 use hci_engine_core::store::Chain;
 use hci_engine_core::wire::messages::HelloReply;
@@ -159,6 +159,27 @@ impl Gateway {
             levelling,
         )?;
         self.order(Command::Open(spec))
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
+    #[pyo3(signature = (channel, *, image, size_bytes, shard_bytes, placement_key, layers, nodes,
+                        sets, in_sync, local=None))]
+    fn open_reader(
+        &self,
+        channel: u32,
+        image: &str,
+        size_bytes: u64,
+        shard_bytes: u32,
+        placement_key: &str,
+        layers: Vec<u32>,
+        nodes: Vec<String>,
+        sets: Vec<Vec<u8>>,
+        in_sync: Vec<Vec<u8>>,
+        local: Option<u8>,
+    ) -> PyResult<()> {
+        let geometry = geometry_of(size_bytes, shard_bytes, placement_key, sets.len())?;
+        let spec = reader_spec(channel, image, geometry, layers, nodes, &sets, &in_sync, local)?;
+        self.order(Command::OpenReader(spec))
     }
 
     fn peek(&self, channel: u32, node: u8) -> PyResult<()> {
@@ -362,6 +383,19 @@ impl Gateway {
             images.push(item);
         }
         result.set_item("images", images)?;
+        let mut readers = Vec::new();
+        for reader in snapshot.readers {
+            let item = PyDict::new(py);
+            item.set_item("channel", reader.channel)?;
+            item.set_item("image", reader.image)?;
+            item.set_item("layers", reader.layers)?;
+            item.set_item("running", reader.running)?;
+            item.set_item("requests_in_flight", reader.requests_in_flight)?;
+            item.set_item("nodes", reader.nodes)?;
+            item.set_item("counters", HashMap::from(reader.counters.named()))?;
+            readers.push(item);
+        }
+        result.set_item("readers", readers)?;
         Ok(result)
     }
 
@@ -392,15 +426,8 @@ pub(crate) fn open_spec(
     levelling: Option<(u64, usize, u64)>,
 ) -> PyResult<OpenSpec> {
     let (bytes_per_second, shards_at_once, share_percent) = levelling.unwrap_or((0, 4, 100));
-    if nodes.len() > 64 || sets.len() != in_sync.len() || sets.is_empty() {
-        return Err(PyValueError::new_err("at most 64 nodes, and one in_sync for each set"));
-    }
-    let geometry = Geometry {
-        size_bytes,
-        shard_bytes,
-        placement_key: parse_id(placement_key)?,
-        replica_sets: sets.len() as u32,
-    };
+    check_sets(&nodes, &sets, &in_sync)?;
+    let geometry = geometry_of(size_bytes, shard_bytes, placement_key, sets.len())?;
     let sets = sets
         .iter()
         .zip(&in_sync)
@@ -420,6 +447,49 @@ pub(crate) fn open_spec(
         local,
         levelling: HealLimits { bytes_per_second, shards_at_once, share_percent },
     })
+}
+
+/// What `open_reader` says, as the engine takes it.
+#[expect(clippy::too_many_arguments, reason = "those of `open_reader`")]
+pub(crate) fn reader_spec(
+    channel: u32,
+    image: &str,
+    geometry: Geometry,
+    layers: Vec<u32>,
+    nodes: Vec<String>,
+    sets: &[Vec<u8>],
+    in_sync: &[Vec<u8>],
+    local: Option<u8>,
+) -> PyResult<ReaderSpec> {
+    check_sets(&nodes, sets, in_sync)?;
+    Ok(ReaderSpec {
+        image: parse_id(image)?,
+        channel,
+        geometry,
+        layers: chain(layers)?,
+        nodes,
+        sets: in_sync.iter().map(|nodes| mask(nodes)).collect::<PyResult<_>>()?,
+        local,
+    })
+}
+
+pub(crate) fn geometry_of(
+    size_bytes: u64,
+    shard_bytes: u32,
+    placement_key: &str,
+    sets: usize,
+) -> PyResult<Geometry> {
+    let placement_key = parse_id(placement_key)?;
+    Ok(Geometry { size_bytes, shard_bytes, placement_key, replica_sets: sets as u32 })
+}
+
+fn check_sets(nodes: &[String], sets: &[Vec<u8>], in_sync: &[Vec<u8>]) -> PyResult<()> {
+    let fits = nodes.len() <= 64 && sets.len() == in_sync.len() && !sets.is_empty();
+    let known = in_sync.iter().chain(sets).flatten().all(|node| usize::from(*node) < nodes.len());
+    match fits && known {
+        true => Ok(()),
+        false => Err(PyValueError::new_err("at most 64 nodes, and one in_sync for each set")),
+    }
 }
 
 /// The layers of an image, top first.
@@ -601,6 +671,11 @@ fn put_image_event(py: Python<'_>, dict: &Bound<'_, PyDict>, event: Event) -> Py
         Event::FreezeFailed { attempt, why } => {
             dict.set_item("event", "freeze_failed")?;
             dict.set_item("attempt", attempt)?;
+            dict.set_item("why", why)
+        }
+        Event::ReaderOpen => dict.set_item("event", "reader_open"),
+        Event::ReaderFailed { why } => {
+            dict.set_item("event", "reader_failed")?;
             dict.set_item("why", why)
         }
         Event::Fenced { node, status } => {

@@ -1,10 +1,10 @@
 //! `Simulation`: a cluster in memory for tests, moved one step at a time. Only with the feature
 //! `simulation`.
 
-use crate::gateway::{chain, event_dict, mask, open_spec, scrub_dict};
+use crate::gateway::{chain, event_dict, geometry_of, mask, open_spec, reader_spec, scrub_dict};
 use crate::ids::{hex, parse_id};
 use crate::node::inventory_dict;
-use hci_engine_core::replica::{HealLimits, HealSpec, ImageIo, ScrubSpec, Token};
+use hci_engine_core::replica::{HealLimits, HealSpec, ImageIo, ScrubSpec, Served, Token};
 use hci_engine_core::rules::{Rule, break_rules};
 use hci_engine_core::simulation::{Answered, GuestRequest, Happening, LogSize, Span, Way, World};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -292,6 +292,29 @@ impl Simulation {
         Ok(())
     }
 
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
+    #[pyo3(signature = (gateway, channel, *, image, size_bytes, shard_bytes, placement_key, layers,
+                        nodes, sets, in_sync, local=None))]
+    fn open_reader(
+        &self,
+        gateway: usize,
+        channel: u32,
+        image: &str,
+        size_bytes: u64,
+        shard_bytes: u32,
+        placement_key: &str,
+        layers: Vec<u32>,
+        nodes: Vec<String>,
+        sets: Vec<Vec<u8>>,
+        in_sync: Vec<Vec<u8>>,
+        local: Option<u8>,
+    ) -> PyResult<()> {
+        let geometry = geometry_of(size_bytes, shard_bytes, placement_key, sets.len())?;
+        let spec = reader_spec(channel, image, geometry, layers, nodes, &sets, &in_sync, local)?;
+        self.at_gateway(gateway)?.open_reader(gateway, spec);
+        Ok(())
+    }
+
     fn peek(&self, gateway: usize, channel: u32, node: u8) -> PyResult<()> {
         self.at_gateway(gateway)?.with_image(gateway, channel, |io| io.peek(node));
         Ok(())
@@ -423,12 +446,12 @@ impl Simulation {
     }
 
     fn close(&self, gateway: usize, channel: u32) -> PyResult<()> {
-        self.at_gateway(gateway)?.with_image(gateway, channel, |io| io.close());
+        self.at_gateway(gateway)?.with_served(gateway, channel, Served::close);
         Ok(())
     }
 
     fn kill(&self, gateway: usize, channel: u32) -> PyResult<()> {
-        self.at_gateway(gateway)?.with_image(gateway, channel, |io| io.kill());
+        self.at_gateway(gateway)?.with_served(gateway, channel, Served::kill);
         Ok(())
     }
 

@@ -5,13 +5,15 @@
 mod event_loop;
 mod snapshot;
 
-pub use snapshot::{ClientSnapshot, ImageSnapshot, LinkSnapshot, Snapshot};
+pub use snapshot::{ClientSnapshot, ImageSnapshot, LinkSnapshot, ReaderSnapshot, Snapshot};
 
 use crate::geometry::LayerId;
 use crate::io::{Poller, TlsConfig, Waker};
 use crate::nbd::budget::ClientLimits;
 use crate::nbd::{Answer, Query, TlsMode};
-use crate::replica::{Event, HealSpec, LinkTarget, NodeIndex, NodeMask, OpenSpec, ScrubSpec};
+use crate::replica::{
+    Event, HealSpec, LinkTarget, NodeIndex, NodeMask, OpenSpec, ReaderSpec, ScrubSpec,
+};
 use crate::wire::messages::HelloReply;
 use bytes::Bytes;
 use event_loop::EventLoop;
@@ -35,6 +37,8 @@ pub enum Command {
     Unlink(String),
     /// Begin with an image: its nodes are asked for their records, nothing is served yet.
     Open(OpenSpec),
+    /// Begin with a reader of frozen layers; `Event::ReaderOpen` or `Event::ReaderFailed` tells how it went.
+    OpenReader(ReaderSpec),
     Peek {
         channel: u32,
         node: NodeIndex,
@@ -92,7 +96,7 @@ pub enum Command {
         channel: u32,
         deadline_ns: u64,
     },
-    /// Flush, clear, let go; `Event::Closed` tells how it went.
+    /// Flush, clear, let go, or end a reader; `Event::Closed` tells how it went.
     Close {
         channel: u32,
     },

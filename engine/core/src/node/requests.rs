@@ -200,7 +200,8 @@ impl Requests<'_> {
             return Err(Refused::Status(Status::NoRecord));
         };
         let counts = !record.blank && !self.store.is_distrusted(image);
-        match counts && record.chain.has_frozen(chain) {
+        let frozen = counts && record.chain.has_frozen(chain);
+        match frozen || broken(Rule::ReadersReadFrozenLayers) {
             true => Ok(()),
             false => Err(Refused::Status(Status::NoLayers)),
         }

@@ -106,6 +106,10 @@ impl World {
     }
 
     pub fn queues(&self, gateway: usize, channel: u32) -> Queues {
+        if let Some(io) = self.reader(gateway, channel) {
+            let (requests, parts) = (io.requests_in_flight(), io.parts_in_flight());
+            return Queues { requests, parts, unanswered: 0 };
+        }
         self.image(gateway, channel).map(|io| io.queues()).unwrap_or_default()
     }
 

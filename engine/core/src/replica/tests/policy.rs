@@ -126,6 +126,7 @@ impl Policy {
             }
             Event::Stored { .. } | Event::Closed { .. } => {}
             Event::Frozen { .. } | Event::FreezeFailed { .. } => {}
+            Event::ReaderOpen | Event::ReaderFailed { .. } => unreachable!("it holds the image"),
             Event::WritesLost { .. } | Event::Lags { .. } => {}
             Event::Healed { attempt, .. } => {
                 if let Some(heal) = self.heal.as_mut().filter(|heal| heal.attempt == attempt) {
