@@ -410,16 +410,13 @@ class Holder:
 
     def _freeze(self) -> list[Effect]:
         """Begin to freeze for the snapshot that is wanted, if all nodes in sync are well."""
-        if self.freezing.stage is not Stage.WAITING or self.phase is not Phase.SERVING:
+        freezing = self.freezing
+        if freezing.stage is not Stage.WAITING or self.phase is not Phase.SERVING:
             return []
-        if (
-            self.freezing.withdraws
-            or self.storing
-            or self.retry_at_s is not None
-            or self.now_s < self.freezing.not_before_s
-        ):
+        changes = freezing.withdraws or self.storing or self.retry_at_s is not None
+        if changes or self.now_s < freezing.not_before_s or not self._all_are_well():
             return []
-        return [Freeze(self.freezing.freeze(self.now_s))] if self._all_are_well() else []
+        return [Freeze(freezing.freeze(self.now_s))]
 
     def _all_are_well(self) -> bool:
         in_sync = self._in_sync_names()
