@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.sim.guest import BLOCK_BYTES, IN_FLIGHT_MAX, Life
 from tests.sim.oracle import SECTOR_BYTES
 from tests.sim.shape import SHARD_BYTES
+from tests.sim.snapshot_faults import SnapshotFaults
 from tests.sim.strikes import Strikes
 
 PER_SHARD, PER_BLOCK = SHARD_BYTES // SECTOR_BYTES, BLOCK_BYTES // SECTOR_BYTES
@@ -12,7 +13,7 @@ ROTTEN_BLOCKS = (0, 1, 2, 252, 253, 254)
 """Of a shard: guests use those near its ends."""
 
 
-class Copies(Strikes):
+class Copies(Strikes, SnapshotFaults):
     """See the module."""
 
     _struck_until_s = 0.0

@@ -196,6 +196,12 @@ class Safety:
             is_dirty = any(shard in cluster.world.dirty(node, cluster.image) for node in nodes)
             if is_quiet or not is_dirty:
                 self._compare(shard, nodes, layers)
+            for known in cluster.snapshots.there(record):
+                # What it names is durable on all of them, whatever came since.
+                snapshot = record.snapshot(known.name)
+                assert snapshot is not None
+                whole = [node for node in nodes if node not in cluster.nodes.put_back]
+                self._compare(shard, whole, record.chain(snapshot))
 
     def _serving(self) -> tuple[SimGateway, OpenImage] | None:
         """Return whoever holds the image, as etcd has it."""
@@ -243,7 +249,8 @@ class Safety:
     def check_all_replicas(self) -> None:
         """All replicas in sync are equal, wherever they are."""
         for shard, nodes, layers in self._in_sync():
-            self._compare(shard, nodes, layers)
+            for top in range(len(layers)):
+                self._compare(shard, nodes, layers[top:])
 
     def check_no_rot(self) -> None:
         """All replicas in sync are intact."""
