@@ -317,6 +317,11 @@ def _asked_at_each_tick() -> Any:
     return mock.patch.object(Holder, "_on_tick", patched)
 
 
+def _snapshots_are_kept() -> Any:
+    """A new holder takes each snapshot that etcd names for taken."""
+    return mock.patch("vmstore.holder.is_unstored", return_value=False)
+
+
 DEFECTS = (
     # Who answers
     Defect("all in sync answer", "invariant 5", "kills", 10, 1,
@@ -477,6 +482,19 @@ DEFECTS = (
     Defect("an id is given once", "8: ids reused; invariant 7", "sizes", 10, 1,
            match="given again",
            patch=_ids_are_given_again),
+    # Snapshots
+    Defect("snapshots wait for writes", "13: a snapshot differs", "snapshots", 20, 8,
+           match="read as|differs",
+           rules=("SnapshotsWaitForWrites",)),
+    Defect("snapshots are flushed", "13: a snapshot differs", "snapshots", 40, 20,
+           match="read as|differs",
+           rules=("SnapshotsAreFlushed",)),
+    Defect("snapshots that nobody stored go", "13: a snapshot differs", "snapshots", 20, 6,
+           match="read as|differs|said not to be taken",
+           patch=_snapshots_are_kept),
+    Defect("readers read what is frozen", "13: a snapshot differs", "snapshots", 30, 17,
+           match="read as|differs",
+           rules=("ReadersReadFrozenLayers",)),
     # Bounds
     Defect("a change is asked for once", "invariant 8", "etcd", 20, 8, match="calls under way",
            patch=_asked_at_each_tick),

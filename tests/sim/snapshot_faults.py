@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-from tests.sim.faults import Faults
 from tests.sim.guest import Life
+from tests.sim.strikes import Strikes
 
 
-class SnapshotFaults(Faults):
+class SnapshotFaults(Strikes):
     """See the module."""
 
     def take_snapshot(self) -> None:
@@ -21,11 +21,11 @@ class SnapshotFaults(Faults):
         return self.chance.choice(holders) if holders else self._gateway()
 
     def read_snapshot(self) -> None:
-        """Somebody reads one that is there, at any gateway."""
+        """Somebody reads one that etcd names, at any gateway."""
         cluster = self.cluster
         if cluster.record is None or cluster.snapshots.readers > 3:
             return
-        names = [each.name for each in cluster.snapshots.there(cluster.record)]
+        names = [each.name for each in cluster.record.snapshots]
         if names:
             cluster.snapshots.read(self.chance.choice(names), self._gateway())
 
@@ -51,12 +51,17 @@ class SnapshotFaults(Faults):
         cluster.snapshots.take(self._asked())
 
     def _cut_etcd_then_kill(self, gateway: int) -> None:
-        """etcd takes the record, nobody hears of it, and the gateway dies with writes since."""
+        """etcd takes the record, nobody hears of it, and the gateway dies with writes since.
+
+        Meanwhile others try to read what etcd names.
+        """
         cluster = self.cluster
         path = cluster.gateway_paths[gateway]
         cluster.say(f"gate-{gateway} hears nothing of etcd any more")
         path.back = False
         pause_s = self.chance.choice((0.5, 1.5, 3.0))
+        for read_s in (0.3, 1.2, 1.4):
+            self._later(read_s, self.read_snapshot)
         cluster.clock.after(pause_s, partial(cluster.stop_gateway, gateway, host=False))
 
         def undo() -> None:

@@ -54,7 +54,7 @@ class Snapshots:
     def take(self, gateway: int) -> Known | None:
         """Have a gateway take one, if it runs."""
         process = self._cluster.gateways[gateway]
-        if process is None or not process.started:
+        if process is None or not process.started or process.process.paused:
             return None
         known = Known(f"s{len(self.known) + 1}")
         self.known[known.name] = known
