@@ -1,7 +1,9 @@
 """What the command line does with snapshots: records, and the gateway that has the image."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 
+from etcd.errors import EtcdError
 from etcd.images import Snapshot
 from hci import control_pb2 as pb
 from hci.config import Config
@@ -31,8 +33,10 @@ def create(config: Config, records: Catalog, name: SnapshotName) -> pb.SnapshotR
             try:
                 return client.snapshot(record.id, name.name)
             except Refused as error:
-                # Somebody opened the image meanwhile: that one's gateway takes it.
-                now = holder_of(records, record.id)
+                # Where somebody opened the image meanwhile, that one's gateway takes it.
+                now = None
+                with suppress(EtcdError):
+                    now = holder_of(records, record.id)
                 if attempt == ATTEMPTS or now in (None, error.daemon):
                     raise
     raise AssertionError("the last attempt returns or raises")

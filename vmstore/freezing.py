@@ -32,6 +32,10 @@ WAIT_LIMIT_S = 20.0
 LEVEL_LIMIT_S = 600.0
 """How long it waits for nodes that are there and are being made level."""
 
+HELD_LIMIT_S = 1.5
+"""How long changes of clients wait for freezes that come to nothing, all together; then it is given
+up. The engine itself ends one after 2 s."""
+
 THAW_AFTER_S = 1.0
 """How long changes of clients wait for etcd: less than any guest's patience, and more than etcd
 takes to write to a disk that is busy."""
@@ -61,6 +65,8 @@ class Freezing:
     """When the stage began."""
     not_before_s: float = 0.0
     """When it may be tried to freeze again."""
+    held_s: float = 0.0
+    """How long clients waited for freezes that came to nothing."""
     withdraws: bool = False
     """A proposal that adds a layer was given up, and etcd may have taken it."""
 
@@ -74,6 +80,7 @@ class Freezing:
         assert self.stage is Stage.NONE, "one at a time"
         self.name, self.created_s = name, created_s
         self.ordered_s = self.not_before_s = now_s
+        self.held_s = 0.0
         self._enter(Stage.WAITING, now_s)
 
     def freeze(self, now_s: float) -> int:
@@ -91,6 +98,7 @@ class Freezing:
         """Wait again: the freeze has ended, with nothing proposed."""
         assert self.stage is Stage.FREEZING, "nothing is proposed"
         self.not_before_s = now_s + pause_s
+        self.held_s += now_s - self.since_s
         self._enter(Stage.WAITING, now_s)
 
     def propose(self, record: ImageRecord, now_s: float) -> ImageRecord:

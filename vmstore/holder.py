@@ -84,7 +84,7 @@ from vmstore.events import (
     TakeSnapshot,
     Tick,
 )
-from vmstore.freezing import Freezing, Stage, is_unstored
+from vmstore.freezing import HELD_LIMIT_S, Freezing, Stage, is_unstored
 from vmstore.healing import Heals
 from vmstore.judging import emptied, problem_of
 from vmstore.slowness import Slowness
@@ -440,9 +440,9 @@ class Holder:
         freezing = self.freezing
         if not freezing.is_of_now(attempt):
             return []
-        if self.now_s - freezing.since_s < RETRY_S:
-            # At once, with nothing held up: the engine knew of a loss before us.
-            freezing.wait(self.now_s, RETRY_S)
+        freezing.wait(self.now_s, RETRY_S)
+        if freezing.held_s < HELD_LIMIT_S:
+            # The engine knew of a loss before us, which comes to the record first.
             return self._go_on()
         freezing.end()
         return [TellSnapshot(f"{why}; try again"), *self._go_on()]

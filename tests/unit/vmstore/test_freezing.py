@@ -128,6 +128,19 @@ def test_freeze_that_the_engine_refuses_at_once_is_tried_again_after_a_pause() -
     assert holder.step(events.Tick(h.RETRY_S)) == [wanted.Freeze(2)]
 
 
+def test_node_that_the_engine_loses_first_is_left_behind_and_the_image_frozen_again() -> None:
+    """A node was killed as the image froze: the engine said that the freeze had failed before it
+    said why, and the snapshot was given up."""
+    holder = serving()
+    holder.step(ORDER)
+    holder.step(events.Tick(0.6))
+    assert holder.step(events.FreezeFailed(1, "a node in sync was lost")) == []
+    (change,) = changes(holder.step(events.ReplicaDown("node3", blocking=True)))
+    holder.step(events.MembershipChanged(change.after))
+    assert holder.step(events.Stored(2)) == []
+    assert holder.step(events.Tick(0.6 + h.RETRY_S)) == [wanted.Freeze(2)]
+
+
 def test_freeze_that_held_clients_up_in_vain_ends_the_snapshot() -> None:
     holder = serving()
     holder.step(ORDER)
