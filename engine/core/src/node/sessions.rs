@@ -49,6 +49,7 @@ impl Sessions {
                 self.by_channel.remove(&at);
             }
         }
+        self.readers.remove(&(connection, channel));
         self.of_image.insert(session.image, (connection, channel));
         self.by_channel.insert((connection, channel), session);
         true

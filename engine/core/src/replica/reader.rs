@@ -414,8 +414,14 @@ impl ReaderIo {
         self.outputs.push_back(Output::Event(Event::ReaderFailed { why }));
     }
 
-    /// Ends it at once: every request fails, later ones too.
+    /// Ends it at once: every request fails, later ones too. The nodes forget it.
     pub fn kill(&mut self) {
+        if self.phase != Phase::Dead {
+            let known = |state| matches!(state, NodeState::Attaching | NodeState::Attached);
+            for node in self.nodes_in(known).iter() {
+                self.send(node, kind::DETACH, 0, |out| Session { epoch: 0 }.put(out));
+            }
+        }
         self.phase = Phase::Dead;
         self.parts.clear();
         let requests: Vec<Request> = self.requests.drain().collect();
@@ -424,14 +430,9 @@ impl ReaderIo {
         }
     }
 
-    /// Ends it; the nodes forget it.
+    /// Ends it, and says so.
     pub fn close(&mut self) {
-        if self.phase != Phase::Dead {
-            for node in self.attached().iter() {
-                self.send(node, kind::DETACH, 0, |out| Session { epoch: 0 }.put(out));
-            }
-            self.kill();
-        }
+        self.kill();
         self.outputs.push_back(Output::Event(Event::Closed { clean: true }));
     }
 
