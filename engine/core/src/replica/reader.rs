@@ -40,7 +40,9 @@ pub struct ReaderSpec {
     pub channel: u32,
     /// As the image was when the layers were frozen.
     pub geometry: Geometry,
-    /// The frozen layers, top first.
+    /// Of the snapshot.
+    pub generation: u64,
+    /// Its layers, top first.
     pub layers: Vec<LayerId>,
     pub nodes: Vec<String>,
     /// Of each replica set, the nodes that have all of the layers.
@@ -170,7 +172,8 @@ impl ReaderIo {
             return;
         }
         self.nodes[usize::from(node)] = NodeState::Attaching;
-        let head = AttachReader { image: self.spec.image, layers: self.spec.layers.clone() };
+        let (image, generation) = (self.spec.image, self.spec.generation);
+        let head = AttachReader { image, generation, layers: self.spec.layers.clone() };
         self.send(node, kind::ATTACH_READER, 0, |out| head.put(out));
     }
 

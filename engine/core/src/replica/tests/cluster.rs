@@ -103,6 +103,7 @@ fn spec(record: Stored, faults: Faults) -> OpenSpec {
         channel: record.epoch as u32,
         geometry,
         layers: record.layers(),
+        snapshots: record.snapshots(),
         epoch: record.epoch,
         holder: [record.epoch as u8; 16],
         generation: record.generation,
@@ -128,7 +129,8 @@ impl Cluster {
 
     fn with_log(seed: u64, faults: Faults, log: LogSize) -> Cluster {
         let in_sync = NodeMask((1 << NODES) - 1);
-        let record = Stored { epoch: 1, generation: 1, in_sync, top: 1, since: [0; 8] };
+        let record =
+            Stored { epoch: 1, generation: 1, in_sync, top: 1, frozen: [0; 64], since: [0; 8] };
         let mut cluster = Cluster {
             random: Seeded::new(seed),
             now: 1,
@@ -285,6 +287,9 @@ impl Cluster {
 
     /// Begins to take a snapshot.
     pub fn snapshot(&mut self) {
+        if self.policy.record.top == 60 {
+            return;
+        }
         self.freezes += 1;
         self.io.freeze(self.freezes);
         self.carry_out();

@@ -43,7 +43,7 @@ impl TwoSets {
         let generation = self.io.spec().generation + 1;
         let digest = [generation as u8; 32];
         let in_sync = in_sync.map(NodeMask);
-        self.io.reconfigure(generation, digest, Bytes::new(), &in_sync, layers);
+        self.io.reconfigure(generation, digest, Bytes::new(), &in_sync, layers, &[]);
     }
 
     fn frozen(&mut self) {

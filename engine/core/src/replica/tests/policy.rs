@@ -1,7 +1,7 @@
 //! A policy that is just enough to run histories: the rules of `vmstore/holder.py`, of which this is
 //! no copy: no grace, no disks to judge, one replica set.
 
-use crate::geometry::LayerId;
+use crate::geometry::{LayerId, SnapshotId};
 use crate::replica::{
     Event, HealLimits, HealSpec, ImageIo, Instance, NodeIndex, NodeMask, ScrubState,
 };
@@ -24,6 +24,8 @@ pub struct Stored {
     pub in_sync: NodeMask,
     /// The layers are those from this one down to 1.
     pub top: LayerId,
+    /// Of each layer below it, the generation that froze it.
+    pub frozen: [u64; 64],
     /// Of those that are not: the generation that each was left behind at.
     pub since: [u64; 8],
 }
@@ -68,6 +70,14 @@ pub const QUORUM: u32 = 2;
 impl Stored {
     pub fn layers(&self) -> Vec<LayerId> {
         (1..=self.top).rev().collect()
+    }
+
+    pub fn snapshots(&self) -> Vec<SnapshotId> {
+        let of = |layer: LayerId| {
+            let generation = self.frozen[layer as usize];
+            SnapshotId { layer, generation }
+        };
+        (1..self.top).map(of).collect()
     }
 }
 
@@ -172,7 +182,9 @@ impl Policy {
     /// Nothing changes: a record with a new layer on top.
     fn add_layer(&mut self, attempt: u64) {
         let (generation, top) = (self.record.generation + 1, self.record.top + 1);
-        self.proposal = Some(Stored { generation, top, ..self.record });
+        let mut frozen = self.record.frozen;
+        frozen[self.record.top as usize] = generation;
+        self.proposal = Some(Stored { generation, top, frozen, ..self.record });
         self.freeze = Some(attempt);
     }
 
@@ -315,8 +327,9 @@ impl Policy {
         }
         self.blocking = self.blocking.and(taken.in_sync);
         self.levelling = self.levelling.and(taken.in_sync);
-        let (in_sync, layers) = ([taken.in_sync], taken.layers());
-        io.reconfigure(taken.generation, digest(taken), bytes::Bytes::new(), &in_sync, &layers);
+        let (in_sync, layers, snapshots) = ([taken.in_sync], taken.layers(), taken.snapshots());
+        let body = bytes::Bytes::new();
+        io.reconfigure(taken.generation, digest(taken), body, &in_sync, &layers, &snapshots);
         self.go_on(io);
     }
 }

@@ -27,15 +27,17 @@ struct Reading {
 
 impl Reading {
     fn new(cluster: &Cluster, layers: &[LayerId]) -> Reading {
-        Reading::of(cluster, layers, NodeMask((1 << NODES) - 1))
+        let generation = cluster.policy.record.frozen[layers[0] as usize];
+        Reading::of(cluster, layers, generation, NodeMask((1 << NODES) - 1))
     }
 
-    fn of(cluster: &Cluster, layers: &[LayerId], in_sync: NodeMask) -> Reading {
+    fn of(cluster: &Cluster, layers: &[LayerId], generation: u64, in_sync: NodeMask) -> Reading {
         let spec = cluster.io.spec();
         let reader = ReaderSpec {
             image: spec.image,
             channel: 77,
             geometry: spec.geometry,
+            generation,
             layers: layers.to_vec(),
             nodes: spec.nodes.clone(),
             sets: vec![in_sync],
@@ -240,14 +242,28 @@ fn layers_that_are_not_frozen_at_a_node_are_not_served() {
     assert_eq!(reading.events, [Event::ReaderOpen], "the top is read that is written to");
 }
 
-/// The record with the snapshot has not come to the node yet, or was taken back.
+/// A snapshot was taken back before any node had stored it, and its layer frozen again later: whoever still
+/// tried to read the first one was given what the second one holds.
+#[test]
+fn a_layer_that_another_record_froze_is_another_snapshot() {
+    let (mut cluster, _) = with_snapshot();
+    let frozen = cluster.policy.record.frozen[1];
+    let mut reading = Reading::of(&cluster, &[1], frozen - 1, NodeMask(0b111));
+    reading.connect_all();
+    reading.pass(&mut cluster, 3);
+    assert_eq!(reading.events, []);
+    assert!(reading.io.node_states().iter().all(|(_, state)| state == "NoLayers"));
+}
+
+/// The record with the snapshot has not come to the node yet.
 #[test]
 fn a_node_is_asked_again_until_its_record_has_the_layers() {
     let mut cluster = Cluster::new(7, Faults::Kills);
     cluster.settle();
     cluster.write(0, 32);
     cluster.settle();
-    let mut reading = Reading::new(&cluster, &[1]);
+    let next = cluster.policy.record.generation + 1;
+    let mut reading = Reading::of(&cluster, &[1], next, NodeMask(0b111));
     reading.connect_all();
     reading.pass(&mut cluster, 2);
     assert_eq!(reading.events, []);
@@ -312,7 +328,8 @@ fn a_node_that_is_made_anew_serves_no_reader_before_it_is_taken_in() {
 #[test]
 fn a_set_whose_nodes_lost_the_layers_ends_the_reader() {
     let (mut cluster, _) = with_snapshot();
-    let mut reading = Reading::of(&cluster, &[1], NodeMask(0b011));
+    let frozen = cluster.policy.record.frozen[1];
+    let mut reading = Reading::of(&cluster, &[1], frozen, NodeMask(0b011));
     reading.connect_all();
     reading.run(&mut cluster);
     for node in 0..2 {

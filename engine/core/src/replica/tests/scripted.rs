@@ -66,6 +66,7 @@ impl TwoSets {
             channel,
             geometry,
             layers: vec![1],
+            snapshots: Vec::new(),
             epoch: 2,
             holder: [2; 16],
             generation: 2,

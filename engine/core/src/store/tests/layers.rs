@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 
 use super::rig::*;
-use crate::geometry::{BLOCK_BYTES, LayerId, ShardKey, Tag};
+use crate::geometry::{BLOCK_BYTES, LayerId, ShardKey, SnapshotId, Tag};
 use crate::store::simulated::{Crash, Seeded};
 use crate::store::{BlockState, Chain, ImageRecord, StoreError, WriteOp, WrittenCursor};
 
@@ -18,6 +18,10 @@ fn chain(layers: &[LayerId]) -> Chain {
 
 fn layered(generation: u64, layers: &[LayerId]) -> ImageRecord {
     ImageRecord { chain: chain(layers), ..record(head(1, generation)) }
+}
+
+fn snapshot(layer: LayerId, generation: u64) -> SnapshotId {
+    SnapshotId { layer, generation }
 }
 
 fn zero(rig: &mut Rig, layers: &[LayerId], offset: u32, length: u32) {
@@ -43,10 +47,22 @@ fn only_ids_that_fall_are_a_chain() {
 }
 
 #[test]
+fn a_snapshot_is_its_layers_and_the_record_that_froze_them() {
+    let snapshots = vec![snapshot(3, 9), snapshot(1, 4)];
+    let image = ImageRecord { snapshots, ..layered(9, &[5, 3, 1]) };
+    assert!(image.has_snapshot(&chain(&[3, 1]), 9) && image.has_snapshot(&chain(&[1]), 4));
+    assert!(!image.has_snapshot(&chain(&[1]), 9), "the layer was frozen by another record");
+    assert!(!image.has_snapshot(&chain(&[3]), 9), "not all of its layers");
+    let top = ImageRecord { snapshots: vec![snapshot(5, 9)], ..image };
+    assert!(!top.has_snapshot(&chain(&[5, 3, 1]), 9), "the top is written to");
+}
+
+#[test]
 fn layers_stay_with_the_record_over_kills_power_cuts_and_checkpoints() {
     let mut rig = Rig::new();
     let before = Bytes::from_static(b"before");
-    let stored = ImageRecord { body: before, blank: true, ..layered(2, &[4, 2, 1]) };
+    let snapshots = vec![snapshot(2, 2), snapshot(1, 1)];
+    let stored = ImageRecord { body: before, blank: true, snapshots, ..layered(2, &[4, 2, 1]) };
     rig.store.put_record(IMAGE, stored.clone()).expect("a record");
     rig.sync();
     let (mut rig, _) = rig.power_cut(3);
@@ -66,7 +82,9 @@ fn equal_generation_with_other_layers_is_refused() {
     rig.store.put_record(IMAGE, layered(2, &[2, 1])).expect("a snapshot");
     let conflict = StoreError::RecordConflict { stored: Box::new(head(1, 2)) };
     assert_eq!(rig.store.put_record(IMAGE, layered(2, &[1])), Err(conflict.clone()));
-    assert_eq!(rig.store.put_record(IMAGE, layered(2, &[3, 2, 1])), Err(conflict));
+    assert_eq!(rig.store.put_record(IMAGE, layered(2, &[3, 2, 1])), Err(conflict.clone()));
+    let named = ImageRecord { snapshots: vec![snapshot(1, 2)], ..layered(2, &[2, 1]) };
+    assert_eq!(rig.store.put_record(IMAGE, named), Err(conflict));
     rig.store.put_record(IMAGE, layered(2, &[2, 1])).expect("the same again");
     rig.store.put_record(IMAGE, layered(3, &[1])).expect("a later one may have fewer");
 }
