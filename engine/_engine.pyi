@@ -63,6 +63,7 @@ class Gateway:
         shard_bytes: int,
         placement_key: str,
         layers: list[int],
+        snapshots: list[tuple[int, int]],
         epoch: int,
         holder: str,
         generation: int,
@@ -99,11 +100,13 @@ class Gateway:
         body: bytes,
         in_sync: list[list[int]],
         layers: list[int],
+        snapshots: list[tuple[int, int]],
     ) -> None:
         """Go by a new record; `stored` tells that the nodes in sync hold it.
 
         Other layers than before only while the image is frozen; as its nodes in sync have stored
         them, what waited goes on, to the new top.
+        `snapshots` names the layer of each and the generation of the record that froze it.
         """
 
     def freeze(self, channel: int, attempt: int) -> None:
@@ -194,13 +197,15 @@ class Gateway:
         shard_bytes: int,
         placement_key: str,
         layers: list[int],
+        generation: int,
         nodes: list[str],
         sets: list[list[int]],
         in_sync: list[list[int]],
         local: int | None = None,
     ) -> None:
-        """Read layers that are frozen, top first, from nodes that were in sync when they were.
+        """Read a snapshot: its layers, top first, and the generation of the record that froze them.
 
+        It is read from `in_sync`: nodes that were in sync then, or were healed since.
         `reader_open` once a node of each replica set serves them, else `reader_failed` with `why`,
         after five seconds, or as soon as the image is deleted. That may also come later, where no
         node of a set has the layers any more; then every request fails. It needs no lease.
@@ -412,6 +417,7 @@ class Simulation:
         shard_bytes: int,
         placement_key: str,
         layers: list[int],
+        snapshots: list[tuple[int, int]],
         epoch: int,
         holder: str,
         generation: int,
@@ -433,6 +439,7 @@ class Simulation:
         shard_bytes: int,
         placement_key: str,
         layers: list[int],
+        generation: int,
         nodes: list[str],
         sets: list[list[int]],
         in_sync: list[list[int]],
@@ -452,6 +459,7 @@ class Simulation:
         body: bytes,
         in_sync: list[list[int]],
         layers: list[int],
+        snapshots: list[tuple[int, int]],
     ) -> None: ...
     def freeze(self, gateway: int, channel: int, attempt: int) -> None: ...
     def thaw(self, gateway: int, channel: int, attempt: int) -> None: ...

@@ -4,7 +4,7 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 use hci_engine_core::content::Block;
-use hci_engine_core::geometry::{ImageId, Tag};
+use hci_engine_core::geometry::{ImageId, SnapshotId, Tag};
 use hci_engine_core::wire::codec::Fields;
 use hci_engine_core::wire::messages::{
     Attach, AttachReader, BlocksReply, Copy, DirtyEntry, DirtyFrom, DirtyReply, Flush, Head, Hello,
@@ -90,7 +90,7 @@ const PEEK_REPLY: &str = "
     7b7d ; payload
 ";
 const RECORD: &str = "
-    61000000 02000000 71fc8d01 ; head 97, payload 2, checksum
+    71000000 02000000 99935447 ; head 113, payload 2, checksum
     04 00 0000 09000000 0200000000000000 ; kind, flags, status, channel, tag
     101112131415161718191a1b1c1d1e1f ; image
     0300000000000000 ; epoch 3
@@ -101,6 +101,8 @@ const RECORD: &str = "
     00 ; what it has counts
     02000000 ; two layers
     0200000001000000 ; 2, then 1
+    01000000 ; one snapshot
+    010000000200000000000000 ; layer 1, generation 2
     7b7d ; payload
 ";
 const RECORD_REFUSED: &str = "
@@ -115,9 +117,10 @@ const ATTACH: &str = "
     aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ; holder
 ";
 const ATTACH_READER: &str = "
-    18000000 00000000 a2952827 ; head 24, payload 0, checksum
+    20000000 00000000 cdc6f306 ; head 32, payload 0, checksum
     09 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
     101112131415161718191a1b1c1d1e1f ; image
+    0200000000000000 ; generation 2
     01000000 ; one layer
     01000000 ; 1
 ";
@@ -465,13 +468,14 @@ fn records_and_sessions_are_as_specified() {
         peers: peers(),
     };
     check(PEEK_REPLY, reply(kind::PEEK), &peeked, b"{}");
-    let stored = Record { head: record(), blank: false, layers: vec![2, 1] };
+    let snapshots = vec![SnapshotId { layer: 1, generation: 2 }];
+    let stored = Record { head: record(), blank: false, layers: vec![2, 1], snapshots };
     check(RECORD, Prefix { tag: 2, ..request(kind::RECORD) }, &stored, b"{}");
     let refused = Prefix { tag: 2, status: Status::StaleEpoch, ..reply(kind::RECORD) };
     check_empty(RECORD_REFUSED, refused);
     let attach = Attach { image: image(), epoch: 3, holder: [0xaa; 16] };
     check(ATTACH, request(kind::ATTACH), &attach, &[]);
-    let reader = AttachReader { image: image(), layers: vec![1] };
+    let reader = AttachReader { image: image(), generation: 2, layers: vec![1] };
     check(ATTACH_READER, request(kind::ATTACH_READER), &reader, &[]);
     let refused = Prefix { status: Status::NoLayers, ..reply(kind::ATTACH_READER) };
     check_empty(ATTACH_READER_REFUSED, refused);
@@ -621,7 +625,8 @@ fn head_with_a_byte_too_many_or_too_few_is_refused() {
     let mut longer = BytesMut::from(&bytes[..]);
     longer.put_u8(0);
     assert!(RecordHead::take(longer.freeze()).is_err());
-    let record = |layers| written(&Record { head: record(), blank: true, layers });
+    let record =
+        |layers| written(&Record { head: record(), blank: true, layers, snapshots: Vec::new() });
     assert!(Record::take(record(vec![3, 1])).is_ok());
     for no_chain in [vec![], vec![1, 2], vec![2, 2]] {
         assert!(Record::take(record(no_chain)).is_err());

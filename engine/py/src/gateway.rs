@@ -2,7 +2,7 @@
 
 use crate::ids::{hex, parse_id};
 use hci_engine_core::gateway::{Command, Gateway as Core, GatewayEvent};
-use hci_engine_core::geometry::Geometry;
+use hci_engine_core::geometry::{Geometry, SnapshotId};
 use hci_engine_core::io::{Address, TlsConfig};
 use hci_engine_core::nbd::budget::ClientLimits;
 use hci_engine_core::nbd::{Answer, ExportInfo, Query, TlsMode};
@@ -119,8 +119,8 @@ impl Gateway {
     }
 
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
-    #[pyo3(signature = (channel, *, image, size_bytes, shard_bytes, placement_key, layers, epoch,
-                        holder, generation, digest, body, nodes, sets, in_sync, local=None, levelling=None))]
+    #[pyo3(signature = (channel, *, image, size_bytes, shard_bytes, placement_key, layers, snapshots,
+                        epoch, holder, generation, digest, body, nodes, sets, in_sync, local=None, levelling=None))]
     fn open(
         &self,
         channel: u32,
@@ -129,6 +129,7 @@ impl Gateway {
         shard_bytes: u32,
         placement_key: &str,
         layers: Vec<u32>,
+        snapshots: Vec<(u32, u64)>,
         epoch: u64,
         holder: &str,
         generation: u64,
@@ -147,6 +148,7 @@ impl Gateway {
             shard_bytes,
             placement_key,
             layers,
+            &snapshots,
             epoch,
             holder,
             generation,
@@ -162,8 +164,8 @@ impl Gateway {
     }
 
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
-    #[pyo3(signature = (channel, *, image, size_bytes, shard_bytes, placement_key, layers, nodes,
-                        sets, in_sync, local=None))]
+    #[pyo3(signature = (channel, *, image, size_bytes, shard_bytes, placement_key, layers,
+                        generation, nodes, sets, in_sync, local=None))]
     fn open_reader(
         &self,
         channel: u32,
@@ -172,13 +174,15 @@ impl Gateway {
         shard_bytes: u32,
         placement_key: &str,
         layers: Vec<u32>,
+        generation: u64,
         nodes: Vec<String>,
         sets: Vec<Vec<u8>>,
         in_sync: Vec<Vec<u8>>,
         local: Option<u8>,
     ) -> PyResult<()> {
         let geometry = geometry_of(size_bytes, shard_bytes, placement_key, sets.len())?;
-        let spec = reader_spec(channel, image, geometry, layers, nodes, &sets, &in_sync, local)?;
+        let snapshot = (layers, generation);
+        let spec = reader_spec(channel, image, geometry, snapshot, nodes, &sets, &in_sync, local)?;
         self.order(Command::OpenReader(spec))
     }
 
@@ -191,7 +195,8 @@ impl Gateway {
         self.order(Command::Admit { channel, nodes, resume })
     }
 
-    #[pyo3(signature = (channel, *, generation, digest, body, in_sync, layers))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
+    #[pyo3(signature = (channel, *, generation, digest, body, in_sync, layers, snapshots))]
     fn reconfigure(
         &self,
         channel: u32,
@@ -200,10 +205,17 @@ impl Gateway {
         body: Vec<u8>,
         in_sync: Vec<Vec<u8>>,
         layers: Vec<u32>,
+        snapshots: Vec<(u32, u64)>,
     ) -> PyResult<()> {
-        let in_sync = in_sync.iter().map(|nodes| mask(nodes)).collect::<PyResult<_>>()?;
-        let (body, layers) = (body.into(), chain(layers)?);
-        self.order(Command::Reconfigure { channel, generation, digest, body, in_sync, layers })
+        self.order(Command::Reconfigure {
+            channel,
+            generation,
+            digest,
+            body: body.into(),
+            in_sync: in_sync.iter().map(|nodes| mask(nodes)).collect::<PyResult<_>>()?,
+            layers: chain(layers)?,
+            snapshots: snapshots_of(&snapshots),
+        })
     }
 
     /// Has what clients change wait for a snapshot, until `frozen` or `freeze_failed`.
@@ -414,6 +426,7 @@ pub(crate) fn open_spec(
     shard_bytes: u32,
     placement_key: &str,
     layers: Vec<u32>,
+    snapshots: &[(u32, u64)],
     epoch: u64,
     holder: &str,
     generation: u64,
@@ -437,6 +450,7 @@ pub(crate) fn open_spec(
         channel,
         geometry,
         layers: chain(layers)?,
+        snapshots: snapshots_of(snapshots),
         epoch,
         holder: parse_id(holder)?.0,
         generation,
@@ -455,7 +469,7 @@ pub(crate) fn reader_spec(
     channel: u32,
     image: &str,
     geometry: Geometry,
-    layers: Vec<u32>,
+    (layers, generation): (Vec<u32>, u64),
     nodes: Vec<String>,
     sets: &[Vec<u8>],
     in_sync: &[Vec<u8>],
@@ -466,6 +480,7 @@ pub(crate) fn reader_spec(
         image: parse_id(image)?,
         channel,
         geometry,
+        generation,
         layers: chain(layers)?,
         nodes,
         sets: in_sync.iter().map(|nodes| mask(nodes)).collect::<PyResult<_>>()?,
@@ -490,6 +505,13 @@ fn check_sets(nodes: &[String], sets: &[Vec<u8>], in_sync: &[Vec<u8>]) -> PyResu
         true => Ok(()),
         false => Err(PyValueError::new_err("at most 64 nodes, and one in_sync for each set")),
     }
+}
+
+/// What `snapshots` says: layer and generation of each.
+pub(crate) fn snapshots_of(snapshots: &[(u32, u64)]) -> Vec<SnapshotId> {
+    let snapshot =
+        |(layer, generation): &(u32, u64)| SnapshotId { layer: *layer, generation: *generation };
+    snapshots.iter().map(snapshot).collect()
 }
 
 /// The layers of an image, top first.

@@ -1,7 +1,9 @@
 //! `Simulation`: a cluster in memory for tests, moved one step at a time. Only with the feature
 //! `simulation`.
 
-use crate::gateway::{chain, event_dict, geometry_of, mask, open_spec, reader_spec, scrub_dict};
+use crate::gateway::{
+    chain, event_dict, geometry_of, mask, open_spec, reader_spec, scrub_dict, snapshots_of,
+};
 use crate::ids::{hex, parse_id};
 use crate::node::inventory_dict;
 use hci_engine_core::replica::{HealLimits, HealSpec, ImageIo, ScrubSpec, Served, Token};
@@ -248,7 +250,7 @@ impl Simulation {
 
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
     #[pyo3(signature = (gateway, channel, *, image, size_bytes, shard_bytes, placement_key, layers,
-                        epoch, holder, generation, digest, body, nodes, sets, in_sync, local=None,
+                        snapshots, epoch, holder, generation, digest, body, nodes, sets, in_sync, local=None,
                         levelling=None))]
     fn open(
         &self,
@@ -259,6 +261,7 @@ impl Simulation {
         shard_bytes: u32,
         placement_key: &str,
         layers: Vec<u32>,
+        snapshots: Vec<(u32, u64)>,
         epoch: u64,
         holder: &str,
         generation: u64,
@@ -277,6 +280,7 @@ impl Simulation {
             shard_bytes,
             placement_key,
             layers,
+            &snapshots,
             epoch,
             holder,
             generation,
@@ -294,7 +298,7 @@ impl Simulation {
 
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
     #[pyo3(signature = (gateway, channel, *, image, size_bytes, shard_bytes, placement_key, layers,
-                        nodes, sets, in_sync, local=None))]
+                        generation, nodes, sets, in_sync, local=None))]
     fn open_reader(
         &self,
         gateway: usize,
@@ -304,13 +308,15 @@ impl Simulation {
         shard_bytes: u32,
         placement_key: &str,
         layers: Vec<u32>,
+        generation: u64,
         nodes: Vec<String>,
         sets: Vec<Vec<u8>>,
         in_sync: Vec<Vec<u8>>,
         local: Option<u8>,
     ) -> PyResult<()> {
         let geometry = geometry_of(size_bytes, shard_bytes, placement_key, sets.len())?;
-        let spec = reader_spec(channel, image, geometry, layers, nodes, &sets, &in_sync, local)?;
+        let snapshot = (layers, generation);
+        let spec = reader_spec(channel, image, geometry, snapshot, nodes, &sets, &in_sync, local)?;
         self.at_gateway(gateway)?.open_reader(gateway, spec);
         Ok(())
     }
@@ -333,7 +339,8 @@ impl Simulation {
     }
 
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
-    #[pyo3(signature = (gateway, channel, *, generation, digest, body, in_sync, layers))]
+    #[pyo3(signature = (gateway, channel, *, generation, digest, body, in_sync, layers,
+                        snapshots))]
     fn reconfigure(
         &self,
         gateway: usize,
@@ -343,11 +350,12 @@ impl Simulation {
         body: Vec<u8>,
         in_sync: Vec<Vec<u8>>,
         layers: Vec<u32>,
+        snapshots: Vec<(u32, u64)>,
     ) -> PyResult<()> {
         let in_sync = in_sync.iter().map(|nodes| mask(nodes)).collect::<PyResult<Vec<_>>>()?;
-        let layers = chain(layers)?;
+        let (layers, snapshots) = (chain(layers)?, snapshots_of(&snapshots));
         self.at_gateway(gateway)?.with_image(gateway, channel, |io| {
-            io.reconfigure(generation, digest, body.into(), &in_sync, &layers);
+            io.reconfigure(generation, digest, body.into(), &in_sync, &layers, &snapshots);
         });
         Ok(())
     }

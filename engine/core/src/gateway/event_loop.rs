@@ -577,9 +577,17 @@ impl EventLoop {
                 Command::Admit { channel, nodes, resume } => {
                     self.with_image(channel, |io| io.admit(&nodes, resume));
                 }
-                Command::Reconfigure { channel, generation, digest, body, in_sync, layers } => {
+                Command::Reconfigure {
+                    channel,
+                    generation,
+                    digest,
+                    body,
+                    in_sync,
+                    layers,
+                    snapshots,
+                } => {
                     self.with_image(channel, |io| {
-                        io.reconfigure(generation, digest, body, &in_sync, &layers);
+                        io.reconfigure(generation, digest, body, &in_sync, &layers, &snapshots);
                     });
                 }
                 Command::Freeze { channel, attempt } => {

@@ -7,7 +7,7 @@ mod snapshot;
 
 pub use snapshot::{ClientSnapshot, ImageSnapshot, LinkSnapshot, ReaderSnapshot, Snapshot};
 
-use crate::geometry::LayerId;
+use crate::geometry::{LayerId, SnapshotId};
 use crate::io::{Poller, TlsConfig, Waker};
 use crate::nbd::budget::ClientLimits;
 use crate::nbd::{Answer, Query, TlsMode};
@@ -59,6 +59,7 @@ pub enum Command {
         body: Bytes,
         in_sync: Vec<NodeMask>,
         layers: Vec<LayerId>,
+        snapshots: Vec<SnapshotId>,
     },
     /// Have clients' changes wait for a snapshot; `Event::Frozen` or `Event::FreezeFailed` tells how it went.
     Freeze {

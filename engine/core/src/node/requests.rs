@@ -182,26 +182,25 @@ impl Requests<'_> {
 
     /// What a read on the frame's channel is of: a holder's image, or a reader's frozen layers.
     fn readable(&self, frame: &Frame, epoch: u64) -> Step<(ImageId, Chain)> {
-        if let Some(Reader { image, chain }) = self.sessions.reader(self.connection, frame.channel)
-        {
-            self.check_frozen(image, chain)?;
-            return Ok((*image, chain.clone()));
+        if let Some(reader) = self.sessions.reader(self.connection, frame.channel) {
+            self.check_snapshot(reader)?;
+            return Ok((reader.image, reader.chain.clone()));
         }
         let image = self.session(frame, epoch)?.image;
         Ok((image, self.chain(&image)?))
     }
 
-    /// Whether all is here that these layers hold, and none of them is the one that is written to.
-    fn check_frozen(&self, image: &ImageId, chain: &Chain) -> Step<()> {
-        if self.store.is_deleted(image) {
+    /// Whether all is here that the reader's snapshot holds, and nothing of it can change.
+    fn check_snapshot(&self, reader: &Reader) -> Step<()> {
+        if self.store.is_deleted(&reader.image) {
             return Err(Refused::Status(Status::Deleted));
         }
-        let Some(record) = self.store.image(image) else {
+        let Some(record) = self.store.image(&reader.image) else {
             return Err(Refused::Status(Status::NoRecord));
         };
-        let counts = !record.blank && !self.store.is_distrusted(image);
-        let frozen = counts && record.chain.has_frozen(chain);
-        match frozen || broken(Rule::ReadersReadFrozenLayers) {
+        let counts = !record.blank && !self.store.is_distrusted(&reader.image);
+        let here = counts && record.has_snapshot(&reader.chain, reader.generation);
+        match here || broken(Rule::ReadersReadFrozenLayers) {
             true => Ok(()),
             false => Err(Refused::Status(Status::NoLayers)),
         }
@@ -375,7 +374,7 @@ impl Requests<'_> {
     }
 
     fn record(&mut self, frame: &Frame) -> Step {
-        let messages::Record { head: offered, blank, layers } =
+        let messages::Record { head: offered, blank, layers, snapshots } =
             messages::Record::take(frame.head.clone())?;
         let chain = Chain::new(&layers).ok_or(Refused::Close)?;
         let head = RecordHead {
@@ -385,7 +384,7 @@ impl Requests<'_> {
             digest: offered.digest,
             shard_bytes: offered.shard_bytes,
         };
-        let record = ImageRecord { head, blank, chain, body: frame.payload.clone() };
+        let record = ImageRecord { head, blank, chain, snapshots, body: frame.payload.clone() };
         let put = self.store.put_record(offered.image, record);
         if let Err(StoreError::RecordLower { stored } | StoreError::RecordConflict { stored }) =
             &put
@@ -421,10 +420,11 @@ impl Requests<'_> {
     }
 
     fn attach_reader(&mut self, frame: &Frame) -> Step {
-        let AttachReader { image, layers } = AttachReader::take(frame.head.clone())?;
+        let AttachReader { image, generation, layers } = AttachReader::take(frame.head.clone())?;
         let chain = Chain::new(&layers).ok_or(Refused::Close)?;
-        self.check_frozen(&image, &chain)?;
-        match self.sessions.begin_reader(self.connection, frame.channel, Reader { image, chain }) {
+        let reader = Reader { image, chain, generation };
+        self.check_snapshot(&reader)?;
+        match self.sessions.begin_reader(self.connection, frame.channel, reader) {
             true => Ok(ok()),
             false => Err(Refused::Status(Status::NoSession)),
         }

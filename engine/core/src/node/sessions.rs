@@ -18,11 +18,12 @@ pub(crate) struct Session {
     pub epoch: u64,
 }
 
-/// A session that reads layers which no longer change.
+/// A session that reads a snapshot.
 #[derive(Clone, Debug)]
 pub(crate) struct Reader {
     pub image: ImageId,
     pub chain: Chain,
+    pub generation: u64,
 }
 
 /// All sessions of a node. Connections have ids that are never reused.
@@ -49,6 +50,7 @@ impl Sessions {
                 self.by_channel.remove(&at);
             }
         }
+        self.readers.remove(&(connection, channel));
         self.of_image.insert(session.image, (connection, channel));
         self.by_channel.insert((connection, channel), session);
         true
@@ -144,7 +146,7 @@ mod tests {
     fn readers_of_a_connection_are_bounded_and_end_with_it() {
         let mut sessions = Sessions::default();
         let chain = Chain::new(&[1]).expect("a chain");
-        let reader = || Reader { image: ImageId([1; 16]), chain: chain.clone() };
+        let reader = || Reader { image: ImageId([1; 16]), chain: chain.clone(), generation: 2 };
         for channel in 0..READERS_MAX as u32 {
             assert!(sessions.begin_reader(1, channel, reader()));
         }

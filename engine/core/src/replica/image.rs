@@ -13,7 +13,7 @@ use super::scrub::Scrub;
 use super::shard_set::ShardSet;
 use super::{Event, Extent, Instance, IoError, NodeIndex, NodeMask, Outcome, Output, Token};
 use crate::content::Run;
-use crate::geometry::{Geometry, ImageId, LayerId};
+use crate::geometry::{Geometry, ImageId, LayerId, SnapshotId};
 use crate::wire::messages::RecordHead;
 use crate::wire::{self, Prefix};
 use bytes::{Bytes, BytesMut};
@@ -35,6 +35,7 @@ pub struct OpenSpec {
     pub channel: u32,
     pub geometry: Geometry,
     pub layers: Vec<LayerId>,
+    pub snapshots: Vec<SnapshotId>,
     pub epoch: u64,
     pub holder: [u8; 16],
     pub generation: u64,

@@ -3,7 +3,7 @@
 use super::image::{ImageIo, Phase, Purpose, ReplicaState, RequestKind};
 use super::replies::BadReply;
 use super::{Event, Instance, NodeIndex, NodeMask, PeekedRecord};
-use crate::geometry::{ImageId, LayerId};
+use crate::geometry::{ImageId, LayerId, SnapshotId};
 use crate::wire::messages::{Attach, Head, Peek, PeekReply, Record};
 use crate::wire::{Frame, Status, kind};
 use bytes::Bytes;
@@ -175,8 +175,8 @@ impl ImageIo {
         let (body, tag) = (self.spec.body.clone(), self.spec.generation);
         let blank = nodes.and(self.healed_from_nothing());
         for (nodes, blank) in [(nodes.without(blank), false), (blank, true)] {
-            let (head, layers) = (self.record_head(), self.spec.layers.clone());
-            let record = Record { head, blank, layers };
+            let (layers, snapshots) = (self.spec.layers.clone(), self.spec.snapshots.clone());
+            let record = Record { head: self.record_head(), blank, layers, snapshots };
             self.send(nodes, kind::RECORD, 0, tag, &body, |out| record.put(out));
         }
     }
@@ -290,6 +290,7 @@ impl ImageIo {
         body: Bytes,
         in_sync: &[NodeMask],
         layers: &[LayerId],
+        snapshots: &[SnapshotId],
     ) {
         assert!(generation > self.spec.generation, "generations only grow");
         assert_eq!(in_sync.len(), self.sets.len(), "one mask for each replica set");
@@ -299,6 +300,7 @@ impl ImageIo {
         self.spec.generation = generation;
         self.spec.digest = digest;
         self.spec.body = body;
+        self.spec.snapshots = snapshots.to_vec();
         let relayered = self.spec.layers != layers;
         match relayered {
             true => self.change_layers(layers),

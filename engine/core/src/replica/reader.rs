@@ -40,7 +40,9 @@ pub struct ReaderSpec {
     pub channel: u32,
     /// As the image was when the layers were frozen.
     pub geometry: Geometry,
-    /// The frozen layers, top first.
+    /// Of the snapshot.
+    pub generation: u64,
+    /// Its layers, top first.
     pub layers: Vec<LayerId>,
     pub nodes: Vec<String>,
     /// Of each replica set, the nodes that have all of the layers.
@@ -170,7 +172,8 @@ impl ReaderIo {
             return;
         }
         self.nodes[usize::from(node)] = NodeState::Attaching;
-        let head = AttachReader { image: self.spec.image, layers: self.spec.layers.clone() };
+        let (image, generation) = (self.spec.image, self.spec.generation);
+        let head = AttachReader { image, generation, layers: self.spec.layers.clone() };
         self.send(node, kind::ATTACH_READER, 0, |out| head.put(out));
     }
 
@@ -414,8 +417,14 @@ impl ReaderIo {
         self.outputs.push_back(Output::Event(Event::ReaderFailed { why }));
     }
 
-    /// Ends it at once: every request fails, later ones too.
+    /// Ends it at once: every request fails, later ones too. The nodes forget it.
     pub fn kill(&mut self) {
+        if self.phase != Phase::Dead {
+            let known = |state| matches!(state, NodeState::Attaching | NodeState::Attached);
+            for node in self.nodes_in(known).iter() {
+                self.send(node, kind::DETACH, 0, |out| Session { epoch: 0 }.put(out));
+            }
+        }
         self.phase = Phase::Dead;
         self.parts.clear();
         let requests: Vec<Request> = self.requests.drain().collect();
@@ -424,14 +433,9 @@ impl ReaderIo {
         }
     }
 
-    /// Ends it; the nodes forget it.
+    /// Ends it, and says so.
     pub fn close(&mut self) {
-        if self.phase != Phase::Dead {
-            for node in self.attached().iter() {
-                self.send(node, kind::DETACH, 0, |out| Session { epoch: 0 }.put(out));
-            }
-            self.kill();
-        }
+        self.kill();
         self.outputs.push_back(Output::Event(Event::Closed { clean: true }));
     }
 

@@ -3,7 +3,7 @@
 use crate::geometry::{ImageId, Tag};
 
 use super::dirty::ENTRY_BYTES;
-use super::images::{BODY_BYTES_MAX, ImageRecord, encode_record};
+use super::images::{BODY_BYTES_MAX, ImageRecord, LAYERS_MAX, encode_record};
 use super::log::Class;
 use super::record::{Header, Kind};
 use super::state::encode_peers;
@@ -22,8 +22,8 @@ impl Store {
     /// that was told so stores one, when the cluster's record says that nothing here counts.
     pub fn put_record(&mut self, image: ImageId, record: ImageRecord) -> Result<u64, StoreError> {
         self.check()?;
-        self.state.images.check(&image, &record.head, &record.chain)?;
-        if record.body.len() > BODY_BYTES_MAX {
+        self.state.images.check(&image, &record)?;
+        if record.body.len() > BODY_BYTES_MAX || record.snapshots.len() > LAYERS_MAX {
             return Err(StoreError::TooLarge);
         }
         let mut extra = Vec::new();

@@ -5,7 +5,7 @@ use super::codec::{Fields, Short, put_list, put_text};
 use super::{MAGIC, VERSION};
 use crate::checksum::{CHECKSUM_BYTES, Checksum};
 use crate::content::Block;
-use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, Tag};
+use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, SnapshotId, Tag};
 use bytes::{BufMut, Bytes, BytesMut};
 
 /// A head that can be written and read back.
@@ -127,7 +127,7 @@ impl Head for RecordHead {
     }
 }
 
-/// Most layers of an image.
+/// Most layers, and snapshots, of an image.
 pub const LAYERS_MAX: usize = 1024;
 
 /// RECORD's head; the record's body is the payload.
@@ -138,6 +138,8 @@ pub struct Record {
     pub blank: bool,
     /// The chain, top first: ids that fall.
     pub layers: Vec<LayerId>,
+    /// In any order.
+    pub snapshots: Vec<SnapshotId>,
 }
 
 impl Head for Record {
@@ -145,14 +147,26 @@ impl Head for Record {
         self.head.put(out);
         out.put_u8(u8::from(self.blank));
         put_layers(out, &self.layers);
+        put_list(out, &self.snapshots, |out, snapshot| put_snapshot(out, *snapshot));
     }
     fn take_fields(f: &mut Fields) -> Result<Self, Short> {
-        Ok(Record {
+        let record = Record {
             head: RecordHead::take_fields(f)?,
             blank: f.u8()? != 0,
             layers: take_layers(f)?,
-        })
+            snapshots: f.list(12, take_snapshot)?,
+        };
+        if record.snapshots.len() > LAYERS_MAX { Err(Short) } else { Ok(record) }
     }
+}
+
+fn put_snapshot(out: &mut BytesMut, snapshot: SnapshotId) {
+    out.put_u32_le(snapshot.layer);
+    out.put_u64_le(snapshot.generation);
+}
+
+fn take_snapshot(f: &mut Fields) -> Result<SnapshotId, Short> {
+    Ok(SnapshotId { layer: f.u32()?, generation: f.u64()? })
 }
 
 fn put_layers(out: &mut BytesMut, layers: &[LayerId]) {
@@ -240,21 +254,25 @@ impl Head for Attach {
     }
 }
 
-/// Begins a session of a reader of frozen layers on the frame's channel.
+/// Begins a session of a reader of a snapshot on the frame's channel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AttachReader {
     pub image: ImageId,
-    /// The frozen layers, top first.
+    /// Of the snapshot.
+    pub generation: u64,
+    /// Its layers, top first.
     pub layers: Vec<LayerId>,
 }
 
 impl Head for AttachReader {
     fn put(&self, out: &mut BytesMut) {
         out.put_slice(&self.image.0);
+        out.put_u64_le(self.generation);
         put_layers(out, &self.layers);
     }
     fn take_fields(f: &mut Fields) -> Result<Self, Short> {
-        Ok(AttachReader { image: ImageId(f.array()?), layers: take_layers(f)? })
+        let (image, generation) = (ImageId(f.array()?), f.u64()?);
+        Ok(AttachReader { image, generation, layers: take_layers(f)? })
     }
 }
 

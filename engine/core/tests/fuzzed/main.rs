@@ -9,7 +9,7 @@ mod wire_heads;
 use bytes::{BufMut, Bytes, BytesMut};
 use hci_engine_core::checksum::crc32c;
 use hci_engine_core::content::Block;
-use hci_engine_core::geometry::{ImageId, Tag};
+use hci_engine_core::geometry::{ImageId, SnapshotId, Tag};
 use hci_engine_core::nbd::constants::{EXTENDED_REQUEST_MAGIC, IHAVEOPT, REQUEST_MAGIC};
 use hci_engine_core::wire::messages::{
     Attach, AttachReader, BlocksReply, Copy, DirtyEntry, DirtyFrom, DirtyReply, Flush, Head, Hello,
@@ -53,8 +53,9 @@ fn samples() -> Vec<(u8, Vec<u8>)> {
     let (dirty, distrusted) = (6, true);
     let peek_reply = PeekReply { record: record(), dirty, flush_number, distrusted, peers };
     let attach = Attach { image: IMAGE, epoch: 3, holder: [1; 16] };
-    let reader = AttachReader { image: IMAGE, layers: vec![2, 1] };
-    let stored = Record { head: record(), blank: true, layers: vec![3, 2, 1] };
+    let reader = AttachReader { image: IMAGE, generation: 5, layers: vec![2, 1] };
+    let snapshots = vec![SnapshotId { layer: 2, generation: 5 }; 2];
+    let stored = Record { head: record(), blank: true, layers: vec![3, 2, 1], snapshots };
     let proof = vec![(node, 12)];
     let flush = Flush { epoch: 3, generation: 2, clear_sequence: 9, proof };
     let entry = DirtyEntry { shard: 5, last: TAG, generation: 2, sticky: true };

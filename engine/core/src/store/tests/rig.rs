@@ -40,7 +40,7 @@ pub fn head(epoch: u64, generation: u64) -> RecordHead {
 /// A record of an image with one layer.
 pub fn record(head: RecordHead) -> ImageRecord {
     let chain = Chain::new(&[1]).expect("a chain");
-    ImageRecord { head, blank: false, chain, body: Bytes::new() }
+    ImageRecord { head, blank: false, chain, snapshots: Vec::new(), body: Bytes::new() }
 }
 
 /// A store with a record of `IMAGE` at epoch 1, generation 1.
