@@ -254,22 +254,22 @@ def check(
     def pause(attempt: int) -> None:
         time.sleep(0.1 * 2**attempt)
 
-    states = [("", 0, record)] + [
-        (each.name, each.layer, replace(record, size_bytes=each.size_bytes))
-        for each in record.snapshots
-    ]
     up = _answering(record, nodes)
-    reports = []
-    for index, (name_of_state, layer, state) in enumerate(states):
-        report = replicas.compare(
-            state,
-            up,
-            partial(digests, layer),
-            lambda done, index=index: progress((index + done) / len(states)),
-            pause,
-        )
-        reports.append(replace(report, snapshot=name_of_state))
+
+    def compared(state: ImageRecord, layer: int, done: Callable[[float], None]) -> replicas.Report:
+        return replicas.compare(state, up, partial(digests, layer), done, pause)
+
+    count = 1 + len(record.snapshots)
+    reports = [compared(record, 0, lambda done: progress(done / count))]
+    for index, snapshot in enumerate(record.snapshots, 1):
+        state = replace(record, size_bytes=snapshot.size_bytes)
+        report = compared(state, snapshot.layer, partial(_part, progress, index, count))
+        reports.append(replace(report, snapshot=snapshot.name))
     return reports
+
+
+def _part(progress: transfer.Progress, index: int, count: int, done: float) -> None:
+    progress((index + done) / count)
 
 
 def _level(gateway: GatewayConfig, uri: str, image: ImageId) -> None:

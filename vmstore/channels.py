@@ -84,6 +84,7 @@ class Channels:
             shard_bytes=record.shard_bytes,
             placement_key=record.placement_key,
             layers=record.layer_ids,
+            snapshots=_snapshots(record),
             epoch=record.epoch,
             holder=self._holder_id,
             generation=record.generation,
@@ -111,6 +112,7 @@ class Channels:
             shard_bytes=record.shard_bytes,
             placement_key=record.placement_key,
             layers=record.chain(snapshot),
+            generation=snapshot.generation,
             nodes=list(names),
             sets=[_indexes(names, members) for members in record.sets],
             in_sync=_in_sync(names, record),
@@ -149,6 +151,7 @@ class Channels:
             body=record.encode(),
             in_sync=_in_sync(image.node_names, record),
             layers=record.layer_ids,
+            snapshots=_snapshots(record),
         )
 
     def heal(self, image: OpenImage, heal: effects.Heal) -> None:
@@ -253,6 +256,10 @@ def _indexes(names: tuple[str, ...], nodes: tuple[str, ...]) -> list[int]:
 def _in_sync(names: tuple[str, ...], record: ImageRecord) -> list[list[int]]:
     membership = record.membership
     return [_indexes(names, membership.in_sync(index)) for index in range(len(record.sets))]
+
+
+def _snapshots(record: ImageRecord) -> list[tuple[int, int]]:
+    return [(snapshot.layer, snapshot.generation) for snapshot in record.snapshots]
 
 
 def _peeked(node: str, event: dict[str, Any]) -> events.Peeked:

@@ -321,7 +321,8 @@ def _check_layers(before: ImageRecord, after: ImageRecord) -> None:
     elif len(after.layers) > len(before.layers):
         assert after.layers[1:] == before.layers, "one layer comes on the top"
         assert after.layers[0].id >= before.next_layer, "and none has had its id"
-        assert after.snapshots[:-1] == before.snapshots, "with one snapshot"
+        assert len(after.snapshots) == len(before.snapshots) + 1, "with one snapshot"
+        assert after.snapshots[:-1] == before.snapshots, "beside those that there are"
     else:
         assert after.layers == before.layers[1:], "the top goes"
         assert after.snapshots == before.snapshots[:-1], "with the last snapshot"

@@ -42,7 +42,7 @@ class _Reader:
     name: SnapshotName
     snapshot: Snapshot
     key: tuple[ImageId, int]
-    """Image and layer: a name may be given again."""
+    """Image and generation: a name may be given again."""
     phase: _Phase = _Phase.OPENING
     waiting: list[int] = field(default_factory=list)
     users: set[int] = field(default_factory=set)
@@ -80,7 +80,7 @@ class Readers:
         self, client: int, name: SnapshotName, record: ImageRecord, snapshot: Snapshot
     ) -> None:
         """Let a client in when the snapshot is open; `record` is the image's as etcd has it."""
-        key = (record.id, snapshot.layer)
+        key = (record.id, snapshot.generation)
         reader = self._readers.get(key)
         if reader is None:
             reader = _Reader(self._channels.new(), name, snapshot, key)
