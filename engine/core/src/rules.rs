@@ -79,7 +79,7 @@ pub enum Rule {
     SnapshotsWaitForWrites,
     /// What a snapshot holds is durable on all nodes in sync before the record names it.
     SnapshotsAreFlushed,
-    /// A node serves a reader only layers that lie below the top of its record.
+    /// A node serves a reader only a snapshot that its record names, and of which all is there.
     ReadersReadFrozenLayers,
 }
 

@@ -449,7 +449,7 @@ fn whole_blocks(offset: u64, length: u64, size_bytes: u64) -> (u64, u64) {
     if first >= end { (offset, offset) } else { (first, end) }
 }
 
-/// What an image of one layer has, it has itself: its depth is 1.
+/// Nodes do not tell which layer has something: its depth is 1 in any case.
 fn allocation(extent: &Extent) -> super::Extent {
     let hole = if extent.hole { STATE_HOLE } else { 0 };
     let zero = if extent.zero { STATE_ZERO } else { 0 };
