@@ -194,7 +194,7 @@ class History(Copies):
         for guest in cluster.guests:
             guest.pause_s = max(guest.pause_s, 0.2)
         cluster.mend()
-        if self.kind.resizes:
+        if "shrink" in self.kind.faults:
             self._grow_back()
         # Leases that lapsed are taken, by whoever comes first; then one guest is left.
         cluster.run_for(15.0)
