@@ -32,7 +32,7 @@ What this module refuses: to serve from a node that knows a later record (etcd w
 to believe a node that has lost its record or was rolled back itself: such a node is stale since 0.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
@@ -375,7 +375,9 @@ class Holder:
         self.too_slow = None if lost else self._too_slow()
         slow = set() if self.too_slow is None else {self.too_slow}
         plan = rejoin(membership, self._to_take_in(), lost | slow, self.emptied)
-        after = self.record.without_newest_snapshot() if self._withdraws() else self.record
+        after = self.record
+        if self._withdraws(lost):
+            after = after.without_newest_snapshot()
         if isinstance(plan, Change):
             changed = plan.membership
             after = replace(after, generation=changed.generation, stale=changed.stale)
@@ -467,14 +469,18 @@ class Holder:
         freezing.end()
         return [*([Thaw(freezing.attempt)] if held else []), TellSnapshot(why)]
 
-    def _withdraws(self) -> bool:
-        """Whether the record's newest snapshot is to go: see `freezing`."""
+    def _withdraws(self, lost: Set[str] = frozenset()) -> bool:
+        """Whether the record's newest snapshot is to go: see `freezing`.
+
+        Of an image that is being opened that is told by its nodes in sync but for `lost` ones.
+        """
         assert self.record is not None
         if self.freezing.withdraws:
             return True
         if self.phase is not Phase.GATHERING:
             return False
-        heard = [self.nodes[name].peeked for name in self._in_sync_names() - self.emptied]
+        names = self._in_sync_names() - self.emptied - lost
+        heard = [self.nodes[name].peeked for name in names]
         known = [peeked for peeked in heard if peeked is not None]
         return len(known) == len(heard) and is_unstored(self.record, known)
 
@@ -624,6 +630,9 @@ class Holder:
         asked of it before the same holds there.
         """
         assert self.record is not None
+        if self.phase is Phase.GATHERING and self._withdraws():
+            # Nodes would store what is to be withdrawn.
+            return []
         membership = self.record.membership
         waiting = {name for name in membership.all_in_sync() if self._may_be_let_in(name)}
         resume = {name for name in waiting if self._resumes(name)}

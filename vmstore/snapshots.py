@@ -11,6 +11,7 @@ import time
 from abc import abstractmethod
 from concurrent.futures import Future
 from functools import partial
+from typing import Any
 
 import structlog
 
@@ -35,6 +36,11 @@ SNAPSHOT_LIMIT_S = OPEN_LIMIT_S + LEVEL_LIMIT_S + 20.0
 
 class Snapshots(Resizing):
     """Takes snapshots of images; see the module."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._looked_up: set[ImageName] = set()
+        """Images of which a snapshot was ordered that etcd is asked for."""
 
     @abstractmethod
     def _take_pin(self) -> int:
@@ -73,7 +79,12 @@ class Snapshots(Resizing):
             self._catalog.check_history()
             return self._catalog.find(name)
 
+        def failed(error: HciError) -> None:
+            self._looked_up.discard(name)
+            order.done.set_exception(error)
+
         def found(stored: Stored[ImageRecord]) -> None:
+            self._looked_up.discard(name)
             if self._calls.stopping:
                 order.done.set_exception(_stopping(order))
                 return
@@ -98,8 +109,11 @@ class Snapshots(Resizing):
 
         if self._calls.stopping:
             order.done.set_exception(_stopping(order))
+        elif name in self._looked_up:
+            order.done.set_exception(BeingSnapshotted(str(name)))
         else:
-            self._calls.later(find, found, order.done.set_exception)
+            self._looked_up.add(name)
+            self._calls.later(find, found, failed)
 
     def _begin_snapshot(self, image: OpenImage) -> None:
         """Have the holder take the snapshot that was asked for, if any was; the image serves."""

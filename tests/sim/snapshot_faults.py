@@ -40,6 +40,8 @@ class SnapshotFaults(Strikes):
             lambda _gateway: self.cut_all(),
             lambda _gateway: self.etcd_down(),
             self._cut_etcd_then_kill,
+            self._cut_etcd_then_kill,
+            self._cut_etcd_then_kill,
         )
         strike = self.chance.choice(strikes)
         pause_s = self.chance.choice((0.0, 0.001, 0.004, 0.02, 0.1)) * self.chance.random()

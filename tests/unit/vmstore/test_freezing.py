@@ -298,6 +298,30 @@ def test_new_holder_withdraws_a_snapshot_that_no_node_has_stored() -> None:
     assert effects == [wanted.ChangeMembership(ours, gone)]
 
 
+def test_new_holder_lets_nobody_in_before_etcd_has_taken_the_withdrawal() -> None:
+    """etcd was away just then: nodes were let in, and stored what was to be withdrawn."""
+    ours = replace(TAKEN, epoch=4)
+    holder = gathering(ours)
+    for serial, node in enumerate(NODES, 1):
+        holder.step(events.Peeked(node, 1, 9, False, view(record()), serial))
+    assert holder.step(events.MembershipDelayed("no leader", maybe_taken=False)) == []
+    gone = ours.without_newest_snapshot()
+    again = holder.step(events.Tick(h.RETRY_S))
+    assert again == [wanted.ChangeMembership(ours, gone)]
+    effects = holder.step(events.MembershipChanged(gone))
+    assert effects == [wanted.Reconfigure(gone), wanted.Admit(NODES, False, (1, 2, 3))]
+
+
+def test_new_holder_withdraws_a_snapshot_as_it_leaves_a_node_behind() -> None:
+    """Else the others would be told of a record that has it."""
+    ours = replace(TAKEN, epoch=4)
+    holder = gathering(ours)
+    for serial, node in enumerate(("node1", "node2"), 1):
+        holder.step(events.Peeked(node, 1, 9, False, view(record()), serial))
+    (change,) = changes(holder.step(events.Tick(h.GRACE_S)))
+    assert change.after == replace(ours.without_newest_snapshot(), stale={0: {"node3": 2}})
+
+
 def test_new_holder_keeps_a_snapshot_that_one_node_has_stored() -> None:
     """All of them were frozen then."""
     ours = replace(TAKEN, epoch=4)

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 
 import pytest
 
+from etcd.images import ImageRecord
 from etcd.memory import Fault
 from tests.unit.vmstore.gateway import GIB, WAIT_S, ScriptedGateway, scripted_gateway
 from vmstore.errors import (
@@ -16,7 +17,9 @@ from vmstore.errors import (
     SnapshotFailed,
     TooManySnapshots,
 )
+from vmstore.names import ImageName
 from vmstore.open_image import TakenSnapshot
+from vmstore.stored import Stored
 
 
 @pytest.fixture
@@ -121,6 +124,29 @@ def test_second_snapshot_at_once_is_refused_and_the_first_ends_well(
         take(gateway, "t").result(timeout=WAIT_S)
     stored(gateway, frozen(gateway))
     first.result(timeout=WAIT_S)
+
+
+def test_orders_do_not_heap_up_while_etcd_is_slow(gateway: ScriptedGateway) -> None:
+    """Each kept a call of its own waiting, until none was left for anything else."""
+    going_on = threading.Event()
+    find = gateway.catalog.find
+    looks: list[ImageName] = []
+
+    def slow(name: ImageName) -> Stored[ImageRecord]:
+        looks.append(name)
+        going_on.wait(WAIT_S)
+        return find(name)
+
+    gateway.catalog.find = slow  # type: ignore[method-assign]
+    first = take(gateway)
+    gateway.until(lambda: bool(looks), "etcd is not asked")
+    with pytest.raises(BeingSnapshotted):
+        take(gateway, "t").result(timeout=WAIT_S)
+    gateway.catalog.find = find  # type: ignore[method-assign]
+    going_on.set()
+    stored(gateway, frozen(gateway))
+    first.result(timeout=WAIT_S)
+    assert len(looks) == 1
 
 
 def test_size_does_not_change_while_a_snapshot_is_taken_nor_the_other_way(
