@@ -143,12 +143,9 @@ class Freezing:
 def is_unstored(record: ImageRecord, heard: Iterable[Peeked]) -> bool:
     """Whether none of these nodes in sync has stored the newest snapshot, under the top layer.
 
-    Then no write was answered in that layer: all nodes in sync store it before.
+    Then no write was answered in that layer: all nodes in sync store it before. They have stored
+    the record before it. Nodes that are further behind have lost something, and tell nothing.
     """
     newest = record.newest_snapshot
-    views = [peeked.record for peeked in heard]
-    return (
-        newest is not None
-        and bool(views)
-        and all(view is None or view.generation < newest.generation for view in views)
-    )
+    known = [peeked.record.generation for peeked in heard if peeked.record is not None]
+    return newest is not None and max(known, default=0) == newest.generation - 1

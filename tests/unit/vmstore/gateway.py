@@ -28,8 +28,6 @@ class ScriptedEngine:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-        self.known: dict[str, Any] | None = None
-        """What its nodes have of the record of an image that is opened."""
         self.closes = True
         """Whether an image that is closed gets rid of all it has to flush."""
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
@@ -55,7 +53,7 @@ class ScriptedEngine:
                 start_counter=1,
                 flush_number=0,
                 deleted=False,
-                record=self.known,
+                record=None,
                 serial=1,
             )
 

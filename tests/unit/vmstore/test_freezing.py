@@ -337,6 +337,17 @@ def test_new_holder_keeps_snapshots_below_its_newest_change() -> None:
     assert effects == [wanted.Admit(NODES, False, (1, 2, 3))]
 
 
+def test_snapshots_are_not_withdrawn_by_nodes_that_are_further_behind() -> None:
+    """The only node in sync had an older disk: one snapshot after the other was withdrawn."""
+    twice = TAKEN.with_snapshot("tuesday", 0)
+    ours = replace(twice, epoch=4)
+    for known in (view(record()), None):
+        effects = opened(ours, dict.fromkeys(NODES, known))
+        assert changes(effects) == []
+    (change,) = changes(opened(ours, dict.fromkeys(NODES, view(TAKEN))))
+    assert change.after.snapshots == TAKEN.snapshots
+
+
 def test_store_that_was_set_back_does_not_tell_whether_a_snapshot_was_stored() -> None:
     ours = replace(TAKEN, epoch=4)
     back = view(record(), distrusted=True)

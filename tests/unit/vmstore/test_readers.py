@@ -82,17 +82,6 @@ def test_stale_node_is_not_asked(gateway: ScriptedGateway) -> None:
 
 
 def test_snapshot_beside_its_open_image_leaves_that_alone(gateway: ScriptedGateway) -> None:
-    record = gateway.record
-    gateway.engine.known = {
-        "epoch": record.epoch,
-        "holder": record.holder,
-        "generation": record.generation,
-        "digest": record.digest,
-        "flush_number": 0,
-        "peers": [],
-        "dirty": 0,
-        "distrusted": False,
-    }
     gateway.connect(1)
     assert gateway.answer(1)[0] == "export"
     ask(gateway, 2)
