@@ -33,7 +33,7 @@ from vmstore.errors import (
 )
 from vmstore.granter import Voters
 from vmstore.healing import HealLimits
-from vmstore.holder import OPEN_LIMIT_S, Phase, closing_waits_for
+from vmstore.holder import OPEN_LIMIT_S, closing_waits_for
 from vmstore.holding import Held
 from vmstore.names import ImageName, SnapshotName, parse_name
 from vmstore.open_image import OpenImage
@@ -42,6 +42,7 @@ from vmstore.resizing import RECONNECT_S, RESIZER
 from vmstore.served import Served
 from vmstore.slowness import SlowLimits
 from vmstore.snapshots import Snapshots
+from vmstore.standing import Phase
 from vmstore.stored import Stored
 
 log = structlog.get_logger()

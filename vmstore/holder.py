@@ -26,15 +26,14 @@ One change of the record is under way at a time. A node in sync that is lost is 
 where requests wait for it, and only by a change that etcd took first (membership before
 acknowledgement); where that would break the quorum it stays in sync, and its requests wait.
 
-A snapshot is a change of the record too, for which changes of clients wait (`freezing`).
+A snapshot is a change of the record too, for which changes of clients wait (`snapshot_steps`). Who
+is lost, and when one is left behind, stands in `standing`.
 
 What this module refuses: to serve from a node that knows a later record (etcd was rolled back), and
 to believe a node that has lost its record or was rolled back itself: such a node is stale since 0.
 """
 
-from collections.abc import Iterable, Set
-from dataclasses import dataclass, field, replace
-from enum import Enum, auto
+from dataclasses import dataclass, replace
 
 from etcd.images import ImageRecord
 from shard.membership import Change, Ready, lose, rejoin
@@ -45,7 +44,6 @@ from vmstore.effects import (
     Effect,
     EndHeal,
     Forget,
-    Freeze,
     Heal,
     KillImage,
     OpenImage,
@@ -55,7 +53,6 @@ from vmstore.effects import (
     Release,
     Serve,
     TellSnapshot,
-    Thaw,
 )
 from vmstore.events import (
     AdmitFailed,
@@ -84,98 +81,20 @@ from vmstore.events import (
     TakeSnapshot,
     Tick,
 )
-from vmstore.freezing import HELD_LIMIT_S, Freezing, Stage, is_unstored
-from vmstore.healing import Heals
+from vmstore.freezing import Stage
 from vmstore.judging import emptied, problem_of
-from vmstore.slowness import Slowness
-from vmstore.space import NO_SPACE, Space
-
-GRACE_S = 3.0
-"""How long a new holder waits for nodes in sync that do not answer before it goes on without them:
-longer than a node takes to start beside it, shorter than a person waits. The time that a node has
-been lost to the gateway counts: a guest that is restarted elsewhere does not wait again for what
-went with its host."""
-
-RETRY_S = 0.5
-"""Until etcd is asked again for a change it did not answer."""
-
-FAILING_S = 2.5
-"""A node counts as failing so long after it failed a request: it is asked again each second."""
+from vmstore.snapshot_steps import RETRY_S, SnapshotSteps
+from vmstore.space import NO_SPACE
+from vmstore.standing import NodeState, Phase, Standing
 
 OPEN_LIMIT_S = 20.0
 """After this a client that waits for an image to open is told so; a gateway that is asked again
 starts afresh."""
 
 
-class Phase(Enum):
-    """See the module's table."""
-
-    TAKING = auto()
-    GATHERING = auto()
-    JOINING = auto()
-    SERVING = auto()
-    CLOSING = auto()
-    RELEASING = auto()
-    ENDED = auto()
-
-
-class Standing(Enum):
-    """How far a node has come."""
-
-    AWAY = auto()
-    ASKED = auto()
-    """Connected, and asked for its record again."""
-    WAITING = auto()
-    JOINING = auto()
-    HEALING = auto()
-    """In sync nowhere, and being made level."""
-    UP = auto()
-
-
 @dataclass(slots=True)
-class _Node:
-    standing: Standing = Standing.AWAY
-    instance: int | None = None
-    """Of the session that is or waits to be."""
-    served_as: int | None = None
-    """The instance that was last up: only it resumes."""
-    failed_at_s: float | None = None
-    """When it last failed a request."""
-    away_since_s: float | None = None
-    """Since when it has been lost, where that was before the image was opened."""
-    peeked: "Peeked | None" = None
-    """What it said last, while it is connected."""
-
-
-@dataclass(slots=True)
-class Holder:
+class Holder(SnapshotSteps):
     """One image, as its holder decides about it."""
-
-    holder: str
-    now_s: float
-    phase: Phase = Phase.TAKING
-    record: ImageRecord | None = None
-    proposal: ImageRecord | None = None
-    nodes: dict[str, _Node] = field(default_factory=dict)
-    emptied: set[str] = field(default_factory=set)
-    blocking: set[str] = field(default_factory=set)
-    levelling: set[str] = field(default_factory=set)
-    """Nodes in sync that may lack what was answered and not flushed, until they are level."""
-    undecided: bool = False
-    """Whether etcd may have taken the proposal: then it is made until its outcome is known."""
-    heals: Heals = field(default_factory=Heals)
-    slowness: Slowness = field(default_factory=Slowness)
-    too_slow: str | None = None
-    """Whom the proposal leaves behind although it is there."""
-    space: Space = field(default_factory=lambda: Space(FAILING_S))
-    freezing: Freezing = field(default_factory=Freezing)
-    storing: bool = False
-    paused: bool = False
-    """Another change of the record is under way: none is proposed."""
-    waiting_since_s: float | None = None
-    opened_s: float = 0.0
-    retry_at_s: float | None = None
-    trouble: str = ""
 
     def step(self, event: Event) -> list[Effect]:
         """Take an event; return what is to be done about it, in order."""
@@ -271,7 +190,7 @@ class Holder:
         assert record.holder == self.holder, "the record names its holder"
         self.record = record
         names = [node for members in record.sets for node in members]
-        self.nodes = {name: _Node(away_since_s=away.get(name)) for name in names}
+        self.nodes = {name: NodeState(away_since_s=away.get(name)) for name in names}
         self.phase = Phase.GATHERING
         self.waiting_since_s = self.opened_s = self.now_s
         return [OpenImage(record)]
@@ -398,92 +317,6 @@ class Holder:
         others_are_well = all(of_set - {name} <= well for of_set in sets if name in of_set)
         return name if others_are_well else None
 
-    def _is_well(self, name: str) -> bool:
-        node = self.nodes[name]
-        return node.standing is Standing.UP and not self._is_failing(node)
-
-    # Snapshots: see `freezing`
-
-    @property
-    def changes_record(self) -> bool:
-        """Whether the record is being changed, or about to be: no other change may be made."""
-        freezing = self.freezing
-        return self.proposal is not None or self.paused or freezing.holds or freezing.withdraws
-
-    def _freeze(self) -> list[Effect]:
-        """Begin to freeze for the snapshot that is wanted, if all nodes in sync are well."""
-        freezing = self.freezing
-        if freezing.stage is not Stage.WAITING or self.phase is not Phase.SERVING:
-            return []
-        changes = freezing.withdraws or self.storing or self.retry_at_s is not None
-        if changes or self.now_s < freezing.not_before_s or not self._all_are_well():
-            return []
-        return [Freeze(freezing.freeze(self.now_s))]
-
-    def _all_are_well(self) -> bool:
-        in_sync = self._in_sync_names()
-        return all(map(self._is_well, in_sync)) and not in_sync & (self.levelling | self.emptied)
-
-    def _watch_freeze(self) -> list[Effect]:
-        """Thaw where a node is lost: the record has to leave it behind first."""
-        if self._all_are_well():
-            return []
-        self.freezing.wait(self.now_s)
-        return [Thaw(self.freezing.attempt), *self._go_on()]
-
-    def _on_frozen(self, attempt: int) -> list[Effect]:
-        assert self.record is not None
-        if not self.freezing.is_of_now(attempt):
-            return []
-        self.proposal = self.freezing.propose(self.record, self.now_s)
-        return [ChangeMembership(self.record, self.proposal)]
-
-    def _on_freeze_failed(self, attempt: int, why: str) -> list[Effect]:
-        freezing = self.freezing
-        if not freezing.is_of_now(attempt):
-            return []
-        freezing.wait(self.now_s, RETRY_S)
-        if freezing.held_s < HELD_LIMIT_S:
-            # The engine knew of a loss before us, which comes to the record first.
-            return self._go_on()
-        freezing.end()
-        return [TellSnapshot(f"{why}; try again"), *self._go_on()]
-
-    def _on_stored(self, generation: int) -> list[Effect]:
-        assert self.record is not None
-        if generation != self.record.generation:
-            return []
-        self.storing = False
-        if self.freezing.stage is not Stage.STORING:
-            return []
-        self.freezing.end()
-        return [TellSnapshot()]
-
-    def _give_up_snapshot(self, why: str) -> list[Effect]:
-        """End one that is being taken; what etcd may have of it is withdrawn once that is known."""
-        freezing = self.freezing
-        if freezing.stage is Stage.NONE:
-            return []
-        held = freezing.stage in (Stage.FREEZING, Stage.CHANGING)
-        freezing.withdraws |= freezing.stage is Stage.CHANGING
-        freezing.end()
-        return [*([Thaw(freezing.attempt)] if held else []), TellSnapshot(why)]
-
-    def _withdraws(self, lost: Set[str] = frozenset()) -> bool:
-        """Whether the record's newest snapshot is to go: see `freezing`.
-
-        Of an image that is being opened that is told by its nodes in sync but for `lost` ones.
-        """
-        assert self.record is not None
-        if self.freezing.withdraws:
-            return True
-        if self.phase is not Phase.GATHERING:
-            return False
-        names = self._in_sync_names() - self.emptied - lost
-        heard = [self.nodes[name].peeked for name in names]
-        known = [peeked for peeked in heard if peeked is not None]
-        return len(known) == len(heard) and is_unstored(self.record, known)
-
     # Heal
 
     def _begin_heal(self) -> list[Effect]:
@@ -521,15 +354,6 @@ class Holder:
         there = waits or node.standing is Standing.UP
         there = there and not self.slowness.rests(name, self.now_s)
         return there and not let_in_first and not self._is_failing(node) and self._is_told(name)
-
-    def _is_told(self, name: str) -> bool:
-        """Whether the record says of a store that is not the one it was that nothing on it counts.
-
-        A change may have been on its way that left its node behind as one that was merely lost.
-        """
-        assert self.record is not None
-        stale = self.record.membership.stale.values()
-        return name not in self.emptied or all(nodes.get(name, 0) == 0 for nodes in stale)
 
     def _to_take_in(self) -> dict[int, set[str]]:
         return self.heals.to_take_in() if self.phase is Phase.SERVING else {}
@@ -569,56 +393,7 @@ class Holder:
         if node.standing is Standing.HEALING:
             node.standing = Standing.UP
 
-    # Who is lost
-
-    def _is_lost(self, name: str) -> bool:
-        node = self.nodes[name]
-        return node.standing is Standing.AWAY or self._is_failing(node) or name in self.emptied
-
-    def _is_failing(self, node: _Node) -> bool:
-        return node.failed_at_s is not None and self.now_s - node.failed_at_s < FAILING_S
-
-    def _is_due(self, lost: set[str]) -> bool:
-        """A serving image leaves nodes behind when requests wait; an opening one after a grace."""
-        waits = bool(lost & (self.blocking | self.emptied)) or self._keep_others_out(lost)
-        waits = waits or (bool(lost) and self.freezing.stage is not Stage.NONE)
-        if self.phase in (Phase.SERVING, Phase.CLOSING) and self._is_founded(self._in_sync_names()):
-            if waits and self._others_are_level(lost):
-                return True
-            return waits and self._grace_is_over(lost)
-        return self._grace_is_over(lost) or lost <= self.emptied
-
-    def _keep_others_out(self, lost: set[str]) -> bool:
-        """Whether requests wait for a node that comes in only when lost ones are left behind."""
-        assert self.record is not None
-        sets = self.record.membership.in_sync_sets()
-        concerned = [of_set for of_set in sets if of_set & lost and of_set & self.blocking]
-        return not all(map(self._is_founded, concerned))
-
-    def _is_founded(self, names: Iterable[str]) -> bool:
-        """Whether one of these is up, to tell level from stale by."""
-        return any(self.nodes[name].standing is Standing.UP for name in names)
-
-    def _others_are_level(self, lost: set[str]) -> bool:
-        """Whether of each set that can go on another node surely has all that was answered.
-
-        Where none has, a lost one may have it alone.
-        """
-        assert self.record is not None
-        membership = self.record.membership
-        well = {name for name in self._in_sync_names() - self.levelling if self._is_well(name)}
-        left = [of_set - lost for of_set in membership.in_sync_sets() if of_set & lost]
-        go_on = [of_set for of_set in left if len(of_set) >= membership.policy.quorum]
-        return bool(well) and all(of_set & well for of_set in go_on)
-
-    def _grace_is_over(self, lost: set[str]) -> bool:
-        """A node that was away long before anybody asked for it has had its time."""
-        waiting_s = self.waiting_since_s
-        if waiting_s is None:
-            return False
-        away = [self.nodes[name].away_since_s for name in lost]
-        began = [waiting_s if away_s is None else min(away_s, waiting_s) for away_s in away]
-        return all(self.now_s - since_s >= GRACE_S for since_s in began)
+    # Who is let in
 
     def _let_in(self) -> list[Effect]:
         """Admit nodes that wait, if they are in sync and level can be told from stale.
@@ -705,13 +480,6 @@ class Holder:
             return self._go_on()
         self.phase = Phase.SERVING
         return [Serve(), *self._go_on()]
-
-    def _in_sync_names(self) -> frozenset[str]:
-        assert self.record is not None
-        return self.record.membership.all_in_sync()
-
-    def _in_sync_nodes(self) -> list[_Node]:
-        return [self.nodes[name] for name in self._in_sync_names()]
 
     def _on_admit_failed(self, failed: str) -> list[Effect]:
         again: list[Effect] = []
@@ -827,13 +595,6 @@ class Holder:
     def without_space(self) -> frozenset[int]:
         """Return the replica sets whose writes wait for room, and not for just a moment."""
         return self.space.without(self.now_s)
-
-    def missing(self) -> list[str]:
-        """Return the nodes in sync that do not serve."""
-        if self.record is None:
-            return []
-        in_sync = self.record.membership.all_in_sync()
-        return sorted(n for n in in_sync if self.nodes[n].standing is not Standing.UP)
 
     def stalled_by(self) -> list[str]:
         """Return the nodes without which some replica set answers no write."""

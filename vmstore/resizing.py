@@ -32,11 +32,11 @@ from vmstore.errors import (
     InUse,
     ShrinkRefused,
 )
-from vmstore.holder import Phase
 from vmstore.holding import Held
 from vmstore.names import ImageName
 from vmstore.open_image import OpenImage, Resize
 from vmstore.serving import Serving
+from vmstore.standing import Phase
 from vmstore.stored import Stored
 
 RESIZE_LIMIT_S = 660.0

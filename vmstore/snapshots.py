@@ -21,11 +21,12 @@ from vmstore import events
 from vmstore.deciding import TICK_S
 from vmstore.errors import BeingClosed, BeingResized, BeingSnapshotted, SnapshotFailed
 from vmstore.freezing import LEVEL_LIMIT_S
-from vmstore.holder import OPEN_LIMIT_S, Phase
+from vmstore.holder import OPEN_LIMIT_S
 from vmstore.names import ImageName
 from vmstore.open_image import OpenImage, SnapshotOrder, TakenSnapshot
 from vmstore.record_size import check_snapshot
 from vmstore.resizing import CLOSING_S, Resizing
+from vmstore.standing import Phase
 from vmstore.stored import Stored
 
 log = structlog.get_logger()

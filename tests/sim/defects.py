@@ -38,12 +38,13 @@ from vmstore.channels import Channels
 from vmstore.effects import ChangeMembership, Effect
 from vmstore.exports import Exports
 from vmstore.history import Verdict
-from vmstore.holder import Holder, Standing
+from vmstore.holder import Holder
 from vmstore.leases import Leases
 from vmstore.open_image import OpenImage
 from vmstore.served import Served
 from vmstore.serving import Serving
 from vmstore.sessions import Sessions
+from vmstore.standing import Standing
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +320,7 @@ def _asked_at_each_tick() -> Any:
 
 def _snapshots_are_kept() -> Any:
     """A new holder takes each snapshot that etcd names for taken."""
-    return mock.patch("vmstore.holder.is_unstored", return_value=False)
+    return mock.patch("vmstore.snapshot_steps.is_unstored", return_value=False)
 
 
 DEFECTS = (

@@ -22,7 +22,7 @@ from tests.sim.oracle import SECTOR_BYTES, Violation
 from tests.sim.shape import SHARD_BYTES
 from tests.sim.standing import Standings
 from vmstore.deciding import WORKERS
-from vmstore.holder import Phase
+from vmstore.standing import Phase
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster

@@ -44,7 +44,9 @@ PURE = (
     "vmstore/record_size.py",
     "vmstore/recovering.py",
     "vmstore/slowness.py",
+    "vmstore/snapshot_steps.py",
     "vmstore/space.py",
+    "vmstore/standing.py",
     "vmstore/stored.py",
     "vmstore/told.py",
 )

@@ -8,11 +8,11 @@ from etcd.images import ImageRecord
 from tests.unit.samples import NODES
 from tests.unit.vmstore.test_holder import changes, gathering, peeked, record, serving, view
 from vmstore import effects as wanted
-from vmstore import events
+from vmstore import events, snapshot_steps, standing
 from vmstore import freezing as f
-from vmstore import holder as h
 from vmstore.freezing import Stage
-from vmstore.holder import Holder, Phase
+from vmstore.holder import Holder
+from vmstore.standing import Phase
 
 ORDER = events.TakeSnapshot("monday", 1_800_000_000)
 TAKEN = record().with_snapshot("monday", 1_800_000_000)
@@ -124,8 +124,8 @@ def test_freeze_that_the_engine_refuses_at_once_is_tried_again_after_a_pause() -
     holder = serving()
     holder.step(ORDER)
     assert holder.step(events.FreezeFailed(1, "not level")) == []
-    assert holder.step(events.Tick(h.RETRY_S - 0.1)) == []
-    assert holder.step(events.Tick(h.RETRY_S)) == [wanted.Freeze(2)]
+    assert holder.step(events.Tick(snapshot_steps.RETRY_S - 0.1)) == []
+    assert holder.step(events.Tick(snapshot_steps.RETRY_S)) == [wanted.Freeze(2)]
 
 
 def test_node_that_the_engine_loses_first_is_left_behind_and_the_image_frozen_again() -> None:
@@ -138,7 +138,7 @@ def test_node_that_the_engine_loses_first_is_left_behind_and_the_image_frozen_ag
     (change,) = changes(holder.step(events.ReplicaDown("node3", blocking=True)))
     holder.step(events.MembershipChanged(change.after))
     assert holder.step(events.Stored(2)) == []
-    assert holder.step(events.Tick(0.6 + h.RETRY_S)) == [wanted.Freeze(2)]
+    assert holder.step(events.Tick(0.6 + snapshot_steps.RETRY_S)) == [wanted.Freeze(2)]
 
 
 def test_freeze_that_held_clients_up_in_vain_ends_the_snapshot() -> None:
@@ -163,7 +163,7 @@ def test_snapshot_that_etcd_may_have_waits_a_little_and_is_taken() -> None:
     holder = changing()
     assert holder.step(events.MembershipDelayed("no answer", maybe_taken=True)) == []
     assert holder.trouble == "a snapshot waits: no answer"
-    again = holder.step(events.Tick(h.RETRY_S))
+    again = holder.step(events.Tick(snapshot_steps.RETRY_S))
     assert again == [wanted.ChangeMembership(record(), TAKEN)]
     assert holder.step(events.MembershipChanged(TAKEN)) == [wanted.Reconfigure(TAKEN)]
     assert holder.step(events.Stored(2)) == [wanted.TellSnapshot()]
@@ -209,7 +209,7 @@ def test_withdrawal_that_etcd_may_have_is_made_until_that_is_known() -> None:
     holder = late()
     holder.step(events.MembershipChanged(TAKEN))
     assert holder.step(events.MembershipDelayed("no answer", maybe_taken=True)) == []
-    again = holder.step(events.Tick(f.THAW_AFTER_S + h.RETRY_S))
+    again = holder.step(events.Tick(f.THAW_AFTER_S + snapshot_steps.RETRY_S))
     assert again == [wanted.ChangeMembership(TAKEN, WITHDRAWN)]
     assert holder.step(events.MembershipChanged(WITHDRAWN)) == [wanted.Reconfigure(WITHDRAWN)]
 
@@ -219,7 +219,7 @@ def test_withdrawal_that_surely_failed_is_tried_again() -> None:
     holder.step(events.MembershipChanged(TAKEN))
     holder.step(events.MembershipDelayed("no leader", maybe_taken=False))
     assert holder.changes_record
-    again = holder.step(events.Tick(f.THAW_AFTER_S + h.RETRY_S))
+    again = holder.step(events.Tick(f.THAW_AFTER_S + snapshot_steps.RETRY_S))
     assert again == [wanted.ChangeMembership(TAKEN, WITHDRAWN)]
 
 
@@ -306,7 +306,7 @@ def test_new_holder_lets_nobody_in_before_etcd_has_taken_the_withdrawal() -> Non
         holder.step(events.Peeked(node, 1, 9, False, view(record()), serial))
     assert holder.step(events.MembershipDelayed("no leader", maybe_taken=False)) == []
     gone = ours.without_newest_snapshot()
-    again = holder.step(events.Tick(h.RETRY_S))
+    again = holder.step(events.Tick(snapshot_steps.RETRY_S))
     assert again == [wanted.ChangeMembership(ours, gone)]
     effects = holder.step(events.MembershipChanged(gone))
     assert effects == [wanted.Reconfigure(gone), wanted.Admit(NODES, False, (1, 2, 3))]
@@ -318,7 +318,7 @@ def test_new_holder_withdraws_a_snapshot_as_it_leaves_a_node_behind() -> None:
     holder = gathering(ours)
     for serial, node in enumerate(("node1", "node2"), 1):
         holder.step(events.Peeked(node, 1, 9, False, view(record()), serial))
-    (change,) = changes(holder.step(events.Tick(h.GRACE_S)))
+    (change,) = changes(holder.step(events.Tick(standing.GRACE_S)))
     assert change.after == replace(ours.without_newest_snapshot(), stale={0: {"node3": 2}})
 
 
