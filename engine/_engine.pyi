@@ -63,6 +63,7 @@ class Gateway:
         shard_bytes: int,
         placement_key: str,
         layers: list[int],
+        snapshots: list[tuple[int, int]],
         epoch: int,
         holder: str,
         generation: int,
@@ -91,9 +92,34 @@ class Gateway:
         """
 
     def reconfigure(
-        self, channel: int, *, generation: int, digest: bytes, body: bytes, in_sync: list[list[int]]
+        self,
+        channel: int,
+        *,
+        generation: int,
+        digest: bytes,
+        body: bytes,
+        in_sync: list[list[int]],
+        layers: list[int],
+        snapshots: list[tuple[int, int]],
     ) -> None:
-        """Go by a new record; `stored` tells that the nodes in sync hold it."""
+        """Go by a new record; `stored` tells that the nodes in sync hold it.
+
+        Other layers than before only while the image is frozen; as its nodes in sync have stored
+        them, what waited goes on, to the new top.
+        `snapshots` names the layer of each and the generation of the record that froze it.
+        """
+
+    def freeze(self, channel: int, attempt: int) -> None:
+        """Have clients' writes, zeroes and flushes wait for a snapshot (`frozen`, `freeze_failed`).
+
+        `frozen`: no write is in flight, and all is durable on the nodes in sync. It stays so until
+        `thaw`, or `reconfigure` with other layers. `freeze_failed`, with `why`, at once where not
+        all nodes in sync are up and level; when one is lost before `frozen`, or two seconds were
+        not enough; then what waited goes on.
+        """
+
+    def thaw(self, channel: int, attempt: int) -> None:
+        """End that freeze under the layers of before; nothing where it is over."""
 
     def refuse_writes(self, channel: int, sets: list[int]) -> None:
         """Tell clients of these replica sets, and only these, that there is no room for writes."""
@@ -162,8 +188,32 @@ class Gateway:
     def reconnect(self, channel: int) -> None:
         """End them too, each when what it has asked for is answered."""
 
+    def open_reader(
+        self,
+        channel: int,
+        *,
+        image: str,
+        size_bytes: int,
+        shard_bytes: int,
+        placement_key: str,
+        layers: list[int],
+        generation: int,
+        nodes: list[str],
+        sets: list[list[int]],
+        in_sync: list[list[int]],
+        local: int | None = None,
+    ) -> None:
+        """Read a snapshot: its layers, top first, and the generation of the record that froze them.
+
+        It is read from `in_sync`: nodes that were in sync then, or were healed since.
+        `reader_open` once a node of each replica set serves them, else `reader_failed` with `why`,
+        after five seconds, or as soon as the image is deleted. That may also come later, where no
+        node of a set has the layers any more; then every request fails. It needs no lease.
+        `close`, `kill`, `forget`, `disconnect` and `reconnect` are as for an image.
+        """
+
     def close(self, channel: int) -> None:
-        """Flush, clear, let go (`closed`)."""
+        """Flush, clear, let go, or end a reader (`closed`)."""
 
     def kill(self, channel: int) -> None:
         """End an image at once; its requests fail."""
@@ -367,6 +417,7 @@ class Simulation:
         shard_bytes: int,
         placement_key: str,
         layers: list[int],
+        snapshots: list[tuple[int, int]],
         epoch: int,
         holder: str,
         generation: int,
@@ -377,6 +428,22 @@ class Simulation:
         in_sync: list[list[int]],
         local: int | None = None,
         levelling: tuple[int, int, int] | None = None,
+    ) -> None: ...
+    def open_reader(
+        self,
+        gateway: int,
+        channel: int,
+        *,
+        image: str,
+        size_bytes: int,
+        shard_bytes: int,
+        placement_key: str,
+        layers: list[int],
+        generation: int,
+        nodes: list[str],
+        sets: list[list[int]],
+        in_sync: list[list[int]],
+        local: int | None = None,
     ) -> None: ...
     def peek(self, gateway: int, channel: int, node: int) -> None: ...
     def admit(
@@ -391,7 +458,11 @@ class Simulation:
         digest: bytes,
         body: bytes,
         in_sync: list[list[int]],
+        layers: list[int],
+        snapshots: list[tuple[int, int]],
     ) -> None: ...
+    def freeze(self, gateway: int, channel: int, attempt: int) -> None: ...
+    def thaw(self, gateway: int, channel: int, attempt: int) -> None: ...
     def refuse_writes(self, gateway: int, channel: int, sets: list[int]) -> None: ...
     def set_lease_deadline(self, gateway: int, channel: int, deadline_ns: int) -> None: ...
     def heal(
@@ -458,6 +529,9 @@ class Simulation:
     def flush(self, gateway: int, channel: int, client: int, cookie: int) -> bool: ...
     def node_record(self, node: int, image: str) -> tuple[int, str, int, bytes] | None:
         """Return epoch, holder, generation and digest of the record on a running node."""
+
+    def node_layers(self, node: int, image: str) -> list[int] | None:
+        """Return the layers that this record names, top first."""
 
     def inventory(self, node: int) -> dict[str, Any]:
         """Return what a running node holds, as `Node.inventory`."""

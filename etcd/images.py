@@ -6,27 +6,33 @@ gateway all that they need of the image. See `etcd/records.py` for what all reco
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from etcd import keys
 from etcd.fields import (
     Fields,
     Json,
-    not_empty,
     policy_of,
     sets_json,
     sets_of,
     shard_bytes_of,
 )
 from etcd.records import Record, awaited_arbiter
+from shard.digest import state_digest
 from shard.errors import BadValue
 from shard.geometry import check_image_size
-from shard.ids import ImageId, holder_id, image_id, pool_name
+from shard.ids import ImageId, holder_id, image_id, pool_name, snapshot_name
 from shard.membership import FIRST_GENERATION, Membership, Policy, Stale, problem_of
 from shard.placement import ReplicaSet
 
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
+
+SNAPSHOTS_MAX = 256
+"""Of an image: a read of its top may pass through as many layers, and its record names each."""
+
+LAYER_MAX = (1 << 32) - 1
+"""Ids of layers have 32 bits on the wire and on disks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,19 +51,35 @@ class Layer(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot(Record):
-    """A named state of an image: the content of its layers up to and with `layer`."""
+    """A named state of an image: the content of its layers up to and with `layer`.
+
+    `size_bytes` is how large the image was then, `created_s` when that was, in seconds since 1970,
+    `generation` that of the first record which names it.
+    """
 
     name: str
     layer: int
+    size_bytes: int
+    created_s: int
+    generation: int
 
     def _fields(self) -> dict[str, Json]:
-        return {"name": self.name, "layer": self.layer}
+        return {
+            "name": self.name,
+            "layer": self.layer,
+            "size_bytes": self.size_bytes,
+            "created_s": self.created_s,
+            "generation": self.generation,
+        }
 
     @classmethod
     def _take(cls, fields: Fields) -> Self:
         return cls(
-            name=fields.text("name", not_empty),
+            name=fields.text("name", snapshot_name),
             layer=fields.number("layer", 1),
+            size_bytes=_image_bytes(fields),
+            created_s=fields.number("created_s"),
+            generation=fields.number("generation", FIRST_GENERATION),
             extra=fields.rest(),
         )
 
@@ -139,9 +161,11 @@ class ImageRecord(Record):
     """An image: its size and layers, where its data lives, who writes it, and who is in sync.
 
     `sets` and `policy` repeat what the pool's record and placement version say, so that the record
-    alone tells a node or a gateway all it needs. `layers` begins with the top one. `holder` is the
-    process that has or had the current epoch, None before the first. `clean` says that the last
-    holder gave its lease back with nothing in flight. `grant` is None until an arbiter was asked.
+    alone tells a node or a gateway all it needs. `layers` begins with the top one, which alone is
+    written; `next_layer` is the id of the one that comes (0: the one above the top), so that none
+    is used twice. `holder` is the process that has or had the current epoch, None before the first.
+    `clean` says that the last holder gave its lease back with nothing in flight. `grant` is None
+    until an arbiter was asked.
     `used` is who had the image for clients last, where the leases since were for maintenance only.
     `recovered` says how the record was rebuilt from the nodes, if it ever was.
     """
@@ -155,6 +179,7 @@ class ImageRecord(Record):
     placement_version: int
     sets: tuple[ReplicaSet, ...]
     layers: tuple[Layer, ...]
+    next_layer: int = 0
     snapshots: tuple[Snapshot, ...] = ()
     epoch: int = 0
     holder: str | None = None
@@ -164,6 +189,11 @@ class ImageRecord(Record):
     grant: Grant | None = None
     used: Use | None = None
     recovered: Recovered | None = None
+
+    def __post_init__(self) -> None:
+        if self.next_layer == 0:
+            highest = max((layer.id for layer in self.layers), default=0)
+            object.__setattr__(self, "next_layer", highest + 1)
 
     @property
     def last_use(self) -> Use | None:
@@ -182,19 +212,80 @@ class ImageRecord(Record):
         """Who is in sync, by this record."""
         return Membership(self.policy, self.sets, self.stale, self.generation, self.epoch)
 
+    @property
+    def layer_ids(self) -> list[int]:
+        """The ids of the layers, the top one first."""
+        return [layer.id for layer in self.layers]
+
+    @property
+    def digest(self) -> bytes:
+        """What tells this record from another one of the same generation."""
+        snapshots = [
+            (each.name, each.layer, each.size_bytes, each.created_s, each.generation)
+            for each in self.snapshots
+        ]
+        return state_digest(self.membership, self.layer_ids, snapshots)
+
     def is_behind(self, known: "ImageRecord") -> bool:
         """Whether this record must be refused by whoever stored `known` of the same image.
 
         So it is where its epoch or generation is lower, and where one is equal but says another
-        thing: an epoch of another holder, a generation with other nodes in sync.
+        thing: an epoch of another holder, a generation with other nodes in sync or other layers.
         """
         if self.epoch < known.epoch or self.generation < known.generation:
             return True
         if self.epoch == known.epoch and self.holder != known.holder:
             return True
-        return self.generation == known.generation and (self.sets, self.stale) != (
-            known.sets,
-            known.stale,
+        return self.generation == known.generation and self.digest != known.digest
+
+    def snapshot(self, name: str) -> Snapshot | None:
+        """Return the snapshot of this name, if there is one."""
+        return next((each for each in self.snapshots if each.name == name), None)
+
+    def chain(self, snapshot: Snapshot) -> list[int]:
+        """Return the ids of a snapshot's layers, its newest one first: all of them are frozen."""
+        return [layer for layer in self.layer_ids if layer <= snapshot.layer]
+
+    def with_snapshot(self, name: str, created_s: int) -> "ImageRecord":
+        """Return the record one generation higher: the top is frozen under `name`, a new one is it.
+
+        Asserts that the name is free and that there is room for one more.
+        """
+        assert self.snapshot(name) is None, "names of snapshots are unique"
+        assert len(self.snapshots) < SNAPSHOTS_MAX, "there is room for another one"
+        frozen = Snapshot(
+            name=name,
+            layer=self.layers[0].id,
+            size_bytes=self.size_bytes,
+            created_s=created_s,
+            generation=self.generation + 1,
+        )
+        return replace(
+            self,
+            generation=self.generation + 1,
+            layers=(Layer(id=self.next_layer), *self.layers),
+            next_layer=self.next_layer + 1,
+            snapshots=(*self.snapshots, frozen),
+        )
+
+    @property
+    def newest_snapshot(self) -> Snapshot | None:
+        """Return the snapshot that the top layer was put on, if it was put on one."""
+        below = self.layers[1].id if len(self.layers) > 1 else None
+        return next((each for each in self.snapshots if each.layer == below), None)
+
+    def without_newest_snapshot(self) -> "ImageRecord":
+        """Return the record one generation higher without the last snapshot and its top layer.
+
+        Right only where nothing was written to that layer. Its id is not used again.
+        """
+        newest = self.newest_snapshot
+        assert newest is not None, "the top was put on a snapshot"
+        return replace(
+            self,
+            generation=self.generation + 1,
+            layers=self.layers[1:],
+            snapshots=tuple(each for each in self.snapshots if each is not newest),
         )
 
     def _fields(self) -> dict[str, Json]:
@@ -219,6 +310,7 @@ class ImageRecord(Record):
             "placement_version": self.placement_version,
             "sets": sets_json(self.sets),
             "layers": [{**layer.extra, **layer._fields()} for layer in self.layers],
+            "next_layer": self.next_layer,
             "snapshots": [{**snapshot.extra, **snapshot._fields()} for snapshot in self.snapshots],
             "epoch": self.epoch,
             "holder": self.holder,
@@ -241,6 +333,7 @@ class ImageRecord(Record):
             layers=tuple(
                 Layer._take(fields.within("layers", item)) for item in fields.items("layers")
             ),
+            next_layer=fields.number("next_layer", 1) if fields.has("next_layer") else 0,
             snapshots=tuple(
                 Snapshot._take(fields.within("snapshots", item))
                 for item in fields.items("snapshots")
@@ -270,11 +363,17 @@ def awaited_members(record: ImageRecord, arbiter: str | None) -> tuple[str, ...]
 
 
 def _problem_of_image(record: ImageRecord) -> str | None:
-    layer_ids = [layer.id for layer in record.layers]
+    layer_ids = record.layer_ids
     if not layer_ids or layer_ids != sorted(set(layer_ids), reverse=True):
         return "an image has layers, the newest first"
-    if not {snapshot.layer for snapshot in record.snapshots} <= set(layer_ids):
-        return "a snapshot names a layer of its image"
+    if not layer_ids[0] < record.next_layer <= LAYER_MAX:
+        return "the id of the next layer is above all others, and has 32 bits"
+    if not {snapshot.layer for snapshot in record.snapshots} <= set(layer_ids[1:]):
+        return "a snapshot names a layer of its image below the top"
+    if len({snapshot.name for snapshot in record.snapshots}) < len(record.snapshots):
+        return "names of snapshots are unique"
+    if len(record.snapshots) > SNAPSHOTS_MAX:
+        return f"an image has at most {SNAPSHOTS_MAX} snapshots"
     if (record.holder is None) != (record.epoch == 0):
         return "an epoch has a holder"
     return problem_of(record.policy, record.sets, record.stale, record.generation, record.epoch)

@@ -32,6 +32,9 @@ KNOWN_DEADLINE_S = 60.0
 RESIZE_DEADLINE_S = 690.0
 """For a resize: above what a gateway lets its caller wait, so that it is the gateway that tells."""
 
+SNAPSHOT_DEADLINE_S = 670.0
+"""For a snapshot: the same."""
+
 SERVER_THREADS = 8
 """Calls served at once. They are few and short, digests aside."""
 
@@ -116,9 +119,16 @@ class NodeClient(_Client):
         request = pb.UsageRequest(image_ids=list(images))
         return dict(self._call(self._stub.Usage, request).physical_bytes)
 
-    def digests(self, image: ImageId, first_shard: int, shards: int) -> Iterator[tuple[int, bytes]]:
-        """Shard index and BLAKE3 digest of each shard in the range that has data on the node."""
-        request = pb.DigestRequest(image_id=image, first_shard=first_shard, shards=shards)
+    def digests(
+        self, image: ImageId, first_shard: int, shards: int, layer: int = 0
+    ) -> Iterator[tuple[int, bytes]]:
+        """Shard index and BLAKE3 digest of each shard in the range that has data on the node.
+
+        Of what is in `layer` and those below it; 0: in all.
+        """
+        request = pb.DigestRequest(
+            image_id=image, first_shard=first_shard, shards=shards, layer=layer
+        )
         try:
             for found in self._stub.Digest(request, timeout=DIGEST_DEADLINE_S):
                 yield found.shard, found.blake3
@@ -156,6 +166,11 @@ class GatewayClient(_Client):
             image_id=image, size_bytes=size_bytes, force=force, reconnect=reconnect
         )
         return self._call(self._stub.Resize, request, RESIZE_DEADLINE_S).connections_to_renew
+
+    def snapshot(self, image: ImageId, name: str) -> pb.SnapshotReply:
+        """Take a snapshot of an image that no other gateway holds."""
+        request = pb.SnapshotRequest(image_id=image, name=name)
+        return self._call(self._stub.Snapshot, request, SNAPSHOT_DEADLINE_S)
 
 
 def server(daemon: str, address: Endpoint, register: Callable[[grpc.Server], None]) -> grpc.Server:

@@ -300,6 +300,11 @@ class GatewayControlStub:
                 request_serializer=hci_dot_control__pb2.ResizeRequest.SerializeToString,
                 response_deserializer=hci_dot_control__pb2.ResizeReply.FromString,
                 _registered_method=True)
+        self.Snapshot = channel.unary_unary(
+                '/hci.control.v1.GatewayControl/Snapshot',
+                request_serializer=hci_dot_control__pb2.SnapshotRequest.SerializeToString,
+                response_deserializer=hci_dot_control__pb2.SnapshotReply.FromString,
+                _registered_method=True)
 
 
 class GatewayControlServicer:
@@ -321,6 +326,14 @@ class GatewayControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Snapshot(self, request, context):
+        """Takes a snapshot of an image; one that nobody holds is opened for that. FAILED_PRECONDITION where
+        another gateway holds it, where it has a snapshot of that name, and where none could be taken.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GatewayControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -333,6 +346,11 @@ def add_GatewayControlServicer_to_server(servicer, server):
                     servicer.Resize,
                     request_deserializer=hci_dot_control__pb2.ResizeRequest.FromString,
                     response_serializer=hci_dot_control__pb2.ResizeReply.SerializeToString,
+            ),
+            'Snapshot': grpc.unary_unary_rpc_method_handler(
+                    servicer.Snapshot,
+                    request_deserializer=hci_dot_control__pb2.SnapshotRequest.FromString,
+                    response_serializer=hci_dot_control__pb2.SnapshotReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -390,6 +408,33 @@ class GatewayControl:
             '/hci.control.v1.GatewayControl/Resize',
             hci_dot_control__pb2.ResizeRequest.SerializeToString,
             hci_dot_control__pb2.ResizeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Snapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hci.control.v1.GatewayControl/Snapshot',
+            hci_dot_control__pb2.SnapshotRequest.SerializeToString,
+            hci_dot_control__pb2.SnapshotReply.FromString,
             options,
             channel_credentials,
             insecure,

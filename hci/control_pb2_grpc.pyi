@@ -140,6 +140,10 @@ class GatewayControlStub:
     """Changes the size of an image; one that nobody holds is opened for that. FAILED_PRECONDITION
     where another gateway holds it, or where it would shrink and `force` is not set.
     """
+    Snapshot: _grpc.UnaryUnaryMultiCallable[_control_pb2.SnapshotRequest, _control_pb2.SnapshotReply]
+    """Takes a snapshot of an image; one that nobody holds is opened for that. FAILED_PRECONDITION where
+    another gateway holds it, where it has a snapshot of that name, and where none could be taken.
+    """
 
 @_typing.type_check_only
 class GatewayControlAsyncStub(GatewayControlStub):
@@ -151,6 +155,10 @@ class GatewayControlAsyncStub(GatewayControlStub):
     Resize: _aio.UnaryUnaryMultiCallable[_control_pb2.ResizeRequest, _control_pb2.ResizeReply]  # type: ignore[assignment]
     """Changes the size of an image; one that nobody holds is opened for that. FAILED_PRECONDITION
     where another gateway holds it, or where it would shrink and `force` is not set.
+    """
+    Snapshot: _aio.UnaryUnaryMultiCallable[_control_pb2.SnapshotRequest, _control_pb2.SnapshotReply]  # type: ignore[assignment]
+    """Takes a snapshot of an image; one that nobody holds is opened for that. FAILED_PRECONDITION where
+    another gateway holds it, where it has a snapshot of that name, and where none could be taken.
     """
 
 class GatewayControlServicer(metaclass=_abc_1.ABCMeta):
@@ -172,6 +180,16 @@ class GatewayControlServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_control_pb2.ResizeReply, _abc.Awaitable[_control_pb2.ResizeReply]]:
         """Changes the size of an image; one that nobody holds is opened for that. FAILED_PRECONDITION
         where another gateway holds it, or where it would shrink and `force` is not set.
+        """
+
+    @_abc_1.abstractmethod
+    def Snapshot(
+        self,
+        request: _control_pb2.SnapshotRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.SnapshotReply, _abc.Awaitable[_control_pb2.SnapshotReply]]:
+        """Takes a snapshot of an image; one that nobody holds is opened for that. FAILED_PRECONDITION where
+        another gateway holds it, where it has a snapshot of that name, and where none could be taken.
         """
 
 def add_GatewayControlServicer_to_server(servicer: GatewayControlServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -38,9 +38,11 @@ from vmstore.caretaker import Caretaker
 from vmstore.catalog import Catalog
 from vmstore.errors import OtherCluster, UnknownImage
 from vmstore.exports import Exports, Permission, Visitor
+from vmstore.names import ImageName, SnapshotName
 from vmstore.resizing import RESIZE_LIMIT_S
 from vmstore.scrubbing import Scrubber
 from vmstore.served import Served, ServedFile
+from vmstore.snapshots import SNAPSHOT_LIMIT_S
 
 if TYPE_CHECKING:
     from hci.tls import Credentials
@@ -360,6 +362,8 @@ class GatewayDaemon:
         yield gauge("hci_gateway_registered", "1: known in etcd as there.",
                     int(self._registered))  # fmt: skip
         yield gauge("hci_gateway_clients", "NBD connections open now.", len(seen["clients"]))
+        yield gauge("hci_gateway_snapshots_open", "Snapshots that clients read here.",
+                    self.exports.snapshots_open())  # fmt: skip
         yield counter("hci_gateway_clients_refused_total", "NBD connections closed as they came, "
                       "for there were `clients_max`.", seen["refused_clients"])  # fmt: skip
         yield gauge("hci_gateway_bytes_in_flight", "Kept in memory for clients' requests.",
@@ -511,7 +515,7 @@ class GatewayControl(GatewayControlServicer):
                 image_status(image, seen.get(image.channel, {}), gateway.exports)
                 for image in gateway.exports.snapshot()
             ],
-            counters={"pid": os.getpid()},
+            counters={"pid": os.getpid(), "snapshots_open": gateway.exports.snapshots_open()},
             finished_heals=[
                 pb.FinishedHeal(
                     image_id=heal.image,
@@ -526,19 +530,42 @@ class GatewayControl(GatewayControlServicer):
             ],
         )
 
-    def Resize(self, request: pb.ResizeRequest, context: grpc.ServicerContext) -> pb.ResizeReply:
-        catalog = self._gateway.catalog
-        image = image_id(request.image_id)
-        names = [entry.name for entry in catalog.images() if entry.image.record.id == image]
+    def _name(self, image: str) -> ImageName:
+        wanted = image_id(image)
+        entries = self._gateway.catalog.images()
+        names = [entry.name for entry in entries if entry.image.record.id == wanted]
         if not names:
             raise UnknownImage(image)
+        return names[0]
+
+    def Snapshot(
+        self, request: pb.SnapshotRequest, context: grpc.ServicerContext
+    ) -> pb.SnapshotReply:
+        name = SnapshotName(self._name(request.image_id), request.name)
+        try:
+            taken = self._gateway.exports.take_snapshot(name.image, name.name, int(time.time()))
+        except TimeoutError as error:
+            raise HciError(
+                f"{name} is not taken after {SNAPSHOT_LIMIT_S:.0f} s, and may still be; "
+                "`hci snapshot ls` says whether it is"
+            ) from error
+        snapshot = taken.snapshot
+        return pb.SnapshotReply(
+            layer=snapshot.layer,
+            size_bytes=snapshot.size_bytes,
+            created_s=snapshot.created_s,
+            held_ms=taken.held_ms,
+        )
+
+    def Resize(self, request: pb.ResizeRequest, context: grpc.ServicerContext) -> pb.ResizeReply:
+        name = self._name(request.image_id)
         try:
             told_before = self._gateway.exports.resize(
-                names[0], request.size_bytes, force=request.force, reconnect=request.reconnect
+                name, request.size_bytes, force=request.force, reconnect=request.reconnect
             )
         except TimeoutError as error:
             raise HciError(
-                f"image {names[0]} is still being resized after {RESIZE_LIMIT_S:.0f} s, and that "
+                f"image {name} is still being resized after {RESIZE_LIMIT_S:.0f} s, and that "
                 "goes on; `hci image info` says when it has its new size"
             ) from error
         return pb.ResizeReply(size_bytes=request.size_bytes, connections_to_renew=told_before)

@@ -9,8 +9,9 @@ from typing import Any
 
 from hci import control_pb2 as pb
 from vmstore.exports import Exports
-from vmstore.holder import Holder, Phase, closing_waits_for
+from vmstore.holder import Holder, closing_waits_for
 from vmstore.open_image import OpenImage
+from vmstore.standing import Phase
 
 SCRUB_COUNTERS = ("next_shard", "shards_done", "shards_left", "read_bytes", "found", "repaired")
 """What is told of a scrub under way, each with `scrub_` before it."""

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from urllib.parse import quote
 
 from etcd.images import ImageRecord
@@ -20,7 +22,7 @@ from vmstore import transfer
 from vmstore.catalog import Catalog
 from vmstore.errors import InUse, ShrinkRefused, UnknownImage
 from vmstore.interrupts import undisturbed
-from vmstore.names import ImageName
+from vmstore.names import ImageName, SnapshotName
 from vmstore.transfer import Source
 
 CLOSING_S = 20.0
@@ -69,8 +71,10 @@ def gateway_for(config: Config, preferred: str | None) -> GatewayConfig:
     return config.gateways[min(config.gateways)]
 
 
-def answering_uri(config: Config, name: ImageName, holder: str | None) -> str:
+def answering_uri(config: Config, name: ImageName | SnapshotName, holder: str | None) -> str:
     """Return the NBD URI of an image at its holder, else at any gateway of this host.
+
+    A snapshot is there at any gateway.
 
     Raises Unreachable where that gateway does not run: its socket may be held open for it all the
     same, and a client that connected would wait without end.
@@ -81,8 +85,8 @@ def answering_uri(config: Config, name: ImageName, holder: str | None) -> str:
     return url(gateway, name)
 
 
-def url(gateway: GatewayConfig, name: ImageName, *, tcp: bool = False) -> str:
-    """Return the NBD URI of an image at a gateway."""
+def url(gateway: GatewayConfig, name: ImageName | SnapshotName, *, tcp: bool = False) -> str:
+    """Return the NBD URI of an image or snapshot at a gateway."""
     if not tcp:
         return transfer.nbd_uri(str(name), gateway.nbd_socket)
     if gateway.nbd_listen is None:
@@ -168,12 +172,12 @@ def resize(
         with suppress(InUse):
             records.grow_image(name, size_bytes)
             return 0
-    with _holding(config, records, name, holder_of(records, record.id)) as client:
+    with holding(config, records, name, holder_of(records, record.id)) as client:
         return client.resize(record.id, size_bytes, force=force, reconnect=reconnect)
 
 
 @contextmanager
-def _holding(
+def holding(
     config: Config, records: Catalog, name: ImageName, holder: str | None
 ) -> Iterator[GatewayClient]:
     """Give a client of the gateway that has an image, or of one of this host where none has it."""
@@ -221,8 +225,9 @@ def import_file(
 
 def check(
     config: Config, records: Catalog, name: ImageName, progress: transfer.Progress
-) -> replicas.Report:
-    """Compare the replicas of an image that are in sync and up.
+) -> list[replicas.Report]:
+    """Compare the replicas of an image that are in sync and up: of what it holds now, then of each
+    snapshot, the oldest first.
 
     After an unclean end replicas may differ until the image is opened, which makes them equal: so
     one that was not closed cleanly is opened first, for as long as that takes.
@@ -236,10 +241,12 @@ def check(
         record = records.find(name).record
     nodes = records.nodes()
 
-    def digests(wanted: Collection[str], first: int, count: int) -> dict[str, dict[int, bytes]]:
+    def digests(
+        layer: int, wanted: Collection[str], first: int, count: int
+    ) -> dict[str, dict[int, bytes]]:
         def ask(node: str) -> dict[int, bytes]:
             with NodeClient(node, nodes[node].control) as client:
-                return dict(client.digests(record.id, first, count))
+                return dict(client.digests(record.id, first, count, layer))
 
         with ThreadPoolExecutor(max(len(wanted), 1)) as pool:
             return dict(zip(wanted, pool.map(ask, wanted), strict=True))
@@ -247,7 +254,22 @@ def check(
     def pause(attempt: int) -> None:
         time.sleep(0.1 * 2**attempt)
 
-    return replicas.compare(record, _answering(record, nodes), digests, progress, pause)
+    up = _answering(record, nodes)
+
+    def compared(state: ImageRecord, layer: int, done: Callable[[float], None]) -> replicas.Report:
+        return replicas.compare(state, up, partial(digests, layer), done, pause)
+
+    count = 1 + len(record.snapshots)
+    reports = [compared(record, 0, lambda done: progress(done / count))]
+    for index, snapshot in enumerate(record.snapshots, 1):
+        state = replace(record, size_bytes=snapshot.size_bytes)
+        report = compared(state, snapshot.layer, partial(_part, progress, index, count))
+        reports.append(replace(report, snapshot=snapshot.name))
+    return reports
+
+
+def _part(progress: transfer.Progress, index: int, count: int, done: float) -> None:
+    progress((index + done) / count)
 
 
 def _level(gateway: GatewayConfig, uri: str, image: ImageId) -> None:

@@ -502,7 +502,7 @@ class NodeControl(NodeControlServicer):
         if record.epoch == 0:
             # Nobody has opened it yet, so no node has heard of it, and it is zeroes everywhere.
             return
-        layers = [layer.id for layer in record.layers]
+        layers = [layer for layer in record.layer_ids if layer <= (request.layer or layer)]
         for shard in range(request.first_shard, request.first_shard + request.shards):
             try:
                 content = self._node.engine.read_shard(record.id, layers, shard)

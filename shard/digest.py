@@ -6,7 +6,7 @@ the image's end as zeroes, so that replicas are equal however sparse their files
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -67,13 +67,19 @@ def compare(digests: Mapping[str, Mapping[int, bytes]], zeroes: bytes) -> list[D
     return differences
 
 
-def membership_digest(membership: Membership) -> bytes:
-    """Return what tells two memberships of one generation apart: replica sets and who is stale.
+def state_digest(
+    membership: Membership, layers: Sequence[int], snapshots: Iterable[Sequence[str | int]]
+) -> bytes:
+    """Return what tells two records of one generation apart: sets, who is stale, and layers.
 
+    `layers` with the top first; `snapshots` as (name, layer, size, time, generation).
     Nodes store it beside the generation and refuse an equal generation with another digest. Part of
     the wire and disk formats: BLAKE3 of JSON with sorted keys and no spaces.
     """
-    stale = {str(index): dict(nodes) for index, nodes in membership.stale.items()}
-    sets = [list(members) for members in membership.sets]
-    text = json.dumps({"sets": sets, "stale": stale}, sort_keys=True, separators=(",", ":"))
-    return digest([text.encode()])
+    document = {
+        "sets": [list(members) for members in membership.sets],
+        "stale": {str(index): dict(nodes) for index, nodes in membership.stale.items()},
+        "layers": list(layers),
+        "snapshots": [list(snapshot) for snapshot in snapshots],
+    }
+    return digest([json.dumps(document, sort_keys=True, separators=(",", ":")).encode()])

@@ -11,6 +11,9 @@ ImageId = NewType("ImageId", str)
 NAME_PATTERN = r"[a-z0-9][a-z0-9-]{0,62}"
 """What names of nodes, arbiters and pools look like."""
 
+COMPONENT_BYTES_MAX = 255
+"""Of a part of an image's path, and of a snapshot's name: what file systems allow."""
+
 _NAME = re.compile(NAME_PATTERN)
 _HEX_32 = re.compile(r"[0-9a-f]{32}")
 
@@ -45,6 +48,34 @@ def arbiter_name(text: str) -> str:
 def pool_name(text: str) -> str:
     """Return `text` where it is a pool's name, or raise BadName."""
     return _name(text, "a pool")
+
+
+def snapshot_name(text: str) -> str:
+    """Return `text` where it is a snapshot's name, or raise BadName, which says what is wrong."""
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise BadName(f"the snapshot name {shown(text)} is not UTF-8") from None
+    if not text:
+        problem = "is empty: write POOL/IMAGE@NAME"
+    elif text in (".", ".."):
+        problem = "means a folder"
+    elif "/" in text:
+        problem = "has a slash"
+    elif "@" in text:
+        problem = "has an '@', which stands before it"
+    elif "\0" in text:
+        problem = "has a NUL byte"
+    elif size > COMPONENT_BYTES_MAX:
+        problem = f"has {size} bytes; at most {COMPONENT_BYTES_MAX} are allowed"
+    else:
+        return text
+    raise BadName(f"the snapshot name {shown(text)} {problem}")
+
+
+def shown(text: str) -> str:
+    """Return a name that somebody gave, as a message shows it."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 def _name(text: str, what: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from etcd import keys
 from etcd.gateways import GatewayRecord
-from etcd.images import ImageRecord, Layer, awaited_members
+from etcd.images import ImageRecord, Layer, Snapshot, awaited_members
 from etcd.interface import Compare, Delete, Etcd, KeyAbsent, Operation, Put
 from etcd.records import (
     AliveRecord,
@@ -41,6 +41,7 @@ from vmstore.errors import (
     ArbiterBesideData,
     ArbiterNotNeeded,
     ForeignStore,
+    HasSnapshots,
     ImageExists,
     InUse,
     NoArbiter,
@@ -54,18 +55,17 @@ from vmstore.errors import (
     TooFewNodes,
     UnknownImage,
     UnknownPool,
+    UnknownSnapshot,
 )
 from vmstore.holding import INTACT
-from vmstore.names import ImageName
+from vmstore.names import ImageName, SnapshotName
+from vmstore.record_size import RECORD_BYTES_MAX, longest_bytes
 from vmstore.scrubs import ScrubRecords
 from vmstore.set_back import seen_later
 from vmstore.stored import R, Stored, commit, decided_anew, put_found, read, stored
 
 REPLICA_SETS_MAX = 1024
 """Bounds the records: each image repeats the replica sets of its pool."""
-
-RECORD_BYTES_MAX = 64 << 10
-"""An image's record that a node takes; `engine/core/src/store/images.rs` has the same."""
 
 FIRST_LAYER = 1
 
@@ -314,6 +314,18 @@ class Catalog(ArbiterRecords, ScrubRecords):
         """Return an image by its name. Raises UnknownPool, UnknownImage."""
         return self._find(name)[1]
 
+    def find_snapshot(self, name: SnapshotName) -> tuple[ImageRecord, Snapshot]:
+        """Return a snapshot and the record of its image.
+
+        Raises UnknownPool, UnknownImage, UnknownSnapshot.
+        """
+        self.check_history()
+        record = self.find(name.image).record
+        snapshot = record.snapshot(name.name)
+        if snapshot is None:
+            raise UnknownSnapshot(str(name.image), name.name)
+        return record, snapshot
+
     @decided_anew
     def grow_image(self, name: ImageName, size_bytes: int) -> Stored[ImageRecord]:
         """Make an image larger that nobody has open.
@@ -339,13 +351,16 @@ class Catalog(ArbiterRecords, ScrubRecords):
 
     @decided_anew
     def delete_image(self, name: ImageName, only: ImageId | None = None) -> TombstoneRecord:
-        """Delete an image that nobody has open. Raises UnknownPool, UnknownImage, InUse.
+        """Delete an image that nobody has open, and that has no snapshots.
 
+        Raises UnknownPool, UnknownImage, HasSnapshots, InUse.
         With `only` that image alone: one that was made since under its name is not it.
         """
         name_item, image = self._find(name)
         if only is not None and image.record.id != only:
             raise UnknownImage(str(name))
+        if image.record.snapshots:
+            raise HasSnapshots(str(name), [each.name for each in image.record.snapshots])
         lease = self.lease_of(image.record.id)
         if lease is not None and not lease.record.maintenance:
             raise InUse(str(name), lease.record.gateway)
@@ -487,9 +502,8 @@ class Catalog(ArbiterRecords, ScrubRecords):
 def _check_fits(pool: PoolRecord, placement: PlacementRecord) -> None:
     """Raise BadValue where nodes would refuse a record of the pool's images for its length.
 
-    It is longest with a node of each replica set left behind, and that is when it must be stored.
+    An eighth is left for snapshots.
     """
-    most = 10**9
     record = ImageRecord(
         id=ImageId("0" * 32),
         pool=pool.name,
@@ -497,17 +511,11 @@ def _check_fits(pool: PoolRecord, placement: PlacementRecord) -> None:
         size_bytes=IMAGE_BYTES_MAX,
         shard_bytes=pool.shard_bytes,
         placement_key=ImageId("0" * 32),
-        placement_version=most,
+        placement_version=10**9,
         sets=placement.sets,
         layers=(Layer(id=FIRST_LAYER),),
-        epoch=most,
-        holder="0" * 32,
-        generation=most,
-        stale={
-            index: {max(members, key=len): most - 1} for index, members in enumerate(placement.sets)
-        },
     )
-    length = len(record.encode())
+    length = longest_bytes(record)
     if length > RECORD_BYTES_MAX * 7 // 8:
         fewer = max(1, len(placement.sets) * RECORD_BYTES_MAX * 3 // (4 * length))
         raise BadValue(

@@ -13,8 +13,7 @@ from typing import Any
 import structlog
 
 from engine import Gateway
-from etcd.images import ImageRecord
-from shard.digest import membership_digest
+from etcd.images import ImageRecord, Snapshot
 from vmstore import effects, events
 from vmstore.events import NodeRecordView
 from vmstore.healing import HealLimits
@@ -76,8 +75,7 @@ class Channels:
 
     def open(self, image: OpenImage, record: ImageRecord) -> None:
         """Have the engine connect to an image's nodes and ask them what they have of it."""
-        names = dict.fromkeys(node for members in record.sets for node in members)
-        image.node_names = tuple(names)
+        image.node_names = names = _node_names(record)
         local = self._local_node()
         self._engine.open(
             image.channel,
@@ -85,16 +83,17 @@ class Channels:
             size_bytes=record.size_bytes,
             shard_bytes=record.shard_bytes,
             placement_key=record.placement_key,
-            layers=[layer.id for layer in record.layers],
+            layers=record.layer_ids,
+            snapshots=_snapshots(record),
             epoch=record.epoch,
             holder=self._holder_id,
             generation=record.generation,
-            digest=membership_digest(record.membership),
+            digest=record.digest,
             body=record.encode(),
             nodes=list(image.node_names),
-            sets=[self._indexes(image, members) for members in record.sets],
-            in_sync=self._in_sync(image, record),
-            local=image.node_names.index(local) if local in names else None,
+            sets=[_indexes(names, members) for members in record.sets],
+            in_sync=_in_sync(names, record),
+            local=names.index(local) if local in names else None,
             levelling=(
                 self._heal_limits.bytes_per_second,
                 self._heal_limits.shards_at_once,
@@ -102,13 +101,23 @@ class Channels:
             ),
         )
 
-    def _indexes(self, image: OpenImage, nodes: tuple[str, ...]) -> list[int]:
-        return [image.node_names.index(node) for node in nodes]
-
-    def _in_sync(self, image: OpenImage, record: ImageRecord) -> list[list[int]]:
-        membership = record.membership
-        sets = range(len(record.sets))
-        return [self._indexes(image, membership.in_sync(index)) for index in sets]
+    def open_reader(self, channel: int, record: ImageRecord, snapshot: Snapshot) -> None:
+        """Have the engine read a snapshot from those nodes that are in sync now."""
+        names = _node_names(record)
+        local = self._local_node()
+        self._engine.open_reader(
+            channel,
+            image=record.id,
+            size_bytes=snapshot.size_bytes,
+            shard_bytes=record.shard_bytes,
+            placement_key=record.placement_key,
+            layers=record.chain(snapshot),
+            generation=snapshot.generation,
+            nodes=list(names),
+            sets=[_indexes(names, members) for members in record.sets],
+            in_sync=_in_sync(names, record),
+            local=names.index(local) if local in names else None,
+        )
 
     def tell_deadline(self, image: OpenImage, deadline_s: float) -> None:
         """Tell until when an image's lease certainly lives, on the clock of etcd sessions."""
@@ -138,9 +147,11 @@ class Channels:
         self._engine.reconfigure(
             image.channel,
             generation=record.generation,
-            digest=membership_digest(record.membership),
+            digest=record.digest,
             body=record.encode(),
-            in_sync=self._in_sync(image, record),
+            in_sync=_in_sync(image.node_names, record),
+            layers=record.layer_ids,
+            snapshots=_snapshots(record),
         )
 
     def heal(self, image: OpenImage, heal: effects.Heal) -> None:
@@ -220,6 +231,10 @@ class Channels:
                 log.warning("heal_failed", image=str(image.name), node=node, why=event["status"])
                 self._heal_log.fails(image.image)
                 return events.HealFailed(node, event["attempt"], event["status"])
+            case "frozen":
+                return events.Frozen(event["attempt"])
+            case "freeze_failed":
+                return events.FreezeFailed(event["attempt"], event["why"])
             case "stored":
                 return events.Stored(event["generation"])
             case "fenced":
@@ -227,6 +242,24 @@ class Channels:
             case "closed":
                 return events.Closed(event["clean"])
         return None
+
+
+def _node_names(record: ImageRecord) -> tuple[str, ...]:
+    """Return the nodes of an image, each once: their places are the engine's indexes."""
+    return tuple(dict.fromkeys(node for members in record.sets for node in members))
+
+
+def _indexes(names: tuple[str, ...], nodes: tuple[str, ...]) -> list[int]:
+    return [names.index(node) for node in nodes]
+
+
+def _in_sync(names: tuple[str, ...], record: ImageRecord) -> list[list[int]]:
+    membership = record.membership
+    return [_indexes(names, membership.in_sync(index)) for index in range(len(record.sets))]
+
+
+def _snapshots(record: ImageRecord) -> list[tuple[int, int]]:
+    return [(snapshot.layer, snapshot.generation) for snapshot in record.snapshots]
 
 
 def _peeked(node: str, event: dict[str, Any]) -> events.Peeked:

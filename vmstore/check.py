@@ -36,6 +36,8 @@ class Report:
     compared: Sequence[Sequence[str]]
     missing: Sequence[str]
     different: Sequence[Difference]
+    snapshot: str = ""
+    """Of which snapshot's content; empty: of what the image holds now."""
 
     @property
     def not_compared(self) -> Sequence[int]:

@@ -49,6 +49,27 @@ class EndHeal:
 
 
 @dataclass(frozen=True, slots=True)
+class Freeze:
+    """Have changes wait, those in flight answered, and all of it flushed on all nodes in sync."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Thaw:
+    """Let what waits for that freeze go on."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class TellSnapshot:
+    """Tell who asked for the snapshot what came of it; `failed`: None was taken, and why."""
+
+    failed: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ChangeMembership:
     """Have etcd take `after` in place of `before`, under our lease."""
 
@@ -99,6 +120,6 @@ class Forget:
 
 
 Effect = (
-    OpenImage | Admit | Peek | Heal | EndHeal | ChangeMembership | Reconfigure | Serve | Refuse
-    | CloseImage | KillImage | Release | Forget
+    OpenImage | Admit | Peek | Heal | EndHeal | Freeze | Thaw | TellSnapshot | ChangeMembership
+    | Reconfigure | Serve | Refuse | CloseImage | KillImage | Release | Forget
 )  # fmt: skip

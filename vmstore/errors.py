@@ -22,12 +22,18 @@ HciError
     ├── ReplaceRefused            replacing an arbiter now could lose what only it knows
     ├── UnknownPool
     ├── UnknownImage
+    ├── UnknownSnapshot
     ├── PoolExists
     ├── ImageExists
+    ├── SnapshotExists
+    ├── TooManySnapshots          an image's record has no room for another one
+    ├── HasSnapshots              an image that is to be removed
+    ├── SnapshotFailed            none was taken, or it is not known whether
     ├── ShrinkRefused             a smaller size without being forced
     ├── InUse                     a gateway has the image open
     ├── BeingClosed               its last client has left, and its gateway is not done with it
     ├── BeingResized              another change of the image's size is under way
+    ├── BeingSnapshotted          a snapshot of the image is being taken
     ├── ClientBarred              the image was another gateway's since this client had it
     ├── RecordsLost               etcd lost history, and nothing goes by it before it is recovered
     ├── RecoveryRefused           what a recovery needs is not there, or is in doubt
@@ -268,6 +274,17 @@ class UnknownImage(VmstoreError):
         super().__init__(f"there is no image {image}; `hci image ls` lists what there is")
 
 
+class UnknownSnapshot(VmstoreError):
+    """An image has no such snapshot."""
+
+    def __init__(self, image: str, name: str) -> None:
+        self.image = image
+        self.name = name
+        super().__init__(
+            f"{image} has no snapshot {name}; `hci snapshot ls {image}` lists what there is"
+        )
+
+
 class PoolExists(VmstoreError):
     """A pool of this name exists."""
 
@@ -282,6 +299,46 @@ class ImageExists(VmstoreError):
     def __init__(self, image: str) -> None:
         self.image = image
         super().__init__(f"the image {image} exists already; remove it or choose another name")
+
+
+class SnapshotExists(VmstoreError):
+    """An image has a snapshot of this name."""
+
+    def __init__(self, image: str, name: str) -> None:
+        self.image = image
+        self.name = name
+        super().__init__(f"{image} has a snapshot {name} already; choose another name")
+
+
+class TooManySnapshots(VmstoreError):
+    """An image's record has no room for another snapshot."""
+
+    def __init__(self, image: str, count: int, why: str) -> None:
+        self.image = image
+        self.count = count
+        super().__init__(f"{image} has {count} snapshots, and {why}")
+
+
+class HasSnapshots(VmstoreError):
+    """An image is not removed while it has snapshots."""
+
+    def __init__(self, image: str, names: Sequence[str]) -> None:
+        self.image = image
+        self.names = names
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        super().__init__(
+            f"{image} is not removed: it has the snapshot {names[0]}{more}, and snapshots cannot "
+            "be removed yet"
+        )
+
+
+class SnapshotFailed(VmstoreError):
+    """No snapshot was taken, or it is not known whether one was; the text says why."""
+
+    def __init__(self, name: str, why: str) -> None:
+        self.name = name
+        self.why = why
+        super().__init__(f"no snapshot {name} was taken: {why}")
 
 
 class ShrinkRefused(VmstoreError):
@@ -322,6 +379,14 @@ class BeingResized(VmstoreError):
     def __init__(self, image: str) -> None:
         self.image = image
         super().__init__(f"{image} is being resized already; try again when that is done")
+
+
+class BeingSnapshotted(VmstoreError):
+    """A snapshot of an image is being taken, and nothing else changes its record meanwhile."""
+
+    def __init__(self, image: str) -> None:
+        self.image = image
+        super().__init__(f"a snapshot of {image} is being taken; try again when that is done")
 
 
 class ClientBarred(VmstoreError):

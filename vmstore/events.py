@@ -147,6 +147,29 @@ class MembershipDelayed:
 
 
 @dataclass(frozen=True, slots=True)
+class TakeSnapshot:
+    """Somebody wants a snapshot of this name, which the image does not have."""
+
+    name: str
+    created_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """All that was answered is on stable storage of all nodes in sync; changes wait from here."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class FreezeFailed:
+    """The engine has given that freeze up, and changes go on."""
+
+    attempt: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Lost:
     """The lease or the record is another's now."""
 
@@ -187,5 +210,6 @@ class Tick:
 Event = (
     LeaseTaken | Peeked | ReplicaDown | ReplicaBlocking | ReplicaFailed | Lags | Admitted
     | AdmitFailed | Levelled | Healed | HealFailed | Stored | Fenced | MembershipChanged
-    | MembershipDelayed | Lost | Close | Closed | Released | Fail | Tick
+    | MembershipDelayed | TakeSnapshot | Frozen | FreezeFailed | Lost | Close | Closed | Released
+    | Fail | Tick
 )  # fmt: skip

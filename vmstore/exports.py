@@ -13,7 +13,7 @@ import structlog
 
 from engine import Gateway
 from etcd.errors import EtcdError, EtcdUnavailable, OutcomeUnknown
-from etcd.images import ImageRecord
+from etcd.images import ImageRecord, Snapshot
 from etcd.lease import Session
 from shard.errors import HciError
 from shard.ids import ImageId
@@ -29,16 +29,20 @@ from vmstore.errors import (
     LeaseMoved,
     UnknownImage,
     UnknownPool,
+    UnknownSnapshot,
 )
 from vmstore.granter import Voters
 from vmstore.healing import HealLimits
-from vmstore.holder import OPEN_LIMIT_S, Phase, closing_waits_for
+from vmstore.holder import OPEN_LIMIT_S, closing_waits_for
 from vmstore.holding import Held
-from vmstore.names import ImageName, parse_image_name
+from vmstore.names import ImageName, SnapshotName, parse_name
 from vmstore.open_image import OpenImage
-from vmstore.resizing import RECONNECT_S, RESIZER, Resizing
+from vmstore.readers import Readers
+from vmstore.resizing import RECONNECT_S, RESIZER
 from vmstore.served import Served
 from vmstore.slowness import SlowLimits
+from vmstore.snapshots import Snapshots
+from vmstore.standing import Phase
 from vmstore.stored import Stored
 
 log = structlog.get_logger()
@@ -75,7 +79,7 @@ class _Care:
     """For a scrub that is not through."""
 
 
-class Exports(Resizing):
+class Exports(Snapshots):
     """Serves the images of one cluster to NBD clients of one engine; see `Serving`.
 
     `permitted` says what a client may do with an image, by its name.
@@ -121,6 +125,13 @@ class Exports(Resizing):
         """Clients that wait for what etcd says of the image that they asked for."""
         self._next_pin = RESIZER
         self._cared_for: dict[ImageId, _Care] = {}
+        self._readers = Readers(
+            engine,
+            self._channels,
+            let_in=self._let_reader_in,
+            refuse=lambda client, why: self._say_no(client, "refused", why),
+            again=lambda client, snapshot: self._on_asked(client, "go", str(snapshot)),
+        )
 
     # For the caretaker: any thread
 
@@ -187,6 +198,10 @@ class Exports(Resizing):
         self._next_pin -= 1
         return self._next_pin
 
+    def snapshots_open(self) -> int:
+        """Return how many snapshots are open for clients here. For any thread."""
+        return len(self._readers)
+
     # Clients
 
     def _on_client(self, event: dict[str, Any]) -> None:
@@ -209,22 +224,29 @@ class Exports(Resizing):
             )
             return
         try:
-            image_name = parse_image_name(name or "")
+            asked_for = parse_name(name or "")
         except HciError as error:
             self._say_no(client, "unknown", str(error))
             return
-        if self._permission(client, image_name) is Permission.NONE:
+        if self._permission(client, asked_for) is Permission.NONE:
             # Whether there is such an image is nothing that it has to know.
-            self._say_no(client, "refused", f"you may not open {image_name}")
+            self._say_no(client, "refused", f"you may not open {asked_for}")
             return
         opens = query in ("go", "export_name")
         self._asking.add(client)
         give_up_s = self._deciding.now_s() + (OPEN_LIMIT_S if opens else 0.0)
 
         def look_up() -> None:
+            if isinstance(asked_for, SnapshotName):
+                self._calls.later(
+                    lambda: self._catalog.find_snapshot(asked_for),
+                    lambda found: self._found_snapshot(client, asked_for, *found, opens=opens),
+                    failed,
+                )
+                return
             self._calls.later(
-                lambda: self._catalog.find(image_name),
-                lambda found: self._found(client, image_name, found, opens),
+                lambda: self._catalog.find(asked_for),
+                lambda found: self._found(client, asked_for, found, opens),
                 failed,
             )
 
@@ -256,6 +278,35 @@ class Exports(Resizing):
             image = self._use(name, found)
             self._client_image[client] = image.image
             self._let_in_or_wait(image, client, name)
+
+    def _found_snapshot(
+        self,
+        client: int,
+        name: SnapshotName,
+        record: ImageRecord,
+        snapshot: Snapshot,
+        *,
+        opens: bool,
+    ) -> None:
+        if client not in self._asking:
+            return
+        self._asking.discard(client)
+        if not opens:
+            self._let_reader_in(client, name, snapshot.size_bytes, None)
+        elif self._calls.stopping:
+            self._say_no(client, "unavailable", "the gateway is stopping; try again")
+        else:
+            self._readers.open(client, name, record, snapshot)
+
+    def _let_reader_in(
+        self, client: int, name: SnapshotName, size_bytes: int, channel: int | None
+    ) -> None:
+        self._engine.answer_export(
+            client, name=str(name), size_bytes=size_bytes, read_only=True, channel=channel
+        )
+
+    def _on_reader(self, event: dict[str, Any]) -> None:
+        self._readers.heard(event)
 
     def _let_in_or_wait(self, image: OpenImage, client: int, name: ImageName) -> None:
         if image.resize is not None and image.resize.shrinks:
@@ -309,10 +360,12 @@ class Exports(Resizing):
             channel=channel,
         )
 
-    def _permission(self, client: int, name: ImageName) -> Permission:
+    def _permission(self, client: int, name: ImageName | SnapshotName) -> Permission:
+        """Return what a client may do with an image; who may read it may read its snapshots."""
         visitor = self._visitors.get(client)
+        image = name.image if isinstance(name, SnapshotName) else name
         # One that has left meanwhile gets no answer, whatever that is.
-        return self._permitted(visitor, str(name)) if visitor is not None else Permission.NONE
+        return self._permitted(visitor, str(image)) if visitor is not None else Permission.NONE
 
     def _seen_by(self, client: int, names: list[str]) -> list[str]:
         visitor = self._visitors.get(client)
@@ -321,7 +374,7 @@ class Exports(Resizing):
         return [name for name in names if self._permitted(visitor, name) is not Permission.NONE]
 
     def _refuse(self, client: int, error: HciError) -> None:
-        if isinstance(error, UnknownImage | UnknownPool):
+        if isinstance(error, UnknownImage | UnknownPool | UnknownSnapshot):
             kind = "unknown"
         elif isinstance(error, EtcdError):
             kind = "unavailable"
@@ -339,6 +392,7 @@ class Exports(Resizing):
         self._asking.discard(client)
         self._visitors.pop(client, None)
         peer = self._peers.pop(client, None)
+        self._readers.left(client)
         image_id = self._client_image.pop(client, None)
         image = self._images.get(image_id) if image_id is not None else None
         if image is None:
@@ -439,7 +493,7 @@ class Exports(Resizing):
         if image.holder.phase is not Phase.SERVING:
             # It is claimed when it serves.
             return
-        if image.holder.proposal is not None or image.holder.paused:
+        if image.holder.changes_record:
             self._deciding.after(TICK_S, lambda: self._claim(image))
             return
         assert image.held is not None
@@ -495,11 +549,13 @@ class Exports(Resizing):
         if image.maintenance:
             if image.waiting or image.resize is not None:
                 self._claim(image)
+            self._begin_snapshot(image)
             return
         waiting, image.waiting = image.waiting, []
         for client, name in waiting:
             self._let_in(image, client, name)
         self._begin_resize(image)
+        self._begin_snapshot(image)
         self._close_if_unused(image)
 
     def _refused(self, image: OpenImage, reason: str) -> None:
@@ -508,6 +564,7 @@ class Exports(Resizing):
             self._client_image.pop(client, None)
             self._say_no(client, "refused", reason)
         self._end_resize(image, HciError(reason))
+        self._snapshot_ended(image, reason)
 
     def _forgotten(self, image: OpenImage) -> None:
         # Clients that came while it was closing open it anew.
@@ -516,3 +573,8 @@ class Exports(Resizing):
             self._client_image.pop(client, None)
             self._on_asked(client, "go", str(name))
         self._end_resize(image, HciError(f"image {image.name} was closed; try again"))
+        self._snapshot_ended(image, "the image was closed; try again")
+
+    def _begin_stop(self, done: Callable[[], None]) -> None:
+        self._readers.stop()
+        super()._begin_stop(done)

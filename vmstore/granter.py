@@ -37,9 +37,7 @@ class Granter:
                 return self._voter(arbiter).prepare(to, image, known, wanted)
             case Commit(held, after, grant, pool):
                 as_long_as = pool.unchanged if pool is not None else ()
-                return self._records.change_membership(
-                    held, after.membership, grant=grant, as_long_as=as_long_as
-                )
+                return self._records.change(held, after, grant=grant, as_long_as=as_long_as)
             case Confirm(arbiter, image, changes, stated):
                 to = Addressee(arbiter.id, arbiter.start_counter, changes)
                 return self._voter(arbiter).confirm(to, image, stated)

@@ -16,7 +16,8 @@ Only when the last step is done does the holder hear of the change, and answers 
 two nodes that each believe to be alone in sync one is refused, be it that etcd was put back to an
 older state: the arbiter has confirmed what the other's writes were answered by.
 
-A pool without an arbiter has the step Commit alone.
+A pool without an arbiter has the step Commit alone. So has a change of layers that leaves nobody
+behind and takes nobody in: the next one has its generation confirmed first (`known` of `Prepare`).
 """
 
 from collections.abc import Generator
@@ -114,7 +115,7 @@ def change(held: Held, after: ImageRecord, progress: Progress) -> Steps:
     After an error that `may_pass` the same change may be asked for again, and must be where
     `progress` says that etcd may have taken it.
     """
-    if not after.policy.has_arbiter:
+    if not after.policy.has_arbiter or after.stale == held.record.stale:
         return (yield from _without_arbiter(held, after, progress))
     found, arbiter = yield from _look(held)
     for _ in range(COMMIT_ATTEMPTS):

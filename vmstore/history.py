@@ -29,7 +29,6 @@ from etcd.records import (
     PlacementRecord,
     Record,
 )
-from shard.digest import membership_digest
 from shard.ids import ImageId
 
 R = TypeVar("R", bound=Record)
@@ -153,12 +152,11 @@ def judge_votes(
 
 def problem_of_held(held: HeldRecord, found: ImageRecord) -> str | None:
     """Return how etcd's record of an image contradicts the one that a node holds, if it does."""
-    digest = membership_digest(found.membership)
     later = (
         held.epoch > found.epoch
         or (held.epoch == found.epoch and held.holder != found.holder)
         or held.generation > found.generation
-        or (held.generation == found.generation and held.digest != digest)
+        or (held.generation == found.generation and held.digest != found.digest)
     )
     if later or is_missed(found, held.epoch, held.generation):
         return (

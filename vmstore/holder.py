@@ -26,16 +26,17 @@ One change of the record is under way at a time. A node in sync that is lost is 
 where requests wait for it, and only by a change that etcd took first (membership before
 acknowledgement); where that would break the quorum it stays in sync, and its requests wait.
 
+A snapshot is a change of the record too, for which changes of clients wait (`snapshot_steps`). Who
+is lost, and when one is left behind, stands in `standing`.
+
 What this module refuses: to serve from a node that knows a later record (etcd was rolled back), and
 to believe a node that has lost its record or was rolled back itself: such a node is stale since 0.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from enum import Enum, auto
+from dataclasses import dataclass, replace
 
 from etcd.images import ImageRecord
-from shard.membership import Change, Ready, Wait, lose, rejoin
+from shard.membership import Change, Ready, lose, rejoin
 from vmstore.effects import (
     Admit,
     ChangeMembership,
@@ -51,6 +52,7 @@ from vmstore.effects import (
     Refuse,
     Release,
     Serve,
+    TellSnapshot,
 )
 from vmstore.events import (
     AdmitFailed,
@@ -60,6 +62,8 @@ from vmstore.events import (
     Event,
     Fail,
     Fenced,
+    FreezeFailed,
+    Frozen,
     Healed,
     HealFailed,
     Lags,
@@ -74,98 +78,23 @@ from vmstore.events import (
     ReplicaDown,
     ReplicaFailed,
     Stored,
+    TakeSnapshot,
     Tick,
 )
-from vmstore.healing import Heals
+from vmstore.freezing import Stage
 from vmstore.judging import emptied, problem_of
-from vmstore.slowness import Slowness
-from vmstore.space import NO_SPACE, Space
-
-GRACE_S = 3.0
-"""How long a new holder waits for nodes in sync that do not answer before it goes on without them:
-longer than a node takes to start beside it, shorter than a person waits. The time that a node has
-been lost to the gateway counts: a guest that is restarted elsewhere does not wait again for what
-went with its host."""
-
-RETRY_S = 0.5
-"""Until etcd is asked again for a change it did not answer."""
-
-FAILING_S = 2.5
-"""A node counts as failing so long after it failed a request: it is asked again each second."""
+from vmstore.snapshot_steps import RETRY_S, SnapshotSteps
+from vmstore.space import NO_SPACE
+from vmstore.standing import NodeState, Phase, Standing
 
 OPEN_LIMIT_S = 20.0
 """After this a client that waits for an image to open is told so; a gateway that is asked again
 starts afresh."""
 
 
-class Phase(Enum):
-    """See the module's table."""
-
-    TAKING = auto()
-    GATHERING = auto()
-    JOINING = auto()
-    SERVING = auto()
-    CLOSING = auto()
-    RELEASING = auto()
-    ENDED = auto()
-
-
-class Standing(Enum):
-    """How far a node has come."""
-
-    AWAY = auto()
-    ASKED = auto()
-    """Connected, and asked for its record again."""
-    WAITING = auto()
-    JOINING = auto()
-    HEALING = auto()
-    """In sync nowhere, and being made level."""
-    UP = auto()
-
-
 @dataclass(slots=True)
-class _Node:
-    standing: Standing = Standing.AWAY
-    instance: int | None = None
-    """Of the session that is or waits to be."""
-    served_as: int | None = None
-    """The instance that was last up: only it resumes."""
-    failed_at_s: float | None = None
-    """When it last failed a request."""
-    away_since_s: float | None = None
-    """Since when it has been lost, where that was before the image was opened."""
-    peeked: "Peeked | None" = None
-    """What it said last, while it is connected."""
-
-
-@dataclass(slots=True)
-class Holder:
+class Holder(SnapshotSteps):
     """One image, as its holder decides about it."""
-
-    holder: str
-    now_s: float
-    phase: Phase = Phase.TAKING
-    record: ImageRecord | None = None
-    proposal: ImageRecord | None = None
-    nodes: dict[str, _Node] = field(default_factory=dict)
-    emptied: set[str] = field(default_factory=set)
-    blocking: set[str] = field(default_factory=set)
-    levelling: set[str] = field(default_factory=set)
-    """Nodes in sync that may lack what was answered and not flushed, until they are level."""
-    undecided: bool = False
-    """Whether etcd may have taken the proposal: then it is made until its outcome is known."""
-    heals: Heals = field(default_factory=Heals)
-    slowness: Slowness = field(default_factory=Slowness)
-    too_slow: str | None = None
-    """Whom the proposal leaves behind although it is there."""
-    space: Space = field(default_factory=lambda: Space(FAILING_S))
-    storing: bool = False
-    paused: bool = False
-    """Another change of the record is under way: none is proposed."""
-    waiting_since_s: float | None = None
-    opened_s: float = 0.0
-    retry_at_s: float | None = None
-    trouble: str = ""
 
     def step(self, event: Event) -> list[Effect]:
         """Take an event; return what is to be done about it, in order."""
@@ -234,6 +163,15 @@ class Holder:
                 return self._go_on()
             case AdmitFailed(node):
                 return self._on_admit_failed(node)
+            case TakeSnapshot(name, created_s):
+                if self.phase is not Phase.SERVING:
+                    return [TellSnapshot("the image is being closed; try again")]
+                self.freezing.order(name, created_s, self.now_s)
+                return self._go_on()
+            case Frozen(attempt):
+                return self._on_frozen(attempt)
+            case FreezeFailed(attempt, why):
+                return self._on_freeze_failed(attempt, why)
             case Healed(_, attempt):
                 self.heals.healed(attempt)
                 return self._go_on()
@@ -242,9 +180,7 @@ class Holder:
                 self._on_heal_failed(attempt)
                 return self._go_on()
             case Stored(generation):
-                if generation == self.record.generation:
-                    self.storing = False
-                return self._go_on()
+                return [*self._on_stored(generation), *self._go_on()]
 
     # Taking the lease, and the end
 
@@ -254,16 +190,18 @@ class Holder:
         assert record.holder == self.holder, "the record names its holder"
         self.record = record
         names = [node for members in record.sets for node in members]
-        self.nodes = {name: _Node(away_since_s=away.get(name)) for name in names}
+        self.nodes = {name: NodeState(away_since_s=away.get(name)) for name in names}
         self.phase = Phase.GATHERING
         self.waiting_since_s = self.opened_s = self.now_s
         return [OpenImage(record)]
 
     def _on_close(self) -> list[Effect]:
         if self.phase is Phase.SERVING:
-            self.phase = Phase.CLOSING
             heal = self.heals.now
             ended = self._end_heal(heal.attempt) if heal and self.proposal is None else []
+            if self.freezing.stage is not Stage.STORING:
+                ended += self._give_up_snapshot("the image is being closed; try again")
+            self.phase = Phase.CLOSING
             return [*ended, CloseImage()]
         if self.phase in (Phase.GATHERING, Phase.JOINING):
             # Nothing was served: what was unclean before stays so.
@@ -274,17 +212,19 @@ class Holder:
     def _on_closed(self, clean: bool) -> list[Effect]:
         if self.phase is not Phase.CLOSING or self.record is None:
             return []
+        told = self._give_up_snapshot("the image was closed before its nodes had stored it")
         self.phase = Phase.RELEASING
         self.retry_at_s = None
-        return [Release(self.record, clean and self.proposal is None)]
+        return [*told, Release(self.record, clean and self.proposal is None)]
 
     def _give_up(self, reason: str) -> list[Effect]:
         if self.phase is Phase.RELEASING or self.record is None:
             return []
+        told = self._give_up_snapshot(reason)
         self.trouble = reason
         self.phase = Phase.RELEASING
         self.retry_at_s = None
-        return [KillImage(), Refuse(reason), Release(self.record, False)]
+        return [*told, KillImage(), Refuse(reason), Release(self.record, False)]
 
     # Nodes that come
 
@@ -328,16 +268,18 @@ class Holder:
             return []
         if self.proposal is not None or self.paused:
             return []
+        if self.freezing.stage is Stage.FREEZING:
+            return self._watch_freeze()
         effects = self._give_up_heal()
         change = self._change_membership()
         if change is not None:
             return [*effects, change]
-        return [*effects, *self._let_in(), *self._begin_heal()]
+        return [*effects, *self._let_in(), *self._freeze(), *self._begin_heal()]
 
     def _change_membership(self) -> Effect | None:
         """Propose a membership without the nodes that are lost, where that is due and allowed.
 
-        It takes the healed node in as well.
+        It takes the healed node in as well, and out a snapshot that is withdrawn.
         """
         assert self.record is not None
         membership = self.record.membership
@@ -346,19 +288,22 @@ class Holder:
             return None
         if not lost or not self._is_due(lost):
             lost = set()
-        if self.storing and not lost & self.blocking:
+        held = self.blocking | (lost if self.freezing.stage is Stage.STORING else set())
+        if self.storing and not lost & held:
             return None
         self.too_slow = None if lost else self._too_slow()
         slow = set() if self.too_slow is None else {self.too_slow}
         plan = rejoin(membership, self._to_take_in(), lost | slow, self.emptied)
-        match plan:
-            case Ready() | Wait():
-                return None
-            case Change(membership):
-                self.proposal = replace(
-                    self.record, generation=membership.generation, stale=membership.stale
-                )
-                return ChangeMembership(self.record, self.proposal)
+        after = self.record
+        if self._withdraws(lost):
+            after = after.without_newest_snapshot()
+        if isinstance(plan, Change):
+            changed = plan.membership
+            after = replace(after, generation=changed.generation, stale=changed.stale)
+        if after is self.record:
+            return None
+        self.proposal = after
+        return ChangeMembership(self.record, after)
 
     def _too_slow(self) -> str | None:
         """Return a node that is not worth waiting for: all others of its sets are well."""
@@ -371,10 +316,6 @@ class Holder:
         sets = membership.in_sync_sets()
         others_are_well = all(of_set - {name} <= well for of_set in sets if name in of_set)
         return name if others_are_well else None
-
-    def _is_well(self, name: str) -> bool:
-        node = self.nodes[name]
-        return node.standing is Standing.UP and not self._is_failing(node)
 
     # Heal
 
@@ -414,15 +355,6 @@ class Holder:
         there = there and not self.slowness.rests(name, self.now_s)
         return there and not let_in_first and not self._is_failing(node) and self._is_told(name)
 
-    def _is_told(self, name: str) -> bool:
-        """Whether the record says of a store that is not the one it was that nothing on it counts.
-
-        A change may have been on its way that left its node behind as one that was merely lost.
-        """
-        assert self.record is not None
-        stale = self.record.membership.stale.values()
-        return name not in self.emptied or all(nodes.get(name, 0) == 0 for nodes in stale)
-
     def _to_take_in(self) -> dict[int, set[str]]:
         return self.heals.to_take_in() if self.phase is Phase.SERVING else {}
 
@@ -461,55 +393,7 @@ class Holder:
         if node.standing is Standing.HEALING:
             node.standing = Standing.UP
 
-    # Who is lost
-
-    def _is_lost(self, name: str) -> bool:
-        node = self.nodes[name]
-        return node.standing is Standing.AWAY or self._is_failing(node) or name in self.emptied
-
-    def _is_failing(self, node: _Node) -> bool:
-        return node.failed_at_s is not None and self.now_s - node.failed_at_s < FAILING_S
-
-    def _is_due(self, lost: set[str]) -> bool:
-        """A serving image leaves nodes behind when requests wait; an opening one after a grace."""
-        waits = bool(lost & (self.blocking | self.emptied)) or self._keep_others_out(lost)
-        if self.phase in (Phase.SERVING, Phase.CLOSING) and self._is_founded(self._in_sync_names()):
-            if waits and self._others_are_level(lost):
-                return True
-            return waits and self._grace_is_over(lost)
-        return self._grace_is_over(lost) or lost <= self.emptied
-
-    def _keep_others_out(self, lost: set[str]) -> bool:
-        """Whether requests wait for a node that comes in only when lost ones are left behind."""
-        assert self.record is not None
-        sets = self.record.membership.in_sync_sets()
-        concerned = [of_set for of_set in sets if of_set & lost and of_set & self.blocking]
-        return not all(map(self._is_founded, concerned))
-
-    def _is_founded(self, names: Iterable[str]) -> bool:
-        """Whether one of these is up, to tell level from stale by."""
-        return any(self.nodes[name].standing is Standing.UP for name in names)
-
-    def _others_are_level(self, lost: set[str]) -> bool:
-        """Whether of each set that can go on another node surely has all that was answered.
-
-        Where none has, a lost one may have it alone.
-        """
-        assert self.record is not None
-        membership = self.record.membership
-        well = {name for name in self._in_sync_names() - self.levelling if self._is_well(name)}
-        left = [of_set - lost for of_set in membership.in_sync_sets() if of_set & lost]
-        go_on = [of_set for of_set in left if len(of_set) >= membership.policy.quorum]
-        return bool(well) and all(of_set & well for of_set in go_on)
-
-    def _grace_is_over(self, lost: set[str]) -> bool:
-        """A node that was away long before anybody asked for it has had its time."""
-        waiting_s = self.waiting_since_s
-        if waiting_s is None:
-            return False
-        away = [self.nodes[name].away_since_s for name in lost]
-        began = [waiting_s if away_s is None else min(away_s, waiting_s) for away_s in away]
-        return all(self.now_s - since_s >= GRACE_S for since_s in began)
+    # Who is let in
 
     def _let_in(self) -> list[Effect]:
         """Admit nodes that wait, if they are in sync and level can be told from stale.
@@ -521,6 +405,9 @@ class Holder:
         asked of it before the same holds there.
         """
         assert self.record is not None
+        if self.phase is Phase.GATHERING and self._withdraws():
+            # Nodes would store what is to be withdrawn.
+            return []
         membership = self.record.membership
         waiting = {name for name in membership.all_in_sync() if self._may_be_let_in(name)}
         resume = {name for name in waiting if self._resumes(name)}
@@ -594,13 +481,6 @@ class Holder:
         self.phase = Phase.SERVING
         return [Serve(), *self._go_on()]
 
-    def _in_sync_names(self) -> frozenset[str]:
-        assert self.record is not None
-        return self.record.membership.all_in_sync()
-
-    def _in_sync_nodes(self) -> list[_Node]:
-        return [self.nodes[name] for name in self._in_sync_names()]
-
     def _on_admit_failed(self, failed: str) -> list[Effect]:
         again: list[Effect] = []
         if self.nodes[failed].standing is Standing.JOINING:
@@ -619,7 +499,17 @@ class Holder:
     def _on_changed(self, record: ImageRecord) -> list[Effect]:
         assert self.proposal is not None, "one change at a time"
         assert record.membership == self.proposal.membership, "it is the one that was proposed"
+        assert record.layers == self.proposal.layers, "with its layers"
+        assert self.record is not None
+        adds_layer = len(record.layers) > len(self.record.layers)
         self.record, self.proposal, self.undecided = record, None, False
+        if adds_layer and self.freezing.withdraws:
+            # It was given up. The engine goes by the former layers until it is withdrawn.
+            self.retry_at_s = None
+            return self._go_on()
+        self.freezing.withdraws = False
+        if adds_layer:
+            self.freezing.store(self.now_s)
         self._on_taken_in(record)
         in_sync = record.membership.all_in_sync()
         if self.too_slow is not None:
@@ -641,16 +531,30 @@ class Holder:
     def _on_delayed(self, why: str, maybe_taken: bool) -> list[Effect]:
         """Keep a proposal that etcd may have taken; forget another one and decide anew later."""
         self.retry_at_s = self.now_s + RETRY_S
-        self.trouble = f"a change of membership waits: {why}"
+        what = "a snapshot" if self.freezing.holds else "a change of membership"
+        self.trouble = f"{what} waits: {why}"
         self.undecided = self.undecided or maybe_taken
         if self.undecided:
             return []
+        told = self._give_up_snapshot(why) if self.freezing.stage is Stage.CHANGING else []
+        self._forget_withdrawal()
         self.proposal = self.too_slow = None
-        return self._go_on()
+        return [*told, *self._go_on()]
+
+    def _forget_withdrawal(self) -> None:
+        """What was to be withdrawn surely did not come to etcd, unless the record has it."""
+        assert self.record is not None and self.proposal is not None
+        if len(self.proposal.layers) > len(self.record.layers):
+            self.freezing.withdraws = False
 
     def _on_tick(self) -> list[Effect]:
         if self.phase is Phase.ENDED:
             return []
+        late = self.freezing.is_late(self.missing(), self.levelling, self.now_s)
+        told = self._give_up_snapshot(late) if late else []
+        return [*told, *self._on_time()]
+
+    def _on_time(self) -> list[Effect]:
         self.slowness.look(self.now_s)
         if self.record is not None:
             self.space.look(self.record.membership, self.now_s)
@@ -692,13 +596,6 @@ class Holder:
         """Return the replica sets whose writes wait for room, and not for just a moment."""
         return self.space.without(self.now_s)
 
-    def missing(self) -> list[str]:
-        """Return the nodes in sync that do not serve."""
-        if self.record is None:
-            return []
-        in_sync = self.record.membership.all_in_sync()
-        return sorted(n for n in in_sync if self.nodes[n].standing is not Standing.UP)
-
     def stalled_by(self) -> list[str]:
         """Return the nodes without which some replica set answers no write."""
         if self.record is None:
@@ -717,6 +614,11 @@ class Holder:
         if self.proposal is not None:
             assert self.proposal.generation == self.record.generation + 1, "one step at a time"
             assert self.proposal.epoch == self.record.epoch, "epochs change with the lease only"
+        stage = self.freezing.stage
+        if stage is not Stage.NONE:
+            assert self.phase in (Phase.SERVING, Phase.CLOSING), "a snapshot is of what serves"
+            assert (stage is Stage.CHANGING) <= (self.proposal is not None), "and is asked for"
+            assert stage is not Stage.STORING or self.storing, "then stored"
 
 
 def closing_waits_for(holder: Holder) -> str:

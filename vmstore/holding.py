@@ -200,17 +200,35 @@ class Holding:
         grant: Grant | None = None,
         as_long_as: Sequence[Compare] = (),
     ) -> Held:
-        """Store a proposed membership, one generation above the held record's.
+        """Store a proposed membership, one generation above the held record's: see `change`."""
+        after = replace(held.record, generation=membership.generation, stale=dict(membership.stale))
+        return self.change(held, after, grant=grant, as_long_as=as_long_as)
+
+    def change(
+        self,
+        held: Held,
+        after: ImageRecord,
+        *,
+        grant: Grant | None = None,
+        as_long_as: Sequence[Compare] = (),
+    ) -> Held:
+        """Store who is in sync and which layers there are by `after`, one generation higher.
 
         `grant` is the arbiter's, where it was asked, and `as_long_as` what must not have changed
-        since: then RecordChanged too.
+        since: then RecordChanged too. For a snapshot the caller has all answered writes on stable
+        storage, and none in flight.
         """
-        check_successor(held.record.membership, membership)
+        before = held.record
+        check_successor(before.membership, after.membership)
+        _check_layers(before, after)
         record = replace(
-            held.record,
-            generation=membership.generation,
-            stale=membership.stale,
-            grant=grant or held.record.grant,
+            before,
+            generation=after.generation,
+            stale=after.membership.stale,
+            layers=after.layers,
+            next_layer=after.next_layer,
+            snapshots=after.snapshots,
+            grant=grant or before.grant,
         )
         return self._change(held, record, as_long_as)
 
@@ -293,3 +311,18 @@ class Holding:
         if item is not None and item.lease != held.etcd_lease:
             raise LeaseMoved(known.id)
         raise RecordChanged(f"image {known.id}")
+
+
+def _check_layers(before: ImageRecord, after: ImageRecord) -> None:
+    """Assert that layers stay, or that one comes on the top or goes, with its snapshot."""
+    assert after.next_layer >= before.next_layer, "no layer's id is used twice"
+    if after.layers == before.layers:
+        assert after.snapshots == before.snapshots, "a snapshot names a layer of its own"
+    elif len(after.layers) > len(before.layers):
+        assert after.layers[1:] == before.layers, "one layer comes on the top"
+        assert after.layers[0].id >= before.next_layer, "and none has had its id"
+        assert len(after.snapshots) == len(before.snapshots) + 1, "with one snapshot"
+        assert after.snapshots[:-1] == before.snapshots, "beside those that there are"
+    else:
+        assert after.layers == before.layers[1:], "the top goes"
+        assert after.snapshots == before.snapshots[:-1], "with the last snapshot"

@@ -8,7 +8,6 @@ know it had.
 from collections.abc import Iterable
 
 from etcd.images import ImageRecord
-from shard.digest import membership_digest
 from vmstore.events import Peeked
 from vmstore.history import is_missed
 
@@ -24,9 +23,7 @@ def problem_of(peeked: Peeked, ours: ImageRecord) -> str | None:
         view.epoch > ours.epoch
         or (view.epoch == ours.epoch and view.holder != ours.holder)
         or view.generation > ours.generation
-        or (
-            view.generation == ours.generation and view.digest != membership_digest(ours.membership)
-        )
+        or (view.generation == ours.generation and view.digest != ours.digest)
     )
     if later and peeked.node in ours.membership.all_in_sync():
         return (

@@ -15,8 +15,8 @@ from vmstore import events
 from vmstore.calls import Calls, nothing_more
 from vmstore.catalog import Catalog
 from vmstore.errors import HistoryLost, RecordsLost, UnknownImage
-from vmstore.holder import Phase
 from vmstore.open_image import OpenImage
+from vmstore.standing import Phase
 from vmstore.stored import Stored
 
 log = structlog.get_logger()

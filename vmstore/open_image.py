@@ -8,6 +8,7 @@ told.
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from etcd.images import Snapshot
 from shard.ids import ImageId
 from vmstore.holder import Holder
 from vmstore.holding import Held
@@ -24,6 +25,28 @@ class Resize:
     reconnect: bool = False
     shrinks: bool = False
     """Whether data is being discarded: no client is let in."""
+
+
+@dataclass(frozen=True, slots=True)
+class TakenSnapshot:
+    """A snapshot that was taken, and how long clients' changes waited for it."""
+
+    snapshot: Snapshot
+    held_ms: int
+
+
+@dataclass(slots=True)
+class SnapshotOrder:
+    """A snapshot that was asked for. `pin` stands for who asked, among the users of the image."""
+
+    name: str
+    created_s: int
+    done: Future[TakenSnapshot]
+    pin: int = 0
+    begun: bool = False
+    """Whether the image's holder knows of it."""
+    held_since_s: float | None = None
+    """Since when changes of clients wait for it; of the last attempt."""
 
 
 @dataclass(slots=True)
@@ -46,6 +69,8 @@ class OpenImage:
     """Users who were asked to connect anew: their processes come back, with what they had asked."""
     resize: Resize | None = None
     """A change of its size that is under way."""
+    snapshot: SnapshotOrder | None = None
+    """A snapshot of it that is being taken."""
     boots: dict[str, str] = field(default_factory=dict)
     """Of its nodes: which memory holds what they answered and have not synced."""
     late: dict[int, float] = field(default_factory=dict)

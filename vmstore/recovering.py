@@ -4,7 +4,8 @@ Of each record the latest that anyone knows counts (`vmstore/told.py`). For an i
 with the highest generation, then epoch, where a quorum of each of its replica sets was heard: any
 two of three nodes, or two of both nodes and the arbiter. A write was answered only when all nodes
 in sync had stored the record by which it was, so one of those heard has it. Epoch and generation go
-up by `RECOVERY_STEP`, above all that may be under way still.
+up by `RECOVERY_STEP`, above all that may be under way still, and so does the id of the next layer:
+that of one which nobody was heard of is not given again.
 
 What was deleted stays deleted: a tombstone anywhere is enough. Without a quorum an image is only
 recovered where that is forced; it then goes up by `FORCED_STEP`, so that a node which was not heard
@@ -27,9 +28,8 @@ from etcd.records import (
     TombstoneRecord,
     awaited_arbiter,
 )
-from shard.digest import membership_digest
 from shard.ids import ImageId
-from shard.membership import FIRST_GENERATION, problem_of
+from shard.membership import FIRST_GENERATION, Stale, problem_of
 from vmstore.history import (
     FORCED_STEP,
     RECOVERY_STEP,
@@ -234,6 +234,10 @@ class _Planning:
             [base.generation, voted_generation, *(held.generation for held in helds)]
         )
         missing, losses = self._told.missing(base)
+        unheard = _layers_unheard(base, voted_generation, stale)
+        if unheard:
+            missing.append(unheard)
+            losses.append("snapshots that were taken since, and all that was written after them")
         conflict = _conflict(candidates, base)
         if conflict:
             missing.append(conflict)
@@ -243,11 +247,13 @@ class _Planning:
         if floor is not None:
             epoch, generation = max(epoch, floor.epoch), max(generation, floor.generation)
         opened = epoch > 0
+        next_layer = max(record.next_layer for record, _ in candidates)
         record = replace(
             base,
             epoch=epoch + step if opened else 0,
             holder=self._holder if opened else None,
             generation=generation + step,
+            next_layer=next_layer + step,
             clean=base.clean and not opened,
             stale=stale,
             used=latest.last_use,
@@ -282,12 +288,11 @@ class _Planning:
             if image in member.known.held
         }
         late = {name: held for name, held in helds.items() if problem_of_held(held, now)}
-        digest = membership_digest(now.membership)
         other = {
             name
             for name, held in late.items()
             if held.generation > now.generation
-            or (held.generation == now.generation and held.digest != digest)
+            or (held.generation == now.generation and held.digest != now.digest)
             or is_missed(now, 0, held.generation)
         }
         stale = {index: dict(nodes) for index, nodes in now.stale.items()}
@@ -311,6 +316,7 @@ class _Planning:
             epoch=epoch,
             holder=self._holder,
             generation=generation,
+            next_layer=now.next_layer + RECOVERY_STEP,
             clean=False,
             stale=stale,
             used=now.last_use,
@@ -367,14 +373,30 @@ def _is_from_before(held: HeldRecord, by: Recovered) -> bool:
     return former is None or former.recovery < by.recovery
 
 
+def _layers_unheard(base: ImageRecord, voted_generation: int, stale: Stale) -> str:
+    """Return where a snapshot may be known to nobody who was heard.
+
+    An arbiter knows who is in sync and not which layers there are: where it has voted on more than
+    the one change after the latest record that was heard, the others may have added layers.
+    """
+    if voted_generation <= base.generation + 1:
+        return ""
+    latest = replace(base, stale=stale, generation=voted_generation)
+    names = ", ".join(sorted(latest.membership.all_in_sync()))
+    return (
+        f"{names} went on to generation {voted_generation}, and the latest record that was heard "
+        f"is of generation {base.generation}: which snapshots there are they alone know"
+    )
+
+
 def _conflict(candidates: list[tuple[ImageRecord, int]], base: ImageRecord) -> str:
-    """Return where two records of the highest generation name other nodes in sync."""
+    """Return where two records of the highest generation say other things."""
     for record, _ in candidates:
-        if record.generation == base.generation and (record.sets, dict(record.stale)) != (
-            base.sets,
-            dict(base.stale),
-        ):
-            return f"two records of generation {base.generation} name different nodes in sync"
+        if record.generation == base.generation and record.digest != base.digest:
+            return (
+                f"two records of generation {base.generation} name different nodes in sync, or "
+                "different snapshots"
+            )
     return ""
 
 

@@ -25,12 +25,18 @@ from shard.errors import HciError
 from vmstore import events
 from vmstore.calls import RELEASE_RETRY_S
 from vmstore.deciding import TICK_S
-from vmstore.errors import BeingClosed, BeingResized, InUse, ShrinkRefused
-from vmstore.holder import Phase
+from vmstore.errors import (
+    BeingClosed,
+    BeingResized,
+    BeingSnapshotted,
+    InUse,
+    ShrinkRefused,
+)
 from vmstore.holding import Held
 from vmstore.names import ImageName
 from vmstore.open_image import OpenImage, Resize
 from vmstore.serving import Serving
+from vmstore.standing import Phase
 from vmstore.stored import Stored
 
 RESIZE_LIMIT_S = 660.0
@@ -103,6 +109,8 @@ class Resizing(Serving):
             image = self._use(name, stored)
             if image.resize is not None:
                 resize.done.set_exception(BeingResized(str(name)))
+            elif image.snapshot is not None:
+                resize.done.set_exception(BeingSnapshotted(str(name)))
             elif image.holder.phase in (Phase.CLOSING, Phase.RELEASING, Phase.ENDED):
                 resize.done.set_exception(BeingClosed(str(name)))
             else:
@@ -154,7 +162,7 @@ class Resizing(Serving):
             why = f"image {image.name} was closed before it was resized; try again"
             self._end_resize(image, HciError(why))
             return
-        if image.holder.proposal is not None or image.holder.paused:
+        if image.holder.changes_record:
             self._deciding.after(TICK_S, lambda: self._store_size(image, resize))
             return
         assert image.held is not None

@@ -222,6 +222,14 @@ class Serving(ABC):
         """What was asked to be zeroed is, or cannot be."""
 
     @abstractmethod
+    def _snapshot_ended(self, image: OpenImage, failed: str | None) -> None:
+        """The snapshot that was asked for is taken, or is not, and why."""
+
+    @abstractmethod
+    def _on_reader(self, event: dict[str, Any]) -> None:
+        """The engine tells of a channel that is no open image's."""
+
+    @abstractmethod
     def _on_client(self, event: dict[str, Any]) -> None:
         """An NBD client asks for something, or is gone."""
 
@@ -243,6 +251,8 @@ class Serving(ABC):
             image = self._channels.image(event["channel"])
             if image is not None:
                 self._on_image(image, event)
+            else:
+                self._on_reader(event)
 
     def _on_image(self, image: OpenImage, event: dict[str, Any]) -> None:
         if event["event"] == "zeroed":
@@ -326,6 +336,14 @@ class Serving(ABC):
                 self._channels.heal(image, effect)
             case effects.EndHeal(attempt):
                 self._channels.end_heal(image, attempt)
+            case effects.Freeze(attempt):
+                if image.snapshot is not None:
+                    image.snapshot.held_since_s = self._deciding.now_s()
+                self._engine.freeze(image.channel, attempt)
+            case effects.Thaw(attempt):
+                self._engine.thaw(image.channel, attempt)
+            case effects.TellSnapshot(failed):
+                self._snapshot_ended(image, failed)
             case effects.ChangeMembership(_, after):
                 self._change_membership(image, after)
             case effects.Reconfigure(record):

@@ -22,10 +22,10 @@ from vmstore.catalog import Catalog
 from vmstore.channels import Channels
 from vmstore.deciding import Deciding
 from vmstore.errors import RecordChanged
-from vmstore.holder import Phase
 from vmstore.holding import Held
 from vmstore.lost_history import LostHistory, is_behind
 from vmstore.open_image import OpenImage
+from vmstore.standing import Phase
 
 log = structlog.get_logger()
 

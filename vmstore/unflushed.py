@@ -10,9 +10,9 @@ import structlog
 
 from engine import Gateway
 from vmstore.calls import Calls, nothing_more
-from vmstore.holder import Phase
 from vmstore.open_image import OpenImage
 from vmstore.served import Served
+from vmstore.standing import Phase
 
 log = structlog.get_logger()
 

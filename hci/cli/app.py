@@ -18,6 +18,7 @@ from hci.cli.session import Session
 MODULES = (
     "status",
     "image",
+    "snapshot",
     "pool",
     "node",
     "gateway",

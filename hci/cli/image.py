@@ -15,13 +15,15 @@ from hci.cli.output import AsJson
 from shard import geometry
 from vmstore import check as replicas
 from vmstore import transfer
-from vmstore.names import parse_image_name
+from vmstore.catalog import Catalog
+from vmstore.names import ImageName, SnapshotName, parse_image_name, parse_name
 
 app = typer.Typer(
     help="Images: virtual disks, named POOL/NAME.", no_args_is_help=True, add_completion=False
 )
 
 Image = Annotated[str, typer.Argument(metavar="POOL/NAME")]
+Readable = Annotated[str, typer.Argument(metavar="POOL/NAME[@SNAPSHOT]")]
 Size = Annotated[str, typer.Argument(help="As qemu-img takes it: 10G, 512M, 1.5T, bytes.")]
 Format = Annotated[
     str | None, typer.Option("--format", help=f"One of {', '.join(transfer.FORMATS)}.")
@@ -77,6 +79,7 @@ def info(context: typer.Context, name: Image, as_json: AsJson = False) -> None:
     if as_json:
         output.as_json(values)
         return
+    values["snapshots"] = ", ".join(each.name for each in record.snapshots) or "-"
     values["size_bytes"] = f"{record.size_bytes} ({geometry.format_size(record.size_bytes)})"
     values["used_bytes"] = ", ".join(f"{node} {output.size(used[node])}" for node in used) or "-"
     values["stale"] = _stale_words(record)
@@ -151,7 +154,7 @@ def resize(
 @app.command()
 def url(
     context: typer.Context,
-    name: Image,
+    name: Readable,
     gateway: Annotated[
         str | None, typer.Option(help="By default the one that has it open.")
     ] = None,
@@ -159,10 +162,10 @@ def url(
         bool, typer.Option("--tcp", help="Over TCP rather than the unix socket.")
     ] = False,
 ) -> None:
-    """Print the NBD URI of an image."""
-    here, image = session.of(context), parse_image_name(name)
+    """Print the NBD URI of an image, or of a snapshot, which is there at every gateway."""
+    here, image = session.of(context), parse_name(name)
     with here.catalog() as records:
-        record = records.find(image).record
+        record = _found(records, image)
         if gateway is not None:
             section = here.config.gateway(gateway)
         else:
@@ -189,39 +192,56 @@ def import_(
 @app.command()
 def export(
     context: typer.Context,
-    name: Image,
+    name: Readable,
     file: Annotated[Path, typer.Argument(help="Its suffix says the format, else --format.")],
     file_format: Format = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
-    """Write an image's content into a file."""
-    here = session.of(context)
+    """Write the content of an image, or of a snapshot, into a file."""
+    here, image = session.of(context), parse_name(name)
     with here.catalog() as records:
-        image = parse_image_name(name)
-        holder = images.holder_of(records, records.find(image).record.id)
+        holder = images.holder_of(records, _found(records, image).id)
     uri = images.answering_uri(here.config, image, holder)
     with output.progress(f"exporting {name}") as progress:
         transfer.export(uri, file, progress, file_format, force=force)
     typer.echo(f"exported {name} to {file}")
 
 
+def _found(records: Catalog, name: ImageName | SnapshotName) -> ImageRecord:
+    """Return the record of an image, or of a snapshot's image. Raises what is not there."""
+    if isinstance(name, SnapshotName):
+        return records.find_snapshot(name)[0]
+    return records.find(name).record
+
+
 @app.command()
 def check(context: typer.Context, name: Image, as_json: AsJson = False) -> None:
-    """Compare the replicas of an image; exit status 1 where they differ or cannot be compared."""
+    """Compare the replicas of an image and its snapshots; exit status 1 where they differ or cannot
+    be compared."""
     here, image = session.of(context), parse_image_name(name)
     with here.catalog() as records:
         if as_json:
-            report = images.check(here.config, records, image, lambda _done: None)
+            reports = images.check(here.config, records, image, lambda _done: None)
         else:
             with output.progress(f"comparing {name}") as progress:
-                report = images.check(here.config, records, image, progress)
+                reports = images.check(here.config, records, image, progress)
     if as_json:
-        output.as_json(_report_values(report))
+        output.as_json(_values_of(reports))
     else:
-        for line in _report_lines(name, report):
-            typer.echo(line)
-    if not report.equal:
+        for report in reports:
+            of = f"{name}@{report.snapshot}" if report.snapshot else name
+            for line in _report_lines(of, report):
+                typer.echo(line)
+    if not all(report.equal for report in reports):
         raise typer.Exit(1)
+
+
+def _values_of(reports: list[replicas.Report]) -> dict[str, Any]:
+    """Return what the image holds now, with its snapshots below it."""
+    now, *rest = reports
+    below = [{"name": report.snapshot, **_report_values(report)} for report in rest]
+    equal = all(report.equal for report in reports)
+    return {**_report_values(now), "equal": equal, "snapshots": below}
 
 
 def _report_values(report: replicas.Report) -> dict[str, Any]:
@@ -280,6 +300,10 @@ def _details(record: ImageRecord, used: dict[str, int]) -> dict[str, Any]:
         "shard_bytes": record.shard_bytes,
         "clean": record.clean,
         "replica_sets": [list(members) for members in record.sets],
+        "snapshots": [
+            {"name": s.name, "size_bytes": s.size_bytes, "created_at": s.created_s}
+            for s in record.snapshots
+        ],
         "used_bytes": used,
     }
 

@@ -85,6 +85,30 @@ def read(cluster: DevCluster, image: str, blocks: int = 64) -> list[int]:
 
 
 @pytest.mark.parametrize("lost_whole", [False, True], ids=["restored", "lost"])
+def test_snapshots_are_rebuilt_with_what_they_hold(lost_whole: bool) -> None:
+    with DevCluster() as cluster:
+        cluster.create("a", "16M")
+        write(cluster, "a", 1)
+        cluster.hci("snapshot", "create", f"{POOL}/a@first")
+        write(cluster, "a", 2)
+        kept = None if lost_whole else back_up(cluster)
+        cluster.hci("snapshot", "create", f"{POOL}/a@second")
+        write(cluster, "a", 3)
+        before = cluster.json("snapshot", "ls")
+        put_back(cluster, kept)
+        until("it is noticed", lambda: is_noticed(cluster))
+        assert "etcd lost history" in cluster.try_hci("snapshot", "create", f"{POOL}/a@x").stderr
+        recover(cluster)
+        cluster.await_health("ok")
+        assert cluster.json("snapshot", "ls") == before
+        cluster.hci("snapshot", "create", f"{POOL}/a@third")
+        for name, version in (("a@first", 1), ("a@second", 2), ("a@third", 3), ("a", 3)):
+            with NbdSession(cluster.url_at("gateway1", name), 1) as session:
+                assert session.call("read", 0, 64) == [version] * 64, name
+        cluster.must_be_equal("a")
+
+
+@pytest.mark.parametrize("lost_whole", [False, True], ids=["restored", "lost"])
 def test_records_are_rebuilt_with_names_pools_and_deletes(lost_whole: bool) -> None:
     with DevCluster() as cluster:
         for image in ("kept", "gone"):

@@ -31,6 +31,7 @@ from tests.sim.oracle import SECTOR_BYTES, UNDER_WAY_S, Oracle
 from tests.sim.processes import CUTTER, KeptServed, SimGateway
 from tests.sim.safety import Safety
 from tests.sim.shape import IMAGE, IMAGE_NAME, POOL, SHARD_BYTES, Shape
+from tests.sim.snapshots import Snapshots
 from vmstore.catalog import Catalog
 from vmstore.names import ImageName
 
@@ -65,6 +66,7 @@ class Cluster:
         self.guests: list[Guest] = []
         self.operator = Operator(self)
         self.safety = Safety(self)
+        self.snapshots = Snapshots(self)
         self.liveness = Liveness(self)
         self.numbers = itertools.count(1)
         self.oracle = Oracle(SHARD_BYTES // SECTOR_BYTES)
@@ -155,6 +157,8 @@ class Cluster:
         self.say(f"{gateway.name}: {kind} {told}")
         names = gateway.engine.node_names.get(event.get("channel", 0), [])
         node = names[event["node"]] if "node" in event else ""
+        if kind == "frozen":
+            self.snapshots.frozen(gateway, event["channel"])
         if kind == "replica_down":
             self.oracle.noticed(node)
         self.on_event(gateway.index, kind, node)
@@ -315,6 +319,11 @@ class Cluster:
         guest = self.guests[gateway] if self.guests else None
         if guest is not None and guest.life is Life.CONNECTING:
             guest.start(process)
+
+    @property
+    def used(self) -> tuple[range, ...]:
+        """The sectors that guests use."""
+        return self._used
 
     def size_shards(self) -> int:
         """Return how large the image is."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from tests.sim.guest import BLOCK_BYTES, IN_FLIGHT_MAX, Life
 from tests.sim.oracle import SECTOR_BYTES
 from tests.sim.shape import SHARD_BYTES
-from tests.sim.strikes import Strikes
+from tests.sim.snapshot_faults import SnapshotFaults
 
 PER_SHARD, PER_BLOCK = SHARD_BYTES // SECTOR_BYTES, BLOCK_BYTES // SECTOR_BYTES
 ROTTEN_BLOCKS = (0, 1, 2, 252, 253, 254)
 """Of a shard: guests use those near its ends."""
 
 
-class Copies(Strikes):
+class Copies(SnapshotFaults):
     """See the module."""
 
     _struck_until_s = 0.0

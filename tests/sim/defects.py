@@ -38,12 +38,13 @@ from vmstore.channels import Channels
 from vmstore.effects import ChangeMembership, Effect
 from vmstore.exports import Exports
 from vmstore.history import Verdict
-from vmstore.holder import Holder, Standing
+from vmstore.holder import Holder
 from vmstore.leases import Leases
 from vmstore.open_image import OpenImage
 from vmstore.served import Served
 from vmstore.serving import Serving
 from vmstore.sessions import Sessions
+from vmstore.standing import Standing
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +318,11 @@ def _asked_at_each_tick() -> Any:
     return mock.patch.object(Holder, "_on_tick", patched)
 
 
+def _snapshots_are_kept() -> Any:
+    """A new holder takes each snapshot that etcd names for taken."""
+    return mock.patch("vmstore.snapshot_steps.is_unstored", return_value=False)
+
+
 DEFECTS = (
     # Who answers
     Defect("all in sync answer", "invariant 5", "kills", 10, 1,
@@ -477,6 +483,19 @@ DEFECTS = (
     Defect("an id is given once", "8: ids reused; invariant 7", "sizes", 10, 1,
            match="given again",
            patch=_ids_are_given_again),
+    # Snapshots
+    Defect("snapshots wait for writes", "13: a snapshot differs", "snapshots", 30, 17,
+           match="read as|differs",
+           rules=("SnapshotsWaitForWrites",)),
+    Defect("snapshots are flushed", "13: a snapshot differs", "snapshots", 20, 4,
+           match="read as|differs",
+           rules=("SnapshotsAreFlushed",)),
+    Defect("snapshots that nobody stored go", "13: a snapshot differs", "snapshots", 20, 6,
+           match="read as|differs|said not to be taken",
+           patch=_snapshots_are_kept),
+    Defect("readers read what is frozen", "13: a snapshot differs", "snapshots", 20, 6,
+           match="read as|differs",
+           rules=("ReadersReadFrozenLayers",)),
     # Bounds
     Defect("a change is asked for once", "invariant 8", "etcd", 20, 8, match="calls under way",
            patch=_asked_at_each_tick),

@@ -194,7 +194,7 @@ class History(Copies):
         for guest in cluster.guests:
             guest.pause_s = max(guest.pause_s, 0.2)
         cluster.mend()
-        if self.kind.resizes:
+        if "shrink" in self.kind.faults:
             self._grow_back()
         # Leases that lapsed are taken, by whoever comes first; then one guest is left.
         cluster.run_for(15.0)
@@ -209,6 +209,8 @@ class History(Copies):
             return
         cluster.say("all is level")
         self._read_everything()
+        if self.kind.snapshots:
+            self._read_snapshots()
         if self.kind.scrubs:
             self._scrub_everything()
         self._leave_cleanly()
@@ -281,6 +283,19 @@ class History(Copies):
         if not cluster.run_for(30.0, lambda: guest.in_flight == 0):
             raise Violation(f"the last reads are not answered: {self._stuck()}")
         cluster.safety.check()
+
+    def _read_snapshots(self) -> None:
+        """Each snapshot is what it was, at every gateway."""
+        cluster = self.cluster
+        assert cluster.record is not None
+        cluster.snapshots.check_names()
+        for snapshot in cluster.record.snapshots:
+            for gateway in range(cluster.shape.gateways):
+                reader = cluster.snapshots.read(snapshot.name, gateway)
+                assert reader is not None, "all gateways run"
+                if not cluster.run_for(30.0, lambda reader=reader: reader.over) or reader.refused:
+                    raise Violation(f"{snapshot.name} is not read: {reader.refused or 'stuck'}")
+        cluster.safety.check_all_replicas()
 
     def _leave_cleanly(self) -> None:
         """The last guest leaves: the image closes clean, and replicas are equal throughout."""

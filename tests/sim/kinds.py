@@ -28,6 +28,8 @@ class Kind:
     """Gateways scrub, and a scrub ends it."""
     resizes: bool = False
     """Somebody changes the image's size."""
+    snapshots: bool = False
+    """Somebody takes snapshots and reads them; all are read at the end."""
     processes: bool = False
     """Gateways know the processes of their guests."""
     some_away: bool = False
@@ -220,6 +222,16 @@ KINDS = (
         "repairs",
         {"strike_repair": 8, "kill_node": 1},
         (Shape(gateways=3, log_bytes=512 << 10),),
+    ),
+    Kind(
+        "snapshots",
+        {"take_snapshot": 7, "strike_snapshot": 6, "read_snapshot": 6, "kill_node": 2,
+         "kill_gateway": 2, "cut_node": 2, "leave_behind": 2, "reset": 1, "slow_etcd": 2,
+         "etcd_down": 2, "cut_etcd": 1, "second": 1, "cut_host": 1, "partition": 1,
+         "pause_gateway": 1, "cut_all": 1, "shrink": 1, "grow": 2, "interrupt_heal": 1},
+        (Shape(), Shape(shards=6), Shape(nodes=5, gateways=2, replica_sets=3, shards=6),
+         Shape(nodes=2, arbiter=True)),
+        snapshots=True,
     ),
 )  # fmt: skip
 

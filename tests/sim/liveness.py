@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tests.sim.guest import BLOCK_BYTES, Guest
 from tests.sim.shape import SHARD_BYTES
-from vmstore.holder import Phase
+from vmstore.standing import Phase
 
 if TYPE_CHECKING:
     from etcd.images import ImageRecord

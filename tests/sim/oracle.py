@@ -224,6 +224,16 @@ class Oracle:
             self._forgotten += [entry for entry in lost if id(entry) not in known]
         self._unflushed = {key: entry for key, entry in self._unflushed.items() if entry.sure}
 
+    def at_rest(self, sector: int, now: float) -> frozenset[int]:
+        """Return what a sector may hold while nothing is under way: no write that is not answered
+        counts, but for those whose sender is gone."""
+        asked = {id(entry) for change in self._open.values() for entry in change.entries}
+        return frozenset(
+            entry.stamp
+            for entry in self._history(sector)
+            if id(entry) not in asked and not self._is_gone(entry, now)
+        )
+
     def check_read(self, first: int, stamps: list[int], begun: float, now: float) -> None:
         """Judge what a read returned. Raises Violation."""
         self.reads += 1

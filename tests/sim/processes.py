@@ -25,6 +25,7 @@ from tests.sim.arbiters import CLUSTER_ID, SimVoters, Site
 from tests.sim.clock import Clock, Process
 from tests.sim.cluster_state import Door, Path, SimSession, State
 from tests.sim.recovery import SimHistory, holdings
+from tests.sim.shape import IMAGE, POOL
 from vmstore.caretaker import Caretaker
 from vmstore.catalog import Catalog
 from vmstore.deciding import TICK_S
@@ -34,7 +35,7 @@ from vmstore.healing import HealLimits
 from vmstore.history import Member
 from vmstore.ledger import Ledger
 from vmstore.names import ImageName
-from vmstore.open_image import Resize
+from vmstore.open_image import Resize, SnapshotOrder
 from vmstore.scrubbing import Scrubber
 from vmstore.served import Served, ServedFile
 from vmstore.set_back import may_run_elsewhere, only_here, seen_later
@@ -42,6 +43,7 @@ from vmstore.slowness import SlowLimits
 
 if TYPE_CHECKING:
     from tests.sim.guest import Guest
+    from tests.sim.snapshots import Reader
 
 RETRY_S = 1.0
 POLL_S = 0.5
@@ -127,7 +129,7 @@ class SimEngine:
         self._on_heal = on_heal
         self.node_names: dict[int, list[str]] = {}
         """Of each channel's nodes."""
-        self.guests: dict[int, Guest] = {}
+        self.guests: dict[int, Guest | Reader] = {}
         """By the number of their connection."""
         self.cutting: dict[int, int] = {}
         """Of ranges that are being zeroed the channels, by the token of the request."""
@@ -155,6 +157,18 @@ class SimEngine:
     def reconfigure(self, channel: int, **how: Any) -> None:
         """Go by another record."""
         self._world.reconfigure(self._gateway, channel, **how)
+
+    def freeze(self, channel: int, attempt: int) -> None:
+        """Have changes wait for a snapshot."""
+        self._world.freeze(self._gateway, channel, attempt)
+
+    def thaw(self, channel: int, attempt: int) -> None:
+        """Have them wait no longer."""
+        self._world.thaw(self._gateway, channel, attempt)
+
+    def open_reader(self, channel: int, **how: Any) -> None:
+        """Read a snapshot."""
+        self._world.open_reader(self._gateway, channel, **how)
 
     def refuse_writes(self, channel: int, sets: list[int]) -> None:
         """Tell clients that these replica sets have no room."""
@@ -380,6 +394,11 @@ class SimGateway:
         resize = Resize(size_bytes, True, Future())
         self.deciding.put(lambda: self.exports._find_to_resize(name, resize))
         return resize.done
+
+    def take_snapshot(self, order: SnapshotOrder) -> None:
+        """Have a snapshot of the image taken, as the control service does."""
+        name = ImageName(POOL, IMAGE)
+        self.deciding.put(lambda: self.exports._find_to_freeze(name, order))
 
     def rename(self, name: str) -> None:
         """Be given another gateway's name by mistake: leases are taken in it."""

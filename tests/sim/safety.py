@@ -22,7 +22,7 @@ from tests.sim.oracle import SECTOR_BYTES, Violation
 from tests.sim.shape import SHARD_BYTES
 from tests.sim.standing import Standings
 from vmstore.deciding import WORKERS
-from vmstore.holder import Phase
+from vmstore.standing import Phase
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
@@ -187,7 +187,7 @@ class Safety:
         process, image = serving
         states = dict(cluster.world.replica_states(process.index, image.channel))
         is_quiet = self._is_quiet(process, image)
-        layers = [layer.id for layer in record.layers]
+        layers = record.layer_ids
         membership = record.membership
         for shard in range(cluster.shape.shards):
             in_sync = membership.in_sync(cluster.set_of(shard))
@@ -196,6 +196,12 @@ class Safety:
             is_dirty = any(shard in cluster.world.dirty(node, cluster.image) for node in nodes)
             if is_quiet or not is_dirty:
                 self._compare(shard, nodes, layers)
+            for known in cluster.snapshots.there(record):
+                # What it names is durable on all of them, whatever came since.
+                snapshot = record.snapshot(known.name)
+                assert snapshot is not None
+                whole = [node for node in nodes if node not in cluster.nodes.put_back]
+                self._compare(shard, whole, record.chain(snapshot))
 
     def _serving(self) -> tuple[SimGateway, OpenImage] | None:
         """Return whoever holds the image, as etcd has it."""
@@ -243,7 +249,8 @@ class Safety:
     def check_all_replicas(self) -> None:
         """All replicas in sync are equal, wherever they are."""
         for shard, nodes, layers in self._in_sync():
-            self._compare(shard, nodes, layers)
+            for top in range(len(layers)):
+                self._compare(shard, nodes, layers[top:])
 
     def check_no_rot(self) -> None:
         """All replicas in sync are intact."""
@@ -258,7 +265,7 @@ class Safety:
     def _in_sync(self) -> Iterable[tuple[int, list[int], list[int]]]:
         cluster, record = self._cluster, self._cluster.record
         assert record is not None
-        layers = [layer.id for layer in record.layers]
+        layers = record.layer_ids
         for shard in range(cluster.shape.shards if not cluster.rolled_back else 0):
             in_sync = record.membership.in_sync(cluster.set_of(shard))
             yield shard, [cluster.names.index(name) for name in in_sync], layers

@@ -138,7 +138,7 @@ class Strikes(HealFaults, ArbiterFaults):
         cluster = self.cluster
         record = cluster.record
         assert record is not None
-        layers = [layer.id for layer in record.layers]
+        layers = record.layer_ids
 
         def contents(of: int, shard: int) -> list[int | None]:
             return cluster.world.shard_digests(of, cluster.image, layers, shard) or []

@@ -321,7 +321,7 @@ def two_blocks_of_a_shard_are_newest_on_two_nodes(seed: int) -> None:
     def held(node: int, block: int) -> int | None:
         record = cluster.record
         assert record is not None
-        layers = [layer.id for layer in record.layers]
+        layers = record.layer_ids
         found = cluster.world.shard_digests(node, cluster.image, layers, 1)
         return found[block] if found is not None else None
 

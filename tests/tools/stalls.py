@@ -60,6 +60,7 @@ class Row:
         return max(self.stalls_s) < self.budget.budget_s * factor
 
 
+SNAPSHOT = Budget("snapshot", "snapshot taken", 0.1)
 NODE_KILLED = Budget("node_killed", "node killed", 1.0)
 NODE_SILENT = Budget("node_silent", "node silent (packets dropped)", 6.0)
 GATEWAY = Budget("gateway_restart", "gateway killed, started again", 2.0)
@@ -74,7 +75,8 @@ class Measurement:
         self._chance = random.Random(seed)
         self._directory = directory
         self._round = 0
-        self.rows = [Row(budget) for budget in (NODE_KILLED, NODE_SILENT, GATEWAY, HOST)]
+        budgets = (SNAPSHOT, NODE_KILLED, NODE_SILENT, GATEWAY, HOST)
+        self.rows = [Row(budget) for budget in budgets]
 
     def round(self, *, say: Callable[[str], None]) -> None:
         """Does each fault once."""
@@ -84,7 +86,13 @@ class Measurement:
         cluster.create(image, SIZE)
         directory = self._directory / image
         directory.mkdir()
-        faults = (self._kill_node, self._silence_node, self._kill_gateway, self._lose_host)
+        faults = (
+            self._take_snapshot,
+            self._kill_node,
+            self._silence_node,
+            self._kill_gateway,
+            self._lose_host,
+        )
         with (
             ReconnectingDisk(cluster.url_at("gateway1", image), directory) as disk,
             NbdSession(disk.uri, self._round) as session,
@@ -97,7 +105,12 @@ class Measurement:
                 row.victims.append(victim)
                 say(f"round {self._round}: {row.budget.title}: {victim}: {stall_s:.2f} s")
             load.stop()
-        cluster.remove(image)
+        # The image stays: it has a snapshot.
+
+    def _take_snapshot(self, load: SteadyLoad, image: str) -> tuple[str, float]:
+        load.begin()
+        self._cluster.hci("snapshot", "create", f"{POOL}/{image}@s")
+        return "-", self._stall_of(load)
 
     def _kill_node(self, load: SteadyLoad, image: str) -> tuple[str, float]:
         victim = self._chance.choice(self._cluster.nodes)

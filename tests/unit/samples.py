@@ -28,7 +28,15 @@ IMAGE = ImageRecord(
     placement_version=1,
     sets=(ABC,),
     layers=(Layer(id=2), Layer(id=1)),
-    snapshots=(Snapshot(name="before upgrade", layer=1),),
+    snapshots=(
+        Snapshot(
+            name="before upgrade",
+            layer=1,
+            size_bytes=8 << 30,
+            created_s=1_700_000_000,
+            generation=5,
+        ),
+    ),
     epoch=3,
     holder=HOLDER,
     generation=7,

@@ -10,10 +10,11 @@ WALL = re.compile(
     r"\bSystemTime\b|\bgettimeofday\b|\bUtc::now\b"
 )
 
-SHOWN = {"vmstore/channels.py": 1, "hci/gateway.py": 1, "hci/cli/scrub.py": 1}
+SHOWN = {"vmstore/channels.py": 1, "hci/gateway.py": 2, "hci/cli/scrub.py": 1}
 """Where it is asked, and how often: when a heal was finished, for `hci heal status`; when an image
-was scrubbed and when somebody asked for that, over weeks and restarts of all hosts. A jump makes
-the next scrub by schedule early or late, and changes nothing else."""
+was scrubbed and when somebody asked for that, over weeks and restarts of all hosts; when a snapshot
+was taken, for lists of them. A jump makes the next scrub by schedule early or late, and changes
+nothing else."""
 
 
 def test_wall_clock_is_asked_only_for_what_people_read() -> None:

@@ -9,7 +9,9 @@ use bytes::{Bytes, BytesMut};
 use hci_engine_core::checksum::{block_checksums, checksum_of};
 use hci_engine_core::geometry::{BLOCK_BYTES, ImageId};
 use hci_engine_core::store::real::RealDisk;
-use hci_engine_core::store::{RecordHead, Stamp, Store, StoreConfig, StoreError, WriteOp};
+use hci_engine_core::store::{
+    Chain, ImageRecord, RecordHead, Stamp, Store, StoreConfig, StoreError, WriteOp,
+};
 use rustix::time::{ClockId, clock_gettime};
 
 const IMAGE: ImageId = ImageId([7; 16]);
@@ -32,7 +34,10 @@ impl Bench {
         let (holder, digest) = ([1; 16], [1; 32]);
         let (epoch, generation, shard_bytes) = (1, 1, SHARD_BYTES);
         let head = RecordHead { epoch, holder, generation, digest, shard_bytes };
-        store.put_record(IMAGE, head, Bytes::new())?;
+        let chain = Chain::new(&[1]).ok_or("a chain")?;
+        let record =
+            ImageRecord { head, blank: false, chain, snapshots: Vec::new(), body: Bytes::new() };
+        store.put_record(IMAGE, record)?;
         let (checkpoints, checkpoints_cpu) = (Duration::ZERO, Duration::ZERO);
         Ok(Bench { store, sequence: 0, random: 1, checkpoints, checkpoints_cpu })
     }

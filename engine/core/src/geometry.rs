@@ -46,6 +46,15 @@ impl FromStr for ImageId {
 /// Number of a layer within its image; grows, never reused within the image.
 pub type LayerId = u32;
 
+/// Names a state of an image that is kept: what a layer and those below it held when it was frozen.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct SnapshotId {
+    pub layer: LayerId,
+    /// Of the record that put another layer on top. It tells two snapshots of a layer apart, of which the
+    /// first was taken back before a node had stored it.
+    pub generation: u64,
+}
+
 /// One shard of one layer of one image.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct ShardKey {

@@ -75,10 +75,16 @@ pub enum Rule {
     RepairPausesWrites,
     /// Of writes that share a block one begins when the other is answered.
     BlockWritesAreOrdered,
+    /// The layers change when no write is in flight.
+    SnapshotsWaitForWrites,
+    /// What a snapshot holds is durable on all nodes in sync before the record names it.
+    SnapshotsAreFlushed,
+    /// A node serves a reader only a snapshot that its record names, and of which all is there.
+    ReadersReadFrozenLayers,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 34] = [
+    pub const ALL: [Rule; 37] = [
         Rule::SessionIsCurrent,
         Rule::EpochIsCurrent,
         Rule::GenerationIsCurrent,
@@ -113,6 +119,9 @@ impl Rule {
         Rule::LossIsTold,
         Rule::RepairPausesWrites,
         Rule::BlockWritesAreOrdered,
+        Rule::SnapshotsWaitForWrites,
+        Rule::SnapshotsAreFlushed,
+        Rule::ReadersReadFrozenLayers,
     ];
 }
 

@@ -4,12 +4,12 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 use hci_engine_core::content::Block;
-use hci_engine_core::geometry::{ImageId, Tag};
+use hci_engine_core::geometry::{ImageId, SnapshotId, Tag};
 use hci_engine_core::wire::codec::Fields;
 use hci_engine_core::wire::messages::{
-    Attach, BlocksReply, Copy, DirtyEntry, DirtyFrom, DirtyReply, Flush, Head, Hello, HelloReply,
-    Io, IoInto, Level, Number, Peek, PeekReply, RecordHead, ScrubReply, Session, ShardRange,
-    WrittenAbove, WrittenReply, put_blocks, take_blocks, take_write,
+    Attach, AttachReader, BlocksReply, Copy, DirtyEntry, DirtyFrom, DirtyReply, Flush, Head, Hello,
+    HelloReply, Io, IoInto, Level, Number, Peek, PeekReply, Record, RecordHead, ScrubReply,
+    Session, ShardRange, WrittenAbove, WrittenReply, put_blocks, take_blocks, take_write,
 };
 use hci_engine_core::wire::{
     Frame, FrameReader, Prefix, REPLY, Status, WireError, encode, flag, kind,
@@ -28,18 +28,18 @@ fn hex(text: &str) -> Vec<u8> {
 }
 
 const HELLO: &str = "
-    2d000000 00000000 1b70ef72 ; head 45, payload 0, checksum
+    2d000000 00000000 9a974cac ; head 45, payload 0, checksum
     01 00 0000 00000000 0000000000000000 ; kind, flags, status, channel, tag
     484349574952450a ; magic
-    02000200 ; versions 2 to 2
+    03000300 ; versions 3 to 3
     cccccccccccccccccccccccccccccccc ; cluster
     08006761746577617931 ; gateway1
     05006e6f646531 ; node1
 ";
 const HELLO_REPLY: &str = "
-    39000000 00000000 b7d7264c ; head 57, payload 0, checksum
+    39000000 00000000 d0aa0f35 ; head 57, payload 0, checksum
     81 00 0000 00000000 0000000000000000 ; kind, flags, status, channel, tag
-    0200 ; version 2
+    0300 ; version 3
     05006e6f646531 ; node1
     55555555555555555555555555555555 ; store
     0500000000000000 ; start counter 5
@@ -47,9 +47,9 @@ const HELLO_REPLY: &str = "
     1100000000000000 ; flush number 17
 ";
 const HELLO_REFUSED: &str = "
-    39000000 00000000 6cfdbb62 ; head 57, payload 0, checksum
+    39000000 00000000 0b80921b ; head 57, payload 0, checksum
     81 00 0300 00000000 0000000000000000 ; kind, flags, status, channel, tag
-    0200 ; version 2
+    0300 ; version 3
     05006e6f646531 ; node1
     55555555555555555555555555555555 ; store
     0500000000000000 ; start counter 5
@@ -90,7 +90,7 @@ const PEEK_REPLY: &str = "
     7b7d ; payload
 ";
 const RECORD: &str = "
-    54000000 02000000 2fb8341b ; head 84, payload 2, checksum
+    71000000 02000000 99935447 ; head 113, payload 2, checksum
     04 00 0000 09000000 0200000000000000 ; kind, flags, status, channel, tag
     101112131415161718191a1b1c1d1e1f ; image
     0300000000000000 ; epoch 3
@@ -98,6 +98,11 @@ const RECORD: &str = "
     0200000000000000 ; generation 2
     dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd ; digest
     00004000 ; shards of 4 MiB
+    00 ; what it has counts
+    02000000 ; two layers
+    0200000001000000 ; 2, then 1
+    01000000 ; one snapshot
+    010000000200000000000000 ; layer 1, generation 2
     7b7d ; payload
 ";
 const RECORD_REFUSED: &str = "
@@ -105,13 +110,23 @@ const RECORD_REFUSED: &str = "
     84 00 0600 09000000 0200000000000000 ; kind, flags, status, channel, tag
 ";
 const ATTACH: &str = "
-    34000000 00000000 a7891977 ; head 52, payload 0, checksum
+    28000000 00000000 a23cfdba ; head 40, payload 0, checksum
     05 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
     101112131415161718191a1b1c1d1e1f ; image
     0300000000000000 ; epoch 3
     aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ; holder
-    02000000 ; two layers
-    0200000001000000 ; 2, then 1
+";
+const ATTACH_READER: &str = "
+    20000000 00000000 cdc6f306 ; head 32, payload 0, checksum
+    09 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    101112131415161718191a1b1c1d1e1f ; image
+    0200000000000000 ; generation 2
+    01000000 ; one layer
+    01000000 ; 1
+";
+const ATTACH_READER_REFUSED: &str = "
+    00000000 00000000 6e88c92a ; head 0, payload 0, checksum
+    89 00 0f00 09000000 0807060504030201 ; kind, flags, status, channel, tag
 ";
 const DETACH: &str = "
     08000000 00000000 fdb1cc0b ; head 8, payload 0, checksum
@@ -398,7 +413,7 @@ fn record() -> RecordHead {
 
 fn hello_reply() -> HelloReply {
     HelloReply {
-        version: 2,
+        version: 3,
         node: "node1".into(),
         store: [0x55; 16],
         start_counter: 5,
@@ -426,8 +441,8 @@ fn blocks() -> Vec<(Block, Tag)> {
 #[test]
 fn greeting_is_as_specified() {
     let hello = Hello {
-        version_min: 2,
-        version_max: 2,
+        version_min: 3,
+        version_max: 3,
         cluster: [0xcc; 16],
         gateway: "gateway1".into(),
         node: "node1".into(),
@@ -453,11 +468,17 @@ fn records_and_sessions_are_as_specified() {
         peers: peers(),
     };
     check(PEEK_REPLY, reply(kind::PEEK), &peeked, b"{}");
-    check(RECORD, Prefix { tag: 2, ..request(kind::RECORD) }, &record(), b"{}");
+    let snapshots = vec![SnapshotId { layer: 1, generation: 2 }];
+    let stored = Record { head: record(), blank: false, layers: vec![2, 1], snapshots };
+    check(RECORD, Prefix { tag: 2, ..request(kind::RECORD) }, &stored, b"{}");
     let refused = Prefix { tag: 2, status: Status::StaleEpoch, ..reply(kind::RECORD) };
     check_empty(RECORD_REFUSED, refused);
-    let attach = Attach { image: image(), epoch: 3, holder: [0xaa; 16], layers: vec![2, 1] };
+    let attach = Attach { image: image(), epoch: 3, holder: [0xaa; 16] };
     check(ATTACH, request(kind::ATTACH), &attach, &[]);
+    let reader = AttachReader { image: image(), generation: 2, layers: vec![1] };
+    check(ATTACH_READER, request(kind::ATTACH_READER), &reader, &[]);
+    let refused = Prefix { status: Status::NoLayers, ..reply(kind::ATTACH_READER) };
+    check_empty(ATTACH_READER_REFUSED, refused);
     check(DETACH, request(kind::DETACH), &Session { epoch: 3 }, &[]);
     check(CONFIRM, request(kind::CONFIRM), &Session { epoch: 3 }, &[]);
 }
@@ -571,12 +592,13 @@ fn statuses_have_their_numbers() {
         Io,
         Deleted,
         DirtyFull,
+        NoLayers,
     ];
     for (number, status) in specified.into_iter().enumerate() {
         assert_eq!(status as u16, number as u16);
         assert_eq!(Status::from_wire(number as u16), Some(status));
     }
-    assert_eq!(Status::from_wire(15), None);
+    assert_eq!(Status::from_wire(16), None);
 }
 
 #[test]
@@ -603,6 +625,12 @@ fn head_with_a_byte_too_many_or_too_few_is_refused() {
     let mut longer = BytesMut::from(&bytes[..]);
     longer.put_u8(0);
     assert!(RecordHead::take(longer.freeze()).is_err());
+    let record =
+        |layers| written(&Record { head: record(), blank: true, layers, snapshots: Vec::new() });
+    assert!(Record::take(record(vec![3, 1])).is_ok());
+    for no_chain in [vec![], vec![1, 2], vec![2, 2]] {
+        assert!(Record::take(record(no_chain)).is_err());
+    }
     let mut checksums = Vec::new();
     let write = written(&io(0, 0, 1, 1));
     let mut ragged = BytesMut::from(&write[..]);

@@ -2,14 +2,15 @@
 
 use crate::ids::{hex, parse_id};
 use hci_engine_core::gateway::{Command, Gateway as Core, GatewayEvent};
-use hci_engine_core::geometry::Geometry;
+use hci_engine_core::geometry::{Geometry, SnapshotId};
 use hci_engine_core::io::{Address, TlsConfig};
 use hci_engine_core::nbd::budget::ClientLimits;
 use hci_engine_core::nbd::{Answer, ExportInfo, Query, TlsMode};
 use hci_engine_core::replica::{
     Event, HealLimits, HealSpec, HealState, LevelState, LinkTarget, NodeMask, OpenSpec,
-    PeekedRecord, RotState, ScrubSpec, ScrubState, SetSpec,
+    PeekedRecord, ReaderSpec, RotState, ScrubSpec, ScrubState, SetSpec,
 };
+use hci_engine_core::store::Chain;
 use hci_engine_core::wire::messages::HelloReply;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -118,8 +119,8 @@ impl Gateway {
     }
 
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
-    #[pyo3(signature = (channel, *, image, size_bytes, shard_bytes, placement_key, layers, epoch,
-                        holder, generation, digest, body, nodes, sets, in_sync, local=None, levelling=None))]
+    #[pyo3(signature = (channel, *, image, size_bytes, shard_bytes, placement_key, layers, snapshots,
+                        epoch, holder, generation, digest, body, nodes, sets, in_sync, local=None, levelling=None))]
     fn open(
         &self,
         channel: u32,
@@ -128,6 +129,7 @@ impl Gateway {
         shard_bytes: u32,
         placement_key: &str,
         layers: Vec<u32>,
+        snapshots: Vec<(u32, u64)>,
         epoch: u64,
         holder: &str,
         generation: u64,
@@ -146,6 +148,7 @@ impl Gateway {
             shard_bytes,
             placement_key,
             layers,
+            &snapshots,
             epoch,
             holder,
             generation,
@@ -160,6 +163,29 @@ impl Gateway {
         self.order(Command::Open(spec))
     }
 
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
+    #[pyo3(signature = (channel, *, image, size_bytes, shard_bytes, placement_key, layers,
+                        generation, nodes, sets, in_sync, local=None))]
+    fn open_reader(
+        &self,
+        channel: u32,
+        image: &str,
+        size_bytes: u64,
+        shard_bytes: u32,
+        placement_key: &str,
+        layers: Vec<u32>,
+        generation: u64,
+        nodes: Vec<String>,
+        sets: Vec<Vec<u8>>,
+        in_sync: Vec<Vec<u8>>,
+        local: Option<u8>,
+    ) -> PyResult<()> {
+        let geometry = geometry_of(size_bytes, shard_bytes, placement_key, sets.len())?;
+        let snapshot = (layers, generation);
+        let spec = reader_spec(channel, image, geometry, snapshot, nodes, &sets, &in_sync, local)?;
+        self.order(Command::OpenReader(spec))
+    }
+
     fn peek(&self, channel: u32, node: u8) -> PyResult<()> {
         self.order(Command::Peek { channel, node })
     }
@@ -169,7 +195,8 @@ impl Gateway {
         self.order(Command::Admit { channel, nodes, resume })
     }
 
-    #[pyo3(signature = (channel, *, generation, digest, body, in_sync))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
+    #[pyo3(signature = (channel, *, generation, digest, body, in_sync, layers, snapshots))]
     fn reconfigure(
         &self,
         channel: u32,
@@ -177,10 +204,27 @@ impl Gateway {
         digest: [u8; 32],
         body: Vec<u8>,
         in_sync: Vec<Vec<u8>>,
+        layers: Vec<u32>,
+        snapshots: Vec<(u32, u64)>,
     ) -> PyResult<()> {
-        let in_sync = in_sync.iter().map(|nodes| mask(nodes)).collect::<PyResult<_>>()?;
-        let body = body.into();
-        self.order(Command::Reconfigure { channel, generation, digest, body, in_sync })
+        self.order(Command::Reconfigure {
+            channel,
+            generation,
+            digest,
+            body: body.into(),
+            in_sync: in_sync.iter().map(|nodes| mask(nodes)).collect::<PyResult<_>>()?,
+            layers: chain(layers)?,
+            snapshots: snapshots_of(&snapshots),
+        })
+    }
+
+    /// Has what clients change wait for a snapshot, until `frozen` or `freeze_failed`.
+    fn freeze(&self, channel: u32, attempt: u64) -> PyResult<()> {
+        self.order(Command::Freeze { channel, attempt })
+    }
+
+    fn thaw(&self, channel: u32, attempt: u64) -> PyResult<()> {
+        self.order(Command::Thaw { channel, attempt })
     }
 
     fn refuse_writes(&self, channel: u32, sets: Vec<usize>) -> PyResult<()> {
@@ -351,6 +395,19 @@ impl Gateway {
             images.push(item);
         }
         result.set_item("images", images)?;
+        let mut readers = Vec::new();
+        for reader in snapshot.readers {
+            let item = PyDict::new(py);
+            item.set_item("channel", reader.channel)?;
+            item.set_item("image", reader.image)?;
+            item.set_item("layers", reader.layers)?;
+            item.set_item("running", reader.running)?;
+            item.set_item("requests_in_flight", reader.requests_in_flight)?;
+            item.set_item("nodes", reader.nodes)?;
+            item.set_item("counters", HashMap::from(reader.counters.named()))?;
+            readers.push(item);
+        }
+        result.set_item("readers", readers)?;
         Ok(result)
     }
 
@@ -369,6 +426,7 @@ pub(crate) fn open_spec(
     shard_bytes: u32,
     placement_key: &str,
     layers: Vec<u32>,
+    snapshots: &[(u32, u64)],
     epoch: u64,
     holder: &str,
     generation: u64,
@@ -381,15 +439,8 @@ pub(crate) fn open_spec(
     levelling: Option<(u64, usize, u64)>,
 ) -> PyResult<OpenSpec> {
     let (bytes_per_second, shards_at_once, share_percent) = levelling.unwrap_or((0, 4, 100));
-    if nodes.len() > 64 || sets.len() != in_sync.len() || sets.is_empty() {
-        return Err(PyValueError::new_err("at most 64 nodes, and one in_sync for each set"));
-    }
-    let geometry = Geometry {
-        size_bytes,
-        shard_bytes,
-        placement_key: parse_id(placement_key)?,
-        replica_sets: sets.len() as u32,
-    };
+    check_sets(&nodes, &sets, &in_sync)?;
+    let geometry = geometry_of(size_bytes, shard_bytes, placement_key, sets.len())?;
     let sets = sets
         .iter()
         .zip(&in_sync)
@@ -398,7 +449,8 @@ pub(crate) fn open_spec(
         image: parse_id(image)?,
         channel,
         geometry,
-        layers,
+        layers: chain(layers)?,
+        snapshots: snapshots_of(snapshots),
         epoch,
         holder: parse_id(holder)?.0,
         generation,
@@ -409,6 +461,65 @@ pub(crate) fn open_spec(
         local,
         levelling: HealLimits { bytes_per_second, shards_at_once, share_percent },
     })
+}
+
+/// What `open_reader` says, as the engine takes it.
+#[expect(clippy::too_many_arguments, reason = "those of `open_reader`")]
+pub(crate) fn reader_spec(
+    channel: u32,
+    image: &str,
+    geometry: Geometry,
+    (layers, generation): (Vec<u32>, u64),
+    nodes: Vec<String>,
+    sets: &[Vec<u8>],
+    in_sync: &[Vec<u8>],
+    local: Option<u8>,
+) -> PyResult<ReaderSpec> {
+    check_sets(&nodes, sets, in_sync)?;
+    Ok(ReaderSpec {
+        image: parse_id(image)?,
+        channel,
+        geometry,
+        generation,
+        layers: chain(layers)?,
+        nodes,
+        sets: in_sync.iter().map(|nodes| mask(nodes)).collect::<PyResult<_>>()?,
+        local,
+    })
+}
+
+pub(crate) fn geometry_of(
+    size_bytes: u64,
+    shard_bytes: u32,
+    placement_key: &str,
+    sets: usize,
+) -> PyResult<Geometry> {
+    let placement_key = parse_id(placement_key)?;
+    Ok(Geometry { size_bytes, shard_bytes, placement_key, replica_sets: sets as u32 })
+}
+
+fn check_sets(nodes: &[String], sets: &[Vec<u8>], in_sync: &[Vec<u8>]) -> PyResult<()> {
+    let fits = nodes.len() <= 64 && sets.len() == in_sync.len() && !sets.is_empty();
+    let known = in_sync.iter().chain(sets).flatten().all(|node| usize::from(*node) < nodes.len());
+    match fits && known {
+        true => Ok(()),
+        false => Err(PyValueError::new_err("at most 64 nodes, and one in_sync for each set")),
+    }
+}
+
+/// What `snapshots` says: layer and generation of each.
+pub(crate) fn snapshots_of(snapshots: &[(u32, u64)]) -> Vec<SnapshotId> {
+    let snapshot =
+        |(layer, generation): &(u32, u64)| SnapshotId { layer: *layer, generation: *generation };
+    snapshots.iter().map(snapshot).collect()
+}
+
+/// The layers of an image, top first.
+pub(crate) fn chain(layers: Vec<u32>) -> PyResult<Vec<u32>> {
+    match Chain::new(&layers) {
+        Some(_) => Ok(layers),
+        None => Err(PyValueError::new_err("layers are ids that fall, at least one")),
+    }
 }
 
 pub(crate) fn mask(nodes: &[u8]) -> PyResult<NodeMask> {
@@ -574,6 +685,20 @@ fn put_image_event(py: Python<'_>, dict: &Bound<'_, PyDict>, event: Event) -> Py
         Event::Stored { generation } => {
             dict.set_item("event", "stored")?;
             dict.set_item("generation", generation)
+        }
+        Event::Frozen { attempt } => {
+            dict.set_item("event", "frozen")?;
+            dict.set_item("attempt", attempt)
+        }
+        Event::FreezeFailed { attempt, why } => {
+            dict.set_item("event", "freeze_failed")?;
+            dict.set_item("attempt", attempt)?;
+            dict.set_item("why", why)
+        }
+        Event::ReaderOpen => dict.set_item("event", "reader_open"),
+        Event::ReaderFailed { why } => {
+            dict.set_item("event", "reader_failed")?;
+            dict.set_item("why", why)
         }
         Event::Fenced { node, status } => {
             dict.set_item("event", "fenced")?;

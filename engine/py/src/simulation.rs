@@ -1,10 +1,12 @@
 //! `Simulation`: a cluster in memory for tests, moved one step at a time. Only with the feature
 //! `simulation`.
 
-use crate::gateway::{event_dict, mask, open_spec, scrub_dict};
+use crate::gateway::{
+    chain, event_dict, geometry_of, mask, open_spec, reader_spec, scrub_dict, snapshots_of,
+};
 use crate::ids::{hex, parse_id};
 use crate::node::inventory_dict;
-use hci_engine_core::replica::{HealLimits, HealSpec, ImageIo, ScrubSpec, Token};
+use hci_engine_core::replica::{HealLimits, HealSpec, ImageIo, ScrubSpec, Served, Token};
 use hci_engine_core::rules::{Rule, break_rules};
 use hci_engine_core::simulation::{Answered, GuestRequest, Happening, LogSize, Span, Way, World};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
@@ -248,7 +250,7 @@ impl Simulation {
 
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
     #[pyo3(signature = (gateway, channel, *, image, size_bytes, shard_bytes, placement_key, layers,
-                        epoch, holder, generation, digest, body, nodes, sets, in_sync, local=None,
+                        snapshots, epoch, holder, generation, digest, body, nodes, sets, in_sync, local=None,
                         levelling=None))]
     fn open(
         &self,
@@ -259,6 +261,7 @@ impl Simulation {
         shard_bytes: u32,
         placement_key: &str,
         layers: Vec<u32>,
+        snapshots: Vec<(u32, u64)>,
         epoch: u64,
         holder: &str,
         generation: u64,
@@ -277,6 +280,7 @@ impl Simulation {
             shard_bytes,
             placement_key,
             layers,
+            &snapshots,
             epoch,
             holder,
             generation,
@@ -289,6 +293,31 @@ impl Simulation {
             levelling,
         )?;
         self.at_gateway(gateway)?.open(gateway, spec);
+        Ok(())
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
+    #[pyo3(signature = (gateway, channel, *, image, size_bytes, shard_bytes, placement_key, layers,
+                        generation, nodes, sets, in_sync, local=None))]
+    fn open_reader(
+        &self,
+        gateway: usize,
+        channel: u32,
+        image: &str,
+        size_bytes: u64,
+        shard_bytes: u32,
+        placement_key: &str,
+        layers: Vec<u32>,
+        generation: u64,
+        nodes: Vec<String>,
+        sets: Vec<Vec<u8>>,
+        in_sync: Vec<Vec<u8>>,
+        local: Option<u8>,
+    ) -> PyResult<()> {
+        let geometry = geometry_of(size_bytes, shard_bytes, placement_key, sets.len())?;
+        let snapshot = (layers, generation);
+        let spec = reader_spec(channel, image, geometry, snapshot, nodes, &sets, &in_sync, local)?;
+        self.at_gateway(gateway)?.open_reader(gateway, spec);
         Ok(())
     }
 
@@ -309,7 +338,9 @@ impl Simulation {
         Ok(())
     }
 
-    #[pyo3(signature = (gateway, channel, *, generation, digest, body, in_sync))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
+    #[pyo3(signature = (gateway, channel, *, generation, digest, body, in_sync, layers,
+                        snapshots))]
     fn reconfigure(
         &self,
         gateway: usize,
@@ -318,11 +349,24 @@ impl Simulation {
         digest: [u8; 32],
         body: Vec<u8>,
         in_sync: Vec<Vec<u8>>,
+        layers: Vec<u32>,
+        snapshots: Vec<(u32, u64)>,
     ) -> PyResult<()> {
         let in_sync = in_sync.iter().map(|nodes| mask(nodes)).collect::<PyResult<Vec<_>>>()?;
+        let (layers, snapshots) = (chain(layers)?, snapshots_of(&snapshots));
         self.at_gateway(gateway)?.with_image(gateway, channel, |io| {
-            io.reconfigure(generation, digest, body.into(), &in_sync);
+            io.reconfigure(generation, digest, body.into(), &in_sync, &layers, &snapshots);
         });
+        Ok(())
+    }
+
+    fn freeze(&self, gateway: usize, channel: u32, attempt: u64) -> PyResult<()> {
+        self.at_gateway(gateway)?.with_image(gateway, channel, |io| io.freeze(attempt));
+        Ok(())
+    }
+
+    fn thaw(&self, gateway: usize, channel: u32, attempt: u64) -> PyResult<()> {
+        self.at_gateway(gateway)?.with_image(gateway, channel, |io| io.thaw(attempt));
         Ok(())
     }
 
@@ -410,12 +454,12 @@ impl Simulation {
     }
 
     fn close(&self, gateway: usize, channel: u32) -> PyResult<()> {
-        self.at_gateway(gateway)?.with_image(gateway, channel, |io| io.close());
+        self.at_gateway(gateway)?.with_served(gateway, channel, Served::close);
         Ok(())
     }
 
     fn kill(&self, gateway: usize, channel: u32) -> PyResult<()> {
-        self.at_gateway(gateway)?.with_image(gateway, channel, |io| io.kill());
+        self.at_gateway(gateway)?.with_served(gateway, channel, Served::kill);
         Ok(())
     }
 
@@ -480,6 +524,11 @@ impl Simulation {
     fn node_record(&self, node: usize, image: &str) -> PyResult<Option<RecordTuple>> {
         let record = self.at_node(node)?.node_record(node, &parse_id(image)?);
         Ok(record.map(|head| (head.epoch, hex(&head.holder), head.generation, head.digest)))
+    }
+
+    /// The layers that the record on a running node names, top first.
+    fn node_layers(&self, node: usize, image: &str) -> PyResult<Option<Vec<u32>>> {
+        Ok(self.at_node(node)?.node_layers(node, &parse_id(image)?))
     }
 
     /// Images of a running node that were set back with its store.

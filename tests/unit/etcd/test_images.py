@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from etcd.errors import MalformedRecord, RecordError
-from etcd.images import ImageRecord
+from etcd.images import SNAPSHOTS_MAX, ImageRecord, Layer, Snapshot
 from tests.unit.samples import IMAGE
+
+FROZEN = json.loads(IMAGE.encode())["snapshots"][0]
 
 
 def test_fields_of_a_newer_program_within_layers_are_written_back() -> None:
@@ -38,7 +40,13 @@ def broken(**changes: Any) -> bytes:
         ({"sets": [["a", "b", "B!"]]}, "sets .*not a node name"),
         ({"layers": []}, "has layers"),
         ({"layers": [{"id": 1}, {"id": 2}]}, "newest first"),
-        ({"snapshots": [{"name": "x", "layer": 9}]}, "names a layer"),
+        ({"snapshots": [{**FROZEN, "layer": 9}]}, "names a layer"),
+        ({"snapshots": [{**FROZEN, "layer": 2}]}, "below the top"),
+        ({"snapshots": [FROZEN, FROZEN]}, "names of snapshots are unique"),
+        ({"snapshots": [{**FROZEN, "name": f"{n}"} for n in range(257)]}, "at most 256 snapshots"),
+        ({"snapshots": [{**FROZEN, "name": "a/b"}]}, "snapshots.name .*has a slash"),
+        ({"snapshots": [{**FROZEN, "size_bytes": 0}]}, "snapshots.size_bytes"),
+        ({"next_layer": 2}, "the next layer is above all others"),
         ({"holder": None}, "an epoch has a holder"),
         ({"epoch": 0}, "an epoch has a holder"),
         ({"generation": 0}, "generation is not within 1"),
@@ -63,6 +71,63 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
+
+
+def test_record_of_before_layers_were_counted_goes_on_above_its_top() -> None:
+    document = json.loads(IMAGE.encode())
+    del document["next_layer"]
+    decoded = ImageRecord.decode("/hci/x", json.dumps(document).encode())
+    assert decoded.next_layer == 3
+
+
+def test_snapshot_freezes_the_top_and_puts_a_new_layer_on_it() -> None:
+    taken = replace(IMAGE, next_layer=7).with_snapshot("b", 1_800_000_000)
+    assert taken.layer_ids == [7, 2, 1]
+    assert taken.next_layer == 8
+    assert taken.generation == IMAGE.generation + 1
+    assert taken.snapshots[:-1] == IMAGE.snapshots
+    assert taken.snapshots[-1] == Snapshot(
+        name="b",
+        layer=2,
+        size_bytes=IMAGE.size_bytes,
+        created_s=1_800_000_000,
+        generation=IMAGE.generation + 1,
+    )
+    assert (taken.stale, taken.epoch, taken.holder) == (IMAGE.stale, IMAGE.epoch, IMAGE.holder)
+    assert ImageRecord.decode("/hci/x", taken.encode()) == taken
+    assert not taken.is_behind(IMAGE)
+    assert IMAGE.is_behind(taken)
+
+
+def test_snapshot_is_found_by_its_name_with_the_layers_below_it() -> None:
+    taken = IMAGE.with_snapshot("b", 0)
+    first, second = taken.snapshot("before upgrade"), taken.snapshot("b")
+    assert first is not None
+    assert second is not None
+    assert taken.chain(first) == [1]
+    assert taken.chain(second) == [2, 1]
+    assert taken.snapshot("c") is None
+
+
+def test_newest_snapshot_goes_with_its_layer_whose_id_is_not_used_again() -> None:
+    taken = IMAGE.with_snapshot("b", 0)
+    assert taken.newest_snapshot == taken.snapshots[-1]
+    gone = taken.without_newest_snapshot()
+    assert gone.generation == IMAGE.generation + 2
+    assert (gone.layers, gone.snapshots) == (IMAGE.layers, IMAGE.snapshots)
+    assert gone.with_snapshot("b", 0).layer_ids == [4, 2, 1]
+    assert replace(IMAGE, snapshots=()).newest_snapshot is None
+
+
+def test_no_snapshot_is_taken_of_a_name_that_is_there_or_beyond_the_bound() -> None:
+    with pytest.raises(AssertionError, match="unique"):
+        IMAGE.with_snapshot("before upgrade", 0)
+    full = IMAGE
+    for number in range(SNAPSHOTS_MAX - 1):
+        full = full.with_snapshot(f"{number}", 0)
+    assert ImageRecord.decode("/hci/x", full.encode()) == full
+    with pytest.raises(AssertionError, match="room"):
+        full.with_snapshot("one more", 0)
 
 
 @given(st.sampled_from(sorted(json.loads(IMAGE.encode()))), JSON)
@@ -90,6 +155,9 @@ def test_any_field_of_an_image_decodes_or_is_refused(name: str, value: Any) -> N
         (replace(IMAGE, stale={}), True),
         (replace(IMAGE, epoch=4, holder="e" * 32, stale={0: {"c": 6}}), True),
         (replace(IMAGE, sets=(("a", "b", "d"),)), True),
+        (replace(IMAGE, layers=(Layer(id=3), *IMAGE.layers), next_layer=4), True),
+        (replace(IMAGE, snapshots=(replace(IMAGE.snapshots[0], name="another"),)), True),
+        (IMAGE.with_snapshot("b", 0), False),
     ],
 )
 def test_record_lower_or_equal_and_different_is_behind(

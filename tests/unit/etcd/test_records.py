@@ -106,10 +106,11 @@ GOLDEN: list[tuple[Record, str]] = [
     (
         IMAGE,
         '{"clean":false,"epoch":3,"generation":7,"holder":"ffffffffffffffffffffffffffffffff",'
-        '"id":"0123456789abcdef0123456789abcdef","layers":[{"id":2},{"id":1}],'
+        '"id":"0123456789abcdef0123456789abcdef","layers":[{"id":2},{"id":1}],"next_layer":3,'
         '"placement_key":"0123456789abcdef0123456789abcdef","placement_version":1,'
         '"policy":"replica-3","pool":"vms","sets":[["a","b","c"]],"shard_bytes":4194304,'
-        '"size_bytes":10737418240,"snapshots":[{"layer":1,"name":"before upgrade"}],'
+        '"size_bytes":10737418240,"snapshots":[{"created_s":1700000000,"generation":5,"layer":1,'
+        '"name":"before upgrade","size_bytes":8589934592}],'
         '"stale":{"0":{"b":6}},"v":1}',
     ),
     (
@@ -117,10 +118,11 @@ GOLDEN: list[tuple[Record, str]] = [
         '{"clean":false,"epoch":3,"generation":7,'
         '"grant":{"arbiter":"22222222222222222222222222222222","changes":3},'
         '"holder":"ffffffffffffffffffffffffffffffff",'
-        '"id":"0123456789abcdef0123456789abcdef","layers":[{"id":2},{"id":1}],'
+        '"id":"0123456789abcdef0123456789abcdef","layers":[{"id":2},{"id":1}],"next_layer":3,'
         '"placement_key":"0123456789abcdef0123456789abcdef","placement_version":1,'
         '"policy":"replica-3","pool":"vms","sets":[["a","b","c"]],"shard_bytes":4194304,'
-        '"size_bytes":10737418240,"snapshots":[{"layer":1,"name":"before upgrade"}],'
+        '"size_bytes":10737418240,"snapshots":[{"created_s":1700000000,"generation":5,"layer":1,'
+        '"name":"before upgrade","size_bytes":8589934592}],'
         '"stale":{"0":{"b":6}},"v":1}',
     ),
 ]
@@ -167,8 +169,8 @@ def test_record_without_any_one_field_is_refused(record: Record) -> None:
             type(record).decode("/hci/x", json.dumps(rest).encode())
 
 
-OPTIONAL = {"arbiter_filled", "grant", "when_full"}
-"""Fields that stand in a record only where they say something."""
+OPTIONAL = {"arbiter_filled", "grant", "next_layer", "when_full"}
+"""Fields that stand in a record only where they say something, or that older records lack."""
 
 WRONG: list[Any] = [1.5, [[]], {"0": []}, ""]
 

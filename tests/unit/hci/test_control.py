@@ -23,6 +23,7 @@ from shard.errors import HciError
 from shard.ids import image_id
 from tests.cluster.etcd_server import free_ports
 from vmstore.resizing import RESIZE_LIMIT_S
+from vmstore.snapshots import SNAPSHOT_LIMIT_S
 
 IMAGE = image_id("ab" * 16)
 SLOW_BYTES = 1 << 20
@@ -47,6 +48,10 @@ class Node(NodeControlServicer):
 
 
 class Gateway(GatewayControlServicer):
+    def Snapshot(self, request: Any, context: Any) -> pb.SnapshotReply:  # noqa: N802
+        time.sleep(3 * SHORT_DEADLINE_S)
+        return pb.SnapshotReply(layer=1, held_ms=7)
+
     def Resize(self, request: Any, context: Any) -> pb.ResizeReply:  # noqa: N802
         if request.size_bytes == SLOW_BYTES:
             time.sleep(3 * SHORT_DEADLINE_S)
@@ -139,3 +144,9 @@ def test_resize_is_waited_for_longer_than_the_gateway_takes(address: Endpoint) -
     with GatewayClient("gateway1", address, deadline_s=SHORT_DEADLINE_S) as gateway:
         assert gateway.resize(IMAGE, SLOW_BYTES, force=True) == 2
     assert control.RESIZE_DEADLINE_S > RESIZE_LIMIT_S
+
+
+def test_snapshot_is_waited_for_longer_than_the_gateway_takes(address: Endpoint) -> None:
+    with GatewayClient("gateway1", address, deadline_s=SHORT_DEADLINE_S) as gateway:
+        assert gateway.snapshot(IMAGE, "s").held_ms == 7
+    assert control.SNAPSHOT_DEADLINE_S > SNAPSHOT_LIMIT_S

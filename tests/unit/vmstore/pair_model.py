@@ -18,7 +18,6 @@ from etcd.images import ImageRecord
 from etcd.interface import Delete, Operation, Outcome, Put
 from etcd.memory import Fault, MemoryEtcd
 from etcd.records import ArbiterRecord
-from shard.digest import membership_digest
 from shard.errors import HciError
 from shard.ids import ImageId
 from shard.membership import Change, Policy, lose, rejoin
@@ -113,15 +112,12 @@ class Node:
             self.epoch > record.epoch
             or (self.epoch == record.epoch and self.holder != record.holder)
             or self.generation > record.generation
-            or (
-                self.generation == record.generation
-                and self.digest != membership_digest(record.membership)
-            )
+            or (self.generation == record.generation and self.digest != record.digest)
         )
 
     def store(self, record: ImageRecord) -> None:
         self.epoch, self.holder = record.epoch, record.holder
-        self.generation, self.digest = record.generation, membership_digest(record.membership)
+        self.generation, self.digest = record.generation, record.digest
 
 
 @dataclass

@@ -19,6 +19,7 @@ from tests.unit.samples import GIB, node_record
 from vmstore.catalog import Catalog
 from vmstore.errors import (
     ForeignStore,
+    HasSnapshots,
     ImageExists,
     InUse,
     NoArbiter,
@@ -31,8 +32,9 @@ from vmstore.errors import (
     TooFewNodes,
     UnknownImage,
     UnknownPool,
+    UnknownSnapshot,
 )
-from vmstore.names import ImageName
+from vmstore.names import ImageName, SnapshotName
 from vmstore.stored import Stored
 
 CLUSTER = "c" * 32
@@ -209,7 +211,7 @@ def test_image_is_made_empty_and_clean(catalog: Catalog) -> None:
     assert (record.epoch, record.holder, record.generation, record.clean) == (0, None, 1, True)
     assert record.placement_key == record.id
     assert record.sets == catalog.placement("vms").record.sets
-    assert [layer.id for layer in record.layers] == [1]
+    assert record.layer_ids == [1]
 
 
 def test_image_ids_are_random(catalog: Catalog) -> None:
@@ -395,3 +397,19 @@ def test_image_that_is_only_maintained_is_deleted(etcd: MemoryEtcd, catalog: Cat
     )
     catalog.delete_image(DISK)
     assert catalog.leases() == {}
+
+
+def test_image_that_has_snapshots_is_not_deleted(etcd: MemoryEtcd, catalog: Catalog) -> None:
+    image = catalog.create_image(DISK, GIB)
+    snapshot = SnapshotName(DISK, "s")
+    with pytest.raises(UnknownSnapshot, match="disk has no snapshot s; `hci snapshot ls"):
+        catalog.find_snapshot(snapshot)
+    held = catalog.take_lease(
+        image, gateway="gateway1", holder="a" * 32, etcd_lease=etcd.grant_lease(10)
+    )
+    held = catalog.change(held, held.record.with_snapshot("s", 5))
+    catalog.release(held, clean=True)
+    assert catalog.find_snapshot(snapshot)[1] == catalog.find(DISK).record.snapshots[0]
+    with pytest.raises(HasSnapshots, match="it has the snapshot s, and snapshots cannot be"):
+        catalog.delete_image(DISK)
+    assert len(catalog.images()) == 1

@@ -13,9 +13,9 @@ from etcd.memory import Fault
 from tests.unit.vmstore.gateway import ScriptedGateway, scripted_gateway
 from vmstore import exports
 from vmstore.errors import ClientBarred
-from vmstore.holder import Phase
 from vmstore.names import ImageName
 from vmstore.served import Served, ServedFile
+from vmstore.standing import Phase
 from vmstore.stored import Stored
 
 GUEST, OTHER = "10:111", "20:222"

@@ -8,17 +8,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from etcd.images import ImageRecord
-from shard.digest import membership_digest
 from shard.ids import ImageId
 from shard.membership import Policy
 from tests.unit.samples import NODES, image_record
 from vmstore import effects as wanted
-from vmstore import events
+from vmstore import events, snapshot_steps, standing
 from vmstore import healing as healing_rules
 from vmstore import holder as h
-from vmstore.holder import Holder, Phase, Standing
+from vmstore.holder import Holder
 from vmstore.slowness import SlowLimits, Slowness
 from vmstore.space import FULL_S
+from vmstore.standing import Phase, Standing
 
 ME = "ab" * 16
 IMAGE = ImageId("cd" * 16)
@@ -33,7 +33,7 @@ def view(ours: ImageRecord, **changes: object) -> events.NodeRecordView:
         epoch=ours.epoch - 1,
         holder="ef" * 16,
         generation=ours.generation,
-        digest=membership_digest(ours.membership),
+        digest=ours.digest,
         peers={},
         dirty=1,
     )
@@ -103,7 +103,7 @@ def test_close_while_taking_the_lease_is_asked_again_by_the_driver() -> None:
 def test_node_lost_long_before_the_open_is_left_behind_at_once() -> None:
     """A host died with guest and node: elsewhere the guest waited for the node a second time."""
     holder = Holder(holder=ME, now_s=20.0)
-    holder.step(events.LeaseTaken(record(), {"node3": 20.0 - h.GRACE_S}))
+    holder.step(events.LeaseTaken(record(), {"node3": 20.0 - standing.GRACE_S}))
     # Those that are connected and have not answered yet are waited for.
     assert holder.step(events.Tick(20.1)) == []
     assert holder.step(peeked("node1")) == []
@@ -116,16 +116,16 @@ def test_node_lost_just_before_the_open_has_the_rest_of_its_grace() -> None:
     holder.step(events.LeaseTaken(record(), {"node3": 19.0}))
     holder.step(peeked("node1"))
     holder.step(peeked("node2"))
-    assert holder.step(events.Tick(19.0 + h.GRACE_S - 0.1)) == []
-    assert len(changes(holder.step(events.Tick(19.0 + h.GRACE_S)))) == 1
+    assert holder.step(events.Tick(19.0 + standing.GRACE_S - 0.1)) == []
+    assert len(changes(holder.step(events.Tick(19.0 + standing.GRACE_S)))) == 1
 
 
 def test_absent_node_is_left_behind_after_the_grace_and_not_before() -> None:
     holder = gathering()
     holder.step(peeked("node1"))
     holder.step(peeked("node2"))
-    assert holder.step(events.Tick(h.GRACE_S - 0.1)) == []
-    (change,) = changes(holder.step(events.Tick(h.GRACE_S)))
+    assert holder.step(events.Tick(standing.GRACE_S - 0.1)) == []
+    (change,) = changes(holder.step(events.Tick(standing.GRACE_S)))
     assert change.after.stale == {0: {"node3": 1}}
     effects = holder.step(events.MembershipChanged(change.after))
     assert effects == [
@@ -137,7 +137,7 @@ def test_absent_node_is_left_behind_after_the_grace_and_not_before() -> None:
 def test_one_node_alone_waits_and_is_refused_at_the_limit() -> None:
     holder = gathering()
     holder.step(peeked("node1"))
-    assert holder.step(events.Tick(h.GRACE_S + 1)) == []
+    assert holder.step(events.Tick(standing.GRACE_S + 1)) == []
     effects = holder.step(events.Tick(h.OPEN_LIMIT_S + 1))
     assert isinstance(effects[1], wanted.Refuse) and "node2, node3" in effects[1].reason
 
@@ -237,7 +237,7 @@ def test_delayed_change_is_asked_for_again() -> None:
     holder = serving()
     (change,) = changes(holder.step(events.ReplicaDown("node2", blocking=True)))
     assert holder.step(events.MembershipDelayed()) == []
-    assert holder.step(events.Tick(h.RETRY_S)) == [change]
+    assert holder.step(events.Tick(snapshot_steps.RETRY_S)) == [change]
     assert holder.step(events.MembershipChanged(change.after))[0] == wanted.Reconfigure(
         change.after
     )
@@ -250,11 +250,11 @@ def test_delayed_change_that_never_came_to_etcd_is_withdrawn_when_the_node_is_ba
     (change,) = changes(holder.step(events.ReplicaDown("node2", blocking=True)))
     assert holder.step(events.MembershipDelayed("no arbiter", maybe_taken=False)) == []
     assert holder.trouble == "a change of membership waits: no arbiter"
-    assert holder.step(events.Tick(h.RETRY_S / 2)) == []
-    assert holder.step(events.Tick(h.RETRY_S)) == [change], "while the node is away"
+    assert holder.step(events.Tick(snapshot_steps.RETRY_S / 2)) == []
+    assert holder.step(events.Tick(snapshot_steps.RETRY_S)) == [change], "while the node is away"
     holder.step(events.MembershipDelayed("no arbiter", maybe_taken=False))
     assert holder.step(peeked("node2", serial=2)) == [wanted.Admit(("node2",), True, (2,))]
-    assert holder.step(events.Tick(3 * h.RETRY_S)) == []
+    assert holder.step(events.Tick(3 * snapshot_steps.RETRY_S)) == []
     assert holder.trouble == ""
 
 
@@ -262,10 +262,10 @@ def test_delayed_change_that_etcd_may_have_taken_is_not_withdrawn() -> None:
     holder = serving()
     (change,) = changes(holder.step(events.ReplicaDown("node2", blocking=True)))
     holder.step(events.MembershipDelayed("lost answer", maybe_taken=True))
-    assert holder.step(events.Tick(h.RETRY_S)) == [change]
+    assert holder.step(events.Tick(snapshot_steps.RETRY_S)) == [change]
     holder.step(events.MembershipDelayed("no arbiter", maybe_taken=False))
     assert holder.step(peeked("node2", serial=2)) == []
-    assert holder.step(events.Tick(2 * h.RETRY_S)) == [change]
+    assert holder.step(events.Tick(2 * snapshot_steps.RETRY_S)) == [change]
 
 
 def test_same_instance_resumes_and_another_is_levelled() -> None:
@@ -311,7 +311,7 @@ def test_node_that_failed_once_counts_as_well_again() -> None:
     for node in NODES:
         assert holder.step(events.ReplicaFailed(node, "NoSpace")) == []
     holder.paused = False
-    assert holder.step(events.Tick(h.FAILING_S + 1)) == []
+    assert holder.step(events.Tick(standing.FAILING_S + 1)) == []
     (change,) = changes(holder.step(events.ReplicaDown("node3", blocking=True)))
     assert change.after.stale == {0: {"node3": 1}}
 
@@ -741,7 +741,7 @@ def test_node_that_keeps_the_one_that_is_waited_for_out_is_left_behind() -> None
     holder.step(replace(peeked("node1", instance=2, serial=2), record=view(ours)))
     holder.step(events.ReplicaDown("node2", blocking=False))
     holder.step(events.ReplicaBlocking("node1"))
-    effects = holder.step(events.Tick(h.GRACE_S + 0.1))
+    effects = holder.step(events.Tick(standing.GRACE_S + 0.1))
     (change,) = changes(effects)
     assert change.after.stale == {0: {"node2": 1}}
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etcd.errors import EtcdUnavailable, LeaseNotFound, OutcomeUnknown
-from etcd.images import ImageRecord
+from etcd.images import ImageRecord, Layer
 from etcd.interface import Delete, Put
 from etcd.memory import Fault, MemoryEtcd
 from shard.errors import BadSize
@@ -473,3 +473,37 @@ def test_claimed_lease_yields_no_longer(cluster: Cluster) -> None:
             instead_of=seen,
         )
     cluster.holding.change_membership(claimed, without(held.record.membership, "a"))
+
+
+def test_snapshot_is_stored_under_the_lease_and_found_again(cluster: Cluster) -> None:
+    held = cluster.open(1)
+    after = held.record.with_snapshot("s", 5)
+    taken = cluster.holding.change(held, after)
+    assert taken.record == cluster.image.record == after
+    assert cluster.holding.change(held, after) == taken
+    gone = cluster.holding.change(taken, after.without_newest_snapshot())
+    assert gone.record.layers == held.record.layers
+    assert (gone.record.next_layer, gone.record.generation) == (3, 3)
+
+
+def test_snapshot_of_a_former_holder_changes_nothing(cluster: Cluster) -> None:
+    former = cluster.open(1)
+    cluster.etcd.advance(10)
+    now = cluster.open(2)
+    with pytest.raises(LeaseLost):
+        cluster.holding.change(former, former.record.with_snapshot("s", 5))
+    assert cluster.image == now.image
+
+
+def test_change_of_layers_that_is_none_is_a_defect(cluster: Cluster) -> None:
+    held = cluster.open(1)
+    after = held.record.with_snapshot("s", 5)
+    for changes, problem in (
+        ({"next_layer": 1}, "no layer's id is used twice"),
+        ({"snapshots": ()}, "with one snapshot"),
+        ({"layers": held.record.layers}, "a layer of its own"),
+        ({"layers": (Layer(id=9), *after.layers), "next_layer": 10}, "one layer comes"),
+    ):
+        with pytest.raises(AssertionError, match=problem):
+            cluster.holding.change(held, replace(after, **changes))  # type: ignore[arg-type]
+    assert cluster.image == held.image

@@ -10,10 +10,11 @@ from etcd import keys
 from etcd.images import ImageRecord
 from etcd.interface import KeyValue, Put
 from etcd.memory import MemoryEtcd
-from etcd.records import ClusterRecord, LostRecord, NameRecord, TombstoneRecord
+from etcd.records import ClusterRecord, LostRecord, NameRecord, PoolRecord, TombstoneRecord
 from hci.known import known_parts, member_of
-from shard.digest import membership_digest
 from shard.ids import ImageId
+from shard.membership import Policy
+from shard.placement import FailureDomain
 from tests.unit.samples import image_record
 from vmstore.errors import RecoveryRefused
 from vmstore.history import FORCED_STEP, HeldRecord, Known, Member, judge
@@ -40,7 +41,7 @@ def record(epoch: int, generation: int, stale: Mapping[str, int] | None = None) 
 
 
 def held(image: ImageRecord) -> HeldRecord:
-    digest = membership_digest(image.membership)
+    digest = image.digest
     return HeldRecord(IMAGE, image.epoch, image.holder or "", image.generation, digest, image)
 
 
@@ -249,3 +250,53 @@ def test_nothing_begins_while_etcd_is_marked_as_lost() -> None:
         catalog.take_lease(image, gateway="gateway1", holder=HOLDER, etcd_lease=lease)
     with pytest.raises(RecordsLost):
         catalog.delete_image(ImageName("vms", "disk"))
+
+
+def test_recovery_keeps_a_snapshot_that_one_node_knows_and_gives_no_layer_twice() -> None:
+    taken = record(5, 3).with_snapshot("s", 0)
+    known = node("node1", taken), node("node2", record(5, 3))
+    made = written(plan(sources(items(record(4, 2)), *known), HOLDER))
+    assert made.snapshots == taken.snapshots
+    assert made.layers == taken.layers
+    assert made.generation == taken.generation + 2
+    # Layer 3 may be on a node that was not heard.
+    assert made.next_layer > taken.next_layer
+
+
+def test_records_of_one_generation_with_other_snapshots_are_a_conflict() -> None:
+    """etcd was put back while a snapshot was taken, and another one was taken then."""
+    one, other = (record(5, 3).with_snapshot(name, 0) for name in ("one", "other"))
+    found = plan(sources({}, node("node1", one), node("node2", other)), HOLDER)
+    (image,) = found.missing
+    assert "different nodes in sync, or different snapshots" in " ".join(image.missing)
+
+
+@pytest.mark.parametrize(("voted", "is_missing"), [(4, False), (5, True)])
+def test_pair_of_which_one_went_on_alone_for_longer_is_not_rebuilt_without_it(
+    voted: int, is_missing: bool
+) -> None:
+    """A node and the arbiter were heard, and the other had taken a snapshot since. Its top layer
+    was not in the record that was rebuilt, nor what was written to it."""
+    stored = replace(
+        record(5, 3), policy=Policy.THIN_ARBITER, sets=(("node1", "node2"),), next_layer=2
+    )
+    pool = PoolRecord(
+        name="vms",
+        policy=Policy.THIN_ARBITER,
+        shard_bytes=stored.shard_bytes,
+        replica_sets=1,
+        failure_domain=FailureDomain.HOST,
+        arbiter="w",
+    )
+    now = {**items(), pool.key: KeyValue(pool.key, pool.encode(), 2)}
+    witness = Witness("w", "f" * 32, 1, {IMAGE: Voted(5, ((voted, frozenset({"node1"})),))})
+    heard = replace(sources(now, node("node2", stored)), witnesses={"w": witness})
+    marked = LostRecord(by="node2", why="a test")
+    now[keys.LOST] = KeyValue(keys.LOST, marked.encode(), 3)
+    found = plan(heard, HOLDER)
+    assert bool(found.missing) is is_missing
+    if is_missing:
+        (image,) = found.missing
+        assert "node1 went on to generation 5" in " ".join(image.missing)
+        assert "snapshots that were taken since" in " ".join(image.losses)
+    assert written(found).stale == {0: {"node2": 0}}

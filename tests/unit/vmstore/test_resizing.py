@@ -12,7 +12,7 @@ from shard.errors import HciError
 from tests.unit.vmstore.gateway import GIB, WAIT_S, ScriptedGateway, scripted_gateway
 from vmstore import resizing
 from vmstore.errors import BeingClosed, BeingResized, InUse, ShrinkRefused
-from vmstore.holder import Phase
+from vmstore.standing import Phase
 
 
 @pytest.fixture

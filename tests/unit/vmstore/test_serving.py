@@ -21,7 +21,7 @@ def test_change_that_met_a_lease_taken_again_is_asked_for_anew(gateway: Scripted
     # that the image is another's, and barred.
     gateway.connect(1)
     channel = gateway.answer(1)[1]
-    original = gateway.catalog.change_membership
+    original = gateway.catalog.change
     asked: list[Held] = []
 
     def change(held: Held, *given: object, **named: object) -> Held:
@@ -30,7 +30,7 @@ def test_change_that_met_a_lease_taken_again_is_asked_for_anew(gateway: Scripted
             raise LeaseMoved(held.record.id)
         return original(held, *given, **named)  # type: ignore[arg-type]
 
-    gateway.catalog.change_membership = change  # type: ignore[method-assign]
+    gateway.catalog.change = change  # type: ignore[method-assign]
     gateway.engine.emit("replica_down", channel=channel, node=0, blocking=True)
     gateway.until(lambda: len(gateway.engine.named("reconfigure")) == 1, "the change is not made")
     assert len(asked) == 2

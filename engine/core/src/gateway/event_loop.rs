@@ -1,6 +1,6 @@
 //! The gateway's loop: waits, reads what is ready, lets the images decide, writes what they said.
 
-use super::snapshot::{ClientSnapshot, ImageSnapshot, LinkSnapshot, Snapshot};
+use super::snapshot::{ClientSnapshot, ImageSnapshot, LinkSnapshot, ReaderSnapshot, Snapshot};
 use super::{Command, EventQueue, GatewayEvent};
 use crate::geometry::BLOCK_BYTES;
 use crate::io::{
@@ -12,7 +12,7 @@ use crate::nbd::serve::{Client, Need};
 use crate::nbd::{Answer, Counters, Limits, TlsMode};
 use crate::replica::{
     Background, Event, ImageIo, Instance, Link, LinkEvent, LinkTarget, NodeIndex, OpenSpec,
-    Outcome, Output, Token,
+    Outcome, Output, ReaderIo, ReaderSpec, Served, Token,
 };
 use crate::wire::messages::HelloReply;
 use rustix::net::SocketFlags;
@@ -39,7 +39,7 @@ const READS_IN_TURN: usize = 16;
 const NOBODY: u64 = u64::MAX;
 
 struct OpenImage {
-    io: ImageIo,
+    served: Served,
     /// Index of the link to each of its nodes.
     links: Vec<Option<usize>>,
     zeroing: Option<Zeroing>,
@@ -241,8 +241,8 @@ impl EventLoop {
         let Some(client) = self.clients.get_mut(index) else { return };
         let Some(channel) = client.channel() else { return };
         let Some(image) = self.images.get_mut(&channel) else { return self.end_client(index) };
-        image.io.set_now(self.now_ns);
-        let served = client.serve(&mut image.io, &self.budget);
+        image.served.set_now(self.now_ns);
+        let served = client.serve(&mut image.served, &self.budget);
         client.account(&mut self.budget);
         self.touch(channel);
         if served.is_err() {
@@ -363,11 +363,11 @@ impl EventLoop {
                 LinkEvent::Frame(frame) => self.take_frame(index, frame),
                 LinkEvent::Up(hello) => {
                     let (instance, boot) = (instance_of(&hello), hello.boot);
-                    self.for_images_of(index, |io, node| io.link_up(node, instance, boot));
+                    self.for_images_of(index, |served, node| served.link_up(node, instance, boot));
                     self.events.push(GatewayEvent::LinkUp { hello });
                 }
                 LinkEvent::Down(why) => {
-                    self.for_images_of(index, |io, node| io.link_down(node));
+                    self.for_images_of(index, |served, node| served.link_down(node));
                     let node = self.links[index].target().node.clone();
                     self.events.push(GatewayEvent::LinkDown { node, why });
                 }
@@ -380,12 +380,13 @@ impl EventLoop {
         }
     }
 
-    fn for_images_of(&mut self, link: usize, mut act: impl FnMut(&mut ImageIo, NodeIndex)) {
+    fn for_images_of(&mut self, link: usize, mut act: impl FnMut(&mut Served, NodeIndex)) {
         let mut touched = Vec::new();
         for (channel, image) in &mut self.images {
             let node = image.links.iter().position(|other| *other == Some(link));
             if let Some(node) = node {
-                act(&mut image.io, node as NodeIndex);
+                image.served.set_now(self.now_ns);
+                act(&mut image.served, node as NodeIndex);
                 touched.push(*channel);
             }
         }
@@ -396,8 +397,8 @@ impl EventLoop {
         let channel = frame.channel;
         let Some(image) = self.images.get_mut(&channel) else { return };
         let Some(node) = image.links.iter().position(|other| *other == Some(link)) else { return };
-        image.io.set_now(self.now_ns);
-        if let Err(bad) = image.io.receive(node as NodeIndex, frame) {
+        image.served.set_now(self.now_ns);
+        if let Err(bad) = image.served.receive(node as NodeIndex, frame) {
             let why = format!("protocol error: {}", bad.0);
             self.links[link].end(&self.poller, self.now_ns, why, &mut self.link_events);
         }
@@ -416,7 +417,7 @@ impl EventLoop {
         let node = target.node.clone();
         entry.insert(Link::new(target, LINK | index as u64));
         for image in self.images.values_mut() {
-            if let Some(at) = image.io.spec().nodes.iter().position(|name| *name == node) {
+            if let Some(at) = image.served.nodes().iter().position(|name| *name == node) {
                 image.links[at] = Some(index);
             }
         }
@@ -439,26 +440,45 @@ impl EventLoop {
 
     fn open(&mut self, spec: OpenSpec) {
         let channel = spec.channel;
+        let io = ImageIo::new(spec, &self.background);
+        self.serve(channel, Served::Image(Box::new(io)));
+    }
+
+    fn open_reader(&mut self, spec: ReaderSpec) {
+        let channel = spec.channel;
+        let io = ReaderIo::new(spec, self.now_ns);
+        self.serve(channel, Served::Reader(Box::new(io)));
+    }
+
+    fn serve(&mut self, channel: u32, mut served: Served) {
         assert!(!self.images.contains_key(&channel), "channel {channel} is taken");
-        let links: Vec<_> =
-            spec.nodes.iter().map(|node| self.link_names.get(node).copied()).collect();
-        let mut io = ImageIo::new(spec, &self.background);
+        let nodes = served.nodes().iter();
+        let links: Vec<_> = nodes.map(|node| self.link_names.get(node).copied()).collect();
         for (node, link) in links.iter().enumerate() {
             let ready = link.map(|link| &self.links[link]).filter(|link| link.is_ready());
             if let Some(link) = ready {
-                io.link_up(node as NodeIndex, instance_of(&link.hello), link.hello.boot);
+                served.link_up(node as NodeIndex, instance_of(&link.hello), link.hello.boot);
             }
         }
         let counters = Counters::default();
-        let image = OpenImage { io, links, zeroing: None, counters, touched: false };
+        let image = OpenImage { served, links, zeroing: None, counters, touched: false };
         self.images.insert(channel, image);
         self.touch(channel);
     }
 
+    /// Has an image that is held do something.
     fn with_image(&mut self, channel: u32, act: impl FnOnce(&mut ImageIo)) {
+        self.with_served(channel, |served| {
+            if let Some(io) = served.image_mut() {
+                act(io);
+            }
+        });
+    }
+
+    fn with_served(&mut self, channel: u32, act: impl FnOnce(&mut Served)) {
         if let Some(image) = self.images.get_mut(&channel) {
-            image.io.set_now(self.now_ns);
-            act(&mut image.io);
+            image.served.set_now(self.now_ns);
+            act(&mut image.served);
             self.touch(channel);
         }
     }
@@ -467,7 +487,7 @@ impl EventLoop {
     fn go_on_in_background(&mut self) {
         for _ in 0..self.background.waiting() {
             let Some(channel) = self.background.offer(self.now_ns) else { return };
-            self.with_image(channel, ImageIo::pace);
+            self.with_served(channel, Served::pace);
             self.settle();
             self.background.offer_over();
         }
@@ -486,7 +506,7 @@ impl EventLoop {
         while let Some(channel) = self.touched.pop() {
             let Some(image) = self.images.get_mut(&channel) else { continue };
             image.touched = false;
-            while let Some(output) = image.io.outputs.pop_front() {
+            while let Some(output) = image.served.take_output() {
                 match output {
                     Output::Send { node, head, payload } => {
                         if let Some(link) = image.links[usize::from(node)] {
@@ -502,8 +522,8 @@ impl EventLoop {
                         let index = (token.client & 0xffff_ffff) as usize;
                         let client = self.clients.get_mut(index);
                         if let Some(client) = client.filter(|client| client.id == token.client) {
-                            let (counters, io) = (&mut image.counters, &mut image.io);
-                            client.reply(token.cookie, outcome, counters, io);
+                            let (counters, served) = (&mut image.counters, &mut image.served);
+                            client.reply(token.cookie, outcome, counters, served);
                             if clients.last() != Some(&index) {
                                 clients.push(index);
                             }
@@ -515,7 +535,7 @@ impl EventLoop {
                     }
                 }
             }
-            image.io.report_background();
+            image.served.report_background();
         }
         self.flush_links(links);
         for index in clients {
@@ -552,13 +572,29 @@ impl EventLoop {
                 Command::Link(target) => self.add_link(target),
                 Command::Unlink(node) => self.remove_link(&node),
                 Command::Open(spec) => self.open(spec),
+                Command::OpenReader(spec) => self.open_reader(spec),
                 Command::Peek { channel, node } => self.with_image(channel, |io| io.peek(node)),
                 Command::Admit { channel, nodes, resume } => {
                     self.with_image(channel, |io| io.admit(&nodes, resume));
                 }
-                Command::Reconfigure { channel, generation, digest, body, in_sync } => {
-                    let act = |io: &mut ImageIo| io.reconfigure(generation, digest, body, &in_sync);
-                    self.with_image(channel, act);
+                Command::Reconfigure {
+                    channel,
+                    generation,
+                    digest,
+                    body,
+                    in_sync,
+                    layers,
+                    snapshots,
+                } => {
+                    self.with_image(channel, |io| {
+                        io.reconfigure(generation, digest, body, &in_sync, &layers, &snapshots);
+                    });
+                }
+                Command::Freeze { channel, attempt } => {
+                    self.with_image(channel, |io| io.freeze(attempt));
+                }
+                Command::Thaw { channel, attempt } => {
+                    self.with_image(channel, |io| io.thaw(attempt));
                 }
                 Command::RefuseWrites { channel, sets } => {
                     self.with_image(channel, |io| io.refuse_writes(&sets));
@@ -577,8 +613,8 @@ impl EventLoop {
                 Command::LeaseDeadline { channel, deadline_ns } => {
                     self.with_image(channel, |io| io.set_lease_deadline(deadline_ns));
                 }
-                Command::Close { channel } => self.with_image(channel, ImageIo::close),
-                Command::Kill { channel } => self.with_image(channel, ImageIo::kill),
+                Command::Close { channel } => self.with_served(channel, Served::close),
+                Command::Kill { channel } => self.with_served(channel, Served::kill),
                 Command::Forget { channel } => self.forget(channel),
                 Command::StopListening => self.listeners.clear(),
                 Command::Disconnect { channel } => self.disconnect(channel),
@@ -660,9 +696,9 @@ impl EventLoop {
                 self.take_link_events(index);
             }
         }
-        let paced = self.images.iter().filter(|(_, image)| image.io.wants_pace());
+        let paced = self.images.iter().filter(|(_, image)| image.served.wants_pace());
         let paced: Vec<u32> = paced.map(|(channel, _)| *channel).collect();
-        paced.into_iter().for_each(|channel| self.with_image(channel, ImageIo::pace));
+        paced.into_iter().for_each(|channel| self.with_served(channel, Served::pace));
         if self.now_ns < self.next_image_tick_ns {
             return;
         }
@@ -687,19 +723,34 @@ impl EventLoop {
             .clients
             .iter()
             .map(|(_, client)| ClientSnapshot { id: client.id, channel: client.channel() });
-        let images = self.images.iter().map(|(channel, image)| ImageSnapshot {
-            channel: *channel,
-            image: image.io.image().to_string(),
-            running: image.io.is_running(),
-            epoch: image.io.spec().epoch,
-            generation: image.io.spec().generation,
-            requests_in_flight: image.io.requests_in_flight(),
-            replicas: image.io.replica_states(),
-            heal: image.io.heal_state(),
-            level: image.io.level_state(),
-            scrub: image.io.scrub_state(),
-            rot: image.io.rot_state(),
-            counters: image.counters.clone(),
+        let images = self.images.iter().filter_map(|(channel, image)| {
+            let io = image.served.image()?;
+            Some(ImageSnapshot {
+                channel: *channel,
+                image: io.image().to_string(),
+                running: io.is_running(),
+                epoch: io.spec().epoch,
+                generation: io.spec().generation,
+                requests_in_flight: io.requests_in_flight(),
+                replicas: io.replica_states(),
+                heal: io.heal_state(),
+                level: io.level_state(),
+                scrub: io.scrub_state(),
+                rot: io.rot_state(),
+                counters: image.counters.clone(),
+            })
+        });
+        let readers = self.images.iter().filter_map(|(channel, image)| {
+            let io = image.served.reader()?;
+            Some(ReaderSnapshot {
+                channel: *channel,
+                image: io.spec().image.to_string(),
+                layers: io.spec().layers.clone(),
+                running: io.is_running(),
+                requests_in_flight: io.requests_in_flight(),
+                nodes: io.node_states(),
+                counters: image.counters.clone(),
+            })
         });
         Snapshot {
             links: links.collect(),
@@ -707,6 +758,7 @@ impl EventLoop {
             refused_clients: self.refused_clients,
             bytes_in_flight: self.budget.used(),
             images: images.collect(),
+            readers: readers.collect(),
         }
     }
 }
@@ -723,7 +775,7 @@ fn step_zeroing(image: &mut OpenImage, channel: u32, done: bool, events: &EventQ
     let at = zeroing.at;
     zeroing.at += length;
     debug_assert!(length <= u64::from(u32::MAX) / u64::from(BLOCK_BYTES) * u64::from(BLOCK_BYTES));
-    image.io.zero(Token { client: NOBODY, cookie: 0 }, at, length as u32, 0);
+    image.served.zero(Token { client: NOBODY, cookie: 0 }, at, length as u32, 0);
 }
 
 fn instance_of(hello: &HelloReply) -> Instance {

@@ -5,12 +5,15 @@
 mod event_loop;
 mod snapshot;
 
-pub use snapshot::{ClientSnapshot, ImageSnapshot, LinkSnapshot, Snapshot};
+pub use snapshot::{ClientSnapshot, ImageSnapshot, LinkSnapshot, ReaderSnapshot, Snapshot};
 
+use crate::geometry::{LayerId, SnapshotId};
 use crate::io::{Poller, TlsConfig, Waker};
 use crate::nbd::budget::ClientLimits;
 use crate::nbd::{Answer, Query, TlsMode};
-use crate::replica::{Event, HealSpec, LinkTarget, NodeIndex, NodeMask, OpenSpec, ScrubSpec};
+use crate::replica::{
+    Event, HealSpec, LinkTarget, NodeIndex, NodeMask, OpenSpec, ReaderSpec, ScrubSpec,
+};
 use crate::wire::messages::HelloReply;
 use bytes::Bytes;
 use event_loop::EventLoop;
@@ -34,6 +37,8 @@ pub enum Command {
     Unlink(String),
     /// Begin with an image: its nodes are asked for their records, nothing is served yet.
     Open(OpenSpec),
+    /// Begin with a reader of frozen layers; `Event::ReaderOpen` or `Event::ReaderFailed` tells how it went.
+    OpenReader(ReaderSpec),
     Peek {
         channel: u32,
         node: NodeIndex,
@@ -53,6 +58,17 @@ pub enum Command {
         digest: [u8; 32],
         body: Bytes,
         in_sync: Vec<NodeMask>,
+        layers: Vec<LayerId>,
+        snapshots: Vec<SnapshotId>,
+    },
+    /// Have clients' changes wait for a snapshot; `Event::Frozen` or `Event::FreezeFailed` tells how it went.
+    Freeze {
+        channel: u32,
+        attempt: u64,
+    },
+    Thaw {
+        channel: u32,
+        attempt: u64,
     },
     /// Make a stale node level; `Event::Healed` or `Event::HealFailed` tells how it went.
     Heal {
@@ -81,7 +97,7 @@ pub enum Command {
         channel: u32,
         deadline_ns: u64,
     },
-    /// Flush, clear, let go; `Event::Closed` tells how it went.
+    /// Flush, clear, let go, or end a reader; `Event::Closed` tells how it went.
     Close {
         channel: u32,
     },

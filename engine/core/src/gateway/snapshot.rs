@@ -1,5 +1,6 @@
 //! What the gateway looks like at one moment, for people and tests.
 
+use crate::geometry::LayerId;
 use crate::nbd::Counters;
 use crate::replica::{HealState, LevelState, RotState, ScrubState};
 
@@ -36,6 +37,20 @@ pub struct ImageSnapshot {
     pub counters: Counters,
 }
 
+/// Frozen layers that are read.
+#[derive(Clone, Debug)]
+pub struct ReaderSnapshot {
+    pub channel: u32,
+    pub image: String,
+    /// Top first.
+    pub layers: Vec<LayerId>,
+    pub running: bool,
+    pub requests_in_flight: usize,
+    /// Name and state of each node.
+    pub nodes: Vec<(String, String)>,
+    pub counters: Counters,
+}
+
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     pub links: Vec<LinkSnapshot>,
@@ -45,4 +60,5 @@ pub struct Snapshot {
     /// What is kept for clients' requests.
     pub bytes_in_flight: u64,
     pub images: Vec<ImageSnapshot>,
+    pub readers: Vec<ReaderSnapshot>,
 }

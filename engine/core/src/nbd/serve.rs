@@ -11,7 +11,7 @@ use super::{
 };
 use crate::geometry::BLOCK_BYTES;
 use crate::io::{Filled, Sink, Stream};
-use crate::replica::{Extent, ImageIo, IoError, Outcome, Token};
+use crate::replica::{Extent, IoError, Outcome, Served, Token};
 use crate::wire::flag;
 use bytes::BytesMut;
 use slab::Slab;
@@ -282,7 +282,7 @@ impl Client {
     ///
     /// # Errors
     /// The stream has lost its boundaries: close the connection.
-    pub fn serve(&mut self, image: &mut ImageIo, budget: &Budget) -> Result<(), ProtocolError> {
+    pub fn serve(&mut self, image: &mut Served, budget: &Budget) -> Result<(), ProtocolError> {
         while !self.is_paused(budget) {
             let Phase::Serving { session, reader, .. } = &mut self.phase else { return Ok(()) };
             let Some(parsed) = reader.next(&mut self.stream.input)? else {
@@ -310,7 +310,7 @@ impl Client {
         Ok(())
     }
 
-    fn submit(&mut self, mut request: Request, image: &mut ImageIo) {
+    fn submit(&mut self, mut request: Request, image: &mut Served) {
         let payload = std::mem::take(&mut request.payload);
         let (command, offset, length) = (request.command, request.offset, request.length);
         if command == Command::Disconnect {
@@ -338,7 +338,7 @@ impl Client {
     }
 
     /// Asks the image for the next piece of a long request.
-    fn step(&mut self, cookie: usize, image: &mut ImageIo) {
+    fn step(&mut self, cookie: usize, image: &mut Served) {
         let asked = &mut self.in_flight[cookie];
         let at = asked.next;
         asked.next = asked.end.min((at / STEP_BYTES + 1) * STEP_BYTES);
@@ -365,7 +365,7 @@ impl Client {
         cookie: u64,
         mut outcome: Outcome,
         counters: &mut Counters,
-        image: &mut ImageIo,
+        image: &mut Served,
     ) {
         let cookie = cookie as usize;
         let Some(asked) = self.in_flight.get_mut(cookie) else { return };
@@ -449,7 +449,7 @@ fn whole_blocks(offset: u64, length: u64, size_bytes: u64) -> (u64, u64) {
     if first >= end { (offset, offset) } else { (first, end) }
 }
 
-/// What an image of one layer has, it has itself: its depth is 1.
+/// Nodes do not tell which layer has something: its depth is 1 in any case.
 fn allocation(extent: &Extent) -> super::Extent {
     let hole = if extent.hole { STATE_HOLE } else { 0 };
     let zero = if extent.zero { STATE_ZERO } else { 0 };

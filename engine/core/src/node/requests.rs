@@ -1,21 +1,21 @@
 //! What a node does with each kind of request: checks it against the session and the image's record,
 //! has the store do it, and says what to answer, and when.
 
-use super::sessions::{Session, Sessions};
+use super::sessions::{Reader, Session, Sessions};
 use crate::checksum::Checksum;
 use crate::content::Block;
-use crate::geometry::{BLOCK_BYTES, ShardKey, Tag};
+use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, ShardKey, Tag};
 use crate::io::SharedMemory;
 use crate::rules::{Rule, broken};
 use crate::store::{
-    BlockState, CopyBlock, Placed, ReadBuffer, RecordHead, Stamp, Store, StoreError,
-    WRITTEN_PER_PAGE, WriteOp, WrittenCursor,
+    BlockState, Chain, CopyBlock, ImageRecord, Placed, ReadBuffer, RecordHead, Stamp, Store,
+    StoreError, WRITTEN_PER_PAGE, WriteOp, WrittenCursor,
 };
 use crate::wire::codec::Short;
 use crate::wire::messages::{
-    self, Attach, BlocksReply, Copy, DIRTY_ENTRIES_MAX, DirtyEntry, DirtyFrom, DirtyReply, Flush,
-    Head, Io, IoInto, Level, Peek, PeekReply, SCRUB_BLOCKS_MAX, ScrubReply, ShardRange,
-    WRITTEN_SHARDS_MAX, WrittenAbove, WrittenReply,
+    self, Attach, AttachReader, BlocksReply, Copy, DIRTY_ENTRIES_MAX, DirtyEntry, DirtyFrom,
+    DirtyReply, Flush, Head, Io, IoInto, Level, Peek, PeekReply, SCRUB_BLOCKS_MAX, ScrubReply,
+    ShardRange, WRITTEN_SHARDS_MAX, WrittenAbove, WrittenReply,
 };
 use crate::wire::{Frame, PAYLOAD_BYTES_MAX, Status, flag, kind};
 use bytes::{BufMut, Bytes, BytesMut};
@@ -120,6 +120,7 @@ impl Requests<'_> {
             kind::PEEK => self.peek(frame),
             kind::RECORD => self.record(frame),
             kind::ATTACH => self.attach(frame),
+            kind::ATTACH_READER => self.attach_reader(frame),
             kind::DETACH => self.detach(frame),
             kind::CONFIRM => self.confirm(frame),
             kind::CLEAR => self.clear(frame),
@@ -155,8 +156,8 @@ impl Requests<'_> {
         Outcome::Answer { status: Status::Ok, head, payload }
     }
 
-    /// The session of the frame's channel, if it is current and of `epoch`.
-    fn session(&self, frame: &Frame, epoch: u64) -> Step<&Session> {
+    /// The holder's session of the frame's channel, if it is current and of `epoch`.
+    fn session(&self, frame: &Frame, epoch: u64) -> Step<Session> {
         let Some((session, current)) = self.sessions.get(self.connection, frame.channel) else {
             return Err(Refused::Status(Status::NoSession));
         };
@@ -170,7 +171,47 @@ impl Requests<'_> {
         if !current && !broken(Rule::SessionIsCurrent) {
             return Err(Refused::Status(Status::NoSession));
         }
-        Ok(session)
+        Ok(*session)
+    }
+
+    /// The layers of an image as its record names them, which is what its holder's session works on.
+    fn chain(&self, image: &ImageId) -> Step<Chain> {
+        let record = self.store.image(image);
+        record.map(|r| r.chain.clone()).ok_or(Refused::Status(Status::NoRecord))
+    }
+
+    /// What a read on the frame's channel is of: a holder's image, or a reader's frozen layers.
+    fn readable(&self, frame: &Frame, epoch: u64) -> Step<(ImageId, Chain)> {
+        if let Some(reader) = self.sessions.reader(self.connection, frame.channel) {
+            self.check_snapshot(reader)?;
+            return Ok((reader.image, reader.chain.clone()));
+        }
+        let image = self.session(frame, epoch)?.image;
+        Ok((image, self.chain(&image)?))
+    }
+
+    /// Whether all is here that the reader's snapshot holds, and nothing of it can change.
+    fn check_snapshot(&self, reader: &Reader) -> Step<()> {
+        if self.store.is_deleted(&reader.image) {
+            return Err(Refused::Status(Status::Deleted));
+        }
+        let Some(record) = self.store.image(&reader.image) else {
+            return Err(Refused::Status(Status::NoRecord));
+        };
+        let counts = !record.blank && !self.store.is_distrusted(&reader.image);
+        let here = counts && record.has_snapshot(&reader.chain, reader.generation);
+        match here || broken(Rule::ReadersReadFrozenLayers) {
+            true => Ok(()),
+            false => Err(Refused::Status(Status::NoLayers)),
+        }
+    }
+
+    /// A shard of a layer that the image's record names.
+    fn key(&self, image: ImageId, layer: LayerId, shard: u64) -> Step<ShardKey> {
+        match self.chain(&image)?.layers().contains(&layer) {
+            true => Ok(ShardKey { image, layer, shard }),
+            false => Err(Refused::Status(Status::Malformed)),
+        }
     }
 
     /// Refuses a generation below the stored one; takes a higher one as it comes.
@@ -192,9 +233,11 @@ impl Requests<'_> {
             if io.length as usize != frame.payload.len() {
                 return Err(Refused::Close);
             }
-            let session = self.session(frame, io.epoch)?.clone();
+            let session = self.session(frame, io.epoch)?;
             self.check_generation(&session, io.generation)?;
-            self.store.write(&operation(&session, &io), &checksums, frame.payload.clone())?;
+            let chain = self.chain(&session.image)?;
+            let operation = operation(session.image, &chain, &io);
+            self.store.write(&operation, &checksums, frame.payload.clone())?;
             Ok(())
         });
         self.scratch.checksums = checksums;
@@ -203,16 +246,17 @@ impl Requests<'_> {
 
     fn zero(&mut self, frame: &Frame) -> Step {
         let io = Io::take(frame.head.clone())?;
-        let session = self.session(frame, io.epoch)?.clone();
+        let session = self.session(frame, io.epoch)?;
         self.check_generation(&session, io.generation)?;
         let keep = frame.flags & flag::KEEP_ALLOCATED != 0;
-        self.store.zero(&operation(&session, &io), io.length, keep)?;
+        let chain = self.chain(&session.image)?;
+        self.store.zero(&operation(session.image, &chain, &io), io.length, keep)?;
         Ok(done(frame))
     }
 
     fn read(&mut self, frame: &Frame) -> Step {
         let io = Io::take(frame.head.clone())?;
-        let session = self.session(frame, io.epoch)?.clone();
+        let (image, chain) = self.readable(frame, io.epoch)?;
         let (first, blocks) = block_range(&io)?;
         if io.length as usize > PAYLOAD_BYTES_MAX {
             return Err(Refused::Close);
@@ -221,8 +265,7 @@ impl Requests<'_> {
         scratch.states.clear();
         scratch.data.reserve(io.length as usize);
         let (states, data) = (&mut scratch.states, &mut scratch.data);
-        let (image, layers, shard) = (&session.image, &session.layers, io.shard);
-        self.store.read_blocks(image, layers, shard, first, blocks, states, data)?;
+        self.store.read_blocks(&image, chain.layers(), io.shard, first, blocks, states, data)?;
         let payload = scratch.data.split().freeze();
         Ok(self.answer_blocks(payload))
     }
@@ -230,13 +273,13 @@ impl Requests<'_> {
     fn read_into(&mut self, frame: &Frame) -> Step {
         let IoInto { io, at } = IoInto::take(frame.head.clone())?;
         let (first, blocks) = block_range(&io)?;
-        let session = self.session(frame, io.epoch)?.clone();
+        let (image, chain) = self.readable(frame, io.epoch)?;
         let place = self.memory.as_mut().and_then(|memory| memory.room(at, io.length as usize));
         let mut placed = Placed::new(place.ok_or(Refused::Close)?);
         let states = &mut self.scratch.states;
         states.clear();
-        let (image, layers, shard) = (&session.image, &session.layers, io.shard);
-        self.store.read_blocks(image, layers, shard, first, blocks, states, &mut placed)?;
+        let (layers, shard) = (chain.layers(), io.shard);
+        self.store.read_blocks(&image, layers, shard, first, blocks, states, &mut placed)?;
         let bytes = placed.filled();
         let head = self.head_of_blocks();
         Ok(Outcome::Placed { head, bytes })
@@ -244,11 +287,10 @@ impl Requests<'_> {
 
     fn status(&mut self, frame: &Frame) -> Step {
         let io = Io::take(frame.head.clone())?;
-        let session = self.session(frame, io.epoch)?.clone();
+        let (image, chain) = self.readable(frame, io.epoch)?;
         let (first, blocks) = block_range(&io)?;
         let mut states = Vec::with_capacity(blocks as usize);
-        let (image, layers, shard) = (&session.image, &session.layers, io.shard);
-        self.store.status(image, layers, shard, first, blocks, &mut states)?;
+        self.store.status(&image, chain.layers(), io.shard, first, blocks, &mut states)?;
         // Checksums are for readers of data; whoever asks for states has none to check.
         self.scratch.states.clear();
         self.scratch.states.extend(states.into_iter().map(|state| state.with(0)));
@@ -267,7 +309,7 @@ impl Requests<'_> {
 
     fn flush(&mut self, frame: &Frame) -> Step {
         let flush = Flush::take(frame.head.clone())?;
-        let session = self.session(frame, flush.epoch)?.clone();
+        let session = self.session(frame, flush.epoch)?;
         self.check_generation(&session, flush.generation)?;
         self.forget_flushed(&session, &flush)?;
         if broken(Rule::FlushIsDurable) {
@@ -279,7 +321,7 @@ impl Requests<'_> {
 
     fn clear(&mut self, frame: &Frame) -> Step {
         let flush = Flush::take(frame.head.clone())?;
-        let session = self.session(frame, flush.epoch)?.clone();
+        let session = self.session(frame, flush.epoch)?;
         self.forget_flushed(&session, &flush)?;
         Ok(ok())
     }
@@ -332,7 +374,9 @@ impl Requests<'_> {
     }
 
     fn record(&mut self, frame: &Frame) -> Step {
-        let offered = messages::RecordHead::take(frame.head.clone())?;
+        let messages::Record { head: offered, blank, layers, snapshots } =
+            messages::Record::take(frame.head.clone())?;
+        let chain = Chain::new(&layers).ok_or(Refused::Close)?;
         let head = RecordHead {
             epoch: offered.epoch,
             holder: offered.holder,
@@ -340,7 +384,8 @@ impl Requests<'_> {
             digest: offered.digest,
             shard_bytes: offered.shard_bytes,
         };
-        let put = self.store.put_record(offered.image, head, frame.payload.clone());
+        let record = ImageRecord { head, blank, chain, snapshots, body: frame.payload.clone() };
+        let put = self.store.put_record(offered.image, record);
         if let Err(StoreError::RecordLower { stored } | StoreError::RecordConflict { stored }) =
             &put
         {
@@ -364,11 +409,22 @@ impl Requests<'_> {
             return Err(Refused::Status(Status::NoRecord));
         };
         let known = (record.head.epoch, record.head.holder);
-        if known != (attach.epoch, attach.holder) || attach.layers.is_empty() {
+        if known != (attach.epoch, attach.holder) {
             return Err(Refused::Status(Status::StaleEpoch));
         }
-        let session = Session { image: attach.image, epoch: attach.epoch, layers: attach.layers };
+        let session = Session { image: attach.image, epoch: attach.epoch };
         match self.sessions.begin(self.connection, frame.channel, session) {
+            true => Ok(ok()),
+            false => Err(Refused::Status(Status::NoSession)),
+        }
+    }
+
+    fn attach_reader(&mut self, frame: &Frame) -> Step {
+        let AttachReader { image, generation, layers } = AttachReader::take(frame.head.clone())?;
+        let chain = Chain::new(&layers).ok_or(Refused::Close)?;
+        let reader = Reader { image, chain, generation };
+        self.check_snapshot(&reader)?;
+        match self.sessions.begin_reader(self.connection, frame.channel, reader) {
             true => Ok(ok()),
             false => Err(Refused::Status(Status::NoSession)),
         }
@@ -382,7 +438,7 @@ impl Requests<'_> {
 
     fn confirm(&mut self, frame: &Frame) -> Step {
         let asked = messages::Session::take(frame.head.clone())?;
-        self.session(frame, asked.epoch)?;
+        self.readable(frame, asked.epoch)?;
         Ok(ok())
     }
 
@@ -408,7 +464,7 @@ impl Requests<'_> {
     fn blocks_of(&mut self, frame: &Frame) -> Step<(ShardKey, ShardRange, BlocksReply)> {
         let asked = ShardRange::take(frame.head.clone())?;
         let image = self.session(frame, asked.epoch)?.image;
-        let key = ShardKey { image, layer: asked.layer, shard: asked.shard };
+        let key = self.key(image, asked.layer, asked.shard)?;
         let summary = self.store.summary(&key)?;
         let end = asked.first_block.checked_add(asked.blocks).ok_or(Refused::Close)?;
         let range = asked.first_block as usize..end as usize;
@@ -439,9 +495,9 @@ impl Requests<'_> {
 
     fn copy(&mut self, frame: &Frame) -> Step {
         let copy = Copy::take(frame.head.clone())?;
-        let session = self.session(frame, copy.epoch)?.clone();
+        let session = self.session(frame, copy.epoch)?;
         self.check_generation(&session, copy.generation)?;
-        let key = ShardKey { image: session.image, layer: copy.layer, shard: copy.shard };
+        let key = self.key(session.image, copy.layer, copy.shard)?;
         let blocks: Vec<CopyBlock> = copy
             .indexes
             .iter()
@@ -467,9 +523,10 @@ impl Requests<'_> {
     /// A page of the shards that a node which was left behind has missed.
     fn written(&mut self, frame: &Frame) -> Step {
         let asked = WrittenAbove::take(frame.head.clone())?;
-        let Session { image, layers, .. } = self.session(frame, asked.epoch)?.clone();
+        let image = self.session(frame, asked.epoch)?.image;
+        let chain = self.chain(&image)?;
         let from = WrittenCursor { place: asked.place, shard: asked.shard };
-        let page = self.store.written_above(&image, &layers, asked.generation, from)?;
+        let page = self.store.written_above(&image, chain.layers(), asked.generation, from)?;
         let next = page.next.map(|next| (next.place, next.shard));
         Ok(self.answer(&WrittenReply { next, shards: page.shards }, Bytes::new()))
     }
@@ -483,7 +540,7 @@ impl Requests<'_> {
         if asked.blocks as usize > SCRUB_BLOCKS_MAX {
             return Err(Refused::Close);
         }
-        let key = ShardKey { image, layer: asked.layer, shard: asked.shard };
+        let key = self.key(image, asked.layer, asked.shard)?;
         let found = self.store.scrub(&key, asked.first_block, asked.blocks)?;
         let reply = ScrubReply {
             metadata_rewritten: found.metadata_rewritten,
@@ -502,15 +559,9 @@ fn done(frame: &Frame) -> Outcome {
     }
 }
 
-fn operation<'a>(session: &'a Session, io: &Io) -> WriteOp<'a> {
+fn operation<'a>(image: ImageId, chain: &'a Chain, io: &Io) -> WriteOp<'a> {
     let stamp = Stamp { epoch: io.epoch, generation: io.generation, sequence: io.sequence };
-    WriteOp {
-        image: session.image,
-        layers: &session.layers,
-        shard: io.shard,
-        offset: io.offset,
-        stamp,
-    }
+    WriteOp { image, layers: chain.layers(), shard: io.shard, offset: io.offset, stamp }
 }
 
 /// First block and number of blocks of a range that consists of whole blocks.

@@ -1,17 +1,29 @@
-//! Sessions: which holder may change which image over which connection.
+//! Sessions: who may ask what of which image over which connection.
 //!
-//! One image has one session. A new one, or a record of a higher epoch, ends the older: its requests
-//! are refused from then on, those that wait for room in the log included.
+//! One image has one session of a holder. A new one, or a record of a higher epoch, ends the older: its
+//! requests are refused from then on, those that wait for room in the log included. Beside it there may be
+//! any number of readers of frozen layers, which no holder ends.
 
-use crate::geometry::{ImageId, LayerId};
+use crate::geometry::ImageId;
+use crate::store::Chain;
 use std::collections::HashMap;
 
-/// One image's session on a channel of a connection.
-#[derive(Clone, Debug)]
+/// Readers of one connection.
+const READERS_MAX: usize = 4096;
+
+/// A holder's session on a channel of a connection.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Session {
     pub image: ImageId,
     pub epoch: u64,
-    pub layers: Vec<LayerId>,
+}
+
+/// A session that reads a snapshot.
+#[derive(Clone, Debug)]
+pub(crate) struct Reader {
+    pub image: ImageId,
+    pub chain: Chain,
+    pub generation: u64,
 }
 
 /// All sessions of a node. Connections have ids that are never reused.
@@ -19,6 +31,7 @@ pub(crate) struct Session {
 pub(crate) struct Sessions {
     by_channel: HashMap<(u64, u32), Session>,
     of_image: HashMap<ImageId, (u64, u32)>,
+    readers: HashMap<(u64, u32), Reader>,
 }
 
 impl Sessions {
@@ -37,9 +50,21 @@ impl Sessions {
                 self.by_channel.remove(&at);
             }
         }
+        self.readers.remove(&(connection, channel));
         self.of_image.insert(session.image, (connection, channel));
         self.by_channel.insert((connection, channel), session);
         true
+    }
+
+    /// Begins a reader's session; false: the connection has too many.
+    pub(crate) fn begin_reader(&mut self, connection: u64, channel: u32, reader: Reader) -> bool {
+        let others =
+            self.readers.keys().filter(|(of, other)| *of == connection && *other != channel);
+        let room = others.count() < READERS_MAX;
+        if room {
+            self.readers.insert((connection, channel), reader);
+        }
+        room
     }
 
     /// The session, and whether it is the image's current one.
@@ -49,7 +74,13 @@ impl Sessions {
         Some((session, current))
     }
 
+    /// The reader on that channel.
+    pub(crate) fn reader(&self, connection: u64, channel: u32) -> Option<&Reader> {
+        self.readers.get(&(connection, channel))
+    }
+
     pub(crate) fn end(&mut self, connection: u64, channel: u32) {
+        self.readers.remove(&(connection, channel));
         if let Some(session) = self.by_channel.remove(&(connection, channel))
             && self.of_image.get(&session.image) == Some(&(connection, channel))
         {
@@ -68,6 +99,7 @@ impl Sessions {
     pub(crate) fn connection_ended(&mut self, connection: u64) {
         self.by_channel.retain(|(other, _), _| *other != connection);
         self.of_image.retain(|_, (other, _)| *other != connection);
+        self.readers.retain(|(other, _), _| *other != connection);
     }
 }
 
@@ -76,7 +108,7 @@ mod tests {
     use super::*;
 
     fn session(epoch: u64) -> Session {
-        Session { image: ImageId([1; 16]), epoch, layers: vec![1] }
+        Session { image: ImageId([1; 16]), epoch }
     }
 
     #[test]
@@ -108,5 +140,20 @@ mod tests {
         assert!(sessions.get(1, 7).is_some_and(|(_, current)| current));
         sessions.fence(&ImageId([1; 16]), 4);
         assert!(sessions.get(1, 7).is_some_and(|(_, current)| !current));
+    }
+
+    #[test]
+    fn readers_of_a_connection_are_bounded_and_end_with_it() {
+        let mut sessions = Sessions::default();
+        let chain = Chain::new(&[1]).expect("a chain");
+        let reader = || Reader { image: ImageId([1; 16]), chain: chain.clone(), generation: 2 };
+        for channel in 0..READERS_MAX as u32 {
+            assert!(sessions.begin_reader(1, channel, reader()));
+        }
+        assert!(!sessions.begin_reader(1, u32::MAX, reader()));
+        assert!(sessions.begin_reader(1, 0, reader()), "one that is there attaches anew");
+        assert!(sessions.begin_reader(2, 0, reader()));
+        sessions.connection_ended(1);
+        assert!(sessions.reader(1, 0).is_none() && sessions.reader(2, 0).is_some());
     }
 }

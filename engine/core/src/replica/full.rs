@@ -32,14 +32,7 @@ impl ImageIo {
 
     /// Whether clients are refused what they write in this range.
     pub(super) fn has_no_room(&self, offset: u64, length: u32) -> bool {
-        if length == 0 || !self.refuses() {
-            return false;
-        }
-        let geometry = &self.spec.geometry;
-        let shard_bytes = u64::from(geometry.shard_bytes);
-        let last = (offset + u64::from(length) - 1) / shard_bytes;
-        (offset / shard_bytes..=last)
-            .any(|shard| self.sets[geometry.replica_set_of(shard) as usize].refuses)
+        self.refuses() && self.sets_of(offset, length).any(|set| set.refuses)
     }
 
     /// `node` has no room for a part.

@@ -174,7 +174,7 @@ impl ImageIo {
 
     /// Whether something goes on that `pace` drives.
     pub fn wants_pace(&self) -> bool {
-        self.heal.is_some() || self.is_levelling() || self.is_scrubbing()
+        self.heal.is_some() || self.is_levelling() || self.is_scrubbing() || self.is_freezing()
     }
 
     /// How far the heal under way is.
@@ -247,6 +247,12 @@ impl ImageIo {
     pub(super) fn healing(&self) -> NodeMask {
         let heal = self.heal.as_ref().filter(|_| !broken(Rule::HealedNodeAnswers));
         heal.map_or(NodeMask::EMPTY, Heal::node)
+    }
+
+    /// The node that is being healed, where nothing that it had counts.
+    pub(super) fn healed_from_nothing(&self) -> NodeMask {
+        let blank = |heal: &&Heal| heal.spec.sets.iter().any(|(_, since)| *since == 0);
+        self.heal.as_ref().filter(blank).map_or(NodeMask::EMPTY, Heal::node)
     }
 
     pub(super) fn is_entering_heal(&self, node: NodeIndex) -> bool {

@@ -512,6 +512,7 @@ impl ImageIo {
     /// Time has passed: what may go on in the background does.
     pub fn pace(&mut self) {
         self.background.reckon(self.now_ns);
+        self.limit_freeze();
         self.pace_levelling();
         self.go_on_scrubbing();
         let stamp = self.copy_stamp();

@@ -2,6 +2,7 @@
 
 use super::admission::Admission;
 use super::background::Background;
+use super::freeze::Freeze;
 use super::heal::{Heal, HealLimits};
 use super::lag::{Lag, Timing};
 use super::level::Leveller;
@@ -12,7 +13,7 @@ use super::scrub::Scrub;
 use super::shard_set::ShardSet;
 use super::{Event, Extent, Instance, IoError, NodeIndex, NodeMask, Outcome, Output, Token};
 use crate::content::Run;
-use crate::geometry::{Geometry, ImageId, LayerId};
+use crate::geometry::{Geometry, ImageId, LayerId, SnapshotId};
 use crate::wire::messages::RecordHead;
 use crate::wire::{self, Prefix};
 use bytes::{Bytes, BytesMut};
@@ -34,6 +35,7 @@ pub struct OpenSpec {
     pub channel: u32,
     pub geometry: Geometry,
     pub layers: Vec<LayerId>,
+    pub snapshots: Vec<SnapshotId>,
     pub epoch: u64,
     pub holder: [u8; 16],
     pub generation: u64,
@@ -214,6 +216,9 @@ pub struct ImageIo {
     pub(super) leveller: Leveller,
     /// Flushes that wait until every node in sync is whole.
     pub(super) held_flushes: Vec<usize>,
+    pub(super) freeze: Option<Freeze>,
+    /// Requests of clients that wait for the end of the freeze, in order of arrival.
+    pub(super) held_back: Vec<usize>,
     pub(super) heal: Option<Heal>,
     pub(super) repairs: Repairs,
     pub(super) scrub: Option<Scrub>,
@@ -277,6 +282,8 @@ impl ImageIo {
             admission: None,
             leveller: Leveller::new(spec.levelling),
             held_flushes: Vec::new(),
+            freeze: None,
+            held_back: Vec::new(),
             heal: None,
             repairs: Repairs::default(),
             scrub: None,
@@ -489,6 +496,7 @@ impl ImageIo {
             self.locks.release(Self::block_range(request.offset, request.length), &mut ready);
             ready.into_iter().for_each(|id| self.start(id));
         }
+        self.freeze_after(request_id);
         if self.phase == Phase::Closing {
             self.go_on_closing();
         }

@@ -3,8 +3,8 @@
 use super::image::{ImageIo, Phase, Purpose, ReplicaState, RequestKind};
 use super::replies::BadReply;
 use super::{Event, Instance, NodeIndex, NodeMask, PeekedRecord};
-use crate::geometry::ImageId;
-use crate::wire::messages::{Attach, Head, Peek, PeekReply};
+use crate::geometry::{ImageId, LayerId, SnapshotId};
+use crate::wire::messages::{Attach, Head, Peek, PeekReply, Record};
 use crate::wire::{Frame, Status, kind};
 use bytes::Bytes;
 
@@ -82,6 +82,9 @@ impl ImageIo {
         }
         self.repairs_without(node);
         self.restart_scrub();
+        if self.in_sync_anywhere().has(node) {
+            self.fail_freeze("a node in sync was lost");
+        }
     }
 
     fn is_resuming(&self, node: NodeIndex) -> bool {
@@ -169,9 +172,13 @@ impl ImageIo {
     }
 
     pub(super) fn send_record(&mut self, nodes: NodeMask) {
-        let (head, body) = (self.record_head(), self.spec.body.clone());
-        let tag = self.spec.generation;
-        self.send(nodes, kind::RECORD, 0, tag, &body, |out| head.put(out));
+        let (body, tag) = (self.spec.body.clone(), self.spec.generation);
+        let blank = nodes.and(self.healed_from_nothing());
+        for (nodes, blank) in [(nodes.without(blank), false), (blank, true)] {
+            let (layers, snapshots) = (self.spec.layers.clone(), self.spec.snapshots.clone());
+            let record = Record { head: self.record_head(), blank, layers, snapshots };
+            self.send(nodes, kind::RECORD, 0, tag, &body, |out| record.put(out));
+        }
     }
 
     pub(super) fn take_record(&mut self, node: NodeIndex, frame: Frame) -> Result<(), BadReply> {
@@ -216,12 +223,8 @@ impl ImageIo {
     }
 
     fn send_attach(&mut self, node: NodeIndex) {
-        let attach = Attach {
-            image: self.spec.image,
-            epoch: self.spec.epoch,
-            holder: self.spec.holder,
-            layers: self.spec.layers.clone(),
-        };
+        let attach =
+            Attach { image: self.spec.image, epoch: self.spec.epoch, holder: self.spec.holder };
         self.send(NodeMask::one(node), kind::ATTACH, 0, 0, &Bytes::new(), |out| attach.put(out));
     }
 
@@ -277,12 +280,17 @@ impl ImageIo {
     /// The record of a new generation: who is in sync in each set from now on. Requests that waited
     /// only for nodes that are not, are answered once all in-sync nodes of the changed sets have
     /// stored it (`Event::Stored`). Before the image is open it only replaces the former record.
+    ///
+    /// Other layers than before are taken while the image is frozen; changes of a set go on when its nodes in
+    /// sync have stored them.
     pub fn reconfigure(
         &mut self,
         generation: u64,
         digest: [u8; 32],
         body: Bytes,
         in_sync: &[NodeMask],
+        layers: &[LayerId],
+        snapshots: &[SnapshotId],
     ) {
         assert!(generation > self.spec.generation, "generations only grow");
         assert_eq!(in_sync.len(), self.sets.len(), "one mask for each replica set");
@@ -292,11 +300,17 @@ impl ImageIo {
         self.spec.generation = generation;
         self.spec.digest = digest;
         self.spec.body = body;
+        self.spec.snapshots = snapshots.to_vec();
+        let relayered = self.spec.layers != layers;
+        match relayered {
+            true => self.change_layers(layers),
+            false => self.fail_freeze("the record has changed"),
+        }
         let before = self.in_sync_anywhere();
         let mut storing = NodeMask::EMPTY;
         for (set, in_sync) in self.sets.iter_mut().zip(in_sync) {
             assert!(in_sync.without(set.members).is_empty(), "only members are in sync");
-            if set.in_sync == *in_sync {
+            if set.in_sync == *in_sync && !relayered {
                 continue;
             }
             set.in_sync = *in_sync;
@@ -362,6 +376,7 @@ impl ImageIo {
             let generation = self.spec.generation;
             self.event(Event::Stored { generation });
         }
+        self.thaw_stored();
         self.complete_answered();
     }
 

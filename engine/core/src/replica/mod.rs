@@ -20,6 +20,8 @@
 //! - one that is `Up` is sent no request for a shard in which it is doubtful, before that one is level on it,
 //!   durably; and no flush is answered while a replica in sync is doubtful anywhere (`level`).
 //!
+//! A reader (`reader`) has no part in all this: it asks nodes for layers that nobody changes any more.
+//!
 //! What this module never does: choose who is in sync, or raise an epoch or a generation.
 
 mod admission;
@@ -27,6 +29,7 @@ mod asks;
 mod background;
 mod compare;
 mod copier;
+mod freeze;
 mod full;
 mod heal;
 mod heal_shards;
@@ -38,9 +41,12 @@ mod locks;
 mod membership;
 mod memory;
 mod pacing;
+mod reader;
+mod reads;
 mod repair;
 mod replies;
 mod scrub;
+mod served;
 mod shard_set;
 mod submit;
 #[cfg(test)]
@@ -51,7 +57,9 @@ pub use heal::{HealLimits, HealSpec, HealState};
 pub use image::{ImageIo, OpenSpec, Queues, SetSpec};
 pub use level::LevelState;
 pub use link::{Link, LinkEvent, LinkTarget};
+pub use reader::{ReaderIo, ReaderSpec};
 pub use scrub::{ScrubSpec, ScrubState};
+pub use served::Served;
 
 use crate::content::Run;
 use crate::geometry::ImageId;
@@ -191,6 +199,15 @@ pub enum Event {
     Stored { generation: u64 },
     /// A node knows a later holder, or a later membership: nothing more is answered, ever.
     Fenced { node: NodeIndex, status: Status },
+    /// No change of a client is in flight, and all is durable on the nodes in sync. It stays so until policy
+    /// ends it, by `reconfigure` or `thaw`.
+    Frozen { attempt: u64 },
+    /// A freeze has ended before that; clients' changes go on.
+    FreezeFailed { attempt: u64, why: &'static str },
+    /// Of a reader: each replica set has a node that serves its frozen layers.
+    ReaderOpen,
+    /// Of a reader: that did not come about in time, or it is over; every request fails.
+    ReaderFailed { why: String },
     /// `close` is done. Not `clean`: the next holder has to reconcile.
     Closed { clean: bool },
 }

@@ -3,13 +3,11 @@
 use super::asks::is_ask;
 use super::image::{Clear, ImageIo, Phase, RequestKind};
 use super::level::Leveller;
-use super::{Event, Extent, IoError, NodeIndex, NodeMask, Outcome, Output};
-use crate::checksum::checksum_of;
-use crate::content::{Block, Run};
-use crate::geometry::BLOCK_BYTES;
+use super::reads::{Content, content_of};
+use super::{Event, IoError, NodeIndex, NodeMask, Outcome, Output};
 use crate::rules::{Rule, broken};
 use crate::wire::codec::Fields;
-use crate::wire::messages::{Head, Number, Session, take_blocks};
+use crate::wire::messages::{Head, Number, Session};
 use crate::wire::{Frame, REPLY, Status, flag, kind};
 use bytes::Bytes;
 
@@ -240,39 +238,12 @@ impl ImageIo {
     /// checksum.
     fn read_content(&mut self, id: usize, frame: Frame) -> Result<Option<u32>, BadReply> {
         let part = &self.parts[id];
-        let mut blocks = Vec::new();
-        take_blocks(frame.head, &mut blocks).map_err(|_| BadReply("malformed block list"))?;
-        let skip = part.offset % BLOCK_BYTES;
-        let expected = (skip + part.length).div_ceil(BLOCK_BYTES) as usize;
-        if blocks.len() != expected {
-            return Err(BadReply("another number of blocks than asked for"));
-        }
         let (request, position) = (part.request, part.position as usize);
-        if part.kind == RequestKind::Status {
-            let extents = extents_of(&blocks, skip, part.length);
-            self.requests[request].extents[position] = extents;
-            return Ok(None);
+        match content_of(frame, part.kind, part.offset, part.length)? {
+            Content::Damaged(index) => return Ok(Some(index)),
+            Content::Runs(runs) => self.requests[request].runs[position] = runs,
+            Content::Extents(extents) => self.requests[request].extents[position] = extents,
         }
-        if let Some(index) = blocks.iter().position(|block| *block == Block::Bad) {
-            return Ok(Some(index as u32));
-        }
-        let data_blocks = blocks.iter().filter(|block| block.is_data()).count();
-        if frame.payload.len() != data_blocks * BLOCK_BYTES as usize {
-            return Err(BadReply("payload and block list disagree"));
-        }
-        let stored = blocks.iter().enumerate().filter_map(|(index, block)| match block {
-            Block::Data(checksum) => Some((index as u32, *checksum)),
-            _ => None,
-        });
-        let mut contents = frame.payload.chunks_exact(BLOCK_BYTES as usize).zip(stored);
-        let damaged = contents.find(|(data, (_, checksum))| checksum_of(data) != *checksum);
-        if let Some((_, (index, _))) = damaged
-            && !broken(Rule::ReadsAreVerified)
-        {
-            return Ok(Some(index));
-        }
-        let runs = runs_of(&blocks, frame.payload, skip, part.length);
-        self.requests[request].runs[position] = runs;
         Ok(None)
     }
 
@@ -307,6 +278,7 @@ impl ImageIo {
     /// Ends the image at once: every request fails, later ones too.
     pub fn kill(&mut self) {
         self.phase = Phase::Dead;
+        self.kill_freeze();
         self.parts.clear();
         self.admission = None;
         self.leveller = Leveller::new(self.spec.levelling);
@@ -333,6 +305,7 @@ impl ImageIo {
         self.fail_heal_unless_settled(Status::NoSession);
         self.close_scrub();
         self.close_repairs();
+        self.close_freeze();
         self.phase = Phase::Closing;
         self.go_on_closing();
     }
@@ -365,53 +338,4 @@ impl ImageIo {
         self.phase = Phase::Dead;
         self.event(Event::Closed { clean });
     }
-}
-
-/// Cuts `skip` bytes off the front and all beyond `length` off the end of a run of `bytes`.
-struct Window {
-    skip: u32,
-    left: u32,
-}
-
-impl Window {
-    /// The part of the next `bytes` bytes that lies in the window: (start, length).
-    fn next(&mut self, bytes: u32) -> (u32, u32) {
-        let start = self.skip.min(bytes);
-        let length = (bytes - start).min(self.left);
-        self.skip -= start;
-        self.left -= length;
-        (start, length)
-    }
-}
-
-fn runs_of(blocks: &[Block], mut payload: Bytes, skip: u32, length: u32) -> Vec<Run> {
-    let mut window = Window { skip, left: length };
-    let mut runs = Vec::with_capacity(1);
-    for group in blocks.chunk_by(|a, b| a.is_data() == b.is_data()) {
-        let bytes = group.len() as u32 * BLOCK_BYTES;
-        let (start, length) = window.next(bytes);
-        if group[0].is_data() {
-            let data = payload.split_to(bytes as usize);
-            runs.push(Run::Data(data.slice(start as usize..(start + length) as usize)));
-        } else {
-            runs.push(Run::Hole(length));
-        }
-    }
-    runs
-}
-
-fn extents_of(blocks: &[Block], skip: u32, length: u32) -> Vec<Extent> {
-    let mut window = Window { skip, left: length };
-    let groups = blocks.chunk_by(|a, b| std::mem::discriminant(a) == std::mem::discriminant(b));
-    groups
-        .map(|group| {
-            let (_, length) = window.next(group.len() as u32 * BLOCK_BYTES);
-            let (hole, zero) = match group[0] {
-                Block::Absent => (true, true),
-                Block::Zero => (false, true),
-                Block::Data(_) | Block::Bad => (false, false),
-            };
-            Extent { length, hole, zero }
-        })
-        .collect()
 }

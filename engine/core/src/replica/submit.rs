@@ -4,20 +4,19 @@
 use super::image::{ImageIo, Part, Phase, Request, RequestKind};
 use super::lag::Timing;
 use super::locks::Mode;
+use super::reads::{Piece, blocks_asked, choose_reader, pieces};
 use super::{Event, IoError, NodeIndex, NodeMask, Outcome, Output, Token};
 use crate::checksum::{block_checksums, checksum_of};
 use crate::geometry::BLOCK_BYTES;
 use crate::rules::{Rule, broken};
+use crate::wire::kind;
 use crate::wire::messages::{Flush, Head, Io};
-use crate::wire::{PAYLOAD_BYTES_MAX, kind};
 use bytes::{BufMut, Bytes, BytesMut};
 
 /// An unflushed image is flushed by itself after so many bytes or ticks (seconds), so that its dirty
 /// map stays short and a reconcile after an unclean end is quick.
 const SELF_FLUSH_BYTES: u64 = 256 << 20;
 const SELF_FLUSH_TICKS: u32 = 30;
-/// Writes are cut to this: what a node takes in, verifies and logs in one go stays in a core's cache.
-const WRITE_BYTES_MAX: u64 = 256 << 10;
 
 impl ImageIo {
     /// A read of `length` bytes; answered with runs.
@@ -85,7 +84,9 @@ impl ImageIo {
             extents: Vec::new(),
         };
         let id = self.requests.insert(request);
-        self.enter(id, kind, offset, length);
+        if !self.hold_back(id) {
+            self.enter(id, kind, offset, length);
+        }
     }
 
     /// Has a flush follow with the next tick.
@@ -146,7 +147,7 @@ impl ImageIo {
         if length == 0 || request.is_refused() {
             return self.finish_request(id);
         }
-        let pieces = self.pieces(request.offset, length, kind);
+        let pieces = pieces(&self.spec.geometry, request.offset, length, kind);
         let request = &mut self.requests[id];
         request.parts_left = pieces.len() as u32;
         match kind {
@@ -167,28 +168,6 @@ impl ImageIo {
                 _ => self.dispatch_write(part),
             }
         }
-    }
-
-    /// The pieces of a range: none crosses a shard, nor a boundary of the payload limit.
-    fn pieces(&self, offset: u64, length: u32, kind: RequestKind) -> Vec<Piece> {
-        let shard_bytes = u64::from(self.spec.geometry.shard_bytes);
-        let step = match kind {
-            RequestKind::Write => shard_bytes.min(WRITE_BYTES_MAX),
-            RequestKind::Read => shard_bytes.min(PAYLOAD_BYTES_MAX as u64),
-            _ => shard_bytes,
-        };
-        let mut pieces = Vec::with_capacity(1);
-        let (mut at, end) = (offset, offset + u64::from(length));
-        while at < end {
-            let next = end.min((at / step + 1) * step);
-            pieces.push(Piece {
-                shard: at / shard_bytes,
-                offset: (at % shard_bytes) as u32,
-                length: (next - at) as u32,
-            });
-            at = next;
-        }
-        pieces
     }
 
     fn new_part(
@@ -298,7 +277,7 @@ impl ImageIo {
         let (shard, untried) = (part.shard, in_sync.without(part.tried));
         let (up, gated) = (self.up(), self.gated(part.shard));
         let fresh = untried.and(up).without(gated);
-        let Some(node) = self.choose_reader(fresh) else {
+        let Some(node) = choose_reader(fresh, self.spec.local, &mut self.read_turn) else {
             let absent = untried.without(up);
             if !untried.and(gated).is_empty() || !absent.is_empty() {
                 // It waits for them, or until the shard is level.
@@ -316,30 +295,13 @@ impl ImageIo {
             return self.part_done(request);
         };
         let tag = self.tag_of(id);
-        let block = BLOCK_BYTES;
         let part = &mut self.parts[id];
         part.waiting = NodeMask::one(node);
         part.sent = part.waiting;
-        let first = part.offset / block * block;
-        let io = Io {
-            shard: part.shard,
-            offset: first,
-            length: (part.offset + part.length).next_multiple_of(block) - first,
-            epoch: self.spec.epoch,
-            generation: self.spec.generation,
-            sequence: 0,
-        };
+        let piece = Piece { shard: part.shard, offset: part.offset, length: part.length };
+        let io = blocks_asked(piece, self.spec.epoch, self.spec.generation);
         let frame_kind = if part.kind == RequestKind::Read { kind::READ } else { kind::STATUS };
         self.send(NodeMask::one(node), frame_kind, 0, tag, &Bytes::new(), |out| io.put(out));
-    }
-
-    fn choose_reader(&mut self, candidates: NodeMask) -> Option<NodeIndex> {
-        if let Some(local) = self.spec.local.filter(|local| candidates.has(*local)) {
-            return Some(local);
-        }
-        self.read_turn = (self.read_turn + 1) % 64;
-        let turned = NodeMask(candidates.0 & !((1 << self.read_turn) - 1));
-        turned.first().or(candidates.first())
     }
 
     /// Reads and status questions that found no replica are tried again.
@@ -487,13 +449,6 @@ impl ImageIo {
         };
         self.send(nodes, kind::CLEAR, 0, 0, &Bytes::new(), |out| clear.put(out));
     }
-}
-
-#[derive(Clone, Copy)]
-struct Piece {
-    shard: u64,
-    offset: u32,
-    length: u32,
 }
 
 /// One checksum per touched block, cut where the blocks are cut, not where the payload begins.

@@ -6,7 +6,8 @@ use super::world::{Action, Happening, MILLISECOND_NS, Span, World};
 use crate::content::Run;
 use crate::gateway::GatewayEvent;
 use crate::replica::{
-    Background, Event, ImageIo, Instance, IoError, NodeIndex, OpenSpec, Outcome, Output, Token,
+    Background, Event, ImageIo, Instance, IoError, NodeIndex, OpenSpec, Outcome, Output, ReaderIo,
+    ReaderSpec, Served, Token,
 };
 use crate::wire::messages::HelloReply;
 use crate::wire::{Frame, FrameReader, flag};
@@ -63,7 +64,7 @@ struct Link {
 }
 
 struct Image {
-    io: ImageIo,
+    served: Served,
     /// The node of the cluster that each of its nodes is.
     nodes: Vec<usize>,
 }
@@ -197,10 +198,10 @@ impl World {
             self.tick_link(gateway, index, paused);
         }
         let images = &self.gateways[gateway].images;
-        let healing = images.iter().filter(|(_, image)| image.io.wants_pace());
+        let healing = images.iter().filter(|(_, image)| image.served.wants_pace());
         let healing: Vec<u32> = healing.map(|(channel, _)| *channel).collect();
         for channel in healing {
-            self.with_image(gateway, channel, ImageIo::pace);
+            self.with_served(gateway, channel, Served::pace);
         }
         self.go_on_in_background(gateway);
         let slot = &mut self.gateways[gateway];
@@ -274,7 +275,7 @@ impl World {
         link.state = LinkState::Idle { retry_at_ns };
         self.end_at_gateway(connection, false);
         if was_ready {
-            self.for_images_of(gateway, node, |io, index| io.link_down(index));
+            self.for_images_of(gateway, node, |served, index| served.link_down(index));
             let (node, why) = (self.nodes[node].sim.name.clone(), why.to_owned());
             self.tell(gateway, GatewayEvent::LinkDown { node, why });
         }
@@ -316,8 +317,8 @@ impl World {
                 link.hello = hello.clone();
                 link.state =
                     LinkState::Ready { connection: id, heard_ns: now_ns, pinged_ns: now_ns };
-                self.for_images_of(gateway, node, |io, index| {
-                    io.link_up(index, instance, boot);
+                self.for_images_of(gateway, node, |served, index| {
+                    served.link_up(index, instance, boot);
                 });
                 self.tell(gateway, GatewayEvent::LinkUp { hello });
             }
@@ -344,8 +345,8 @@ impl World {
         let channel = frame.channel;
         let Some(image) = self.gateways[gateway].images.get_mut(&channel) else { return };
         let Some(index) = image.nodes.iter().position(|other| *other == node) else { return };
-        image.io.set_now(now_ns);
-        if let Err(bad) = image.io.receive(index as NodeIndex, frame) {
+        image.served.set_now(now_ns);
+        if let Err(bad) = image.served.receive(index as NodeIndex, frame) {
             self.end_link(gateway, connection, &format!("protocol error: {}", bad.0));
         }
         self.settle_image(gateway, channel);
@@ -356,19 +357,30 @@ impl World {
     /// Begins with an image.
     pub fn open(&mut self, gateway: usize, spec: OpenSpec) {
         let channel = spec.channel;
-        let places = spec.nodes.iter().map(|name| {
+        let io = ImageIo::new(spec, &self.gateways[gateway].background);
+        self.serve(gateway, channel, Served::Image(Box::new(io)));
+    }
+
+    /// Begins with a reader of frozen layers.
+    pub fn open_reader(&mut self, gateway: usize, spec: ReaderSpec) {
+        let channel = spec.channel;
+        let io = ReaderIo::new(spec, self.now_ns);
+        self.serve(gateway, channel, Served::Reader(Box::new(io)));
+    }
+
+    fn serve(&mut self, gateway: usize, channel: u32, mut served: Served) {
+        let places = served.nodes().iter().map(|name| {
             let found = self.nodes.iter().position(|node| node.sim.name == *name);
             found.expect("an image lies on nodes of the cluster")
         });
         let nodes: Vec<usize> = places.collect();
-        let mut io = ImageIo::new(spec, &self.gateways[gateway].background);
         for (index, node) in nodes.iter().enumerate() {
             let link = self.gateways[gateway].links.iter().find(|link| link.node == *node);
             if let Some(link) = link.filter(|l| matches!(l.state, LinkState::Ready { .. })) {
-                io.link_up(index as NodeIndex, instance_of(&link.hello), link.hello.boot);
+                served.link_up(index as NodeIndex, instance_of(&link.hello), link.hello.boot);
             }
         }
-        self.gateways[gateway].images.insert(channel, Image { io, nodes });
+        self.gateways[gateway].images.insert(channel, Image { served, nodes });
         self.settle_image(gateway, channel);
     }
 
@@ -384,16 +396,34 @@ impl World {
         channel: u32,
         act: impl FnOnce(&mut ImageIo),
     ) -> bool {
+        self.with_served(gateway, channel, |served| {
+            if let Some(io) = served.image_mut() {
+                act(io);
+            }
+        })
+    }
+
+    /// Has an image, or a reader, do something. False: the gateway has none of this channel.
+    pub fn with_served(
+        &mut self,
+        gateway: usize,
+        channel: u32,
+        act: impl FnOnce(&mut Served),
+    ) -> bool {
         let now_ns = self.now_ns;
         let Some(image) = self.gateways[gateway].images.get_mut(&channel) else { return false };
-        image.io.set_now(now_ns);
-        act(&mut image.io);
+        image.served.set_now(now_ns);
+        act(&mut image.served);
         self.settle_image(gateway, channel);
         true
     }
 
     pub fn image(&self, gateway: usize, channel: u32) -> Option<&ImageIo> {
-        self.gateways[gateway].images.get(&channel).map(|image| &image.io)
+        self.gateways[gateway].images.get(&channel)?.served.image()
+    }
+
+    pub(super) fn reader(&self, gateway: usize, channel: u32) -> Option<&ReaderIo> {
+        self.gateways[gateway].images.get(&channel)?.served.reader()
     }
 
     /// A guest's request. False: the gateway has no image of this channel, and ends the connection.
@@ -407,7 +437,7 @@ impl World {
         let bytes = |sectors: u32| sectors * SECTOR_BYTES as u32;
         let at = |first: u64| first * SECTOR_BYTES as u64;
         let fua = |durable: bool| if durable { flag::FUA } else { 0 };
-        self.with_image(gateway, channel, |io| match request {
+        self.with_served(gateway, channel, |io| match request {
             GuestRequest::Read { first, sectors } => io.read(token, at(first), bytes(sectors)),
             GuestRequest::Write { first, sectors, stamp, durable } => {
                 let data = stamp.to_le_bytes().repeat(bytes(sectors) as usize / 8);
@@ -425,14 +455,14 @@ impl World {
         &mut self,
         gateway: usize,
         node: usize,
-        mut act: impl FnMut(&mut ImageIo, NodeIndex),
+        mut act: impl FnMut(&mut Served, NodeIndex),
     ) {
         let now_ns = self.now_ns;
         let mut touched = Vec::new();
         for (channel, image) in &mut self.gateways[gateway].images {
             if let Some(index) = image.nodes.iter().position(|other| *other == node) {
-                image.io.set_now(now_ns);
-                act(&mut image.io, index as NodeIndex);
+                image.served.set_now(now_ns);
+                act(&mut image.served, index as NodeIndex);
                 touched.push(*channel);
             }
         }
@@ -444,8 +474,8 @@ impl World {
         loop {
             let slot = &mut self.gateways[gateway];
             let Some(image) = slot.images.get_mut(&channel) else { return };
-            let Some(output) = image.io.outputs.pop_front() else {
-                return image.io.report_background();
+            let Some(output) = image.served.take_output() else {
+                return image.served.report_background();
             };
             match output {
                 Output::Send { node, head, payload } => {
@@ -504,14 +534,15 @@ impl World {
     fn note_level(&mut self, gateway: usize, channel: u32) {
         let slot = &self.gateways[gateway];
         let Some(image) = slot.images.get(&channel) else { return };
-        for index in image.io.whole().iter() {
+        let Some(io) = image.served.image() else { return };
+        for index in io.whole().iter() {
             let node = image.nodes[usize::from(index)];
             let link = slot.links.iter().find(|link| link.node == node);
             let process = self.nodes[node].sim.run.as_ref();
             if let (Some(link), Some(process)) = (link, process)
                 && instance_of(&link.hello) == process.instance()
             {
-                self.remembers.insert((node, image.io.image()));
+                self.remembers.insert((node, io.image()));
             }
         }
     }

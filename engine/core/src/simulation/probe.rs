@@ -16,6 +16,12 @@ impl World {
         run.store.image(image).map(|record| record.head)
     }
 
+    /// The layers that this record names, top first.
+    pub fn node_layers(&self, node: usize, image: &ImageId) -> Option<Vec<LayerId>> {
+        let run = self.nodes[node].sim.run.as_ref()?;
+        run.store.image(image).map(|record| record.chain.layers().to_vec())
+    }
+
     /// What a running node holds.
     pub fn inventory(&self, node: usize) -> Inventory {
         let run = self.nodes[node].sim.run.as_ref();
@@ -100,6 +106,10 @@ impl World {
     }
 
     pub fn queues(&self, gateway: usize, channel: u32) -> Queues {
+        if let Some(io) = self.reader(gateway, channel) {
+            let (requests, parts) = (io.requests_in_flight(), io.parts_in_flight());
+            return Queues { requests, parts, unanswered: 0 };
+        }
         self.image(gateway, channel).map(|io| io.queues()).unwrap_or_default()
     }
 

@@ -4,11 +4,12 @@ use super::network::{Item, Way};
 use crate::wire::messages::{Copy, Flush, Head, Io, Level, ShardRange, take_write};
 use crate::wire::{Frame, kind};
 
-const NAMES: [(u8, &str); 17] = [
+const NAMES: [(u8, &str); 18] = [
     (kind::PING, "PING"),
     (kind::PEEK, "PEEK"),
     (kind::RECORD, "RECORD"),
     (kind::ATTACH, "ATTACH"),
+    (kind::ATTACH_READER, "ATTACH_READER"),
     (kind::DETACH, "DETACH"),
     (kind::CONFIRM, "CONFIRM"),
     (kind::WRITE, "WRITE"),

@@ -3,13 +3,14 @@
 //! `images/ID/record`; a tombstone likewise to `deleted/ID`, for ever.
 //!
 //! Invariant: epoch and generation of a stored record never decrease, an epoch never changes its
-//! holder, a generation never its digest, an image never its shard size.
+//! holder, a generation never its digest nor its layers, an image never its shard size.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::geometry::{ImageId, SHARD_BYTES_MAX, SHARD_BYTES_MIN};
+use crate::geometry::{ImageId, LayerId, SHARD_BYTES_MAX, SHARD_BYTES_MIN, SnapshotId};
 use crate::rules::{Rule, broken};
 
 use super::disk::{Disk, DiskResult, Errno};
@@ -18,8 +19,9 @@ use super::errors::StoreError;
 use super::index::KeyMap;
 
 const MAGIC: &[u8; 8] = b"HCIIMAGE";
-/// Longest body of a record.
+/// Longest body of a record, and most layers, and snapshots, of an image.
 pub const BODY_BYTES_MAX: usize = 64 << 10;
+pub const LAYERS_MAX: usize = 1024;
 
 /// The part of an image's record that the store judges by.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -28,7 +30,7 @@ pub struct RecordHead {
     /// Who holds the epoch.
     pub holder: [u8; 16],
     pub generation: u64,
-    /// BLAKE3 of the in-sync sets of that generation.
+    /// BLAKE3 of the in-sync sets and the layers of that generation.
     pub digest: [u8; 32],
     pub shard_bytes: u32,
 }
@@ -37,7 +39,44 @@ pub struct RecordHead {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ImageRecord {
     pub head: RecordHead,
+    /// Nothing that is here of the image counts yet: it is made from what other nodes have.
+    pub blank: bool,
+    pub chain: Chain,
+    pub snapshots: Vec<SnapshotId>,
     pub body: Bytes,
+}
+
+/// The layers of an image, top first: at least one, and ids that fall.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Chain(Arc<[LayerId]>);
+
+impl Chain {
+    /// None where the layers are no chain.
+    pub fn new(layers: &[LayerId]) -> Option<Chain> {
+        let fits = (1..=LAYERS_MAX).contains(&layers.len()) && layers.is_sorted_by(|a, b| a > b);
+        fits.then(|| Chain(layers.into()))
+    }
+
+    pub fn layers(&self) -> &[LayerId] {
+        &self.0
+    }
+
+    /// Whether `lower` is what lies below some layer of this chain: it does not change any more.
+    pub fn has_frozen(&self, lower: &Chain) -> bool {
+        self.0.len() > lower.0.len() && self.0.ends_with(&lower.0)
+    }
+}
+
+impl ImageRecord {
+    fn is_layered_as(&self, other: &ImageRecord) -> bool {
+        self.chain == other.chain && self.snapshots == other.snapshots
+    }
+
+    /// Whether this chain is what the snapshot of that generation holds.
+    pub fn has_snapshot(&self, chain: &Chain, generation: u64) -> bool {
+        let snapshot = SnapshotId { layer: chain.layers()[0], generation };
+        self.chain.has_frozen(chain) && self.snapshots.contains(&snapshot)
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -82,8 +121,9 @@ impl Images {
         }
     }
 
-    /// Whether `head` may be stored.
-    pub fn check(&self, image: &ImageId, head: &RecordHead) -> Result<(), StoreError> {
+    /// Whether the record may be stored.
+    pub fn check(&self, image: &ImageId, record: &ImageRecord) -> Result<(), StoreError> {
+        let head = &record.head;
         if self.deleted.contains(image) {
             return Err(StoreError::Deleted { image: *image });
         }
@@ -93,13 +133,13 @@ impl Images {
             return Err(StoreError::OutOfRange);
         }
         let Some(known) = self.known.get(image) else { return Ok(()) };
-        let stored = known.record.head;
+        let (stored, equal) = (known.record.head, known.record.is_layered_as(record));
         let lower = head.epoch < stored.epoch || head.generation < stored.generation;
         if lower && !broken(Rule::RecordsGrow) {
             return Err(StoreError::RecordLower { stored: Box::new(stored) });
         }
         let conflict = (head.epoch == stored.epoch && head.holder != stored.holder)
-            || (head.generation == stored.generation && head.digest != stored.digest)
+            || (head.generation == stored.generation && (head.digest != stored.digest || !equal))
             || head.shard_bytes != stored.shard_bytes;
         if conflict && !broken(Rule::EqualRecordsAgree) {
             return Err(StoreError::RecordConflict { stored: Box::new(stored) });
@@ -186,6 +226,14 @@ pub fn encode_record(record: &ImageRecord, out: &mut Vec<u8>) {
     push_u64(out, head.generation);
     out.extend_from_slice(&head.digest);
     push_u32(out, head.shard_bytes);
+    out.push(u8::from(record.blank));
+    push_u32(out, record.chain.layers().len() as u32);
+    record.chain.layers().iter().for_each(|layer| push_u32(out, *layer));
+    push_u32(out, record.snapshots.len() as u32);
+    for SnapshotId { layer, generation } in &record.snapshots {
+        push_u32(out, *layer);
+        push_u64(out, *generation);
+    }
     push_u32(out, record.body.len() as u32);
     out.extend_from_slice(&record.body);
 }
@@ -194,12 +242,18 @@ pub fn encode_record(record: &ImageRecord, out: &mut Vec<u8>) {
 pub fn decode_record(reader: &mut Reader<'_>) -> Option<ImageRecord> {
     let (epoch, holder, generation) = (reader.u64()?, reader.array()?, reader.u64()?);
     let (digest, shard_bytes) = (reader.array()?, reader.u32()?);
+    let (blank, count) = (reader.u8()? != 0, reader.u32()?);
+    let layers: Option<Vec<LayerId>> = (0..count).map(|_| reader.u32()).collect();
+    let chain = Chain::new(&layers?)?;
+    let count = reader.u32()?;
+    let snapshot = |_| Some(SnapshotId { layer: reader.u32()?, generation: reader.u64()? });
+    let snapshots = (0..count).map(snapshot).collect::<Option<Vec<SnapshotId>>>()?;
     let length = reader.u32()? as usize;
     let body = Bytes::copy_from_slice(reader.take(length)?);
     let fits =
         shard_bytes.is_power_of_two() && (SHARD_BYTES_MIN..=SHARD_BYTES_MAX).contains(&shard_bytes);
     let head = RecordHead { epoch, holder, generation, digest, shard_bytes };
-    fits.then_some(ImageRecord { head, body })
+    fits.then_some(ImageRecord { head, blank, chain, snapshots, body })
 }
 
 /// Writes `images/ID/record` so that a crash leaves the old or the new one, durably.

@@ -59,7 +59,7 @@ pub use checkpoint::{CheckpointDone, CheckpointJob};
 pub use dirty::DirtyEntry;
 use disk::{Disk, DiskResult, Errno, FileRef, LockGuard};
 pub use errors::StoreError;
-pub use images::{BODY_BYTES_MAX, ImageRecord, RecordHead};
+pub use images::{BODY_BYTES_MAX, Chain, ImageRecord, RecordHead};
 use log::{Class, Log};
 pub use read::{BlockSummary, Placed, ReadBuffer, ShardSummary};
 pub use record::CopyBlock;

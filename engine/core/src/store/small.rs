@@ -1,11 +1,9 @@
 //! Records of a few bytes: image records, clears, marks, tombstones.
 
-use bytes::Bytes;
-
 use crate::geometry::{ImageId, Tag};
 
 use super::dirty::ENTRY_BYTES;
-use super::images::{BODY_BYTES_MAX, ImageRecord, RecordHead, encode_record};
+use super::images::{BODY_BYTES_MAX, ImageRecord, LAYERS_MAX, encode_record};
 use super::log::Class;
 use super::record::{Header, Kind};
 use super::state::encode_peers;
@@ -20,20 +18,14 @@ impl Store {
     /// sticky.
     ///
     /// Refuses a lower epoch or generation (`RecordLower`), and an equal epoch of another holder or
-    /// an equal generation of another digest (`RecordConflict`). Of a distrusted image only a holder
+    /// an equal generation of another digest or other layers (`RecordConflict`). Of a distrusted image only a holder
     /// that was told so stores one, when the cluster's record says that nothing here counts.
-    pub fn put_record(
-        &mut self,
-        image: ImageId,
-        head: RecordHead,
-        body: Bytes,
-    ) -> Result<u64, StoreError> {
+    pub fn put_record(&mut self, image: ImageId, record: ImageRecord) -> Result<u64, StoreError> {
         self.check()?;
-        self.state.images.check(&image, &head)?;
-        if body.len() > BODY_BYTES_MAX {
+        self.state.images.check(&image, &record)?;
+        if record.body.len() > BODY_BYTES_MAX || record.snapshots.len() > LAYERS_MAX {
             return Err(StoreError::TooLarge);
         }
-        let record = ImageRecord { head, body };
         let mut extra = Vec::new();
         encode_record(&record, &mut extra);
         let staged = self.stage_small(Header::new(Kind::Image, image), &extra, Class::Small)?;

@@ -5,7 +5,7 @@ use super::codec::{Fields, Short, put_list, put_text};
 use super::{MAGIC, VERSION};
 use crate::checksum::{CHECKSUM_BYTES, Checksum};
 use crate::content::Block;
-use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, Tag};
+use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, SnapshotId, Tag};
 use bytes::{BufMut, Bytes, BytesMut};
 
 /// A head that can be written and read back.
@@ -94,14 +94,14 @@ impl Head for HelloReply {
     }
 }
 
-/// What fences: the part of an image's record that nodes compare (RECORD, PEEK's reply, refusals).
+/// What fences: the part of an image's record that nodes compare (RECORD, PEEK's reply).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RecordHead {
     pub image: ImageId,
     pub epoch: u64,
     pub holder: [u8; 16],
     pub generation: u64,
-    /// BLAKE3 of the replica sets and who is stale in them.
+    /// BLAKE3 of the replica sets, of who is stale in them, and of the layers.
     pub digest: [u8; 32],
     pub shard_bytes: u32,
 }
@@ -125,6 +125,58 @@ impl Head for RecordHead {
             shard_bytes: f.u32()?,
         })
     }
+}
+
+/// Most layers, and snapshots, of an image.
+pub const LAYERS_MAX: usize = 1024;
+
+/// RECORD's head; the record's body is the payload.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    pub head: RecordHead,
+    /// The node is made from others from nothing: what it has of the image does not count yet.
+    pub blank: bool,
+    /// The chain, top first: ids that fall.
+    pub layers: Vec<LayerId>,
+    /// In any order.
+    pub snapshots: Vec<SnapshotId>,
+}
+
+impl Head for Record {
+    fn put(&self, out: &mut BytesMut) {
+        self.head.put(out);
+        out.put_u8(u8::from(self.blank));
+        put_layers(out, &self.layers);
+        put_list(out, &self.snapshots, |out, snapshot| put_snapshot(out, *snapshot));
+    }
+    fn take_fields(f: &mut Fields) -> Result<Self, Short> {
+        let record = Record {
+            head: RecordHead::take_fields(f)?,
+            blank: f.u8()? != 0,
+            layers: take_layers(f)?,
+            snapshots: f.list(12, take_snapshot)?,
+        };
+        if record.snapshots.len() > LAYERS_MAX { Err(Short) } else { Ok(record) }
+    }
+}
+
+fn put_snapshot(out: &mut BytesMut, snapshot: SnapshotId) {
+    out.put_u32_le(snapshot.layer);
+    out.put_u64_le(snapshot.generation);
+}
+
+fn take_snapshot(f: &mut Fields) -> Result<SnapshotId, Short> {
+    Ok(SnapshotId { layer: f.u32()?, generation: f.u64()? })
+}
+
+fn put_layers(out: &mut BytesMut, layers: &[LayerId]) {
+    put_list(out, layers, |out, layer| out.put_u32_le(*layer));
+}
+
+fn take_layers(f: &mut Fields) -> Result<Vec<LayerId>, Short> {
+    let layers = f.list(4, Fields::u32)?;
+    let is_chain = (1..=LAYERS_MAX).contains(&layers.len()) && layers.is_sorted_by(|a, b| a > b);
+    if is_chain { Ok(layers) } else { Err(Short) }
 }
 
 /// PEEK asks by image id alone.
@@ -184,13 +236,11 @@ fn take_flush_numbers(f: &mut Fields) -> Result<Vec<(String, u64)>, Short> {
 }
 
 /// Begins a session of the image's holder on the frame's channel.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Attach {
     pub image: ImageId,
     pub epoch: u64,
     pub holder: [u8; 16],
-    /// The chain, top first.
-    pub layers: Vec<LayerId>,
 }
 
 impl Head for Attach {
@@ -198,15 +248,31 @@ impl Head for Attach {
         out.put_slice(&self.image.0);
         out.put_u64_le(self.epoch);
         out.put_slice(&self.holder);
-        put_list(out, &self.layers, |out, layer| out.put_u32_le(*layer));
     }
     fn take_fields(f: &mut Fields) -> Result<Self, Short> {
-        Ok(Attach {
-            image: ImageId(f.array()?),
-            epoch: f.u64()?,
-            holder: f.array()?,
-            layers: f.list(4, Fields::u32)?,
-        })
+        Ok(Attach { image: ImageId(f.array()?), epoch: f.u64()?, holder: f.array()? })
+    }
+}
+
+/// Begins a session of a reader of a snapshot on the frame's channel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AttachReader {
+    pub image: ImageId,
+    /// Of the snapshot.
+    pub generation: u64,
+    /// Its layers, top first.
+    pub layers: Vec<LayerId>,
+}
+
+impl Head for AttachReader {
+    fn put(&self, out: &mut BytesMut) {
+        out.put_slice(&self.image.0);
+        out.put_u64_le(self.generation);
+        put_layers(out, &self.layers);
+    }
+    fn take_fields(f: &mut Fields) -> Result<Self, Short> {
+        let (image, generation) = (ImageId(f.array()?), f.u64()?);
+        Ok(AttachReader { image, generation, layers: take_layers(f)? })
     }
 }
 

@@ -1,4 +1,4 @@
-//! Frames of the gateway–node protocol, version 1, without I/O. The bytes are specified in
+//! Frames of the gateway–node protocol, version 3, without I/O. The bytes are specified in
 //! `docs/wire.md`; every constant and layout below has its section there.
 //!
 //! A frame is a 28-byte prefix, a head (its layout depends on the kind) and a payload. The prefix and
@@ -17,7 +17,7 @@ pub use frame::{Frame, FrameReader, Prefix, decode, encode};
 /// Opens every HELLO head (docs/wire.md, "Hello"); its layout is the same in all versions.
 pub const MAGIC: [u8; 8] = *b"HCIWIRE\n";
 /// The protocol version that this code speaks.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// Bytes of a frame's prefix.
 pub const PREFIX_BYTES: usize = 28;
 /// Largest head. A full block summary of a 64 MiB shard (16,384 × 25 bytes) fits.
@@ -37,6 +37,7 @@ pub mod kind {
     pub const DETACH: u8 = 6;
     pub const CONFIRM: u8 = 7;
     pub const MEMORY: u8 = 8;
+    pub const ATTACH_READER: u8 = 9;
     pub const WRITE: u8 = 16;
     pub const ZERO: u8 = 17;
     pub const READ: u8 = 18;
@@ -94,12 +95,14 @@ pub enum Status {
     Deleted = 13,
     /// Too many dirty shards: flush, clear, ask again.
     DirtyFull = 14,
+    /// ATTACH_READER: the node has no such frozen layers, or not all that is in them.
+    NoLayers = 15,
 }
 
 impl Status {
     pub fn from_wire(value: u16) -> Option<Status> {
         use Status::*;
-        const ALL: [Status; 15] = [
+        const ALL: [Status; 16] = [
             Ok,
             Malformed,
             Version,
@@ -115,6 +118,7 @@ impl Status {
             Io,
             Deleted,
             DirtyFull,
+            NoLayers,
         ];
         ALL.get(usize::from(value)).copied()
     }

@@ -9,12 +9,12 @@ mod wire_heads;
 use bytes::{BufMut, Bytes, BytesMut};
 use hci_engine_core::checksum::crc32c;
 use hci_engine_core::content::Block;
-use hci_engine_core::geometry::{ImageId, Tag};
+use hci_engine_core::geometry::{ImageId, SnapshotId, Tag};
 use hci_engine_core::nbd::constants::{EXTENDED_REQUEST_MAGIC, IHAVEOPT, REQUEST_MAGIC};
 use hci_engine_core::wire::messages::{
-    Attach, BlocksReply, Copy, DirtyEntry, DirtyFrom, DirtyReply, Flush, Head, Hello, HelloReply,
-    Io, IoInto, Level, Number, Peek, PeekReply, RecordHead, ScrubReply, Session, ShardRange,
-    WrittenAbove, WrittenReply, put_blocks,
+    Attach, AttachReader, BlocksReply, Copy, DirtyEntry, DirtyFrom, DirtyReply, Flush, Head, Hello,
+    HelloReply, Io, IoInto, Level, Number, Peek, PeekReply, Record, RecordHead, ScrubReply,
+    Session, ShardRange, WrittenAbove, WrittenReply, put_blocks,
 };
 use hci_engine_core::wire::{REPLY, kind};
 use proptest::collection::vec;
@@ -52,7 +52,10 @@ fn samples() -> Vec<(u8, Vec<u8>)> {
     let peers = vec![(node.clone(), 4), ("node2".to_owned(), 8)];
     let (dirty, distrusted) = (6, true);
     let peek_reply = PeekReply { record: record(), dirty, flush_number, distrusted, peers };
-    let attach = Attach { image: IMAGE, epoch: 3, holder: [1; 16], layers: vec![2, 1] };
+    let attach = Attach { image: IMAGE, epoch: 3, holder: [1; 16] };
+    let reader = AttachReader { image: IMAGE, generation: 5, layers: vec![2, 1] };
+    let snapshots = vec![SnapshotId { layer: 2, generation: 5 }; 2];
+    let stored = Record { head: record(), blank: true, layers: vec![3, 2, 1], snapshots };
     let proof = vec![(node, 12)];
     let flush = Flush { epoch: 3, generation: 2, clear_sequence: 9, proof };
     let entry = DirtyEntry { shard: 5, last: TAG, generation: 2, sticky: true };
@@ -76,8 +79,9 @@ fn samples() -> Vec<(u8, Vec<u8>)> {
         (kind::HELLO | REPLY, bytes_of(&hello_reply)),
         (kind::PEEK, bytes_of(&Peek(IMAGE))),
         (kind::PEEK | REPLY, bytes_of(&peek_reply)),
-        (kind::RECORD, bytes_of(&record())),
+        (kind::RECORD, bytes_of(&stored)),
         (kind::ATTACH, bytes_of(&attach)),
+        (kind::ATTACH_READER, bytes_of(&reader)),
         (kind::DETACH, bytes_of(&Session { epoch: 3 })),
         (kind::CONFIRM, bytes_of(&Session { epoch: 3 })),
         (kind::WRITE, write.to_vec()),

@@ -4,9 +4,9 @@
 use bytes::{BufMut, Bytes, BytesMut};
 use hci_engine_core::content::Block;
 use hci_engine_core::wire::messages::{
-    Attach, BlocksReply, Copy, DirtyFrom, DirtyReply, Flush, Head, Hello, HelloReply, Io, IoInto,
-    Level, Number, Peek, PeekReply, RecordHead, ScrubReply, Session, ShardRange, WrittenAbove,
-    WrittenReply, put_blocks, take_blocks, take_write,
+    Attach, AttachReader, BlocksReply, Copy, DirtyFrom, DirtyReply, Flush, Head, Hello, HelloReply,
+    Io, IoInto, Level, Number, Peek, PeekReply, Record, ScrubReply, Session, ShardRange,
+    WrittenAbove, WrittenReply, put_blocks, take_blocks, take_write,
 };
 use hci_engine_core::wire::{FrameReader, HEAD_BYTES_MAX, Prefix, REPLY, encode, kind};
 use std::fmt::Debug;
@@ -61,8 +61,9 @@ pub fn is_head(kind: u8, head: Bytes) -> Option<bool> {
         REPLY_TO_HELLO => takes::<HelloReply>(head),
         kind::PEEK => takes::<Peek>(head),
         REPLY_TO_PEEK => takes::<PeekReply>(head),
-        kind::RECORD => takes::<RecordHead>(head),
+        kind::RECORD => takes::<Record>(head),
         kind::ATTACH => takes::<Attach>(head),
+        kind::ATTACH_READER => takes::<AttachReader>(head),
         kind::DETACH | kind::CONFIRM => takes::<Session>(head),
         kind::WRITE => takes_write(head),
         kind::ZERO | kind::READ | kind::STATUS => takes::<Io>(head),

@@ -200,6 +200,16 @@ def test_help_shows_no_value_for_what_takes_none(hci: Run) -> None:
         (("image", "ls", "none"), "there is no pool none"),
         (("image", "ls", "\udcff"), r"'\udcff' is not a pool name"),
         (("image", "resize", "vms/there", "512"), "use --force if that data is not needed"),
+        (("image", "rm", "vms/there@s"), "has an '@', which is kept for snapshots"),
+        (("image", "export", "vms/there@s", "/x.raw"), "vms/there has no snapshot s; `hci snap"),
+        (("snapshot", "create", "vms/there"), "names no snapshot: write POOL/IMAGE@NAME"),
+        (("snapshot", "create", "vms/none@s"), "there is no image vms/none"),
+        (("snapshot", "create", "vms/there@"), "the snapshot name '' is empty"),
+        (("snapshot", "create", "vms/there@\udcff"), "is not UTF-8"),
+        (("snapshot", "create", "vms/there@s"), "gateway1 does not answer at"),
+        (("snapshot", "info", "vms/there@s"), "vms/there has no snapshot s; `hci snapshot ls"),
+        (("snapshot", "ls", "none"), "there is no pool none"),
+        (("snapshot", "ls", "vms/none"), "there is no image vms/none"),
         (("image", "import", "/none.img", "vms/a"), "/none.img cannot be read: No such file"),
         (("image", "url", "vms/there", "--gateway", "gateway9"), "no [gateway.gateway9] in it"),
         (("pool", "create", "vms"), "the pool vms exists already"),
@@ -254,6 +264,33 @@ def test_image_that_is_created_is_listed_and_described(hci: Run, etcd: MemoryEtc
     assert found["id"] == listed["id"]
     assert (found["epoch"], found["generation"], found["stale"]) == (0, 1, [])
     assert found["used_bytes"] == {}, "no node answers here"
+
+
+def test_snapshots_are_listed_and_described(hci: Run, etcd: MemoryEtcd) -> None:
+    catalog = Catalog(etcd)
+    assert "no snapshots; take one with" in hci("snapshot", "ls")[1]
+    image = catalog.create_image(ImageName("vms", "a"), 1 << 30)
+    held = catalog.take_lease(image, gateway="g", holder="a" * 32, etcd_lease=etcd.grant_lease(9))
+    for name in ("one", "two"):
+        held = catalog.change(held, held.record.with_snapshot(name, 1_800_000_000))
+    listed = json.loads(hci("snapshot", "ls", "vms", "--json")[1])
+    assert [each["name"] for each in listed] == ["vms/a@one", "vms/a@two"]
+    assert json.loads(hci("snapshot", "ls", "vms/a", "--json")[1]) == listed
+    assert "vms/a@two  1 GiB" in hci("snapshot", "ls")[1]
+    info = json.loads(hci("snapshot", "info", "vms/a@two", "--json")[1])
+    assert info == {
+        "name": "vms/a@two",
+        "size_bytes": 1 << 30,
+        "created_at": 1_800_000_000,
+        "image_id": image.record.id,
+        "layers": [2, 1],
+        "generation": 3,
+    }
+    assert "layers      2, 1" in hci("snapshot", "info", "vms/a@two")[1]
+    found = json.loads(hci("image", "info", "vms/a", "--json")[1])
+    assert [each["name"] for each in found["snapshots"]] == ["one", "two"]
+    assert "snapshots     one, two" in hci("image", "info", "vms/a")[1]
+    assert hci("image", "url", "vms/a@one")[1].startswith("nbd+unix:///vms/a%40one?socket=")
 
 
 def test_image_that_grows_keeps_its_id(hci: Run, etcd: MemoryEtcd) -> None:
@@ -316,6 +353,9 @@ ASKING = [
     ("image", "url", "vms/there"),
     ("image", "export", "vms/there", "/none/there.raw"),
     ("image", "check", "vms/there"),
+    ("snapshot", "create", "vms/there@s"),
+    ("snapshot", "ls"),
+    ("snapshot", "info", "vms/there@s"),
     ("pool", "ls"),
     ("pool", "create", "second"),
     ("pool", "set", "vms", "--when-full", "enospc"),

@@ -4,7 +4,7 @@ use super::node::SimNode;
 use super::oracle::{Oracle, SECTOR};
 use super::policy::{Policy, QUORUM, Stored, digest};
 use crate::content::Run;
-use crate::geometry::{BLOCK_BYTES, Geometry, ImageId};
+use crate::geometry::{BLOCK_BYTES, Geometry, ImageId, LayerId};
 use crate::replica::{
     Background, Event, HealLimits, ImageIo, Instance, IoError, NodeIndex, NodeMask, OpenSpec,
     Outcome, Output, ScrubSpec, ScrubState, SetSpec, Token,
@@ -13,7 +13,7 @@ use crate::simulation::LogSize;
 use crate::store::simulated::Seeded;
 use crate::wire::{Frame, FrameReader, flag};
 use bytes::{Bytes, BytesMut};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 pub const NODES: usize = 3;
 const IMAGE: ImageId = ImageId([0xA1; 16]);
@@ -80,6 +80,11 @@ pub struct Cluster {
     pub losses_told: u64,
     /// Stale nodes that former holders took in.
     healed: u64,
+    /// The image is frozen now and then, and gets a layer.
+    pub snapshots: bool,
+    freezes: u64,
+    /// What each layer that is no longer the top held, with those below, when nothing changed any more.
+    pub frozen: BTreeMap<LayerId, Vec<u8>>,
 }
 
 fn rots(faults: Faults) -> NodeMask {
@@ -97,11 +102,12 @@ fn spec(record: Stored, faults: Faults) -> OpenSpec {
         image: IMAGE,
         channel: record.epoch as u32,
         geometry,
-        layers: vec![1],
+        layers: record.layers(),
+        snapshots: record.snapshots(),
         epoch: record.epoch,
         holder: [record.epoch as u8; 16],
         generation: record.generation,
-        digest: digest(record.generation, record.in_sync),
+        digest: digest(record),
         body: Bytes::new(),
         nodes: (1..=NODES).map(|number| format!("node{number}")).collect(),
         sets: vec![SetSpec { members: NodeMask((1 << NODES) - 1), in_sync: record.in_sync }],
@@ -123,7 +129,8 @@ impl Cluster {
 
     fn with_log(seed: u64, faults: Faults, log: LogSize) -> Cluster {
         let in_sync = NodeMask((1 << NODES) - 1);
-        let record = Stored { epoch: 1, generation: 1, in_sync, since: [0; 8] };
+        let record =
+            Stored { epoch: 1, generation: 1, in_sync, top: 1, frozen: [0; 64], since: [0; 8] };
         let mut cluster = Cluster {
             random: Seeded::new(seed),
             now: 1,
@@ -144,6 +151,9 @@ impl Cluster {
             closed: None,
             losses_told: 0,
             healed: 0,
+            snapshots: false,
+            freezes: 0,
+            frozen: BTreeMap::new(),
         };
         (0..NODES).for_each(|node| cluster.connect(node));
         cluster
@@ -166,12 +176,19 @@ impl Cluster {
             80..82 => self.take_proposal(),
             82..83 => self.tick(),
             83..86 => self.deliver_late(node),
+            86..88 if faults && self.snapshots && self.random.chance(30) => self.snapshot(),
             86..93 if faults => self.ask(),
             93..96 if faults => self.connect(node),
             96.. if faults && self.random.below(self.calm) == 0 => self.misfortune(node),
             _ => {}
         }
         self.check();
+    }
+
+    /// Does one thing, while a node is away.
+    pub fn step_without(&mut self, node: usize) {
+        self.cut(node);
+        self.step(false);
     }
 
     /// `node`, or the next one that has something to do.
@@ -268,6 +285,16 @@ impl Cluster {
         }
     }
 
+    /// Begins to take a snapshot.
+    pub fn snapshot(&mut self) {
+        if self.policy.record.top == 60 {
+            return;
+        }
+        self.freezes += 1;
+        self.io.freeze(self.freezes);
+        self.carry_out();
+    }
+
     fn hear(&mut self) {
         if let Some((event, instance)) = self.events.pop_front() {
             self.policy.hear(event, instance, &mut self.io);
@@ -276,6 +303,10 @@ impl Cluster {
     }
 
     pub fn take_proposal(&mut self) {
+        if self.policy.freeze.is_some() && self.random.chance(20) {
+            self.policy.layer_refused(&mut self.io);
+            return self.carry_out();
+        }
         self.policy.proposal_taken(&mut self.io);
         self.carry_out();
     }
@@ -301,6 +332,14 @@ impl Cluster {
                 }
                 Output::Answer { token, outcome } => self.answered(token.cookie, outcome),
                 Output::Event(Event::Closed { clean }) => self.closed = Some(clean),
+                Output::Event(event @ Event::Frozen { .. }) => {
+                    // What counts is what it holds if the record with a new layer is taken.
+                    let node = self.io.in_sync()[0].first().expect("a quorum");
+                    let (layers, top) = (self.io.spec().layers.clone(), self.policy.record.top);
+                    let content = self.content_of(node, &layers);
+                    self.frozen.insert(top, content);
+                    self.events.push_back((event, None));
+                }
                 Output::Event(Event::Lags { .. } | Event::WritesLost { .. }) => {}
                 Output::Event(event) => {
                     let instance = match &event {
@@ -513,15 +552,19 @@ impl Cluster {
 
     /// The holder dies; another opens the image.
     pub fn restart_gateway(&mut self) {
+        let taken = self.policy.proposal.is_some() && self.random.chance(50);
+        self.restart_gateway_with(taken);
+    }
+
+    /// The same; what the former one proposed was `taken` by the cluster's state.
+    pub fn restart_gateway_with(&mut self, taken: bool) {
         for link in &mut self.links {
             let connection = link.connection;
             link.late.extend(link.to_node.drain(..).map(|frame| (connection, frame)));
             link.up = false;
         }
         let mut record = self.policy.record;
-        if let Some(proposal) = self.policy.proposal
-            && self.random.chance(50)
-        {
+        if let Some(proposal) = self.policy.proposal.filter(|_| taken) {
             record = proposal;
         }
         record.epoch += 1;
@@ -580,25 +623,9 @@ impl Cluster {
         let in_sync = self.policy.record.in_sync;
         let mut contents = Vec::new();
         for node in in_sync.iter() {
-            let store = &mut self.nodes[usize::from(node)].run().store;
-            let last_block = SHARD_BYTES / BLOCK_BYTES;
-            let mut content = Vec::new();
-            let regions = (0..REGIONS as u64).flat_map(|region| [2 * region, 2 * region + 1]);
-            for shard in regions {
-                let first = if shard % 2 == 0 { last_block - 2 } else { 0 };
-                let (mut states, mut data) = (Vec::new(), BytesMut::new());
-                store
-                    .read_blocks(&IMAGE, &[1], shard, first, 2, &mut states, &mut data)
-                    .expect("intact blocks");
-                for state in &states {
-                    let block = match state.is_data() {
-                        true => data.split_to(BLOCK_BYTES as usize).to_vec(),
-                        false => vec![0; BLOCK_BYTES as usize],
-                    };
-                    content.extend(block);
-                }
-            }
+            let content = self.content_of(node, &self.policy.record.layers());
             if clean {
+                let store = &self.nodes[usize::from(node)].run().store;
                 // Sticky ones stay where a node was admitted while another in-sync node was away, and
                 // those of copies until the first clear of this epoch.
                 let record = self.policy.record;
@@ -611,6 +638,43 @@ impl Cluster {
         }
         let differ = contents.iter().position(|content| *content != contents[0]);
         assert_eq!(differ, None, "in-sync replicas differ (of {in_sync:?})");
+        self.check_snapshots();
+    }
+
+    /// Asserts that each node in sync holds of every snapshot what it held when it was taken.
+    fn check_snapshots(&mut self) {
+        let Stored { in_sync, top, .. } = self.policy.record;
+        for snapshot in 1..top {
+            let layers: Vec<LayerId> = (1..=snapshot).rev().collect();
+            for node in in_sync.iter() {
+                let content = self.content_of(node, &layers);
+                let expected = &self.frozen[&snapshot];
+                assert!(content == *expected, "node {node} holds another snapshot {snapshot}");
+            }
+        }
+    }
+
+    /// What a node holds of the regions, through these layers.
+    pub fn content_of(&mut self, node: NodeIndex, layers: &[LayerId]) -> Vec<u8> {
+        let store = &mut self.nodes[usize::from(node)].run().store;
+        let last_block = SHARD_BYTES / BLOCK_BYTES;
+        let mut content = Vec::new();
+        let regions = (0..REGIONS as u64).flat_map(|region| [2 * region, 2 * region + 1]);
+        for shard in regions {
+            let first = if shard % 2 == 0 { last_block - 2 } else { 0 };
+            let (mut states, mut data) = (Vec::new(), BytesMut::new());
+            store
+                .read_blocks(&IMAGE, layers, shard, first, 2, &mut states, &mut data)
+                .expect("intact blocks");
+            for state in &states {
+                let block = match state.is_data() {
+                    true => data.split_to(BLOCK_BYTES as usize).to_vec(),
+                    false => vec![0; BLOCK_BYTES as usize],
+                };
+                content.extend(block);
+            }
+        }
+        content
     }
 }
 

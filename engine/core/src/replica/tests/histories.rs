@@ -20,22 +20,26 @@ fn run(faults: Faults) {
         Some(seed) => seed..seed + 1,
         None => 1..number("HCI_SIM_ROUNDS").unwrap_or(ROUNDS) + 1,
     };
-    let (mut healed, count) = (0, seeds.end - seeds.start);
+    let (mut healed, mut snapshots, count) = (0, 0, seeds.end - seeds.start);
     let heals = faults != Faults::Rot;
     for seed in seeds {
         let outcome = catch_unwind(AssertUnwindSafe(|| history(seed, faults)));
-        healed += outcome.unwrap_or_else(|panic| {
+        let (heals, taken) = outcome.unwrap_or_else(|panic| {
             eprintln!("{faults:?}: HCI_SIM_SEED={seed} replays this");
             resume_unwind(panic);
         });
+        healed += heals;
+        snapshots += taken;
     }
-    println!("{faults:?}: {healed} nodes were healed in {count} histories");
+    println!("{faults:?}: {healed} heals, {snapshots} snapshots in {count} histories");
     assert!(healed > 0 || !heals || count < ROUNDS, "no node was healed in {count} histories");
+    assert!(snapshots > 0 || !heals || count < ROUNDS, "no snapshot in {count} histories");
 }
 
-/// Gives how many nodes were healed in it while things went wrong.
-fn history(seed: u64, faults: Faults) -> u64 {
+/// Gives how many nodes were healed in it while things went wrong, and how many snapshots were taken.
+fn history(seed: u64, faults: Faults) -> (u64, u64) {
     let mut cluster = Cluster::new(seed, faults);
+    cluster.snapshots = faults != Faults::Rot && seed.is_multiple_of(3);
     for _ in 0..STEPS {
         cluster.step(true);
     }
@@ -56,7 +60,7 @@ fn history(seed: u64, faults: Faults) -> u64 {
     cluster.settle();
     assert_eq!(cluster.closed, Some(true), "with all replicas there, the end is clean");
     cluster.check_replicas(true);
-    healed
+    (healed, u64::from(cluster.policy.record.top) - 1)
 }
 
 /// Each rule is broken in turn, and noticed within so many histories of each kind.
@@ -84,6 +88,17 @@ fn broken_rules_of_heal_are_noticed_by_chance() {
         noticed.is_none()
     });
     assert_eq!(unnoticed.collect::<Vec<_>>(), [], "rules that may be broken unnoticed");
+}
+
+/// A write is on one side of a snapshot here, and on the other there.
+#[test]
+fn a_snapshot_beside_writes_in_flight_is_noticed_by_chance() {
+    break_rules(&[Rule::SnapshotsWaitForWrites]);
+    let fails = |seed| catch_unwind(AssertUnwindSafe(|| history(seed, Faults::Kills))).is_err();
+    let noticed = (0..300).step_by(3).find(|seed| fails(*seed));
+    break_rules(&[]);
+    println!("noticed by seed {noticed:?}");
+    assert!(noticed.is_some());
 }
 
 #[test]

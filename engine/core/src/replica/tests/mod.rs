@@ -1,6 +1,7 @@
 //! The holder's side of replication against real stores: seeded histories of a small cluster.
 
 mod cluster;
+mod freezes;
 mod full;
 mod heals;
 mod histories;
@@ -10,5 +11,6 @@ mod node;
 mod oracle;
 mod paced;
 mod policy;
+mod readers;
 mod rot;
 mod scripted;

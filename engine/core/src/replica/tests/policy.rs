@@ -1,6 +1,7 @@
 //! A policy that is just enough to run histories: the rules of `vmstore/holder.py`, of which this is
 //! no copy: no grace, no disks to judge, one replica set.
 
+use crate::geometry::{LayerId, SnapshotId};
 use crate::replica::{
     Event, HealLimits, HealSpec, ImageIo, Instance, NodeIndex, NodeMask, ScrubState,
 };
@@ -21,6 +22,10 @@ pub struct Stored {
     pub epoch: u64,
     pub generation: u64,
     pub in_sync: NodeMask,
+    /// The layers are those from this one down to 1.
+    pub top: LayerId,
+    /// Of each layer below it, the generation that froze it.
+    pub frozen: [u64; 64],
     /// Of those that are not: the generation that each was left behind at.
     pub since: [u64; 8],
 }
@@ -47,6 +52,8 @@ pub struct Policy {
     levelling: NodeMask,
     pub serving: bool,
     heal: Option<Healing>,
+    /// The freeze whose record is being decided.
+    pub freeze: Option<u64>,
     attempts: u64,
     /// Stale nodes that were taken in.
     pub healed: u64,
@@ -60,8 +67,22 @@ pub struct Policy {
 
 pub const QUORUM: u32 = 2;
 
-pub fn digest(generation: u64, in_sync: NodeMask) -> [u8; 32] {
-    [generation as u8 ^ (in_sync.0 as u8) << 4; 32]
+impl Stored {
+    pub fn layers(&self) -> Vec<LayerId> {
+        (1..=self.top).rev().collect()
+    }
+
+    pub fn snapshots(&self) -> Vec<SnapshotId> {
+        let of = |layer: LayerId| {
+            let generation = self.frozen[layer as usize];
+            SnapshotId { layer, generation }
+        };
+        (1..self.top).map(of).collect()
+    }
+}
+
+pub fn digest(record: Stored) -> [u8; 32] {
+    [record.generation as u8 ^ (record.in_sync.0 as u8) << 4 ^ (record.top as u8) << 6; 32]
 }
 
 impl Policy {
@@ -77,6 +98,7 @@ impl Policy {
             levelling: NodeMask::EMPTY,
             serving: false,
             heal: None,
+            freeze: None,
             attempts: 0,
             healed: 0,
             rots,
@@ -125,6 +147,10 @@ impl Policy {
                 }
             }
             Event::Stored { .. } | Event::Closed { .. } => {}
+            Event::Frozen { attempt } if self.proposal.is_none() => self.add_layer(attempt),
+            Event::Frozen { attempt } => io.thaw(attempt),
+            Event::FreezeFailed { .. } => {}
+            Event::ReaderOpen | Event::ReaderFailed { .. } => unreachable!("it holds the image"),
             Event::WritesLost { .. } | Event::Lags { .. } => {}
             Event::Healed { attempt, .. } => {
                 if let Some(heal) = self.heal.as_mut().filter(|heal| heal.attempt == attempt) {
@@ -151,6 +177,24 @@ impl Policy {
             Event::ScrubEnded { .. } => {}
         }
         self.go_on(io);
+    }
+
+    /// Nothing changes: a record with a new layer on top.
+    fn add_layer(&mut self, attempt: u64) {
+        let (generation, top) = (self.record.generation + 1, self.record.top + 1);
+        let mut frozen = self.record.frozen;
+        frozen[self.record.top as usize] = generation;
+        self.proposal = Some(Stored { generation, top, frozen, ..self.record });
+        self.freeze = Some(attempt);
+    }
+
+    /// The cluster's state refuses a new layer: the image goes on without.
+    pub fn layer_refused(&mut self, io: &mut ImageIo) {
+        if let Some(attempt) = self.freeze.take() {
+            self.proposal = None;
+            io.thaw(attempt);
+            self.go_on(io);
+        }
     }
 
     fn rests(&mut self, node: NodeIndex) {
@@ -267,6 +311,7 @@ impl Policy {
     pub fn proposal_taken(&mut self, io: &mut ImageIo) {
         let Some(taken) = self.proposal.take() else { return };
         self.record = taken;
+        self.freeze = None;
         if let Some(heal) = self.heal.take_if(|heal| taken.in_sync.has(heal.node)) {
             let index = usize::from(heal.node);
             self.healed += 1;
@@ -282,8 +327,9 @@ impl Policy {
         }
         self.blocking = self.blocking.and(taken.in_sync);
         self.levelling = self.levelling.and(taken.in_sync);
-        let digest = digest(taken.generation, taken.in_sync);
-        io.reconfigure(taken.generation, digest, bytes::Bytes::new(), &[taken.in_sync]);
+        let (in_sync, layers, snapshots) = ([taken.in_sync], taken.layers(), taken.snapshots());
+        let body = bytes::Bytes::new();
+        io.reconfigure(taken.generation, digest(taken), body, &in_sync, &layers, &snapshots);
         self.go_on(io);
     }
 }

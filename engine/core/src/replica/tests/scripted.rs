@@ -35,6 +35,8 @@ pub(super) struct TwoSets {
     pub beside_clients: bool,
     /// What clients were answered.
     pub answers: Vec<(Token, Outcome)>,
+    /// Of freezes.
+    pub told: Vec<Event>,
     /// How the image was closed, if it was.
     pub closed_clean: Option<bool>,
     peeked: Vec<(u8, u64)>,
@@ -64,6 +66,7 @@ impl TwoSets {
             channel,
             geometry,
             layers: vec![1],
+            snapshots: Vec::new(),
             epoch: 2,
             holder: [2; 16],
             generation: 2,
@@ -81,6 +84,7 @@ impl TwoSets {
             written: Vec::new(),
             beside_clients: false,
             answers: Vec::new(),
+            told: Vec::new(),
             closed_clean: None,
             peeked: Vec::new(),
         }
@@ -141,6 +145,9 @@ impl TwoSets {
                 }
             }
             Output::Event(Event::Closed { clean }) => self.closed_clean = Some(clean),
+            Output::Event(event @ (Event::Frozen { .. } | Event::FreezeFailed { .. })) => {
+                self.told.push(event);
+            }
             Output::Event(_) => {}
             Output::Answer { token, outcome } => self.answers.push((token, outcome)),
         }

@@ -167,7 +167,7 @@ impl Run {
                 self.stamp.generation = model.generation;
                 let head = head(model.epoch, model.generation);
                 self.models.push(model);
-                self.retrying(|store| store.put_record(IMAGE, head, Bytes::new()).map(|_| ()))
+                self.retrying(|store| store.put_record(IMAGE, record(head)).map(|_| ()))
             }
             ref job => {
                 self.models.push(model);
@@ -279,7 +279,7 @@ fn recover(disk: &SimDisk, before: &Run, sure: usize, what: &str) -> Run {
     assert!(run.store.dirty(&IMAGE).all(|(_, entry)| entry.sticky), "{what}: sticky at start");
     if run.store.image(&IMAGE).is_none() {
         assert_eq!(sure, 0, "{what}: the record is lost");
-        run.store.put_record(IMAGE, head(1, 1), Bytes::new()).expect("a first record");
+        run.store.put_record(IMAGE, record(head(1, 1))).expect("a first record");
         return run;
     }
     let content = run.read_all();
@@ -302,7 +302,7 @@ fn recover(disk: &SimDisk, before: &Run, sure: usize, what: &str) -> Run {
 
 fn start(disk: &SimDisk) -> Option<Run> {
     let (mut store, _) = open(disk).ok()?;
-    store.put_record(IMAGE, head(1, 1), Bytes::new()).ok()?;
+    store.put_record(IMAGE, record(head(1, 1))).ok()?;
     Some(Run::new(store, first_model(), Stamp { epoch: 1, generation: 1, sequence: 0 }))
 }
 

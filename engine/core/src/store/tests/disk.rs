@@ -101,7 +101,7 @@ fn store_on_a_real_folder_is_locked_and_read_back_after_a_restart() {
     let disk = || RealDisk::open_dir(&folder.0).expect("opens");
     let (mut store, _) = Store::open(disk(), &config()).expect("creates");
     assert_eq!(Store::open(disk(), &config()).map(|_| ()), Err(StoreError::Locked));
-    store.put_record(IMAGE, head(1, 1), Bytes::new()).expect("record");
+    store.put_record(IMAGE, record(head(1, 1))).expect("record");
     let write = |store: &mut Store, sequence: u64| {
         let stamp = Stamp { epoch: 1, generation: 1, sequence };
         let (shard, offset) = (sequence % 20, sequence as u32 % 7 * BLOCK_BYTES);

@@ -3,7 +3,7 @@
 use super::rig::*;
 use crate::geometry::{ImageId, Tag};
 use crate::store::log::FREE_WANTED;
-use crate::store::{RecordHead, Store, StoreConfig, StoreError, WriteOp};
+use crate::store::{ImageRecord, RecordHead, Store, StoreConfig, StoreError, WriteOp};
 use bytes::Bytes;
 
 fn tag(epoch: u64, sequence: u64) -> Tag {
@@ -13,25 +13,32 @@ fn tag(epoch: u64, sequence: u64) -> Tag {
 #[test]
 fn record_that_is_lower_or_differs_is_refused_also_after_a_restart() {
     let mut rig = Rig::new();
-    rig.store.put_record(IMAGE, head(3, 5), Bytes::from_static(b"body")).expect("higher");
+    rig.store
+        .put_record(IMAGE, ImageRecord { body: Bytes::from_static(b"body"), ..record(head(3, 5)) })
+        .expect("higher");
     rig.sync();
     for _ in 0..2 {
         let stored = Box::new(head(3, 5));
         let lower = Err(StoreError::RecordLower { stored: stored.clone() });
         let conflict = Err(StoreError::RecordConflict { stored });
-        assert_eq!(rig.store.put_record(IMAGE, head(2, 6), Bytes::new()), lower);
-        assert_eq!(rig.store.put_record(IMAGE, head(4, 4), Bytes::new()), lower);
+        assert_eq!(rig.store.put_record(IMAGE, record(head(2, 6))), lower);
+        assert_eq!(rig.store.put_record(IMAGE, record(head(4, 4))), lower);
         let other = RecordHead { holder: [9; 16], ..head(3, 6) };
-        assert_eq!(rig.store.put_record(IMAGE, other, Bytes::new()), conflict);
+        assert_eq!(rig.store.put_record(IMAGE, record(other)), conflict);
         let other = RecordHead { digest: [9; 32], ..head(4, 5) };
-        assert_eq!(rig.store.put_record(IMAGE, other, Bytes::new()), conflict);
+        assert_eq!(rig.store.put_record(IMAGE, record(other)), conflict);
         let other = RecordHead { shard_bytes: 2 << 20, ..head(4, 6) };
-        assert_eq!(rig.store.put_record(IMAGE, other, Bytes::new()), conflict);
+        assert_eq!(rig.store.put_record(IMAGE, record(other)), conflict);
         assert_eq!(
             rig.store.image(&IMAGE).map(|r| r.body.clone()),
             Some(Bytes::from_static(b"body"))
         );
-        rig.store.put_record(IMAGE, head(3, 5), Bytes::from_static(b"body")).expect("the same");
+        rig.store
+            .put_record(
+                IMAGE,
+                ImageRecord { body: Bytes::from_static(b"body"), ..record(head(3, 5)) },
+            )
+            .expect("the same");
         rig.checkpoint();
         rig = rig.power_cut(1).0;
     }
@@ -44,7 +51,7 @@ fn request_without_a_record_or_of_an_older_epoch_is_refused() {
     let op = WriteOp { image: other, layers: &[1], shard: 0, offset: 0, stamp: rig.stamp };
     let unknown = Err(StoreError::UnknownImage { image: other });
     assert_eq!(rig.store.zero(&op, 4096, false), unknown);
-    rig.store.put_record(IMAGE, head(2, 1), Bytes::new()).expect("epoch 2");
+    rig.store.put_record(IMAGE, record(head(2, 1))).expect("epoch 2");
     let stored = Box::new(head(2, 1));
     assert_eq!(rig.write_layers(&[1], 0, 0, &[1]), Err(StoreError::EpochLower { stored }));
 }
@@ -79,7 +86,7 @@ fn clear_drops_what_was_last_written_by_then_and_nothing_sticky() {
 fn higher_epoch_makes_entries_sticky() {
     let mut rig = Rig::new();
     rig.fill(0, 0, 1, 1);
-    rig.store.put_record(IMAGE, head(2, 1), Bytes::new()).expect("epoch 2");
+    rig.store.put_record(IMAGE, record(head(2, 1))).expect("epoch 2");
     rig.stamp.epoch = 2;
     rig.fill(1, 0, 1, 1);
     rig.store.clear(IMAGE, tag(2, 100), &[]).expect("clear");
@@ -98,7 +105,7 @@ fn new_generation_is_what_dirty_shards_count_as_written_in_also_after_their_clea
             if synced {
                 rig.checkpoint();
             }
-            rig.store.put_record(IMAGE, head(1, 2), Bytes::new()).expect("generation 2");
+            rig.store.put_record(IMAGE, record(head(1, 2))).expect("generation 2");
             if cleared {
                 rig.store.clear(IMAGE, tag(1, 2), &[]).expect("clear of shard 1");
             }
@@ -161,7 +168,7 @@ fn deleted_image_never_comes_back_and_its_files_go() {
     rig.sync();
     for round in 0..3 {
         let deleted = Err(StoreError::Deleted { image: IMAGE });
-        assert_eq!(rig.store.put_record(IMAGE, head(9, 9), Bytes::new()), deleted);
+        assert_eq!(rig.store.put_record(IMAGE, record(head(9, 9))), deleted);
         assert_eq!(rig.write_layers(&[1], 0, 0, &[1]), deleted);
         assert!(rig.store.images().is_empty() && rig.dirty().is_empty());
         rig = rig.power_cut(round).0;
@@ -198,13 +205,13 @@ fn store_that_was_set_back_begins_above_what_was_seen_and_distrusts_until_a_reco
     let config = StoreConfig { seen_counter: 7, ..config() };
     let (mut store, _) = Store::open(disk.run(), &config).expect("its own node may");
     assert_eq!(store.instance(), 8);
-    store.put_record(IMAGE, head(1, 1), Bytes::new()).expect("of its former life");
+    store.put_record(IMAGE, record(head(1, 1))).expect("of its former life");
     store.distrust([IMAGE]);
     assert!(store.is_distrusted(&IMAGE) && store.distrusted() == [IMAGE]);
-    let lower = store.put_record(IMAGE, head(1, 0), Bytes::new());
+    let lower = store.put_record(IMAGE, record(head(1, 0)));
     assert!(matches!(lower, Err(StoreError::RecordLower { .. })));
     assert!(store.is_distrusted(&IMAGE), "a record that is refused tells nothing");
-    store.put_record(IMAGE, head(2, 3), Bytes::new()).expect("the cluster's");
+    store.put_record(IMAGE, record(head(2, 3))).expect("the cluster's");
     assert!(!store.is_distrusted(&IMAGE));
     drop(store);
     let (store, _) = open(&disk).expect("opens");

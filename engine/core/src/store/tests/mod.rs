@@ -3,6 +3,7 @@
 mod crash;
 mod disk;
 mod images;
+mod layers;
 mod model;
 mod read_write;
 mod replay;

@@ -209,7 +209,7 @@ fn full_log_refuses_data_takes_small_records_and_recovers_by_a_checkpoint() {
     assert_eq!(error, StoreError::LogFull);
     assert!(written > 80, "{written} blocks fit into 512 KiB");
     for generation in 2..6 {
-        rig.store.put_record(IMAGE, head(1, generation), Bytes::new()).expect("there is a reserve");
+        rig.store.put_record(IMAGE, record(head(1, generation))).expect("there is a reserve");
         rig.sync();
     }
     let job = rig.store.begin_checkpoint(false).expect("begins").expect("one is due");
@@ -341,7 +341,7 @@ fn checkpoint_after_a_sync_without_space_relies_on_nothing_that_it_lost() {
 fn image_deleted_on_a_full_disk_goes_before_anything_needs_space() {
     const OTHER: ImageId = ImageId([0xB2; 16]);
     let mut rig = Rig::new();
-    rig.store.put_record(OTHER, head(1, 1), Bytes::new()).expect("a first record");
+    rig.store.put_record(OTHER, record(head(1, 1))).expect("a first record");
     let (data, checksums) = ([9; 4 * BLOCK], fragment_checksums(0, &[9; 4 * BLOCK]));
     for shard in 0..8 {
         let op = WriteOp { image: OTHER, layers: &[1], shard, offset: 0, stamp: rig.stamp };

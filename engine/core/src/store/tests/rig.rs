@@ -6,7 +6,8 @@ use crate::checksum::{Checksum, block_checksums, checksum_of};
 use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, ShardKey};
 use crate::store::simulated::SimDisk;
 use crate::store::{
-    BlockState, RecordHead, Recovery, Stamp, Store, StoreConfig, StoreError, WriteOp,
+    BlockState, Chain, ImageRecord, RecordHead, Recovery, Stamp, Store, StoreConfig, StoreError,
+    WriteOp,
 };
 
 pub const BLOCK: usize = BLOCK_BYTES as usize;
@@ -36,11 +37,19 @@ pub fn head(epoch: u64, generation: u64) -> RecordHead {
     }
 }
 
+/// A record of an image with one layer.
+pub fn record(head: RecordHead) -> ImageRecord {
+    let chain = Chain::new(&[1]).expect("a chain");
+    ImageRecord { head, blank: false, chain, snapshots: Vec::new(), body: Bytes::new() }
+}
+
 /// A store with a record of `IMAGE` at epoch 1, generation 1.
 pub fn new_store(disk: &SimDisk) -> Store {
     let (mut store, recovery) = open(disk).expect("an empty disk takes a store");
     assert!(recovery.created && !recovery.damaged);
-    store.put_record(IMAGE, head(1, 1), Bytes::from_static(b"{}")).expect("a first record");
+    store
+        .put_record(IMAGE, ImageRecord { body: Bytes::from_static(b"{}"), ..record(head(1, 1)) })
+        .expect("a first record");
     store
 }
 

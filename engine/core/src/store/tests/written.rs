@@ -4,7 +4,6 @@ use super::rig::*;
 use crate::geometry::Tag;
 use crate::store::shard_file::{shard_path, slot_bytes};
 use crate::store::{BlockState, WriteOp, WrittenCursor};
-use bytes::Bytes;
 use std::collections::BTreeSet;
 
 /// All pages together; each page gets on.
@@ -22,7 +21,7 @@ fn above(rig: &mut Rig, generation: u64) -> BTreeSet<u64> {
 }
 
 fn in_generation(rig: &mut Rig, generation: u64) {
-    rig.store.put_record(IMAGE, head(1, generation), Bytes::new()).expect("a later record");
+    rig.store.put_record(IMAGE, record(head(1, generation))).expect("a later record");
     rig.stamp.generation = generation;
 }
 

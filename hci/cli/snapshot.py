@@ -1,0 +1,98 @@
+"""`hci snapshot`: take snapshots of images, list them, look at one."""
+
+import time
+from typing import Annotated, Any
+
+import typer
+
+from etcd.images import ImageRecord, Snapshot
+from hci import snapshots
+from hci.cli import output, session
+from hci.cli.output import AsJson
+from shard.geometry import format_size
+from vmstore.names import parse_snapshot_name
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+Name = Annotated[str, typer.Argument(metavar="POOL/IMAGE@NAME")]
+
+
+@app.callback()
+def group() -> None:
+    """Snapshots: what an image held at a moment, kept as it was. Read-only, at every gateway."""
+
+
+@app.command()
+def create(context: typer.Context, name: Name, as_json: AsJson = False) -> None:
+    """Take a snapshot, of an image that is open too: writes wait for a moment."""
+    here, wanted = session.of(context), parse_snapshot_name(name)
+    with here.catalog() as records, output.waiting(f"taking {name}"):
+        taken = snapshots.create(here.config, records, wanted)
+    if as_json:
+        output.as_json(
+            {
+                "name": name,
+                "size_bytes": taken.size_bytes,
+                "created_at": taken.created_s,
+                "held_ms": taken.held_ms,
+            }
+        )
+        return
+    typer.echo(f"took {name}; writes waited {taken.held_ms} ms")
+
+
+@app.command("ls")
+def show(
+    context: typer.Context,
+    where: Annotated[
+        str | None, typer.Argument(metavar="POOL[/IMAGE]", help="Of which; default: all.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the snapshots of an image, of a pool or of all, the oldest first."""
+    with session.of(context).catalog() as records:
+        found = list(snapshots.listed(records, where))
+    if as_json:
+        output.as_json([_row(str(name), snapshot) for name, snapshot in found])
+        return
+    output.table(
+        ("NAME", "SIZE", "CREATED"),
+        [
+            (name, output.size(snapshot.size_bytes), time.ctime(snapshot.created_s))
+            for name, snapshot in found
+        ],
+        "no snapshots; take one with `hci snapshot create POOL/IMAGE@NAME`",
+    )
+
+
+@app.command()
+def info(context: typer.Context, name: Name, as_json: AsJson = False) -> None:
+    """Say all that is known of a snapshot."""
+    with session.of(context).catalog() as records:
+        record, snapshot = records.find_snapshot(parse_snapshot_name(name))
+    values = {**_row(name, snapshot), **_details(record, snapshot)}
+    if as_json:
+        output.as_json(values)
+        return
+    values["size_bytes"] = f"{snapshot.size_bytes} ({format_size(snapshot.size_bytes)})"
+    values["created_at"] = time.ctime(snapshot.created_s)
+    values["layers"] = ", ".join(map(str, record.chain(snapshot)))
+    width = max(map(len, values))
+    for key, value in values.items():
+        typer.echo(f"{key:<{width}}  {value}")
+
+
+def _row(name: str, snapshot: Snapshot) -> dict[str, Any]:
+    return {
+        "name": name,
+        "size_bytes": snapshot.size_bytes,
+        "created_at": snapshot.created_s,
+    }
+
+
+def _details(record: ImageRecord, snapshot: Snapshot) -> dict[str, Any]:
+    return {
+        "image_id": record.id,
+        "layers": record.chain(snapshot),
+        "generation": snapshot.generation,
+    }

@@ -1,0 +1,72 @@
+"""Snapshots as steps of a history, and what befalls the cluster in the midst of one."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from tests.sim.guest import Life
+from tests.sim.strikes import Strikes
+
+
+class SnapshotFaults(Strikes):
+    """See the module."""
+
+    def take_snapshot(self) -> None:
+        """Somebody wants one, at the gateway that has the image, as the command line does."""
+        self.cluster.snapshots.take(self._asked())
+
+    def _asked(self) -> int:
+        guests = self.cluster.guests
+        holders = [index for index, guest in enumerate(guests) if guest.life is Life.RUNNING]
+        return self.chance.choice(holders) if holders else self._gateway()
+
+    def read_snapshot(self) -> None:
+        """Somebody reads one that etcd names, at any gateway."""
+        cluster = self.cluster
+        if cluster.record is None or cluster.snapshots.readers > 3:
+            return
+        names = [each.name for each in cluster.record.snapshots]
+        if names:
+            cluster.snapshots.read(self.chance.choice(names), self._gateway())
+
+    def strike_snapshot(self) -> None:
+        """One is taken, and as it is frozen, or soon after, something befalls the cluster."""
+        cluster = self.cluster
+        strikes = (
+            lambda gateway: cluster.stop_gateway(gateway, host=False),
+            lambda gateway: cluster.stop_gateway(gateway, host=True),
+            lambda _gateway: self.kill_node(),
+            lambda _gateway: self.cut_node(),
+            lambda _gateway: self.cut_all(),
+            lambda _gateway: self.etcd_down(),
+            self._cut_etcd_then_kill,
+            self._cut_etcd_then_kill,
+            self._cut_etcd_then_kill,
+        )
+        strike = self.chance.choice(strikes)
+        pause_s = self.chance.choice((0.0, 0.001, 0.004, 0.02, 0.1)) * self.chance.random()
+
+        def frozen(gateway: int, _node: str) -> None:
+            cluster.clock.after(pause_s, lambda: self._over or strike(gateway))
+
+        self._at_event.setdefault("frozen", []).append(frozen)
+        cluster.snapshots.take(self._asked())
+
+    def _cut_etcd_then_kill(self, gateway: int) -> None:
+        """etcd takes the record, nobody hears of it, and the gateway dies with writes since.
+
+        Meanwhile others try to read what etcd names.
+        """
+        cluster = self.cluster
+        path = cluster.gateway_paths[gateway]
+        cluster.say(f"gate-{gateway} hears nothing of etcd any more")
+        path.back = False
+        pause_s = self.chance.choice((0.5, 1.5, 3.0))
+        for read_s in (0.3, 1.2, 1.4):
+            self._later(read_s, self.read_snapshot)
+        cluster.clock.after(pause_s, partial(cluster.stop_gateway, gateway, host=False))
+
+        def undo() -> None:
+            path.back = True
+
+        cluster.clock.after(pause_s + 0.5, undo)

@@ -1,0 +1,155 @@
+"""Which gateway is asked for a snapshot, and what is said of what it answers."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from etcd import keys
+from etcd.errors import EtcdUnavailable
+from etcd.gateways import GatewayRecord
+from etcd.interface import Delete, Put
+from etcd.memory import Fault, MemoryEtcd
+from etcd.records import LeaseRecord
+from hci import control, snapshots
+from hci import control_pb2 as pb
+from hci.config import ClusterConfig, Config, Endpoint
+from hci.control_pb2_grpc import GatewayControlServicer, add_GatewayControlServicer_to_server
+from hci.errors import Refused
+from shard.errors import HciError
+from tests.cluster.etcd_server import free_ports
+from tests.unit.samples import GIB, node_record
+from vmstore.catalog import Catalog
+from vmstore.errors import SnapshotExists
+from vmstore.names import parse_snapshot_name
+
+NAME = parse_snapshot_name("vms/disk@s")
+CONFIG = Config(Path("hci.toml"), ClusterConfig(id="c" * 32, etcd=()), {}, {}, {}, None)
+
+
+class Asked(GatewayControlServicer):
+    """A gateway of another host; what it answers is given."""
+
+    def __init__(self, name: str, holder: str, answer: Callable[[], pb.SnapshotReply]) -> None:
+        self.name = name
+        self.holder = holder
+        self.answer = answer
+        self.asked: list[tuple[str, str]] = []
+
+    def Status(self, request: Any, context: Any) -> pb.GatewayStatus:  # noqa: N802
+        return pb.GatewayStatus(name=self.name, holder_id=self.holder)
+
+    def Snapshot(self, request: Any, context: Any) -> pb.SnapshotReply:  # noqa: N802
+        self.asked.append((request.image_id, request.name))
+        return self.answer()
+
+
+@pytest.fixture
+def etcd() -> MemoryEtcd:
+    return MemoryEtcd()
+
+
+@pytest.fixture
+def catalog(etcd: MemoryEtcd) -> Catalog:
+    made = Catalog(etcd)
+    for number in (1, 2, 3):
+        made.announce_node(node_record(number), etcd.grant_lease(1000))
+    made.create_pool("vms")
+    made.create_image(NAME.image, GIB)
+    return made
+
+
+def held_by(etcd: MemoryEtcd, catalog: Catalog, gateway: str) -> None:
+    """A gateway has the image for clients."""
+    image = catalog.find(NAME.image).record.id
+    lease = LeaseRecord(gateway=gateway, holder="a" * 32, epoch=1)
+    etcd.transaction([], [Put(keys.lease(image), lease.encode(), etcd.grant_lease(1000))])
+
+
+@contextmanager
+def running(etcd: MemoryEtcd, name: str, answer: Callable[[], pb.SnapshotReply]) -> Iterator[Asked]:
+    address = Endpoint("127.0.0.1", free_ports(1)[0])
+    record = GatewayRecord(name=name, host="host7", control=str(address), holder="a" * 32)
+    etcd.transaction([], [Put(record.key, record.encode(), etcd.grant_lease(1000))])
+    gateway = Asked(name, "a" * 32, answer)
+    server = control.server(
+        name, address, lambda server: add_GatewayControlServicer_to_server(gateway, server)
+    )
+    try:
+        yield gateway
+    finally:
+        server.stop(None).wait(10)
+
+
+def taken() -> pb.SnapshotReply:
+    return pb.SnapshotReply(layer=1, held_ms=3)
+
+
+def refused() -> pb.SnapshotReply:
+    raise HciError("no snapshot vms/disk@s was taken: node2 is not there")
+
+
+def test_gateway_that_has_the_image_is_asked(etcd: MemoryEtcd, catalog: Catalog) -> None:
+    held_by(etcd, catalog, "far")
+    with running(etcd, "far", taken) as far:
+        assert snapshots.create(CONFIG, catalog, NAME).held_ms == 3
+    assert far.asked == [(catalog.find(NAME.image).record.id, "s")]
+
+
+def test_snapshot_that_is_there_is_refused_before_any_gateway_is_asked(
+    etcd: MemoryEtcd, catalog: Catalog
+) -> None:
+    held = catalog.take_lease(
+        catalog.find(NAME.image),
+        gateway="far",
+        holder="a" * 32,
+        etcd_lease=etcd.grant_lease(1000),
+    )
+    catalog.change(held, held.record.with_snapshot("s", 0))
+    with running(etcd, "far", taken) as far:
+        with pytest.raises(SnapshotExists):
+            snapshots.create(CONFIG, catalog, NAME)
+    assert far.asked == []
+
+
+def test_reason_of_the_gateway_is_shown(etcd: MemoryEtcd, catalog: Catalog) -> None:
+    held_by(etcd, catalog, "far")
+    with running(etcd, "far", refused) as far:
+        with pytest.raises(Refused, match="far: no snapshot vms/disk@s was taken: node2 is not"):
+            snapshots.create(CONFIG, catalog, NAME)
+    assert len(far.asked) == 1
+
+
+def test_reason_of_the_gateway_is_shown_also_where_etcd_is_silent(
+    etcd: MemoryEtcd, catalog: Catalog
+) -> None:
+    """The command said that it could not reach etcd, and not that the snapshot had failed."""
+    held_by(etcd, catalog, "far")
+
+    def refused_without_etcd() -> pb.SnapshotReply:
+        etcd.fail_next(Fault.UNAVAILABLE)
+        return refused()
+
+    with running(etcd, "far", refused_without_etcd):
+        with pytest.raises(Refused, match="no snapshot vms/disk@s was taken"):
+            snapshots.create(CONFIG, catalog, NAME)
+    etcd.fail_next(Fault.UNAVAILABLE)
+    with pytest.raises(EtcdUnavailable):
+        snapshots.create(CONFIG, catalog, NAME)
+
+
+def test_gateway_that_took_the_image_over_meanwhile_is_asked_next(
+    etcd: MemoryEtcd, catalog: Catalog
+) -> None:
+    held_by(etcd, catalog, "first")
+
+    def moved() -> pb.SnapshotReply:
+        etcd.transaction([], [Delete(keys.lease(catalog.find(NAME.image).record.id))])
+        held_by(etcd, catalog, "second")
+        return refused()
+
+    with running(etcd, "first", moved) as first, running(etcd, "second", taken) as second:
+        assert snapshots.create(CONFIG, catalog, NAME).held_ms == 3
+    assert (len(first.asked), len(second.asked)) == (1, 1)

@@ -1,0 +1,151 @@
+"""How a snapshot of an image that serves is taken, from the order to its end. Pure.
+
+`Holder` drives it, and says what each step does.
+
+    stage      means                                             left by
+    none       nobody asked for one, or it has ended             an order
+    waiting    nodes in sync are away, or not level, or a        all are well: freeze
+               change of the record is made
+    freezing   the engine answers and flushes what was asked     frozen: the record is proposed;
+               for before                                        a failure: told, none
+    changing   changes of clients wait for etcd                  taken: the nodes store it;
+                                                                 refused or late: thaw, told, none
+    storing    etcd has it, the nodes in sync store it           stored: told, none
+
+Changes of clients wait while it freezes, changes and stores, and at no other time. Where etcd is
+late they go on under the former top, and what etcd may have taken is *withdrawn* when that is
+known: a record one generation higher is without the snapshot and its layer. So does a new holder
+that finds a snapshot which no node in sync has stored. Nobody was told of such a one, nothing was
+written to its layer, and what is below that may not be the same everywhere.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from etcd.images import ImageRecord
+from vmstore.events import Peeked
+
+WAIT_LIMIT_S = 20.0
+"""How long a snapshot waits for nodes that are away, with nothing held up."""
+
+LEVEL_LIMIT_S = 600.0
+"""How long it waits for nodes that are there and are being made level."""
+
+HELD_LIMIT_S = 1.5
+"""How long changes of clients wait for freezes that come to nothing, all together; then it is given
+up. The engine itself ends one after 2 s."""
+
+THAW_AFTER_S = 1.0
+"""How long changes of clients wait for etcd: less than any guest's patience, and more than etcd
+takes to write to a disk that is busy."""
+
+
+class Stage(Enum):
+    """See the module's table."""
+
+    NONE = auto()
+    WAITING = auto()
+    FREEZING = auto()
+    CHANGING = auto()
+    STORING = auto()
+
+
+@dataclass(slots=True)
+class Freezing:
+    """The snapshot of one image that is being taken, if one is."""
+
+    stage: Stage = Stage.NONE
+    name: str = ""
+    created_s: int = 0
+    attempt: int = 0
+    """Of the last freeze: each has its own."""
+    ordered_s: float = 0.0
+    since_s: float = 0.0
+    """When the stage began."""
+    not_before_s: float = 0.0
+    """When it may be tried to freeze again."""
+    held_s: float = 0.0
+    """How long clients waited for freezes that came to nothing."""
+    withdraws: bool = False
+    """A proposal that adds a layer was given up, and etcd may have taken it."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether changes of clients wait for it."""
+        return self.stage in (Stage.FREEZING, Stage.CHANGING, Stage.STORING)
+
+    def order(self, name: str, created_s: int, now_s: float) -> None:
+        """Begin."""
+        assert self.stage is Stage.NONE, "one at a time"
+        self.name, self.created_s = name, created_s
+        self.ordered_s = self.not_before_s = now_s
+        self.held_s = 0.0
+        self._enter(Stage.WAITING, now_s)
+
+    def freeze(self, now_s: float) -> int:
+        """Begin to freeze; return the number of the attempt."""
+        assert self.stage is Stage.WAITING, "what is awaited is there"
+        self.attempt += 1
+        self._enter(Stage.FREEZING, now_s)
+        return self.attempt
+
+    def is_of_now(self, attempt: int) -> bool:
+        """Whether the freeze of this number is under way."""
+        return self.stage is Stage.FREEZING and attempt == self.attempt
+
+    def wait(self, now_s: float, pause_s: float = 0.0) -> None:
+        """Wait again: the freeze has ended, with nothing proposed."""
+        assert self.stage is Stage.FREEZING, "nothing is proposed"
+        self.not_before_s = now_s + pause_s
+        self.held_s += now_s - self.since_s
+        self._enter(Stage.WAITING, now_s)
+
+    def propose(self, record: ImageRecord, now_s: float) -> ImageRecord:
+        """Return the record to propose; all is frozen."""
+        assert self.stage is Stage.FREEZING, "changes wait"
+        self._enter(Stage.CHANGING, now_s)
+        return record.with_snapshot(self.name, self.created_s)
+
+    def store(self, now_s: float) -> None:
+        """Etcd has taken it."""
+        assert self.stage is Stage.CHANGING, "it was proposed"
+        self._enter(Stage.STORING, now_s)
+
+    def end(self) -> None:
+        """It is taken, or given up."""
+        self.stage, self.name = Stage.NONE, ""
+
+    def is_late(self, missing: Iterable[str], levelling: Iterable[str], now_s: float) -> str:
+        """Return why it has taken too long, empty where it has not.
+
+        `missing` are nodes in sync that are not there, `levelling` those that are not level.
+        """
+        if self.stage is Stage.CHANGING and now_s - self.since_s >= THAW_AFTER_S:
+            return (
+                f"etcd did not answer within {THAW_AFTER_S:.0f} s, and clients were not to wait "
+                "any longer; try again when it does"
+            )
+        if self.stage is not Stage.WAITING:
+            return ""
+        passed_s, nodes = now_s - self.ordered_s, ", ".join(sorted(missing))
+        if nodes and passed_s >= WAIT_LIMIT_S:
+            return f"{nodes} is not there, and all nodes in sync have to be; start it, or try again"
+        if passed_s >= LEVEL_LIMIT_S:
+            nodes = ", ".join(sorted(levelling)) or "the nodes in sync"
+            return f"{nodes} is not level with the others after {LEVEL_LIMIT_S:.0f} s; try again"
+        return ""
+
+    def _enter(self, stage: Stage, now_s: float) -> None:
+        self.stage, self.since_s = stage, now_s
+
+
+def is_unstored(record: ImageRecord, heard: Iterable[Peeked]) -> bool:
+    """Whether none of these nodes in sync has stored the newest snapshot, under the top layer.
+
+    Then no write was answered in that layer: all nodes in sync store it before. They have stored
+    the record before it. Nodes that are further behind have lost something, and tell nothing.
+    """
+    newest = record.newest_snapshot
+    known = [peeked.record.generation for peeked in heard if peeked.record is not None]
+    return newest is not None and max(known, default=0) == newest.generation - 1

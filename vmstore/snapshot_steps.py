@@ -1,0 +1,104 @@
+"""`SnapshotSteps`: what the holder of an image does to take a snapshot of it.
+
+The stages stand in `vmstore/freezing.py`. Pure, as `vmstore/holder.py` is, whose part this is.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Set
+from dataclasses import dataclass
+
+from vmstore.effects import ChangeMembership, Effect, Freeze, TellSnapshot, Thaw
+from vmstore.freezing import HELD_LIMIT_S, Stage, is_unstored
+from vmstore.standing import Phase, State
+
+RETRY_S = 0.5
+"""Until etcd is asked again for a change it did not answer."""
+
+
+@dataclass(slots=True)
+class SnapshotSteps(State, ABC):
+    """See the module."""
+
+    @abstractmethod
+    def _go_on(self) -> list[Effect]:
+        """Do what can be done now."""
+
+    @property
+    def changes_record(self) -> bool:
+        """Whether the record is being changed, or about to be: no other change may be made."""
+        freezing = self.freezing
+        return self.proposal is not None or self.paused or freezing.holds or freezing.withdraws
+
+    def _freeze(self) -> list[Effect]:
+        """Begin to freeze for the snapshot that is wanted, if all nodes in sync are well."""
+        freezing = self.freezing
+        if freezing.stage is not Stage.WAITING or self.phase is not Phase.SERVING:
+            return []
+        changes = freezing.withdraws or self.storing or self.retry_at_s is not None
+        if changes or self.now_s < freezing.not_before_s or not self._all_are_well():
+            return []
+        return [Freeze(freezing.freeze(self.now_s))]
+
+    def _all_are_well(self) -> bool:
+        in_sync = self._in_sync_names()
+        return all(map(self._is_well, in_sync)) and not in_sync & (self.levelling | self.emptied)
+
+    def _watch_freeze(self) -> list[Effect]:
+        """Thaw where a node is lost: the record has to leave it behind first."""
+        if self._all_are_well():
+            return []
+        self.freezing.wait(self.now_s)
+        return [Thaw(self.freezing.attempt), *self._go_on()]
+
+    def _on_frozen(self, attempt: int) -> list[Effect]:
+        assert self.record is not None
+        if not self.freezing.is_of_now(attempt):
+            return []
+        self.proposal = self.freezing.propose(self.record, self.now_s)
+        return [ChangeMembership(self.record, self.proposal)]
+
+    def _on_freeze_failed(self, attempt: int, why: str) -> list[Effect]:
+        freezing = self.freezing
+        if not freezing.is_of_now(attempt):
+            return []
+        freezing.wait(self.now_s, RETRY_S)
+        if freezing.held_s < HELD_LIMIT_S:
+            # The engine knew of a loss before us, which comes to the record first.
+            return self._go_on()
+        freezing.end()
+        return [TellSnapshot(f"{why}; try again"), *self._go_on()]
+
+    def _on_stored(self, generation: int) -> list[Effect]:
+        assert self.record is not None
+        if generation != self.record.generation:
+            return []
+        self.storing = False
+        if self.freezing.stage is not Stage.STORING:
+            return []
+        self.freezing.end()
+        return [TellSnapshot()]
+
+    def _give_up_snapshot(self, why: str) -> list[Effect]:
+        """End one that is being taken; what etcd may have of it is withdrawn once that is known."""
+        freezing = self.freezing
+        if freezing.stage is Stage.NONE:
+            return []
+        held = freezing.stage in (Stage.FREEZING, Stage.CHANGING)
+        freezing.withdraws |= freezing.stage is Stage.CHANGING
+        freezing.end()
+        return [*([Thaw(freezing.attempt)] if held else []), TellSnapshot(why)]
+
+    def _withdraws(self, lost: Set[str] = frozenset()) -> bool:
+        """Whether the record's newest snapshot is to go: see `freezing`.
+
+        Of an image that is being opened that is told by its nodes in sync but for `lost` ones.
+        """
+        assert self.record is not None
+        if self.freezing.withdraws:
+            return True
+        if self.phase is not Phase.GATHERING:
+            return False
+        names = self._in_sync_names() - self.emptied - lost
+        heard = [self.nodes[name].peeked for name in names]
+        known = [peeked for peeked in heard if peeked is not None]
+        return len(known) == len(heard) and is_unstored(self.record, known)

@@ -1,0 +1,176 @@
+"""`Snapshots`: snapshots of images that this gateway holds, or opens for that.
+
+An image that nobody has open is opened with a lease for maintenance, made level where it was not
+closed cleanly, and closed again. What is done step by step its holder decides (`vmstore/freezing`).
+
+One snapshot of an image at a time, and none while its size changes. All is decided on the deciding
+thread. A snapshot ends, one way or the other, at the latest with the image.
+"""
+
+import time
+from abc import abstractmethod
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+import structlog
+
+from etcd.images import ImageRecord
+from shard.errors import HciError
+from vmstore import events
+from vmstore.deciding import TICK_S
+from vmstore.errors import BeingClosed, BeingResized, BeingSnapshotted, SnapshotFailed
+from vmstore.freezing import LEVEL_LIMIT_S
+from vmstore.holder import OPEN_LIMIT_S
+from vmstore.names import ImageName
+from vmstore.open_image import OpenImage, SnapshotOrder, TakenSnapshot
+from vmstore.record_size import check_snapshot
+from vmstore.resizing import CLOSING_S, Resizing
+from vmstore.standing import Phase
+from vmstore.stored import Stored
+
+log = structlog.get_logger()
+
+SNAPSHOT_LIMIT_S = OPEN_LIMIT_S + LEVEL_LIMIT_S + 20.0
+"""How long a caller waits: for the image to open, to be made level, and for the rest with room."""
+
+
+class Snapshots(Resizing):
+    """Takes snapshots of images; see the module."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._looked_up: set[ImageName] = set()
+        """Images of which a snapshot was ordered that etcd is asked for."""
+
+    @abstractmethod
+    def _take_pin(self) -> int:
+        """Return a number that stands for a client, and is none's."""
+
+    # For the control service: any thread
+
+    def take_snapshot(self, image: ImageName, name: str, created_s: int) -> TakenSnapshot:
+        """Take a snapshot; it is taken when all nodes in sync have stored that.
+
+        Raises SnapshotExists, TooManySnapshots, BeingSnapshotted, BeingResized, BeingClosed where
+        that lasts, SnapshotFailed, TimeoutError where it is not known yet, and what an open raises.
+        """
+        closed_by_s = time.monotonic() + CLOSING_S
+        while True:
+            order = SnapshotOrder(name, created_s, Future())
+            self._deciding.put(partial(self._find_to_freeze, image, order))
+            try:
+                return order.done.result(timeout=SNAPSHOT_LIMIT_S)
+            except BeingClosed:
+                if time.monotonic() > closed_by_s:
+                    raise
+            time.sleep(TICK_S)
+
+    def stop(self) -> None:
+        """See `Serving`. No caller waits for an image that did not close in time."""
+        super().stop()
+        for image in self.snapshot():
+            if image.snapshot is not None:
+                image.snapshot.done.set_exception(_stopping(image.snapshot))
+
+    # On the deciding thread
+
+    def _find_to_freeze(self, name: ImageName, order: SnapshotOrder) -> None:
+        def find() -> Stored[ImageRecord]:
+            self._catalog.check_history()
+            return self._catalog.find(name)
+
+        def failed(error: HciError) -> None:
+            self._looked_up.discard(name)
+            order.done.set_exception(error)
+
+        def found(stored: Stored[ImageRecord]) -> None:
+            self._looked_up.discard(name)
+            if self._calls.stopping:
+                order.done.set_exception(_stopping(order))
+                return
+            try:
+                check_snapshot(stored.record, str(name), order.name, order.created_s)
+            except HciError as error:
+                order.done.set_exception(error)
+                return
+            image = self._use(name, stored, maintenance=True)
+            if image.snapshot is not None:
+                order.done.set_exception(BeingSnapshotted(str(name)))
+            elif image.resize is not None:
+                order.done.set_exception(BeingResized(str(name)))
+            elif image.holder.phase in (Phase.CLOSING, Phase.RELEASING, Phase.ENDED):
+                order.done.set_exception(BeingClosed(str(name)))
+            else:
+                image.snapshot = order
+                order.pin = self._take_pin()
+                image.users.add(order.pin)
+                if image.holder.phase is Phase.SERVING:
+                    self._begin_snapshot(image)
+
+        if self._calls.stopping:
+            order.done.set_exception(_stopping(order))
+        elif name in self._looked_up:
+            order.done.set_exception(BeingSnapshotted(str(name)))
+        else:
+            self._looked_up.add(name)
+            self._calls.later(find, found, failed)
+
+    def _begin_snapshot(self, image: OpenImage) -> None:
+        """Have the holder take the snapshot that was asked for, if any was; the image serves."""
+        order = image.snapshot
+        if order is None or order.begun:
+            return
+        assert image.holder.record is not None
+        try:
+            # What etcd said may have changed while it was opened.
+            check_snapshot(image.holder.record, str(image.name), order.name, order.created_s)
+        except HciError as error:
+            self._end_snapshot(image, error)
+            return
+        order.begun = True
+        self._step(image, events.TakeSnapshot(order.name, order.created_s))
+
+    def _snapshot_ended(self, image: OpenImage, failed: str | None) -> None:
+        order = image.snapshot
+        if order is None:
+            return
+        if failed is not None:
+            log.warning("snapshot_failed", image=str(image.name), snapshot=order.name, why=failed)
+            self._end_snapshot(image, SnapshotFailed(f"{image.name}@{order.name}", failed))
+            return
+        assert image.holder.record is not None
+        assert order.held_since_s is not None, "changes have waited for it"
+        snapshot = image.holder.record.snapshot(order.name)
+        assert snapshot is not None, "the record has it"
+        held_ms = round((self._deciding.now_s() - order.held_since_s) * 1000)
+        log.info(
+            "snapshot_taken",
+            image=str(image.name),
+            snapshot=snapshot.name,
+            layer=snapshot.layer,
+            held_ms=held_ms,
+        )
+        self._end_snapshot(image, TakenSnapshot(snapshot, held_ms))
+
+    def _end_snapshot(self, image: OpenImage, outcome: TakenSnapshot | HciError) -> None:
+        """Tell who asked, and let the image go; where nothing was asked for, do nothing."""
+        order, image.snapshot = image.snapshot, None
+        if order is None:
+            return
+        image.users.discard(order.pin)
+        if isinstance(outcome, TakenSnapshot):
+            order.done.set_result(outcome)
+        else:
+            order.done.set_exception(outcome)
+
+        def close() -> None:
+            if self._images.get(image.image) is image:
+                self._close_if_unused(image)
+
+        # Not in the midst of what the holder has just said.
+        self._deciding.put(close)
+
+
+def _stopping(order: SnapshotOrder) -> HciError:
+    return SnapshotFailed(order.name, "the gateway is stopping; try again")
