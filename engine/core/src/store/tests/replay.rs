@@ -1,7 +1,5 @@
 //! A log is replayed whole, however long it is, and what was never written of it is not read.
 
-use bytes::Bytes;
-
 use super::disk::Folder;
 use super::rig::*;
 use crate::store::real::RealDisk;
@@ -22,7 +20,7 @@ fn log_longer_than_what_is_read_at_once_is_replayed_whole() {
     for seed in 0..4 {
         let disk = SimDisk::new();
         let (mut store, _) = open_large(&disk);
-        store.put_record(IMAGE, head(1, 1), Bytes::new()).expect("a first record");
+        store.put_record(IMAGE, record(head(1, 1))).expect("a first record");
         let mut rig = Rig {
             disk,
             store,
