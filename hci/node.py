@@ -117,7 +117,7 @@ class NodeDaemon:
                 log.info("node_started", node=own.name, instance=self.engine.start_counter,
                          listen=str(own.listen), version=VERSION)  # fmt: skip
                 self._look_after()
-                notify.attend(self.ending, self._look_after, lambda: self.engine.status())
+                notify.attend(self.ending, self._look_after, self._ask_engine)
         finally:
             server.stop(grace=1).wait()
             if self._session is not None:
@@ -236,6 +236,10 @@ class NodeDaemon:
             self._check_history()
         if not self.registered:
             self._register()
+
+    def _ask_engine(self) -> None:
+        """Raise TimeoutError where the loop that serves data hangs."""
+        self.engine.status()
 
     def _check_history(self) -> None:
         """Look now and then whether etcd may still be believed; else be registered no longer."""

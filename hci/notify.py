@@ -27,8 +27,8 @@ def attend(
 ) -> None:
     """Look after a daemon that serves, again and again, until it is time to end.
 
-    The watchdog is told by the thread that looks, and only when the daemon's other loop `answers`,
-    which raises TimeoutError or RuntimeError where that hangs: then the supervisor ends the process.
+    The watchdog is told by the thread that looks, and only when the daemon's other loop `answers`;
+    that raises TimeoutError or RuntimeError where it hangs, and the supervisor ends the process.
     """
     tell("READY=1")
     told_s = clock()
