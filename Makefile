@@ -32,8 +32,8 @@ HOURS ?= 8
 MEASURES ?=
 TOLERANCE ?=
 
-.PHONY: help setup build demo test check fix sim faults soak stalls heal bench bench-smoke \
-    bench-picture wheel clean
+.PHONY: help setup build demo test test-deploy check fix sim faults soak stalls heal bench \
+    bench-smoke bench-picture wheel bundle clean
 
 help: ## List what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) \
@@ -48,7 +48,12 @@ demo: setup ## Boot a guest from a replicated image and kill a node under it (IM
 	@$(PYTHON) -m tests.e2e.demo $${IMAGE:+--image "$$IMAGE"}
 
 test: setup ## All tests, as root (TESTS=tests/unit for a part, PYTEST_FLAGS="-k name", WORKERS=0 in turn)
-	$(if $(filter-out $(ROOTLESS),$(TESTS)),$(AS_ROOT) )$(PYTHON) -m pytest $(SIDE_BY_SIDE) $(TESTS) $(PYTEST_FLAGS)
+	$(if $(filter-out $(ROOTLESS),$(TESTS)),$(AS_ROOT) )$(PYTHON) -m pytest $(SIDE_BY_SIDE) $(TESTS) \
+	    $(if $(filter tests,$(TESTS)),--ignore=tests/deploy) $(PYTEST_FLAGS)
+
+test-deploy: bundle ## Ansible sets clusters up on hosts that boot systemd, as root: 10 minutes
+	@.ci/setup deploy
+	$(AS_ROOT) $(PYTHON) -m pytest tests/deploy $(PYTEST_FLAGS)
 
 check: setup ## Format, lint, types, stubs, layers: under 90 s warm
 	$(PYTHON) -m ruff format --check .
@@ -102,6 +107,9 @@ bench-picture: setup
 
 wheel: setup ## A wheel and an sdist in dist/
 	$(PYTHON) -m maturin build --release --locked --sdist --out dist
+
+bundle: wheel ## What hosts install without compiler or internet, in dist/
+	$(PYTHON) .ci/bundle.py
 
 clean: ## Remove all that was built; the system's packages stay
 	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis dist engine/target \

@@ -23,7 +23,7 @@ from etcd.errors import EtcdError
 from etcd.interface import Notice, Reread
 from etcd.lease import Session
 from etcd.records import ArbiterRecord, ClusterRecord, awaited_arbiter
-from hci import daemon, metrics
+from hci import daemon, metrics, notify
 from hci.config import ArbiterConfig, Config
 from hci.errors import DaemonError
 from hci.history import CHECK_S, tombstones
@@ -42,7 +42,6 @@ from vmstore.stored import Stored
 
 log = structlog.get_logger()
 
-POLL_S = 0.5
 RETRY_S = 1.0
 STOP_GRACE_S = 1.0
 
@@ -97,8 +96,7 @@ class ArbiterDaemon:
                 log.error("votes_damaged", arbiter=own.name, why=problem)
             with metrics.served(f"arbiter {own.name}", own.metrics, self._samples):
                 self._look_after()
-                while not self.ending.wait(POLL_S):
-                    self._look_after()
+                notify.attend(self.ending, self._look_after)
         finally:
             server.stop(grace=STOP_GRACE_S).wait()
             if self._session is not None:

@@ -26,7 +26,7 @@ from etcd.gateways import GatewayRecord
 from etcd.interface import Notice, Reread
 from etcd.lease import Session
 from etcd.records import NodeRecord
-from hci import control, daemon, metrics
+from hci import control, daemon, metrics, notify
 from hci import control_pb2 as pb
 from hci.config import Config, GatewayConfig
 from hci.control_pb2_grpc import GatewayControlServicer, add_GatewayControlServicer_to_server
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-POLL_S = 0.5
 BACKLOG = 128
 
 
@@ -158,8 +157,7 @@ class GatewayDaemon:
         own = self.own
         log.info("gateway_started", gateway=own.name, holder=self.holder,
                  socket=str(own.nbd_socket), version=VERSION)  # fmt: skip
-        while not self.ending.wait(POLL_S):
-            self._look_after()
+        notify.attend(self.ending, self._look_after, self.engine.snapshot)
         self.exports.stop()
 
     def _lease(self, on_lost: Callable[[], None], on_renewed: Callable[[float], None]) -> Session:

@@ -23,7 +23,7 @@ from etcd.errors import EtcdError
 from etcd.images import ImageRecord
 from etcd.lease import Session
 from etcd.records import NodeRecord
-from hci import control, daemon, metrics
+from hci import control, daemon, metrics, notify
 from hci import control_pb2 as pb
 from hci.config import Config, NodeConfig
 from hci.control_pb2_grpc import NodeControlServicer, add_NodeControlServicer_to_server
@@ -51,7 +51,6 @@ from vmstore.set_back import Marks, seen_later
 
 log = structlog.get_logger()
 
-POLL_S = 0.5
 _FULL = "the disk is full: writes are refused until there is room"
 RETRY_S = 1.0
 
@@ -118,8 +117,7 @@ class NodeDaemon:
                 log.info("node_started", node=own.name, instance=self.engine.start_counter,
                          listen=str(own.listen), version=VERSION)  # fmt: skip
                 self._look_after()
-                while not self.ending.wait(POLL_S):
-                    self._look_after()
+                notify.attend(self.ending, self._look_after, self._ask_engine)
         finally:
             server.stop(grace=1).wait()
             if self._session is not None:
@@ -238,6 +236,10 @@ class NodeDaemon:
             self._check_history()
         if not self.registered:
             self._register()
+
+    def _ask_engine(self) -> None:
+        """Raise TimeoutError where the loop that serves data hangs."""
+        self.engine.status()
 
     def _check_history(self) -> None:
         """Look now and then whether etcd may still be believed; else be registered no longer."""
