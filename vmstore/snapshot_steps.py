@@ -91,7 +91,9 @@ class SnapshotSteps(State, ABC):
     def _withdraws(self, lost: Set[str] = frozenset()) -> bool:
         """Whether the record's newest snapshot is to go: see `freezing`.
 
-        Of an image that is being opened that is told by its nodes in sync but for `lost` ones.
+        Of an image that is being opened its nodes in sync tell, but for `lost` ones. One that has
+        not stored it is needed of each replica set: a set whose nodes have may have answered writes
+        to the layer on top.
         """
         assert self.record is not None
         if self.freezing.withdraws:
@@ -99,6 +101,11 @@ class SnapshotSteps(State, ABC):
         if self.phase is not Phase.GATHERING:
             return False
         names = self._in_sync_names() - self.emptied - lost
-        heard = [self.nodes[name].peeked for name in names]
-        known = [peeked for peeked in heard if peeked is not None]
-        return len(known) == len(heard) and is_unstored(self.record, known)
+        known = {name: self.nodes[name].peeked for name in names}
+        heard = [peeked for peeked in known.values() if peeked is not None]
+        of_sets = self.record.membership.in_sync_sets()
+        return (
+            len(heard) == len(names)
+            and all(of_set & names for of_set in of_sets)
+            and is_unstored(self.record, heard)
+        )

@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-import pytest
-
 from etcd.images import ImageRecord
 from tests.unit.samples import NODES
 from tests.unit.vmstore.test_holder import changes, gathering, peeked, record, serving, view
@@ -64,15 +62,14 @@ def test_snapshot_of_an_image_that_is_being_closed_is_refused() -> None:
     assert "being closed" in failure(holder.step(ORDER))
 
 
-@pytest.mark.parametrize("levelled", [events.Levelled("node3")])
-def test_snapshot_waits_until_all_nodes_in_sync_are_level(levelled: events.Event) -> None:
+def test_snapshot_waits_until_all_nodes_in_sync_are_level() -> None:
     holder = gathering()
     for node in NODES:
         holder.step(peeked(node))
     holder.step(events.Admitted(frozenset({"node3"})))
     assert holder.step(ORDER) == []
     assert holder.step(events.Tick(f.LEVEL_LIMIT_S - 1)) == []
-    assert holder.step(levelled) == [wanted.Freeze(1)]
+    assert holder.step(events.Levelled("node3")) == [wanted.Freeze(1)]
 
 
 def test_snapshot_gives_up_on_nodes_that_are_not_made_level() -> None:
@@ -320,6 +317,29 @@ def test_new_holder_withdraws_a_snapshot_as_it_leaves_a_node_behind() -> None:
         holder.step(events.Peeked(node, 1, 9, False, view(record()), serial))
     (change,) = changes(holder.step(events.Tick(standing.GRACE_S)))
     assert change.after == replace(ours.without_newest_snapshot(), stale={0: {"node3": 2}})
+
+
+def test_new_holder_keeps_a_snapshot_while_nobody_of_a_set_says_that_it_has_not_stored_it() -> None:
+    """Writes to a set are answered as soon as its own nodes have stored the new layer. They were
+    away when the next holder withdrew it, by the word of another set: the writes were lost."""
+    sets = (("a1", "a2", "a3"), ("b1", "b2", "b3"))
+    before = replace(record(), sets=sets)
+    ours = replace(before.with_snapshot("monday", 0), epoch=4)
+    holder = gathering(ours)
+    known = view(before)
+    for serial, node in enumerate(sets[1], 1):
+        holder.step(events.Peeked(node, 1, 9, False, known, serial))
+    for now_s in (1.0, standing.GRACE_S, 2 * standing.GRACE_S):
+        assert changes(holder.step(events.Tick(now_s))) == []
+    # Those of the first set come back, and have it.
+    stored = view(ours)
+    effects: list[wanted.Effect] = []
+    for serial, node in enumerate(sets[0], 4):
+        effects += holder.step(events.Peeked(node, 1, 9, False, stored, serial))
+    # The last one has had its time meanwhile.
+    (change,) = changes(effects)
+    assert (change.after.layers, change.after.snapshots) == (ours.layers, ours.snapshots)
+    assert change.after.stale == {0: {"a3": 2}}
 
 
 def test_new_holder_keeps_a_snapshot_that_one_node_has_stored() -> None:
