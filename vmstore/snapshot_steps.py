@@ -48,7 +48,17 @@ class SnapshotSteps(State, ABC):
         if self._all_are_well():
             return []
         self.freezing.wait(self.now_s)
-        return [Thaw(self.freezing.attempt), *self._go_on()]
+        thaw = Thaw(self.freezing.attempt)
+        if self.freezing.held_s < HELD_LIMIT_S:
+            return [thaw, *self._go_on()]
+        self.freezing.end()
+        why = "a node in sync was lost again and again as the image was frozen; try again"
+        return [thaw, TellSnapshot(why), *self._go_on()]
+
+    def _on_holding(self, attempt: int) -> list[Effect]:
+        if self.freezing.is_of_now(attempt):
+            self.freezing.holds_since(self.now_s)
+        return []
 
     def _on_frozen(self, attempt: int) -> list[Effect]:
         assert self.record is not None
@@ -84,9 +94,10 @@ class SnapshotSteps(State, ABC):
         if freezing.stage is Stage.NONE:
             return []
         held = freezing.stage in (Stage.FREEZING, Stage.CHANGING)
+        unknown = freezing.stage is Stage.STORING
         freezing.withdraws |= freezing.stage is Stage.CHANGING
         freezing.end()
-        return [*([Thaw(freezing.attempt)] if held else []), TellSnapshot(why)]
+        return [*([Thaw(freezing.attempt)] if held else []), TellSnapshot(why, unknown)]
 
     def _withdraws(self, lost: Set[str] = frozenset()) -> bool:
         """Whether the record's newest snapshot is to go: see `freezing`.

@@ -22,8 +22,8 @@ from tests.tools.load import SteadyLoad
 from tests.waiting import until
 
 MIB = 1 << 20
-STALL_S = 0.1
-"""What a guest may wait for a snapshot, at best of a few: other work on the machine adds to it."""
+STALL_S = 3.0
+"""A hang detector: what a guest waits for a snapshot `make stalls` measures."""
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_guest_hardly_waits_for_a_snapshot(two: DevCluster) -> None:
         load.stop()
         assert load.errors == []
     print(f"the longest waits: {[f'{each * 1000:.0f} ms' for each in waited]}")
-    assert min(waited) < STALL_S
+    assert max(waited) < STALL_S
 
 
 def test_snapshot_of_a_closed_image_is_what_it_held(two: DevCluster, tmp_path: Path) -> None:
