@@ -322,15 +322,15 @@ class TooManySnapshots(VmstoreError):
 
 
 class HasSnapshots(VmstoreError):
-    """An image is not removed while it has snapshots."""
+    """An image has snapshots, and was to be removed without them."""
 
     def __init__(self, image: str, names: Sequence[str]) -> None:
         self.image = image
         self.names = names
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        count = f"{len(names)} snapshots" if len(names) > 1 else "1 snapshot"
         super().__init__(
-            f"{image} is not removed: it has the snapshot {names[0]}{more}, and snapshots cannot "
-            "be removed yet"
+            f"{image} is not removed: it has {count} ({names[0]}{', …' if names[1:] else ''}); "
+            "use --with-snapshots if they are not needed either"
         )
 
 
