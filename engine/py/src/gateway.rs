@@ -686,6 +686,10 @@ fn put_image_event(py: Python<'_>, dict: &Bound<'_, PyDict>, event: Event) -> Py
             dict.set_item("event", "stored")?;
             dict.set_item("generation", generation)
         }
+        Event::Holding { attempt } => {
+            dict.set_item("event", "holding")?;
+            dict.set_item("attempt", attempt)
+        }
         Event::Frozen { attempt } => {
             dict.set_item("event", "frozen")?;
             dict.set_item("attempt", attempt)

@@ -3,12 +3,13 @@
 //!
 //! | stage | what goes on | left by |
 //! | --- | --- | --- |
+//! | `Settling` | the nodes in sync sync what was answered so far, and nobody waits | they have: `Event::Holding` |
 //! | `Draining` | what clients change or flush waits; changes that were asked before are answered | none is left |
-//! | `Flushing` | the nodes in sync sync | they have: `Event::Frozen` |
+//! | `Flushing` | the nodes in sync sync the little that came since | they have: `Event::Frozen` |
 //! | `Frozen` | policy changes the record | `reconfigure` with other layers, `thaw` |
 //! | `Storing` | the nodes in sync store it | those of a replica set have: its changes go on |
 //!
-//! Reads go on all the time. A node that is lost, or two seconds, end the first two stages: what waited goes
+//! Reads go on all the time. A node that is lost ends the first three stages, as does time: what waited goes
 //! on, and policy may try again.
 //!
 //! Invariants, asserted here:
@@ -24,9 +25,12 @@ use crate::rules::{Rule, broken};
 
 /// Clients wait no longer than this for nodes to answer and to sync.
 const PATIENCE_NS: u64 = 2_000_000_000;
+/// So long nodes may take to sync while nobody waits: up to what an image is flushed by itself after.
+const SETTLING_NS: u64 = 30_000_000_000;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Stage {
+    Settling { request: usize },
     Draining,
     Flushing { request: usize },
     Frozen,
@@ -39,13 +43,18 @@ pub(super) struct Freeze {
     /// Given back in its events.
     attempt: u64,
     stage: Stage,
+    /// When that began for which there is a limit: to settle, or to hold clients back.
     since_ns: u64,
 }
 
 impl Freeze {
     /// Whether policy has not been told yet that nothing changes.
     fn is_young(&self) -> bool {
-        matches!(self.stage, Stage::Draining | Stage::Flushing { .. })
+        matches!(self.stage, Stage::Settling { .. } | Stage::Draining | Stage::Flushing { .. })
+    }
+
+    fn patience_ns(&self) -> u64 {
+        if matches!(self.stage, Stage::Settling { .. }) { SETTLING_NS } else { PATIENCE_NS }
     }
 }
 
@@ -57,14 +66,33 @@ impl ImageIo {
         let why = match self.phase {
             Phase::Running if self.freeze.is_some() => "another snapshot is being taken",
             Phase::Running if !level => "a node in sync is away or not level",
-            Phase::Running => {
-                let (stage, since_ns) = (Stage::Draining, self.now_ns);
-                self.freeze = Some(Freeze { attempt, stage, since_ns });
-                return self.go_on_freezing();
-            }
+            Phase::Running => return self.settle(attempt),
             _ => "the image is not served",
         };
         self.event(Event::FreezeFailed { attempt, why });
+    }
+
+    /// Has what was answered so far synced, so that clients wait for what comes until then only.
+    fn settle(&mut self, attempt: u64) {
+        let (stage, since_ns) = (Stage::Draining, self.now_ns);
+        self.freeze = Some(Freeze { attempt, stage, since_ns });
+        if broken(Rule::SnapshotsAreFlushed) {
+            return self.hold();
+        }
+        let request = self.own_request(RequestKind::Flush, 0, 0);
+        self.enter_stage(Stage::Settling { request });
+        self.start(request);
+    }
+
+    /// From now on clients wait.
+    fn hold(&mut self) {
+        self.enter_stage(Stage::Draining);
+        if let Some(freeze) = &mut self.freeze {
+            freeze.since_ns = self.now_ns;
+            let attempt = freeze.attempt;
+            self.event(Event::Holding { attempt });
+        }
+        self.go_on_freezing();
     }
 
     /// What waits goes on as before, if that freeze has not led to other layers.
@@ -78,7 +106,7 @@ impl ImageIo {
     fn is_held_back(&self, kind: RequestKind, offset: u64, length: u32) -> bool {
         let changes = matches!(kind, RequestKind::Write | RequestKind::Zero);
         match self.freeze.map(|freeze| freeze.stage) {
-            None => false,
+            None | Some(Stage::Settling { .. }) => false,
             // A set whose nodes are away is not waited for by the others.
             Some(Stage::Storing) => {
                 changes && self.sets_of(offset, length).any(|set| !set.storing.is_empty())
@@ -137,6 +165,7 @@ impl ImageIo {
     /// A request is over.
     pub(super) fn freeze_after(&mut self, request: usize) {
         match self.freeze.map(|freeze| freeze.stage) {
+            Some(Stage::Settling { request: flush }) if flush == request => self.hold(),
             Some(Stage::Draining) => self.go_on_freezing(),
             Some(Stage::Flushing { request: flush }) if flush == request => self.is_frozen(),
             _ => {}
@@ -180,7 +209,8 @@ impl ImageIo {
 
     /// Time has passed.
     pub(super) fn limit_freeze(&mut self) {
-        let late = |freeze: Freeze| self.now_ns.saturating_sub(freeze.since_ns) > PATIENCE_NS;
+        let passed_ns = |freeze: Freeze| self.now_ns.saturating_sub(freeze.since_ns);
+        let late = |freeze: Freeze| passed_ns(freeze) > freeze.patience_ns();
         if self.freeze.is_some_and(late) {
             self.fail_freeze("nodes took too long to answer and to sync");
         }

@@ -100,6 +100,8 @@ pub(super) struct Set {
     /// In-sync nodes that have not stored `storing_generation`, the one that changed this set.
     pub storing: NodeMask,
     pub storing_generation: u64,
+    /// When the first node had stored it.
+    pub first_stored_ns: Option<u64>,
     /// Nodes that were let in for other sets while some in sync in this one were away, and none was whole:
     /// what they may lack here is not known, so that they are doubtful in every shard of it.
     pub unfounded: NodeMask,
@@ -263,6 +265,7 @@ impl ImageIo {
             in_sync: set.in_sync,
             storing: NodeMask::EMPTY,
             storing_generation: 0,
+            first_stored_ns: None,
             unfounded: NodeMask::EMPTY,
             memory: Memory::default(),
             refuses: false,

@@ -1,10 +1,10 @@
-//! How much later than the first of them nodes answer changes and flushes: what clients wait for because of one
-//! node alone. Only measured here; who is slow, and what becomes of it, policy says.
+//! How much later than the first of them nodes answer changes and flushes, and store a record that changes wait
+//! for: what clients wait for because of one node alone. Only measured here; who is slow, and what becomes of it, policy says.
 //!
 //! Compared are answers to one and the same frame that was sent to all at once, so that what all of them
 //! suffer from (load, large requests, a gateway that stood still) does not count.
 
-use super::image::{ImageIo, Part, ReplicaState};
+use super::image::{ImageIo, Part, ReplicaState, Set};
 use super::{Event, NodeIndex, NodeMask};
 
 /// Less than this nobody has to hear of.
@@ -37,6 +37,13 @@ impl Part {
     }
 }
 
+impl Set {
+    /// Since when others have stored a record that `node` has not.
+    fn record_awaited_since(&self, node: NodeIndex) -> Option<u64> {
+        self.first_stored_ns.filter(|_| self.storing.has(node))
+    }
+}
+
 impl ImageIo {
     /// `node` has done a change or a flush.
     pub(super) fn measure(&mut self, id: usize, node: NodeIndex) {
@@ -57,7 +64,9 @@ impl ImageIo {
         for node in self.nodes_in(attached).iter() {
             let Lag { answers, lag_ns } = std::mem::take(&mut self.replica(node).lag);
             let awaited = self.parts.iter().filter_map(|(_, part)| part.awaited_since(node));
-            let oldest_ns = awaited.min().map(|since_ns| self.now_ns.saturating_sub(since_ns));
+            let stored = self.sets.iter().filter_map(|set| set.record_awaited_since(node));
+            let oldest_ns =
+                awaited.chain(stored).min().map(|since_ns| self.now_ns.saturating_sub(since_ns));
             let mean_ns = lag_ns.checked_div(answers);
             if let Some(lag_ns) = mean_ns.max(oldest_ns) {
                 lags.push((node, lag_ns / 1_000_000));

@@ -208,8 +208,9 @@ impl ImageIo {
             }
         }
         for set in &mut self.sets {
-            if set.storing_generation <= frame.tag {
+            if set.storing_generation <= frame.tag && set.storing.has(node) {
                 set.storing = set.storing.without(NodeMask::one(node));
+                set.first_stored_ns.get_or_insert(self.now_ns);
             }
         }
         if self.replica(node).state == (ReplicaState::Joining { stored: false })
@@ -317,6 +318,7 @@ impl ImageIo {
             if self.phase != Phase::Opening {
                 set.storing = *in_sync;
                 set.storing_generation = generation;
+                set.first_stored_ns = None;
                 storing = storing.with(*in_sync);
             }
         }
@@ -327,13 +329,14 @@ impl ImageIo {
         for node in before.without(self.in_sync_anywhere()).iter() {
             self.let_go(node);
         }
-        self.level_reconfigured();
         // Who is joining waits for an answer that names the generation of now, changed set or not; the
         // others are told, so that every node that is here keeps what is in force.
         let told = self.nodes_in(|state| {
             !matches!(state, ReplicaState::Down | ReplicaState::Peeking | ReplicaState::Waiting)
         });
         self.send_record_to_connected(storing.with(told));
+        // Behind the record: a node is asked of layers that it knows.
+        self.level_reconfigured();
         self.after_store();
         self.dispatch_parked_reads();
         self.restart_repairs();

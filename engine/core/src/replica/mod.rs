@@ -199,6 +199,8 @@ pub enum Event {
     Stored { generation: u64 },
     /// A node knows a later holder, or a later membership: nothing more is answered, ever.
     Fenced { node: NodeIndex, status: Status },
+    /// A freeze has begun to hold back what clients change.
+    Holding { attempt: u64 },
     /// No change of a client is in flight, and all is durable on the nodes in sync. It stays so until policy
     /// ends it, by `reconfigure` or `thaw`.
     Frozen { attempt: u64 },

@@ -33,6 +33,13 @@ pub trait DiskFile: Send + Sync {
     /// Fills the front of `room` from `offset` on, and says how many bytes; fewer than there is room
     /// for only at the file's end.
     fn read_into(&self, offset: u64, room: &mut [MaybeUninit<u8>]) -> DiskResult<usize>;
+    /// The first place from `offset` on, which lies in the file, that may hold anything but zeros; the
+    /// file's length where there is none. A hint: `offset` itself is never wrong.
+    fn next_data(&self, offset: u64) -> DiskResult<u64> {
+        Ok(offset)
+    }
+    /// Whether the kernel may read beyond what is asked for, as it usually does: a hint.
+    fn allow_read_ahead(&self, _allowed: bool) {}
     /// Has the next read of the range come from the device, where the kernel can do that: a hint.
     fn forget_cached(&self, _offset: u64, _length: u64) {}
     /// Writes all slices one after the other, beginning at `offset`. The slices may be consumed.

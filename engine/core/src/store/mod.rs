@@ -29,6 +29,7 @@ mod read;
 pub mod real;
 mod record;
 mod recovery;
+mod replay;
 mod scrub;
 mod shard_file;
 #[cfg(any(test, feature = "simulation"))]
@@ -41,6 +42,7 @@ mod sync;
 mod tests;
 mod torn;
 mod usage;
+mod window;
 mod write;
 mod written;
 

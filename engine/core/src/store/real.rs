@@ -8,9 +8,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use rustix::fs::{
-    Advice, AtFlags, CWD, Dir, FallocateFlags, FlockOperation, Mode, OFlags, fadvise, fallocate,
-    fdatasync, flock, fstat, fstatvfs, fsync, ftruncate, mkdirat, openat, renameat, syncfs,
-    unlinkat,
+    Advice, AtFlags, CWD, Dir, FallocateFlags, FlockOperation, Mode, OFlags, SeekFrom, fadvise,
+    fallocate, fdatasync, flock, fstat, fstatvfs, fsync, ftruncate, mkdirat, openat, renameat,
+    seek, syncfs, unlinkat,
 };
 use rustix::io::{Errno, pread, pwritev};
 
@@ -41,6 +41,15 @@ impl DiskFile for RealFile {
             done += count;
         }
         Ok(done)
+    }
+
+    fn next_data(&self, offset: u64) -> DiskResult<u64> {
+        match seek(&self.fd, SeekFrom::Data(offset)) {
+            Err(Errno::NXIO) => self.length(),
+            // A file system that does not know.
+            Err(_) => Ok(offset),
+            other => other,
+        }
     }
 
     fn write_at(&self, offset: u64, slices: &mut [IoSlice<'_>]) -> DiskResult<()> {
@@ -90,6 +99,10 @@ impl DiskFile for RealFile {
     fn forget_cached(&self, offset: u64, length: u64) {
         // Where that fails the kernel's copy is read, which is no worse than any other read.
         let _ = fadvise(&self.fd, offset, NonZeroU64::new(length), Advice::DontNeed);
+    }
+
+    fn allow_read_ahead(&self, allowed: bool) {
+        let _ = fadvise(&self.fd, 0, None, if allowed { Advice::Normal } else { Advice::Random });
     }
 
     fn allocated_bytes(&self) -> DiskResult<u64> {

@@ -121,6 +121,17 @@ pub fn encode_header(header: &Header, seed: u32, record: &mut [u8]) {
     record[4..8].copy_from_slice(&checksum.to_le_bytes());
 }
 
+/// Bytes that a record has by its own word; none where no record starts. Nothing of it is checked.
+pub fn claimed_bytes(bytes: &[u8]) -> Option<usize> {
+    let mut reader = Reader::new(bytes);
+    if reader.u32()? != MAGIC {
+        return None;
+    }
+    let (_checksum, _kind) = (reader.u32()?, reader.u32()?);
+    let (extra_bytes, payload_bytes) = (reader.u32()?, reader.u32()?);
+    HEADER_BYTES.checked_add(extra_bytes as usize)?.checked_add(payload_bytes as usize)
+}
+
 /// Reads the record that starts at `bytes`, and checks header and variable part (not the payload).
 /// Gives header, variable part and payload; `None` for anything but a whole record of this store.
 pub fn decode(bytes: &[u8], seed: u32) -> Option<(Header, &[u8], &[u8])> {

@@ -1,25 +1,22 @@
-//! Opening a store: identity, start counter, image records, then the log from its tail on.
+//! Opening a store: identity, start counter, image records, then the log from its tail on (`replay`).
 //!
-//! Replay stops at the first record that is not valid, not next in number, or of an older instance
-//! than the one before it. If anything proves that this record had been synced, the log is damaged:
-//! that is reported (`Recovery::damaged`), at every later start too.
+//! If anything proves that more had been synced than the log still has, it is damaged: that is reported
+//! (`Recovery::damaged`), at every later start too.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::HashSet;
 use std::io::IoSlice;
 use std::sync::Arc;
 
 use bytes::BytesMut;
 
 use crate::geometry::{ImageId, ShardKey};
-use crate::rules::{Rule, broken};
 
 use super::cache::Cache;
-use super::disk::{Disk, DiskResult, Errno, FileRef};
+use super::disk::{Disk, DiskResult, Errno};
 use super::encoding::{Reader, push_u32, push_u64};
 use super::images::read_record_file;
-use super::index::Place;
-use super::log::{Log, LogParameters, PAGE_BYTES, Segment, create_segment, segment_path};
-use super::record::{HEADER_BYTES, Header, Kind, decode, payload_matches};
+use super::log::{Log, LogParameters, PAGE_BYTES, create_segment};
+use super::replay::{Recovered, recover_log};
 use super::state::State;
 use super::superblock::Superblock;
 use super::torn::{FILTER_BYTES, MayBeTorn};
@@ -79,7 +76,7 @@ impl Tail {
     }
 
     /// The newest valid one.
-    fn load(disk: &dyn Disk, seed: u32) -> DiskResult<Option<Tail>> {
+    pub fn load(disk: &dyn Disk, seed: u32) -> DiskResult<Option<Tail>> {
         let file = match disk.open(TAIL_PATH) {
             Err(Errno::NOENT) => return Ok(None),
             other => other?,
@@ -106,26 +103,6 @@ impl Tail {
         let tail = Tail { version, first_lsn, durable_lsn, torn };
         (reader.u32()? == checksum && first_lsn > 0).then_some(tail)
     }
-}
-
-/// One log file as found.
-struct FoundSegment {
-    slot: u32,
-    file: FileRef,
-    /// lsn and instance of its head record.
-    head: Option<(u64, u64)>,
-}
-
-/// Replays the log.
-struct Replay {
-    seed: u32,
-    segment_bytes: u32,
-    /// Records of this instance or later cannot be.
-    instance_end: u64,
-    state: State,
-    next_lsn: u64,
-    last_instance: u64,
-    records: u64,
 }
 
 impl Store {
@@ -256,221 +233,9 @@ fn load_images(disk: &dyn Disk, state: &mut State) -> Result<bool, StoreError> {
     Ok(damaged)
 }
 
-struct Recovered {
-    state: State,
-    live: VecDeque<Segment>,
-    free: Vec<(u32, FileRef)>,
-    next_lsn: u64,
-    records: u64,
-    tail: Tail,
-    damaged: bool,
-}
-
 /// Shards that an interrupted checkpoint may have torn. It had all that it wrote from the log, which still
 /// has it.
 fn torn_by(tail: &Tail, state: &State) -> HashSet<ShardKey> {
     let logged = state.index.iter().map(|(key, _)| *key);
     logged.filter(|key| tail.torn.has(key)).collect()
-}
-
-fn recover_log(
-    disk: &dyn Disk,
-    superblock: &Superblock,
-    state: State,
-) -> Result<Recovered, StoreError> {
-    let (seed, segment_bytes) = (superblock.seed(), superblock.segment_bytes);
-    let mut found = find_segments(disk, seed, segment_bytes)?;
-    let tail = Tail::load(disk, seed)?;
-    let mut damaged = tail.is_none();
-    let torn = MayBeTorn::anything();
-    let mut tail = tail.unwrap_or(Tail { version: 0, first_lsn: 1, durable_lsn: 0, torn });
-    let heads = || found.iter().filter_map(|segment| segment.head);
-    if !heads().any(|(lsn, _)| lsn == tail.first_lsn)
-        && (damaged || tail.first_lsn <= tail.durable_lsn)
-    {
-        // The oldest live segment is lost. Go on with the next one there is, or with an empty log.
-        damaged = true;
-        let later = heads().map(|(lsn, _)| lsn).filter(|lsn| *lsn > tail.first_lsn).min();
-        tail.first_lsn = later.unwrap_or(tail.durable_lsn.max(tail.first_lsn) + 1);
-    }
-    let (next_lsn, last_instance, records) = (tail.first_lsn, 0, 0);
-    let instance_end = superblock.instance;
-    let mut replay =
-        Replay { seed, segment_bytes, instance_end, state, next_lsn, last_instance, records };
-    let mut live = VecDeque::new();
-    while let Some(place) = replay.next_segment(&found) {
-        let sequence = live.len() as u32 + 1;
-        let FoundSegment { slot, file, .. } = found.swap_remove(place);
-        let first_lsn = replay.next_lsn;
-        let end = replay.segment(&*file, sequence)?;
-        let last_lsn = replay.next_lsn - 1;
-        live.push_back(Segment { sequence, slot, file, first_lsn, last_lsn, end });
-        if last_lsn < first_lsn {
-            // Its head was valid a moment ago; without it there is nothing to go on from.
-            return Err(StoreError::Corrupt { file: segment_path(slot) });
-        }
-    }
-    let Replay { mut state, next_lsn, last_instance, records, .. } = replay;
-    let files = live.iter().map(|s| &s.file).chain(found.iter().map(|s| &s.file));
-    let proof = synced_after(files, seed, segment_bytes, last_instance, superblock.instance)?;
-    damaged |= proof.max(tail.durable_lsn) >= next_lsn;
-    state.drop_deleted();
-    state.observe_records();
-    if !broken(Rule::StickyAfterRestart) {
-        state.dirty.all_sticky();
-    }
-    let next_lsn = if live.is_empty() { next_lsn.max(proof + 1) } else { next_lsn };
-    if damaged {
-        // What was lost must not be looked for again.
-        tail.version += 1;
-        tail.first_lsn = live.front().map_or(next_lsn, |segment| segment.first_lsn);
-        tail.durable_lsn = next_lsn - 1;
-        let save = Superblock { damaged: true, ..superblock.clone() };
-        save.save(disk)?;
-        tail.write(disk, seed)?;
-    }
-    let free = found.into_iter().map(|segment| (segment.slot, segment.file)).collect();
-    Ok(Recovered { state, live, free, next_lsn, records, tail, damaged })
-}
-
-/// All log files of the right size, with the heads of those that have one.
-fn find_segments(
-    disk: &dyn Disk,
-    seed: u32,
-    segment_bytes: u32,
-) -> Result<Vec<FoundSegment>, StoreError> {
-    let mut found = Vec::new();
-    for name in disk.list("log")? {
-        let Ok(slot) = name.parse::<u32>() else { continue };
-        let file = disk.open(&format!("log/{name}"))?;
-        if segment_path(slot) != format!("log/{name}") || file.length()? != u64::from(segment_bytes)
-        {
-            // Its creation was interrupted.
-            disk.unlink(&format!("log/{name}"))?;
-            continue;
-        }
-        let head = read_head(&*file, seed, segment_bytes);
-        found.push(FoundSegment { slot, file, head });
-    }
-    found.sort_unstable_by_key(|segment| segment.slot);
-    Ok(found)
-}
-
-fn read_head(
-    file: &dyn super::disk::DiskFile,
-    seed: u32,
-    segment_bytes: u32,
-) -> Option<(u64, u64)> {
-    let mut bytes = BytesMut::new();
-    file.read_at(0, HEADER_BYTES, &mut bytes).ok()?;
-    let extra = u32::from_le_bytes(bytes.get(12..16)?.try_into().ok()?);
-    let rest = extra.min(segment_bytes) as usize;
-    file.read_at(HEADER_BYTES as u64, rest, &mut bytes).ok()?;
-    let (header, ..) = decode(&bytes, seed)?;
-    (header.kind == Kind::Head).then_some((header.lsn, header.instance))
-}
-
-impl Replay {
-    /// Index of the segment that goes on where the replay stands.
-    fn next_segment(&self, found: &[FoundSegment]) -> Option<usize> {
-        let fits = |head: &(u64, u64)| {
-            head.0 == self.next_lsn && (self.last_instance..self.instance_end).contains(&head.1)
-        };
-        let candidates =
-            found.iter().enumerate().filter(|(_, s)| s.head.as_ref().is_some_and(fits));
-        candidates.max_by_key(|(_, segment)| segment.head).map(|(place, _)| place)
-    }
-
-    /// Replays one segment; gives where the next batch goes.
-    fn segment(
-        &mut self,
-        file: &dyn super::disk::DiskFile,
-        sequence: u32,
-    ) -> Result<u32, StoreError> {
-        let mut bytes = BytesMut::with_capacity(self.segment_bytes as usize);
-        read_segment(file, self.segment_bytes, &mut bytes)?;
-        let page = PAGE_BYTES as usize;
-        let mut at = 0;
-        loop {
-            if let Some(length) = self.record(&bytes, at, sequence) {
-                at += length;
-            } else if at.is_multiple_of(page) {
-                return Ok(at as u32);
-            } else {
-                at = at.next_multiple_of(page);
-            }
-        }
-    }
-
-    /// Replays the record at `at`, if it is the next one, and gives its length.
-    fn record(&mut self, bytes: &[u8], at: usize, sequence: u32) -> Option<usize> {
-        let (header, extra, payload) = decode(bytes.get(at..)?, self.seed)?;
-        let instances = self.last_instance..self.instance_end;
-        if header.lsn != self.next_lsn
-            || !instances.contains(&header.instance)
-            || (header.kind == Kind::Head) != (at == 0)
-            || !payload_matches(&header, extra, payload)
-        {
-            return None;
-        }
-        if header.kind == Kind::Head && self.records == 0 {
-            self.state.load_snapshot(extra)?;
-        } else if header.instance > self.last_instance {
-            self.state.dirty.all_sticky();
-        }
-        let start = (at + HEADER_BYTES + extra.len()) as u32;
-        let place = Place::of_record(sequence, start, header.payload_bytes);
-        self.state.replay(&header, extra, place)?;
-        self.next_lsn += 1;
-        self.last_instance = header.instance;
-        self.records += 1;
-        Some(header.total_bytes())
-    }
-}
-
-/// Reads a whole segment. Pages that cannot be read are zeros: no record, and no reason to give up the
-/// others, least of all where nothing was written yet.
-fn read_segment(
-    file: &dyn super::disk::DiskFile,
-    segment_bytes: u32,
-    bytes: &mut BytesMut,
-) -> DiskResult<()> {
-    bytes.clear();
-    match file.read_at(0, segment_bytes as usize, bytes) {
-        Err(Errno::IO) => {}
-        other => return other.map(|_| ()),
-    }
-    bytes.clear();
-    for at in (0..segment_bytes).step_by(PAGE_BYTES as usize) {
-        match file.read_at(u64::from(at), PAGE_BYTES as usize, bytes) {
-            Ok(_) | Err(Errno::IO) => bytes.resize((at + PAGE_BYTES) as usize, 0),
-            Err(errno) => return Err(errno),
-        }
-    }
-    Ok(())
-}
-
-/// The highest lsn that any record of `instance` or later says was durable when it was written.
-/// Every batch starts on a page, and its first record tells.
-fn synced_after<'a>(
-    files: impl Iterator<Item = &'a FileRef>,
-    seed: u32,
-    segment_bytes: u32,
-    instance: u64,
-    instance_end: u64,
-) -> Result<u64, StoreError> {
-    let mut durable_lsn = 0;
-    let mut bytes = BytesMut::new();
-    for file in files {
-        read_segment(&**file, segment_bytes, &mut bytes)?;
-        for at in (0..bytes.len()).step_by(PAGE_BYTES as usize) {
-            let counts = |header: &Header| (instance..instance_end).contains(&header.instance);
-            if let Some((header, ..)) = decode(&bytes[at..], seed)
-                && counts(&header)
-            {
-                durable_lsn = durable_lsn.max(header.durable_lsn);
-            }
-        }
-    }
-    Ok(durable_lsn)
 }

@@ -2,10 +2,10 @@
 
 use super::cluster::{Cluster, Faults, NODES};
 use super::scripted::TwoSets;
-use crate::replica::{Event, IoError, NodeMask, Outcome, Token};
+use crate::replica::{Event, IoError, NodeMask, Outcome, Output, Token};
 use crate::rules::{Rule, break_rules};
 use crate::wire::messages::{Head, Record};
-use crate::wire::{Status, kind};
+use crate::wire::{Frame, REPLY, Status, kind};
 use bytes::Bytes;
 use std::panic::catch_unwind;
 
@@ -52,6 +52,15 @@ impl TwoSets {
         assert_eq!(self.told, [Event::Frozen { attempt: ATTEMPT }]);
     }
 
+    /// A node answers that it has the record of now.
+    fn stores_record(&mut self, node: u8) {
+        let tag = self.io.spec().generation;
+        let (head, payload) = (Bytes::new(), Bytes::new());
+        let (channel, kind, flags) = (self.io.spec().channel, kind::RECORD | REPLY, 0);
+        let frame = Frame { kind, flags, status: Status::Ok, channel, tag, head, payload };
+        assert_eq!(self.io.receive(node, frame), Ok(()));
+    }
+
     fn failed(&self) -> bool {
         matches!(self.told[..], [Event::FreezeFailed { attempt: ATTEMPT, .. }])
     }
@@ -95,19 +104,36 @@ impl TwoSets {
 }
 
 #[test]
+fn clients_go_on_while_what_was_answered_before_is_synced() {
+    let mut sets = opened();
+    sets.io.freeze(ATTEMPT);
+    sets.write(1, 0);
+    sets.io.flush(token(2));
+    assert_eq!((sets.holding, sets.io.queues().unanswered), (0, 1));
+    sets.run(&[]);
+    assert_eq!((sets.answered(1), sets.answered(2)), (Some(&Outcome::Done), Some(&Outcome::Done)));
+    assert_eq!((sets.holding, &sets.told[..]), (1, &[Event::Frozen { attempt: ATTEMPT }][..]));
+}
+
+#[test]
 fn what_is_in_flight_is_answered_and_flushed_before_the_image_is_frozen() {
     let mut sets = opened();
+    sets.full = NodeMask::one(1);
     sets.write(1, 0);
-    // It waits for the first one, and was asked before the freeze.
+    // It waits for the first one, and was asked before clients are held back.
     sets.write(2, 0);
     sets.io.freeze(ATTEMPT);
+    sets.run_until_holding();
     sets.write(3, 0);
-    assert_eq!(sets.io.queues().unanswered, 1);
+    sets.run(&[]);
+    assert_eq!((sets.io.queues().unanswered, sets.told.len()), (1, 0));
+    sets.full = NodeMask::EMPTY;
+    sets.io.tick();
     sets.run(&[]);
     assert_eq!(sets.told, [Event::Frozen { attempt: ATTEMPT }]);
-    assert_eq!((sets.count(kind::WRITE), sets.count(kind::FLUSH)), (6, 4));
+    assert_eq!((sets.answered(1), sets.answered(2)), (Some(&Outcome::Done), Some(&Outcome::Done)));
     let last = sets.asked.iter().rposition(|(_, frame)| frame.kind == kind::WRITE);
-    let flush = sets.asked.iter().position(|(_, frame)| frame.kind == kind::FLUSH);
+    let flush = sets.asked.iter().rposition(|(_, frame)| frame.kind == kind::FLUSH);
     assert!(last < flush, "a flush covers what came before it");
     sets.io.thaw(ATTEMPT + 1);
     sets.run(&[]);
@@ -120,12 +146,14 @@ fn what_is_in_flight_is_answered_and_flushed_before_the_image_is_frozen() {
 
 #[test]
 fn a_node_that_is_lost_before_all_is_durable_ends_the_freeze() {
-    for in_flight in [true, false] {
+    for held in [true, false] {
         let mut sets = opened();
-        if in_flight {
-            sets.write(1, 0);
-        }
+        sets.full = NodeMask::one(0);
+        sets.write(1, 0);
         sets.io.freeze(ATTEMPT);
+        if held {
+            sets.run_until_holding();
+        }
         sets.write(2, 1);
         sets.io.link_down(2);
         sets.run(&[]);
@@ -161,6 +189,7 @@ fn clients_wait_two_seconds_at_most_for_nodes() {
     sets.full = NodeMask::one(1);
     sets.write(1, 0);
     sets.io.freeze(ATTEMPT);
+    sets.run_until_holding();
     sets.write(2, 0);
     sets.run(&[]);
     assert!(sets.io.wants_pace());
@@ -222,6 +251,31 @@ fn a_set_goes_on_when_its_nodes_have_stored_the_layers() {
     sets.frozen();
 }
 
+/// A node's disk stood still when it was to store the layers: it answered pings, nobody counted it as slow,
+/// and changes waited for ever.
+#[test]
+fn a_node_that_does_not_store_what_others_have_stored_lags() {
+    let mut sets = opened();
+    sets.frozen();
+    sets.write(1, 0);
+    sets.layered(&[2, 1], IN_SYNC);
+    let mut stuck = std::mem::take(&mut sets.io.outputs);
+    stuck.retain(|output| matches!(output, Output::Send { node: 2, .. }));
+    assert_eq!(stuck.len(), 1, "its record");
+    for node in [0, 1, 3] {
+        sets.stores_record(node);
+    }
+    sets.io.set_now(3 * SECOND_NS);
+    sets.io.tick();
+    let lags = sets.io.outputs.iter().find_map(|output| match output {
+        Output::Event(Event::Lags { lags }) => Some(lags.clone()),
+        _ => None,
+    });
+    let of_stuck = lags.iter().flatten().find(|(node, _)| *node == 2);
+    assert_eq!(of_stuck, Some(&(2, 3000)), "{lags:?}");
+    assert_eq!(sets.answered(1), None);
+}
+
 #[test]
 fn closing_ends_a_freeze_and_drops_what_waits_for_a_record() {
     let mut sets = opened();
@@ -252,10 +306,10 @@ fn an_image_that_is_given_up_answers_what_waits_and_says_so() {
             sets.write(1, 0);
         }
         sets.io.freeze(ATTEMPT);
-        sets.write(2, 0);
         if frozen {
             sets.run(&[]);
         }
+        sets.write(2, 0);
         sets.io.fence(0, Status::StaleEpoch);
         sets.run(&[]);
         assert_eq!(sets.failed(), !frozen);

@@ -174,7 +174,7 @@ impl Policy {
             Event::Unrepairable { .. } => assert!(self.may_give_up, "others have it"),
             Event::Undecided { .. } => panic!("the majority is right"),
             Event::ScrubEnded { status: None, report } => self.scrubbed = Some(report),
-            Event::ScrubEnded { .. } => {}
+            Event::ScrubEnded { .. } | Event::Holding { .. } => {}
         }
         self.go_on(io);
     }

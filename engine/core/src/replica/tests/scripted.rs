@@ -35,8 +35,10 @@ pub(super) struct TwoSets {
     pub beside_clients: bool,
     /// What clients were answered.
     pub answers: Vec<(Token, Outcome)>,
-    /// Of freezes.
+    /// Of freezes, how they went.
     pub told: Vec<Event>,
+    /// Freezes that have begun to hold clients back.
+    pub holding: u32,
     /// How the image was closed, if it was.
     pub closed_clean: Option<bool>,
     peeked: Vec<(u8, u64)>,
@@ -85,6 +87,7 @@ impl TwoSets {
             beside_clients: false,
             answers: Vec::new(),
             told: Vec::new(),
+            holding: 0,
             closed_clean: None,
             peeked: Vec::new(),
         }
@@ -125,6 +128,14 @@ impl TwoSets {
         }
     }
 
+    /// Answers what is asked until a freeze holds clients back.
+    pub fn run_until_holding(&mut self) {
+        while self.holding == 0 {
+            let output = self.io.outputs.pop_front().expect("something is asked before");
+            self.carry_out(output, &[]);
+        }
+    }
+
     fn carry_out(&mut self, output: Output, dirty: &[u64]) {
         match output {
             Output::Send { node, head, payload } => {
@@ -148,6 +159,7 @@ impl TwoSets {
             Output::Event(event @ (Event::Frozen { .. } | Event::FreezeFailed { .. })) => {
                 self.told.push(event);
             }
+            Output::Event(Event::Holding { .. }) => self.holding += 1,
             Output::Event(_) => {}
             Output::Answer { token, outcome } => self.answers.push((token, outcome)),
         }

@@ -12,10 +12,10 @@ use crate::store::real::RealDisk;
 use crate::store::simulated::SimDisk;
 use crate::store::{Stamp, Store, StoreError, WriteOp};
 
-struct Folder(std::path::PathBuf);
+pub struct Folder(pub std::path::PathBuf);
 
 impl Folder {
-    fn new(name: &str) -> Folder {
+    pub fn new(name: &str) -> Folder {
         let path = std::env::temp_dir().join(format!("hci-store-{name}-{}", std::process::id()));
         let _ = std::fs::remove_dir_all(&path);
         std::fs::create_dir_all(&path).expect("a temporary folder");
@@ -53,6 +53,10 @@ fn contract(disk: &dyn Disk) {
     out.clear();
     file.read_at(4999, 10, &mut out).expect("read");
     assert_eq!(&out[..], &[2, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    file.write_at(1 << 20, &mut [IoSlice::new(&one)]).expect("write");
+    let data = file.next_data(8192).expect("a place");
+    assert!((8192..=1 << 20).contains(&data), "nothing that was written is passed over");
+    file.set_len(8192).expect("shorter");
     let before = file.allocated_bytes().expect("allocated");
     file.allocate(8192, 1 << 16).expect("allocate");
     assert_eq!(file.length(), Ok(8192), "the length stays");

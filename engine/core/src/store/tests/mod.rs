@@ -6,6 +6,7 @@ mod images;
 mod layers;
 mod model;
 mod read_write;
+mod replay;
 mod rig;
 mod rot;
 mod scrub;
