@@ -14,7 +14,7 @@ import grpc
 from hci import control_pb2 as pb
 from hci.config import Endpoint
 from hci.control_pb2_grpc import GatewayControlStub, NodeControlStub
-from hci.errors import ConfigError, Refused, Unreachable
+from hci.errors import ConfigError, Refused, Undecided, Unreachable
 from shard.errors import HciError
 from shard.ids import ImageId
 
@@ -88,8 +88,9 @@ class _Client:
             return Unreachable(self.daemon, self.address, asked)
         if code is grpc.StatusCode.UNIMPLEMENTED:
             details = "it runs an older version, which cannot do this; restart it"
+        undecided = code is grpc.StatusCode.ABORTED
         text = f"{self.daemon}: {details or code.name.lower().replace('_', ' ')}"
-        return Refused(text, self.daemon, self.address)
+        return (Undecided if undecided else Refused)(text, self.daemon, self.address)
 
 
 class NodeClient(_Client):

@@ -329,6 +329,7 @@ class GatewayControlServicer:
     def Snapshot(self, request, context):
         """Takes a snapshot of an image; one that nobody holds is opened for that. FAILED_PRECONDITION where
         another gateway holds it, where it has a snapshot of that name, and where none could be taken.
+        ABORTED where it is not known whether one was.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

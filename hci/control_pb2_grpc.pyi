@@ -143,6 +143,7 @@ class GatewayControlStub:
     Snapshot: _grpc.UnaryUnaryMultiCallable[_control_pb2.SnapshotRequest, _control_pb2.SnapshotReply]
     """Takes a snapshot of an image; one that nobody holds is opened for that. FAILED_PRECONDITION where
     another gateway holds it, where it has a snapshot of that name, and where none could be taken.
+    ABORTED where it is not known whether one was.
     """
 
 @_typing.type_check_only
@@ -159,6 +160,7 @@ class GatewayControlAsyncStub(GatewayControlStub):
     Snapshot: _aio.UnaryUnaryMultiCallable[_control_pb2.SnapshotRequest, _control_pb2.SnapshotReply]  # type: ignore[assignment]
     """Takes a snapshot of an image; one that nobody holds is opened for that. FAILED_PRECONDITION where
     another gateway holds it, where it has a snapshot of that name, and where none could be taken.
+    ABORTED where it is not known whether one was.
     """
 
 class GatewayControlServicer(metaclass=_abc_1.ABCMeta):
@@ -190,6 +192,7 @@ class GatewayControlServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_control_pb2.SnapshotReply, _abc.Awaitable[_control_pb2.SnapshotReply]]:
         """Takes a snapshot of an image; one that nobody holds is opened for that. FAILED_PRECONDITION where
         another gateway holds it, where it has a snapshot of that name, and where none could be taken.
+        ABORTED where it is not known whether one was.
         """
 
 def add_GatewayControlServicer_to_server(servicer: GatewayControlServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

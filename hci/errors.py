@@ -5,7 +5,8 @@ HciError                    one line for a person (`shard.errors`)
 ├── ControlError            a daemon could not be asked
 │   ├── Unreachable         no answer; start it, or ask again
 │   ├── OpenElsewhere       no answer from another host's gateway; run the command there
-│   └── Refused             it answered that it cannot; the text says why
+│   ├── Refused             it answered that it cannot; the text says why
+│   └── Undecided           it answered that it does not know what became of it
 ├── DaemonError             a daemon cannot start, or a part of it has failed
 ├── DevError                a cluster on this machine did not do what was asked
 ├── ScrubFailed             a scrub that was waited for did not come to its end
@@ -57,6 +58,10 @@ class OpenElsewhere(ControlError):
 
 class Refused(ControlError):
     """The daemon answered that it cannot. Its text is shown as it is."""
+
+
+class Undecided(ControlError):
+    """The daemon answered that it does not know whether it was done. Its text says how to see."""
 
 
 class DaemonError(HciError):

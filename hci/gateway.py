@@ -36,7 +36,7 @@ from shard.errors import HciError
 from shard.ids import ImageId, image_id
 from vmstore.caretaker import Caretaker
 from vmstore.catalog import Catalog
-from vmstore.errors import OtherCluster, UnknownImage
+from vmstore.errors import OtherCluster, SnapshotUnknown, UnknownImage
 from vmstore.exports import Exports, Permission, Visitor
 from vmstore.names import ImageName, SnapshotName
 from vmstore.resizing import RESIZE_LIMIT_S
@@ -542,11 +542,11 @@ class GatewayControl(GatewayControlServicer):
         name = SnapshotName(self._name(request.image_id), request.name)
         try:
             taken = self._gateway.exports.take_snapshot(name.image, name.name, int(time.time()))
-        except TimeoutError as error:
-            raise HciError(
-                f"{name} is not taken after {SNAPSHOT_LIMIT_S:.0f} s, and may still be; "
-                "`hci snapshot ls` says whether it is"
-            ) from error
+        except SnapshotUnknown as error:
+            context.abort(grpc.StatusCode.ABORTED, str(error))
+        except TimeoutError:
+            why = f"nothing came of it within {SNAPSHOT_LIMIT_S:.0f} s"
+            context.abort(grpc.StatusCode.ABORTED, str(SnapshotUnknown(str(name), why)))
         snapshot = taken.snapshot
         return pb.SnapshotReply(
             layer=snapshot.layer,

@@ -95,12 +95,20 @@ def url(gateway: GatewayConfig, name: ImageName | SnapshotName, *, tcp: bool = F
     return f"{scheme}://{gateway.nbd_listen}/{quote(str(name))}"
 
 
-def remove(config: Config, records: Catalog, name: ImageName, only: ImageId | None = None) -> None:
+def remove(
+    config: Config,
+    records: Catalog,
+    name: ImageName,
+    only: ImageId | None = None,
+    *,
+    with_snapshots: bool = False,
+) -> None:
     """Remove an image, and have the nodes that are up delete its data at once.
 
     One that is down deletes it when it starts: it finds the tombstone. An image that its gateway is
     closing is waited for. With `only` that image alone: one that was made since under its name is
-    not it. Raises InUse where a client has it open.
+    not it. Raises InUse where a client has it open, HasSnapshots where it has some that are not to
+    go with it. Who reads one gets errors.
     """
     record = records.find(name).record
     if only is not None and record.id != only:
@@ -109,7 +117,7 @@ def remove(config: Config, records: Catalog, name: ImageName, only: ImageId | No
     def patience_s(gateway: str) -> float:
         return CLOSING_S if _is_closing(config, gateway, record.id) else LEAVING_S
 
-    _remove_when_closed(records, name, record, patience_s)
+    _remove_when_closed(records, name, record, patience_s, with_snapshots=with_snapshots)
 
 
 def _is_closing(config: Config, gateway: str, image: ImageId) -> bool:
@@ -126,13 +134,18 @@ def _is_closing(config: Config, gateway: str, image: ImageId) -> bool:
 
 
 def _remove_when_closed(
-    records: Catalog, name: ImageName, record: ImageRecord, patience_s: Callable[[str], float]
+    records: Catalog,
+    name: ImageName,
+    record: ImageRecord,
+    patience_s: Callable[[str], float],
+    *,
+    with_snapshots: bool = False,
 ) -> None:
     """Remove an image, as soon as nobody has it. `patience_s`: how long a gateway is waited for."""
     begun_s = time.monotonic()
     while True:
         try:
-            records.delete_image(name, only=record.id)
+            records.delete_image(name, only=record.id, with_snapshots=with_snapshots)
             break
         except InUse as error:
             if time.monotonic() - begun_s > patience_s(error.gateway):

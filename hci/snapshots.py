@@ -11,7 +11,6 @@ from hci.errors import Refused
 from hci.images import holder_of, holding
 from shard.ids import pool_name
 from vmstore.catalog import Catalog
-from vmstore.errors import SnapshotExists
 from vmstore.names import ImageName, SnapshotName, parse_image_name
 
 ATTEMPTS = 3
@@ -21,12 +20,12 @@ ATTEMPTS = 3
 def create(config: Config, records: Catalog, name: SnapshotName) -> pb.SnapshotReply:
     """Take a snapshot, at the gateway that has the image or one of this host.
 
-    Raises SnapshotExists, Refused with the gateway's reason, and OpenElsewhere where the image is
-    open on another host whose gateway cannot be asked from here.
+    Whether there is one of that name the gateway says: what etcd names may never have been stored,
+    and goes as the image is opened. Raises Refused with the gateway's reason, Undecided where it
+    may have been taken, and OpenElsewhere where the image is open on another host whose gateway
+    cannot be asked from here.
     """
     record = records.find(name.image).record
-    if record.snapshot(name.name) is not None:
-        raise SnapshotExists(str(name.image), name.name)
     for attempt in range(1, ATTEMPTS + 1):
         holder = holder_of(records, record.id)
         with holding(config, records, name.image, holder) as client:

@@ -291,7 +291,7 @@ class DevCluster:
         while images := self.json("image", "ls"):
             for image in images:
                 # One that was just left is closed in a moment, and cannot be deleted before.
-                done = self._ask(("image", "rm", image["name"]))
+                done = self._ask(("image", "rm", image["name"], "--with-snapshots"))
                 if done.returncode != 0 and time.monotonic() > deadline:
                     raise TimeoutError(done.stderr)
         self.await_health("ok")

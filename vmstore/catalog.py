@@ -350,8 +350,10 @@ class Catalog(ArbiterRecords, ScrubRecords):
         return Stored(image.key, record, put.value, revision)
 
     @decided_anew
-    def delete_image(self, name: ImageName, only: ImageId | None = None) -> TombstoneRecord:
-        """Delete an image that nobody has open, and that has no snapshots.
+    def delete_image(
+        self, name: ImageName, only: ImageId | None = None, *, with_snapshots: bool = False
+    ) -> TombstoneRecord:
+        """Delete an image that nobody has open, `with_snapshots` or only where it has none.
 
         Raises UnknownPool, UnknownImage, HasSnapshots, InUse.
         With `only` that image alone: one that was made since under its name is not it.
@@ -359,7 +361,7 @@ class Catalog(ArbiterRecords, ScrubRecords):
         name_item, image = self._find(name)
         if only is not None and image.record.id != only:
             raise UnknownImage(str(name))
-        if image.record.snapshots:
+        if image.record.snapshots and not with_snapshots:
             raise HasSnapshots(str(name), [each.name for each in image.record.snapshots])
         lease = self.lease_of(image.record.id)
         if lease is not None and not lease.record.maintenance:

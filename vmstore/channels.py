@@ -231,6 +231,8 @@ class Channels:
                 log.warning("heal_failed", image=str(image.name), node=node, why=event["status"])
                 self._heal_log.fails(image.image)
                 return events.HealFailed(node, event["attempt"], event["status"])
+            case "holding":
+                return events.Holding(event["attempt"])
             case "frozen":
                 return events.Frozen(event["attempt"])
             case "freeze_failed":

@@ -64,9 +64,13 @@ class Thaw:
 
 @dataclass(frozen=True, slots=True)
 class TellSnapshot:
-    """Tell who asked for the snapshot what came of it; `failed`: None was taken, and why."""
+    """Tell who asked for the snapshot what came of it; `failed`: none was taken, and why.
+
+    Where it is `unknown` one may have been.
+    """
 
     failed: str | None = None
+    unknown: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,9 @@ HciError
     ├── SnapshotExists
     ├── TooManySnapshots          an image's record has no room for another one
     ├── HasSnapshots              an image that is to be removed
-    ├── SnapshotFailed            none was taken, or it is not known whether
+    ├── SnapshotFailed            none was taken
+    ├── SnapshotUnknown           it is not known whether one was
+    ├── TooManyOrders             a gateway does so many things for commands already
     ├── ShrinkRefused             a smaller size without being forced
     ├── InUse                     a gateway has the image open
     ├── BeingClosed               its last client has left, and its gateway is not done with it
@@ -320,20 +322,43 @@ class TooManySnapshots(VmstoreError):
 
 
 class HasSnapshots(VmstoreError):
-    """An image is not removed while it has snapshots."""
+    """An image has snapshots, and was to be removed without them."""
 
     def __init__(self, image: str, names: Sequence[str]) -> None:
         self.image = image
         self.names = names
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        count = f"{len(names)} snapshots" if len(names) > 1 else "1 snapshot"
         super().__init__(
-            f"{image} is not removed: it has the snapshot {names[0]}{more}, and snapshots cannot "
-            "be removed yet"
+            f"{image} is not removed: it has {count} ({names[0]}{', …' if names[1:] else ''}); "
+            "use --with-snapshots if they are not needed either"
+        )
+
+
+class SnapshotUnknown(VmstoreError):
+    """etcd has a snapshot, and whether its nodes have is not known: whoever opens the image finds
+    out."""
+
+    def __init__(self, name: str, why: str) -> None:
+        self.name = name
+        self.why = why
+        super().__init__(
+            f"it is not known whether {name} was taken: {why}; run the command again, which finds "
+            "that it exists if it was"
+        )
+
+
+class TooManyOrders(VmstoreError):
+    """A gateway does so many things for commands already. The caller tries again later."""
+
+    def __init__(self, orders: int) -> None:
+        super().__init__(
+            f"the gateway is at {orders} snapshots and changes of size, and begins no more before "
+            "one of them is done; try again then"
         )
 
 
 class SnapshotFailed(VmstoreError):
-    """No snapshot was taken, or it is not known whether one was; the text says why."""
+    """No snapshot was taken; the text says why."""
 
     def __init__(self, name: str, why: str) -> None:
         self.name = name

@@ -155,8 +155,15 @@ class TakeSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class Holding:
+    """What was answered before is on stable storage; changes wait from here."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
 class Frozen:
-    """All that was answered is on stable storage of all nodes in sync; changes wait from here."""
+    """All that was answered is on stable storage of all nodes in sync, and nothing is in flight."""
 
     attempt: int
 
@@ -210,6 +217,6 @@ class Tick:
 Event = (
     LeaseTaken | Peeked | ReplicaDown | ReplicaBlocking | ReplicaFailed | Lags | Admitted
     | AdmitFailed | Levelled | Healed | HealFailed | Stored | Fenced | MembershipChanged
-    | MembershipDelayed | TakeSnapshot | Frozen | FreezeFailed | Lost | Close | Closed | Released
-    | Fail | Tick
+    | MembershipDelayed | TakeSnapshot | Holding | Frozen | FreezeFailed | Lost | Close | Closed
+    | Released | Fail | Tick
 )  # fmt: skip

@@ -6,15 +6,15 @@
     none       nobody asked for one, or it has ended             an order
     waiting    nodes in sync are away, or not level, or a        all are well: freeze
                change of the record is made
-    freezing   the engine answers and flushes what was asked     frozen: the record is proposed;
-               for before                                        a failure: told, none
+    freezing   the engine flushes what was answered, then holds  frozen: the record is proposed;
+               changes back, answers and flushes the rest        a failure: told, none
     changing   changes of clients wait for etcd                  taken: the nodes store it;
                                                                  refused or late: thaw, told, none
     storing    etcd has it, the nodes in sync store it           stored: told, none
 
-Changes of clients wait while it freezes, changes and stores, and at no other time. Where etcd is
-late they go on under the former top, and what etcd may have taken is *withdrawn* when that is
-known: a record one generation higher is without the snapshot and its layer. So does a new holder
+Changes of clients wait from `Holding` on, while it changes and stores, and at no other time. Where
+etcd is late they go on under the former top, and what etcd may have taken is *withdrawn* when that
+is known: a record one generation higher is without the snapshot and its layer. So does a new holder
 that finds a snapshot which no node in sync has stored. Nobody was told of such a one, nothing was
 written to its layer, and what is below that may not be the same everywhere.
 """
@@ -65,8 +65,12 @@ class Freezing:
     """When the stage began."""
     not_before_s: float = 0.0
     """When it may be tried to freeze again."""
+    holding_s: float | None = None
+    """Since when clients wait for the freeze of now; None: they do not yet."""
     held_s: float = 0.0
     """How long clients waited for freezes that came to nothing."""
+    missing_s: float | None = None
+    """Since when a node in sync is missing."""
     withdraws: bool = False
     """A proposal that adds a layer was given up, and etcd may have taken it."""
 
@@ -80,13 +84,14 @@ class Freezing:
         assert self.stage is Stage.NONE, "one at a time"
         self.name, self.created_s = name, created_s
         self.ordered_s = self.not_before_s = now_s
-        self.held_s = 0.0
+        self.held_s, self.missing_s = 0.0, None
         self._enter(Stage.WAITING, now_s)
 
     def freeze(self, now_s: float) -> int:
         """Begin to freeze; return the number of the attempt."""
         assert self.stage is Stage.WAITING, "what is awaited is there"
         self.attempt += 1
+        self.holding_s = None
         self._enter(Stage.FREEZING, now_s)
         return self.attempt
 
@@ -98,8 +103,13 @@ class Freezing:
         """Wait again: the freeze has ended, with nothing proposed."""
         assert self.stage is Stage.FREEZING, "nothing is proposed"
         self.not_before_s = now_s + pause_s
-        self.held_s += now_s - self.since_s
+        self.held_s += 0.0 if self.holding_s is None else now_s - self.holding_s
+        self.holding_s = None
         self._enter(Stage.WAITING, now_s)
+
+    def holds_since(self, now_s: float) -> None:
+        """What was answered before is on stable storage; clients wait from now on."""
+        self.holding_s = now_s
 
     def propose(self, record: ImageRecord, now_s: float) -> ImageRecord:
         """Return the record to propose; all is frozen."""
@@ -116,7 +126,7 @@ class Freezing:
         """It is taken, or given up."""
         self.stage, self.name = Stage.NONE, ""
 
-    def is_late(self, missing: Iterable[str], levelling: Iterable[str], now_s: float) -> str:
+    def look(self, missing: Iterable[str], levelling: Iterable[str], now_s: float) -> str:
         """Return why it has taken too long, empty where it has not.
 
         `missing` are nodes in sync that are not there, `levelling` those that are not level.
@@ -128,10 +138,14 @@ class Freezing:
             )
         if self.stage is not Stage.WAITING:
             return ""
-        passed_s, nodes = now_s - self.ordered_s, ", ".join(sorted(missing))
-        if nodes and passed_s >= WAIT_LIMIT_S:
+        nodes = ", ".join(sorted(missing))
+        if not nodes:
+            self.missing_s = None
+        elif self.missing_s is None:
+            self.missing_s = now_s
+        elif now_s - self.missing_s >= WAIT_LIMIT_S:
             return f"{nodes} is not there, and all nodes in sync have to be; start it, or try again"
-        if passed_s >= LEVEL_LIMIT_S:
+        if now_s - self.ordered_s >= LEVEL_LIMIT_S:
             nodes = ", ".join(sorted(levelling)) or "the nodes in sync"
             return f"{nodes} is not level with the others after {LEVEL_LIMIT_S:.0f} s; try again"
         return ""

@@ -66,6 +66,7 @@ from vmstore.events import (
     Frozen,
     Healed,
     HealFailed,
+    Holding,
     Lags,
     LeaseTaken,
     Levelled,
@@ -168,6 +169,8 @@ class Holder(SnapshotSteps):
                     return [TellSnapshot("the image is being closed; try again")]
                 self.freezing.order(name, created_s, self.now_s)
                 return self._go_on()
+            case Holding(attempt):
+                return self._on_holding(attempt)
             case Frozen(attempt):
                 return self._on_frozen(attempt)
             case FreezeFailed(attempt, why):
@@ -289,10 +292,10 @@ class Holder(SnapshotSteps):
         if not lost or not self._is_due(lost):
             lost = set()
         held = self.blocking | (lost if self.freezing.stage is Stage.STORING else set())
-        if self.storing and not lost & held:
-            return None
         self.too_slow = None if lost else self._too_slow()
         slow = set() if self.too_slow is None else {self.too_slow}
+        if self.storing and not lost & held and not slow:
+            return None
         plan = rejoin(membership, self._to_take_in(), lost | slow, self.emptied)
         after = self.record
         if self._withdraws(lost):
@@ -550,7 +553,7 @@ class Holder(SnapshotSteps):
     def _on_tick(self) -> list[Effect]:
         if self.phase is Phase.ENDED:
             return []
-        late = self.freezing.is_late(self.missing(), self.levelling, self.now_s)
+        late = self.freezing.look(self.missing(), self.levelling, self.now_s)
         told = self._give_up_snapshot(late) if late else []
         return [*told, *self._on_time()]
 

@@ -5,7 +5,6 @@ it, is its holder's business; here is what stands around that: the lease, client
 told.
 """
 
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from etcd.images import Snapshot
@@ -13,6 +12,7 @@ from shard.ids import ImageId
 from vmstore.holder import Holder
 from vmstore.holding import Held
 from vmstore.names import ImageName
+from vmstore.orders import Answer
 
 
 @dataclass(slots=True)
@@ -21,7 +21,7 @@ class Resize:
 
     size_bytes: int
     force: bool
-    done: Future[int]
+    done: Answer[int]
     reconnect: bool = False
     shrinks: bool = False
     """Whether data is being discarded: no client is let in."""
@@ -41,7 +41,7 @@ class SnapshotOrder:
 
     name: str
     created_s: int
-    done: Future[TakenSnapshot]
+    done: Answer[TakenSnapshot]
     pin: int = 0
     begun: bool = False
     """Whether the image's holder knows of it."""

@@ -16,7 +16,6 @@ way or the other, at the latest with the image.
 
 import time
 from abc import abstractmethod
-from concurrent.futures import Future
 from functools import partial
 
 from etcd.errors import OutcomeUnknown
@@ -35,6 +34,7 @@ from vmstore.errors import (
 from vmstore.holding import Held
 from vmstore.names import ImageName
 from vmstore.open_image import OpenImage, Resize
+from vmstore.orders import Answer
 from vmstore.serving import Serving
 from vmstore.standing import Phase
 from vmstore.stored import Stored
@@ -83,21 +83,15 @@ class Resizing(Serving):
         """
         closed_by_s = time.monotonic() + CLOSING_S
         while True:
-            resize = Resize(size_bytes, force, Future(), reconnect)
-            self._deciding.put(partial(self._find_to_resize, name, resize))
+            resize = Resize(size_bytes, force, Answer(), reconnect)
             try:
-                return resize.done.result(timeout=RESIZE_LIMIT_S)
+                with self._orders.one(resize.done) as answer:
+                    self._deciding.put(partial(self._find_to_resize, name, resize))
+                    return answer.result(timeout=RESIZE_LIMIT_S)
             except BeingClosed:
                 if time.monotonic() > closed_by_s:
                     raise
             time.sleep(TICK_S)
-
-    def stop(self) -> None:
-        """See `Serving`. No caller waits for an image that did not close in time."""
-        super().stop()
-        for image in self.snapshot():
-            if image.resize is not None:
-                image.resize.done.set_exception(_stopping())
 
     # On the deciding thread
 

@@ -43,6 +43,7 @@ from vmstore.leases import Leases
 from vmstore.lost_history import LostHistory, is_behind
 from vmstore.names import ImageName
 from vmstore.open_image import OpenImage
+from vmstore.orders import Orders
 from vmstore.progress import HealLog
 from vmstore.scrubbing import RotLog
 from vmstore.served import Served
@@ -134,6 +135,7 @@ class Serving(ABC):
             hear=self._hear,
             taken=self._begin,
         )
+        self._orders = Orders()
         self.failed: Callable[[str], None] = lambda _why: None
 
     def start(self) -> None:
@@ -146,6 +148,7 @@ class Serving(ABC):
         done = threading.Event()
         self._deciding.put(lambda: self._begin_stop(done.set))
         done.wait(STOP_S)
+        self._orders.end()
         self._deciding.stop()
         self._sessions.close()
         self._voters.close()
@@ -222,8 +225,10 @@ class Serving(ABC):
         """What was asked to be zeroed is, or cannot be."""
 
     @abstractmethod
-    def _snapshot_ended(self, image: OpenImage, failed: str | None) -> None:
-        """The snapshot that was asked for is taken, or is not, and why."""
+    def _snapshot_ended(
+        self, image: OpenImage, failed: str | None, *, unknown: bool = False
+    ) -> None:
+        """The snapshot that was asked for is taken, or is not, or it is `unknown`, and why."""
 
     @abstractmethod
     def _on_reader(self, event: dict[str, Any]) -> None:
@@ -267,6 +272,8 @@ class Serving(ABC):
         if isinstance(event, events.Lost | events.Fenced):
             self._lost(image, event)
             return
+        if isinstance(event, events.Holding | events.Frozen) and image.snapshot is not None:
+            image.snapshot.held_since_s = image.snapshot.held_since_s or self._deciding.now_s()
         self._step(image, event)
         if isinstance(event, events.Admitted | events.Levelled | events.MembershipChanged):
             self._unflushed.remember(image)
@@ -338,12 +345,12 @@ class Serving(ABC):
                 self._channels.end_heal(image, attempt)
             case effects.Freeze(attempt):
                 if image.snapshot is not None:
-                    image.snapshot.held_since_s = self._deciding.now_s()
+                    image.snapshot.held_since_s = None
                 self._engine.freeze(image.channel, attempt)
             case effects.Thaw(attempt):
                 self._engine.thaw(image.channel, attempt)
-            case effects.TellSnapshot(failed):
-                self._snapshot_ended(image, failed)
+            case effects.TellSnapshot(failed, unknown):
+                self._snapshot_ended(image, failed, unknown=unknown)
             case effects.ChangeMembership(_, after):
                 self._change_membership(image, after)
             case effects.Reconfigure(record):

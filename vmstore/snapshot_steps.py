@@ -48,7 +48,17 @@ class SnapshotSteps(State, ABC):
         if self._all_are_well():
             return []
         self.freezing.wait(self.now_s)
-        return [Thaw(self.freezing.attempt), *self._go_on()]
+        thaw = Thaw(self.freezing.attempt)
+        if self.freezing.held_s < HELD_LIMIT_S:
+            return [thaw, *self._go_on()]
+        self.freezing.end()
+        why = "a node in sync was lost again and again as the image was frozen; try again"
+        return [thaw, TellSnapshot(why), *self._go_on()]
+
+    def _on_holding(self, attempt: int) -> list[Effect]:
+        if self.freezing.is_of_now(attempt):
+            self.freezing.holds_since(self.now_s)
+        return []
 
     def _on_frozen(self, attempt: int) -> list[Effect]:
         assert self.record is not None
@@ -84,14 +94,17 @@ class SnapshotSteps(State, ABC):
         if freezing.stage is Stage.NONE:
             return []
         held = freezing.stage in (Stage.FREEZING, Stage.CHANGING)
+        unknown = freezing.stage is Stage.STORING
         freezing.withdraws |= freezing.stage is Stage.CHANGING
         freezing.end()
-        return [*([Thaw(freezing.attempt)] if held else []), TellSnapshot(why)]
+        return [*([Thaw(freezing.attempt)] if held else []), TellSnapshot(why, unknown)]
 
     def _withdraws(self, lost: Set[str] = frozenset()) -> bool:
         """Whether the record's newest snapshot is to go: see `freezing`.
 
-        Of an image that is being opened that is told by its nodes in sync but for `lost` ones.
+        Of an image that is being opened its nodes in sync tell, but for `lost` ones. One that has
+        not stored it is needed of each replica set: a set whose nodes have may have answered writes
+        to the layer on top.
         """
         assert self.record is not None
         if self.freezing.withdraws:
@@ -99,6 +112,11 @@ class SnapshotSteps(State, ABC):
         if self.phase is not Phase.GATHERING:
             return False
         names = self._in_sync_names() - self.emptied - lost
-        heard = [self.nodes[name].peeked for name in names]
-        known = [peeked for peeked in heard if peeked is not None]
-        return len(known) == len(heard) and is_unstored(self.record, known)
+        known = {name: self.nodes[name].peeked for name in names}
+        heard = [peeked for peeked in known.values() if peeked is not None]
+        of_sets = self.record.membership.in_sync_sets()
+        return (
+            len(heard) == len(names)
+            and all(of_set & names for of_set in of_sets)
+            and is_unstored(self.record, heard)
+        )

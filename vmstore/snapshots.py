@@ -9,7 +9,6 @@ thread. A snapshot ends, one way or the other, at the latest with the image.
 
 import time
 from abc import abstractmethod
-from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -19,11 +18,18 @@ from etcd.images import ImageRecord
 from shard.errors import HciError
 from vmstore import events
 from vmstore.deciding import TICK_S
-from vmstore.errors import BeingClosed, BeingResized, BeingSnapshotted, SnapshotFailed
+from vmstore.errors import (
+    BeingClosed,
+    BeingResized,
+    BeingSnapshotted,
+    SnapshotFailed,
+    SnapshotUnknown,
+)
 from vmstore.freezing import LEVEL_LIMIT_S
 from vmstore.holder import OPEN_LIMIT_S
 from vmstore.names import ImageName
 from vmstore.open_image import OpenImage, SnapshotOrder, TakenSnapshot
+from vmstore.orders import Answer
 from vmstore.record_size import check_snapshot
 from vmstore.resizing import CLOSING_S, Resizing
 from vmstore.standing import Phase
@@ -57,21 +63,15 @@ class Snapshots(Resizing):
         """
         closed_by_s = time.monotonic() + CLOSING_S
         while True:
-            order = SnapshotOrder(name, created_s, Future())
-            self._deciding.put(partial(self._find_to_freeze, image, order))
+            order = SnapshotOrder(name, created_s, Answer())
             try:
-                return order.done.result(timeout=SNAPSHOT_LIMIT_S)
+                with self._orders.one(order.done) as answer:
+                    self._deciding.put(partial(self._find_to_freeze, image, order))
+                    return answer.result(timeout=SNAPSHOT_LIMIT_S)
             except BeingClosed:
                 if time.monotonic() > closed_by_s:
                     raise
             time.sleep(TICK_S)
-
-    def stop(self) -> None:
-        """See `Serving`. No caller waits for an image that did not close in time."""
-        super().stop()
-        for image in self.snapshot():
-            if image.snapshot is not None:
-                image.snapshot.done.set_exception(_stopping(image.snapshot))
 
     # On the deciding thread
 
@@ -88,11 +88,6 @@ class Snapshots(Resizing):
             self._looked_up.discard(name)
             if self._calls.stopping:
                 order.done.set_exception(_stopping(order))
-                return
-            try:
-                check_snapshot(stored.record, str(name), order.name, order.created_s)
-            except HciError as error:
-                order.done.set_exception(error)
                 return
             image = self._use(name, stored, maintenance=True)
             if image.snapshot is not None:
@@ -119,11 +114,15 @@ class Snapshots(Resizing):
     def _begin_snapshot(self, image: OpenImage) -> None:
         """Have the holder take the snapshot that was asked for, if any was; the image serves."""
         order = image.snapshot
-        if order is None or order.begun:
+        if order is None or order.begun or image.holder.phase is not Phase.SERVING:
+            return
+        if image.holder.freezing.withdraws:
+            # The name may be that of the one that goes.
+            self._deciding.after(TICK_S, lambda: self._begin_snapshot(image))
             return
         assert image.holder.record is not None
         try:
-            # What etcd said may have changed while it was opened.
+            # By the record of now: what no node had stored as the image was opened is out of it.
             check_snapshot(image.holder.record, str(image.name), order.name, order.created_s)
         except HciError as error:
             self._end_snapshot(image, error)
@@ -131,13 +130,16 @@ class Snapshots(Resizing):
         order.begun = True
         self._step(image, events.TakeSnapshot(order.name, order.created_s))
 
-    def _snapshot_ended(self, image: OpenImage, failed: str | None) -> None:
+    def _snapshot_ended(
+        self, image: OpenImage, failed: str | None, *, unknown: bool = False
+    ) -> None:
         order = image.snapshot
         if order is None:
             return
         if failed is not None:
             log.warning("snapshot_failed", image=str(image.name), snapshot=order.name, why=failed)
-            self._end_snapshot(image, SnapshotFailed(f"{image.name}@{order.name}", failed))
+            error = SnapshotUnknown if unknown else SnapshotFailed
+            self._end_snapshot(image, error(f"{image.name}@{order.name}", failed))
             return
         assert image.holder.record is not None
         assert order.held_since_s is not None, "changes have waited for it"

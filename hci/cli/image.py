@@ -105,11 +105,17 @@ def _scrubbed(scrub: ScrubRecord) -> dict[str, Any]:
 
 
 @app.command("rm")
-def remove(context: typer.Context, name: Image) -> None:
+def remove(
+    context: typer.Context,
+    name: Image,
+    with_snapshots: Annotated[
+        bool, typer.Option("--with-snapshots", help="Remove its snapshots too.")
+    ] = False,
+) -> None:
     """Remove an image and its data. It cannot be brought back."""
     here = session.of(context)
     with here.catalog() as records:
-        images.remove(here.config, records, parse_image_name(name))
+        images.remove(here.config, records, parse_image_name(name), with_snapshots=with_snapshots)
     typer.echo(f"removed {name}")
 
 

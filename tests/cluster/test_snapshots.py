@@ -17,13 +17,13 @@ import pytest
 from tests.devcluster import POOL, CommandError, DevCluster
 from tests.faults.flushed_writer import BlockHistory, FlushedWriter
 from tests.faults.load import ReconnectingDisk, VerifyingFio, await_write
-from tests.faults.nbd_session import NbdSession
+from tests.faults.nbd_session import NbdError, NbdSession
 from tests.tools.load import SteadyLoad
 from tests.waiting import until
 
 MIB = 1 << 20
-STALL_S = 0.1
-"""What a guest may wait for a snapshot, at best of a few: other work on the machine adds to it."""
+STALL_S = 3.0
+"""A hang detector: what a guest waits for a snapshot `make stalls` measures."""
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_guest_hardly_waits_for_a_snapshot(two: DevCluster) -> None:
         load.stop()
         assert load.errors == []
     print(f"the longest waits: {[f'{each * 1000:.0f} ms' for each in waited]}")
-    assert min(waited) < STALL_S
+    assert max(waited) < STALL_S
 
 
 def test_snapshot_of_a_closed_image_is_what_it_held(two: DevCluster, tmp_path: Path) -> None:
@@ -228,12 +228,32 @@ def test_snapshots_that_cannot_be_taken_or_read_are_refused_in_one_line(two: Dev
         ("image", "url", f"{POOL}/odd@t"),
     ):
         assert no_such in is_refused(two, *command)
-    assert "it has the snapshot s, and" in is_refused(two, "image", "rm", f"{POOL}/odd")
+    assert "it has 1 snapshot (s); use --with" in is_refused(two, "image", "rm", f"{POOL}/odd")
     assert "snapshots" in is_refused(two, "image", "resize", f"{POOL}/odd@s", "2M")
     said = subprocess.run(
         ["nbdinfo", url_at(two, "gateway2", "odd@t")], capture_output=True, text=True
     )
     assert "No such file or directory for export: vms/odd@t" in said.stderr
+
+
+def test_image_is_removed_with_its_snapshots_and_who_reads_one_gets_errors(
+    two: DevCluster,
+) -> None:
+    two.create("going", "8M")
+    with NbdSession(url_at(two, "gateway1", "going"), 1) as session:
+        session.call("write", 0, 64, 1)
+        take(two, "going@s")
+        take(two, "going@t")
+    with NbdSession(url_at(two, "gateway2", "going@s"), 1) as reader:
+        assert reader.call("read", 0, 64) == [1] * 64
+        assert "it has 2 snapshots (s, …)" in is_refused(two, "image", "rm", f"{POOL}/going")
+        two.hci("image", "rm", f"{POOL}/going", "--with-snapshots")
+        with pytest.raises(NbdError):
+            reader.call("read", 0, 64)
+    assert not any("going" in each["name"] for each in two.json("snapshot", "ls"))
+    with pytest.raises(NbdError):
+        NbdSession(url_at(two, "gateway2", "going@s"), 1)
+    two.await_health("ok")
 
 
 def test_name_of_any_characters_is_taken_and_read(two: DevCluster, tmp_path: Path) -> None:

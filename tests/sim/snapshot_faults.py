@@ -42,6 +42,8 @@ class SnapshotFaults(Strikes):
             self._cut_etcd_then_kill,
             self._cut_etcd_then_kill,
             self._cut_etcd_then_kill,
+            self._store_in_one_set,
+            self._store_in_one_set,
         )
         strike = self.chance.choice(strikes)
         pause_s = self.chance.choice((0.0, 0.001, 0.004, 0.02, 0.1)) * self.chance.random()
@@ -51,6 +53,31 @@ class SnapshotFaults(Strikes):
 
         self._at_event.setdefault("frozen", []).append(frozen)
         cluster.snapshots.take(self._asked())
+
+    def _store_in_one_set(self, gateway: int) -> None:
+        """The nodes of one replica set store it, those of another one do not hear of it.
+
+        The gateway dies, and the first ones go: the next holder hears only the others for a while.
+        """
+        cluster = self.cluster
+        record = cluster.record
+        if record is None or len(record.sets) < 2:
+            return
+        stored, deaf = self.chance.sample(range(len(record.sets)), 2)
+        apart = set(record.sets[deaf]) - set(record.sets[stored])
+        cluster.say(f"{sorted(apart)} do not hear of the snapshot")
+        nodes = [cluster.names.index(name) for name in sorted(apart)]
+        for node in nodes:
+            cluster.world.set_path(gateway, node, True, False)
+
+        def strike() -> None:
+            cluster.stop_gateway(gateway, host=False)
+            for node in nodes:
+                cluster.world.set_path(gateway, node, True, True)
+            for name in record.sets[stored]:
+                self._away(cluster.names.index(name), self.chance.uniform(4.0, 9.0), power=False)
+
+        self._later(self.chance.uniform(0.3, 2.0), strike)
 
     def _cut_etcd_then_kill(self, gateway: int) -> None:
         """etcd takes the record, nobody hears of it, and the gateway dies with writes since.

@@ -15,6 +15,7 @@ from etcd.images import ImageRecord
 from tests.sim.oracle import SECTOR_BYTES, TORN, Violation
 from tests.sim.shape import IMAGE_NAME
 from vmstore.open_image import SnapshotOrder, TakenSnapshot
+from vmstore.orders import Answer
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
@@ -59,7 +60,7 @@ class Snapshots:
         known = Known(f"s{len(self.known) + 1}")
         self.known[known.name] = known
         self._cluster.say(f"{process.name} is asked for the snapshot {known.name}")
-        done: Future[TakenSnapshot] = Future()
+        done: Answer[TakenSnapshot] = Answer()
         done.add_done_callback(lambda future: self._ended(known, future))
         process.take_snapshot(SnapshotOrder(known.name, int(self._cluster.clock.now_s), done))
         return known
@@ -114,7 +115,7 @@ class Snapshots:
         for known in self.known.values():
             if known.told == "" and known.name not in names:
                 raise Violation(f"{known.name} was taken, and is gone")
-            if known.told and "etcd did not answer" in known.told and known.name in names:
+            if known.told and "it is not known whether" not in known.told and known.name in names:
                 raise Violation(f"{known.name} is there, and was said not to be taken")
 
 

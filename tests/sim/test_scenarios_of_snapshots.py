@@ -44,13 +44,13 @@ def read_everywhere(stage: Stage, known: Known) -> None:
 def take_with_a_write_in_flight() -> None:
     """History 13: a write has come to some nodes as the layers change, and to others not yet.
 
-    It begins when another one of the same block is answered, behind the flush of the freeze.
+    Each begins when another one of the same block is answered, so that one is always under way.
     """
     stage = Stage()
     stage.write(stage.at(1))
     stage.slow(0, 1, 20)
-    stage.guest.write(stage.at(1), 8)
-    stage.guest.write(stage.at(1), 8)
+    for _ in range(8):
+        stage.guest.write(stage.at(1), 8)
     stage.run(0.001)
     known = take(stage)
     stage.until(lambda: known.told is not None, "it is told what became of the snapshot")
@@ -163,6 +163,49 @@ def test_snapshot_that_nobody_has_stored_and_is_kept_is_noticed() -> None:
     kept = planted_by_name("snapshots that nobody stored go")
     with broken(patch=kept, match="read as|differs"):
         take_while_etcd_is_late_and_lose_the_gateway()
+
+
+def store_in_one_set_and_lose_the_gateway() -> None:
+    """History 13: one replica set has stored the new layer, and answers writes to it.
+
+    The next holder hears the other set alone, which has not stored it.
+    """
+    stage = Stage(nodes=6, replica_sets=2, shards=6)
+    cluster = stage.cluster
+    record = cluster.record
+    assert record is not None
+    for shard in range(1, 6):
+        stage.write(stage.at(shard))
+    stored, deaf = 0, 1
+    quiet = [cluster.names.index(name) for name in record.sets[deaf]]
+
+    def cut(_gateway: int, kind: str, _node: str) -> None:
+        if kind == "frozen":
+            stage.hold(0, *quiet)
+
+    cluster.on_event = cut
+    known = take(stage)
+    shard = next(s for s in range(1, 6) if cluster.set_of(s) == stored)
+    stage.until(lambda: _is_named(stage, known), "etcd has the record")
+    stage.write(stage.at(shard))
+    cluster.stop_gateway(0, host=False)
+    away = [cluster.names.index(name) for name in record.sets[stored]]
+    stage.kill(*away)
+    cluster.boot(1)
+    stage.run(16.0)
+    stage.start(*away)
+    stage.settle()
+    read_everywhere(stage, known)
+
+
+def test_snapshot_that_one_set_has_stored_is_kept() -> None:
+    store_in_one_set_and_lose_the_gateway()
+
+
+def test_snapshot_that_one_set_has_stored_and_is_withdrawn_is_noticed() -> None:
+    withdrawn = planted_by_name("each set says that a snapshot is not stored")
+    with broken(patch=withdrawn, match="read as"):
+        store_in_one_set_and_lose_the_gateway()
 
 
 def test_snapshot_that_etcd_took_too_late_is_withdrawn_by_its_holder() -> None:

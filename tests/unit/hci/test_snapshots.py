@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from etcd import keys
@@ -17,22 +18,22 @@ from hci import control, snapshots
 from hci import control_pb2 as pb
 from hci.config import ClusterConfig, Config, Endpoint
 from hci.control_pb2_grpc import GatewayControlServicer, add_GatewayControlServicer_to_server
-from hci.errors import Refused
+from hci.errors import Refused, Undecided
 from shard.errors import HciError
 from tests.cluster.etcd_server import free_ports
 from tests.unit.samples import GIB, node_record
 from vmstore.catalog import Catalog
-from vmstore.errors import SnapshotExists
 from vmstore.names import parse_snapshot_name
 
 NAME = parse_snapshot_name("vms/disk@s")
+Replying = Callable[[grpc.ServicerContext], pb.SnapshotReply]
 CONFIG = Config(Path("hci.toml"), ClusterConfig(id="c" * 32, etcd=()), {}, {}, {}, None)
 
 
 class Asked(GatewayControlServicer):
     """A gateway of another host; what it answers is given."""
 
-    def __init__(self, name: str, holder: str, answer: Callable[[], pb.SnapshotReply]) -> None:
+    def __init__(self, name: str, holder: str, answer: Replying) -> None:
         self.name = name
         self.holder = holder
         self.answer = answer
@@ -43,7 +44,7 @@ class Asked(GatewayControlServicer):
 
     def Snapshot(self, request: Any, context: Any) -> pb.SnapshotReply:  # noqa: N802
         self.asked.append((request.image_id, request.name))
-        return self.answer()
+        return self.answer(context)
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def held_by(etcd: MemoryEtcd, catalog: Catalog, gateway: str) -> None:
 
 
 @contextmanager
-def running(etcd: MemoryEtcd, name: str, answer: Callable[[], pb.SnapshotReply]) -> Iterator[Asked]:
+def running(etcd: MemoryEtcd, name: str, answer: Replying) -> Iterator[Asked]:
     address = Endpoint("127.0.0.1", free_ports(1)[0])
     record = GatewayRecord(name=name, host="host7", control=str(address), holder="a" * 32)
     etcd.transaction([], [Put(record.key, record.encode(), etcd.grant_lease(1000))])
@@ -83,11 +84,11 @@ def running(etcd: MemoryEtcd, name: str, answer: Callable[[], pb.SnapshotReply])
         server.stop(None).wait(10)
 
 
-def taken() -> pb.SnapshotReply:
+def taken(_context: grpc.ServicerContext) -> pb.SnapshotReply:
     return pb.SnapshotReply(layer=1, held_ms=3)
 
 
-def refused() -> pb.SnapshotReply:
+def refused(_context: grpc.ServicerContext) -> pb.SnapshotReply:
     raise HciError("no snapshot vms/disk@s was taken: node2 is not there")
 
 
@@ -98,20 +99,21 @@ def test_gateway_that_has_the_image_is_asked(etcd: MemoryEtcd, catalog: Catalog)
     assert far.asked == [(catalog.find(NAME.image).record.id, "s")]
 
 
-def test_snapshot_that_is_there_is_refused_before_any_gateway_is_asked(
+def test_snapshot_that_may_have_been_taken_is_not_asked_for_elsewhere(
     etcd: MemoryEtcd, catalog: Catalog
 ) -> None:
-    held = catalog.take_lease(
-        catalog.find(NAME.image),
-        gateway="far",
-        holder="a" * 32,
-        etcd_lease=etcd.grant_lease(1000),
-    )
-    catalog.change(held, held.record.with_snapshot("s", 0))
-    with running(etcd, "far", taken) as far:
-        with pytest.raises(SnapshotExists):
+    """The next gateway said that it exists, and to choose another name."""
+    held_by(etcd, catalog, "first")
+
+    def moved(context: grpc.ServicerContext) -> pb.SnapshotReply:
+        etcd.transaction([], [Delete(keys.lease(catalog.find(NAME.image).record.id))])
+        held_by(etcd, catalog, "second")
+        context.abort(grpc.StatusCode.ABORTED, "it is not known whether vms/disk@s was taken")
+
+    with running(etcd, "first", moved) as first, running(etcd, "second", taken) as second:
+        with pytest.raises(Undecided, match="first: it is not known whether"):
             snapshots.create(CONFIG, catalog, NAME)
-    assert far.asked == []
+    assert (len(first.asked), len(second.asked)) == (1, 0)
 
 
 def test_reason_of_the_gateway_is_shown(etcd: MemoryEtcd, catalog: Catalog) -> None:
@@ -128,9 +130,9 @@ def test_reason_of_the_gateway_is_shown_also_where_etcd_is_silent(
     """The command said that it could not reach etcd, and not that the snapshot had failed."""
     held_by(etcd, catalog, "far")
 
-    def refused_without_etcd() -> pb.SnapshotReply:
+    def refused_without_etcd(context: grpc.ServicerContext) -> pb.SnapshotReply:
         etcd.fail_next(Fault.UNAVAILABLE)
-        return refused()
+        return refused(context)
 
     with running(etcd, "far", refused_without_etcd):
         with pytest.raises(Refused, match="no snapshot vms/disk@s was taken"):
@@ -145,10 +147,10 @@ def test_gateway_that_took_the_image_over_meanwhile_is_asked_next(
 ) -> None:
     held_by(etcd, catalog, "first")
 
-    def moved() -> pb.SnapshotReply:
+    def moved(context: grpc.ServicerContext) -> pb.SnapshotReply:
         etcd.transaction([], [Delete(keys.lease(catalog.find(NAME.image).record.id))])
         held_by(etcd, catalog, "second")
-        return refused()
+        return refused(context)
 
     with running(etcd, "first", moved) as first, running(etcd, "second", taken) as second:
         assert snapshots.create(CONFIG, catalog, NAME).held_ms == 3

@@ -28,6 +28,8 @@ class ScriptedEngine:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.known: dict[str, Any] | None = None
+        """What nodes have of the record of an image that is opened."""
         self.closes = True
         """Whether an image that is closed gets rid of all it has to flush."""
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
@@ -53,7 +55,7 @@ class ScriptedEngine:
                 start_counter=1,
                 flush_number=0,
                 deleted=False,
-                record=None,
+                record=self.known,
                 serial=1,
             )
 

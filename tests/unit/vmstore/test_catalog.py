@@ -399,7 +399,9 @@ def test_image_that_is_only_maintained_is_deleted(etcd: MemoryEtcd, catalog: Cat
     assert catalog.leases() == {}
 
 
-def test_image_that_has_snapshots_is_not_deleted(etcd: MemoryEtcd, catalog: Catalog) -> None:
+def test_image_that_has_snapshots_is_deleted_only_with_them(
+    etcd: MemoryEtcd, catalog: Catalog
+) -> None:
     image = catalog.create_image(DISK, GIB)
     snapshot = SnapshotName(DISK, "s")
     with pytest.raises(UnknownSnapshot, match="disk has no snapshot s; `hci snapshot ls"):
@@ -410,6 +412,8 @@ def test_image_that_has_snapshots_is_not_deleted(etcd: MemoryEtcd, catalog: Cata
     held = catalog.change(held, held.record.with_snapshot("s", 5))
     catalog.release(held, clean=True)
     assert catalog.find_snapshot(snapshot)[1] == catalog.find(DISK).record.snapshots[0]
-    with pytest.raises(HasSnapshots, match="it has the snapshot s, and snapshots cannot be"):
+    with pytest.raises(HasSnapshots, match=r"it has 1 snapshot \(s\); use --with-snapshots"):
         catalog.delete_image(DISK)
     assert len(catalog.images()) == 1
+    catalog.delete_image(DISK, with_snapshots=True)
+    assert catalog.images() == []

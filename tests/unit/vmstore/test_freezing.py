@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-import pytest
-
 from etcd.images import ImageRecord
 from tests.unit.samples import NODES
 from tests.unit.vmstore.test_holder import changes, gathering, peeked, record, serving, view
@@ -64,15 +62,14 @@ def test_snapshot_of_an_image_that_is_being_closed_is_refused() -> None:
     assert "being closed" in failure(holder.step(ORDER))
 
 
-@pytest.mark.parametrize("levelled", [events.Levelled("node3")])
-def test_snapshot_waits_until_all_nodes_in_sync_are_level(levelled: events.Event) -> None:
+def test_snapshot_waits_until_all_nodes_in_sync_are_level() -> None:
     holder = gathering()
     for node in NODES:
         holder.step(peeked(node))
     holder.step(events.Admitted(frozenset({"node3"})))
     assert holder.step(ORDER) == []
     assert holder.step(events.Tick(f.LEVEL_LIMIT_S - 1)) == []
-    assert holder.step(levelled) == [wanted.Freeze(1)]
+    assert holder.step(events.Levelled("node3")) == [wanted.Freeze(1)]
 
 
 def test_snapshot_gives_up_on_nodes_that_are_not_made_level() -> None:
@@ -101,8 +98,9 @@ def test_snapshot_below_the_quorum_gives_up_and_nothing_was_held_up() -> None:
     holder.step(events.ReplicaDown("node3", blocking=False))
     holder.step(events.ReplicaDown("node2", blocking=False))
     assert holder.step(ORDER) == []
-    assert holder.step(events.Tick(f.WAIT_LIMIT_S - 1)) == []
-    effects = holder.step(events.Tick(f.WAIT_LIMIT_S))
+    assert holder.step(events.Tick(0.1)) == []
+    assert holder.step(events.Tick(f.WAIT_LIMIT_S)) == []
+    effects = holder.step(events.Tick(f.WAIT_LIMIT_S + 0.1))
     assert "node2, node3 is not there" in failure(effects)
     assert wanted.Thaw(1) not in effects
 
@@ -144,10 +142,70 @@ def test_node_that_the_engine_loses_first_is_left_behind_and_the_image_frozen_ag
 def test_freeze_that_held_clients_up_in_vain_ends_the_snapshot() -> None:
     holder = serving()
     holder.step(ORDER)
-    holder.step(events.Tick(2.0))
+    # Its first flush held nobody up, however long it took.
+    holder.step(events.Tick(20.0))
+    assert holder.step(events.Holding(1)) == []
+    holder.step(events.Tick(22.0))
     effects = holder.step(events.FreezeFailed(1, "node2 did not flush in time"))
     assert "node2 did not flush in time; try again" in failure(effects)
-    assert holder.step(events.Tick(3.0)) == []
+    assert holder.step(events.Tick(23.0)) == []
+
+
+def test_freeze_that_failed_before_clients_waited_is_tried_again() -> None:
+    holder = serving()
+    holder.step(ORDER)
+    holder.step(events.Tick(20.0))
+    assert holder.step(events.FreezeFailed(1, "a node in sync was lost")) == []
+    assert holder.step(events.Tick(20.0 + snapshot_steps.RETRY_S)) == [wanted.Freeze(2)]
+
+
+def test_node_that_fails_again_and_again_does_not_have_clients_wait_each_time() -> None:
+    # Below its quorum the image cannot leave it behind.
+    holder = serving(record(generation=2, stale={0: {"node2": 1}}))
+    holder.step(ORDER)
+    now_s, effects = 0.0, []
+    for attempt in range(1, 20):
+        holder.step(events.Holding(attempt))
+        now_s += 0.5
+        holder.step(events.Tick(now_s))
+        effects = holder.step(events.ReplicaFailed("node3", "Io"))
+        assert effects[0] == wanted.Thaw(attempt)
+        if told(effects) is not None:
+            break
+        assert changes(effects) == []
+        now_s += standing.FAILING_S
+        assert wanted.Freeze(attempt + 1) in holder.step(events.Tick(now_s))
+    assert "again and again" in failure(effects)
+    assert attempt == 3
+
+
+def test_node_lost_after_a_long_wait_has_its_time_to_be_left_behind() -> None:
+    """The whole time that an image was levelled counted: the snapshot ended at once."""
+    holder = gathering()
+    for node in NODES:
+        holder.step(peeked(node))
+    holder.step(events.Admitted(frozenset({"node2"})))
+    holder.step(ORDER)
+    holder.step(events.Tick(100.0))
+    (change,) = changes(holder.step(events.ReplicaDown("node3", blocking=True)))
+    assert holder.step(events.Tick(100.1)) == []
+    holder.step(events.MembershipChanged(change.after))
+    assert holder.step(events.Tick(130.0)) == []
+
+
+def test_node_that_does_not_store_the_record_is_left_behind_as_a_slow_one() -> None:
+    """Its disk stood still between the flush and the record: writes waited for ever."""
+    holder = storing()
+    now_s = 0.0
+    found = []
+    while not found and now_s < 30.0:
+        now_s += 1.0
+        found = changes(holder.step(events.Tick(now_s)))
+        found += changes(holder.step(events.Lags({"node3": 9_000})))
+    (change,) = found
+    assert change.after == replace(TAKEN, generation=3, stale={0: {"node3": 2}})
+    holder.step(events.MembershipChanged(change.after))
+    assert holder.step(events.Stored(3)) == [wanted.TellSnapshot()]
 
 
 def test_snapshot_that_etcd_surely_does_not_have_thaws_and_fails() -> None:
@@ -234,9 +292,9 @@ def test_node_lost_while_the_others_store_it_is_left_behind_though_nobody_blocks
 
 
 def test_lost_image_tells_who_wanted_a_snapshot_of_it() -> None:
-    for holder in (changing(), storing()):
+    for holder, unknown in ((changing(), False), (storing(), True)):
         effects = holder.step(events.Lost("another gateway has it"))
-        assert "another gateway has it" in failure(effects)
+        assert told(effects) == wanted.TellSnapshot("another gateway has it", unknown)
         assert wanted.KillImage() in effects
 
 
@@ -267,6 +325,7 @@ def test_close_while_nodes_store_it_tells_how_that_ends() -> None:
     holder.step(events.Close())
     effects = holder.step(events.Closed(True))
     assert "before its nodes had stored it" in failure(effects)
+    assert told(effects) == wanted.TellSnapshot(failure(effects), unknown=True)
     assert effects[-1] == wanted.Release(TAKEN, True)
 
 
@@ -320,6 +379,29 @@ def test_new_holder_withdraws_a_snapshot_as_it_leaves_a_node_behind() -> None:
         holder.step(events.Peeked(node, 1, 9, False, view(record()), serial))
     (change,) = changes(holder.step(events.Tick(standing.GRACE_S)))
     assert change.after == replace(ours.without_newest_snapshot(), stale={0: {"node3": 2}})
+
+
+def test_new_holder_keeps_a_snapshot_while_nobody_of_a_set_says_that_it_has_not_stored_it() -> None:
+    """Writes to a set are answered as soon as its own nodes have stored the new layer. They were
+    away when the next holder withdrew it, by the word of another set: the writes were lost."""
+    sets = (("a1", "a2", "a3"), ("b1", "b2", "b3"))
+    before = replace(record(), sets=sets)
+    ours = replace(before.with_snapshot("monday", 0), epoch=4)
+    holder = gathering(ours)
+    known = view(before)
+    for serial, node in enumerate(sets[1], 1):
+        holder.step(events.Peeked(node, 1, 9, False, known, serial))
+    for now_s in (1.0, standing.GRACE_S, 2 * standing.GRACE_S):
+        assert changes(holder.step(events.Tick(now_s))) == []
+    # Those of the first set come back, and have it.
+    stored = view(ours)
+    effects: list[wanted.Effect] = []
+    for serial, node in enumerate(sets[0], 4):
+        effects += holder.step(events.Peeked(node, 1, 9, False, stored, serial))
+    # The last one has had its time meanwhile.
+    (change,) = changes(effects)
+    assert (change.after.layers, change.after.snapshots) == (ours.layers, ours.snapshots)
+    assert change.after.stale == {0: {"a3": 2}}
 
 
 def test_new_holder_keeps_a_snapshot_that_one_node_has_stored() -> None:

@@ -8,16 +8,19 @@ import pytest
 
 from etcd.images import ImageRecord
 from etcd.memory import Fault
+from shard.errors import HciError
 from tests.unit.vmstore.gateway import GIB, WAIT_S, ScriptedGateway, scripted_gateway
+from vmstore import orders
 from vmstore.errors import (
     BeingResized,
     BeingSnapshotted,
     RecordsLost,
     SnapshotExists,
     SnapshotFailed,
+    TooManyOrders,
     TooManySnapshots,
 )
-from vmstore.names import ImageName
+from vmstore.names import ImageName, parse_image_name
 from vmstore.open_image import TakenSnapshot
 from vmstore.stored import Stored
 
@@ -49,11 +52,13 @@ def freezing(gateway: ScriptedGateway, times: int = 1) -> tuple[int, int]:
     return channel, attempt
 
 
-def frozen(gateway: ScriptedGateway, times: int = 1) -> int:
+def frozen(gateway: ScriptedGateway, times: int = 1, reconfigured: int = 0) -> int:
     """A snapshot that etcd has, and whose record is being stored; its channel."""
     channel, attempt = freezing(gateway, times)
+    gateway.engine.emit("holding", channel=channel, attempt=attempt)
     gateway.engine.emit("frozen", channel=channel, attempt=attempt)
-    gateway.until(lambda: len(gateway.engine.named("reconfigure")) == times, "etcd is not asked")
+    wanted = reconfigured or times
+    gateway.until(lambda: len(gateway.engine.named("reconfigure")) == wanted, "etcd is not asked")
     return channel
 
 
@@ -172,9 +177,11 @@ def test_size_does_not_change_while_a_snapshot_is_taken_nor_the_other_way(
     assert gateway.record.size_bytes == GIB // 2
 
 
-def test_snapshot_of_a_name_that_is_there_is_refused_before_anything_is_held_up(
+def test_snapshot_of_a_name_that_is_there_is_refused_and_nothing_is_held_up(
     gateway: ScriptedGateway,
 ) -> None:
+    gateway.connect(1)
+    gateway.answer(1)
     asked = take(gateway)
     stored(gateway, frozen(gateway))
     asked.result(timeout=WAIT_S)
@@ -217,6 +224,7 @@ def test_freeze_that_fails_is_told_with_its_reason(gateway: ScriptedGateway) -> 
         )
         if not asked.done():
             channel, number = gateway.engine.named("freeze")[-1][0]
+            gateway.engine.emit("holding", channel=channel, attempt=number)
             threading.Event().wait(0.8)
             gateway.engine.emit(
                 "freeze_failed", channel=channel, attempt=number, why="nodes took too long"
@@ -278,5 +286,78 @@ def test_gateway_that_stops_tells_who_waits_for_a_snapshot(gateway: ScriptedGate
     asked = take(gateway)
     freezing(gateway)
     gateway.stop()
-    with pytest.raises(SnapshotFailed, match="being closed|is stopping"):
+    with pytest.raises(SnapshotFailed, match="being closed"):
         asked.result(timeout=WAIT_S)
+    with pytest.raises(HciError, match="the gateway is stopping"):
+        take(gateway, "t").result(timeout=WAIT_S)
+
+
+def test_gateway_that_stops_while_etcd_is_asked_answers_who_waits(
+    gateway: ScriptedGateway,
+) -> None:
+    """Its process waited for the caller as it ended, and that one for an answer: ten minutes."""
+    going_on, asked_for = threading.Event(), threading.Event()
+    find = gateway.catalog.find
+
+    def slow(name: ImageName) -> Stored[ImageRecord]:
+        asked_for.set()
+        going_on.wait(WAIT_S)
+        return find(name)
+
+    gateway.catalog.find = slow  # type: ignore[method-assign]
+    waiting = [take(gateway)]
+    resized = threading.Thread(target=lambda: resize(gateway, waiting))
+    resized.start()
+    assert asked_for.wait(WAIT_S)
+    threading.Timer(0.3, going_on.set).start()
+    gateway.stop()
+    resized.join(WAIT_S)
+    assert len(waiting) == 2
+    for order in waiting:
+        with pytest.raises(HciError, match="the gateway is stopping"):
+            order.result(timeout=WAIT_S)
+
+
+def resize(gateway: ScriptedGateway, into: "list[Future[TakenSnapshot]]") -> None:
+    answered: Future[TakenSnapshot] = Future()
+    try:
+        gateway.exports.resize(gateway.name, 2 * GIB, force=False)
+    except HciError as error:
+        answered.set_exception(error)
+    into.append(answered)
+
+
+def test_orders_leave_threads_for_other_commands(gateway: ScriptedGateway) -> None:
+    """Eight snapshots that waited for levelling kept `hci status` from being answered."""
+    names = [parse_image_name(f"vms/{number}") for number in range(orders.AT_ONCE)]
+    asked = []
+    for name in names:
+        gateway.catalog.create_image(name, GIB)
+        gateway.name = name
+        asked.append(take(gateway))
+    gateway.until(lambda: len(gateway.engine.named("freeze")) == len(names), "not all are begun")
+    gateway.name = parse_image_name("vms/a")
+    with pytest.raises(TooManyOrders):
+        take(gateway).result(timeout=WAIT_S)
+
+
+def test_name_of_a_snapshot_that_no_node_has_stored_is_free(gateway: ScriptedGateway) -> None:
+    """etcd had it, its gateway died; the command said that it exists, and nothing settled that."""
+    gateway.engine.known = {"epoch": 0, "holder": "ef" * 16, "generation": 1, "digest": b"",
+                            "flush_number": 0, "peers": [], "dirty": 0,
+                            "distrusted": False}  # fmt: skip
+    held = gateway.catalog.take_lease(
+        gateway.catalog.find(gateway.name),
+        gateway="gateway2",
+        holder="ef" * 16,
+        etcd_lease=gateway.etcd.grant_lease(10),
+    )
+    held = gateway.catalog.change(held, held.record.with_snapshot("s", 0))
+    gateway.catalog.release(held, clean=False)
+    asked = take(gateway)
+    channel = frozen(gateway, reconfigured=2)
+    stored(gateway, channel)
+    taken = asked.result(timeout=WAIT_S)
+    assert gateway.record.snapshots == (taken.snapshot,)
+    assert taken.snapshot.created_s == 1_800_000_000
+    assert gateway.record.layer_ids == [3, 1]
