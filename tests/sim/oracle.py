@@ -224,10 +224,18 @@ class Oracle:
             self._forgotten += [entry for entry in lost if id(entry) not in known]
         self._unflushed = {key: entry for key, entry in self._unflushed.items() if entry.sure}
 
-    def at_rest(self, sector: int, now: float) -> frozenset[int]:
-        """Return what a sector may hold while nothing is under way: no write that is not answered
-        counts, but for those whose sender is gone."""
-        asked = {id(entry) for change in self._open.values() for entry in change.entries}
+    def at_rest(self, sector: int, epoch: int, now: float) -> frozenset[int]:
+        """Return what a sector may hold while nothing is under way at the holder of an epoch.
+
+        No write that it has not answered counts, but for those whose sender is gone. One of an
+        earlier holder may have come to the nodes, though that one stands still.
+        """
+        asked = {
+            id(entry)
+            for change in self._open.values()
+            for entry in change.entries
+            if entry.epoch == epoch
+        }
         return frozenset(
             entry.stamp
             for entry in self._history(sector)

@@ -74,10 +74,11 @@ class Snapshots:
         """All is frozen for what is being taken: note what a read could return now."""
         for image in process.exports.snapshot():
             if image.channel == channel and image.snapshot is not None:
-                cluster = self._cluster
+                cluster, record = self._cluster, image.holder.record
+                assert record is not None
                 known = self.known[image.snapshot.name]
                 known.possible = {
-                    sector: cluster.oracle.at_rest(sector, cluster.clock.now_s)
+                    sector: cluster.oracle.at_rest(sector, record.epoch, cluster.clock.now_s)
                     for region in cluster.used
                     for sector in region
                 }
