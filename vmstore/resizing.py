@@ -16,7 +16,9 @@ way or the other, at the latest with the image.
 
 import time
 from abc import abstractmethod
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 from etcd.errors import OutcomeUnknown
 from etcd.images import ImageRecord
@@ -39,12 +41,14 @@ from vmstore.serving import Serving
 from vmstore.standing import Phase
 from vmstore.stored import Stored
 
+T = TypeVar("T")
+
 RESIZE_LIMIT_S = 660.0
 """How long a caller waits: for the image to open, and for all that a shrink cuts off to be
 discarded. What is not done by then goes on."""
 
 CLOSING_S = 20.0
-"""How long a resize waits for an image that is being closed, as a client does that wants it."""
+"""How long an order waits for an image that is being closed, as a client does that wants it."""
 
 RECONNECT_S = 10.0
 """How long an image stays open for clients that were asked to connect anew: QEMU tries again with
@@ -81,13 +85,24 @@ class Resizing(Serving):
         where clients have it open and it would shrink, ShrinkRefused, BeingResized, BeingClosed
         where that lasts, TimeoutError where it is not done yet, and what an open raises.
         """
+
+        def begin(done: Answer[int]) -> None:
+            self._find_to_resize(name, Resize(size_bytes, force, done, reconnect))
+
+        return self._ordered(begin, RESIZE_LIMIT_S)
+
+    def _ordered(self, begin: Callable[[Answer[T]], None], limit_s: float) -> T:
+        """Have the deciding thread begin an order, and wait for what comes of it.
+
+        An order for an image that is being closed is given again, for a while.
+        """
         closed_by_s = time.monotonic() + CLOSING_S
         while True:
-            resize = Resize(size_bytes, force, Answer(), reconnect)
+            done: Answer[T] = Answer()
             try:
-                with self._orders.one(resize.done) as answer:
-                    self._deciding.put(partial(self._find_to_resize, name, resize))
-                    return answer.result(timeout=RESIZE_LIMIT_S)
+                with self._orders.one(done):
+                    self._deciding.put(partial(begin, done))
+                    return done.result(timeout=limit_s)
             except BeingClosed:
                 if time.monotonic() > closed_by_s:
                     raise

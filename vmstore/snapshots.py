@@ -7,9 +7,7 @@ One snapshot of an image at a time, and none while its size changes. All is deci
 thread. A snapshot ends, one way or the other, at the latest with the image.
 """
 
-import time
 from abc import abstractmethod
-from functools import partial
 from typing import Any
 
 import structlog
@@ -31,7 +29,7 @@ from vmstore.names import ImageName
 from vmstore.open_image import OpenImage, SnapshotOrder, TakenSnapshot
 from vmstore.orders import Answer
 from vmstore.record_size import check_snapshot
-from vmstore.resizing import CLOSING_S, Resizing
+from vmstore.resizing import Resizing
 from vmstore.standing import Phase
 from vmstore.stored import Stored
 
@@ -61,17 +59,11 @@ class Snapshots(Resizing):
         Raises SnapshotExists, TooManySnapshots, BeingSnapshotted, BeingResized, BeingClosed where
         that lasts, SnapshotFailed, TimeoutError where it is not known yet, and what an open raises.
         """
-        closed_by_s = time.monotonic() + CLOSING_S
-        while True:
-            order = SnapshotOrder(name, created_s, Answer())
-            try:
-                with self._orders.one(order.done) as answer:
-                    self._deciding.put(partial(self._find_to_freeze, image, order))
-                    return answer.result(timeout=SNAPSHOT_LIMIT_S)
-            except BeingClosed:
-                if time.monotonic() > closed_by_s:
-                    raise
-            time.sleep(TICK_S)
+
+        def begin(done: Answer[TakenSnapshot]) -> None:
+            self._find_to_freeze(image, SnapshotOrder(name, created_s, done))
+
+        return self._ordered(begin, SNAPSHOT_LIMIT_S)
 
     # On the deciding thread
 

@@ -10,6 +10,8 @@ pub const SHARD_BYTES_MIN: u32 = 1 << 20;
 pub const SHARD_BYTES_MAX: u32 = 64 << 20;
 /// Size limit of an image: 256 TiB.
 pub const IMAGE_BYTES_MAX: u64 = 256 << 40;
+/// Most layers of an image, and most snapshots.
+pub const LAYERS_MAX: usize = 1024;
 
 /// Random 128-bit id of an image, never reused; printed as 32 hex digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::geometry::{ImageId, LayerId, SHARD_BYTES_MAX, SHARD_BYTES_MIN, SnapshotId};
+use crate::geometry::{ImageId, LAYERS_MAX, LayerId, SHARD_BYTES_MAX, SHARD_BYTES_MIN, SnapshotId};
 use crate::rules::{Rule, broken};
 
 use super::disk::{Disk, DiskResult, Errno};
@@ -21,7 +21,6 @@ use super::index::KeyMap;
 const MAGIC: &[u8; 8] = b"HCIIMAGE";
 /// Longest body of a record, and most layers, and snapshots, of an image.
 pub const BODY_BYTES_MAX: usize = 64 << 10;
-pub const LAYERS_MAX: usize = 1024;
 
 /// The part of an image's record that the store judges by.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -1,9 +1,9 @@
 //! Records of a few bytes: image records, clears, marks, tombstones.
 
-use crate::geometry::{ImageId, Tag};
+use crate::geometry::{ImageId, LAYERS_MAX, Tag};
 
 use super::dirty::ENTRY_BYTES;
-use super::images::{BODY_BYTES_MAX, ImageRecord, LAYERS_MAX, encode_record};
+use super::images::{BODY_BYTES_MAX, ImageRecord, encode_record};
 use super::log::Class;
 use super::record::{Header, Kind};
 use super::state::encode_peers;

@@ -5,7 +5,7 @@ use super::codec::{Fields, Short, put_list, put_text};
 use super::{MAGIC, VERSION};
 use crate::checksum::{CHECKSUM_BYTES, Checksum};
 use crate::content::Block;
-use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, SnapshotId, Tag};
+use crate::geometry::{BLOCK_BYTES, ImageId, LAYERS_MAX, LayerId, SnapshotId, Tag};
 use bytes::{BufMut, Bytes, BytesMut};
 
 /// A head that can be written and read back.
@@ -126,9 +126,6 @@ impl Head for RecordHead {
         })
     }
 }
-
-/// Most layers, and snapshots, of an image.
-pub const LAYERS_MAX: usize = 1024;
 
 /// RECORD's head; the record's body is the payload.
 #[derive(Clone, Debug, PartialEq, Eq)]
