@@ -3,11 +3,13 @@
 import contextlib
 import itertools
 import os
+import re
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -130,6 +132,27 @@ def test_change_with_a_silent_endpoint_is_of_unknown_outcome(etcd_server: EtcdSe
             client.transaction([], [Put("/hci/a", b"1")])
         assert client.get("/hci/a") is None
         assert client.transaction([], [Put("/hci/a", b"1")]).committed
+
+
+def wake_ups(name: str) -> int:
+    """Times that threads of this process whose name begins so have gone to sleep."""
+    ids = [thread.native_id for thread in threading.enumerate() if thread.name.startswith(name)]
+    assert ids, "there is such a thread"
+    status = "".join(Path(f"/proc/self/task/{thread}/status").read_text() for thread in ids)
+    counts = re.findall(r"^voluntary_ctxt\w+:\s+(\d+)", status, re.MULTILINE)
+    return sum(int(count) for count in counts)
+
+
+def test_watches_sleep_while_nothing_changes(etcd_server: EtcdServer) -> None:
+    """gRPC looked ten times a second for each, and a guest's request waits at such a moment."""
+    notices = Notices()
+    with client_of(etcd_server.endpoint) as client:
+        for number in range(4):
+            client.watch(f"/hci/watched{number}/", notices)
+        time.sleep(1.0)
+        before = wake_ups("etcd-watch")
+        time.sleep(2.0)
+        assert wake_ups("etcd-watch") - before <= 8
 
 
 def test_watch_with_a_dead_endpoint_goes_to_the_next(etcd_server: EtcdServer) -> None:

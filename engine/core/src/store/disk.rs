@@ -47,6 +47,9 @@ pub trait DiskFile: Send + Sync {
     /// Makes everything written, punched and allocated before the call durable (not the file's
     /// name).
     fn sync_data(&self) -> DiskResult<()>;
+    /// Has the kernel begin to write the range to the device, where it can do that, so that a sync finds
+    /// less to do: a hint. May block where the device has more to do than it queues.
+    fn begin_writing(&self, _offset: u64, _length: u64) {}
     /// Frees the range, which then reads as zeros. The file's length stays.
     fn punch_hole(&self, offset: u64, length: u64) -> DiskResult<()>;
     /// Reserves space for the range; what it reads as stays.

@@ -3,14 +3,14 @@
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
 use std::num::NonZeroU64;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
 use rustix::fs::{
     Advice, AtFlags, CWD, Dir, FallocateFlags, FlockOperation, Mode, OFlags, SeekFrom, fadvise,
     fallocate, fdatasync, flock, fstat, fstatvfs, fsync, ftruncate, mkdirat, openat, renameat,
-    seek, syncfs, unlinkat,
+    seek, unlinkat,
 };
 use rustix::io::{Errno, pread, pwritev};
 
@@ -18,8 +18,6 @@ use super::disk::{Disk, DiskFile, DiskResult, FileRef, LockGuard};
 
 /// Linux takes at most this many slices in one call (IOV_MAX).
 const SLICES_MAX: usize = 1024;
-/// From this many files on one `syncfs` is cheaper than syncing each.
-const SYNC_FILES_ALONE: usize = 8;
 
 /// One open file of a `RealDisk`.
 pub struct RealFile {
@@ -70,6 +68,14 @@ impl DiskFile for RealFile {
 
     fn sync_data(&self) -> DiskResult<()> {
         fdatasync(&self.fd)
+    }
+
+    fn begin_writing(&self, offset: u64, length: u64) {
+        let fd = self.fd.as_raw_fd();
+        let (offset, length) = (offset as libc::off64_t, length as libc::off64_t);
+        // SAFETY: no memory is handed over, and the descriptor is open for as long as `self` lives.
+        // Whether that works or not: durable is what a later sync answers.
+        let _ = unsafe { libc::sync_file_range(fd, offset, length, libc::SYNC_FILE_RANGE_WRITE) };
     }
 
     fn punch_hole(&self, offset: u64, length: u64) -> DiskResult<()> {
@@ -180,11 +186,11 @@ impl Disk for RealDisk {
         fsync(self.open_folder(folder)?)
     }
 
+    /// All of them are being written while the first is waited for. (`syncfs` would wait for whatever
+    /// else the file system has to write, the newest part of the log first of all.)
     fn sync_files(&self, files: &[FileRef]) -> DiskResult<()> {
-        if files.len() <= SYNC_FILES_ALONE {
-            return files.iter().try_for_each(|file| file.sync_data());
-        }
-        syncfs(&self.root)
+        files.iter().for_each(|file| file.begin_writing(0, 0));
+        files.iter().try_for_each(|file| file.sync_data())
     }
 
     fn space(&self) -> DiskResult<(u64, u64)> {
