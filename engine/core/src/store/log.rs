@@ -7,7 +7,7 @@
 //!   tail file says so (`Log::retire`);
 //! * after a failed sync nothing is ever counted as durable again (`SyncGate`).
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::io::IoSlice;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -23,6 +23,10 @@ static PADDING: [u8; PAGE_BYTES as usize] = [0; PAGE_BYTES as usize];
 /// A batch is written out when it has this many pieces or bytes.
 const BATCH_PIECES_MAX: usize = 1000;
 const BATCH_BYTES_MAX: u32 = 4 << 20;
+/// An append of so many bytes gets few and large pages in memory, where none are there yet.
+const LARGE_APPEND_BYTES: u32 = 128 << 10;
+/// Old pages are forgotten this far ahead of a large append, for those that follow.
+const FORGET_BYTES: u32 = 8 << 20;
 /// Free segments that are kept ready.
 pub const FREE_WANTED: usize = 4;
 
@@ -49,6 +53,29 @@ pub struct Segment {
     pub last_lsn: u64,
     /// Where the next batch goes.
     pub end: u32,
+    /// What went into it in small appends.
+    pub small_bytes: u32,
+    /// Up to where its pages of before were forgotten.
+    pub forgotten_to: u32,
+}
+
+impl Segment {
+    /// One that takes its first record next.
+    pub fn empty(sequence: u32, slot: u32, file: FileRef, first_lsn: u64) -> Segment {
+        let (last_lsn, end, small_bytes, forgotten_to) = (first_lsn - 1, 0, 0, 0);
+        Segment { sequence, slot, file, first_lsn, last_lsn, end, small_bytes, forgotten_to }
+    }
+
+    /// A segment that is used again still has the pages of its last use in memory. Small ones, each with its
+    /// own bookkeeping, cost a quarter of all that a large write takes: they make room for large ones.
+    fn forget_old_pages(&mut self, bytes: u32) {
+        let end = self.end + bytes;
+        if end > self.forgotten_to {
+            let length = bytes.max(FORGET_BYTES);
+            self.file.forget_cached(u64::from(self.end), u64::from(length));
+            self.forgotten_to = self.end + length;
+        }
+    }
 }
 
 enum Piece {
@@ -104,6 +131,8 @@ pub struct Log {
     batch: Batch,
     /// There was no space for another segment.
     growth_failed: bool,
+    /// Slots whose pages in memory are of small appends, or of nobody knows what.
+    small_pages: HashSet<u32>,
 }
 
 /// What `Log::new` starts from.
@@ -119,6 +148,8 @@ impl Log {
     /// A log whose records up to `next_lsn - 1` are durable and stand in `live`.
     pub fn new(p: &LogParameters, live: VecDeque<Segment>, free: Vec<(u32, FileRef)>) -> Log {
         let durable_lsn = p.next_lsn - 1;
+        let slots = live.iter().map(|segment| segment.slot);
+        let small_pages = slots.chain(free.iter().map(|(slot, _)| *slot)).collect();
         Log {
             gate: Arc::default(),
             segment_bytes: p.segment_bytes,
@@ -132,6 +163,7 @@ impl Log {
             durable_lsn,
             batch: Batch::default(),
             growth_failed: false,
+            small_pages,
         }
     }
 
@@ -263,6 +295,11 @@ impl Log {
             Piece::Payload(bytes) => IoSlice::new(bytes),
         }));
         slices.push(IoSlice::new(&PADDING[..(padded - self.batch.bytes) as usize]));
+        if padded < LARGE_APPEND_BYTES {
+            segment.small_bytes += padded;
+        } else if self.small_pages.contains(&segment.slot) {
+            segment.forget_old_pages(padded);
+        }
         segment.file.write_at(u64::from(segment.end), &mut slices)?;
         drop(slices);
         segment.end += padded;
@@ -280,8 +317,7 @@ impl Log {
         assert!(!self.free.is_empty(), "the caller saw a free segment");
         let (slot, file) = self.free.swap_remove(0);
         let sequence = self.live.back().map_or(1, |segment| segment.sequence + 1);
-        let (first_lsn, last_lsn) = (self.next_lsn, self.next_lsn - 1);
-        self.live.push_back(Segment { sequence, slot, file, first_lsn, last_lsn, end: 0 });
+        self.live.push_back(Segment::empty(sequence, slot, file, self.next_lsn));
     }
 
     /// Where the next record's batch would go; every earlier record is at a lower place.
@@ -318,6 +354,10 @@ impl Log {
         {
             assert!(segment.last_lsn <= self.durable_lsn && self.live.len() > 1);
             if let Some(segment) = self.live.pop_front() {
+                match segment.small_bytes >= segment.end / 8 {
+                    true => self.small_pages.insert(segment.slot),
+                    false => self.small_pages.remove(&segment.slot),
+                };
                 self.free.push((segment.slot, segment.file));
             }
         }

@@ -89,7 +89,8 @@ pub fn recover_log(
         let first_lsn = replay.next_lsn;
         let end = replay.segment(&*file, sequence)?;
         let last_lsn = replay.next_lsn - 1;
-        live.push_back(Segment { sequence, slot, file, first_lsn, last_lsn, end });
+        let empty = Segment::empty(sequence, slot, file, first_lsn);
+        live.push_back(Segment { last_lsn, end, small_bytes: end, ..empty });
         if last_lsn < first_lsn {
             // Its head was valid a moment ago; without it there is nothing to go on from.
             return Err(StoreError::Corrupt { file: segment_path(slot) });

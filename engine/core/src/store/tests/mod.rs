@@ -4,6 +4,7 @@ mod crash;
 mod disk;
 mod images;
 mod layers;
+mod log_pages;
 mod model;
 mod read_write;
 mod replay;
