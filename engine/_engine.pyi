@@ -534,7 +534,7 @@ class Simulation:
         """Return the layers that this record names, top first."""
 
     def node_layers_held(self, node: int, image: str) -> list[int]:
-        """Return the layers of which a running node has anything, in log, dirty map or files, in order."""
+        """Return the layers of which a running node has anything: in log, dirty map or files."""
 
     def inventory(self, node: int) -> dict[str, Any]:
         """Return what a running node holds, as `Node.inventory`."""

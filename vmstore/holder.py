@@ -52,11 +52,12 @@ from vmstore.effects import (
     Refuse,
     Release,
     Serve,
-    TellSnapshot,
+    TellLayers,
 )
 from vmstore.events import (
     AdmitFailed,
     Admitted,
+    ChangeLayers,
     Close,
     Closed,
     Event,
@@ -79,7 +80,6 @@ from vmstore.events import (
     ReplicaDown,
     ReplicaFailed,
     Stored,
-    TakeSnapshot,
     Tick,
 )
 from vmstore.freezing import Stage
@@ -164,10 +164,10 @@ class Holder(SnapshotSteps):
                 return self._go_on()
             case AdmitFailed(node):
                 return self._on_admit_failed(node)
-            case TakeSnapshot(name, created_s):
+            case ChangeLayers(change):
                 if self.phase is not Phase.SERVING:
-                    return [TellSnapshot("the image is being closed; try again")]
-                self.freezing.order(name, created_s, self.now_s)
+                    return [TellLayers("the image is being closed; try again")]
+                self.freezing.order(change, self.now_s)
                 return self._go_on()
             case Holding(attempt):
                 return self._on_holding(attempt)
@@ -199,11 +199,14 @@ class Holder(SnapshotSteps):
         return [OpenImage(record)]
 
     def _on_close(self) -> list[Effect]:
+        if self._awaits_rollback:
+            # It is closed when that is over: whoever wanted it stands for a client until then.
+            return []
         if self.phase is Phase.SERVING:
             heal = self.heals.now
             ended = self._end_heal(heal.attempt) if heal and self.proposal is None else []
             if self.freezing.stage is not Stage.STORING:
-                ended += self._give_up_snapshot("the image is being closed; try again")
+                ended += self._give_up_layers("the image is being closed; try again")
             self.phase = Phase.CLOSING
             return [*ended, CloseImage()]
         if self.phase in (Phase.GATHERING, Phase.JOINING):
@@ -215,7 +218,7 @@ class Holder(SnapshotSteps):
     def _on_closed(self, clean: bool) -> list[Effect]:
         if self.phase is not Phase.CLOSING or self.record is None:
             return []
-        told = self._give_up_snapshot("the image was closed before its nodes had stored it")
+        told = self._give_up_layers("the image was closed before its nodes had stored it")
         self.phase = Phase.RELEASING
         self.retry_at_s = None
         return [*told, Release(self.record, clean and self.proposal is None)]
@@ -223,7 +226,7 @@ class Holder(SnapshotSteps):
     def _give_up(self, reason: str) -> list[Effect]:
         if self.phase is Phase.RELEASING or self.record is None:
             return []
-        told = self._give_up_snapshot(reason)
+        told = self._give_up_layers(reason)
         self.trouble = reason
         self.phase = Phase.RELEASING
         self.retry_at_s = None
@@ -325,7 +328,7 @@ class Holder(SnapshotSteps):
     def _begin_heal(self) -> list[Effect]:
         """Begin to heal a stale node that is there, unless one is being healed."""
         assert self.record is not None
-        if self.phase is not Phase.SERVING:
+        if self.phase is not Phase.SERVING or (self.freezing.holds and self.freezing.drops_layers):
             return []
         up = {name for name, node in self.nodes.items() if node.standing is Standing.UP}
         serving = up - self.levelling
@@ -504,7 +507,7 @@ class Holder(SnapshotSteps):
         assert record.membership == self.proposal.membership, "it is the one that was proposed"
         assert record.layers == self.proposal.layers, "with its layers"
         assert self.record is not None
-        adds_layer = len(record.layers) > len(self.record.layers)
+        adds_layer = record.next_layer > self.record.next_layer
         self.record, self.proposal, self.undecided = record, None, False
         if adds_layer and self.freezing.withdraws:
             # It was given up. The engine goes by the former layers until it is withdrawn.
@@ -534,12 +537,14 @@ class Holder(SnapshotSteps):
     def _on_delayed(self, why: str, maybe_taken: bool) -> list[Effect]:
         """Keep a proposal that etcd may have taken; forget another one and decide anew later."""
         self.retry_at_s = self.now_s + RETRY_S
-        what = "a snapshot" if self.freezing.holds else "a change of membership"
+        what = self.freezing.awaited if self.freezing.holds else "a change of membership"
         self.trouble = f"{what} waits: {why}"
         self.undecided = self.undecided or maybe_taken
         if self.undecided:
             return []
-        told = self._give_up_snapshot(why) if self.freezing.stage is Stage.CHANGING else []
+        told: list[Effect] = []
+        if self.freezing.stage is Stage.CHANGING:
+            told = self._give_up_layers(why, maybe_taken=False)
         self._forget_withdrawal()
         self.proposal = self.too_slow = None
         return [*told, *self._go_on()]
@@ -547,14 +552,14 @@ class Holder(SnapshotSteps):
     def _forget_withdrawal(self) -> None:
         """What was to be withdrawn surely did not come to etcd, unless the record has it."""
         assert self.record is not None and self.proposal is not None
-        if len(self.proposal.layers) > len(self.record.layers):
+        if self.proposal.next_layer > self.record.next_layer:
             self.freezing.withdraws = False
 
     def _on_tick(self) -> list[Effect]:
         if self.phase is Phase.ENDED:
             return []
         late = self.freezing.look(self.missing(), self.levelling, self.now_s)
-        told = self._give_up_snapshot(late) if late else []
+        told = self._give_up_layers(late) if late else []
         return [*told, *self._on_time()]
 
     def _on_time(self) -> list[Effect]:
@@ -619,7 +624,7 @@ class Holder(SnapshotSteps):
             assert self.proposal.epoch == self.record.epoch, "epochs change with the lease only"
         stage = self.freezing.stage
         if stage is not Stage.NONE:
-            assert self.phase in (Phase.SERVING, Phase.CLOSING), "a snapshot is of what serves"
+            assert self.phase in (Phase.SERVING, Phase.CLOSING), "layers change of what serves"
             assert (stage is Stage.CHANGING) <= (self.proposal is not None), "and is asked for"
             assert stage is not Stage.STORING or self.storing, "then stored"
 
