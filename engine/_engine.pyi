@@ -533,6 +533,9 @@ class Simulation:
     def node_layers(self, node: int, image: str) -> list[int] | None:
         """Return the layers that this record names, top first."""
 
+    def node_layers_held(self, node: int, image: str) -> list[int]:
+        """Return the layers of which a running node has anything: in log, dirty map or files."""
+
     def inventory(self, node: int) -> dict[str, Any]:
         """Return what a running node holds, as `Node.inventory`."""
 

@@ -268,6 +268,29 @@ class ImageRecord(Record):
             snapshots=(*self.snapshots, frozen),
         )
 
+    def newer_than(self, snapshot: Snapshot) -> tuple[Snapshot, ...]:
+        """Return the snapshots that were taken after this one, the oldest first."""
+        return tuple(each for each in self.snapshots if each.layer > snapshot.layer)
+
+    def rolled_back(self, snapshot: Snapshot) -> "ImageRecord":
+        """Return the record one generation higher that holds what a snapshot does, at its size.
+
+        An empty layer comes on top of the snapshot's; the layers above that go, with what was
+        written to them, and so do newer snapshots.
+        """
+        assert snapshot in self.snapshots, "it is one of the image"
+        return replace(
+            self,
+            generation=self.generation + 1,
+            size_bytes=snapshot.size_bytes,
+            layers=(
+                Layer(id=self.next_layer),
+                *(layer for layer in self.layers if layer.id <= snapshot.layer),
+            ),
+            next_layer=self.next_layer + 1,
+            snapshots=tuple(each for each in self.snapshots if each.layer <= snapshot.layer),
+        )
+
     @property
     def newest_snapshot(self) -> Snapshot | None:
         """Return the snapshot that the top layer was put on, if it was put on one."""

@@ -33,7 +33,7 @@ RESIZE_DEADLINE_S = 690.0
 """For a resize: above what a gateway lets its caller wait, so that it is the gateway that tells."""
 
 SNAPSHOT_DEADLINE_S = 670.0
-"""For a snapshot: the same."""
+"""For a snapshot, and for a rollback to one: the same."""
 
 SERVER_THREADS = 8
 """Calls served at once. They are few and short, digests aside."""
@@ -172,6 +172,11 @@ class GatewayClient(_Client):
         """Take a snapshot of an image that no other gateway holds."""
         request = pb.SnapshotRequest(image_id=image, name=name)
         return self._call(self._stub.Snapshot, request, SNAPSHOT_DEADLINE_S)
+
+    def roll_back(self, image: ImageId, name: str, *, force: bool) -> pb.RollbackReply:
+        """Have an image that no client has open hold what its snapshot does."""
+        request = pb.RollbackRequest(image_id=image, name=name, force=force)
+        return self._call(self._stub.Rollback, request, SNAPSHOT_DEADLINE_S)
 
 
 def server(daemon: str, address: Endpoint, register: Callable[[grpc.Server], None]) -> grpc.Server:

@@ -305,6 +305,11 @@ class GatewayControlStub:
                 request_serializer=hci_dot_control__pb2.SnapshotRequest.SerializeToString,
                 response_deserializer=hci_dot_control__pb2.SnapshotReply.FromString,
                 _registered_method=True)
+        self.Rollback = channel.unary_unary(
+                '/hci.control.v1.GatewayControl/Rollback',
+                request_serializer=hci_dot_control__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=hci_dot_control__pb2.RollbackReply.FromString,
+                _registered_method=True)
 
 
 class GatewayControlServicer:
@@ -335,6 +340,15 @@ class GatewayControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Rollback(self, request, context):
+        """Has an image that no client has open hold what a snapshot of it does. FAILED_PRECONDITION where
+        somebody has it open, where there is no such snapshot, where newer ones would go and `force` is
+        not set, and where nothing was changed. ABORTED where that is not known.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GatewayControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -352,6 +366,11 @@ def add_GatewayControlServicer_to_server(servicer, server):
                     servicer.Snapshot,
                     request_deserializer=hci_dot_control__pb2.SnapshotRequest.FromString,
                     response_serializer=hci_dot_control__pb2.SnapshotReply.SerializeToString,
+            ),
+            'Rollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=hci_dot_control__pb2.RollbackRequest.FromString,
+                    response_serializer=hci_dot_control__pb2.RollbackReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -436,6 +455,33 @@ class GatewayControl:
             '/hci.control.v1.GatewayControl/Snapshot',
             hci_dot_control__pb2.SnapshotRequest.SerializeToString,
             hci_dot_control__pb2.SnapshotReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hci.control.v1.GatewayControl/Rollback',
+            hci_dot_control__pb2.RollbackRequest.SerializeToString,
+            hci_dot_control__pb2.RollbackReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -145,6 +145,11 @@ class GatewayControlStub:
     another gateway holds it, where it has a snapshot of that name, and where none could be taken.
     ABORTED where it is not known whether one was.
     """
+    Rollback: _grpc.UnaryUnaryMultiCallable[_control_pb2.RollbackRequest, _control_pb2.RollbackReply]
+    """Has an image that no client has open hold what a snapshot of it does. FAILED_PRECONDITION where
+    somebody has it open, where there is no such snapshot, where newer ones would go and `force` is
+    not set, and where nothing was changed. ABORTED where that is not known.
+    """
 
 @_typing.type_check_only
 class GatewayControlAsyncStub(GatewayControlStub):
@@ -161,6 +166,11 @@ class GatewayControlAsyncStub(GatewayControlStub):
     """Takes a snapshot of an image; one that nobody holds is opened for that. FAILED_PRECONDITION where
     another gateway holds it, where it has a snapshot of that name, and where none could be taken.
     ABORTED where it is not known whether one was.
+    """
+    Rollback: _aio.UnaryUnaryMultiCallable[_control_pb2.RollbackRequest, _control_pb2.RollbackReply]  # type: ignore[assignment]
+    """Has an image that no client has open hold what a snapshot of it does. FAILED_PRECONDITION where
+    somebody has it open, where there is no such snapshot, where newer ones would go and `force` is
+    not set, and where nothing was changed. ABORTED where that is not known.
     """
 
 class GatewayControlServicer(metaclass=_abc_1.ABCMeta):
@@ -193,6 +203,17 @@ class GatewayControlServicer(metaclass=_abc_1.ABCMeta):
         """Takes a snapshot of an image; one that nobody holds is opened for that. FAILED_PRECONDITION where
         another gateway holds it, where it has a snapshot of that name, and where none could be taken.
         ABORTED where it is not known whether one was.
+        """
+
+    @_abc_1.abstractmethod
+    def Rollback(
+        self,
+        request: _control_pb2.RollbackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.RollbackReply, _abc.Awaitable[_control_pb2.RollbackReply]]:
+        """Has an image that no client has open hold what a snapshot of it does. FAILED_PRECONDITION where
+        somebody has it open, where there is no such snapshot, where newer ones would go and `force` is
+        not set, and where nothing was changed. ABORTED where that is not known.
         """
 
 def add_GatewayControlServicer_to_server(servicer: GatewayControlServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -36,12 +36,13 @@ from shard.errors import HciError
 from shard.ids import ImageId, image_id
 from vmstore.caretaker import Caretaker
 from vmstore.catalog import Catalog
-from vmstore.errors import OtherCluster, SnapshotUnknown, UnknownImage
+from vmstore.errors import OtherCluster, UnknownImage
 from vmstore.exports import Exports, Permission, Visitor
 from vmstore.names import ImageName, SnapshotName
 from vmstore.resizing import RESIZE_LIMIT_S
 from vmstore.scrubbing import Scrubber
 from vmstore.served import Served, ServedFile
+from vmstore.snapshot_errors import RollbackUnknown, SnapshotUnknown
 from vmstore.snapshots import SNAPSHOT_LIMIT_S
 
 if TYPE_CHECKING:
@@ -553,6 +554,25 @@ class GatewayControl(GatewayControlServicer):
             size_bytes=snapshot.size_bytes,
             created_s=snapshot.created_s,
             held_ms=taken.held_ms,
+        )
+
+    def Rollback(
+        self, request: pb.RollbackRequest, context: grpc.ServicerContext
+    ) -> pb.RollbackReply:
+        name = SnapshotName(self._name(request.image_id), request.name)
+        exports = self._gateway.exports
+        try:
+            done = exports.roll_back(name.image, name.name, force=request.force)
+        except RollbackUnknown as error:
+            context.abort(grpc.StatusCode.ABORTED, str(error))
+        except TimeoutError:
+            why = f"nothing came of it within {SNAPSHOT_LIMIT_S:.0f} s"
+            context.abort(grpc.StatusCode.ABORTED, str(RollbackUnknown(str(name), why)))
+        return pb.RollbackReply(
+            created_s=done.snapshot.created_s,
+            size_bytes=done.snapshot.size_bytes,
+            former_bytes=done.former_bytes,
+            dropped=[each.name for each in done.dropped],
         )
 
     def Resize(self, request: pb.ResizeRequest, context: grpc.ServicerContext) -> pb.ResizeReply:

@@ -1,17 +1,21 @@
 """What the command line does with snapshots: records, and the gateway that has the image."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import TypeVar
 
 from etcd.errors import EtcdError
-from etcd.images import Snapshot
+from etcd.images import ImageRecord, Snapshot
 from hci import control_pb2 as pb
 from hci.config import Config
+from hci.control import GatewayClient
 from hci.errors import Refused
 from hci.images import holder_of, holding
 from shard.ids import pool_name
 from vmstore.catalog import Catalog
 from vmstore.names import ImageName, SnapshotName, parse_image_name
+
+T = TypeVar("T")
 
 ATTEMPTS = 3
 """Gateways that are asked while an image goes from one to the next under our eyes."""
@@ -26,13 +30,44 @@ def create(config: Config, records: Catalog, name: SnapshotName) -> pb.SnapshotR
     cannot be asked from here.
     """
     record = records.find(name.image).record
+    return _asked(
+        config, records, name.image, record, lambda client: client.snapshot(record.id, name.name)
+    )
+
+
+def roll_back(
+    config: Config, records: Catalog, name: SnapshotName, *, force: bool
+) -> pb.RollbackReply:
+    """Have an image hold what its snapshot does, at the gateway that has it or one of this host.
+
+    Raises UnknownSnapshot, Refused with the gateway's reason, such as a client that has the image
+    open, Undecided where it is not known what came of it, and OpenElsewhere as `create`.
+    """
+    record, _ = records.find_snapshot(name)
+    return _asked(
+        config,
+        records,
+        name.image,
+        record,
+        lambda client: client.roll_back(record.id, name.name, force=force),
+    )
+
+
+def _asked(
+    config: Config,
+    records: Catalog,
+    name: ImageName,
+    record: ImageRecord,
+    ask: Callable[[GatewayClient], T],
+) -> T:
+    """Ask the gateway that has an image; return what it answers."""
     for attempt in range(1, ATTEMPTS + 1):
         holder = holder_of(records, record.id)
-        with holding(config, records, name.image, holder) as client:
+        with holding(config, records, name, holder) as client:
             try:
-                return client.snapshot(record.id, name.name)
+                return ask(client)
             except Refused as error:
-                # Where somebody opened the image meanwhile, that one's gateway takes it.
+                # Where somebody opened the image meanwhile, that one's gateway is asked.
                 now = None
                 with suppress(EtcdError):
                     now = holder_of(records, record.id)

@@ -41,7 +41,6 @@ from vmstore.errors import (
     ArbiterBesideData,
     ArbiterNotNeeded,
     ForeignStore,
-    HasSnapshots,
     ImageExists,
     InUse,
     NoArbiter,
@@ -62,6 +61,7 @@ from vmstore.names import ImageName, SnapshotName
 from vmstore.record_size import RECORD_BYTES_MAX, longest_bytes
 from vmstore.scrubs import ScrubRecords
 from vmstore.set_back import seen_later
+from vmstore.snapshot_errors import HasSnapshots
 from vmstore.stored import R, Stored, commit, decided_anew, put_found, read, stored
 
 REPLICA_SETS_MAX = 1024

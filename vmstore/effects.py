@@ -63,10 +63,10 @@ class Thaw:
 
 
 @dataclass(frozen=True, slots=True)
-class TellSnapshot:
-    """Tell who asked for the snapshot what came of it; `failed`: none was taken, and why.
+class TellLayers:
+    """Tell who wanted other layers what came of it; `failed`: they are as they were, and why.
 
-    Where it is `unknown` one may have been.
+    Where it is `unknown` they may have changed.
     """
 
     failed: str | None = None
@@ -124,6 +124,6 @@ class Forget:
 
 
 Effect = (
-    OpenImage | Admit | Peek | Heal | EndHeal | Freeze | Thaw | TellSnapshot | ChangeMembership
+    OpenImage | Admit | Peek | Heal | EndHeal | Freeze | Thaw | TellLayers | ChangeMembership
     | Reconfigure | Serve | Refuse | CloseImage | KillImage | Release | Forget
 )  # fmt: skip

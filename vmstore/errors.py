@@ -25,18 +25,13 @@ HciError
     ├── UnknownSnapshot
     ├── PoolExists
     ├── ImageExists
-    ├── SnapshotExists
-    ├── TooManySnapshots          an image's record has no room for another one
-    ├── HasSnapshots              an image that is to be removed
-    ├── SnapshotFailed            none was taken
-    ├── SnapshotUnknown           it is not known whether one was
     ├── TooManyOrders             a gateway does so many things for commands already
     ├── ShrinkRefused             a smaller size without being forced
     ├── InUse                     a gateway has the image open
     ├── BeingClosed               its last client has left, and its gateway is not done with it
     ├── BeingResized              another change of the image's size is under way
-    ├── BeingSnapshotted          a snapshot of the image is being taken
     ├── ClientBarred              the image was another gateway's since this client had it
+    ├── …                         of snapshots and rollbacks (see `vmstore.snapshot_errors`)
     ├── RecordsLost               etcd lost history, and nothing goes by it before it is recovered
     ├── RecoveryRefused           what a recovery needs is not there, or is in doubt
     └── Conflict                  a transaction lost against another one
@@ -303,50 +298,6 @@ class ImageExists(VmstoreError):
         super().__init__(f"the image {image} exists already; remove it or choose another name")
 
 
-class SnapshotExists(VmstoreError):
-    """An image has a snapshot of this name."""
-
-    def __init__(self, image: str, name: str) -> None:
-        self.image = image
-        self.name = name
-        super().__init__(f"{image} has a snapshot {name} already; choose another name")
-
-
-class TooManySnapshots(VmstoreError):
-    """An image's record has no room for another snapshot."""
-
-    def __init__(self, image: str, count: int, why: str) -> None:
-        self.image = image
-        self.count = count
-        super().__init__(f"{image} has {count} snapshots, and {why}")
-
-
-class HasSnapshots(VmstoreError):
-    """An image has snapshots, and was to be removed without them."""
-
-    def __init__(self, image: str, names: Sequence[str]) -> None:
-        self.image = image
-        self.names = names
-        count = f"{len(names)} snapshots" if len(names) > 1 else "1 snapshot"
-        super().__init__(
-            f"{image} is not removed: it has {count} ({names[0]}{', …' if names[1:] else ''}); "
-            "use --with-snapshots if they are not needed either"
-        )
-
-
-class SnapshotUnknown(VmstoreError):
-    """etcd has a snapshot, and whether its nodes have is not known: whoever opens the image finds
-    out."""
-
-    def __init__(self, name: str, why: str) -> None:
-        self.name = name
-        self.why = why
-        super().__init__(
-            f"it is not known whether {name} was taken: {why}; run the command again, which finds "
-            "that it exists if it was"
-        )
-
-
 class TooManyOrders(VmstoreError):
     """A gateway does so many things for commands already. The caller tries again later."""
 
@@ -355,15 +306,6 @@ class TooManyOrders(VmstoreError):
             f"the gateway is at {orders} snapshots and changes of size, and begins no more before "
             "one of them is done; try again then"
         )
-
-
-class SnapshotFailed(VmstoreError):
-    """No snapshot was taken; the text says why."""
-
-    def __init__(self, name: str, why: str) -> None:
-        self.name = name
-        self.why = why
-        super().__init__(f"no snapshot {name} was taken: {why}")
 
 
 class ShrinkRefused(VmstoreError):
@@ -404,14 +346,6 @@ class BeingResized(VmstoreError):
     def __init__(self, image: str) -> None:
         self.image = image
         super().__init__(f"{image} is being resized already; try again when that is done")
-
-
-class BeingSnapshotted(VmstoreError):
-    """A snapshot of an image is being taken, and nothing else changes its record meanwhile."""
-
-    def __init__(self, image: str) -> None:
-        self.image = image
-        super().__init__(f"a snapshot of {image} is being taken; try again when that is done")
 
 
 class ClientBarred(VmstoreError):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from etcd.images import ImageRecord
+from vmstore.layer_changes import LayerChange
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +148,11 @@ class MembershipDelayed:
 
 
 @dataclass(frozen=True, slots=True)
-class TakeSnapshot:
-    """Somebody wants a snapshot of this name, which the image does not have."""
+class ChangeLayers:
+    """Somebody wants a snapshot, of a name that the image has not given, or a rollback to one that
+    it has, while no client is there."""
 
-    name: str
-    created_s: int
+    change: LayerChange
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +218,6 @@ class Tick:
 Event = (
     LeaseTaken | Peeked | ReplicaDown | ReplicaBlocking | ReplicaFailed | Lags | Admitted
     | AdmitFailed | Levelled | Healed | HealFailed | Stored | Fenced | MembershipChanged
-    | MembershipDelayed | TakeSnapshot | Holding | Frozen | FreezeFailed | Lost | Close | Closed
+    | MembershipDelayed | ChangeLayers | Holding | Frozen | FreezeFailed | Lost | Close | Closed
     | Released | Fail | Tick
 )  # fmt: skip

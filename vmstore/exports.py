@@ -39,9 +39,10 @@ from vmstore.names import ImageName, SnapshotName, parse_name
 from vmstore.open_image import OpenImage
 from vmstore.readers import Readers
 from vmstore.resizing import RECONNECT_S, RESIZER
+from vmstore.rollbacks import Rollbacks
 from vmstore.served import Served
 from vmstore.slowness import SlowLimits
-from vmstore.snapshots import Snapshots
+from vmstore.snapshot_errors import BeingRolledBack
 from vmstore.standing import Phase
 from vmstore.stored import Stored
 
@@ -79,7 +80,7 @@ class _Care:
     """For a scrub that is not through."""
 
 
-class Exports(Snapshots):
+class Exports(Rollbacks):
     """Serves the images of one cluster to NBD clients of one engine; see `Serving`.
 
     `permitted` says what a client may do with an image, by its name.
@@ -312,6 +313,9 @@ class Exports(Snapshots):
         if image.resize is not None and image.resize.shrinks:
             self._client_image.pop(client, None)
             self._refuse(client, BeingResized(str(name)))
+        elif image.rollback is not None and image.rollback.begun is not None:
+            self._client_image.pop(client, None)
+            self._refuse(client, BeingRolledBack(str(name)))
         elif image.holder.phase is Phase.SERVING and not image.maintenance:
             self._let_in(image, client, name)
         else:
@@ -547,7 +551,7 @@ class Exports(Snapshots):
 
     def _opened(self, image: OpenImage) -> None:
         if image.maintenance:
-            if image.waiting or image.resize is not None:
+            if image.waiting or image.resize is not None or image.rollback is not None:
                 self._claim(image)
             self._begin_snapshot(image)
             return
@@ -556,6 +560,7 @@ class Exports(Snapshots):
             self._let_in(image, client, name)
         self._begin_resize(image)
         self._begin_snapshot(image)
+        self._begin_rollback(image)
         self._close_if_unused(image)
 
     def _refused(self, image: OpenImage, reason: str) -> None:
@@ -564,7 +569,7 @@ class Exports(Snapshots):
             self._client_image.pop(client, None)
             self._say_no(client, "refused", reason)
         self._end_resize(image, HciError(reason))
-        self._snapshot_ended(image, reason)
+        self._layers_changed(image, reason)
 
     def _forgotten(self, image: OpenImage) -> None:
         # Clients that came while it was closing open it anew.
@@ -573,7 +578,7 @@ class Exports(Snapshots):
             self._client_image.pop(client, None)
             self._on_asked(client, "go", str(name))
         self._end_resize(image, HciError(f"image {image.name} was closed; try again"))
-        self._snapshot_ended(image, "the image was closed; try again")
+        self._layers_changed(image, "the image was closed; try again")
 
     def _begin_stop(self, done: Callable[[], None]) -> None:
         self._readers.stop()

@@ -1,9 +1,11 @@
-"""How a snapshot of an image that serves is taken, from the order to its end. Pure.
+"""How the layers of an image that serves are changed, from the order to its end. Pure.
+
+A snapshot changes them, and a rollback to one (`layer_changes`).
 
 `Holder` drives it, and says what each step does.
 
     stage      means                                             left by
-    none       nobody asked for one, or it has ended             an order
+    none       nobody asked for a change, or it has ended        an order
     waiting    nodes in sync are away, or not level, or a        all are well: freeze
                change of the record is made
     freezing   the engine flushes what was answered, then holds  frozen: the record is proposed;
@@ -17,6 +19,9 @@ etcd is late they go on under the former top, and what etcd may have taken is *w
 is known: a record one generation higher is without the snapshot and its layer. So does a new holder
 that finds a snapshot which no node in sync has stored. Nobody was told of such a one, nothing was
 written to its layer, and what is below that may not be the same everywhere.
+
+A rollback is of an image without clients. It is never withdrawn: what it has on top is empty, and
+what is below has been frozen for long. So it waits for etcd until that has answered.
 """
 
 from collections.abc import Iterable
@@ -25,6 +30,7 @@ from enum import Enum, auto
 
 from etcd.images import ImageRecord
 from vmstore.events import Peeked
+from vmstore.layer_changes import LayerChange, NewSnapshot, Rollback
 
 WAIT_LIMIT_S = 20.0
 """How long a snapshot waits for nodes that are away, with nothing held up."""
@@ -53,11 +59,10 @@ class Stage(Enum):
 
 @dataclass(slots=True)
 class Freezing:
-    """The snapshot of one image that is being taken, if one is."""
+    """The change of the layers of one image that is being made, if one is."""
 
     stage: Stage = Stage.NONE
-    name: str = ""
-    created_s: int = 0
+    change: LayerChange | None = None
     attempt: int = 0
     """Of the last freeze: each has its own."""
     ordered_s: float = 0.0
@@ -79,10 +84,25 @@ class Freezing:
         """Whether changes of clients wait for it."""
         return self.stage in (Stage.FREEZING, Stage.CHANGING, Stage.STORING)
 
-    def order(self, name: str, created_s: int, now_s: float) -> None:
+    @property
+    def awaited(self) -> str:
+        """What it is, as the subject of a sentence."""
+        return "a rollback" if self.drops_layers else "a snapshot"
+
+    @property
+    def may_be_withdrawn(self) -> bool:
+        """Whether clients go on where etcd is late, and what it took is withdrawn."""
+        return isinstance(self.change, NewSnapshot)
+
+    @property
+    def drops_layers(self) -> bool:
+        """Whether there are layers now that there will not be then."""
+        return isinstance(self.change, Rollback)
+
+    def order(self, change: LayerChange, now_s: float) -> None:
         """Begin."""
         assert self.stage is Stage.NONE, "one at a time"
-        self.name, self.created_s = name, created_s
+        self.change = change
         self.ordered_s = self.not_before_s = now_s
         self.held_s, self.missing_s = 0.0, None
         self._enter(Stage.WAITING, now_s)
@@ -113,9 +133,9 @@ class Freezing:
 
     def propose(self, record: ImageRecord, now_s: float) -> ImageRecord:
         """Return the record to propose; all is frozen."""
-        assert self.stage is Stage.FREEZING, "changes wait"
+        assert self.stage is Stage.FREEZING and self.change is not None, "changes wait"
         self._enter(Stage.CHANGING, now_s)
-        return record.with_snapshot(self.name, self.created_s)
+        return self.change.applied_to(record)
 
     def store(self, now_s: float) -> None:
         """Etcd has taken it."""
@@ -123,15 +143,17 @@ class Freezing:
         self._enter(Stage.STORING, now_s)
 
     def end(self) -> None:
-        """It is taken, or given up."""
-        self.stage, self.name = Stage.NONE, ""
+        """It is made, or given up."""
+        self.stage, self.change = Stage.NONE, None
 
     def look(self, missing: Iterable[str], levelling: Iterable[str], now_s: float) -> str:
         """Return why it has taken too long, empty where it has not.
 
         `missing` are nodes in sync that are not there, `levelling` those that are not level.
         """
-        if self.stage is Stage.CHANGING and now_s - self.since_s >= THAW_AFTER_S:
+        if self.stage is Stage.CHANGING and self.may_be_withdrawn:
+            if now_s - self.since_s < THAW_AFTER_S:
+                return ""
             return (
                 f"etcd did not answer within {THAW_AFTER_S:.0f} s, and clients were not to wait "
                 "any longer; try again when it does"

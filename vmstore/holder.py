@@ -26,8 +26,9 @@ One change of the record is under way at a time. A node in sync that is lost is 
 where requests wait for it, and only by a change that etcd took first (membership before
 acknowledgement); where that would break the quorum it stays in sync, and its requests wait.
 
-A snapshot is a change of the record too, for which changes of clients wait (`snapshot_steps`). Who
-is lost, and when one is left behind, stands in `standing`.
+Its parts: who is let in (`admission_steps`), heals (`heal_steps`), and changes of layers, for which
+changes of clients wait (`snapshot_steps`). Who is lost, and when one is left behind, stands in
+`standing`.
 
 What this module refuses: to serve from a node that knows a later record (etcd was rolled back), and
 to believe a node that has lost its record or was rolled back itself: such a node is stale since 0.
@@ -37,26 +38,23 @@ from dataclasses import dataclass, replace
 
 from etcd.images import ImageRecord
 from shard.membership import Change, Ready, lose, rejoin
+from vmstore.admission_steps import AdmissionSteps
 from vmstore.effects import (
-    Admit,
     ChangeMembership,
     CloseImage,
     Effect,
-    EndHeal,
     Forget,
-    Heal,
     KillImage,
     OpenImage,
-    Peek,
     Reconfigure,
     Refuse,
     Release,
-    Serve,
-    TellSnapshot,
+    TellLayers,
 )
 from vmstore.events import (
     AdmitFailed,
     Admitted,
+    ChangeLayers,
     Close,
     Closed,
     Event,
@@ -79,12 +77,11 @@ from vmstore.events import (
     ReplicaDown,
     ReplicaFailed,
     Stored,
-    TakeSnapshot,
     Tick,
 )
 from vmstore.freezing import Stage
 from vmstore.judging import emptied, problem_of
-from vmstore.snapshot_steps import RETRY_S, SnapshotSteps
+from vmstore.snapshot_steps import RETRY_S
 from vmstore.space import NO_SPACE
 from vmstore.standing import NodeState, Phase, Standing
 
@@ -94,7 +91,7 @@ starts afresh."""
 
 
 @dataclass(slots=True)
-class Holder(SnapshotSteps):
+class Holder(AdmissionSteps):
     """One image, as its holder decides about it."""
 
     def step(self, event: Event) -> list[Effect]:
@@ -164,10 +161,10 @@ class Holder(SnapshotSteps):
                 return self._go_on()
             case AdmitFailed(node):
                 return self._on_admit_failed(node)
-            case TakeSnapshot(name, created_s):
+            case ChangeLayers(change):
                 if self.phase is not Phase.SERVING:
-                    return [TellSnapshot("the image is being closed; try again")]
-                self.freezing.order(name, created_s, self.now_s)
+                    return [TellLayers("the image is being closed; try again")]
+                self.freezing.order(change, self.now_s)
                 return self._go_on()
             case Holding(attempt):
                 return self._on_holding(attempt)
@@ -199,11 +196,14 @@ class Holder(SnapshotSteps):
         return [OpenImage(record)]
 
     def _on_close(self) -> list[Effect]:
+        if self._awaits_rollback:
+            # It is closed when that is over: whoever wanted it stands for a client until then.
+            return []
         if self.phase is Phase.SERVING:
             heal = self.heals.now
             ended = self._end_heal(heal.attempt) if heal and self.proposal is None else []
             if self.freezing.stage is not Stage.STORING:
-                ended += self._give_up_snapshot("the image is being closed; try again")
+                ended += self._give_up_layers("the image is being closed; try again")
             self.phase = Phase.CLOSING
             return [*ended, CloseImage()]
         if self.phase in (Phase.GATHERING, Phase.JOINING):
@@ -215,7 +215,7 @@ class Holder(SnapshotSteps):
     def _on_closed(self, clean: bool) -> list[Effect]:
         if self.phase is not Phase.CLOSING or self.record is None:
             return []
-        told = self._give_up_snapshot("the image was closed before its nodes had stored it")
+        told = self._give_up_layers("the image was closed before its nodes had stored it")
         self.phase = Phase.RELEASING
         self.retry_at_s = None
         return [*told, Release(self.record, clean and self.proposal is None)]
@@ -223,7 +223,7 @@ class Holder(SnapshotSteps):
     def _give_up(self, reason: str) -> list[Effect]:
         if self.phase is Phase.RELEASING or self.record is None:
             return []
-        told = self._give_up_snapshot(reason)
+        told = self._give_up_layers(reason)
         self.trouble = reason
         self.phase = Phase.RELEASING
         self.retry_at_s = None
@@ -320,191 +320,14 @@ class Holder(SnapshotSteps):
         others_are_well = all(of_set - {name} <= well for of_set in sets if name in of_set)
         return name if others_are_well else None
 
-    # Heal
-
-    def _begin_heal(self) -> list[Effect]:
-        """Begin to heal a stale node that is there, unless one is being healed."""
-        assert self.record is not None
-        if self.phase is not Phase.SERVING:
-            return []
-        up = {name for name, node in self.nodes.items() if node.standing is Standing.UP}
-        serving = up - self.levelling
-        begun = self.heals.begin(
-            self.record.membership,
-            self._may_be_healed,
-            lambda name: self.nodes[name].instance,
-            serving,
-            self.now_s,
-        )
-        if begun is None:
-            return []
-        node = self.nodes[begun.node]
-        if node.standing is Standing.WAITING:
-            node.standing = Standing.HEALING
-        serial = node.peeked.serial if node.peeked is not None else 0
-        return [Heal(begun.node, serial, begun.attempt, tuple(sorted(begun.sets.items())))]
-
-    def _may_be_healed(self, name: str) -> bool:
-        """A node that is in sync in another set is let in first.
-
-        Those that are in sync with it there may wait for that, clients' writes for them, and the
-        heal for the writes.
-        """
-        assert self.record is not None
-        node = self.nodes[name]
-        waits = node.standing is Standing.WAITING
-        let_in_first = waits and name in self.record.membership.all_in_sync()
-        there = waits or node.standing is Standing.UP
-        there = there and not self.slowness.rests(name, self.now_s)
-        return there and not let_in_first and not self._is_failing(node) and self._is_told(name)
-
-    def _to_take_in(self) -> dict[int, set[str]]:
-        return self.heals.to_take_in() if self.phase is Phase.SERVING else {}
-
-    def _give_up_heal(self) -> list[Effect]:
-        """Nobody waits for a node that is lost, unless it may have been taken in."""
-        heal = self.heals.now
-        if heal is not None and self.slowness.too_slow({heal.node}, self.now_s) is not None:
-            # Changes of what is level wait for it as for a node in sync.
-            self.slowness.left_behind(heal.node, self.now_s)
-            return self._end_heal(heal.attempt)
-        if heal is None or not heal.healed:
-            return []
-        node = self.nodes[heal.node]
-        there = node.standing in (Standing.HEALING, Standing.UP) and not self._is_failing(node)
-        if there and self.phase is Phase.SERVING:
-            return []
-        return self._end_heal(heal.attempt)
-
-    def _end_heal(self, attempt: int) -> list[Effect]:
-        self._on_heal_failed(attempt)
-        return [EndHeal(attempt)]
-
-    def _on_heal_failed(self, attempt: int) -> None:
-        name = self.heals.failed(attempt, self.now_s)
-        if name is not None and self.nodes[name].standing is Standing.HEALING:
-            self.nodes[name].standing = Standing.WAITING
-
-    def _on_taken_in(self, record: ImageRecord) -> None:
-        """Count a healed node as up; where its connection broke, the same instance resumes."""
-        heal = self.heals.taken_in(record.membership)
-        if heal is None:
-            return
-        self.emptied.discard(heal.node)
-        node = self.nodes[heal.node]
-        node.served_as = heal.instance
-        if node.standing is Standing.HEALING:
-            node.standing = Standing.UP
-
-    # Who is let in
-
-    def _let_in(self) -> list[Effect]:
-        """Admit nodes that wait, if they are in sync and level can be told from stale.
-
-        One admission at a time: its outcome is that of all nodes that join. In one of its sets a
-        node that joins needs one that is up, to be made equal to, or every other one that is in
-        sync beside it: one that is away may have answered what this one has lost. So may a healed
-        one of which is not yet known whether the record takes it in. In its other sets nothing is
-        asked of it before the same holds there.
-        """
-        assert self.record is not None
-        if self.phase is Phase.GATHERING and self._withdraws():
-            # Nodes would store what is to be withdrawn.
-            return []
-        membership = self.record.membership
-        waiting = {name for name in membership.all_in_sync() if self._may_be_let_in(name)}
-        resume = {name for name in waiting if self._resumes(name)}
-        effects: list[Effect] = []
-        if resume:
-            effects.append(self._admit(tuple(sorted(resume)), resume=True))
-        if any(node.standing is Standing.JOINING for node in self.nodes.values()):
-            return effects
-        join = waiting - resume
-        while True:
-            founded: set[str] = set()
-            for index, in_sync in enumerate(membership.in_sync_sets()):
-                undecided = index in self.heals.to_take_in()
-                if self._is_founded(in_sync) or (not undecided and in_sync <= join):
-                    founded |= in_sync & join
-            if founded == join:
-                break
-            join = founded
-        if join and self._may_join(join):
-            effects.append(self._admit(tuple(sorted(join)), resume=False))
-        return effects
-
-    def _may_be_let_in(self, name: str) -> bool:
-        node = self.nodes[name]
-        waits = node.standing is Standing.WAITING and name not in self.emptied
-        return waits and not self._is_failing(node)
-
-    def _may_join(self, join: set[str]) -> bool:
-        """An image opens with all its sets at once; later ones join as they come."""
-        if self.phase is not Phase.GATHERING:
-            return True
-        assert self.record is not None
-        missing = {
-            name
-            for index in range(len(self.record.sets))
-            for name in self.record.membership.in_sync(index)
-            if name not in join
-        }
-        return not missing
-
-    def _resumes(self, name: str) -> bool:
-        node = self.nodes[name]
-        return node.served_as is not None and node.served_as == node.instance
-
-    def _admit(self, nodes: tuple[str, ...], *, resume: bool) -> Admit:
-        for name in nodes:
-            self.nodes[name].standing = Standing.JOINING
-        if self.phase is Phase.GATHERING:
-            self.phase = Phase.JOINING
-        if resume:
-            # The engine has them up without another word.
-            for name in nodes:
-                self.nodes[name].standing = Standing.UP
-                self.blocking.discard(name)
-        peeks = [self.nodes[name].peeked for name in nodes]
-        return Admit(nodes, resume, tuple(peek.serial for peek in peeks if peek is not None))
-
-    def _on_admitted(self, levelling: frozenset[str]) -> list[Effect]:
-        self.levelling |= levelling
-        for name, node in self.nodes.items():
-            if node.standing is Standing.JOINING:
-                node.standing = Standing.UP
-                node.served_as = node.instance
-                node.failed_at_s = None
-                self.blocking.discard(name)
-        if all(node.standing is not Standing.AWAY for node in self._in_sync_nodes()):
-            self.waiting_since_s = None
-        self.trouble = ""
-        if self.phase is not Phase.JOINING:
-            return self._go_on()
-        self.phase = Phase.SERVING
-        return [Serve(), *self._go_on()]
-
-    def _on_admit_failed(self, failed: str) -> list[Effect]:
-        again: list[Effect] = []
-        if self.nodes[failed].standing is Standing.JOINING:
-            # Where its connection was lost, that is heard next.
-            self.nodes[failed].failed_at_s = self.now_s
-        for name, node in self.nodes.items():
-            if node.standing is Standing.JOINING:
-                node.standing = Standing.ASKED
-                again.append(Peek(name))
-        if self.phase is Phase.JOINING:
-            self.phase = Phase.GATHERING
-        if self.waiting_since_s is None:
-            self.waiting_since_s = self.now_s
-        return [*again, *self._go_on()]
+    # The record changes
 
     def _on_changed(self, record: ImageRecord) -> list[Effect]:
         assert self.proposal is not None, "one change at a time"
         assert record.membership == self.proposal.membership, "it is the one that was proposed"
         assert record.layers == self.proposal.layers, "with its layers"
         assert self.record is not None
-        adds_layer = len(record.layers) > len(self.record.layers)
+        adds_layer = record.next_layer > self.record.next_layer
         self.record, self.proposal, self.undecided = record, None, False
         if adds_layer and self.freezing.withdraws:
             # It was given up. The engine goes by the former layers until it is withdrawn.
@@ -534,12 +357,14 @@ class Holder(SnapshotSteps):
     def _on_delayed(self, why: str, maybe_taken: bool) -> list[Effect]:
         """Keep a proposal that etcd may have taken; forget another one and decide anew later."""
         self.retry_at_s = self.now_s + RETRY_S
-        what = "a snapshot" if self.freezing.holds else "a change of membership"
+        what = self.freezing.awaited if self.freezing.holds else "a change of membership"
         self.trouble = f"{what} waits: {why}"
         self.undecided = self.undecided or maybe_taken
         if self.undecided:
             return []
-        told = self._give_up_snapshot(why) if self.freezing.stage is Stage.CHANGING else []
+        told: list[Effect] = []
+        if self.freezing.stage is Stage.CHANGING:
+            told = self._give_up_layers(why, maybe_taken=False)
         self._forget_withdrawal()
         self.proposal = self.too_slow = None
         return [*told, *self._go_on()]
@@ -547,14 +372,14 @@ class Holder(SnapshotSteps):
     def _forget_withdrawal(self) -> None:
         """What was to be withdrawn surely did not come to etcd, unless the record has it."""
         assert self.record is not None and self.proposal is not None
-        if len(self.proposal.layers) > len(self.record.layers):
+        if self.proposal.next_layer > self.record.next_layer:
             self.freezing.withdraws = False
 
     def _on_tick(self) -> list[Effect]:
         if self.phase is Phase.ENDED:
             return []
         late = self.freezing.look(self.missing(), self.levelling, self.now_s)
-        told = self._give_up_snapshot(late) if late else []
+        told = self._give_up_layers(late) if late else []
         return [*told, *self._on_time()]
 
     def _on_time(self) -> list[Effect]:
@@ -619,7 +444,7 @@ class Holder(SnapshotSteps):
             assert self.proposal.epoch == self.record.epoch, "epochs change with the lease only"
         stage = self.freezing.stage
         if stage is not Stage.NONE:
-            assert self.phase in (Phase.SERVING, Phase.CLOSING), "a snapshot is of what serves"
+            assert self.phase in (Phase.SERVING, Phase.CLOSING), "layers change of what serves"
             assert (stage is Stage.CHANGING) <= (self.proposal is not None), "and is asked for"
             assert stage is not Stage.STORING or self.storing, "then stored"
 

@@ -216,7 +216,7 @@ class Holding:
 
         `grant` is the arbiter's, where it was asked, and `as_long_as` what must not have changed
         since: then RecordChanged too. For a snapshot the caller has all answered writes on stable
-        storage, and none in flight.
+        storage, and none in flight; for a rollback no client at all.
         """
         before = held.record
         check_successor(before.membership, after.membership)
@@ -224,6 +224,7 @@ class Holding:
         record = replace(
             before,
             generation=after.generation,
+            size_bytes=after.size_bytes,
             stale=after.membership.stale,
             layers=after.layers,
             next_layer=after.next_layer,
@@ -314,15 +315,26 @@ class Holding:
 
 
 def _check_layers(before: ImageRecord, after: ImageRecord) -> None:
-    """Assert that layers stay, or that one comes on the top or goes, with its snapshot."""
-    assert after.next_layer >= before.next_layer, "no layer's id is used twice"
+    """Assert that layers stay, or that they change as a snapshot, its withdrawal or a rollback does
+    it."""
     if after.layers == before.layers:
         assert after.snapshots == before.snapshots, "a snapshot names a layer of its own"
-    elif len(after.layers) > len(before.layers):
-        assert after.layers[1:] == before.layers, "one layer comes on the top"
-        assert after.layers[0].id >= before.next_layer, "and none has had its id"
-        assert len(after.snapshots) == len(before.snapshots) + 1, "with one snapshot"
-        assert after.snapshots[:-1] == before.snapshots, "beside those that there are"
-    else:
+        assert after.next_layer == before.next_layer, "no layer came"
+        assert after.size_bytes == before.size_bytes, "the size is changed by `resize`"
+    elif after.next_layer == before.next_layer:
         assert after.layers == before.layers[1:], "the top goes"
         assert after.snapshots == before.snapshots[:-1], "with the last snapshot"
+        assert after.size_bytes == before.size_bytes, "and nothing else"
+    else:
+        top, *below = after.layers
+        assert before.next_layer <= top.id < after.next_layer, "no layer's id is used twice"
+        if tuple(below) == before.layers:
+            assert len(after.snapshots) == len(before.snapshots) + 1, "with one snapshot"
+            assert after.snapshots[:-1] == before.snapshots, "beside those that there are"
+            assert after.size_bytes == before.size_bytes, "and nothing else"
+        else:
+            assert after.snapshots, "one goes back to a snapshot"
+            last = after.snapshots[-1]
+            assert after.snapshots == before.snapshots[: len(after.snapshots)], "newer ones go"
+            assert [layer.id for layer in below] == before.chain(last), "and the layers above"
+            assert after.size_bytes == last.size_bytes, "and the image has its size"

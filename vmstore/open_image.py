@@ -49,6 +49,30 @@ class SnapshotOrder:
     """Since when changes of clients wait for it; of the last attempt."""
 
 
+@dataclass(frozen=True, slots=True)
+class RolledBack:
+    """A rollback that was made: to which snapshot, from which size, and what newer ones went."""
+
+    snapshot: Snapshot
+    former_bytes: int
+    dropped: tuple[Snapshot, ...]
+
+
+@dataclass(slots=True)
+class RollbackOrder:
+    """A rollback that was asked for, to the snapshot of this name; with `force` newer ones go.
+
+    `pin` is as of `SnapshotOrder`.
+    """
+
+    name: str
+    force: bool
+    done: Answer[RolledBack]
+    pin: int = 0
+    begun: RolledBack | None = None
+    """What it comes to, once the image's holder knows of it: no client is let in from then on."""
+
+
 @dataclass(slots=True)
 class OpenImage:
     """An image that is open, opening or closing."""
@@ -71,6 +95,8 @@ class OpenImage:
     """A change of its size that is under way."""
     snapshot: SnapshotOrder | None = None
     """A snapshot of it that is being taken."""
+    rollback: RollbackOrder | None = None
+    """A rollback of it that is being made."""
     boots: dict[str, str] = field(default_factory=dict)
     """Of its nodes: which memory holds what they answered and have not synced."""
     late: dict[int, float] = field(default_factory=dict)

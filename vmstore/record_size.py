@@ -7,7 +7,7 @@ what makes it longer is refused while it would still fit.
 from dataclasses import replace
 
 from etcd.images import SNAPSHOTS_MAX, Grant, ImageRecord, Recovered, Use
-from vmstore.errors import SnapshotExists, TooManySnapshots
+from vmstore.snapshot_errors import SnapshotExists, TooManySnapshots
 
 RECORD_BYTES_MAX = 64 << 10
 """An image's record that a node takes; `engine/core/src/store/images.rs` has the same."""

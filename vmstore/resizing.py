@@ -29,7 +29,6 @@ from vmstore.deciding import TICK_S
 from vmstore.errors import (
     BeingClosed,
     BeingResized,
-    BeingSnapshotted,
     InUse,
     ShrinkRefused,
 )
@@ -38,6 +37,7 @@ from vmstore.names import ImageName
 from vmstore.open_image import OpenImage, Resize
 from vmstore.orders import Answer
 from vmstore.serving import Serving
+from vmstore.snapshot_errors import BeingRolledBack, BeingSnapshotted
 from vmstore.standing import Phase
 from vmstore.stored import Stored
 
@@ -116,12 +116,9 @@ class Resizing(Serving):
                 resize.done.set_exception(_stopping())
                 return
             image = self._use(name, stored)
-            if image.resize is not None:
-                resize.done.set_exception(BeingResized(str(name)))
-            elif image.snapshot is not None:
-                resize.done.set_exception(BeingSnapshotted(str(name)))
-            elif image.holder.phase in (Phase.CLOSING, Phase.RELEASING, Phase.ENDED):
-                resize.done.set_exception(BeingClosed(str(name)))
+            busy = why_busy(image)
+            if busy is not None:
+                resize.done.set_exception(busy)
             else:
                 image.resize = resize
                 image.users.add(RESIZER)
@@ -219,6 +216,20 @@ class Resizing(Serving):
         else:
             resize.done.set_exception(error)
         self._close_if_unused(image)
+
+
+def why_busy(image: OpenImage) -> HciError | None:
+    """Return why nothing else may be ordered of an image; None: it may."""
+    name = str(image.name)
+    if image.resize is not None:
+        return BeingResized(name)
+    if image.snapshot is not None:
+        return BeingSnapshotted(name)
+    if image.rollback is not None:
+        return BeingRolledBack(name)
+    if image.holder.phase in (Phase.CLOSING, Phase.RELEASING, Phase.ENDED):
+        return BeingClosed(name)
+    return None
 
 
 def _stopping() -> HciError:

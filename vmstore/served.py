@@ -218,6 +218,12 @@ class Served:
                 return {}
             return self._memory.get(image, {})
 
+    def awaits(self, image: ImageId) -> bool:
+        """Whether a process lives that was served and has not left by itself: it may come back."""
+        with self._lock:
+            known = self._images.get(image)
+            return known is not None and any(self._lives(peer) for peer in known.served)
+
     def forget_memory(self, image: ImageId) -> None:
         """An image is closed; what matters to those who may come back stays."""
         with self._lock:

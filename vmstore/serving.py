@@ -225,10 +225,10 @@ class Serving(ABC):
         """What was asked to be zeroed is, or cannot be."""
 
     @abstractmethod
-    def _snapshot_ended(
+    def _layers_changed(
         self, image: OpenImage, failed: str | None, *, unknown: bool = False
     ) -> None:
-        """The snapshot that was asked for is taken, or is not, or it is `unknown`, and why."""
+        """The layers that were asked for are there, or are not, or it is `unknown`, and why."""
 
     @abstractmethod
     def _on_reader(self, event: dict[str, Any]) -> None:
@@ -349,8 +349,8 @@ class Serving(ABC):
                 self._engine.freeze(image.channel, attempt)
             case effects.Thaw(attempt):
                 self._engine.thaw(image.channel, attempt)
-            case effects.TellSnapshot(failed, unknown):
-                self._snapshot_ended(image, failed, unknown=unknown)
+            case effects.TellLayers(failed, unknown):
+                self._layers_changed(image, failed, unknown=unknown)
             case effects.ChangeMembership(_, after):
                 self._change_membership(image, after)
             case effects.Reconfigure(record):

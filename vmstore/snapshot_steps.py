@@ -1,4 +1,4 @@
-"""`SnapshotSteps`: what the holder of an image does to take a snapshot of it.
+"""`SnapshotSteps`: what the holder of an image does to take a snapshot of it, or go back to one.
 
 The stages stand in `vmstore/freezing.py`. Pure, as `vmstore/holder.py` is, whose part this is.
 """
@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Set
 from dataclasses import dataclass
 
-from vmstore.effects import ChangeMembership, Effect, Freeze, TellSnapshot, Thaw
+from vmstore.effects import ChangeMembership, Effect, Freeze, TellLayers, Thaw
 from vmstore.freezing import HELD_LIMIT_S, Stage, is_unstored
 from vmstore.standing import Phase, State
 
@@ -23,6 +23,10 @@ class SnapshotSteps(State, ABC):
     def _go_on(self) -> list[Effect]:
         """Do what can be done now."""
 
+    @abstractmethod
+    def _end_heal(self, attempt: int) -> list[Effect]:
+        """End the heal that is under way."""
+
     @property
     def changes_record(self) -> bool:
         """Whether the record is being changed, or about to be: no other change may be made."""
@@ -30,14 +34,18 @@ class SnapshotSteps(State, ABC):
         return self.proposal is not None or self.paused or freezing.holds or freezing.withdraws
 
     def _freeze(self) -> list[Effect]:
-        """Begin to freeze for the snapshot that is wanted, if all nodes in sync are well."""
+        """Begin to freeze for the change that is wanted, if all nodes in sync are well."""
         freezing = self.freezing
         if freezing.stage is not Stage.WAITING or self.phase is not Phase.SERVING:
             return []
         changes = freezing.withdraws or self.storing or self.retry_at_s is not None
         if changes or self.now_s < freezing.not_before_s or not self._all_are_well():
             return []
-        return [Freeze(freezing.freeze(self.now_s))]
+        ended: list[Effect] = []
+        if freezing.drops_layers and self.heals.now is not None:
+            # It copies layers that go. It begins anew when they have.
+            ended = self._end_heal(self.heals.now.attempt)
+        return [*ended, Freeze(freezing.freeze(self.now_s))]
 
     def _all_are_well(self) -> bool:
         in_sync = self._in_sync_names()
@@ -53,7 +61,7 @@ class SnapshotSteps(State, ABC):
             return [thaw, *self._go_on()]
         self.freezing.end()
         why = "a node in sync was lost again and again as the image was frozen; try again"
-        return [thaw, TellSnapshot(why), *self._go_on()]
+        return [thaw, TellLayers(why), *self._go_on()]
 
     def _on_holding(self, attempt: int) -> list[Effect]:
         if self.freezing.is_of_now(attempt):
@@ -76,7 +84,7 @@ class SnapshotSteps(State, ABC):
             # The engine knew of a loss before us, which comes to the record first.
             return self._go_on()
         freezing.end()
-        return [TellSnapshot(f"{why}; try again"), *self._go_on()]
+        return [TellLayers(f"{why}; try again"), *self._go_on()]
 
     def _on_stored(self, generation: int) -> list[Effect]:
         assert self.record is not None
@@ -86,18 +94,27 @@ class SnapshotSteps(State, ABC):
         if self.freezing.stage is not Stage.STORING:
             return []
         self.freezing.end()
-        return [TellSnapshot()]
+        return [TellLayers()]
 
-    def _give_up_snapshot(self, why: str) -> list[Effect]:
-        """End one that is being taken; what etcd may have of it is withdrawn once that is known."""
+    def _give_up_layers(self, why: str, *, maybe_taken: bool = True) -> list[Effect]:
+        """End a change of layers; a snapshot that etcd has is withdrawn once that is known.
+
+        Unless it is `maybe_taken` etcd surely has nothing of it.
+        """
         freezing = self.freezing
         if freezing.stage is Stage.NONE:
             return []
         held = freezing.stage in (Stage.FREEZING, Stage.CHANGING)
-        unknown = freezing.stage is Stage.STORING
-        freezing.withdraws |= freezing.stage is Stage.CHANGING
+        in_doubt = freezing.stage is Stage.CHANGING and maybe_taken
+        freezing.withdraws |= in_doubt and freezing.may_be_withdrawn
+        unknown = freezing.stage is Stage.STORING or (in_doubt and not freezing.may_be_withdrawn)
         freezing.end()
-        return [*([Thaw(freezing.attempt)] if held else []), TellSnapshot(why, unknown)]
+        return [*([Thaw(freezing.attempt)] if held else []), TellLayers(why, unknown)]
+
+    @property
+    def _awaits_rollback(self) -> bool:
+        """Whether etcd is asked for a rollback: neither it nor the former layers may be gone by."""
+        return self.freezing.stage is Stage.CHANGING and not self.freezing.may_be_withdrawn
 
     def _withdraws(self, lost: Set[str] = frozenset()) -> bool:
         """Whether the record's newest snapshot is to go: see `freezing`.

@@ -16,20 +16,15 @@ from etcd.images import ImageRecord
 from shard.errors import HciError
 from vmstore import events
 from vmstore.deciding import TICK_S
-from vmstore.errors import (
-    BeingClosed,
-    BeingResized,
-    BeingSnapshotted,
-    SnapshotFailed,
-    SnapshotUnknown,
-)
 from vmstore.freezing import LEVEL_LIMIT_S
 from vmstore.holder import OPEN_LIMIT_S
+from vmstore.layer_changes import NewSnapshot
 from vmstore.names import ImageName
 from vmstore.open_image import OpenImage, SnapshotOrder, TakenSnapshot
 from vmstore.orders import Answer
 from vmstore.record_size import check_snapshot
-from vmstore.resizing import Resizing
+from vmstore.resizing import Resizing, why_busy
+from vmstore.snapshot_errors import BeingSnapshotted, SnapshotFailed, SnapshotUnknown
 from vmstore.standing import Phase
 from vmstore.stored import Stored
 
@@ -82,12 +77,9 @@ class Snapshots(Resizing):
                 order.done.set_exception(_stopping(order))
                 return
             image = self._use(name, stored, maintenance=True)
-            if image.snapshot is not None:
-                order.done.set_exception(BeingSnapshotted(str(name)))
-            elif image.resize is not None:
-                order.done.set_exception(BeingResized(str(name)))
-            elif image.holder.phase in (Phase.CLOSING, Phase.RELEASING, Phase.ENDED):
-                order.done.set_exception(BeingClosed(str(name)))
+            busy = why_busy(image)
+            if busy is not None:
+                order.done.set_exception(busy)
             else:
                 image.snapshot = order
                 order.pin = self._take_pin()
@@ -120,9 +112,9 @@ class Snapshots(Resizing):
             self._end_snapshot(image, error)
             return
         order.begun = True
-        self._step(image, events.TakeSnapshot(order.name, order.created_s))
+        self._step(image, events.ChangeLayers(NewSnapshot(order.name, order.created_s)))
 
-    def _snapshot_ended(
+    def _layers_changed(
         self, image: OpenImage, failed: str | None, *, unknown: bool = False
     ) -> None:
         order = image.snapshot
@@ -152,11 +144,15 @@ class Snapshots(Resizing):
         order, image.snapshot = image.snapshot, None
         if order is None:
             return
-        image.users.discard(order.pin)
         if isinstance(outcome, TakenSnapshot):
             order.done.set_result(outcome)
         else:
             order.done.set_exception(outcome)
+        self._let_go(image, order.pin)
+
+    def _let_go(self, image: OpenImage, pin: int) -> None:
+        """Close an image if nobody but this pin uses it."""
+        image.users.discard(pin)
 
         def close() -> None:
             if self._images.get(image.image) is image:

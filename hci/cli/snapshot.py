@@ -1,4 +1,4 @@
-"""`hci snapshot`: take snapshots of images, list them, look at one."""
+"""`hci snapshot`: take snapshots of images, list them, look at one, go back to one."""
 
 import time
 from typing import Annotated, Any
@@ -39,6 +39,42 @@ def create(context: typer.Context, name: Name, as_json: AsJson = False) -> None:
         )
         return
     typer.echo(f"took {name}; writes waited {taken.held_ms} ms")
+
+
+@app.command()
+def rollback(
+    context: typer.Context,
+    name: Name,
+    force: Annotated[
+        bool, typer.Option("--force", help="Newer snapshots go too, with what they hold.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Have an image that nobody has open hold what its snapshot does; what was written since is
+    gone."""
+    here, wanted = session.of(context), parse_snapshot_name(name)
+    with here.catalog() as records, output.waiting(f"going back to {name}"):
+        done = snapshots.roll_back(here.config, records, wanted, force=force)
+    if as_json:
+        output.as_json(
+            {
+                "name": name,
+                "created_at": done.created_s,
+                "size_bytes": done.size_bytes,
+                "former_size_bytes": done.former_bytes,
+                "dropped": list(done.dropped),
+            }
+        )
+        return
+    typer.echo(
+        f"{wanted.image} holds what it held at {time.ctime(done.created_s)}, and nothing that was "
+        "written since"
+    )
+    if done.size_bytes != done.former_bytes:
+        now, before = format_size(done.size_bytes), format_size(done.former_bytes)
+        typer.echo(f"its size is {now} again, after {before}")
+    if done.dropped:
+        typer.echo(f"newer snapshots are gone: {', '.join(done.dropped)}")
 
 
 @app.command("ls")

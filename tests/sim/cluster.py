@@ -29,6 +29,7 @@ from tests.sim.nodes import Nodes
 from tests.sim.operators import Operator
 from tests.sim.oracle import SECTOR_BYTES, UNDER_WAY_S, Oracle
 from tests.sim.processes import CUTTER, KeptServed, SimGateway
+from tests.sim.rollbacks import Rollbacks
 from tests.sim.safety import Safety
 from tests.sim.shape import IMAGE, IMAGE_NAME, POOL, SHARD_BYTES, Shape
 from tests.sim.snapshots import Snapshots
@@ -67,6 +68,7 @@ class Cluster:
         self.operator = Operator(self)
         self.safety = Safety(self)
         self.snapshots = Snapshots(self)
+        self.rollbacks = Rollbacks(self)
         self.liveness = Liveness(self)
         self.numbers = itertools.count(1)
         self.oracle = Oracle(SHARD_BYTES // SECTOR_BYTES)
@@ -148,6 +150,7 @@ class Cluster:
             _, node, power, why = happening
             self.nodes.ended(node, power=power, why=why)
         self.safety.happened()
+        self.rollbacks.check()
 
     def _heard(self, gateway: SimGateway, event: dict[str, Any]) -> None:
         kind = event["event"]
@@ -424,6 +427,7 @@ class Cluster:
         if not self.rolled_back:
             self.safety.check_record(former, record)
         self.liveness.record_changed(former, record)
+        self.rollbacks.record_changed(former, record)
         if record.stale != former.stale:
             self.say(f"etcd: generation {record.generation}, stale {_plain(record.stale)}")
             self.judge_memory()

@@ -514,6 +514,10 @@ DEFECTS = (
     Defect("readers read what is frozen", "13: a snapshot differs", "snapshots", 20, 6,
            match="read as|differs",
            rules=("ReadersReadFrozenLayers",)),
+    # Rollbacks
+    Defect("dropped layers go", "10: it returns with a node that was away", "rollbacks", 20, 1,
+           match="keeps layers|differs|read as",
+           rules=("DroppedLayersGo",)),
     # Bounds
     Defect("a change is asked for once", "invariant 8", "etcd", 20, 8, match="calls under way",
            patch=_asked_at_each_tick),

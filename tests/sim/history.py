@@ -211,6 +211,10 @@ class History(Copies):
         self._read_everything()
         if self.kind.snapshots:
             self._read_snapshots()
+        if self.kind.rollbacks:
+            cluster.rollbacks.check()
+            cluster.run_for(20.0, cluster.rollbacks.all_dropped)
+            cluster.rollbacks.check_dropped()
         if self.kind.scrubs:
             self._scrub_everything()
         self._leave_cleanly()

@@ -30,6 +30,8 @@ class Kind:
     """Somebody changes the image's size."""
     snapshots: bool = False
     """Somebody takes snapshots and reads them; all are read at the end."""
+    rollbacks: bool = False
+    """Somebody has the image rolled back; nothing of dropped layers is left at the end."""
     processes: bool = False
     """Gateways know the processes of their guests."""
     some_away: bool = False
@@ -233,6 +235,16 @@ KINDS = (
          Shape(nodes=6, gateways=2, replica_sets=2, shards=6), Shape(nodes=2, arbiter=True)),
         # No disk is put back: the only one in sync of a pair would tell nothing right any more.
         snapshots=True,
+    ),
+    Kind(
+        "rollbacks",
+        {"take_snapshot": 7, "roll_back_image": 9, "strike_rollback": 8, "roll_back_elsewhere": 1,
+         "read_snapshot": 3, "kill_node": 2, "kill_gateway": 1, "cut_node": 1, "leave_behind": 4,
+         "reset": 1, "slow_etcd": 1, "etcd_down": 1, "second": 1, "cut_host": 1, "cut_all": 1,
+         "shrink": 1, "grow": 2, "interrupt_heal": 1},
+        (Shape(), Shape(shards=6), SMALL_LOG,
+         Shape(nodes=5, gateways=2, replica_sets=3, shards=6), Shape(nodes=2, arbiter=True)),
+        snapshots=True, rollbacks=True,
     ),
 )  # fmt: skip
 

@@ -12,15 +12,19 @@ when the other had ended. A power cut of the last in-sync node that remembers pu
 was not flushed in doubt: it may be gone, and what it superseded may be back, until a read tells. So
 it does with one whose answer was on its way. The flush that was to make such a write durable fails;
 one that does not says that it is there.
+
+A rollback supersedes whatever was written before, be it in doubt; what it puts in place is durable.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 SECTOR_BYTES = 512
 TORN = (1 << 64) - 1
+NOTHING = -1
+"""The stamp of what only says that all before it is gone: no sector reads as it."""
 PRUNED_FROM = 8
 """Fewer writes of a sector than this are kept, whether they are over or not."""
 UNDER_WAY_S = 0.01
@@ -224,6 +228,30 @@ class Oracle:
             self._forgotten += [entry for entry in lost if id(entry) not in known]
         self._unflushed = {key: entry for key, entry in self._unflushed.items() if entry.sure}
 
+    def rolled_back(self, contents: Mapping[int, frozenset[int]], epoch: int, now: float) -> None:
+        """The image holds what a snapshot did: of each sector one of these stamps.
+
+        No client has it, and nobody of a former epoch changes it any more.
+        """
+        self._unnoticed.clear()
+        self._unflushed.clear()
+        self._forgotten.clear()
+
+        def put_back(sector: int, stamp: int, *, sure: bool) -> Written:
+            return Written(
+                sector, stamp, now, epoch, ended=now, known=now, answered=True, sure=sure,
+                durable=True,
+            )  # fmt: skip
+
+        for sector, stamps in contents.items():
+            history = self._history(sector)
+            end = put_back(sector, NOTHING, sure=True)
+            for older in history:
+                older.ended = now if older.ended is None else older.ended
+                older.superseded_by.append(end)
+            history.append(end)
+            history += [put_back(sector, each, sure=len(stamps) == 1) for each in sorted(stamps)]
+
     def at_rest(self, sector: int, epoch: int, now: float) -> frozenset[int]:
         """Return what a sector may hold while nothing is under way at the holder of an epoch.
 
@@ -239,7 +267,7 @@ class Oracle:
         return frozenset(
             entry.stamp
             for entry in self._history(sector)
-            if id(entry) not in asked and not self._is_gone(entry, now)
+            if id(entry) not in asked and not self._is_gone(entry, now) and entry.stamp != NOTHING
         )
 
     def check_read(self, first: int, stamps: list[int], begun: float, now: float) -> None:

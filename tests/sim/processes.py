@@ -35,7 +35,7 @@ from vmstore.healing import HealLimits
 from vmstore.history import Member
 from vmstore.ledger import Ledger
 from vmstore.names import ImageName
-from vmstore.open_image import Resize, SnapshotOrder
+from vmstore.open_image import Resize, RollbackOrder, SnapshotOrder
 from vmstore.scrubbing import Scrubber
 from vmstore.served import Served, ServedFile
 from vmstore.set_back import may_run_elsewhere, only_here, seen_later
@@ -399,6 +399,11 @@ class SimGateway:
         """Have a snapshot of the image taken, as the control service does."""
         name = ImageName(POOL, IMAGE)
         self.deciding.put(lambda: self.exports._find_to_freeze(name, order))
+
+    def roll_back(self, order: RollbackOrder) -> None:
+        """Have the image rolled back, as the control service does."""
+        name = ImageName(POOL, IMAGE)
+        self.deciding.put(lambda: self.exports._find_to_roll_back(name, order))
 
     def rename(self, name: str) -> None:
         """Be given another gateway's name by mistake: leases are taken in it."""

@@ -1,9 +1,10 @@
-"""Snapshots as steps of a history, and what befalls the cluster in the midst of one."""
+"""Snapshots and rollbacks as steps of a history, and what befalls the cluster in the midst."""
 
 from __future__ import annotations
 
 from functools import partial
 
+from tests.sim.cluster import Cluster
 from tests.sim.guest import Life
 from tests.sim.strikes import Strikes
 
@@ -54,6 +55,60 @@ class SnapshotFaults(Strikes):
         self._at_event.setdefault("frozen", []).append(frozen)
         cluster.snapshots.take(self._asked())
 
+    def roll_back_image(self) -> None:
+        """Whoever has the image leaves, for a while, and somebody has it rolled back."""
+        self.guests_leave()
+        for _ in range(self.chance.choice((1, 1, 2))):
+            self._later(self.chance.uniform(0.0, 1.5), self._roll_back)
+
+    def _roll_back(self) -> None:
+        cluster = self.cluster
+        names = [each.name for each in cluster.record.snapshots] if cluster.record else []
+        if names:
+            force = self.chance.random() < 0.8
+            cluster.rollbacks.ask(self.chance.choice(names), self._gateway(), force=force)
+
+    def strike_rollback(self) -> None:
+        """The next one is struck: as it freezes, as etcd is asked, or as nodes store it."""
+        cluster = self.cluster
+        strikes = (
+            lambda gateway: cluster.stop_gateway(gateway, host=False),
+            lambda gateway: cluster.stop_gateway(gateway, host=False),
+            lambda gateway: cluster.stop_gateway(gateway, host=True),
+            lambda _gateway: self.kill_node(),
+            lambda _gateway: self.cut_node(),
+            lambda _gateway: self.cut_all(),
+            lambda _gateway: self.crash_node(),
+            lambda _gateway: self.etcd_down(),
+            self._cut_etcd_then_kill,
+            self._store_in_one_set,
+        )
+        strike = self.chance.choice(strikes)
+        pause_s = self.chance.choice((0.0, 0.001, 0.004, 0.02, 0.1)) * self.chance.random()
+
+        def struck(gateway: int, _node: str) -> None:
+            cluster.clock.after(pause_s, lambda: self._over or strike(gateway))
+
+        self._at_event.setdefault("frozen", []).append(struck)
+        self.roll_back_image()
+
+    def roll_back_elsewhere(self) -> None:
+        """The holder stands still until its lease is over, with its guest; another one goes back.
+
+        What the guest hears afterwards it must not take for what the image holds.
+        """
+        cluster = self.cluster
+        gateway = self._asked()
+        others = [index for index in range(cluster.shape.gateways) if index != gateway]
+        names = [each.name for each in cluster.record.snapshots] if cluster.record else []
+        if not names or not others:
+            return
+        cluster.pause_gateway(gateway)
+        name, other = self.chance.choice(names), self.chance.choice(others)
+        self._away_until_s = cluster.clock.now_s + 14.0
+        self._later(11.5, lambda: _ask(cluster, name, other))
+        self._later(self.chance.uniform(12.0, 16.0), lambda: cluster.continue_gateway(gateway))
+
     def _store_in_one_set(self, gateway: int) -> None:
         """The nodes of one replica set store it, those of another one do not hear of it.
 
@@ -97,3 +152,7 @@ class SnapshotFaults(Strikes):
             path.back = True
 
         cluster.clock.after(pause_s + 0.5, undo)
+
+
+def _ask(cluster: Cluster, name: str, gateway: int) -> None:
+    cluster.rollbacks.ask(name, gateway, force=True)

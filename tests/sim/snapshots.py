@@ -39,6 +39,15 @@ class Known:
     """Of each sector, what it was read as."""
     told: str | None = None
     """Empty: whoever asked was told that it is taken; else why not; None: was told nothing."""
+    dropped: bool = False
+    """Somebody had the image rolled back past it."""
+
+    def contents(self) -> dict[int, frozenset[int]]:
+        """Return what each sector may hold, by all that is known of it."""
+        return {
+            sector: frozenset({self.content[sector]}) if sector in self.content else stamps
+            for sector, stamps in self.possible.items()
+        }
 
 
 class Snapshots:
@@ -114,7 +123,7 @@ class Snapshots:
         assert record is not None
         names = {each.name for each in record.snapshots}
         for known in self.known.values():
-            if known.told == "" and known.name not in names:
+            if known.told == "" and known.name not in names and not known.dropped:
                 raise Violation(f"{known.name} was taken, and is gone")
             if known.told and "it is not known whether" not in known.told and known.name in names:
                 raise Violation(f"{known.name} is there, and was said not to be taken")

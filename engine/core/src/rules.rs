@@ -81,10 +81,12 @@ pub enum Rule {
     SnapshotsAreFlushed,
     /// A node serves a reader only a snapshot that its record names, and of which all is there.
     ReadersReadFrozenLayers,
+    /// A layer that a node's record does not name any more leaves nothing behind on it.
+    DroppedLayersGo,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 37] = [
+    pub const ALL: [Rule; 38] = [
         Rule::SessionIsCurrent,
         Rule::EpochIsCurrent,
         Rule::GenerationIsCurrent,
@@ -122,6 +124,7 @@ impl Rule {
         Rule::SnapshotsWaitForWrites,
         Rule::SnapshotsAreFlushed,
         Rule::ReadersReadFrozenLayers,
+        Rule::DroppedLayersGo,
     ];
 }
 

@@ -526,6 +526,11 @@ impl Simulation {
         Ok(record.map(|head| (head.epoch, hex(&head.holder), head.generation, head.digest)))
     }
 
+    /// The layers of which a running node has anything, in its log, dirty map or files; in order.
+    fn node_layers_held(&self, node: usize, image: &str) -> PyResult<Vec<u32>> {
+        Ok(self.at_node(node)?.node_layers_held(node, &parse_id(image)?))
+    }
+
     /// The layers that the record on a running node names, top first.
     fn node_layers(&self, node: usize, image: &str) -> PyResult<Option<Vec<u32>>> {
         Ok(self.at_node(node)?.node_layers(node, &parse_id(image)?))

@@ -119,6 +119,24 @@ def test_newest_snapshot_goes_with_its_layer_whose_id_is_not_used_again() -> Non
     assert replace(IMAGE, snapshots=()).newest_snapshot is None
 
 
+def test_rollback_puts_a_new_layer_on_those_of_the_snapshot_at_its_size() -> None:
+    taken = replace(IMAGE.with_snapshot("b", 0), size_bytes=2 * IMAGE.size_bytes)
+    taken = taken.with_snapshot("c", 0)
+    first, second, third = taken.snapshots
+    assert taken.newer_than(first) == (second, third)
+    back = taken.rolled_back(first)
+    assert (back.layer_ids, back.next_layer) == ([5, 1], 6)
+    assert (back.snapshots, back.size_bytes) == ((first,), first.size_bytes)
+    assert back.generation == taken.generation + 1
+    assert (back.stale, back.epoch, back.holder) == (IMAGE.stale, IMAGE.epoch, IMAGE.holder)
+    assert ImageRecord.decode("/hci/x", back.encode()) == back
+    assert taken.is_behind(back)
+    assert taken.newer_than(third) == ()
+    last = taken.rolled_back(third)
+    assert (last.layer_ids, last.snapshots) == ([5, 3, 2, 1], taken.snapshots)
+    assert last.size_bytes == 2 * IMAGE.size_bytes
+
+
 def test_no_snapshot_is_taken_of_a_name_that_is_there_or_beyond_the_bound() -> None:
     with pytest.raises(AssertionError, match="unique"):
         IMAGE.with_snapshot("before upgrade", 0)

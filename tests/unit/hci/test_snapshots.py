@@ -1,4 +1,4 @@
-"""Which gateway is asked for a snapshot, and what is said of what it answers."""
+"""Which gateway is asked for a snapshot or a rollback, and what is said of what it answers."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +23,7 @@ from shard.errors import HciError
 from tests.cluster.etcd_server import free_ports
 from tests.unit.samples import GIB, node_record
 from vmstore.catalog import Catalog
+from vmstore.errors import UnknownSnapshot
 from vmstore.names import parse_snapshot_name
 
 NAME = parse_snapshot_name("vms/disk@s")
@@ -45,6 +46,10 @@ class Asked(GatewayControlServicer):
     def Snapshot(self, request: Any, context: Any) -> pb.SnapshotReply:  # noqa: N802
         self.asked.append((request.image_id, request.name))
         return self.answer(context)
+
+    def Rollback(self, request: Any, context: Any) -> pb.RollbackReply:  # noqa: N802
+        self.asked.append((request.image_id, request.name))
+        return pb.RollbackReply(created_s=5, dropped=["t"] if request.force else [])
 
 
 @pytest.fixture
@@ -155,3 +160,24 @@ def test_gateway_that_took_the_image_over_meanwhile_is_asked_next(
     with running(etcd, "first", moved) as first, running(etcd, "second", taken) as second:
         assert snapshots.create(CONFIG, catalog, NAME).held_ms == 3
     assert (len(first.asked), len(second.asked)) == (1, 1)
+
+
+def test_gateway_that_has_the_image_is_asked_to_roll_it_back(
+    etcd: MemoryEtcd, catalog: Catalog
+) -> None:
+    held = catalog.take_lease(
+        catalog.find(NAME.image),
+        gateway="far",
+        holder="a" * 32,
+        etcd_lease=etcd.grant_lease(1000),
+    )
+    catalog.change(held, held.record.with_snapshot("s", 5))
+    with running(etcd, "far", taken) as far:
+        assert list(snapshots.roll_back(CONFIG, catalog, NAME, force=True).dropped) == ["t"]
+        assert not snapshots.roll_back(CONFIG, catalog, NAME, force=False).dropped
+    assert far.asked == [(held.record.id, "s")] * 2
+
+
+def test_rollback_to_what_is_not_there_asks_no_gateway(catalog: Catalog) -> None:
+    with pytest.raises(UnknownSnapshot):
+        snapshots.roll_back(CONFIG, catalog, NAME, force=True)

@@ -19,7 +19,6 @@ from tests.unit.samples import GIB, node_record
 from vmstore.catalog import Catalog
 from vmstore.errors import (
     ForeignStore,
-    HasSnapshots,
     ImageExists,
     InUse,
     NoArbiter,
@@ -35,6 +34,7 @@ from vmstore.errors import (
     UnknownSnapshot,
 )
 from vmstore.names import ImageName, SnapshotName
+from vmstore.snapshot_errors import HasSnapshots
 from vmstore.stored import Stored
 
 CLUSTER = "c" * 32

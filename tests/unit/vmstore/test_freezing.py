@@ -1,4 +1,5 @@
-"""A snapshot as the holder of an image takes it: each step, and what may befall it there."""
+"""A snapshot as the holder of an image takes it, and a rollback to one: each step, and what may
+befall it there."""
 
 from dataclasses import replace
 
@@ -10,9 +11,10 @@ from vmstore import events, snapshot_steps, standing
 from vmstore import freezing as f
 from vmstore.freezing import Stage
 from vmstore.holder import Holder
+from vmstore.layer_changes import NewSnapshot, Rollback
 from vmstore.standing import Phase
 
-ORDER = events.TakeSnapshot("monday", 1_800_000_000)
+ORDER = events.ChangeLayers(NewSnapshot("monday", 1_800_000_000))
 TAKEN = record().with_snapshot("monday", 1_800_000_000)
 WITHDRAWN = TAKEN.without_newest_snapshot()
 
@@ -31,8 +33,8 @@ def storing() -> Holder:
     return holder
 
 
-def told(effects: list[wanted.Effect]) -> wanted.TellSnapshot | None:
-    found = [effect for effect in effects if isinstance(effect, wanted.TellSnapshot)]
+def told(effects: list[wanted.Effect]) -> wanted.TellLayers | None:
+    found = [effect for effect in effects if isinstance(effect, wanted.TellLayers)]
     assert len(found) <= 1
     return found[0] if found else None
 
@@ -48,10 +50,10 @@ def test_snapshot_is_frozen_then_taken_by_etcd_then_stored_then_told() -> None:
     holder = storing()
     assert holder.record == TAKEN
     assert holder.step(events.Stored(TAKEN.generation - 1)) == []
-    assert holder.step(events.Stored(TAKEN.generation)) == [wanted.TellSnapshot()]
+    assert holder.step(events.Stored(TAKEN.generation)) == [wanted.TellLayers()]
     assert holder.freezing.stage is Stage.NONE
     # And the next one, on top of it.
-    assert holder.step(events.TakeSnapshot("tuesday", 0)) == [wanted.Freeze(2)]
+    assert holder.step(events.ChangeLayers(NewSnapshot("tuesday", 0))) == [wanted.Freeze(2)]
     (change,) = changes(holder.step(events.Frozen(2)))
     assert change.after.layer_ids == [3, 2, 1]
 
@@ -205,13 +207,13 @@ def test_node_that_does_not_store_the_record_is_left_behind_as_a_slow_one() -> N
     (change,) = found
     assert change.after == replace(TAKEN, generation=3, stale={0: {"node3": 2}})
     holder.step(events.MembershipChanged(change.after))
-    assert holder.step(events.Stored(3)) == [wanted.TellSnapshot()]
+    assert holder.step(events.Stored(3)) == [wanted.TellLayers()]
 
 
 def test_snapshot_that_etcd_surely_does_not_have_thaws_and_fails() -> None:
     holder = changing()
     effects = holder.step(events.MembershipDelayed("no leader", maybe_taken=False))
-    assert effects == [wanted.Thaw(1), wanted.TellSnapshot("no leader")]
+    assert effects == [wanted.Thaw(1), wanted.TellLayers("no leader")]
     assert holder.proposal is None
     assert not holder.changes_record
     assert holder.step(events.Tick(5.0)) == []
@@ -224,14 +226,14 @@ def test_snapshot_that_etcd_may_have_waits_a_little_and_is_taken() -> None:
     again = holder.step(events.Tick(snapshot_steps.RETRY_S))
     assert again == [wanted.ChangeMembership(record(), TAKEN)]
     assert holder.step(events.MembershipChanged(TAKEN)) == [wanted.Reconfigure(TAKEN)]
-    assert holder.step(events.Stored(2)) == [wanted.TellSnapshot()]
+    assert holder.step(events.Stored(2)) == [wanted.TellLayers()]
 
 
 def late() -> Holder:
     """One that has let clients go on, and does not know what etcd has."""
     holder = changing()
     effects = holder.step(events.Tick(f.THAW_AFTER_S))
-    assert effects == [wanted.Thaw(1), wanted.TellSnapshot(failed=failure(effects))]
+    assert effects == [wanted.Thaw(1), wanted.TellLayers(failed=failure(effects))]
     assert "etcd did not answer within 1 s" in failure(effects)
     assert holder.changes_record
     return holder
@@ -288,13 +290,13 @@ def test_node_lost_while_the_others_store_it_is_left_behind_though_nobody_blocks
     effects = holder.step(events.MembershipChanged(change.after))
     assert effects == [wanted.Reconfigure(change.after)]
     assert holder.step(events.Stored(2)) == []
-    assert holder.step(events.Stored(3)) == [wanted.TellSnapshot()]
+    assert holder.step(events.Stored(3)) == [wanted.TellLayers()]
 
 
 def test_lost_image_tells_who_wanted_a_snapshot_of_it() -> None:
     for holder, unknown in ((changing(), False), (storing(), True)):
         effects = holder.step(events.Lost("another gateway has it"))
-        assert told(effects) == wanted.TellSnapshot("another gateway has it", unknown)
+        assert told(effects) == wanted.TellLayers("another gateway has it", unknown)
         assert wanted.KillImage() in effects
 
 
@@ -320,12 +322,12 @@ def test_close_while_etcd_is_asked_withdraws_what_it_took() -> None:
 def test_close_while_nodes_store_it_tells_how_that_ends() -> None:
     holder = storing()
     assert holder.step(events.Close()) == [wanted.CloseImage()]
-    assert holder.step(events.Stored(2)) == [wanted.TellSnapshot()]
+    assert holder.step(events.Stored(2)) == [wanted.TellLayers()]
     holder = storing()
     holder.step(events.Close())
     effects = holder.step(events.Closed(True))
     assert "before its nodes had stored it" in failure(effects)
-    assert told(effects) == wanted.TellSnapshot(failure(effects), unknown=True)
+    assert told(effects) == wanted.TellLayers(failure(effects), unknown=True)
     assert effects[-1] == wanted.Release(TAKEN, True)
 
 
@@ -436,3 +438,107 @@ def test_store_that_was_set_back_does_not_tell_whether_a_snapshot_was_stored() -
     effects = opened(ours, {"node1": back, "node2": view(TAKEN), "node3": view(TAKEN)})
     assert [change.after.layers for change in changes(effects)] == [TAKEN.layers]
     assert changes(effects)[0].after.stale == {0: {"node1": 0}}
+
+
+# Rollbacks
+
+SHOT = TAKEN.snapshots[0]
+BACK = events.ChangeLayers(Rollback("monday"))
+ROLLED_BACK = TAKEN.rolled_back(SHOT)
+
+
+def settled(ours: ImageRecord = TAKEN) -> Holder:
+    """One whose nodes in sync have stored its record."""
+    holder = gathering(ours)
+    for node in ours.membership.all_in_sync():
+        holder.step(events.Peeked(node, 1, 9, False, view(ours), 1))
+    assert wanted.Serve() in holder.step(events.Admitted())
+    return holder
+
+
+def going_back() -> Holder:
+    """One whose rollback waits for etcd."""
+    holder = settled()
+    assert holder.step(BACK) == [wanted.Freeze(1)]
+    assert holder.step(events.Frozen(1)) == [wanted.ChangeMembership(TAKEN, ROLLED_BACK)]
+    return holder
+
+
+def test_rollback_is_frozen_then_taken_by_etcd_then_stored_then_told() -> None:
+    holder = going_back()
+    assert ROLLED_BACK.layer_ids == [3, 1]
+    assert holder.step(events.MembershipChanged(ROLLED_BACK)) == [wanted.Reconfigure(ROLLED_BACK)]
+    assert holder.step(events.Stored(ROLLED_BACK.generation)) == [wanted.TellLayers()]
+    assert holder.record == ROLLED_BACK
+    assert holder.step(events.Close()) == [wanted.CloseImage()]
+
+
+def test_rollback_waits_for_etcd_since_no_client_does() -> None:
+    holder = going_back()
+    assert holder.step(events.MembershipDelayed("no answer", maybe_taken=True)) == []
+    assert holder.trouble == "a rollback waits: no answer"
+    again = holder.step(events.Tick(10 * f.THAW_AFTER_S))
+    assert again == [wanted.ChangeMembership(TAKEN, ROLLED_BACK)]
+    assert holder.step(events.MembershipChanged(ROLLED_BACK)) == [wanted.Reconfigure(ROLLED_BACK)]
+    assert holder.step(events.Stored(ROLLED_BACK.generation)) == [wanted.TellLayers()]
+
+
+def test_rollback_that_etcd_surely_does_not_have_fails_and_leaves_all_as_it_was() -> None:
+    holder = going_back()
+    effects = holder.step(events.MembershipDelayed("no leader", maybe_taken=False))
+    assert effects == [wanted.Thaw(1), wanted.TellLayers("no leader")]
+    assert (holder.record, holder.changes_record) == (TAKEN, False)
+    assert holder.step(events.Tick(5.0)) == []
+
+
+def test_close_while_etcd_is_asked_for_a_rollback_waits_until_that_is_known() -> None:
+    """By neither record the image could be closed: etcd may have either."""
+    holder = going_back()
+    assert holder.step(events.Close()) == []
+    holder.step(events.MembershipChanged(ROLLED_BACK))
+    assert holder.step(events.Stored(ROLLED_BACK.generation)) == [wanted.TellLayers()]
+    assert holder.step(events.Close()) == [wanted.CloseImage()]
+    assert holder.step(events.Closed(True)) == [wanted.Release(ROLLED_BACK, True)]
+
+
+def test_lost_image_tells_that_it_is_not_known_whether_it_was_rolled_back() -> None:
+    effects = going_back().step(events.Lost("another gateway has it"))
+    assert told(effects) == wanted.TellLayers("another gateway has it", unknown=True)
+
+
+def test_close_before_etcd_is_asked_for_a_rollback_gives_it_up() -> None:
+    holder = settled()
+    holder.step(BACK)
+    effects = holder.step(events.Close())
+    assert effects[0] == wanted.Thaw(1)
+    assert told(effects) == wanted.TellLayers(failure(effects), unknown=False)
+
+
+def test_node_lost_while_the_others_store_a_rollback_is_left_behind() -> None:
+    holder = going_back()
+    holder.step(events.MembershipChanged(ROLLED_BACK))
+    (change,) = changes(holder.step(events.ReplicaDown("node3", blocking=False)))
+    later = ROLLED_BACK.generation
+    assert change.after == replace(ROLLED_BACK, generation=later + 1, stale={0: {"node3": later}})
+
+
+def test_heal_ends_before_a_rollback_and_begins_anew_after_it() -> None:
+    """It copied layers that were gone when its copies came."""
+    holder = settled(replace(TAKEN, stale={0: {"node3": 1}}))
+    assert holder.record is not None
+    (heal,) = holder.step(peeked("node3", serial=7))
+    assert isinstance(heal, wanted.Heal)
+    assert holder.step(BACK) == [wanted.EndHeal(heal.attempt), wanted.Freeze(1)]
+    (change,) = changes(holder.step(events.Frozen(1)))
+    assert change.after == holder.record.rolled_back(SHOT)
+    holder.step(events.MembershipChanged(change.after))
+    holder.step(events.Stored(change.after.generation))
+    (again,) = holder.step(events.Tick(60.0))
+    assert isinstance(again, wanted.Heal)
+
+
+def test_new_holder_keeps_a_rollback_that_no_node_has_stored() -> None:
+    """Its top is empty, and what is below has been frozen for long: it holds, whoever heard."""
+    ours = replace(ROLLED_BACK, epoch=4)
+    effects = opened(ours, dict.fromkeys(NODES, view(TAKEN)))
+    assert effects == [wanted.Admit(NODES, False, (1, 2, 3))]

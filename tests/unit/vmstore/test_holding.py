@@ -502,8 +502,37 @@ def test_change_of_layers_that_is_none_is_a_defect(cluster: Cluster) -> None:
         ({"next_layer": 1}, "no layer's id is used twice"),
         ({"snapshots": ()}, "with one snapshot"),
         ({"layers": held.record.layers}, "a layer of its own"),
-        ({"layers": (Layer(id=9), *after.layers), "next_layer": 10}, "one layer comes"),
+        ({"layers": (Layer(id=9), *after.layers), "next_layer": 10}, "newer ones go"),
+        ({"size_bytes": 2 * GIB}, "and nothing else"),
     ):
         with pytest.raises(AssertionError, match=problem):
             cluster.holding.change(held, replace(after, **changes))  # type: ignore[arg-type]
     assert cluster.image == held.image
+
+
+def test_rollback_is_stored_with_the_size_of_its_snapshot(cluster: Cluster) -> None:
+    held = cluster.open(1)
+    first = cluster.holding.change(held, held.record.with_snapshot("s", 5))
+    second = cluster.holding.change(first, first.record.with_snapshot("t", 6))
+    grown = cluster.holding.resize(second, 2 * held.record.size_bytes)
+    after = grown.record.rolled_back(grown.record.snapshots[0])
+    back = cluster.holding.change(grown, after)
+    assert back.record == cluster.image.record == after
+    assert (back.record.layer_ids, back.record.next_layer) == ([4, 1], 5)
+    assert back.record.size_bytes == held.record.size_bytes
+    assert cluster.holding.change(grown, after) == back
+
+
+def test_rollback_that_is_none_is_a_defect(cluster: Cluster) -> None:
+    held = cluster.open(1)
+    taken = cluster.holding.change(held, held.record.with_snapshot("s", 5))
+    after = taken.record.rolled_back(taken.record.snapshots[0])
+    for changes, problem in (
+        ({"next_layer": 3}, "the top goes"),
+        ({"snapshots": ()}, "one goes back to a snapshot"),
+        ({"layers": (Layer(id=3),)}, "and the layers above"),
+        ({"size_bytes": 2 * GIB}, "has its size"),
+    ):
+        with pytest.raises(AssertionError, match=problem):
+            cluster.holding.change(taken, replace(after, **changes))  # type: ignore[arg-type]
+    assert cluster.image == taken.image

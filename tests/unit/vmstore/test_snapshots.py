@@ -11,17 +11,15 @@ from etcd.memory import Fault
 from shard.errors import HciError
 from tests.unit.vmstore.gateway import GIB, WAIT_S, ScriptedGateway, scripted_gateway
 from vmstore import orders
-from vmstore.errors import (
-    BeingResized,
-    BeingSnapshotted,
-    RecordsLost,
-    SnapshotExists,
-    SnapshotFailed,
-    TooManyOrders,
-    TooManySnapshots,
-)
+from vmstore.errors import BeingResized, RecordsLost, TooManyOrders
 from vmstore.names import ImageName, parse_image_name
 from vmstore.open_image import TakenSnapshot
+from vmstore.snapshot_errors import (
+    BeingSnapshotted,
+    SnapshotExists,
+    SnapshotFailed,
+    TooManySnapshots,
+)
 from vmstore.stored import Stored
 
 

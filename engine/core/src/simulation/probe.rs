@@ -22,6 +22,12 @@ impl World {
         run.store.image(image).map(|record| record.chain.layers().to_vec())
     }
 
+    /// The layers of which a running node has anything, in order.
+    pub fn node_layers_held(&self, node: usize, image: &ImageId) -> Vec<LayerId> {
+        let run = self.nodes[node].sim.run.as_ref();
+        run.and_then(|run| run.store.layers_held(image).ok()).unwrap_or_default()
+    }
+
     /// What a running node holds.
     pub fn inventory(&self, node: usize) -> Inventory {
         let run = self.nodes[node].sim.run.as_ref();

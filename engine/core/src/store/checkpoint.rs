@@ -18,10 +18,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytes::BytesMut;
 
 use crate::checksum::checksum_of;
-use crate::geometry::{BLOCK_BYTES, ImageId, ShardKey, Tag};
+use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, ShardKey, Tag};
 
 use super::disk::{Disk, DiskResult, Errno, FileRef};
-use super::images::{ImageRecord, image_folder, write_record_file};
+use super::images::{ImageRecord, image_folder, layer_folder, write_record_file};
 use super::index::{Place, Run};
 use super::log::{SyncGate, create_segment};
 use super::read::{ReadBuffer, read_singly, read_whole};
@@ -35,6 +35,8 @@ const BLOCK: usize = BLOCK_BYTES as usize;
 const COPY_BYTES_MAX: usize = 1 << 20;
 /// Files that a job holds open, and syncs together.
 const OPEN_FILES_MAX: usize = 128;
+/// Files of dropped layers that a job removes, so that the log does not wait long for its room.
+const DROPPED_FILES_MAX: usize = 256;
 
 /// One shard's part of a checkpoint.
 struct ShardPlan {
@@ -88,6 +90,7 @@ pub struct CheckpointJob {
     shards: Vec<ShardPlan>,
     records: Vec<(ImageId, ImageRecord)>,
     deletes: Vec<ImageId>,
+    drops: Vec<(ImageId, LayerId)>,
     create: Vec<u32>,
     segment_bytes: u32,
 }
@@ -102,6 +105,8 @@ pub struct CheckpointDone {
     tail_version: Option<u64>,
     metas: Vec<(ShardKey, Arc<ShardMeta>)>,
     created: Vec<(u32, FileRef)>,
+    /// Layers of which nothing is left.
+    dropped: Vec<(ImageId, LayerId)>,
 }
 
 /// Why a checkpoint stopped.
@@ -160,6 +165,7 @@ impl Store {
             shards,
             records,
             deletes: self.state.images.pending_deletes().to_vec(),
+            drops: self.state.images.pending_drops().iter().copied().collect(),
             create: self.log.slots_wanted(),
             segment_bytes: self.log.segment_bytes(),
         }))
@@ -230,8 +236,9 @@ impl Store {
         if let Err(failure) = done.outcome {
             let images = &self.state.images;
             let left = running.filter(Running::is_writing).map(|running| running.keys);
-            let left = left.into_iter().flatten().filter(|key| !images.is_deleted(&key.image));
-            self.unsettled.extend(left);
+            let left = left.into_iter().flatten();
+            let stays = |key: &ShardKey| !images.is_deleted(&key.image) && !images.is_dropped(key);
+            self.unsettled.extend(left.filter(stays));
             return Err(match failure.retry {
                 true => StoreError::NoSpace,
                 false => self.fail(failure.errno),
@@ -243,7 +250,7 @@ impl Store {
             let weight = meta.weight();
             self.metas.refresh(&key, meta, weight);
         }
-        self.state.images.settled(&done.job.records, &done.job.deletes);
+        self.state.images.settled(&done.job.records, &done.job.deletes, &done.dropped);
         if let Some(Retirement { segment, .. }) = done.job.retire {
             let images = &self.state.images;
             self.state.index.retain(|key| images.get(&key.image).is_some());
@@ -260,7 +267,9 @@ impl CheckpointJob {
     pub fn run(self) -> CheckpointDone {
         let (outcome, log_synced, metas, created) = (Ok(()), false, Vec::new(), Vec::new());
         let (job, tail_version) = (self, None);
-        let mut done = CheckpointDone { job, outcome, log_synced, tail_version, metas, created };
+        let dropped = Vec::new();
+        let mut done =
+            CheckpointDone { job, outcome, log_synced, tail_version, metas, created, dropped };
         done.outcome = done.work();
         done
     }
@@ -277,13 +286,19 @@ impl CheckpointDone {
                 Err(errno) => return Err(errno.into()),
             }
         }
-        if job.retire.is_none() && job.deletes.is_empty() {
+        if job.retire.is_none() && job.deletes.is_empty() && job.drops.is_empty() {
             return Ok(());
         }
         job.gate.sync(&job.unsynced).map_err(|errno| Failure { errno, retry: false })?;
         self.log_synced = true;
         // Before anything that needs space: on a full disk they make the room.
         job.deletes.iter().try_for_each(|image| delete_files(&*job.disk, image))?;
+        let mut files = DROPPED_FILES_MAX;
+        for (image, layer) in job.drops.iter().copied() {
+            if remove_layer(&*job.disk, &layer_folder(&image, layer), &mut files)? {
+                self.dropped.push((image, layer));
+            }
+        }
         if let Some(Retirement { begun, seed, .. }) = &job.retire {
             job.shards.iter_mut().try_for_each(|plan| plan.note_rot(&*job.disk))?;
             begun.write(&*job.disk, *seed)?;
@@ -484,7 +499,7 @@ fn kept_tags(plan: &ShardPlan, old: &ShardMeta) -> Box<[(u32, Tag)]> {
 /// The folders whose names lead to a shard's file.
 fn parents(key: &ShardKey) -> [String; 4] {
     let image = image_folder(&key.image);
-    [String::from("images"), image.clone(), format!("{image}/{}", key.layer), shard_folder(key)]
+    [String::from("images"), image, layer_folder(&key.image, key.layer), shard_folder(key)]
 }
 
 fn create_shard(
@@ -503,6 +518,23 @@ fn delete_files(disk: &dyn Disk, image: &ImageId) -> DiskResult<()> {
     disk.create(&format!("deleted/{image}"))?;
     disk.sync_dir("deleted")?;
     remove_tree(disk, &image_folder(image), 4)
+}
+
+/// Removes a layer's files, `files` of them at most, then its folders; whether nothing is left of it.
+fn remove_layer(disk: &dyn Disk, folder: &str, files: &mut usize) -> DiskResult<bool> {
+    for spread in disk.list(folder)? {
+        let spread = format!("{folder}/{spread}");
+        for name in disk.list(&spread)? {
+            if *files == 0 {
+                return Ok(false);
+            }
+            *files -= 1;
+            disk.unlink(&format!("{spread}/{name}"))?;
+        }
+        disk.remove_dir(&spread)?;
+    }
+    disk.remove_dir(folder)?;
+    Ok(true)
 }
 
 /// Removes a folder of at most `depth` levels.

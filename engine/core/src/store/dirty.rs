@@ -10,6 +10,7 @@ use crate::geometry::{ImageId, LayerId, Tag};
 use crate::rules::{Rule, broken};
 
 use super::encoding::{Reader, push_u32, push_u64, put_text};
+use super::images::Chain;
 use super::index::KeyMap;
 
 /// Bytes of an entry in a snapshot.
@@ -86,6 +87,13 @@ impl DirtyEntry {
             (self.sticky, self.settled) = (true, self.last);
         }
     }
+
+    /// What its shard's records do not say of its generation.
+    fn leaves(&self, shard: u64) -> Option<Dropped> {
+        let (layer, generation) = (self.layer, self.generation);
+        let leaves = generation > self.written && !broken(Rule::GenerationOutlivesEntry);
+        leaves.then_some(Dropped { shard, layer, generation })
+    }
 }
 
 impl DirtyMaps {
@@ -125,7 +133,8 @@ impl DirtyMaps {
     }
 
     /// A record of `generation` wrote to the shard, with tags from `lowest` to `highest`. What
-    /// `observed` names is observed first.
+    /// `observed` names is observed first. The layer that was written to before keeps the generation that the
+    /// shard counted as written in, for the day on which this one is dropped.
     pub fn wrote(
         &mut self,
         image: &ImageId,
@@ -133,7 +142,7 @@ impl DirtyMaps {
         (lowest, highest): (Tag, Tag),
         generation: u64,
         observed: (u64, u64),
-    ) {
+    ) -> Option<Dropped> {
         let map = self.images.entry(*image).or_default();
         if observed.0 > map.epoch || observed.1 > map.generation {
             map.observe(observed.0, observed.1);
@@ -146,11 +155,25 @@ impl DirtyMaps {
             let (settled, written, sticky) = (Tag::NONE, generation, false);
             DirtyEntry { last, first, settled, generation, written, layer, sticky }
         });
+        let left = (entry.layer != layer).then(|| entry.leaves(shard)).flatten();
+        if entry.layer != layer {
+            entry.written = generation;
+        }
         entry.last = entry.last.max(highest);
         entry.first = entry.first.min(lowest);
         entry.generation = entry.generation.max(generation).max(current);
         entry.written = entry.written.max(generation);
         entry.layer = layer;
+        left
+    }
+
+    /// The image has these layers and no others: entries whose last write was to one that is gone are of the
+    /// top one, and leave no generation of that write.
+    pub fn keep_layers(&mut self, image: &ImageId, chain: &Chain) {
+        let Some(map) = self.images.get_mut(image) else { return };
+        for entry in map.shards.values_mut().filter(|entry| !chain.has(entry.layer)) {
+            (entry.layer, entry.written) = (chain.layers()[0], entry.generation);
+        }
     }
 
     /// A client's change was written, with this tag. It may be one of before that is asked again, since the
@@ -219,10 +242,8 @@ impl DirtyMaps {
             map.shards.retain(|shard, entry| {
                 let keep = !gone(*shard, entry);
                 *entries -= usize::from(!keep);
-                let leaves = !keep && entry.generation > entry.written;
-                if leaves && !broken(Rule::GenerationOutlivesEntry) {
-                    let (layer, generation) = (entry.layer, entry.generation);
-                    dropped.push(Dropped { shard: *shard, layer, generation });
+                if !keep {
+                    dropped.extend(entry.leaves(*shard));
                 }
                 keep
             });

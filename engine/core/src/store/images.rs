@@ -2,15 +2,21 @@
 //! deleted. A record goes through the log and, before its segment is recycled, to
 //! `images/ID/record`; a tombstone likewise to `deleted/ID`, for ever.
 //!
+//! A layer that an image's new record does not name is dropped: what the log has of it counts no more, and
+//! checkpoints remove its files in bounded steps. What an interruption left of them is found at the next open
+//! by its folder, which no record names; so ids of layers are never used again.
+//!
 //! Invariant: epoch and generation of a stored record never decrease, an epoch never changes its
 //! holder, a generation never its digest nor its layers, an image never its shard size.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::geometry::{ImageId, LAYERS_MAX, LayerId, SHARD_BYTES_MAX, SHARD_BYTES_MIN, SnapshotId};
+use crate::geometry::{
+    ImageId, LAYERS_MAX, LayerId, SHARD_BYTES_MAX, SHARD_BYTES_MIN, ShardKey, SnapshotId,
+};
 use crate::rules::{Rule, broken};
 
 use super::disk::{Disk, DiskResult, Errno};
@@ -19,7 +25,7 @@ use super::errors::StoreError;
 use super::index::KeyMap;
 
 const MAGIC: &[u8; 8] = b"HCIIMAGE";
-/// Longest body of a record, and most layers, and snapshots, of an image.
+/// Longest body of a record.
 pub const BODY_BYTES_MAX: usize = 64 << 10;
 
 /// The part of an image's record that the store judges by.
@@ -60,6 +66,10 @@ impl Chain {
         &self.0
     }
 
+    pub fn has(&self, layer: LayerId) -> bool {
+        self.0.binary_search_by(|at| layer.cmp(at)).is_ok()
+    }
+
     /// Whether `lower` is what lies below some layer of this chain: it does not change any more.
     pub fn has_frozen(&self, lower: &Chain) -> bool {
         self.0.len() > lower.0.len() && self.0.ends_with(&lower.0)
@@ -92,6 +102,8 @@ pub struct Images {
     deleted: HashSet<ImageId>,
     /// Deleted images whose tombstone file or data files are still to be dealt with.
     pending_deletes: Vec<ImageId>,
+    /// Layers that no record names any more, and that may have files still.
+    pending_drops: BTreeSet<(ImageId, LayerId)>,
 }
 
 impl Images {
@@ -139,27 +151,53 @@ impl Images {
         }
         let conflict = (head.epoch == stored.epoch && head.holder != stored.holder)
             || (head.generation == stored.generation && (head.digest != stored.digest || !equal))
-            || head.shard_bytes != stored.shard_bytes;
+            || head.shard_bytes != stored.shard_bytes
+            || record.chain.layers().iter().any(|l| self.pending_drops.contains(&(*image, *l)));
         if conflict && !broken(Rule::EqualRecordsAgree) {
             return Err(StoreError::RecordConflict { stored: Box::new(stored) });
         }
         Ok(())
     }
 
-    /// Stores a record that `check` let pass, or one from the log. One that is older than what the
-    /// file held is skipped: the log may lag behind the file.
-    pub fn put(&mut self, image: ImageId, record: ImageRecord) {
+    /// Stores a record that `check` let pass, or one from the log, and says whether it drops layers. One
+    /// that is older than what the file held is skipped: the log may lag behind the file.
+    pub fn put(&mut self, image: ImageId, record: ImageRecord) -> bool {
         if self.deleted.contains(&image) {
-            return;
+            return false;
         }
+        let mut dropped = Vec::new();
         if let Some(known) = self.known.get(&image) {
             let (old, new) = (&known.record.head, &record.head);
             let older = (new.epoch, new.generation) < (old.epoch, old.generation);
             if older && !broken(Rule::RecordsGrow) {
-                return;
+                return false;
             }
+            let before = known.record.chain.layers().iter().copied();
+            dropped.extend(before.filter(|layer| !record.chain.has(*layer)));
         }
         self.known.insert(image, Known { record, persisted: false });
+        if !broken(Rule::DroppedLayersGo) {
+            self.pending_drops.extend(dropped.iter().map(|layer| (image, *layer)));
+        }
+        !dropped.is_empty()
+    }
+
+    /// Whether the shard is of a layer that its image's record does not name.
+    pub fn is_dropped(&self, key: &ShardKey) -> bool {
+        let record = self.get(&key.image);
+        record.is_some_and(|record| !record.chain.has(key.layer)) && !broken(Rule::DroppedLayersGo)
+    }
+
+    /// A layer of the image that has files.
+    pub fn found_layer(&mut self, image: ImageId, layer: LayerId) {
+        if self.is_dropped(&ShardKey { image, layer, shard: 0 }) {
+            self.pending_drops.insert((image, layer));
+        }
+    }
+
+    /// Dropped layers whose files are to be removed.
+    pub fn pending_drops(&self) -> &BTreeSet<(ImageId, LayerId)> {
+        &self.pending_drops
     }
 
     /// A record read from its file.
@@ -170,6 +208,7 @@ impl Images {
     /// Deletes for ever. The files are dealt with by the next checkpoint.
     pub fn delete(&mut self, image: ImageId) {
         self.known.remove(&image);
+        self.pending_drops.retain(|(of, _)| *of != image);
         if self.deleted.insert(image) {
             self.pending_deletes.push(image);
         }
@@ -199,8 +238,13 @@ impl Images {
         list
     }
 
-    /// A checkpoint has written these records and carried out these deletes.
-    pub fn settled(&mut self, records: &[(ImageId, ImageRecord)], deletes: &[ImageId]) {
+    /// A checkpoint has written these records, carried out these deletes, and removed these layers.
+    pub fn settled(
+        &mut self,
+        records: &[(ImageId, ImageRecord)],
+        deletes: &[ImageId],
+        dropped: &[(ImageId, LayerId)],
+    ) {
         for (image, record) in records {
             if let Some(known) = self.known.get_mut(image)
                 && known.record == *record
@@ -209,12 +253,23 @@ impl Images {
             }
         }
         self.pending_deletes.retain(|image| !deletes.contains(image));
+        dropped.iter().for_each(|layer| _ = self.pending_drops.remove(layer));
     }
 }
 
 /// Folder of an image's files.
 pub fn image_folder(image: &ImageId) -> String {
     format!("images/{image}")
+}
+
+/// Folder of a layer's shard files.
+pub fn layer_folder(image: &ImageId, layer: LayerId) -> String {
+    format!("images/{image}/{layer}")
+}
+
+/// The layer whose folder has this name.
+pub fn listed_layer(name: &str) -> Option<LayerId> {
+    name.parse::<LayerId>().ok().filter(|layer| layer.to_string() == name)
 }
 
 /// Appends a record's head and body, as in the log.

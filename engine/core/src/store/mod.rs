@@ -317,7 +317,8 @@ impl Store {
         self.checkpointing.is_none()
             && (self.log.wants_checkpoint()
                 || self.log.wants_growth()
-                || !self.state.images.pending_deletes().is_empty())
+                || !self.state.images.pending_deletes().is_empty()
+                || !self.state.images.pending_drops().is_empty())
     }
 
     /// (capacity, free) of the store's file system, in bytes.

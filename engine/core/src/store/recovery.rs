@@ -14,7 +14,7 @@ use crate::geometry::{ImageId, ShardKey};
 use super::cache::Cache;
 use super::disk::{Disk, DiskResult, Errno};
 use super::encoding::{Reader, push_u32, push_u64};
-use super::images::read_record_file;
+use super::images::{image_folder, listed_layer, read_record_file};
 use super::log::{Log, LogParameters, PAGE_BYTES, create_segment};
 use super::replay::{Recovered, recover_log};
 use super::state::State;
@@ -127,10 +127,13 @@ impl Store {
         let mut state = State::default();
         let records_damaged = load_images(&*disk, &mut state)?;
         let recovered = recover_log(&*disk, &superblock, state)?;
-        let Recovered { state, live, free, next_lsn, records, tail, damaged } = recovered;
+        let Recovered { mut state, live, free, next_lsn, records, tail, damaged } = recovered;
         superblock.damaged |= damaged || records_damaged;
         if damaged || records_damaged {
             superblock.save(&*disk)?;
+        }
+        if !superblock.damaged {
+            find_layers(&*disk, &mut state)?;
         }
         disk.sync_dir("log")?;
         disk.sync_dir("deleted")?;
@@ -231,6 +234,17 @@ fn load_images(disk: &dyn Disk, state: &mut State) -> Result<bool, StoreError> {
         }
     }
     Ok(damaged)
+}
+
+/// Finds what is left of layers that were dropped. The log has told every record by now.
+fn find_layers(disk: &dyn Disk, state: &mut State) -> DiskResult<()> {
+    let images: Vec<ImageId> = state.images.ids().collect();
+    for image in images {
+        let names = disk.list(&image_folder(&image))?;
+        let layers = names.iter().filter_map(|name| listed_layer(name));
+        layers.for_each(|layer| state.images.found_layer(image, layer));
+    }
+    Ok(())
 }
 
 /// Shards that an interrupted checkpoint may have torn. It had all that it wrote from the log, which still

@@ -106,6 +106,7 @@ pub fn recover_log(
     found.iter().for_each(|segment| segment.file.allow_read_ahead(true));
     damaged |= proof.max(tail.durable_lsn) >= next_lsn;
     state.drop_deleted();
+    state.drop_unnamed();
     state.observe_records();
     if !broken(Rule::StickyAfterRestart) {
         state.dirty.all_sticky();

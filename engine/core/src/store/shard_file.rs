@@ -17,6 +17,7 @@ use crate::geometry::{BLOCK_BYTES, ShardKey, Tag};
 use super::BlockState;
 use super::disk::{DiskFile, DiskResult};
 use super::encoding::{Reader, push_u32, push_u64};
+use super::images::layer_folder;
 use super::log::PAGE_BYTES;
 
 const MAGIC: u32 = 0x5353_4348;
@@ -101,7 +102,7 @@ pub fn shard_path(key: &ShardKey) -> String {
 
 /// Folder of a shard's file: spread over 256 by the index's low byte.
 pub fn shard_folder(key: &ShardKey) -> String {
-    format!("images/{}/{}/{:02x}", key.image, key.layer, key.shard & 0xff)
+    format!("{}/{:02x}", layer_folder(&key.image, key.layer), key.shard & 0xff)
 }
 
 /// Bytes that each slot has in the file.

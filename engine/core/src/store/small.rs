@@ -18,8 +18,11 @@ impl Store {
     /// sticky.
     ///
     /// Refuses a lower epoch or generation (`RecordLower`), and an equal epoch of another holder or
-    /// an equal generation of another digest or other layers (`RecordConflict`). Of a distrusted image only a holder
-    /// that was told so stores one, when the cluster's record says that nothing here counts.
+    /// an equal generation of another digest or other layers (`RecordConflict`); so one that names a
+    /// layer whose files are being removed. Of a distrusted image only a holder that was told so
+    /// stores one, when the cluster's record says that nothing here counts.
+    ///
+    /// Layers that it does not name any more are dropped.
     pub fn put_record(&mut self, image: ImageId, record: ImageRecord) -> Result<u64, StoreError> {
         self.check()?;
         self.state.images.check(&image, &record)?;
@@ -29,7 +32,12 @@ impl Store {
         let mut extra = Vec::new();
         encode_record(&record, &mut extra);
         let staged = self.stage_small(Header::new(Kind::Image, image), &extra, Class::Small)?;
-        self.state.apply_image(image, record);
+        if self.state.apply_image(image, record) {
+            let images = &self.state.images;
+            self.metas.retain(|key| !images.is_dropped(key));
+            self.files.retain(|key| !images.is_dropped(key));
+            self.unsettled.retain(|key| !images.is_dropped(key));
+        }
         self.distrusted.remove(&image);
         Ok(staged.lsn)
     }

@@ -5,6 +5,7 @@
 
 use crate::checksum::Checksum;
 use crate::geometry::{BLOCK_BYTES, ImageId, ShardKey, Tag};
+use crate::rules::{Rule, broken};
 
 use super::dirty::{DirtyMaps, Dropped};
 use super::encoding::{Reader, push_u32, push_u64, put_text};
@@ -34,7 +35,7 @@ impl State {
         stamp: Stamp,
     ) {
         let tag = stamp.tag();
-        self.wrote(&key, tag, stamp);
+        self.wrote(&key, tag, stamp, place);
         let shard = self.index.touch(key, place, stamp.generation);
         let mut place = place;
         for (block, checksum) in (first_block..).zip(checksums) {
@@ -48,7 +49,7 @@ impl State {
     /// A record that makes consecutive blocks absent or zero.
     pub fn apply_zero(&mut self, header: &Header, state: BlockState, place: Place) {
         let tag = header.stamp.tag();
-        self.wrote(&header.key, tag, header.stamp);
+        self.wrote(&header.key, tag, header.stamp, place);
         let shard = self.index.touch(header.key, place, header.stamp.generation);
         let (length, keep_allocated) = (header.blocks, header.keep_allocated);
         shard.insert(
@@ -57,10 +58,11 @@ impl State {
         );
     }
 
-    fn wrote(&mut self, key: &ShardKey, tag: Tag, stamp: Stamp) {
+    fn wrote(&mut self, key: &ShardKey, tag: Tag, stamp: Stamp, place: Place) {
         let observed = (stamp.epoch, stamp.generation);
         let shard = (key.shard, key.layer);
-        self.dirty.wrote(&key.image, shard, (tag, tag), stamp.generation, observed);
+        let left = self.dirty.wrote(&key.image, shard, (tag, tag), stamp.generation, observed);
+        self.leave_generations(&key.image, left.as_slice(), place);
         self.dirty.changed(&key.image, key.shard, tag);
     }
 
@@ -75,7 +77,9 @@ impl State {
         let tags = || blocks.iter().map(|block| block.tag).filter(|tag| *tag != Tag::NONE);
         if let (Some(lowest), Some(highest)) = (tags().min(), tags().max()) {
             let shard = (key.shard, key.layer);
-            self.dirty.wrote(&key.image, shard, (lowest, highest), generation, (0, 0));
+            let tags = (lowest, highest);
+            let left = self.dirty.wrote(&key.image, shard, tags, generation, (0, 0));
+            self.leave_generations(&key.image, left.as_slice(), place);
         }
         let shard = self.index.touch(key, place, generation);
         let mut next = place;
@@ -91,10 +95,25 @@ impl State {
         }
     }
 
-    /// A record of an image.
-    pub fn apply_image(&mut self, image: ImageId, record: ImageRecord) {
-        self.dirty.observe(&image, record.head.epoch, record.head.generation);
-        self.images.put(image, record);
+    /// A record of an image; gives whether layers of it are dropped.
+    pub fn apply_image(&mut self, image: ImageId, record: ImageRecord) -> bool {
+        let (head, chain) = (record.head, record.chain.clone());
+        self.dirty.observe(&image, head.epoch, head.generation);
+        let dropped = self.images.put(image, record);
+        if dropped {
+            self.drop_unnamed();
+        }
+        let stored = self.images.get(&image).is_some_and(|record| record.head == head);
+        if stored && !broken(Rule::DroppedLayersGo) {
+            self.dirty.keep_layers(&image, &chain);
+        }
+        dropped
+    }
+
+    /// Drops what the log has of layers that no record names any more.
+    pub fn drop_unnamed(&mut self) {
+        let State { index, images, .. } = self;
+        index.retain(|key| !images.is_dropped(key));
     }
 
     /// A clear.
@@ -167,7 +186,7 @@ impl State {
                 let blocks = decode_copy(extra)?;
                 self.apply_copy(header.key, &blocks, place, header.stamp.generation);
             }
-            Kind::Image => self.apply_image(image, decode_record(&mut reader)?),
+            Kind::Image => _ = self.apply_image(image, decode_record(&mut reader)?),
             Kind::Clear => {
                 let peers = decode_peers(&mut reader)?;
                 self.apply_clear(&image, header.stamp.tag(), &peers, place);

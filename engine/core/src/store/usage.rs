@@ -3,9 +3,13 @@
 use std::sync::Arc;
 
 use crate::geometry::ImageId;
+#[cfg(any(test, feature = "simulation"))]
+use crate::geometry::LayerId;
 
 use super::disk::{Disk, DiskResult, Errno};
 use super::images::image_folder;
+#[cfg(any(test, feature = "simulation"))]
+use super::images::listed_layer;
 
 /// Counts in any thread, beside a working store.
 #[derive(Clone)]
@@ -54,5 +58,18 @@ impl super::Store {
         let data = shards.flat_map(|(_, shard)| shard.runs());
         let blocks = data.filter(|(_, run)| run.state == super::BlockState::Data).count();
         blocks as u64 * u64::from(crate::geometry::BLOCK_BYTES)
+    }
+
+    /// Layers of the image of which anything is here, in the log, the dirty map or files.
+    #[cfg(any(test, feature = "simulation"))]
+    pub fn layers_held(&self, image: &ImageId) -> DiskResult<Vec<LayerId>> {
+        let names = self.disk.list(&image_folder(image))?;
+        let mut layers: Vec<_> = names.iter().filter_map(|name| listed_layer(name)).collect();
+        layers.extend(self.state.dirty.of(image).map(|(_, entry)| entry.layer));
+        let logged = self.state.index.iter().filter(|(key, _)| key.image == *image);
+        layers.extend(logged.map(|(key, _)| key.layer));
+        layers.sort_unstable();
+        layers.dedup();
+        Ok(layers)
     }
 }

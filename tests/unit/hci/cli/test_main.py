@@ -207,6 +207,8 @@ def test_help_shows_no_value_for_what_takes_none(hci: Run) -> None:
         (("snapshot", "create", "vms/there@"), "the snapshot name '' is empty"),
         (("snapshot", "create", "vms/there@\udcff"), "is not UTF-8"),
         (("snapshot", "create", "vms/there@s"), "gateway1 does not answer at"),
+        (("snapshot", "rollback", "vms/there"), "names no snapshot: write POOL/IMAGE@NAME"),
+        (("snapshot", "rollback", "vms/there@s"), "vms/there has no snapshot s; `hci snapshot ls"),
         (("snapshot", "info", "vms/there@s"), "vms/there has no snapshot s; `hci snapshot ls"),
         (("snapshot", "ls", "none"), "there is no pool none"),
         (("snapshot", "ls", "vms/none"), "there is no image vms/none"),

@@ -16,7 +16,7 @@ use bytes::{Bytes, BytesMut};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 pub const NODES: usize = 3;
-const IMAGE: ImageId = ImageId([0xA1; 16]);
+pub const IMAGE: ImageId = ImageId([0xA1; 16]);
 const SHARD_BYTES: u32 = 1 << 20;
 /// Requests go to regions of two blocks on either side of a shard's end, of two shards each.
 const REGIONS: usize = 4;
@@ -129,8 +129,15 @@ impl Cluster {
 
     fn with_log(seed: u64, faults: Faults, log: LogSize) -> Cluster {
         let in_sync = NodeMask((1 << NODES) - 1);
-        let record =
-            Stored { epoch: 1, generation: 1, in_sync, top: 1, frozen: [0; 64], since: [0; 8] };
+        let record = Stored {
+            epoch: 1,
+            generation: 1,
+            in_sync,
+            top: 1,
+            dropped: 0,
+            frozen: [0; 64],
+            since: [0; 8],
+        };
         let mut cluster = Cluster {
             random: Seeded::new(seed),
             now: 1,
@@ -643,13 +650,12 @@ impl Cluster {
 
     /// Asserts that each node in sync holds of every snapshot what it held when it was taken.
     fn check_snapshots(&mut self) {
-        let Stored { in_sync, top, .. } = self.policy.record;
-        for snapshot in 1..top {
-            let layers: Vec<LayerId> = (1..=snapshot).rev().collect();
-            for node in in_sync.iter() {
-                let content = self.content_of(node, &layers);
-                let expected = &self.frozen[&snapshot];
-                assert!(content == *expected, "node {node} holds another snapshot {snapshot}");
+        let all = self.policy.record.layers();
+        for layers in (1..all.len()).map(|first| &all[first..]) {
+            for node in self.policy.record.in_sync.iter() {
+                let content = self.content_of(node, layers);
+                let expected = &self.frozen[&layers[0]];
+                assert!(content == *expected, "node {node} holds another snapshot {layers:?}");
             }
         }
     }

@@ -12,5 +12,6 @@ mod oracle;
 mod paced;
 mod policy;
 mod readers;
+mod rollbacks;
 mod rot;
 mod scripted;

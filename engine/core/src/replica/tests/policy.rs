@@ -22,8 +22,9 @@ pub struct Stored {
     pub epoch: u64,
     pub generation: u64,
     pub in_sync: NodeMask,
-    /// The layers are those from this one down to 1.
+    /// The layers are those from this one down to 1, without those whose bits are set.
     pub top: LayerId,
+    pub dropped: u64,
     /// Of each layer below it, the generation that froze it.
     pub frozen: [u64; 64],
     /// Of those that are not: the generation that each was left behind at.
@@ -54,6 +55,8 @@ pub struct Policy {
     heal: Option<Healing>,
     /// The freeze whose record is being decided.
     pub freeze: Option<u64>,
+    /// The next freeze is for going back to the snapshot of this layer.
+    pub roll_back: Option<LayerId>,
     attempts: u64,
     /// Stale nodes that were taken in.
     pub healed: u64,
@@ -69,7 +72,7 @@ pub const QUORUM: u32 = 2;
 
 impl Stored {
     pub fn layers(&self) -> Vec<LayerId> {
-        (1..=self.top).rev().collect()
+        (1..=self.top).rev().filter(|layer| self.dropped & 1 << layer == 0).collect()
     }
 
     pub fn snapshots(&self) -> Vec<SnapshotId> {
@@ -77,7 +80,7 @@ impl Stored {
             let generation = self.frozen[layer as usize];
             SnapshotId { layer, generation }
         };
-        (1..self.top).map(of).collect()
+        self.layers()[1..].iter().copied().map(of).collect()
     }
 }
 
@@ -99,6 +102,7 @@ impl Policy {
             serving: false,
             heal: None,
             freeze: None,
+            roll_back: None,
             attempts: 0,
             healed: 0,
             rots,
@@ -179,12 +183,15 @@ impl Policy {
         self.go_on(io);
     }
 
-    /// Nothing changes: a record with a new layer on top.
+    /// Nothing changes: a record with a new layer on top of the others, or of those of a snapshot.
     fn add_layer(&mut self, attempt: u64) {
         let (generation, top) = (self.record.generation + 1, self.record.top + 1);
-        let mut frozen = self.record.frozen;
-        frozen[self.record.top as usize] = generation;
-        self.proposal = Some(Stored { generation, top, frozen, ..self.record });
+        let Stored { mut frozen, mut dropped, .. } = self.record;
+        match self.roll_back.take() {
+            Some(snapshot) => (snapshot + 1..top).for_each(|layer| dropped |= 1 << layer),
+            None => frozen[self.record.top as usize] = generation,
+        }
+        self.proposal = Some(Stored { generation, top, dropped, frozen, ..self.record });
         self.freeze = Some(attempt);
     }
 

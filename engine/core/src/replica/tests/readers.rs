@@ -1,6 +1,6 @@
 //! Readers of frozen layers beside a cluster that goes on.
 
-use super::cluster::{Cluster, Faults, NODES};
+use super::cluster::{Cluster, Faults, IMAGE, NODES};
 use crate::content::{Block, Run};
 use crate::geometry::{BLOCK_BYTES, LayerId, Tag};
 use crate::replica::{
@@ -253,6 +253,51 @@ fn a_layer_that_another_record_froze_is_another_snapshot() {
     reading.pass(&mut cluster, 3);
     assert_eq!(reading.events, []);
     assert!(reading.io.node_states().iter().all(|(_, state)| state == "NoLayers"));
+}
+
+/// Its disk was set back to an older state: what is there of the image may be of before the snapshot.
+#[test]
+fn a_store_that_was_set_back_serves_no_reader() {
+    let (mut cluster, _) = with_snapshot();
+    let mut reading = Reading::new(&cluster, &[1]);
+    reading.connect_all();
+    reading.run(&mut cluster);
+    (0..NODES).for_each(|node| cluster.nodes[node].run().store.distrust([IMAGE]));
+    reading.io.read(Token { client: 9, cookie: 5 }, 0, BLOCK_BYTES);
+    reading.run(&mut cluster);
+    assert_eq!(reading.answers, [], "it waits for a node");
+    assert!(reading.io.node_states().iter().all(|(_, state)| state == "NoLayers"));
+    let mut reading = Reading::new(&cluster, &[1]);
+    reading.connect_all();
+    reading.run(&mut cluster);
+    assert!(reading.io.node_states().iter().all(|(_, state)| state == "NoLayers"));
+}
+
+#[test]
+fn a_rollback_ends_readers_of_what_it_drops_and_of_nothing_else() {
+    let (mut cluster, below) = with_snapshot();
+    while cluster.policy.record.top == 2 {
+        cluster.snapshot();
+        cluster.settle();
+    }
+    let open = |cluster: &mut Cluster, layers: &[LayerId]| {
+        let mut reading = Reading::new(cluster, layers);
+        // Each has connections of its own.
+        reading.connections += layers.len() as u64 * 100;
+        reading.connect_all();
+        reading.run(cluster);
+        assert_eq!(reading.events, [Event::ReaderOpen]);
+        reading
+    };
+    let mut stays = open(&mut cluster, &[1]);
+    let mut goes = open(&mut cluster, &[2, 1]);
+    cluster.roll_back(None);
+    cluster.settle();
+    assert_eq!(stays.content(&mut cluster), below);
+    goes.io.read(Token { client: 9, cookie: 5 }, 0, BLOCK_BYTES);
+    goes.pass(&mut cluster, 6);
+    assert!(goes.answers.iter().all(|(_, outcome)| !matches!(outcome, Outcome::Read(_))));
+    assert!(goes.io.node_states().iter().all(|(_, state)| state == "NoLayers"));
 }
 
 /// The record with the snapshot has not come to the node yet.

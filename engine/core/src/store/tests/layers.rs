@@ -16,10 +16,6 @@ fn chain(layers: &[LayerId]) -> Chain {
     Chain::new(layers).expect("a chain")
 }
 
-fn layered(generation: u64, layers: &[LayerId]) -> ImageRecord {
-    ImageRecord { chain: chain(layers), ..record(head(1, generation)) }
-}
-
 fn snapshot(layer: LayerId, generation: u64) -> SnapshotId {
     SnapshotId { layer, generation }
 }
@@ -93,6 +89,7 @@ fn equal_generation_with_other_layers_is_refused() {
 fn each_layer_shows_what_was_there_when_it_was_frozen() {
     let mut rig = Rig::new();
     rig.fill(0, 0, 4, 1);
+    rig.layers(&[3, 2, 1]).expect("two snapshots");
     rig.write_layers(&[2, 1], 0, BLOCK_BYTES, &[2; BLOCK]).expect("over the first");
     zero(&mut rig, &[2, 1], 2 * BLOCK_BYTES, BLOCK_BYTES);
     rig.write_layers(&[3, 2, 1], 0, BLOCK_BYTES + 10, &[3; 10]).expect("merged through three");
@@ -191,8 +188,8 @@ fn dirty_map_and_generations_go_across_layers() {
 /// What a layer should hold: its chain's content when it was frozen.
 type Frozen = BTreeMap<Vec<LayerId>, Vec<Vec<u8>>>;
 
-/// Random writes, and a layer now and then, with a crash in the midst: every frozen chain is what it was,
-/// and the record names a layer before anything is in it.
+/// Random writes, and a layer now and then, or some dropped, with a crash in the midst: every frozen chain is
+/// what it was, the record names a layer before anything is in it, and nothing stays of a dropped one.
 #[test]
 fn frozen_layers_survive_any_crash_as_they_were() {
     for seed in 0..60 {
@@ -210,9 +207,14 @@ fn frozen_layers_survive_any_crash_as_they_were() {
         };
         assert!(!recovery.damaged, "seed {seed}");
         let stored = rig.store.image(&IMAGE).expect("its record").chain.clone();
-        for (lower, expected) in &frozen {
+        for (lower, expected) in frozen.iter().filter(|(lower, _)| stored.has_frozen(&chain(lower)))
+        {
             assert_eq!(content(&mut rig, lower), *expected, "seed {seed}, {lower:?}");
         }
+        rig.checkpoint();
+        rig.checkpoint();
+        let held = rig.store.layers_held(&IMAGE).expect("a folder");
+        assert!(held.iter().all(|layer| stored.has(*layer)), "seed {seed}: {held:?} {stored:?}");
         for layer in stored.layers()[0] + 1..=layers[0] + 1 {
             let key = ShardKey { layer, ..Rig::key(0) };
             let summary = rig.store.summary(&key).expect("a summary");
@@ -261,14 +263,24 @@ fn change(
                 rig.store.finish_checkpoint(job.run())?;
             }
         }
+        18 if !frozen.is_empty() => {
+            // As one is rolled back to: a new top over some frozen chain, with an id that never was.
+            sync(rig)?;
+            let kept: Vec<_> = frozen.keys().filter(|lower| layers.ends_with(lower)).collect();
+            let Some(lower) = kept.get(random.below(kept.len() as u64 + 1) as usize) else {
+                return Ok(());
+            };
+            let top = layers[0] + 1;
+            *layers = [&[top], &lower[..]].concat();
+            rig.layers(layers)?;
+        }
         _ => {
             // As a snapshot is taken: what is below is durable first, then the record names the new top.
             sync(rig)?;
             let expected = content(rig, layers);
             frozen.insert(layers.clone(), expected);
             layers.insert(0, layers[0] + 1 + random.below(2) as u32);
-            rig.stamp.generation += 1;
-            rig.store.put_record(IMAGE, layered(rig.stamp.generation, layers))?;
+            rig.layers(layers)?;
         }
     }
     Ok(())

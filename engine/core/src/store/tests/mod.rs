@@ -2,6 +2,7 @@
 
 mod crash;
 mod disk;
+mod dropped;
 mod images;
 mod layers;
 mod log_pages;

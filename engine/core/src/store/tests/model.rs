@@ -177,6 +177,7 @@ proptest! {
     #[test]
     fn store_holds_what_the_model_holds(requests in requests()) {
         let (mut rig, mut model) = (Rig::new(), Model::default());
+        rig.layers(UPPER).expect("a snapshot");
         for request in &requests {
             loop {
                 match do_request(&mut rig, &mut model, request) {

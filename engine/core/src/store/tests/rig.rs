@@ -43,6 +43,12 @@ pub fn record(head: RecordHead) -> ImageRecord {
     ImageRecord { head, blank: false, chain, snapshots: Vec::new(), body: Bytes::new() }
 }
 
+/// A record of epoch 1 with these layers.
+pub fn layered(generation: u64, layers: &[LayerId]) -> ImageRecord {
+    let chain = Chain::new(layers).expect("a chain");
+    ImageRecord { chain, ..record(head(1, generation)) }
+}
+
 /// A store with a record of `IMAGE` at epoch 1, generation 1.
 pub fn new_store(disk: &SimDisk) -> Store {
     let (mut store, recovery) = open(disk).expect("an empty disk takes a store");
@@ -99,6 +105,12 @@ impl Rig {
 
     pub fn write(&mut self, shard: u64, offset: u32, data: &[u8]) {
         self.write_layers(&[1], shard, offset, data).expect("a write");
+    }
+
+    /// A record of the next generation that names these layers.
+    pub fn layers(&mut self, layers: &[LayerId]) -> Result<u64, StoreError> {
+        self.stamp.generation += 1;
+        self.store.put_record(IMAGE, layered(self.stamp.generation, layers))
     }
 
     /// Fills blocks with one byte.
