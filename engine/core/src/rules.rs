@@ -81,10 +81,17 @@ pub enum Rule {
     SnapshotsAreFlushed,
     /// A node serves a reader only a snapshot that its record names, and of which all is there.
     ReadersReadFrozenLayers,
+    /// What comes later about blocks ends a pull of them that is not applied.
+    PullsAreOvertaken,
+    /// A pull is applied in the session, epoch and generation that it was ordered in.
+    PullsEndWithTheirSession,
+    /// A node gives blocks to another one only under the epoch and generation of its own record, while that
+    /// epoch's holder has a session with it.
+    PeersAskUnderTheRecord,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 37] = [
+    pub const ALL: [Rule; 40] = [
         Rule::SessionIsCurrent,
         Rule::EpochIsCurrent,
         Rule::GenerationIsCurrent,
@@ -122,6 +129,9 @@ impl Rule {
         Rule::SnapshotsWaitForWrites,
         Rule::SnapshotsAreFlushed,
         Rule::ReadersReadFrozenLayers,
+        Rule::PullsAreOvertaken,
+        Rule::PullsEndWithTheirSession,
+        Rule::PeersAskUnderTheRecord,
     ];
 }
 
