@@ -41,7 +41,6 @@ class HealFaults(Faults):
             lambda: self._cut_path(holder, target, "both", 6.0),
             lambda: self._cut_peers(target, source, self.chance.choice(("both", "back")), 3.0),
             lambda: cluster.world.reset_peers(target, source),
-            lambda: self._late_pull(holder, target, source),
             lambda: cluster.stop_gateway(holder, host=self.chance.random() < 0.3),
             lambda: self._stand_still(holder),
             self.etcd_down,
@@ -55,11 +54,6 @@ class HealFaults(Faults):
         strike()
         if self.chance.random() < 0.4:
             self.chance.choice(strikes)()
-
-    def _late_pull(self, holder: int, target: int, source: int) -> None:
-        """What the node fetches comes late, when its holder has begun again with another source."""
-        self._cut_peers(source, target, "there", self.chance.choice((0.5, 1.5, 2.5)))
-        self._soon(lambda: self.cluster.world.reset(holder, source), 0.1)
 
     def interrupt_end_of_heal(self) -> None:
         """The next heal is interrupted when all is level, and the record takes the node in."""
