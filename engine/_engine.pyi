@@ -407,6 +407,16 @@ class Simulation:
         """Open or block one way between the two."""
 
     def set_latency(self, gateway: int, node: int, min_ns: int, max_ns: int) -> None: ...
+    def set_peer_path(self, asking: int, asked: int, passable: bool) -> None:
+        """Open or block the way from one node to another."""
+
+    def set_peer_latency(self, asking: int, asked: int, min_ns: int, max_ns: int) -> None: ...
+    def reset_peers(self, asking: int, asked: int) -> None:
+        """Break the connections on which one node asks another."""
+
+    def pulls(self, node: int) -> int:
+        """Return how many pulls are under way at a node."""
+
     def open(
         self,
         gateway: int,

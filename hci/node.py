@@ -433,6 +433,10 @@ def node_samples(status: dict[str, Any], failure: str | None, registered: bool) 
     yield counter("hci_node_bytes_total", "Data of requests answered.", moved, ["direction"])
     yield counter("hci_node_copied_bytes_total", "Taken from other replicas by heal and "
                   "reconcile.", counts["copied_bytes"])  # fmt: skip
+    yield counter("hci_node_pulled_bytes_total", "Of these, fetched from other nodes without a "
+                  "gateway between.", counts["pulled_bytes"])  # fmt: skip
+    yield counter("hci_node_served_to_peers_bytes_total", "Given to other nodes without a gateway "
+                  "between.", counts["served_to_peers_bytes"])  # fmt: skip
     yield counter("hci_node_refused_total", "Requests answered with an error.", counts["refused"])
     yield counter("hci_node_bad_blocks_total", "Requests that met a block which does not match "
                   "its checksum.", counts["bad_blocks"])  # fmt: skip

@@ -94,6 +94,8 @@ def _heal(cluster: DevCluster, gateway: Metrics, node: Metrics) -> None:
         copied = gateway.of("hci_heal_copied_bytes_total")
         assert copied is not None and missed_bytes <= copied <= 1.1 * missed_bytes
         assert node.of("hci_node_copied_bytes_total") == copied
+        pulled = node.of("hci_node_pulled_bytes_total")
+        assert pulled is not None and pulled > 0.9 * copied
 
 
 def _level(cluster: DevCluster, gateway: Metrics) -> None:

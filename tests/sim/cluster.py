@@ -438,6 +438,13 @@ class Cluster:
 
     # The end
 
+    def open_peer_paths(self) -> None:
+        """Let nodes reach each other, in the usual time."""
+        for asking in range(self.shape.nodes):
+            for asked in range(self.shape.nodes):
+                self.world.set_peer_path(asking, asked, True)
+                self.world.set_peer_latency(asking, asked, 50_000, 1_000_000)
+
     def mend(self, away: Collection[int] = (), *, arbiter: bool = True) -> None:
         """End all faults, but that some nodes, or the arbiter, stay away."""
         self.say("all faults end" if arbiter and not away else "all faults end but for some")
@@ -451,6 +458,7 @@ class Cluster:
                 self.world.set_path(gateway, node, True, True)
                 self.world.set_path(gateway, node, False, True)
                 self.set_latency(gateway, node, 50_000, 1_000_000)
+        self.open_peer_paths()
         for node in range(self.shape.nodes):
             self.nodes.go_on(node)
             self.world.set_free_bytes(node, None)

@@ -418,9 +418,12 @@ DEFECTS = (
     Defect("a heal needs its sources", "5: a new holder trusts old marks", "missed", 40, 21,
            match="differs|read as",
            rules=("HealNeedsItsSources",)),
-    Defect("healed means durable", "5: copies that are not synced", "heals", 40, 20,
+    Defect("healed means durable", "5: copies that are not synced", "heals", 90, 48,
            match="differs|read as",
            rules=("HealedIsDurable",)),
+    Defect("what comes later overtakes pulls", "14: late frames", "heals", 90, 54,
+           match="differs|read as",
+           rules=("PullsAreOvertaken",)),
     Defect("clears name what is answered", "3: cleared too early", "refused", 20, 8,
            match="differs|read as",
            rules=("ClearIsAnswered",)),
@@ -491,7 +494,7 @@ DEFECTS = (
     Defect("what is confirmed stays", "invariant 4", "pairs restored", 10, 3,
            match="^arb-.* goes back",
            patch=_confirms_whatever_it_hears),
-    Defect("an emptied arbiter is refused", "9: it has lost its disk", "arbiters", 10, 2,
+    Defect("an emptied arbiter is refused", "9: it has lost its disk", "arbiters", 90, 64,
            match="has lost its disk, and votes",
            patch=_any_arbiter_will_do),
     # Deletes
@@ -524,6 +527,10 @@ DEFECTS = (
 )  # fmt: skip
 
 CANDIDATES = (
+    Defect("pulls end with their session", "14: late frames", "heals", 0,
+           rules=("PullsEndWithTheirSession",)),
+    Defect("peers ask under the record", "14: late frames", "heals", 0,
+           rules=("PeersAskUnderTheRecord",)),
     Defect("each set says that a snapshot is not stored", "invariant 1", "snapshots", 0,
            patch=_any_set_tells),
     Defect("unanswered writes are asked again", "invariant 2", "power", 0,

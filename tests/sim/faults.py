@@ -109,6 +109,37 @@ class Faults:
 
         cluster.clock.after(length_s, undo)
 
+    def _cut_peers(self, node: int, other: int, ways: str, length_s: float) -> None:
+        cluster = self.cluster
+        cluster.say(f"{cluster.names[node]} and {cluster.names[other]} are cut off ({ways})")
+        for asking, asked in ((node, other), (other, node)):
+            if ways in ("both", "there" if asking == node else "back"):
+                cluster.world.set_peer_path(asking, asked, False)
+
+        def undo() -> None:
+            cluster.world.set_peer_path(node, other, True)
+            cluster.world.set_peer_path(other, node, True)
+
+        cluster.clock.after(length_s, undo)
+
+    def partition_peers(self) -> None:
+        """Two nodes do not reach each other, while gateways reach both."""
+        ways = self.chance.choice(("both", "there", "back"))
+        length_s = self.chance.choice((0.3, 2.0, 5.0, 12.0))
+        self._cut_peers(self._node(), self._node(), ways, length_s)
+
+    def slow_peers(self) -> None:
+        """What a node fetches from another one takes long."""
+        cluster, asking, asked = self.cluster, self._node(), self._node()
+        slow_ns = self.chance.choice((5_000_000, 60_000_000, 600_000_000))
+        cluster.say(
+            f"{cluster.names[asking]} from {cluster.names[asked]}: up to {slow_ns / 1e6:.0f} ms"
+        )
+        cluster.world.set_peer_latency(asked, asking, 50_000, slow_ns)
+        self._for_a_while(
+            lambda: cluster.world.set_peer_latency(asked, asking, 50_000, 1_000_000), 2.0, 8.0
+        )
+
     def partition(self) -> None:
         ways = self.chance.choice(("both", "there", "back"))
         length_s = self.chance.choice((0.3, 2.0, 5.0, 12.0))
@@ -135,6 +166,9 @@ class Faults:
             for node in range(cluster.shape.nodes):
                 if (gateway == alone) != (node == alone):
                     self._cut_path(gateway, node, "both", length_s)
+        for node in range(cluster.shape.nodes):
+            if node != alone:
+                self._cut_peers(alone, node, "both", length_s)
         self._cut_etcd_of(cluster.gateway_paths[alone], f"gate-{alone}", length_s)
         self._cut_etcd_of(cluster.node_paths[alone], cluster.names[alone], length_s)
         other = (alone + 1) % cluster.shape.gateways

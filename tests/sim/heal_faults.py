@@ -39,6 +39,8 @@ class HealFaults(Faults):
             lambda: cluster.world.reset(holder, target),
             lambda: cluster.world.reset(holder, source),
             lambda: self._cut_path(holder, target, "both", 6.0),
+            lambda: self._cut_peers(target, source, self.chance.choice(("both", "back")), 3.0),
+            lambda: cluster.world.reset_peers(target, source),
             lambda: cluster.stop_gateway(holder, host=self.chance.random() < 0.3),
             lambda: self._stand_still(holder),
             self.etcd_down,

@@ -118,7 +118,7 @@ KINDS = (
         "heals",
         {"interrupt_heal": 6, "interrupt_end_of_heal": 4, "leave_behind": 2, "guests_leave": 3,
          "second": 1, "kill_node": 1, "reset": 1, "full_disk": 1, "slow_path": 1,
-         "slow_etcd": 1},
+         "slow_etcd": 1, "partition_peers": 1, "slow_peers": 1, "strike_pull": 4},
         HEALING,
     ),
     Kind(

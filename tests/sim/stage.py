@@ -117,6 +117,11 @@ class Stage:
         for node in nodes:
             self.cluster.world.set_path(gateway, node, False, True)
 
+    def part_nodes(self, node: int) -> None:
+        """Have a node hear nothing of others: what it is to be given comes through a gateway."""
+        for other in range(self.cluster.shape.nodes):
+            self.cluster.world.set_peer_path(other, node, False)
+
     def slow(self, gateway: int, node: int, milliseconds: int) -> None:
         """Have each frame between a gateway and a node take so long."""
         self.cluster.set_latency(gateway, node, *[milliseconds * 1_000_000] * 2)

@@ -84,6 +84,40 @@ class Strikes(HealFaults, ArbiterFaults):
 
         self._when(is_answered, then, limit_s)
 
+    # Pulls
+
+    def strike_pull(self) -> None:
+        """What a healed node fetches stays on its way; its holder begins again with others."""
+        self.leave_behind()
+        self._strikes.append(self._hold_pull)
+
+    def _hold_pull(self, healed: str) -> None:
+        cluster, guest = self.cluster, self._running()
+        if guest is None or self._over:
+            return
+        gateway, target = cluster.guests.index(guest), cluster.names.index(healed)
+        # Most often the first one gives what all have.
+        source, length_s = self._others(target)[0], self.chance.uniform(0.6, 2.0)
+        slow_ns = 20_000_000
+        cluster.world.set_peer_latency(source, target, slow_ns, slow_ns)
+
+        def hold() -> None:
+            cluster.say(f"what {healed} fetches from {cluster.names[source]} is held back")
+            self._cut_peers(source, target, "there", length_s)
+            # The node is not taken in meanwhile.
+            cluster.world.set_disk_speed(target, 2_000_000_000, 2_000_000_000)
+            self._later(0.01, lambda: cluster.world.reset(gateway, source))
+
+        def undo() -> None:
+            cluster.world.set_disk_speed(target, 100_000, 4_000_000)
+            cluster.world.set_peer_latency(source, target, 50_000, 1_000_000)
+
+        def is_asked() -> bool:
+            return cluster.world.pulls(target) > 0
+
+        self._when(is_asked, lambda: self._later(self.chance.uniform(0.0, 0.03), hold), 4.0)
+        cluster.clock.after(4.0 + length_s, undo)
+
     # Levelling
 
     def strike_levelling(self) -> None:

@@ -316,6 +316,7 @@ def two_blocks_of_a_shard_are_newest_on_two_nodes(seed: int) -> None:
     stage.write(two)
     stage.cut(0)
     cluster.set_latency(0, 0, 5_000_000, 60_000_000)
+    stage.part_nodes(0)
     stage.start(0)
 
     def held(node: int, block: int) -> int | None:
@@ -338,12 +339,12 @@ def two_blocks_of_a_shard_are_newest_on_two_nodes(seed: int) -> None:
 
 
 def test_newest_block_wins_whatever_else_its_shard_has() -> None:
-    two_blocks_of_a_shard_are_newest_on_two_nodes(seed=1)
+    two_blocks_of_a_shard_are_newest_on_two_nodes(seed=3)
 
 
 def test_winner_that_is_chosen_for_a_whole_shard_is_noticed() -> None:
     with broken("WinnerPerBlock", match="read as"):
-        two_blocks_of_a_shard_are_newest_on_two_nodes(seed=1)
+        two_blocks_of_a_shard_are_newest_on_two_nodes(seed=3)
 
 
 def answer_before_the_record_is_stored() -> None:

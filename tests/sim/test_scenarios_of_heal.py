@@ -215,7 +215,7 @@ def test_healed_node_that_loses_its_power_has_what_it_was_given() -> None:
 
 def test_healed_node_that_had_not_synced_is_noticed() -> None:
     noticed = 0
-    for seed in range(1, 13):
+    for seed in range(1, 41):
         try:
             with breaking("HealedIsDurable"):
                 lose_power_after_a_heal(seed)
@@ -378,3 +378,74 @@ def test_tags_that_stay_behind_are_noticed() -> None:
         except Violation:
             noticed += 1
     assert noticed, "what chance leaves on a disk is lost at least once"
+
+
+def hold_back_what_a_healed_node_pulls() -> None:
+    """History 14: a holder gave a pull up, and its source's answer comes in over newer data."""
+    stage = Stage(seed=5, shards=4)
+    cluster, first = stage.cluster, stage.at(1)
+    stage.kill(1)
+    stage.write(first)
+    assert stage.stale() == {"node-1"}
+
+    # A greeting of node-0 takes so long to node-1, and so does what that one then asks for.
+    cluster.world.set_peer_latency(0, 1, 20_000_000, 20_000_000)
+    stage.start(1)
+    stage.until(lambda: cluster.world.pulls(1) > 0, "a pull is under way")
+    stage.run(0.03)
+    cluster.world.set_peer_path(0, 1, False)
+    # Node-1 is not taken in before it has synced.
+    cluster.world.set_disk_speed(1, 2_000_000_000, 2_000_000_000)
+    # Its source is lost for a moment: the heal begins the shard again with the other one.
+    cluster.world.reset(0, 0)
+    stage.run(0.5)
+    stage.write(first)
+    assert stage.stale() == {"node-1"}
+    cluster.world.set_peer_path(0, 1, True)
+    stage.run(3.0)
+    stage.settle()
+
+
+def test_pull_that_was_given_up_does_not_land_on_newer_data() -> None:
+    hold_back_what_a_healed_node_pulls()
+
+
+def test_pull_that_lands_on_newer_data_is_noticed() -> None:
+    with broken("PullsAreOvertaken", match="differs|read as"):
+        hold_back_what_a_healed_node_pulls()
+
+
+def cut_a_healed_node_off_from_its_sources(*ways: tuple[int, int], reset: bool) -> None:
+    """A node is healed although it does not reach the others, or not all the time."""
+    stage = Stage(seed=6, shards=6)
+    cluster = stage.cluster
+    stage.kill(1)
+    for shard in range(6):
+        stage.write(stage.at(shard))
+    assert stage.stale() == {"node-1"}
+
+    def heal_begins(_node: str) -> None:
+        cluster.on_heal = lambda _again: None
+        for asking, asked in ways:
+            cluster.world.set_peer_path(asking, asked, False)
+        if reset:
+            cluster.clock.after(0.001, lambda: cluster.world.reset_peers(1, 0))
+
+    cluster.on_heal = heal_begins
+    stage.start(1)
+    stage.await_stale()
+    for node in range(3):
+        assert cluster.world.pulls(node) == 0
+    stage.settle()
+
+
+def test_heal_ends_without_lines_between_nodes() -> None:
+    cut_a_healed_node_off_from_its_sources((1, 0), (1, 2), reset=False)
+
+
+def test_heal_ends_where_nodes_hear_each_other_in_one_way_only() -> None:
+    cut_a_healed_node_off_from_its_sources((0, 1), (2, 1), reset=False)
+
+
+def test_heal_ends_where_a_line_between_nodes_breaks() -> None:
+    cut_a_healed_node_off_from_its_sources(reset=True)

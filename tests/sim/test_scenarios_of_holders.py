@@ -235,6 +235,7 @@ def copy_arrives_after_another_holder_wrote() -> None:
         stage.write(first)
     stage.flush()
     cluster.world.tell_all()
+    stage.part_nodes(1)
     stage.start(1)
     delivered(stage, "FETCH")
     # What it has fetched it sends to the node that is healed, and that is held back.

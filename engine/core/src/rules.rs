@@ -83,10 +83,17 @@ pub enum Rule {
     ReadersReadFrozenLayers,
     /// A layer that a node's record does not name any more leaves nothing behind on it.
     DroppedLayersGo,
+    /// What comes later about blocks ends a pull of them that is not applied.
+    PullsAreOvertaken,
+    /// A pull is applied in the session, epoch and generation that it was ordered in.
+    PullsEndWithTheirSession,
+    /// A node gives blocks to another one only under the epoch and generation of its own record, while that
+    /// epoch's holder has a session with it.
+    PeersAskUnderTheRecord,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 38] = [
+    pub const ALL: [Rule; 41] = [
         Rule::SessionIsCurrent,
         Rule::EpochIsCurrent,
         Rule::GenerationIsCurrent,
@@ -125,6 +132,9 @@ impl Rule {
         Rule::SnapshotsAreFlushed,
         Rule::ReadersReadFrozenLayers,
         Rule::DroppedLayersGo,
+        Rule::PullsAreOvertaken,
+        Rule::PullsEndWithTheirSession,
+        Rule::PeersAskUnderTheRecord,
     ];
 }
 

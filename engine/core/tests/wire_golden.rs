@@ -6,6 +6,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use hci_engine_core::content::Block;
 use hci_engine_core::geometry::{ImageId, SnapshotId, Tag};
 use hci_engine_core::wire::codec::Fields;
+use hci_engine_core::wire::copies::{PeerFetch, Pull, Source};
 use hci_engine_core::wire::messages::{
     Attach, AttachReader, BlocksReply, Copy, DirtyEntry, DirtyFrom, DirtyReply, Flush, Head, Hello,
     HelloReply, Io, IoInto, Level, Number, Peek, PeekReply, Record, RecordHead, ScrubReply,
@@ -28,18 +29,18 @@ fn hex(text: &str) -> Vec<u8> {
 }
 
 const HELLO: &str = "
-    2d000000 00000000 9a974cac ; head 45, payload 0, checksum
+    2d000000 00000000 ffccffbe ; head 45, payload 0, checksum
     01 00 0000 00000000 0000000000000000 ; kind, flags, status, channel, tag
     484349574952450a ; magic
-    03000300 ; versions 3 to 3
+    04000400 ; versions 4 to 4
     cccccccccccccccccccccccccccccccc ; cluster
     08006761746577617931 ; gateway1
     05006e6f646531 ; node1
 ";
 const HELLO_REPLY: &str = "
-    39000000 00000000 d0aa0f35 ; head 57, payload 0, checksum
+    39000000 00000000 14ae3d5f ; head 57, payload 0, checksum
     81 00 0000 00000000 0000000000000000 ; kind, flags, status, channel, tag
-    0300 ; version 3
+    0400 ; version 4
     05006e6f646531 ; node1
     55555555555555555555555555555555 ; store
     0500000000000000 ; start counter 5
@@ -47,9 +48,9 @@ const HELLO_REPLY: &str = "
     1100000000000000 ; flush number 17
 ";
 const HELLO_REFUSED: &str = "
-    39000000 00000000 0b80921b ; head 57, payload 0, checksum
+    39000000 00000000 cf84a071 ; head 57, payload 0, checksum
     81 00 0300 00000000 0000000000000000 ; kind, flags, status, channel, tag
-    0300 ; version 3
+    0400 ; version 4
     05006e6f646531 ; node1
     55555555555555555555555555555555 ; store
     0500000000000000 ; start counter 5
@@ -337,6 +338,54 @@ const SCRUB_REPLY: &str = "
     0100000005000000 ; one rotten block: 5
 ";
 
+const PULL: &str = "
+    3b000000 00000000 52c14109 ; head 59, payload 0, checksum
+    27 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    0300000000000000 ; epoch 3
+    0200000000000000 ; generation 2
+    01000000 ; layer 1
+    0900000000000000 ; shard 9
+    0400000002000000 ; block 4, 2 of them
+    05006e6f646532 ; node2
+    0e003139322e302e322e373a37303130 ; 192.0.2.7:7010
+";
+const PULL_REPLY: &str = "
+    08000000 00000000 9f781cb7 ; head 8, payload 0, checksum
+    a7 01 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    0010000000000000 ; 4096 bytes of data
+";
+const PULL_BAD_BLOCK: &str = "
+    04000000 00000000 9c10f3ee ; head 4, payload 0, checksum
+    a7 00 0a00 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    05000000 ; block 5 of the shard
+";
+const PULL_UNREACHABLE: &str = "
+    00000000 00000000 7555a2f8 ; head 0, payload 0, checksum
+    a7 00 1000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+";
+const PULL_CANCELLED: &str = "
+    00000000 00000000 3300a5ac ; head 0, payload 0, checksum
+    a7 00 1100 09000000 0807060504030201 ; kind, flags, status, channel, tag
+";
+const PEER_FETCH: &str = "
+    34000000 00000000 3a0ee151 ; head 52, payload 0, checksum
+    0a 00 0000 00000000 0807060504030201 ; kind, flags, status, channel, tag
+    101112131415161718191a1b1c1d1e1f ; image
+    0300000000000000 ; epoch 3
+    0200000000000000 ; generation 2
+    01000000 ; layer 1
+    0900000000000000 ; shard 9
+    0400000002000000 ; block 4, 2 of them
+";
+const PEER_FETCH_REPLY: &str = "
+    3e000000 00100000 14f775c8 ; head 62, payload 4096, checksum
+    8a 00 0000 00000000 0807060504030201 ; kind, flags, status, channel, tag
+    0200000000000000 ; generation 2
+    02000000 ; two blocks
+    02324ddb2604ea7a1b03000000000000002100000000000000 ; data, tag (3, 33)
+    01000000000000000000000000000000000000000000000000 ; zero, no tag
+";
+
 /// The payload of frames that carry one block of data, and its checksum.
 const BLOCK: [u8; 4096] = [0xa5; 4096];
 const BLOCK_CHECKSUM: u64 = 0x1b7a_ea04_26db_4d32;
@@ -413,7 +462,7 @@ fn record() -> RecordHead {
 
 fn hello_reply() -> HelloReply {
     HelloReply {
-        version: 3,
+        version: 4,
         node: "node1".into(),
         store: [0x55; 16],
         start_counter: 5,
@@ -441,8 +490,8 @@ fn blocks() -> Vec<(Block, Tag)> {
 #[test]
 fn greeting_is_as_specified() {
     let hello = Hello {
-        version_min: 3,
-        version_max: 3,
+        version_min: 4,
+        version_max: 4,
         cluster: [0xcc; 16],
         gateway: "gateway1".into(),
         node: "node1".into(),
@@ -535,6 +584,60 @@ fn flush_and_clear_are_as_specified() {
 }
 
 #[test]
+fn copies_from_node_to_node_are_as_specified() {
+    let address = "192.0.2.7:7010".parse().expect("an address");
+    let pull = Pull {
+        epoch: 3,
+        generation: 2,
+        layer: 1,
+        shard: 9,
+        first_block: 4,
+        blocks: 2,
+        source: Source { node: "node2".into(), address },
+    };
+    check(PULL, request(kind::PULL), &pull, &[]);
+    let pulled = Prefix { flags: flag::BESIDE_CLIENTS, ..reply(kind::PULL) };
+    check(PULL_REPLY, pulled, &Number(4096), &[]);
+    let bad = Prefix { status: Status::BadBlock, ..reply(kind::PULL) };
+    let frame = check_frame(PULL_BAD_BLOCK, bad, &[], |out| out.put_u32_le(5));
+    assert_eq!(Fields(frame.head).u32(), Ok(5));
+    for (golden, status) in
+        [(PULL_UNREACHABLE, Status::Unreachable), (PULL_CANCELLED, Status::Cancelled)]
+    {
+        check_empty(golden, Prefix { status, ..reply(kind::PULL) });
+    }
+    let asked = PeerFetch {
+        image: image(),
+        epoch: 3,
+        generation: 2,
+        layer: 1,
+        shard: 9,
+        first_block: 4,
+        blocks: 2,
+    };
+    let prefix = Prefix { channel: 0, ..request(kind::PEER_FETCH) };
+    check(PEER_FETCH, prefix, &asked, &[]);
+    let given = BlocksReply { generation: 2, blocks: blocks() };
+    let prefix = Prefix { kind: kind::PEER_FETCH | REPLY, ..prefix };
+    check(PEER_FETCH_REPLY, prefix, &given, &BLOCK);
+}
+
+#[test]
+fn an_address_in_a_pull_is_written_in_one_way_only() {
+    let golden = hex(PULL);
+    let head = |text: &[u8]| {
+        let fixed = &golden[28..28 + 36 + 7];
+        let length = (text.len() as u16).to_le_bytes();
+        Bytes::from([fixed, &length[..], text].concat())
+    };
+    assert!(Pull::take(head(b"192.0.2.7:7010")).is_ok());
+    assert!(Pull::take(head(b"[2001:db8::7]:7010")).is_ok());
+    for refused in [&b"node2:7010"[..], b"192.0.2.7", b"192.0.2.7:07010", b"[2001:db8:0::7]:1"] {
+        assert!(Pull::take(head(refused)).is_err(), "{refused:?}");
+    }
+}
+
+#[test]
 fn levelling_is_as_specified() {
     check(DIRTY, request(kind::DIRTY), &DirtyFrom { epoch: 3, from_shard: 8 }, &[]);
     let last = Tag { epoch: 3, sequence: 33 };
@@ -593,12 +696,14 @@ fn statuses_have_their_numbers() {
         Deleted,
         DirtyFull,
         NoLayers,
+        Unreachable,
+        Cancelled,
     ];
     for (number, status) in specified.into_iter().enumerate() {
         assert_eq!(status as u16, number as u16);
         assert_eq!(Status::from_wire(number as u16), Some(status));
     }
-    assert_eq!(Status::from_wire(16), None);
+    assert_eq!(Status::from_wire(18), None);
 }
 
 #[test]

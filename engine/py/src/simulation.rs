@@ -246,6 +246,37 @@ impl Simulation {
         Ok(())
     }
 
+    // Between nodes
+
+    fn set_peer_path(&self, asking: usize, asked: usize, passable: bool) -> PyResult<()> {
+        drop(self.at_node(asking)?);
+        self.at_node(asked)?.set_peer_path(asking, asked, passable);
+        Ok(())
+    }
+
+    fn set_peer_latency(
+        &self,
+        asking: usize,
+        asked: usize,
+        min_ns: u64,
+        max_ns: u64,
+    ) -> PyResult<()> {
+        drop(self.at_node(asking)?);
+        self.at_node(asked)?.set_peer_latency(asking, asked, span(min_ns, max_ns)?);
+        Ok(())
+    }
+
+    fn reset_peers(&self, asking: usize, asked: usize) -> PyResult<()> {
+        drop(self.at_node(asking)?);
+        self.at_node(asked)?.reset_peers(asking, asked);
+        Ok(())
+    }
+
+    /// Pulls that were ordered of a node and are neither applied nor over.
+    fn pulls(&self, node: usize) -> PyResult<usize> {
+        Ok(self.at_node(node)?.pulls(node))
+    }
+
     // What policy orders: see `Gateway`
 
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]

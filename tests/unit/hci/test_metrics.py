@@ -30,6 +30,8 @@ STATUS = {
         "zeroes": 3,
         "flushes": 4,
         "copied_bytes": 5,
+        "pulled_bytes": 4,
+        "served_to_peers_bytes": 3,
         "refused": 6,
         "bad_blocks": 7,
         "syncs": 8,
@@ -58,6 +60,8 @@ def test_scrape_gives_what_the_node_says_at_that_moment() -> None:
         assert found["hci_node_requests_total", ("writes",)] == 2
         assert found["hci_node_bytes_total", ("written",)] == 8192
         assert found["hci_node_bad_blocks_total", ()] == 7
+        assert found["hci_node_pulled_bytes_total", ()] == 4
+        assert found["hci_node_served_to_peers_bytes_total", ()] == 3
         assert found["hci_node_checkpoints_total", ("no_space",)] == 10
         status["dirty_shards"] = 60
         assert _scrape(address)["hci_node_dirty_shards", ()] == 60

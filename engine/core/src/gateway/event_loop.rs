@@ -414,11 +414,12 @@ impl EventLoop {
         }
         let entry = self.links.vacant_entry();
         let index = entry.key();
-        let node = target.node.clone();
+        let (node, address) = (target.node.clone(), target.tcp());
         entry.insert(Link::new(target, LINK | index as u64));
         for image in self.images.values_mut() {
             if let Some(at) = image.served.nodes().iter().position(|name| *name == node) {
                 image.links[at] = Some(index);
+                image.served.set_address(at as NodeIndex, address);
             }
         }
         self.link_names.insert(node, index);
@@ -432,7 +433,10 @@ impl EventLoop {
         self.take_link_events(index);
         self.links.remove(index);
         for image in self.images.values_mut() {
-            image.links.iter_mut().filter(|link| **link == Some(index)).for_each(|l| *l = None);
+            if let Some(at) = image.links.iter().position(|link| *link == Some(index)) {
+                image.links[at] = None;
+                image.served.set_address(at as NodeIndex, None);
+            }
         }
     }
 
@@ -455,6 +459,8 @@ impl EventLoop {
         let nodes = served.nodes().iter();
         let links: Vec<_> = nodes.map(|node| self.link_names.get(node).copied()).collect();
         for (node, link) in links.iter().enumerate() {
+            let address = link.and_then(|link| self.links[link].target().tcp());
+            served.set_address(node as NodeIndex, address);
             let ready = link.map(|link| &self.links[link]).filter(|link| link.is_ready());
             if let Some(link) = ready {
                 served.link_up(node as NodeIndex, instance_of(&link.hello), link.hello.boot);

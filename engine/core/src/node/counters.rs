@@ -14,6 +14,9 @@ pub struct Counters {
     pub flushes: u64,
     /// Blocks' worth of data taken over from other replicas.
     pub copied_bytes: u64,
+    /// Of these, what this node has fetched from other nodes by itself; and what others have from it so.
+    pub pulled_bytes: u64,
+    pub served_to_peers_bytes: u64,
     /// Requests that were answered with an error.
     pub refused: u64,
     /// Requests that met a block which does not match its checksum.
@@ -36,7 +39,7 @@ impl Counters {
             }
             Outcome::Placed { bytes, .. } => *bytes as u64,
             Outcome::AnswerDurable { .. } => 0,
-            Outcome::Park | Outcome::Close => return,
+            Outcome::Pull(_) | Outcome::Park | Outcome::Close => return,
         };
         let taken = frame.payload.len() as u64;
         match frame.kind {
@@ -51,12 +54,24 @@ impl Counters {
             kind::ZERO => self.zeroes += 1,
             kind::FLUSH => self.flushes += 1,
             kind::COPY => self.copied_bytes += taken,
+            kind::PEER_FETCH => self.served_to_peers_bytes += given,
             _ => {}
         }
     }
 
+    /// Counts a pull, whose blocks came with so many bytes, and what became of it.
+    pub(super) fn pulled(&mut self, status: Status, bytes: u64) {
+        match status {
+            Status::Ok => {
+                self.copied_bytes += bytes;
+                self.pulled_bytes += bytes;
+            }
+            _ => self.refused += 1,
+        }
+    }
+
     /// Each count by its name.
-    pub fn named(&self) -> [(&'static str, u64); 12] {
+    pub fn named(&self) -> [(&'static str, u64); 14] {
         [
             ("reads", self.reads),
             ("read_bytes", self.read_bytes),
@@ -65,6 +80,8 @@ impl Counters {
             ("zeroes", self.zeroes),
             ("flushes", self.flushes),
             ("copied_bytes", self.copied_bytes),
+            ("pulled_bytes", self.pulled_bytes),
+            ("served_to_peers_bytes", self.served_to_peers_bytes),
             ("refused", self.refused),
             ("bad_blocks", self.bad_blocks),
             ("syncs", self.syncs),

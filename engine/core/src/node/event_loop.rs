@@ -1,7 +1,11 @@
 //! The node's loop: takes what gateways send, appends it to the log in one batch for all of them,
 //! then answers. An answered write is in the log, and a flush is answered when it is durable there.
 
+mod pulling;
+
 use super::jobs::{Done, Jobs};
+use super::peers::Peers;
+use super::pulls::{Asker, Pulls};
 use super::requests::{Outcome, Requests, Scratch};
 use super::sessions::Sessions;
 use super::{Command, Counters, Failure, Identity, Inventory, NodeStatus, ReadShard};
@@ -24,6 +28,7 @@ use std::time::Duration;
 pub(super) const WAKER: u64 = 0;
 const LISTENER: u64 = 1 << 32;
 const CONNECTION: u64 = 2 << 32;
+const PEER: u64 = 3 << 32;
 
 const CONNECTIONS_MAX: usize = 1024;
 /// So many requests are worked on before data that was read goes out, so that a gateway has it, and works
@@ -46,6 +51,7 @@ struct Connection {
     stream: Stream,
     id: u64,
     greeted: bool,
+    asker: Asker,
     opened_ns: u64,
     /// A request that waits for room in the log; nothing is taken from the connection before it.
     parked: Option<Frame>,
@@ -74,6 +80,9 @@ pub(super) struct EventLoop {
     connections: Slab<Connection>,
     serial: u64,
     sessions: Sessions,
+    /// What holders have this node fetch from others, and its connections to them.
+    pulls: Pulls,
+    peers: Peers,
     scratch: Scratch,
     heads: BytesMut,
     /// Answers that wait for the next sync to begin, and for those under way.
@@ -116,6 +125,8 @@ impl EventLoop {
             connections: Slab::new(),
             serial: 0,
             sessions: Sessions::default(),
+            pulls: Pulls::default(),
+            peers: Peers::default(),
             scratch: Scratch::default(),
             heads: BytesMut::with_capacity(64 * 1024),
             new_waiters: Vec::new(),
@@ -168,6 +179,7 @@ impl EventLoop {
         let index = (event.token & 0xffff_ffff) as usize;
         match event.token & !0xffff_ffff {
             LISTENER => self.accept(index),
+            PEER => self.peer_ready(index as u64),
             CONNECTION => {
                 let paused = self.connections.get(index).is_some_and(Connection::is_paused);
                 if event.gone && paused {
@@ -197,8 +209,8 @@ impl EventLoop {
                 self.serial += 1;
                 let opened_ns = boottime_ns();
                 let id = self.serial << 32 | entry.key() as u64;
-                let (greeted, parked, memory) = (false, None, None);
-                entry.insert(Connection { stream, id, greeted, opened_ns, parked, memory });
+                let (greeted, asker, parked, memory) = (false, Asker::default(), None, None);
+                entry.insert(Connection { stream, id, greeted, asker, opened_ns, parked, memory });
             }
         }
     }
@@ -259,9 +271,14 @@ impl EventLoop {
         if !self.connections[index].greeted {
             return self.greet(index, &frame);
         }
+        if !self.connections[index].asker.may_ask(frame.kind) {
+            self.end(index);
+            return false;
+        }
         if frame.kind == kind::MEMORY {
             return self.take_memory(index, &frame);
         }
+        self.overtake_pulls(self.connections[index].id, &frame);
         let Connection { id: connection, memory, .. } = &mut self.connections[index];
         let (connection, memory) = (*connection, memory.as_mut());
         let mut requests = Requests {
@@ -278,7 +295,7 @@ impl EventLoop {
         self.counters.request(&frame, &outcome);
         match outcome {
             Outcome::Answer { status, head, payload } => {
-                let flags = self.clients_flag(&frame);
+                let flags = self.clients_flag(frame.kind);
                 let prefix = Prefix { flags, ..Prefix::reply(&frame, status) };
                 self.answer(index, prefix, &head, payload);
             }
@@ -289,6 +306,7 @@ impl EventLoop {
                 let prefix = Prefix::reply(&frame, Status::Ok);
                 self.new_waiters.push(Waiter { lsn: 0, connection, prefix, with_number });
             }
+            Outcome::Pull(order) => self.order_pull(*order),
             // Nothing makes room until somebody does. What asks for none is not to wait for that; behind
             // a record nothing else can go on.
             Outcome::Park if self.checkpoint_after_ns != 0 && frame.kind != kind::RECORD => {
@@ -308,8 +326,11 @@ impl EventLoop {
     }
 
     /// What is said with an answer to work in the background: clients want this node too.
-    fn clients_flag(&self, to: &Frame) -> u8 {
-        let background = matches!(to.kind, kind::SUMMARY | kind::FETCH | kind::COPY | kind::SCRUB);
+    fn clients_flag(&self, to: u8) -> u8 {
+        let background = matches!(
+            to,
+            kind::SUMMARY | kind::FETCH | kind::COPY | kind::SCRUB | kind::PULL | kind::PEER_FETCH
+        );
         let silent_ns = self.clients_ns.map(|clients_ns| self.now_ns.saturating_sub(clients_ns));
         let here = silent_ns.is_some_and(|silent_ns| silent_ns < CLIENTS_GONE_NS);
         if background && here { flag::BESIDE_CLIENTS } else { 0 }
@@ -385,6 +406,7 @@ impl EventLoop {
 
     /// Appends the batch, begins what syncs and checkpoints are due, writes the answers.
     fn settle(&mut self) -> Result<(), StoreError> {
+        self.flush_peers();
         self.store.append()?;
         let appended = self.store.appended_lsn();
         for mut waiter in self.new_waiters.drain(..) {
@@ -469,6 +491,8 @@ impl EventLoop {
                     }
                     Err(error) => return Err(error),
                 }
+                // In the order in which they were asked for: what waits on a connection came later.
+                self.land_pulls();
                 self.unpark();
             }
         }
@@ -541,6 +565,7 @@ impl EventLoop {
             // Closing the descriptor unregisters it as well.
             let _ = self.poller.remove(connection.stream.fd());
             self.sessions.connection_ended(connection.id);
+            self.pulls.connection_ended(connection.id);
         }
     }
 
@@ -552,6 +577,8 @@ impl EventLoop {
         }
         self.next_look_ns = now_ns + TICK.as_nanos() as u64;
         self.end_strangers(now_ns);
+        self.pulls.tick(now_ns);
+        self.carry_out_pulls();
         if self.jobs.has_failed() {
             return Err(StoreError::Failed { errno: Errno::IO });
         }

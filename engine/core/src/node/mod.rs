@@ -5,6 +5,8 @@
 mod counters;
 mod event_loop;
 mod jobs;
+mod peers;
+pub(crate) mod pulls;
 pub(crate) mod requests;
 pub(crate) mod sessions;
 

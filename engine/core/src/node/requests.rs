@@ -1,6 +1,7 @@
 //! What a node does with each kind of request: checks it against the session and the image's record,
 //! has the store do it, and says what to answer, and when.
 
+use super::pulls::PullOrder;
 use super::sessions::{Reader, Session, Sessions};
 use crate::checksum::Checksum;
 use crate::content::Block;
@@ -12,6 +13,7 @@ use crate::store::{
     StoreError, WRITTEN_PER_PAGE, WriteOp, WrittenCursor,
 };
 use crate::wire::codec::Short;
+use crate::wire::copies::{FETCH_BLOCKS_MAX, PeerFetch, Pull};
 use crate::wire::messages::{
     self, Attach, AttachReader, BlocksReply, Copy, DIRTY_ENTRIES_MAX, DirtyEntry, DirtyFrom,
     DirtyReply, Flush, Head, Io, IoInto, Level, Peek, PeekReply, SCRUB_BLOCKS_MAX, ScrubReply,
@@ -35,6 +37,8 @@ pub(crate) enum Outcome {
     Placed { head: Bytes, bytes: usize },
     /// Answer once everything so far is durable; a flush's answer names the flush number.
     AnswerDurable { with_number: bool },
+    /// Have these blocks fetched from another node, and answer when they are applied (`Requests::land`).
+    Pull(Box<PullOrder>),
     /// The log is full: try again after a checkpoint, and take nothing else from the connection.
     Park,
     /// The peer breaks the protocol.
@@ -131,9 +135,15 @@ impl Requests<'_> {
             kind::LEVEL => self.level(frame),
             kind::WRITTEN => self.written(frame),
             kind::SCRUB => self.scrub(frame),
+            kind::PULL => self.pull(frame),
+            kind::PEER_FETCH => self.peer_fetch(frame),
             _ => Err(Refused::Close),
         };
-        done.unwrap_or_else(|refused| match refused {
+        done.unwrap_or_else(|refused| self.refusal(refused))
+    }
+
+    fn refusal(&mut self, refused: Refused) -> Outcome {
+        match refused {
             Refused::Status(status) => {
                 Outcome::Answer { status, head: Bytes::new(), payload: Bytes::new() }
             }
@@ -143,7 +153,7 @@ impl Requests<'_> {
             }
             Refused::Park => Outcome::Park,
             Refused::Close => Outcome::Close,
-        })
+        }
     }
 
     fn head(&mut self, put: impl FnOnce(&mut BytesMut)) -> Bytes {
@@ -465,13 +475,18 @@ impl Requests<'_> {
         let asked = ShardRange::take(frame.head.clone())?;
         let image = self.session(frame, asked.epoch)?.image;
         let key = self.key(image, asked.layer, asked.shard)?;
-        let summary = self.store.summary(&key)?;
-        let end = asked.first_block.checked_add(asked.blocks).ok_or(Refused::Close)?;
-        let range = asked.first_block as usize..end as usize;
+        let reply = self.summary_of(&key, asked.first_block, asked.blocks)?;
+        Ok((key, asked, reply))
+    }
+
+    fn summary_of(&mut self, key: &ShardKey, first: u32, blocks: u32) -> Step<BlocksReply> {
+        let summary = self.store.summary(key)?;
+        let end = first.checked_add(blocks).ok_or(Refused::Close)?;
+        let range = first as usize..end as usize;
         let blocks = summary.blocks.get(range).ok_or(Refused::Close)?;
         let blocks =
             blocks.iter().map(|block| (block.state.with(block.checksum), block.tag)).collect();
-        Ok((key, asked, BlocksReply { generation: summary.generation, blocks }))
+        Ok(BlocksReply { generation: summary.generation, blocks })
     }
 
     fn summary(&mut self, frame: &Frame) -> Step {
@@ -481,16 +496,24 @@ impl Requests<'_> {
 
     fn fetch(&mut self, frame: &Frame) -> Step {
         let (key, asked, reply) = self.blocks_of(frame)?;
-        if asked.blocks as usize > PAYLOAD_BYTES_MAX / BLOCK_BYTES as usize {
+        if asked.blocks > FETCH_BLOCKS_MAX {
             return Err(Refused::Close);
         }
+        self.answer_fetch(&key, (asked.first_block, asked.blocks), &reply)
+    }
+
+    fn answer_fetch(
+        &mut self,
+        key: &ShardKey,
+        (first, blocks): (u32, u32),
+        reply: &BlocksReply,
+    ) -> Step {
         let scratch = &mut *self.scratch;
         scratch.states.clear();
         let (states, data) = (&mut scratch.states, &mut scratch.data);
-        let (first, blocks) = (asked.first_block, asked.blocks);
         self.store.read_blocks(&key.image, &[key.layer], key.shard, first, blocks, states, data)?;
         let payload = scratch.data.split().freeze();
-        Ok(self.answer(&reply, payload))
+        Ok(self.answer(reply, payload))
     }
 
     fn copy(&mut self, frame: &Frame) -> Step {
@@ -498,15 +521,7 @@ impl Requests<'_> {
         let session = self.session(frame, copy.epoch)?;
         self.check_generation(&session, copy.generation)?;
         let key = self.key(session.image, copy.layer, copy.shard)?;
-        let blocks: Vec<CopyBlock> = copy
-            .indexes
-            .iter()
-            .zip(&copy.blocks)
-            .map(|(block, (content, tag))| {
-                let (state, checksum) = BlockState::of(*content);
-                CopyBlock { block: *block, state, tag: *tag, checksum }
-            })
-            .collect();
+        let blocks = copy_blocks(copy.indexes.iter().copied(), &copy.blocks);
         self.store.copy(&key, &blocks, frame.payload.clone(), copy.shard_generation)?;
         Ok(ok())
     }
@@ -550,6 +565,106 @@ impl Requests<'_> {
         };
         Ok(self.answer(&reply, Bytes::new()))
     }
+}
+
+// Copies from node to node
+
+impl Requests<'_> {
+    /// A holder orders this node to fetch blocks from another one.
+    fn pull(&mut self, frame: &Frame) -> Step {
+        let pull = Pull::take(frame.head.clone())?;
+        let session = self.session(frame, pull.epoch)?;
+        self.check_generation(&session, pull.generation)?;
+        let key = self.key(session.image, pull.layer, pull.shard)?;
+        let (serial, _) =
+            self.sessions.current(&session.image).ok_or(Refused::Status(Status::NoSession))?;
+        Ok(Outcome::Pull(Box::new(PullOrder {
+            connection: self.connection,
+            channel: frame.channel,
+            tag: frame.tag,
+            session: serial,
+            key,
+            epoch: pull.epoch,
+            generation: pull.generation,
+            blocks: pull.first_block..pull.first_block + pull.blocks,
+            source: pull.source,
+        })))
+    }
+
+    /// Applies what another node has given, where the order for it still counts.
+    pub(crate) fn land(&mut self, order: &PullOrder, given: &Frame) -> Outcome {
+        self.apply_pull(order, given).unwrap_or_else(|refused| match refused {
+            // The source's data is damaged, or not what was asked for: there are other ways to it.
+            Refused::Close | Refused::Status(Status::BadChecksum | Status::Malformed) => {
+                self.refusal(Refused::Status(Status::Unreachable))
+            }
+            refused => self.refusal(refused),
+        })
+    }
+
+    fn apply_pull(&mut self, order: &PullOrder, given: &Frame) -> Step {
+        let counts = self.is_current(order) || broken(Rule::PullsEndWithTheirSession);
+        if !counts || self.store.is_deleted(&order.key.image) {
+            return Err(Refused::Status(Status::Cancelled));
+        }
+        let key = self.key(order.key.image, order.key.layer, order.key.shard)?;
+        let reply = BlocksReply::take(given.head.clone())?;
+        if reply.blocks.len() != order.blocks.len() {
+            return Err(Refused::Close);
+        }
+        let blocks = copy_blocks(order.blocks.clone(), &reply.blocks);
+        self.store.copy(&key, &blocks, given.payload.clone(), reply.generation)?;
+        Ok(self.answer(&messages::Number(given.payload.len() as u64), Bytes::new()))
+    }
+
+    /// Whether the session, the epoch and the generation are those that the order was given in.
+    fn is_current(&self, order: &PullOrder) -> bool {
+        let record = self.store.image(&order.key.image).map(|record| record.head);
+        let stored = record.map(|head| (head.epoch, head.generation));
+        self.sessions.current(&order.key.image) == Some((order.session, order.epoch))
+            && stored == Some((order.epoch, order.generation))
+    }
+
+    /// Another node wants blocks that the holder has ordered it to take from here.
+    fn peer_fetch(&mut self, frame: &Frame) -> Step {
+        let asked = PeerFetch::take(frame.head.clone())?;
+        if self.store.is_deleted(&asked.image) {
+            return Err(Refused::Status(Status::Deleted));
+        }
+        if !broken(Rule::PeersAskUnderTheRecord) {
+            self.check_peer(&asked)?;
+        }
+        let key = self.key(asked.image, asked.layer, asked.shard)?;
+        let reply = self.summary_of(&key, asked.first_block, asked.blocks)?;
+        self.answer_fetch(&key, (asked.first_block, asked.blocks), &reply)
+    }
+
+    /// Just what the holder knows of this node: its session, and so its instance, and the membership.
+    fn check_peer(&self, asked: &PeerFetch) -> Step<()> {
+        let Some(record) = self.store.image(&asked.image) else {
+            return Err(Refused::Status(Status::NoRecord));
+        };
+        let session = self.sessions.current(&asked.image).map(|(_, epoch)| epoch);
+        Err(Refused::Status(if record.head.epoch != asked.epoch {
+            Status::StaleEpoch
+        } else if record.head.generation != asked.generation {
+            Status::StaleGeneration
+        } else if session != Some(asked.epoch) {
+            Status::NoSession
+        } else if record.blank || self.store.is_distrusted(&asked.image) {
+            Status::NoLayers
+        } else {
+            return Ok(());
+        }))
+    }
+}
+
+fn copy_blocks(indexes: impl Iterator<Item = u32>, blocks: &[(Block, Tag)]) -> Vec<CopyBlock> {
+    let blocks = indexes.zip(blocks).map(|(block, (content, tag))| {
+        let (state, checksum) = BlockState::of(*content);
+        CopyBlock { block, state, tag: *tag, checksum }
+    });
+    blocks.collect()
 }
 
 fn done(frame: &Frame) -> Outcome {

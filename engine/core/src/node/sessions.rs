@@ -30,8 +30,17 @@ pub(crate) struct Reader {
 #[derive(Default)]
 pub(crate) struct Sessions {
     by_channel: HashMap<(u64, u32), Session>,
-    of_image: HashMap<ImageId, (u64, u32)>,
+    of_image: HashMap<ImageId, Current>,
     readers: HashMap<(u64, u32), Reader>,
+    begun: u64,
+}
+
+/// Where an image's session is, and the how manieth of all it is: one begun anew on the same channel is
+/// another.
+#[derive(Clone, Copy)]
+struct Current {
+    at: (u64, u32),
+    serial: u64,
 }
 
 impl Sessions {
@@ -40,7 +49,7 @@ impl Sessions {
     /// False, and nothing changes: the holder has one on a later connection, and this is a late word
     /// from one that it has given up.
     pub(crate) fn begin(&mut self, connection: u64, channel: u32, session: Session) -> bool {
-        if let Some(at) = self.of_image.get(&session.image).copied() {
+        if let Some(Current { at, .. }) = self.of_image.get(&session.image).copied() {
             let current = self.by_channel.get(&at);
             if at.0 > connection && current.is_some_and(|current| current.epoch >= session.epoch) {
                 return false;
@@ -51,7 +60,9 @@ impl Sessions {
             }
         }
         self.readers.remove(&(connection, channel));
-        self.of_image.insert(session.image, (connection, channel));
+        self.begun += 1;
+        let current = Current { at: (connection, channel), serial: self.begun };
+        self.of_image.insert(session.image, current);
         self.by_channel.insert((connection, channel), session);
         true
     }
@@ -70,8 +81,19 @@ impl Sessions {
     /// The session, and whether it is the image's current one.
     pub(crate) fn get(&self, connection: u64, channel: u32) -> Option<(&Session, bool)> {
         let session = self.by_channel.get(&(connection, channel))?;
-        let current = self.of_image.get(&session.image) == Some(&(connection, channel));
+        let current = self.is_current(&session.image, (connection, channel));
         Some((session, current))
+    }
+
+    fn is_current(&self, image: &ImageId, at: (u64, u32)) -> bool {
+        self.of_image.get(image).is_some_and(|current| current.at == at)
+    }
+
+    /// The image's current session: its serial, and the epoch that it is of.
+    pub(crate) fn current(&self, image: &ImageId) -> Option<(u64, u64)> {
+        let current = self.of_image.get(image)?;
+        let session = self.by_channel.get(&current.at)?;
+        Some((current.serial, session.epoch))
     }
 
     /// The reader on that channel.
@@ -82,7 +104,7 @@ impl Sessions {
     pub(crate) fn end(&mut self, connection: u64, channel: u32) {
         self.readers.remove(&(connection, channel));
         if let Some(session) = self.by_channel.remove(&(connection, channel))
-            && self.of_image.get(&session.image) == Some(&(connection, channel))
+            && self.is_current(&session.image, (connection, channel))
         {
             self.of_image.remove(&session.image);
         }
@@ -90,15 +112,15 @@ impl Sessions {
 
     /// Ends whatever session the image has below `epoch`.
     pub(crate) fn fence(&mut self, image: &ImageId, epoch: u64) {
-        let Some(at) = self.of_image.get(image) else { return };
-        if self.by_channel.get(at).is_none_or(|session| session.epoch < epoch) {
+        let Some(current) = self.of_image.get(image) else { return };
+        if self.by_channel.get(&current.at).is_none_or(|session| session.epoch < epoch) {
             self.of_image.remove(image);
         }
     }
 
     pub(crate) fn connection_ended(&mut self, connection: u64) {
         self.by_channel.retain(|(other, _), _| *other != connection);
-        self.of_image.retain(|_, (other, _)| *other != connection);
+        self.of_image.retain(|_, current| current.at.0 != connection);
         self.readers.retain(|(other, _), _| *other != connection);
     }
 }
@@ -130,6 +152,20 @@ mod tests {
         assert!(!sessions.begin(1, 7, session(3)));
         assert!(sessions.get(2, 7).is_some_and(|(_, current)| current));
         assert!(sessions.begin(1, 8, session(4)), "a new holder's connection may be the older one");
+    }
+
+    /// Work of the former session was taken for that of the one that had begun in its place.
+    #[test]
+    fn a_session_that_begins_anew_on_its_channel_is_another() {
+        let (mut sessions, image) = (Sessions::default(), ImageId([1; 16]));
+        assert_eq!(sessions.current(&image), None);
+        assert!(sessions.begin(1, 7, session(3)));
+        let former = sessions.current(&image).expect("a session");
+        assert!(sessions.begin(1, 7, session(3)));
+        let now = sessions.current(&image).expect("a session");
+        assert!(former.0 != now.0 && former.1 == now.1);
+        sessions.fence(&image, 4);
+        assert_eq!(sessions.current(&image), None);
     }
 
     #[test]

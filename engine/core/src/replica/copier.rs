@@ -2,25 +2,31 @@
 //! and copied, a few shards at a time. The one mechanism behind levelling, heal and repair. Without I/O:
 //! what is to be asked comes out as `orders`, answers go in through `take`.
 //!
+//! What nobody waits for the target is ordered to fetch from the source by itself (PULL), so that it does not
+//! go through this host; where that does not work, and where somebody waits, it goes through here (FETCH,
+//! COPY), over connections that are known to live.
+//!
 //! Who counts, and who gets what, `compare` decides; when a shard may be worked on, its owner does.
 
 use super::background::Pacing;
 use super::compare::{Comparison, CopyRun};
 use super::pacing::Need;
 use super::replies::BadReply;
+use super::routes::Routes;
 use super::{NodeIndex, NodeMask};
 use crate::checksum::checksum_of;
 use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, LayerId, SHARD_BYTES_MAX, Tag};
 use crate::wire::codec::Fields;
-use crate::wire::messages::{BlocksReply, Copy, Head, ShardRange, TAGGED_BLOCK_BYTES};
+use crate::wire::copies::Pull;
+use crate::wire::messages::{BlocksReply, Copy, Head, Number, ShardRange, TAGGED_BLOCK_BYTES};
 use crate::wire::{Frame, HEAD_BYTES_MAX, PAYLOAD_BYTES_MAX, Status, kind};
 use bytes::{Bytes, BytesMut};
 use slab::Slab;
 use std::collections::VecDeque;
 use std::ops::Range;
 
-/// Fetches in flight for one shard: enough to fill the wire.
+/// Fetches and pulls in flight for one shard: enough to fill the wire.
 const FETCHES_AT_ONCE: usize = 2;
 /// Blocks of a fetch beside clients: no request of theirs waits long behind it.
 const NARROW_BLOCKS: u32 = 64;
@@ -38,6 +44,7 @@ pub(super) enum CopyAsk {
     Summary { job: usize },
     Fetch { job: usize, run: CopyRun },
     Copy { job: usize },
+    Pull { job: usize, run: CopyRun },
 }
 
 /// A frame to be sent to each of `nodes`.
@@ -52,6 +59,7 @@ enum OrderHead {
     Summary(ShardRange),
     Fetch(ShardRange),
     Copy(Copy),
+    Pull(Pull),
 }
 
 impl Order {
@@ -60,6 +68,7 @@ impl Order {
             OrderHead::Summary(_) => kind::SUMMARY,
             OrderHead::Fetch(_) => kind::FETCH,
             OrderHead::Copy(_) => kind::COPY,
+            OrderHead::Pull(_) => kind::PULL,
         }
     }
 
@@ -67,6 +76,7 @@ impl Order {
         match &self.head {
             OrderHead::Summary(range) | OrderHead::Fetch(range) => range.put(out),
             OrderHead::Copy(copy) => copy.put(out),
+            OrderHead::Pull(pull) => pull.put(out),
         }
     }
 }
@@ -76,8 +86,8 @@ impl Order {
 pub(super) struct Taken {
     /// The job that is done with it.
     pub done: Option<usize>,
-    /// The asked node holds a rotten block: shard and index. Another stands in where there is one.
-    pub rotten: Option<(u64, u32)>,
+    /// A node holds a rotten block: shard and index. Another stands in where there is one.
+    pub rotten: Option<(NodeIndex, u64, u32)>,
     /// The asked node cannot.
     pub failed: Option<Status>,
     /// With `done`: blocks that stay rotten, because nobody who counts has them intact.
@@ -90,6 +100,7 @@ pub(super) struct CopyStamp {
     pub epoch: u64,
     pub generation: u64,
     pub blocks_per_shard: u32,
+    pub now_ns: u64,
 }
 
 struct Job {
@@ -102,7 +113,7 @@ struct Job {
     summaries_missing: u32,
     runs: VecDeque<CopyRun>,
     in_flight: u32,
-    /// Its fetches wait for an allowance.
+    /// Its fetches wait for an allowance: nobody waits for it.
     limited: bool,
 }
 
@@ -116,11 +127,13 @@ pub(super) struct Copier {
     pub bad_blocks: u64,
     /// What limited jobs may fetch; beside clients one small piece at a time.
     pub pacing: Pacing,
+    /// Who can fetch from whom.
+    pub routes: Routes,
 }
 
 impl Copier {
-    pub fn paced(pacing: Pacing) -> Copier {
-        Copier { pacing, ..Copier::default() }
+    pub fn paced(pacing: Pacing, routes: Routes) -> Copier {
+        Copier { pacing, routes, ..Copier::default() }
     }
 
     /// Forgets all jobs; their owner no longer knows their answers.
@@ -192,14 +205,18 @@ impl Copier {
         let mut taken = Taken::default();
         let job = match ask {
             CopyAsk::Fetch { job, run } if frame.status == Status::BadBlock => {
-                let block = Fields(frame.head).u32();
-                let block = block.map_err(|_| BadReply("no block named"))?;
-                if !self.found_rotten(node, job, run, block) {
-                    // The same word twice, or of a block that was not asked for.
-                    taken.failed = Some(Status::BadBlock);
-                    return Ok(taken);
-                }
-                taken.rotten = Some((self.jobs[job].shard, block));
+                taken.rotten = Some(self.take_rotten(job, run, frame)?);
+                job
+            }
+            CopyAsk::Pull { job, run } if frame.status == Status::BadBlock => {
+                let targets = NodeMask::one(node);
+                taken.rotten = Some(self.take_rotten(job, CopyRun { targets, ..run }, frame)?);
+                job
+            }
+            CopyAsk::Pull { job, run }
+                if matches!(frame.status, Status::Unreachable | Status::Cancelled) =>
+            {
+                self.pull_failed(job, CopyRun { targets: NodeMask::one(node), ..run }, stamp);
                 job
             }
             _ if frame.status != Status::Ok => {
@@ -216,6 +233,11 @@ impl Copier {
                 job
             }
             CopyAsk::Copy { job } => {
+                self.jobs[job].in_flight -= 1;
+                job
+            }
+            CopyAsk::Pull { job, run } => {
+                self.take_pulled(run, frame)?;
                 self.jobs[job].in_flight -= 1;
                 job
             }
@@ -274,16 +296,18 @@ impl Copier {
                 job.runs.push_front(rest);
                 run.blocks = NARROW_BLOCKS;
             }
-            let (layer, shard) = (job.layer, job.shard);
-            let (first_block, blocks) = (run.first_block, run.blocks);
+            let blocks = run.blocks;
             match run.source {
                 Some(source) => {
-                    job.in_flight += 1;
-                    self.pacing.spend(u64::from(blocks) * u64::from(BLOCK_BYTES));
-                    let range =
-                        ShardRange { epoch: stamp.epoch, layer, shard, first_block, blocks };
-                    let ask = CopyAsk::Fetch { job: job_id, run };
-                    self.order(NodeMask::one(source), ask, OrderHead::Fetch(range), Bytes::new());
+                    let limited = if job.limited { run.targets } else { NodeMask::EMPTY };
+                    let pulling = self.routes.can_pull(source, limited, stamp.now_ns);
+                    let targets = run.targets.without(pulling);
+                    if pulling.is_empty() {
+                        self.fetch(job_id, source, run, stamp);
+                    } else if !targets.is_empty() {
+                        self.jobs[job_id].runs.push_front(CopyRun { targets, ..run });
+                    }
+                    self.pull(job_id, source, CopyRun { targets: pulling, ..run }, stamp);
                 }
                 None => {
                     // No replica that counts has these blocks intact: nobody must pretend to.
@@ -318,17 +342,80 @@ impl Copier {
         Ok(())
     }
 
-    /// The source of `run` has a rotten block in it: another stands in for that block.
-    fn found_rotten(&mut self, node: NodeIndex, job: usize, run: CopyRun, block: u32) -> bool {
+    /// Has blocks come through this host.
+    fn fetch(&mut self, job_id: usize, source: NodeIndex, run: CopyRun, stamp: CopyStamp) {
+        let job = &mut self.jobs[job_id];
+        job.in_flight += 1;
+        self.pacing.spend(u64::from(run.blocks) * u64::from(BLOCK_BYTES));
+        let CopyRun { first_block, blocks, .. } = run;
+        let (epoch, layer, shard) = (stamp.epoch, job.layer, job.shard);
+        let range = ShardRange { epoch, layer, shard, first_block, blocks };
+        let ask = CopyAsk::Fetch { job: job_id, run };
+        self.order(NodeMask::one(source), ask, OrderHead::Fetch(range), Bytes::new());
+    }
+
+    /// Has the targets fetch blocks by themselves.
+    fn pull(&mut self, job_id: usize, source: NodeIndex, run: CopyRun, stamp: CopyStamp) {
+        let Some(place) = self.routes.source(source).filter(|_| !run.targets.is_empty()) else {
+            return;
+        };
+        let job = &mut self.jobs[job_id];
+        let pull = Pull {
+            epoch: stamp.epoch,
+            generation: stamp.generation,
+            layer: job.layer,
+            shard: job.shard,
+            first_block: run.first_block,
+            blocks: run.blocks,
+            source: place.clone(),
+        };
+        let targets = run.targets.0.count_ones();
+        job.in_flight += targets;
+        self.pacing.spend(u64::from(run.blocks * targets) * u64::from(BLOCK_BYTES));
+        let ask = CopyAsk::Pull { job: job_id, run };
+        self.order(run.targets, ask, OrderHead::Pull(pull), Bytes::new());
+    }
+
+    fn take_pulled(&mut self, run: CopyRun, frame: Frame) -> Result<(), BadReply> {
+        let Number(bytes) = Number::take(frame.head).map_err(|_| BadReply("malformed count"))?;
+        if bytes > u64::from(run.blocks) * u64::from(BLOCK_BYTES) {
+            return Err(BadReply("more was pulled than was ordered"));
+        }
+        self.copied_bytes += bytes;
+        Ok(())
+    }
+
+    /// The target of `run` could not fetch it: for a while what it needs of that source comes through here.
+    fn pull_failed(&mut self, job: usize, run: CopyRun, stamp: CopyStamp) {
+        if let Some((source, target)) = run.source.zip(run.targets.first()) {
+            self.routes.failed(source, target, stamp.now_ns);
+        }
         let job = &mut self.jobs[job];
         job.in_flight -= 1;
-        let in_run = block.wrapping_sub(run.first_block) < run.blocks;
-        if !in_run || !job.compared.found_rotten(node, block) {
-            return false;
-        }
+        job.runs.push_front(run);
+    }
+
+    /// The source of `run` has a rotten block in it: another stands in for that block.
+    fn take_rotten(
+        &mut self,
+        job_id: usize,
+        run: CopyRun,
+        frame: Frame,
+    ) -> Result<(NodeIndex, u64, u32), BadReply> {
+        let block = Fields(frame.head).u32().map_err(|_| BadReply("no block named"))?;
+        let (Some(source), true) = (run.source, block.wrapping_sub(run.first_block) < run.blocks)
+        else {
+            return Err(BadReply("rot in a block that was not asked for"));
+        };
+        let job = &mut self.jobs[job_id];
+        job.in_flight -= 1;
+        let new = job.compared.found_rotten(source, block);
         let again = job.compared.copy_runs(run.first_block..run.first_block + run.blocks);
-        job.runs.extend(again);
-        true
+        // Who else needs the blocks is asked with the word that was new, and once more with its own.
+        let wanted = if new { NodeMask(u64::MAX) } else { run.targets };
+        let again = again.into_iter().map(|r| CopyRun { targets: r.targets.and(wanted), ..r });
+        job.runs.extend(again.filter(|run| !run.targets.is_empty()));
+        Ok((source, job.shard, block))
     }
 
     fn take_fetch(
@@ -395,9 +482,12 @@ mod tests {
     use super::super::background::Background;
     use super::super::pacing::{Limits, Sort};
     use super::*;
+    use crate::wire::copies::Source;
+    use std::net::SocketAddr;
 
     const BLOCKS: u32 = SHARD_BYTES_MAX / BLOCK_BYTES;
-    const STAMP: CopyStamp = CopyStamp { epoch: 1, generation: 1, blocks_per_shard: BLOCKS };
+    const STAMP: CopyStamp =
+        CopyStamp { epoch: 1, generation: 1, blocks_per_shard: BLOCKS, now_ns: 0 };
 
     fn frame(kind: u8, head: &impl Head, payload: Bytes) -> Frame {
         let mut bytes = BytesMut::new();
@@ -406,19 +496,32 @@ mod tests {
         Frame { kind, flags: 0, status, channel: 1, tag: 0, head, payload }
     }
 
-    /// Plays nodes of which the second lacks every `step`th block; gives what was fetched, piece by piece.
+    /// Plays a trusted node, and others that lack every `step`th block; gives what was fetched, piece by
+    /// piece.
     fn fetched(copier: &mut Copier, step: u32, limited: bool) -> Vec<u32> {
+        moved(copier, NodeMask(0b11), step, limited, |_, _| Status::Ok).0
+    }
+
+    /// The same for `members`, of which the first is trusted: what was fetched, and what was pulled, by
+    /// whom. `pulls` says what becomes of a pull.
+    fn moved(
+        copier: &mut Copier,
+        members: NodeMask,
+        step: u32,
+        limited: bool,
+        mut pulls: impl FnMut(NodeIndex, &Pull) -> Status,
+    ) -> (Vec<u32>, Vec<(NodeIndex, u32)>) {
         let block = vec![7; BLOCK_BYTES as usize];
         let held = (Block::Data(checksum_of(&block)), Tag::NONE);
-        let members = NodeMask(0b11);
-        let compared = Comparison::new(NodeMask::one(0), NodeMask::one(1));
+        let trusted = NodeMask::one(members.first().expect("a source"));
+        let compared = Comparison::new(trusted, members.without(trusted));
         let _ = copier.start((1, 0), compared, members, limited, STAMP);
-        let (mut pieces, mut ended) = (Vec::new(), false);
+        let (mut pieces, mut pulled, mut ended) = (Vec::new(), Vec::new(), false);
         while let Some(order) = copier.orders.pop_front() {
             for node in order.nodes.iter() {
                 let answer = match (&order.head, &order.ask) {
                     (OrderHead::Summary(_), _) => {
-                        let lacks = |index: &u32| node == 1 && index.is_multiple_of(step);
+                        let lacks = |index: &u32| !trusted.has(node) && index.is_multiple_of(step);
                         let absent = (Block::Absent, Tag::NONE);
                         let of = |index| if lacks(&index) { absent } else { held };
                         let blocks = (0..BLOCKS).map(of).collect();
@@ -432,6 +535,20 @@ mod tests {
                         frame(kind::FETCH, &reply, Bytes::from(content))
                     }
                     (OrderHead::Copy(copy), _) => frame(kind::COPY, copy, Bytes::new()),
+                    (OrderHead::Pull(pull), _) => {
+                        let status = pulls(node, pull);
+                        if status == Status::Ok {
+                            pulled.push((node, pull.blocks));
+                        }
+                        let bytes = Number(u64::from(pull.blocks * BLOCK_BYTES));
+                        let block = pull.first_block.to_le_bytes();
+                        let frame = frame(kind::PULL, &bytes, Bytes::new());
+                        let head = match status {
+                            Status::Ok => frame.head.clone(),
+                            _ => Bytes::copy_from_slice(&block),
+                        };
+                        Frame { status, head, ..frame }
+                    }
                 };
                 assert!(answer.head.len() <= HEAD_BYTES_MAX);
                 let taken = copier.take(node, order.ask.clone(), answer, STAMP);
@@ -439,7 +556,101 @@ mod tests {
             }
         }
         assert!(ended, "all is copied");
-        pieces
+        (pieces, pulled)
+    }
+
+    fn routed(nodes: &[NodeIndex]) -> Copier {
+        let mut copier = Copier::default();
+        for node in nodes {
+            let address = SocketAddr::from(([127, 0, 0, 1], 7000 + u16::from(*node)));
+            copier.routes.set(*node, Some(Source { node: format!("node{node}"), address }));
+        }
+        copier
+    }
+
+    #[test]
+    fn what_nobody_waits_for_targets_fetch_by_themselves() {
+        let mut copier = routed(&[0]);
+        let (pieces, pulled) = moved(&mut copier, NodeMask(0b111), 1, true, |_, pull| {
+            match pull.source.node == "node0" {
+                true => Status::Ok,
+                false => Status::Malformed,
+            }
+        });
+        assert_eq!(pieces, []);
+        for node in [1, 2] {
+            let of_node = pulled.iter().filter(|(by, _)| *by == node);
+            assert_eq!(of_node.map(|(_, blocks)| blocks).sum::<u32>(), BLOCKS);
+        }
+        assert_eq!(copier.copied_bytes, 2 * u64::from(BLOCKS * BLOCK_BYTES));
+    }
+
+    #[test]
+    fn what_somebody_waits_for_or_comes_from_nobody_knows_where_goes_through_here() {
+        let (pieces, pulled) =
+            moved(&mut routed(&[0]), NodeMask(0b11), 1, false, |_, _| Status::Ok);
+        assert_eq!((pieces.iter().sum(), pulled), (BLOCKS, vec![]));
+        let (pieces, pulled) = moved(&mut routed(&[1]), NodeMask(0b11), 1, true, |_, _| Status::Ok);
+        assert_eq!((pieces.iter().sum(), pulled), (BLOCKS, vec![]));
+    }
+
+    #[test]
+    fn a_target_that_cannot_reach_the_source_is_served_from_here_and_others_go_on() {
+        for failure in [Status::Unreachable, Status::Cancelled] {
+            let (pieces, pulled) =
+                moved(&mut routed(&[0]), NodeMask(0b111), 1, true, |node, _| match node {
+                    1 => failure,
+                    _ => Status::Ok,
+                });
+            assert_eq!(pieces.iter().sum::<u32>(), BLOCKS);
+            assert_eq!(pulled.iter().map(|(_, blocks)| blocks).sum::<u32>(), BLOCKS);
+            assert!(pulled.iter().all(|(node, _)| *node == 2));
+        }
+    }
+
+    /// Two targets hear of the same rot from the one source that both ask: the second's word was taken for
+    /// a mistake.
+    #[test]
+    fn rot_that_two_targets_come_upon_has_another_stand_in_for_both() {
+        let mut copier = routed(&[0, 1]);
+        let members = NodeMask(0b1111);
+        let block = vec![7; BLOCK_BYTES as usize];
+        let held = (Block::Data(checksum_of(&block)), Tag::NONE);
+        let compared = Comparison::new(NodeMask(0b11), NodeMask(0b1100));
+        let _ = copier.start((1, 0), compared, members, true, STAMP);
+        let (mut rotten, mut given) = (0, [0; 4]);
+        while let Some(order) = copier.orders.pop_front() {
+            for node in order.nodes.iter() {
+                let answer = match &order.head {
+                    OrderHead::Summary(_) => {
+                        let absent = (Block::Absent, Tag::NONE);
+                        let of = |index| if node > 1 && index < 4 { absent } else { held };
+                        let blocks = (0..BLOCKS).map(of).collect();
+                        frame(kind::SUMMARY, &BlocksReply { generation: 1, blocks }, Bytes::new())
+                    }
+                    OrderHead::Pull(pull) => {
+                        let range = pull.first_block..pull.first_block + pull.blocks;
+                        let bad = pull.source.node == "node0" && range.contains(&2);
+                        given[usize::from(node)] += if bad { 0 } else { pull.blocks };
+                        let status = if bad { Status::BadBlock } else { Status::Ok };
+                        let bytes = Number(u64::from(pull.blocks * BLOCK_BYTES));
+                        let frame = frame(kind::PULL, &bytes, Bytes::new());
+                        let head = match bad {
+                            true => Bytes::copy_from_slice(&2u32.to_le_bytes()),
+                            false => frame.head.clone(),
+                        };
+                        Frame { status, head, ..frame }
+                    }
+                    _ => panic!("nothing goes through here"),
+                };
+                let taken = copier.take(node, order.ask.clone(), answer, STAMP);
+                let taken = taken.expect("an honest answer");
+                assert_eq!(taken.failed, None);
+                rotten += usize::from(taken.rotten == Some((0, 0, 2)));
+            }
+        }
+        assert!(copier.jobs.is_empty() && rotten == 2);
+        assert!(given[2] >= 4 && given[3] >= 4, "{given:?}");
     }
 
     #[test]
@@ -453,7 +664,7 @@ mod tests {
     fn beside_clients_every_piece_is_small_also_of_what_somebody_waits_for() {
         let background = Background::default();
         let limits = Limits { bytes_per_second: 0, share_percent: 25 };
-        let mut copier = Copier::paced(background.join(1, Sort::Copies, limits));
+        let mut copier = Copier::paced(background.join(1, Sort::Copies, limits), Routes::default());
         background.asked(1_000_000_000);
         assert!(copier.pacing.is_beside_clients());
         let pieces = fetched(&mut copier, 1, false);

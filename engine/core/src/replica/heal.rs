@@ -144,11 +144,12 @@ impl ImageIo {
         }
         self.remembers_anew(node);
         let asks = Asks::new(self.next_serial());
+        let pacing = spec.limits.join(&self.background, self.spec.channel);
         self.heal = Some(Heal {
             instance: self.replica(node).instance,
             stage: Stage::Entering,
             asks,
-            copier: Copier::paced(spec.limits.join(&self.background, self.spec.channel)),
+            copier: Copier::paced(pacing, self.routes.clone()),
             jobs: Vec::new(),
             list: ShardSet::default(),
             own: ShardSet::default(),

@@ -135,7 +135,7 @@ impl ImageIo {
                     self.fail_heal(status);
                     return Ok(());
                 }
-                if let Some((shard, block)) = taken.rotten {
+                if let Some((node, shard, block)) = taken.rotten {
                     self.found_rot(node, shard, block);
                 }
                 self.send_heal_orders();

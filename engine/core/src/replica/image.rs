@@ -9,16 +9,19 @@ use super::level::Leveller;
 use super::locks::{BlockLocks, Range};
 use super::memory::Memory;
 use super::repair::Repairs;
+use super::routes::Routes;
 use super::scrub::Scrub;
 use super::shard_set::ShardSet;
 use super::{Event, Extent, Instance, IoError, NodeIndex, NodeMask, Outcome, Output, Token};
 use crate::content::Run;
 use crate::geometry::{Geometry, ImageId, LayerId, SnapshotId};
+use crate::wire::copies::Source;
 use crate::wire::messages::RecordHead;
 use crate::wire::{self, Prefix};
 use bytes::{Bytes, BytesMut};
 use slab::Slab;
 use std::collections::{BTreeSet, VecDeque};
+use std::net::SocketAddr;
 
 /// A replica set, its members and who of them is in sync.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -223,6 +226,8 @@ pub struct ImageIo {
     pub(super) held_back: Vec<usize>,
     pub(super) heal: Option<Heal>,
     pub(super) repairs: Repairs,
+    /// Who can fetch from whom without us.
+    pub(super) routes: Routes,
     pub(super) scrub: Option<Scrub>,
     pub(super) bytes_since_flush: u64,
     pub(super) ticks_since_flush: u32,
@@ -289,6 +294,7 @@ impl ImageIo {
             held_back: Vec::new(),
             heal: None,
             repairs: Repairs::default(),
+            routes: Routes::default(),
             scrub: None,
             bytes_since_flush: 0,
             ticks_since_flush: 0,
@@ -307,6 +313,17 @@ impl ImageIo {
 
     pub fn spec(&self) -> &OpenSpec {
         &self.spec
+    }
+
+    /// Other nodes reach `node` here; none: nobody knows where, and what they need of it comes through us.
+    pub fn set_address(&mut self, node: NodeIndex, address: Option<SocketAddr>) {
+        let name = &self.replicas[usize::from(node)].name;
+        let source = address.map(|address| Source { node: name.clone(), address });
+        self.routes.set(node, source.clone());
+        self.leveller.copier.routes.set(node, source.clone());
+        if let Some(heal) = &mut self.heal {
+            heal.copier.routes.set(node, source);
+        }
     }
 
     pub fn size_bytes(&self) -> u64 {

@@ -73,7 +73,7 @@ pub(super) struct Leveller {
     demanded: ShardSet,
     cursor: u64,
     asks: Asks<Ask>,
-    copier: Copier,
+    pub copier: Copier,
     jobs: Vec<Job>,
     /// Equal, not yet durable; and what the flush under way covers.
     copied: Vec<(u64, NodeMask)>,
@@ -161,6 +161,7 @@ impl ImageIo {
             epoch: self.spec.epoch,
             generation: self.spec.generation,
             blocks_per_shard: self.spec.geometry.shard_bytes / BLOCK_BYTES,
+            now_ns: self.now_ns,
         }
     }
 
@@ -326,7 +327,7 @@ impl ImageIo {
                     self.levelling_failed(node, status);
                     return Ok(());
                 }
-                if let Some((shard, block)) = taken.rotten {
+                if let Some((node, shard, block)) = taken.rotten {
                     self.found_rot(node, shard, block);
                 }
                 self.send_level_orders();

@@ -13,6 +13,7 @@ use bytes::{Bytes, BytesMut};
 use rustix::fd::AsFd;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::net::SocketAddr;
 
 const SECOND_NS: u64 = 1_000_000_000;
 /// Heartbeat, declared lost, time to connect and greet, and between attempts.
@@ -36,6 +37,16 @@ pub struct LinkTarget {
     pub addresses: Vec<Address>,
     pub cluster: [u8; 16],
     pub gateway: String,
+}
+
+impl LinkTarget {
+    /// Where other hosts reach the node.
+    pub fn tcp(&self) -> Option<SocketAddr> {
+        self.addresses.iter().find_map(|address| match address {
+            Address::Tcp(address) => Some(*address),
+            Address::Unix(_) => None,
+        })
+    }
 }
 
 /// What a link's owner has to hear.

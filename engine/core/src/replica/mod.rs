@@ -45,6 +45,7 @@ mod reader;
 mod reads;
 mod repair;
 mod replies;
+mod routes;
 mod scrub;
 mod served;
 mod shard_set;

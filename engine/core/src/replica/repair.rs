@@ -456,7 +456,7 @@ impl ImageIo {
         if done {
             self.next_repair_layer(index);
         }
-        if let Some((_, block)) = taken.rotten {
+        if let Some((node, _, block)) = taken.rotten {
             self.found_rot(node, shard, block);
         }
         Ok(())

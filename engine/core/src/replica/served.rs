@@ -4,6 +4,7 @@ use super::replies::BadReply;
 use super::{ImageIo, Instance, IoError, NodeIndex, Outcome, Output, ReaderIo, Token};
 use crate::wire::Frame;
 use bytes::Bytes;
+use std::net::SocketAddr;
 
 pub enum Served {
     Image(Box<ImageIo>),
@@ -45,6 +46,13 @@ impl Served {
         match self {
             Served::Image(io) => io.set_now(now_ns),
             Served::Reader(io) => io.set_now(now_ns),
+        }
+    }
+
+    /// Other nodes reach `node` here; none: nobody knows where.
+    pub fn set_address(&mut self, node: NodeIndex, address: Option<SocketAddr>) {
+        if let Served::Image(io) = self {
+            io.set_address(node, address);
         }
     }
 

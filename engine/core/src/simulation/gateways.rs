@@ -2,6 +2,7 @@
 //! `gateway::event_loop`, whose rules of links, heartbeats and ticks it keeps.
 
 use super::network::{Item, Way};
+use super::peers::address_of;
 use super::world::{Action, Happening, MILLISECOND_NS, Span, World};
 use crate::content::Run;
 use crate::gateway::GatewayEvent;
@@ -375,6 +376,7 @@ impl World {
         });
         let nodes: Vec<usize> = places.collect();
         for (index, node) in nodes.iter().enumerate() {
+            served.set_address(index as NodeIndex, Some(address_of(*node)));
             let link = self.gateways[gateway].links.iter().find(|link| link.node == *node);
             if let Some(link) = link.filter(|l| matches!(l.state, LinkState::Ready { .. })) {
                 served.link_up(index as NodeIndex, instance_of(&link.hello), link.hello.boot);

@@ -12,6 +12,7 @@ mod gateways;
 mod network;
 mod node;
 mod nodes;
+mod peers;
 mod probe;
 mod telling;
 mod world;

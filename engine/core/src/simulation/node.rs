@@ -3,6 +3,7 @@
 //! happens here one step at a time, when the history says so.
 
 use crate::geometry::ImageId;
+use crate::node::pulls::{Asker, Effect, PullAnswer, Pulls};
 use crate::node::requests::{Outcome, Requests, Scratch};
 use crate::node::sessions::Sessions;
 use crate::replica::Instance;
@@ -11,7 +12,7 @@ use crate::store::{CheckpointJob, Store, StoreConfig, StoreError, SyncJob};
 use crate::wire::messages::{Head, Number};
 use crate::wire::{Frame, REPLY, Status, kind};
 use bytes::{Bytes, BytesMut};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 const CLUSTER: [u8; 16] = [1; 16];
 
@@ -40,6 +41,9 @@ struct Waiter {
 pub struct NodeRun {
     pub store: Store,
     sessions: Sessions,
+    pulls: Pulls,
+    /// Connections, and of whom each is.
+    askers: BTreeMap<u64, Asker>,
     scratch: Scratch,
     waiters: Vec<Waiter>,
     /// Connections whose next frame waits for room in the log.
@@ -105,6 +109,8 @@ impl SimNode {
         let run = NodeRun {
             store,
             sessions: Sessions::default(),
+            pulls: Pulls::default(),
+            askers: BTreeMap::new(),
             scratch: Scratch::default(),
             waiters: Vec::new(),
             parked: VecDeque::new(),
@@ -153,7 +159,18 @@ impl NodeRun {
     ///
     /// # Errors
     /// The store has failed: the process ends.
-    pub fn take(&mut self, connection: u64, frame: Frame) -> Result<Option<Status>, StoreError> {
+    pub fn take(
+        &mut self,
+        connection: u64,
+        frame: Frame,
+        now_ns: u64,
+    ) -> Result<Option<Status>, StoreError> {
+        if !self.askers.entry(connection).or_default().may_ask(frame.kind) {
+            self.sent_away.push(connection);
+            return Ok(None);
+        }
+        self.pulls.overtaken(connection, &frame);
+        self.answer_pulls();
         let mut requests = Requests {
             store: &mut self.store,
             sessions: &mut self.sessions,
@@ -182,6 +199,11 @@ impl NodeRun {
                 self.parked.push_back((connection, frame));
                 None
             }
+            Outcome::Pull(order) => {
+                self.pulls.order(*order, now_ns);
+                self.answer_pulls();
+                None
+            }
             // Nobody hands memory over here.
             Outcome::Placed { .. } | Outcome::Close => {
                 self.sent_away.push(connection);
@@ -192,6 +214,8 @@ impl NodeRun {
 
     pub fn end_connection(&mut self, connection: u64) {
         self.sessions.connection_ended(connection);
+        self.pulls.connection_ended(connection);
+        self.askers.remove(&connection);
         self.waiters.retain(|waiter| waiter.connection != connection);
         self.parked.retain(|(other, _)| *other != connection);
         self.answers.retain(|(other, _)| *other != connection);
@@ -265,11 +289,93 @@ impl NodeRun {
             Err(StoreError::NoSpace) => self.no_space = true,
             Err(error) => return Err(error),
         }
+        self.land_pulls()?;
         Ok(std::mem::take(&mut self.parked).into())
     }
 
+    // Pulls
+
+    /// What is to be done with connections to other nodes.
+    pub(crate) fn pull_effects(&mut self) -> Vec<Effect> {
+        self.pulls.effects.drain(..).collect()
+    }
+
+    /// A peer, which is another node, has greeted.
+    pub(crate) fn peer_greeted(&mut self, peer: u64, now_ns: u64) {
+        self.pulls.greeted(peer, now_ns);
+    }
+
+    /// A peer answers; false: it breaks the protocol.
+    ///
+    /// # Errors
+    /// The store has failed.
+    pub(crate) fn peer_answers(
+        &mut self,
+        peer: u64,
+        frame: Frame,
+        now_ns: u64,
+    ) -> Result<bool, StoreError> {
+        self.pulls.heard(peer, now_ns);
+        let honest = self.pulls.take(peer, frame).is_ok();
+        self.land_pulls()?;
+        Ok(honest)
+    }
+
+    /// The connection to a peer is gone.
+    pub(crate) fn peer_ended(&mut self, peer: u64, now_ns: u64) {
+        self.pulls.ended(peer, now_ns);
+        self.answer_pulls();
+    }
+
+    /// Time has passed.
+    pub(crate) fn tick_pulls(&mut self, now_ns: u64) {
+        self.pulls.tick(now_ns);
+        self.answer_pulls();
+    }
+
+    /// Pulls that are under way.
+    pub fn pulls(&self) -> usize {
+        self.pulls.len()
+    }
+
+    fn land_pulls(&mut self) -> Result<(), StoreError> {
+        let mut from = 0;
+        while let Some((tag, order, given)) = self.pulls.landed(from) {
+            from = tag + 1;
+            let flags = given.flags;
+            let mut requests = Requests {
+                store: &mut self.store,
+                sessions: &mut self.sessions,
+                scratch: &mut self.scratch,
+                connection: order.connection,
+                memory: None,
+            };
+            let (status, head) = match requests.land(order, given) {
+                Outcome::Answer { status, head, .. } => (status, head),
+                Outcome::Park if !self.no_space => continue,
+                _ => (Status::NoSpace, Bytes::new()),
+            };
+            self.store.append()?;
+            self.pulls.end(tag, status, head, flags);
+        }
+        self.answer_pulls();
+        Ok(())
+    }
+
+    fn answer_pulls(&mut self) {
+        while let Some(PullAnswer { order, status, head, .. }) = self.pulls.answers.pop_front() {
+            let (kind, payload) = (kind::PULL | REPLY, Bytes::new());
+            let (channel, tag) = (order.channel, order.tag);
+            let frame = Frame { kind, flags: 0, status, channel, tag, head, payload };
+            self.answers.push_back((order.connection, frame));
+        }
+    }
+
     pub fn is_idle(&self) -> bool {
-        self.waiters.is_empty() && self.parked.is_empty() && self.answers.is_empty()
+        self.waiters.is_empty()
+            && self.parked.is_empty()
+            && self.answers.is_empty()
+            && self.pulls.is_empty()
     }
 
     /// Answers that wait for a sync, requests that wait for room.

@@ -44,6 +44,21 @@ impl Node {
             snapshot: None,
         }
     }
+
+    /// How its process, which runs, greets.
+    pub fn hello(&self) -> HelloReply {
+        let process = self.sim.run.as_ref().expect("a process that runs");
+        let mut boot = [0; 16];
+        boot[..8].copy_from_slice(&self.boot.to_le_bytes());
+        HelloReply {
+            version: VERSION,
+            node: self.sim.name.clone(),
+            store: process.store.id(),
+            start_counter: process.store.instance(),
+            boot,
+            flush_number: process.store.flush_number(),
+        }
+    }
 }
 
 impl World {
@@ -79,6 +94,7 @@ impl World {
         let former: Vec<u64> =
             self.connections.iter().filter(|(_, c)| of_former(c)).map(|(id, _)| *id).collect();
         former.into_iter().for_each(|id| self.push(id, Way::ToGateway, Item::Close));
+        self.renounce_peers(node);
         started
     }
 
@@ -113,6 +129,7 @@ impl World {
                 self.push(id, Way::ToGateway, Item::Close);
             }
         }
+        self.stop_peers(node, power);
     }
 
     pub fn node_runs(&self, node: usize) -> bool {
@@ -128,6 +145,7 @@ impl World {
         let held = std::mem::take(&mut self.nodes[node].held);
         held.into_iter().for_each(|action| self.schedule(self.now_ns, action));
         self.go_on_between(None, Some(node));
+        self.go_on_with_peers(node);
     }
 
     /// Deletes an image for ever, as its daemon does on a tombstone.
@@ -212,6 +230,11 @@ impl World {
             Action::NodeTick { .. } => {
                 self.schedule(self.now_ns + NODE_TICK_NS, action);
                 self.give_signs_of_life(node);
+                let now_ns = self.now_ns;
+                self.with_run(node, |run| {
+                    run.tick_pulls(now_ns);
+                    Ok(())
+                });
             }
             Action::SyncDone { .. } => self.with_run(node, |run| run.finish_sync()),
             _ => {
@@ -233,7 +256,11 @@ impl World {
     }
 
     /// Has the node's process do something; a failure of its store ends it.
-    fn with_run(&mut self, node: usize, act: impl FnOnce(&mut NodeRun) -> Result<(), StoreError>) {
+    pub(super) fn with_run(
+        &mut self,
+        node: usize,
+        act: impl FnOnce(&mut NodeRun) -> Result<(), StoreError>,
+    ) {
         let slot = &mut self.nodes[node];
         let Some(run) = &mut slot.sim.run else { return };
         let done = act(run);
@@ -255,7 +282,8 @@ impl World {
     }
 
     /// Begins what syncs and checkpoints are due, and hands out answers.
-    fn settle_node(&mut self, node: usize) {
+    pub(super) fn settle_node(&mut self, node: usize) {
+        self.carry_out_pulls(node);
         let (mut syncs, mut checkpoints) = (false, false);
         self.with_run(node, |run| {
             syncs = run.begin_sync()?;
@@ -278,9 +306,16 @@ impl World {
         let answers: Vec<(u64, Frame)> = process.answers.drain(..).collect();
         let sent_away = std::mem::take(&mut process.sent_away);
         for (id, frame) in answers {
-            self.push(id, Way::ToGateway, Item::Frame(frame));
+            match self.is_line(id) {
+                true => self.push_to_peer(id, true, Item::Frame(frame)),
+                false => self.push(id, Way::ToGateway, Item::Frame(frame)),
+            }
         }
         for id in sent_away {
+            if self.is_line(id) {
+                self.send_peer_away(id);
+                continue;
+            }
             self.end_at_node(id);
             self.push(id, Way::ToGateway, Item::Close);
         }
@@ -301,25 +336,16 @@ impl World {
         let node = connection.node;
         let slot = &mut self.nodes[node];
         let run = slot.run;
-        let Some(process) = &mut slot.sim.run else {
+        if slot.sim.run.is_none() {
             // Nobody listens: a host that is up says so.
             connection.to_node.truncate(0);
             return self.push(id, Way::ToGateway, Item::Close);
-        };
+        }
         match item {
             Item::Hello => {
                 connection.node_run = Some(run);
                 connection.node_open = true;
-                let mut boot = [0; 16];
-                boot[..8].copy_from_slice(&slot.boot.to_le_bytes());
-                let hello = HelloReply {
-                    version: VERSION,
-                    node: slot.sim.name.clone(),
-                    store: process.store.id(),
-                    start_counter: process.store.instance(),
-                    boot,
-                    flush_number: process.store.flush_number(),
-                };
+                let hello = slot.hello();
                 self.push(id, Way::ToGateway, Item::Greeting(hello));
             }
             _ if connection.node_run != Some(run) || !connection.node_open => {
@@ -336,11 +362,11 @@ impl World {
         }
     }
 
-    fn node_takes(&mut self, node: usize, id: u64, frame: Frame) {
-        let stamp = stamp_of(&frame);
+    pub(super) fn node_takes(&mut self, node: usize, id: u64, frame: Frame) {
+        let (stamp, now_ns) = (stamp_of(&frame), self.now_ns);
         let mut applied = false;
         self.with_run(node, |run| {
-            applied = run.take(id, frame)? == Some(Status::Ok);
+            applied = run.take(id, frame, now_ns)? == Some(Status::Ok);
             Ok(())
         });
         if let Some(key) = stamp.filter(|_| applied && self.nodes[node].sim.run.is_some()) {

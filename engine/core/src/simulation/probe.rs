@@ -111,6 +111,11 @@ impl World {
         found
     }
 
+    /// Pulls under way at a running node.
+    pub fn pulls(&self, node: usize) -> usize {
+        self.nodes[node].sim.run.as_ref().map(|run| run.pulls()).unwrap_or_default()
+    }
+
     pub fn queues(&self, gateway: usize, channel: u32) -> Queues {
         if let Some(io) = self.reader(gateway, channel) {
             let (requests, parts) = (io.requests_in_flight(), io.parts_in_flight());

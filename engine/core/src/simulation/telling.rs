@@ -1,10 +1,11 @@
 //! What is delivered, in words: for whoever replays a history that failed.
 
 use super::network::{Item, Way};
+use crate::wire::copies::{PeerFetch, Pull};
 use crate::wire::messages::{Copy, Flush, Head, Io, Level, ShardRange, take_write};
 use crate::wire::{Frame, kind};
 
-const NAMES: [(u8, &str); 18] = [
+const NAMES: [(u8, &str); 20] = [
     (kind::PING, "PING"),
     (kind::PEEK, "PEEK"),
     (kind::RECORD, "RECORD"),
@@ -23,6 +24,8 @@ const NAMES: [(u8, &str); 18] = [
     (kind::FETCH, "FETCH"),
     (kind::COPY, "COPY"),
     (kind::LEVEL, "LEVEL"),
+    (kind::PULL, "PULL"),
+    (kind::PEER_FETCH, "PEER_FETCH"),
 ];
 
 /// An item that has arrived, in one line.
@@ -60,6 +63,12 @@ fn frame_told(frame: &Frame) -> String {
         kind::FETCH | kind::SUMMARY => ShardRange::take(head)
             .ok()
             .map(|r| format!("shard {} blocks {}+{}", r.shard, r.first_block, r.blocks)),
+        kind::PULL => Pull::take(head).ok().map(|p| {
+            format!("shard {} blocks {}+{} of {}", p.shard, p.first_block, p.blocks, p.source.node)
+        }),
+        kind::PEER_FETCH => PeerFetch::take(head)
+            .ok()
+            .map(|p| format!("shard {} blocks {}+{}", p.shard, p.first_block, p.blocks)),
         kind::LEVEL => Level::take(head).ok().map(|level| format!("shards {:?}", level.shards)),
         _ => None,
     };

@@ -4,6 +4,7 @@ use super::gateways::{Answered, Gateway};
 use super::network::{Connection, Item, Way};
 use super::node::LogSize;
 use super::nodes::Node;
+use super::peers::{Line, PeerPath};
 use crate::gateway::GatewayEvent;
 use crate::geometry::ImageId;
 use crate::store::simulated::Seeded;
@@ -24,6 +25,7 @@ pub struct Span {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Action {
     Deliver { connection: u64, way: Way },
+    DeliverToPeer { line: u64, back: bool },
     NodeTick { node: usize, run: u64 },
     SyncDone { node: usize, run: u64 },
     CheckpointDone { node: usize, run: u64 },
@@ -54,6 +56,9 @@ pub struct World {
     connection_serial: u64,
     /// Frames of a path take so long; by gateway and node.
     paths: Vec<Vec<Path>>,
+    pub(super) lines: BTreeMap<u64, Line>,
+    /// From each node to each other.
+    pub(super) peer_paths: Vec<Vec<PeerPath>>,
     pub(super) happenings: VecDeque<Happening>,
     /// Nodes that have applied a write, by its stamp and shard.
     pub(super) applied: BTreeMap<(u64, u64), u64>,
@@ -86,6 +91,8 @@ impl World {
             connections: BTreeMap::new(),
             connection_serial: 0,
             paths: vec![vec![path; nodes.len()]; gateways],
+            lines: BTreeMap::new(),
+            peer_paths: vec![vec![PeerPath::default(); nodes.len()]; nodes.len()],
             happenings: VecDeque::new(),
             applied: BTreeMap::new(),
             remembers: BTreeSet::new(),
@@ -140,6 +147,7 @@ impl World {
     fn act(&mut self, action: Action) {
         match action {
             Action::Deliver { connection, way } => self.deliver(connection, way),
+            Action::DeliverToPeer { line, back } => self.deliver_to_peer(line, back),
             Action::NodeTick { node, run } => self.node_action(node, run, action),
             Action::SyncDone { node, run } => self.node_action(node, run, action),
             Action::CheckpointDone { node, run } => self.node_action(node, run, action),
@@ -226,7 +234,7 @@ impl World {
     }
 
     pub(super) fn new_connection(&mut self, gateway: usize, node: usize) -> u64 {
-        self.connection_serial += 1;
+        let id = self.next_connection();
         let connection = Connection {
             gateway,
             gateway_run: self.gateways[gateway].run,
@@ -237,8 +245,31 @@ impl World {
             to_node: Default::default(),
             to_gateway: Default::default(),
         };
-        self.connections.insert(self.connection_serial, connection);
+        self.connections.insert(id, connection);
+        id
+    }
+
+    pub(super) fn next_connection(&mut self) -> u64 {
+        self.connection_serial += 1;
         self.connection_serial
+    }
+
+    /// Notes what has arrived between two nodes.
+    pub(super) fn tell_of_peers(
+        &mut self,
+        id: u64,
+        (from, to): (usize, usize),
+        back: bool,
+        item: &Item,
+    ) {
+        let (kind, tag) = numbers_of(item);
+        self.note([self.now_ns, id << 16 | kind << 1 | u64::from(!back), tag]);
+        if let Some(told) = &mut self.told {
+            let way = if back { Way::ToGateway } else { Way::ToNode };
+            let words = super::telling::told(item, way);
+            let (from, to) = (&self.nodes[from].sim.name, &self.nodes[to].sim.name);
+            told.push((self.now_ns, format!("  {from} {id} {to} {words}")));
+        }
     }
 
     fn deliver(&mut self, id: u64, way: Way) {
@@ -256,14 +287,7 @@ impl World {
         let Some(item) = self.connections.get_mut(&id).and_then(|c| c.pipe(way).pop()) else {
             return;
         };
-        let (kind, tag) = match &item {
-            Item::Frame(frame) => (u64::from(frame.kind), frame.tag),
-            Item::Hello => (1001, 0),
-            Item::Greeting(hello) => (1002, hello.start_counter),
-            Item::Ping => (1003, 0),
-            Item::Pong => (1004, 0),
-            Item::Close => (1005, 0),
-        };
+        let (kind, tag) = numbers_of(&item);
         self.note([self.now_ns, id << 16 | kind << 1 | u64::from(way == Way::ToNode), tag]);
         if let Some(told) = &mut self.told {
             let words = super::telling::told(&item, way);
@@ -280,5 +304,17 @@ impl World {
         if self.connections.get(&id).is_some_and(Connection::is_over) {
             self.connections.remove(&id);
         }
+    }
+}
+
+/// What the trace keeps of an item.
+fn numbers_of(item: &Item) -> (u64, u64) {
+    match item {
+        Item::Frame(frame) => (u64::from(frame.kind), frame.tag),
+        Item::Hello => (1001, 0),
+        Item::Greeting(hello) => (1002, hello.start_counter),
+        Item::Ping => (1003, 0),
+        Item::Pong => (1004, 0),
+        Item::Close => (1005, 0),
     }
 }

@@ -1,4 +1,4 @@
-//! Frames of the gateway–node protocol, version 3, without I/O. The bytes are specified in
+//! Frames of the protocol of gateways and nodes, version 4, without I/O. The bytes are specified in
 //! `docs/wire.md`; every constant and layout below has its section there.
 //!
 //! A frame is a 28-byte prefix, a head (its layout depends on the kind) and a payload. The prefix and
@@ -9,6 +9,7 @@
 //! whose head does not fit its kind. All three end the connection, never anything else.
 
 pub mod codec;
+pub mod copies;
 mod frame;
 pub mod messages;
 
@@ -17,7 +18,7 @@ pub use frame::{Frame, FrameReader, Prefix, decode, encode};
 /// Opens every HELLO head (docs/wire.md, "Hello"); its layout is the same in all versions.
 pub const MAGIC: [u8; 8] = *b"HCIWIRE\n";
 /// The protocol version that this code speaks.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 /// Bytes of a frame's prefix.
 pub const PREFIX_BYTES: usize = 28;
 /// Largest head. A full block summary of a 64 MiB shard (16,384 × 25 bytes) fits.
@@ -38,6 +39,8 @@ pub mod kind {
     pub const CONFIRM: u8 = 7;
     pub const MEMORY: u8 = 8;
     pub const ATTACH_READER: u8 = 9;
+    /// From node to node, on a connection where nothing else is asked.
+    pub const PEER_FETCH: u8 = 10;
     pub const WRITE: u8 = 16;
     pub const ZERO: u8 = 17;
     pub const READ: u8 = 18;
@@ -52,6 +55,7 @@ pub mod kind {
     pub const LEVEL: u8 = 36;
     pub const WRITTEN: u8 = 37;
     pub const SCRUB: u8 = 38;
+    pub const PULL: u8 = 39;
 }
 
 /// Flag bits.
@@ -60,7 +64,8 @@ pub mod flag {
     pub const FUA: u8 = 1;
     /// ZERO: keep the blocks allocated (they become explicit zeroes).
     pub const KEEP_ALLOCATED: u8 = 2;
-    /// Replies to SUMMARY, FETCH, COPY and SCRUB: clients of some image ask something of the node.
+    /// Replies to SUMMARY, FETCH, COPY, SCRUB, PULL and PEER_FETCH: clients of some image ask something of
+    /// the node.
     pub const BESIDE_CLIENTS: u8 = 1;
 }
 
@@ -97,12 +102,16 @@ pub enum Status {
     DirtyFull = 14,
     /// ATTACH_READER: the node has no such frozen layers, or not all that is in them.
     NoLayers = 15,
+    /// PULL: the source cannot be reached, or does not give what was asked for.
+    Unreachable = 16,
+    /// PULL: something that came later was about the same blocks, or too much is under way.
+    Cancelled = 17,
 }
 
 impl Status {
     pub fn from_wire(value: u16) -> Option<Status> {
         use Status::*;
-        const ALL: [Status; 16] = [
+        const ALL: [Status; 18] = [
             Ok,
             Malformed,
             Version,
@@ -119,6 +128,8 @@ impl Status {
             Deleted,
             DirtyFull,
             NoLayers,
+            Unreachable,
+            Cancelled,
         ];
         ALL.get(usize::from(value)).copied()
     }

@@ -11,6 +11,7 @@ use hci_engine_core::checksum::crc32c;
 use hci_engine_core::content::Block;
 use hci_engine_core::geometry::{ImageId, SnapshotId, Tag};
 use hci_engine_core::nbd::constants::{EXTENDED_REQUEST_MAGIC, IHAVEOPT, REQUEST_MAGIC};
+use hci_engine_core::wire::copies::{PeerFetch, Pull, Source};
 use hci_engine_core::wire::messages::{
     Attach, AttachReader, BlocksReply, Copy, DirtyEntry, DirtyFrom, DirtyReply, Flush, Head, Hello,
     HelloReply, Io, IoInto, Level, Number, Peek, PeekReply, Record, RecordHead, ScrubReply,
@@ -69,6 +70,12 @@ fn samples() -> Vec<(u8, Vec<u8>)> {
     let written = WrittenReply { next: Some((1, 5)), shards: vec![1, 5] };
     let digest = [6; 32];
     let scrub = ScrubReply { metadata_rewritten: true, data_blocks: 4, digest, rotten: vec![1, 3] };
+    let address = "127.0.0.1:7010".parse().expect("an address");
+    let source = Source { node: "node2".to_owned(), address };
+    let (epoch, generation, first_block, blocks) = (3, 2, 4, 9);
+    let pull = Pull { epoch, generation, layer, shard, first_block, blocks, source };
+    let image = IMAGE;
+    let asked = PeerFetch { image, epoch, generation, layer, shard, first_block, blocks };
     let mut read_reply = BytesMut::new();
     put_blocks(&mut read_reply, BLOCKS.into_iter());
     let mut write = BytesMut::new();
@@ -107,6 +114,10 @@ fn samples() -> Vec<(u8, Vec<u8>)> {
         (kind::WRITTEN | REPLY, bytes_of(&written)),
         (kind::SCRUB, bytes_of(&range)),
         (kind::SCRUB | REPLY, bytes_of(&scrub)),
+        (kind::PULL, bytes_of(&pull)),
+        (kind::PULL | REPLY, bytes_of(&Number(13))),
+        (kind::PEER_FETCH, bytes_of(&asked)),
+        (kind::PEER_FETCH | REPLY, bytes_of(&blocks_reply)),
     ]
 }
 
@@ -118,9 +129,9 @@ fn each_head_is_checked_and_none_is_forgotten() {
         assert_eq!(taken, Some(true), "kind {kind}");
     }
     let headless = [kind::PING, kind::MEMORY];
-    let kinds = (kind::HELLO..=kind::MEMORY)
+    let kinds = (kind::HELLO..=kind::PEER_FETCH)
         .chain(kind::WRITE..=kind::READ_INTO)
-        .chain(kind::DIRTY..=kind::SCRUB)
+        .chain(kind::DIRTY..=kind::PULL)
         .filter(|kind| !headless.contains(kind));
     for kind in kinds {
         assert!(samples.iter().any(|(sample, _)| *sample == kind), "kind {kind}");

@@ -3,6 +3,7 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 use hci_engine_core::content::Block;
+use hci_engine_core::wire::copies::{PeerFetch, Pull};
 use hci_engine_core::wire::messages::{
     Attach, AttachReader, BlocksReply, Copy, DirtyFrom, DirtyReply, Flush, Head, Hello, HelloReply,
     Io, IoInto, Level, Number, Peek, PeekReply, Record, ScrubReply, Session, ShardRange,
@@ -22,6 +23,8 @@ const REPLY_TO_SUMMARY: u8 = kind::SUMMARY | REPLY;
 const REPLY_TO_FETCH: u8 = kind::FETCH | REPLY;
 const REPLY_TO_WRITTEN: u8 = kind::WRITTEN | REPLY;
 const REPLY_TO_SCRUB: u8 = kind::SCRUB | REPLY;
+const REPLY_TO_PULL: u8 = kind::PULL | REPLY;
+const REPLY_TO_PEER_FETCH: u8 = kind::PEER_FETCH | REPLY;
 
 /// Whether the bytes are such a head.
 fn takes<H: Head + PartialEq + Debug>(bytes: Bytes) -> bool {
@@ -70,11 +73,13 @@ pub fn is_head(kind: u8, head: Bytes) -> Option<bool> {
         kind::READ_INTO => takes::<IoInto>(head),
         REPLY_TO_READ | REPLY_TO_READ_INTO | REPLY_TO_STATUS => takes_blocks(head),
         kind::FLUSH | kind::CLEAR => takes::<Flush>(head),
-        REPLY_TO_FLUSH => takes::<Number>(head),
+        REPLY_TO_FLUSH | REPLY_TO_PULL => takes::<Number>(head),
         kind::DIRTY => takes::<DirtyFrom>(head),
         REPLY_TO_DIRTY => takes::<DirtyReply>(head),
         kind::SUMMARY | kind::FETCH | kind::SCRUB => takes::<ShardRange>(head),
-        REPLY_TO_SUMMARY | REPLY_TO_FETCH => takes::<BlocksReply>(head),
+        REPLY_TO_SUMMARY | REPLY_TO_FETCH | REPLY_TO_PEER_FETCH => takes::<BlocksReply>(head),
+        kind::PULL => takes::<Pull>(head),
+        kind::PEER_FETCH => takes::<PeerFetch>(head),
         REPLY_TO_SCRUB => takes::<ScrubReply>(head),
         kind::COPY => takes::<Copy>(head),
         kind::LEVEL => takes::<Level>(head),

@@ -11,6 +11,7 @@ mod node;
 mod oracle;
 mod paced;
 mod policy;
+mod pulls;
 mod readers;
 mod rollbacks;
 mod rot;

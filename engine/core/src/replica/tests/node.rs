@@ -65,7 +65,7 @@ impl SimNode {
 
     pub fn take(&mut self, connection: u64, frame: Frame) {
         let kind = frame.kind;
-        self.run().take(connection, frame).expect("the store works");
+        self.run().take(connection, frame, 0).expect("the store works");
         assert!(self.run().sent_away.is_empty(), "an honest gateway is not sent away: kind {kind}");
     }
 

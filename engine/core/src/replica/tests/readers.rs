@@ -7,6 +7,7 @@ use crate::replica::{
     Event, IoError, NodeIndex, NodeMask, Outcome, Output, ReaderIo, ReaderSpec, Token,
 };
 use crate::rules::{Rule, break_rules};
+use crate::wire::copies::{Pull, Source};
 use crate::wire::messages::{Copy, DirtyFrom, Flush, Head, Io, Level, ShardRange, WrittenAbove};
 use crate::wire::{Frame, FrameReader, Status, kind};
 use bytes::{Bytes, BytesMut};
@@ -80,7 +81,7 @@ impl Reading {
                     bytes.extend_from_slice(&payload);
                     let frame = FrameReader::next(&mut bytes).expect("ours").expect("whole");
                     let process = cluster.nodes[usize::from(node)].run();
-                    process.take(connection, frame).expect("the store works");
+                    process.take(connection, frame, 0).expect("the store works");
                     let answers = &mut process.answers;
                     let ours = answers.iter().position(|(of, _)| *of == connection);
                     let (_, answer) = answers.remove(ours.expect("answered at once")).expect("it");
@@ -418,7 +419,7 @@ fn a_reader_changes_nothing() {
         let (flags, status, payload) = (0, Status::Ok, Bytes::new());
         let head = head.freeze();
         let frame = Frame { kind, flags, status, channel: 77, tag: 1, head, payload };
-        process.take(CONNECTION + 1, frame).expect("the store works");
+        process.take(CONNECTION + 1, frame, 0).expect("the store works");
         match process.answers.pop_back() {
             Some((_, answer)) => assert_eq!(answer.status, Status::NoSession, "kind {kind}"),
             None => assert_eq!(process.sent_away.pop(), Some(CONNECTION + 1), "kind {kind}"),
@@ -449,6 +450,13 @@ fn put_sample(kind: u8, out: &mut BytesMut) {
         kind::SUMMARY | kind::FETCH | kind::SCRUB => range.put(out),
         kind::LEVEL => Level { epoch, shards: vec![0] }.put(out),
         kind::DIRTY => DirtyFrom { epoch, from_shard: 0 }.put(out),
+        kind::PULL => {
+            let address = "127.0.0.1:1".parse().expect("an address");
+            let source = Source { node: "node1".into(), address };
+            let (layer, first_block, blocks) = (1, 0, 1);
+            let pull = Pull { epoch, generation, layer, shard, first_block, blocks, source };
+            pull.put(out);
+        }
         kind::WRITTEN => WrittenAbove { epoch, generation, place: 0, shard }.put(out),
         kind::COPY => {
             let (layer, shard_generation) = (1, 1);

@@ -1,0 +1,631 @@
+//! Pulls: blocks that an image's holder has this node fetch from another one, from the order until they are
+//! applied. Without I/O: connections, frames and time come in, effects and answers go out.
+//!
+//! | a pull is | meaning | leaves by |
+//! | --- | --- | --- |
+//! | `Asked` | the other node is asked, or will be when it has greeted | its answer → `Landed`; an end → answered `Unreachable` |
+//! | `Landed` | its blocks are here | applied, or refused for want of room → answered; no room in the log yet → stays |
+//!
+//! | a peer is | meaning | leaves by |
+//! | --- | --- | --- |
+//! | `Greeting` | a connection is being made | its greeting → `Ready`; 2 s → `Resting` |
+//! | `Ready` | it may be asked | 4 s of silence with something asked → `Resting`; 30 s without a pull → gone |
+//! | `Resting` | it could not be reached: nobody tries for a second | time → gone |
+//!
+//! Invariants:
+//! - a pull that is not applied is dropped by whatever comes later on its session about its blocks: a change of
+//!   them, another pull or copy of them, a summary of their shard. A copy that its holder has long given up so
+//!   never lands on newer data;
+//! - it is applied in the very session, epoch and generation that it was ordered in, or not at all
+//!   (`Requests::land`);
+//! - each is answered once, in bounded time where the log has room.
+//!
+//! Its refusal: what is more than so many at once is not queued but refused.
+
+use crate::geometry::{BLOCK_BYTES, ShardKey};
+use crate::rules::{Rule, broken};
+use crate::wire::codec::Fields;
+use crate::wire::copies::{PeerFetch, Pull, Source};
+use crate::wire::messages::{Copy, Head, Io, ShardRange};
+use crate::wire::{Frame, REPLY, Status, kind};
+use bytes::Bytes;
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+
+/// Pulls under way at once: of a node, and of one session. Each has at most a payload in memory.
+const PULLS_MAX: usize = 32;
+const SESSION_PULLS_MAX: usize = 16;
+/// Nodes that are asked, or were and are remembered.
+const PEERS_MAX: usize = 16;
+
+const SECOND_NS: u64 = 1_000_000_000;
+/// Time to connect and greet, of silence with something asked, without a pull, and between attempts.
+const CONNECT_NS: u64 = 2 * SECOND_NS;
+const SILENCE_NS: u64 = 4 * SECOND_NS;
+const IDLE_NS: u64 = 30 * SECOND_NS;
+const REST_NS: u64 = SECOND_NS;
+
+/// What a holder has ordered.
+#[derive(Clone, Debug)]
+pub(crate) struct PullOrder {
+    /// Whom to answer: connection, channel, tag.
+    pub connection: u64,
+    pub channel: u32,
+    pub tag: u64,
+    /// The serial of the session that it was ordered in.
+    pub session: u64,
+    pub key: ShardKey,
+    pub epoch: u64,
+    pub generation: u64,
+    pub blocks: Range<u32>,
+    pub source: Source,
+}
+
+/// What is to be said to a holder of its order.
+#[derive(Debug)]
+pub(crate) struct PullAnswer {
+    pub order: PullOrder,
+    pub status: Status,
+    pub head: Bytes,
+    /// What the other node said along with the blocks.
+    pub flags: u8,
+}
+
+/// What is to be done with connections to other nodes; `peer` names one.
+#[derive(Debug)]
+pub(crate) enum Effect {
+    /// Make a connection and greet.
+    Connect {
+        peer: u64,
+        source: Source,
+    },
+    Ask {
+        peer: u64,
+        tag: u64,
+        asked: PeerFetch,
+    },
+    Close {
+        peer: u64,
+    },
+}
+
+/// An answer that no honest node gives; its connection has to end.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct BadPeer;
+
+enum Stage {
+    Asked { peer: u64 },
+    Landed(Frame),
+}
+
+struct Entry {
+    order: PullOrder,
+    stage: Stage,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum PeerState {
+    Greeting { deadline_ns: u64 },
+    Ready { heard_ns: u64 },
+    Resting { until_ns: u64 },
+}
+
+struct Peer {
+    source: Source,
+    state: PeerState,
+    /// When something was last asked of it.
+    used_ns: u64,
+}
+
+/// All pulls of a node.
+#[derive(Default)]
+pub(crate) struct Pulls {
+    /// By serial, so in the order in which they came; the serial is the tag that the source is asked with.
+    entries: BTreeMap<u64, Entry>,
+    peers: BTreeMap<u64, Peer>,
+    serial: u64,
+    pub effects: VecDeque<Effect>,
+    pub answers: VecDeque<PullAnswer>,
+}
+
+impl Pulls {
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Takes an order. What of it cannot be done is answered.
+    pub fn order(&mut self, order: PullOrder, now_ns: u64) {
+        let of_session = |entry: &&Entry| {
+            let other = &entry.order;
+            (other.connection, other.channel) == (order.connection, order.channel)
+        };
+        let under_way = self.entries.values().filter(of_session).count();
+        if self.entries.len() >= PULLS_MAX || under_way >= SESSION_PULLS_MAX {
+            return self.answer(order, Status::Cancelled);
+        }
+        let Some(peer) = self.peer_of(&order.source, now_ns) else {
+            return self.answer(order, Status::Unreachable);
+        };
+        self.serial += 1;
+        let tag = self.serial;
+        if matches!(self.peers[&peer].state, PeerState::Ready { .. }) {
+            self.effects.push_back(Effect::Ask { peer, tag, asked: asked_of(&order) });
+        }
+        self.entries.insert(tag, Entry { order, stage: Stage::Asked { peer } });
+        assert!(self.entries.len() <= PULLS_MAX, "pulls are bounded");
+    }
+
+    fn answer(&mut self, order: PullOrder, status: Status) {
+        self.answers.push_back(PullAnswer { order, status, head: Bytes::new(), flags: 0 });
+    }
+
+    /// The peer that stands for `source`, a new one where there is none; none where it cannot be asked now.
+    fn peer_of(&mut self, source: &Source, now_ns: u64) -> Option<u64> {
+        let known = self.peers.iter_mut().find(|(_, peer)| peer.source == *source);
+        if let Some((id, peer)) = known {
+            match peer.state {
+                PeerState::Resting { until_ns } if now_ns < until_ns => return None,
+                PeerState::Resting { .. } => {
+                    let former = *id;
+                    self.peers.remove(&former);
+                }
+                PeerState::Ready { heard_ns } => {
+                    // Silence counts from when something is asked.
+                    let idle = !is_asked(&self.entries, *id);
+                    let heard_ns = if idle { heard_ns.max(now_ns) } else { heard_ns };
+                    (peer.state, peer.used_ns) = (PeerState::Ready { heard_ns }, now_ns);
+                    return Some(*id);
+                }
+                PeerState::Greeting { .. } => return Some(*id),
+            }
+        }
+        self.make_room_for_peer();
+        if self.peers.len() >= PEERS_MAX {
+            return None;
+        }
+        self.serial += 1;
+        let state = PeerState::Greeting { deadline_ns: now_ns + CONNECT_NS };
+        self.peers.insert(self.serial, Peer { source: source.clone(), state, used_ns: now_ns });
+        self.effects.push_back(Effect::Connect { peer: self.serial, source: source.clone() });
+        Some(self.serial)
+    }
+
+    /// Forgets the peer that has been of no use for longest, where there are too many.
+    fn make_room_for_peer(&mut self) {
+        if self.peers.len() < PEERS_MAX {
+            return;
+        }
+        let free = self.peers.iter().filter(|(id, _)| !is_asked(&self.entries, **id));
+        let oldest = free.min_by_key(|(_, peer)| peer.used_ns).map(|(id, _)| *id);
+        if let Some(peer) = oldest {
+            self.forget(peer);
+        }
+    }
+
+    fn forget(&mut self, peer: u64) {
+        let Some(former) = self.peers.remove(&peer) else { return };
+        if !matches!(former.state, PeerState::Resting { .. }) {
+            self.effects.push_back(Effect::Close { peer });
+        }
+    }
+
+    // What comes of other nodes
+
+    /// The peer has greeted as the node that was meant: what waits for it is asked.
+    pub fn greeted(&mut self, peer: u64, now_ns: u64) {
+        let Some(known) = self.peers.get_mut(&peer) else { return };
+        known.state = PeerState::Ready { heard_ns: now_ns };
+        for (tag, entry) in &self.entries {
+            if matches!(entry.stage, Stage::Asked { peer: of } if of == peer) {
+                let asked = asked_of(&entry.order);
+                self.effects.push_back(Effect::Ask { peer, tag: *tag, asked });
+            }
+        }
+    }
+
+    /// Bytes have come of the peer.
+    pub fn heard(&mut self, peer: u64, now_ns: u64) {
+        if let Some(PeerState::Ready { heard_ns }) = self.peers.get_mut(&peer).map(|p| &mut p.state)
+        {
+            *heard_ns = now_ns;
+        }
+    }
+
+    /// Takes a peer's answer; one to a pull that was dropped meanwhile is forgotten.
+    ///
+    /// # Errors
+    /// The peer breaks the protocol: close its connection (and tell `ended`).
+    pub fn take(&mut self, peer: u64, frame: Frame) -> Result<(), BadPeer> {
+        if frame.kind != kind::PEER_FETCH | REPLY {
+            return Err(BadPeer);
+        }
+        let Some(entry) = self.entries.get_mut(&frame.tag) else { return Ok(()) };
+        if !matches!(entry.stage, Stage::Asked { peer: of } if of == peer) {
+            return Err(BadPeer);
+        }
+        let status = match frame.status {
+            Status::Ok => {
+                entry.stage = Stage::Landed(frame);
+                return Ok(());
+            }
+            Status::BadBlock => {
+                let block = Fields(frame.head.clone()).u32().map_err(|_| BadPeer)?;
+                if !entry.order.blocks.contains(&block) || frame.head.len() != 4 {
+                    return Err(BadPeer);
+                }
+                Status::BadBlock
+            }
+            _ => Status::Unreachable,
+        };
+        let head = if status == Status::BadBlock { frame.head } else { Bytes::new() };
+        self.end(frame.tag, status, head, frame.flags);
+        Ok(())
+    }
+
+    /// The connection to the peer is gone, or was never made.
+    pub fn ended(&mut self, peer: u64, now_ns: u64) {
+        let Some(known) = self.peers.get_mut(&peer) else { return };
+        known.state = PeerState::Resting { until_ns: now_ns + REST_NS };
+        let of_peer =
+            |entry: &Entry| matches!(entry.stage, Stage::Asked { peer: of } if of == peer);
+        let asked = self.entries.iter().filter(|(_, entry)| of_peer(entry));
+        let asked: Vec<u64> = asked.map(|(tag, _)| *tag).collect();
+        asked.into_iter().for_each(|tag| self.end(tag, Status::Unreachable, Bytes::new(), 0));
+    }
+
+    /// Time has passed.
+    pub fn tick(&mut self, now_ns: u64) {
+        let (mut late, mut idle) = (Vec::new(), Vec::new());
+        for (id, peer) in &self.peers {
+            let asked = is_asked(&self.entries, *id);
+            match peer.state {
+                PeerState::Greeting { deadline_ns } if now_ns > deadline_ns => late.push(*id),
+                PeerState::Ready { heard_ns } if asked && now_ns > heard_ns + SILENCE_NS => {
+                    late.push(*id);
+                }
+                PeerState::Ready { .. } if !asked && now_ns > peer.used_ns + IDLE_NS => {
+                    idle.push(*id);
+                }
+                PeerState::Resting { until_ns } if now_ns > until_ns => idle.push(*id),
+                _ => {}
+            }
+        }
+        for peer in late {
+            self.effects.push_back(Effect::Close { peer });
+            self.ended(peer, now_ns);
+        }
+        idle.into_iter().for_each(|peer| self.forget(peer));
+    }
+
+    // What comes of holders
+
+    /// A request of a holder comes: pulls that it is about, and that are not applied, are dropped.
+    pub fn overtaken(&mut self, connection: u64, frame: &Frame) {
+        if self.entries.is_empty() || broken(Rule::PullsAreOvertaken) {
+            return;
+        }
+        let Some((shard, blocks)) = reach(frame) else { return };
+        let concerns = |order: &PullOrder| {
+            (order.connection, order.channel) == (connection, frame.channel)
+                && order.key.shard == shard
+                && order.blocks.start < blocks.end
+                && blocks.start < order.blocks.end
+        };
+        let overtaken = self.entries.iter().filter(|(_, entry)| concerns(&entry.order));
+        let overtaken: Vec<u64> = overtaken.map(|(tag, _)| *tag).collect();
+        overtaken.into_iter().for_each(|tag| self.end(tag, Status::Cancelled, Bytes::new(), 0));
+    }
+
+    /// A holder's connection is gone: nobody waits for its pulls, and they do not count any more.
+    pub fn connection_ended(&mut self, connection: u64) {
+        if !broken(Rule::PullsEndWithTheirSession) {
+            self.entries.retain(|_, entry| entry.order.connection != connection);
+        }
+        self.answers.retain(|answer| answer.order.connection != connection);
+    }
+
+    // Landing
+
+    /// The first pull, from this one on, whose blocks are here.
+    pub fn landed(&self, from: u64) -> Option<(u64, &PullOrder, &Frame)> {
+        self.entries.range(from..).find_map(|(tag, entry)| match &entry.stage {
+            Stage::Landed(frame) => Some((*tag, &entry.order, frame)),
+            Stage::Asked { .. } => None,
+        })
+    }
+
+    /// A pull is over: what became of it is to be said.
+    pub fn end(&mut self, tag: u64, status: Status, head: Bytes, flags: u8) {
+        if let Some(Entry { order, .. }) = self.entries.remove(&tag) {
+            self.answers.push_back(PullAnswer { order, status, head, flags });
+        }
+    }
+}
+
+fn is_asked(entries: &BTreeMap<u64, Entry>, peer: u64) -> bool {
+    entries.values().any(|entry| matches!(entry.stage, Stage::Asked { peer: of } if of == peer))
+}
+
+fn asked_of(order: &PullOrder) -> PeerFetch {
+    PeerFetch {
+        image: order.key.image,
+        epoch: order.epoch,
+        generation: order.generation,
+        layer: order.key.layer,
+        shard: order.key.shard,
+        first_block: order.blocks.start,
+        blocks: order.blocks.end - order.blocks.start,
+    }
+}
+
+/// The blocks of a shard that a request is about, where nothing fetched before may be applied after it.
+fn reach(frame: &Frame) -> Option<(u64, Range<u32>)> {
+    let head = frame.head.clone();
+    match frame.kind {
+        kind::WRITE | kind::ZERO => {
+            let io = Io::take_fields(&mut Fields(head)).ok()?;
+            let end = io.offset.saturating_add(io.length).div_ceil(BLOCK_BYTES);
+            Some((io.shard, io.offset / BLOCK_BYTES..end))
+        }
+        kind::COPY => {
+            let copy = Copy::take(head).ok()?;
+            let (first, last) = (copy.indexes.first()?, copy.indexes.last()?);
+            Some((copy.shard, *first..last.saturating_add(1)))
+        }
+        kind::PULL => {
+            let pull = Pull::take(head).ok()?;
+            Some((pull.shard, pull.first_block..pull.first_block + pull.blocks))
+        }
+        kind::SUMMARY => Some((ShardRange::take(head).ok()?.shard, 0..u32::MAX)),
+        _ => None,
+    }
+}
+
+/// Whose connection it is: the first request on it tells.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) enum Asker {
+    #[default]
+    Unknown,
+    Gateway,
+    /// Another node, which asks for blocks and for nothing else.
+    Peer,
+}
+
+impl Asker {
+    /// Whether a request of this kind may come here.
+    pub fn may_ask(&mut self, frame_kind: u8) -> bool {
+        let by = if frame_kind == kind::PEER_FETCH { Asker::Peer } else { Asker::Gateway };
+        if *self == Asker::Unknown {
+            *self = by;
+        }
+        *self == by
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::geometry::ImageId;
+    use crate::wire::Prefix;
+    use bytes::BytesMut;
+
+    fn source(number: u16) -> Source {
+        let address = format!("127.0.0.1:{}", 1000 + number).parse().expect("an address");
+        Source { node: format!("node{number}"), address }
+    }
+
+    fn order(tag: u64, blocks: Range<u32>, from: u16) -> PullOrder {
+        PullOrder {
+            connection: 1,
+            channel: 3,
+            tag,
+            session: 1,
+            key: ShardKey { image: ImageId([1; 16]), layer: 1, shard: 5 },
+            epoch: 2,
+            generation: 2,
+            blocks,
+            source: source(from),
+        }
+    }
+
+    fn frame(kind: u8, channel: u32, tag: u64, head: &impl Head) -> Frame {
+        let mut bytes = BytesMut::new();
+        head.put(&mut bytes);
+        let Prefix { flags, status, .. } = Prefix::request(kind, 0, channel, tag);
+        Frame { kind, flags, status, channel, tag, head: bytes.freeze(), payload: Bytes::new() }
+    }
+
+    fn answered(pulls: &mut Pulls) -> Vec<(u64, Status)> {
+        pulls.answers.drain(..).map(|answer| (answer.order.tag, answer.status)).collect()
+    }
+
+    /// A connection's peer, and the tags that were asked of it.
+    fn asked(pulls: &mut Pulls) -> Vec<u64> {
+        let effects = pulls.effects.drain(..);
+        effects
+            .filter_map(|effect| match effect {
+                Effect::Ask { tag, .. } => Some(tag),
+                _ => None,
+            })
+            .collect()
+    }
+
+    fn connecting(pulls: &mut Pulls) -> u64 {
+        match pulls.effects.pop_front() {
+            Some(Effect::Connect { peer, .. }) => peer,
+            other => panic!("no connection is begun but {other:?}"),
+        }
+    }
+
+    fn empty(tag: u64, status: Status) -> Frame {
+        let kind = kind::PEER_FETCH | REPLY;
+        let (head, payload) = (Bytes::new(), Bytes::new());
+        Frame { kind, flags: 0, status, channel: 0, tag, head, payload }
+    }
+
+    #[test]
+    fn pulls_of_one_source_share_a_connection_and_wait_for_its_greeting() {
+        let mut pulls = Pulls::default();
+        pulls.order(order(7, 0..4, 1), 0);
+        let peer = connecting(&mut pulls);
+        pulls.order(order(8, 4..8, 1), 0);
+        assert!(pulls.effects.is_empty(), "it has not greeted");
+        pulls.greeted(peer, 1);
+        let tags = asked(&mut pulls);
+        assert_eq!(tags.len(), 2);
+        assert_eq!(pulls.take(peer, empty(tags[1], Status::Ok)), Ok(()));
+        assert_eq!(pulls.landed(0).map(|(tag, order, _)| (tag, order.tag)), Some((tags[1], 8)));
+        pulls.end(tags[1], Status::Ok, Bytes::new(), 0);
+        assert_eq!(answered(&mut pulls), [(8, Status::Ok)]);
+        assert_eq!(pulls.take(peer, empty(tags[0], Status::StaleEpoch)), Ok(()));
+        assert_eq!(answered(&mut pulls), [(7, Status::Unreachable)]);
+        assert_eq!(pulls.take(peer, empty(tags[0], Status::Ok)), Ok(()), "said twice, of nothing");
+    }
+
+    #[test]
+    fn a_source_that_cannot_be_reached_is_not_tried_again_for_a_second() {
+        let mut pulls = Pulls::default();
+        pulls.order(order(7, 0..4, 1), 0);
+        let peer = connecting(&mut pulls);
+        pulls.tick(CONNECT_NS);
+        assert!(answered(&mut pulls).is_empty());
+        pulls.tick(CONNECT_NS + 1);
+        assert_eq!(answered(&mut pulls), [(7, Status::Unreachable)]);
+        assert!(matches!(pulls.effects.pop_front(), Some(Effect::Close { peer: p }) if p == peer));
+        pulls.order(order(8, 0..4, 1), CONNECT_NS + 2);
+        assert_eq!(answered(&mut pulls), [(8, Status::Unreachable)]);
+        assert!(pulls.effects.is_empty());
+        pulls.order(order(9, 0..4, 1), CONNECT_NS + 2 + REST_NS);
+        assert_ne!(connecting(&mut pulls), peer);
+    }
+
+    #[test]
+    fn a_silent_source_is_given_up_and_an_idle_one_closed() {
+        let mut pulls = Pulls::default();
+        pulls.order(order(7, 0..4, 1), 0);
+        let peer = connecting(&mut pulls);
+        pulls.greeted(peer, 0);
+        assert_eq!(asked(&mut pulls).len(), 1);
+        pulls.heard(peer, SECOND_NS);
+        pulls.tick(SECOND_NS + SILENCE_NS);
+        assert!(answered(&mut pulls).is_empty(), "it said something a moment ago");
+        pulls.tick(SECOND_NS + SILENCE_NS + 1);
+        assert_eq!(answered(&mut pulls), [(7, Status::Unreachable)]);
+        pulls.tick(20 * SECOND_NS);
+        pulls.effects.clear();
+        pulls.order(order(8, 0..4, 1), 21 * SECOND_NS);
+        let peer = connecting(&mut pulls);
+        pulls.greeted(peer, 21 * SECOND_NS);
+        let tags = asked(&mut pulls);
+        assert_eq!(pulls.take(peer, empty(tags[0], Status::StaleGeneration)), Ok(()));
+        pulls.tick(21 * SECOND_NS + IDLE_NS);
+        assert!(pulls.effects.is_empty());
+        pulls.tick(21 * SECOND_NS + IDLE_NS + 1);
+        assert!(matches!(pulls.effects.pop_front(), Some(Effect::Close { .. })));
+    }
+
+    #[test]
+    fn what_comes_later_about_blocks_drops_the_pull_of_them() {
+        let io =
+            |offset, length| Io { shard: 5, offset, length, epoch: 2, generation: 2, sequence: 9 };
+        let summary = ShardRange { epoch: 2, layer: 2, shard: 5, first_block: 90, blocks: 1 };
+        let copy = Copy {
+            epoch: 2,
+            generation: 2,
+            layer: 1,
+            shard: 5,
+            shard_generation: 1,
+            indexes: vec![7],
+            blocks: vec![(crate::content::Block::Zero, crate::geometry::Tag::NONE)],
+        };
+        let pull = Pull {
+            epoch: 2,
+            generation: 2,
+            layer: 1,
+            shard: 5,
+            first_block: 7,
+            blocks: 9,
+            source: source(2),
+        };
+        let write = frame(kind::WRITE, 3, 0, &io(8 * BLOCK_BYTES - 1, 1));
+        let drops = [
+            (frame(kind::ZERO, 3, 0, &io(4 * BLOCK_BYTES, 1)), true),
+            (write.clone(), true),
+            (frame(kind::SUMMARY, 3, 0, &summary), true),
+            (frame(kind::COPY, 3, 0, &copy), true),
+            (frame(kind::PULL, 3, 0, &pull), true),
+            (frame(kind::ZERO, 3, 0, &io(0, 4 * BLOCK_BYTES)), false),
+            (frame(kind::ZERO, 3, 0, &io(8 * BLOCK_BYTES, 4096)), false),
+            (frame(kind::READ, 3, 0, &io(4 * BLOCK_BYTES, 4096)), false),
+            (frame(kind::WRITE, 4, 0, &io(4 * BLOCK_BYTES, 4096)), false),
+            (frame(kind::SUMMARY, 3, 0, &ShardRange { shard: 6, ..summary }), false),
+        ];
+        for (later, expected) in drops {
+            for lands in [false, true] {
+                let mut pulls = Pulls::default();
+                pulls.order(order(7, 4..8, 1), 0);
+                let peer = connecting(&mut pulls);
+                pulls.greeted(peer, 0);
+                let tag = asked(&mut pulls)[0];
+                if lands {
+                    assert_eq!(pulls.take(peer, empty(tag, Status::Ok)), Ok(()));
+                }
+                pulls.overtaken(2, &later);
+                assert!(answered(&mut pulls).is_empty(), "of another connection");
+                pulls.overtaken(1, &later);
+                let status = [(7, Status::Cancelled)];
+                assert_eq!(answered(&mut pulls), status[..usize::from(expected)], "{later:?}");
+                assert_eq!(pulls.landed(0).is_some(), lands && !expected);
+            }
+        }
+    }
+
+    #[test]
+    fn a_flood_of_pulls_is_refused() {
+        let mut pulls = Pulls::default();
+        for tag in 0..100 {
+            pulls.order(order(tag, 0..1, 1), 0);
+        }
+        assert_eq!(pulls.len(), SESSION_PULLS_MAX);
+        assert_eq!(answered(&mut pulls).len(), 100 - SESSION_PULLS_MAX);
+        for connection in 2..100 {
+            pulls.order(PullOrder { connection, ..order(1, 0..1, connection as u16 % 8) }, 0);
+        }
+        assert_eq!(pulls.len(), PULLS_MAX);
+        pulls.connection_ended(1);
+        assert_eq!(pulls.len(), PULLS_MAX - SESSION_PULLS_MAX);
+        assert!(pulls.peers.len() <= PEERS_MAX);
+    }
+
+    #[test]
+    fn peers_that_lie_are_told_from_those_that_are_late() {
+        let mut pulls = Pulls::default();
+        pulls.order(order(7, 4..8, 1), 0);
+        let peer = connecting(&mut pulls);
+        pulls.greeted(peer, 0);
+        let tag = asked(&mut pulls)[0];
+        assert_eq!(pulls.take(peer + 9, empty(tag, Status::Ok)), Err(BadPeer));
+        let other = Frame { kind: kind::FETCH | REPLY, ..empty(tag, Status::Ok) };
+        assert_eq!(pulls.take(peer, other), Err(BadPeer));
+        let bad = |block: u32| {
+            let head = Bytes::copy_from_slice(&block.to_le_bytes());
+            Frame { head, ..empty(tag, Status::BadBlock) }
+        };
+        assert_eq!(pulls.take(peer, bad(8)), Err(BadPeer), "a block that was not asked for");
+        assert_eq!(pulls.take(peer, bad(5)), Ok(()));
+        let answer = pulls.answers.pop_front().expect("an answer");
+        assert_eq!((answer.status, &answer.head[..]), (Status::BadBlock, &[5, 0, 0, 0][..]));
+    }
+
+    #[test]
+    fn a_connection_is_of_a_gateway_or_of_a_peer() {
+        let (mut gateway, mut peer) = (Asker::default(), Asker::default());
+        assert!(gateway.may_ask(kind::PING) && !gateway.may_ask(kind::PEER_FETCH));
+        assert!(peer.may_ask(kind::PEER_FETCH) && !peer.may_ask(kind::PING));
+        assert!(gateway.may_ask(kind::COPY) && peer.may_ask(kind::PEER_FETCH));
+    }
+}
