@@ -44,6 +44,8 @@ const MERGED_MANY: usize = 128;
 /// folder by folder, until a whole round finds nothing.
 #[derive(Default)]
 struct Sweep {
+    /// Of the record.
+    merging: Vec<LayerId>,
     /// 0: memory; then the folders of each layer.
     place: u32,
     /// Shards found there.
@@ -73,11 +75,22 @@ impl Merges {
         merges
     }
 
-    /// The image has this record now: what is left of its merges is to be found anew.
+    /// The image has this record now. Where other layers are merged, what is left of them is to be found anew.
     pub fn record(&mut self, image: ImageId, record: &ImageRecord) {
-        match record.merging.is_empty() {
-            true => _ = self.sweeps.remove(&image),
-            false => _ = self.sweeps.insert(image, Sweep::default()),
+        if record.merging.is_empty() {
+            self.sweeps.remove(&image);
+        } else if self.sweeps.get(&image).is_none_or(|sweep| sweep.merging != record.merging) {
+            let merging = record.merging.clone();
+            self.sweeps.insert(image, Sweep { merging, ..Sweep::default() });
+        }
+    }
+
+    /// Something came to a layer of the image that is merged.
+    pub fn copied_to(&mut self, image: &ImageId, layer: LayerId) {
+        if let Some(sweep) =
+            self.sweeps.get_mut(image).filter(|sweep| sweep.merging.contains(&layer))
+        {
+            (sweep.place, sweep.busy, sweep.finished) = (0, true, false);
         }
     }
 
@@ -134,9 +147,11 @@ impl Store {
         let Some((layer, shard, block)) = sweep.at else { return self.look_for_more(image, sweep) };
         let shard_blocks = self.state.images.require(&image)?.shard_bytes / BLOCK_BYTES;
         let merge = self.image(&image).and_then(|record| record.merge_of(layer));
-        if let Some(merge) = merge.filter(|_| block < shard_blocks) {
+        if let Some(merge) = merge.filter(|_| block < shard_blocks)
+            && let Some(generation) = self.generation_below(&merge, &image, shard)?
+        {
             let blocks = self.step_blocks().min(shard_blocks - block);
-            self.merge_blocks(&merge, image, shard, (block, blocks), 0)?;
+            self.merge_blocks(&merge, image, shard, (block, blocks), generation)?;
             sweep.at = Some((layer, shard, block + blocks));
             return Ok(());
         }
@@ -148,7 +163,7 @@ impl Store {
 
     /// Finds the next shards that merging layers have something of.
     fn look_for_more(&mut self, image: ImageId, sweep: &mut Sweep) -> Result<(), StoreError> {
-        let merging = self.image(&image).map_or(Vec::new(), |record| record.merging.clone());
+        let merging = sweep.merging.clone();
         let end = merging.len() as u32 * FOLDERS + 1;
         for _ in 0..STEP_FOLDERS {
             if sweep.place == end {
@@ -208,7 +223,6 @@ impl Store {
         let record = self.image(image).filter(|record| !record.merging.is_empty());
         let Some(merge) = record.and_then(|record| record.merge_of(layer)) else { return Ok(()) };
         let Some(generation) = self.generation_below(&merge, image, shard)? else { return Ok(()) };
-        let generation = if broken(Rule::MergedKeepGenerations) { 0 } else { generation };
         let shard_blocks = self.state.images.require(image)?.shard_bytes / BLOCK_BYTES;
         let step = self.step_blocks();
         for block in (0..shard_blocks).step_by(step as usize) {
@@ -255,7 +269,8 @@ impl Store {
                 highest = generations.into_iter().flatten().max();
             }
         }
-        Ok(highest)
+        let forgets = broken(Rule::MergedKeepGenerations);
+        Ok(highest.map(|generation| if forgets { generation.min(1) } else { generation }))
     }
 
     /// Puts what is absent above, of so many blocks, and something below. Never lowers the shard's generation.
