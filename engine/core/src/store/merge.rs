@@ -34,8 +34,9 @@ use super::shard_file::{FOLDERS, shards_in};
 use super::{BlockState, Stamp, Store, StoreError};
 
 const BLOCK: usize = BLOCK_BYTES as usize;
-/// Blocks that one step looks at at most, and empty folders that it passes.
+/// Blocks that one step puts above at most; blocks that it looks at, and empty folders, until it finds some.
 const STEP_BLOCKS_MAX: u32 = 64;
+const STEP_LOOKS: u32 = 1024;
 const STEP_FOLDERS: u32 = 16;
 /// So many merged shards are reason enough for a checkpoint, which removes their files.
 const MERGED_MANY: usize = 128;
@@ -150,9 +151,14 @@ impl Store {
         if let Some(merge) = merge.filter(|_| block < shard_blocks)
             && let Some(generation) = self.generation_below(&merge, &image, shard)?
         {
-            let blocks = self.step_blocks().min(shard_blocks - block);
-            self.merge_blocks(&merge, image, shard, (block, blocks), generation)?;
-            sweep.at = Some((layer, shard, block + blocks));
+            let (mut next, end) = (block, shard_blocks.min(block.saturating_add(STEP_LOOKS)));
+            let mut found = false;
+            while next < end && !found {
+                let blocks = self.step_blocks().min(end - next);
+                found = self.merge_blocks(&merge, image, shard, (next, blocks), generation)?;
+                next += blocks;
+            }
+            sweep.at = Some((layer, shard, next));
             return Ok(());
         }
         // Once more from the first block on: something may have been copied below meanwhile.
@@ -273,7 +279,7 @@ impl Store {
         Ok(highest.map(|generation| if forgets { generation.min(1) } else { generation }))
     }
 
-    /// Puts what is absent above, of so many blocks, and something below. Never lowers the shard's generation.
+    /// Puts what is absent above, of so many blocks, and something below; whether there was any.
     fn merge_blocks(
         &mut self,
         merge: &Merge,
@@ -281,7 +287,7 @@ impl Store {
         shard: u64,
         (first, count): (u32, u32),
         generation: u64,
-    ) -> Result<(), StoreError> {
+    ) -> Result<bool, StoreError> {
         let (mut above, mut below) = (Vec::new(), Vec::new());
         self.look_up(&image, &[merge.into], shard, (first, count), &mut above)?;
         self.look_up(&image, &merge.from, shard, (first, count), &mut below)?;
@@ -324,7 +330,8 @@ impl Store {
             index += run;
         }
         let key = ShardKey { image, layer: merge.into, shard };
-        self.stage_merge(key, &blocks, content.freeze(), generation)
+        self.stage_merge(key, &blocks, content.freeze(), generation)?;
+        Ok(!blocks.is_empty())
     }
 
     /// What lies where these blocks are; zeros where it cannot be read.
