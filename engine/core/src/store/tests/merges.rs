@@ -9,9 +9,10 @@ use super::rig::*;
 use crate::checksum::checksum_of;
 use crate::geometry::{BLOCK_BYTES, LayerId, ShardKey, Tag};
 use crate::rules::{Rule, break_rules};
-use crate::store::simulated::{Crash, Seeded};
+use crate::store::simulated::{Crash, Seeded, SimDisk};
 use crate::store::{
-    BlockState, CopyBlock, ImageRecord, StoreError, WriteOp, WrittenCursor, shard_path,
+    BlockState, CopyBlock, ImageRecord, Stamp, Store, StoreConfig, StoreError, WriteOp,
+    WrittenCursor, shard_path,
 };
 
 const BLOCKS: u32 = 10;
@@ -287,9 +288,25 @@ fn who_compares_a_shard_sees_it_merged() {
         assert!(states(&mut rig, 2, 0).iter().all(|state| *state == BlockState::Absent));
         assert_eq!(states(&mut rig, 2, 1)[1], BlockState::Data, "others are as they were");
         assert_eq!(content(&mut rig, &[4, 3, 2, 1]), before);
-        rig.store.finish_merge(&IMAGE, 4, 0).expect("it has no part in it");
-        rig.store.finish_merge(&IMAGE, 1, 0).expect("nor has it");
+        assert_eq!(rig.store.finish_merge(&IMAGE, 4, 0), Ok(true), "it has no part in it");
+        assert_eq!(rig.store.finish_merge(&IMAGE, 1, 0), Ok(true), "nor has it");
     }
+}
+
+/// The node's one thread is not held up by a whole shard.
+#[test]
+fn a_large_shard_is_merged_in_turns() {
+    let disk = SimDisk::new();
+    let large = StoreConfig { segment_bytes: Some(4 << 20), log_bytes: 32 << 20, ..config() };
+    let (mut store, _) = Store::open(disk.run(), &large).expect("an empty disk takes a store");
+    store.put_record(IMAGE, record(head(1, 1))).expect("a record");
+    let mut rig = Rig { disk, store, stamp: Stamp { epoch: 1, generation: 1, sequence: 0 } };
+    write(&mut rig, &[1], 0, 0, SHARD_BLOCKS);
+    rig.layers(&[2, 1]).expect("a snapshot");
+    rig.merging(&[2, 1], &[1]).expect("it goes");
+    let turns = (0..9).find(|_| rig.store.finish_merge(&IMAGE, 2, 0) == Ok(true));
+    assert_eq!(turns, Some(2), "half of it at once");
+    assert!(rig.read_layers(&[2], 0, 0, SHARD_BLOCKS).expect("a read").1.iter().all(|b| *b == 1));
 }
 
 /// What is copied to a layer that was merged goes the same way, and it is not empty meanwhile.
@@ -319,8 +336,9 @@ fn a_checkpoint_under_way_brings_nothing_of_a_merged_shard_back() {
         let before = content(&mut rig, &[4, 3, 2, 1]);
         let job = rig.store.begin_checkpoint(true).expect("begins").expect("there is something");
         rig.merging(&[4, 3, 2, 1], &[3]).expect("it goes");
-        let merged = (0..=SHARDS).try_for_each(|shard| rig.store.finish_merge(&IMAGE, 3, shard));
-        assert_eq!(merged, Ok(()));
+        for shard in 0..=SHARDS {
+            assert_eq!(rig.store.finish_merge(&IMAGE, 3, shard), Ok(true));
+        }
         rig.store.append().expect("in the log");
         let done = job.run();
         assert!(held(&rig).contains(&3), "it was written");
