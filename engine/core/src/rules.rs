@@ -90,10 +90,16 @@ pub enum Rule {
     /// A node gives blocks to another one only under the epoch and generation of its own record, while that
     /// epoch's holder has a session with it.
     PeersAskUnderTheRecord,
+    /// A merge fills blocks that are absent above, and touches no other.
+    MergesFillGaps,
+    /// A merged shard counts as written in the highest generation of those that it is made of.
+    MergedKeepGenerations,
+    /// A node merges a shard before it compares or copies it.
+    MergedBeforeCompared,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 41] = [
+    pub const ALL: [Rule; 44] = [
         Rule::SessionIsCurrent,
         Rule::EpochIsCurrent,
         Rule::GenerationIsCurrent,
@@ -135,6 +141,9 @@ impl Rule {
         Rule::PullsAreOvertaken,
         Rule::PullsEndWithTheirSession,
         Rule::PeersAskUnderTheRecord,
+        Rule::MergesFillGaps,
+        Rule::MergedKeepGenerations,
+        Rule::MergedBeforeCompared,
     ];
 }
 

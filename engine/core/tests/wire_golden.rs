@@ -75,7 +75,7 @@ const PEEK: &str = "
     101112131415161718191a1b1c1d1e1f ; image
 ";
 const PEEK_REPLY: &str = "
-    74000000 02000000 a5445473 ; head 116, payload 2, checksum
+    7c000000 02000000 b03ef448 ; head 124, payload 2, checksum
     83 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
     101112131415161718191a1b1c1d1e1f ; image
     0300000000000000 ; epoch 3
@@ -88,10 +88,12 @@ const PEEK_REPLY: &str = "
     00 ; not set back
     01000000 ; one entry
     05006e6f6465321100000000000000 ; node2, 17
+    01000000 ; one layer is emptied
+    02000000 ; 2
     7b7d ; payload
 ";
 const RECORD: &str = "
-    71000000 02000000 99935447 ; head 113, payload 2, checksum
+    7d000000 02000000 b832ad42 ; head 125, payload 2, checksum
     04 00 0000 09000000 0200000000000000 ; kind, flags, status, channel, tag
     101112131415161718191a1b1c1d1e1f ; image
     0300000000000000 ; epoch 3
@@ -100,10 +102,12 @@ const RECORD: &str = "
     dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd ; digest
     00004000 ; shards of 4 MiB
     00 ; what it has counts
-    02000000 ; two layers
-    0200000001000000 ; 2, then 1
+    03000000 ; three layers
+    030000000200000001000000 ; 3, 2, 1
     01000000 ; one snapshot
     010000000200000000000000 ; layer 1, generation 2
+    01000000 ; one layer is merged
+    02000000 ; 2
     7b7d ; payload
 ";
 const RECORD_REFUSED: &str = "
@@ -118,12 +122,11 @@ const ATTACH: &str = "
     aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ; holder
 ";
 const ATTACH_READER: &str = "
-    20000000 00000000 cdc6f306 ; head 32, payload 0, checksum
+    1c000000 00000000 bb5ec00d ; head 28, payload 0, checksum
     09 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
     101112131415161718191a1b1c1d1e1f ; image
+    01000000 ; layer 1
     0200000000000000 ; generation 2
-    01000000 ; one layer
-    01000000 ; 1
 ";
 const ATTACH_READER_REFUSED: &str = "
     00000000 00000000 6e88c92a ; head 0, payload 0, checksum
@@ -515,16 +518,19 @@ fn records_and_sessions_are_as_specified() {
         flush_number: 18,
         distrusted: false,
         peers: peers(),
+        emptied: vec![2],
     };
     check(PEEK_REPLY, reply(kind::PEEK), &peeked, b"{}");
     let snapshots = vec![SnapshotId { layer: 1, generation: 2 }];
-    let stored = Record { head: record(), blank: false, layers: vec![2, 1], snapshots };
+    let (layers, merging) = (vec![3, 2, 1], vec![2]);
+    let stored = Record { head: record(), blank: false, layers, snapshots, merging };
     check(RECORD, Prefix { tag: 2, ..request(kind::RECORD) }, &stored, b"{}");
     let refused = Prefix { tag: 2, status: Status::StaleEpoch, ..reply(kind::RECORD) };
     check_empty(RECORD_REFUSED, refused);
     let attach = Attach { image: image(), epoch: 3, holder: [0xaa; 16] };
     check(ATTACH, request(kind::ATTACH), &attach, &[]);
-    let reader = AttachReader { image: image(), generation: 2, layers: vec![1] };
+    let snapshot = SnapshotId { layer: 1, generation: 2 };
+    let reader = AttachReader { image: image(), snapshot };
     check(ATTACH_READER, request(kind::ATTACH_READER), &reader, &[]);
     let refused = Prefix { status: Status::NoLayers, ..reply(kind::ATTACH_READER) };
     check_empty(ATTACH_READER_REFUSED, refused);
@@ -730,12 +736,14 @@ fn head_with_a_byte_too_many_or_too_few_is_refused() {
     let mut longer = BytesMut::from(&bytes[..]);
     longer.put_u8(0);
     assert!(RecordHead::take(longer.freeze()).is_err());
-    let record =
-        |layers| written(&Record { head: record(), blank: true, layers, snapshots: Vec::new() });
-    assert!(Record::take(record(vec![3, 1])).is_ok());
+    let record = |layers, merging| {
+        written(&Record { head: record(), blank: true, layers, snapshots: Vec::new(), merging })
+    };
+    assert!(Record::take(record(vec![3, 1], vec![1])).is_ok());
     for no_chain in [vec![], vec![1, 2], vec![2, 2]] {
-        assert!(Record::take(record(no_chain)).is_err());
+        assert!(Record::take(record(no_chain, vec![])).is_err());
     }
+    assert!(Record::take(record(vec![3, 2, 1], vec![1, 2])).is_err());
     let mut checksums = Vec::new();
     let write = written(&io(0, 0, 1, 1));
     let mut ragged = BytesMut::from(&write[..]);

@@ -39,7 +39,7 @@ impl Counters {
             }
             Outcome::Placed { bytes, .. } => *bytes as u64,
             Outcome::AnswerDurable { .. } => 0,
-            Outcome::Pull(_) | Outcome::Park | Outcome::Close => return,
+            Outcome::Pull(_) | Outcome::Park | Outcome::Again | Outcome::Close => return,
         };
         let taken = frame.payload.len() as u64;
         match frame.kind {

@@ -44,6 +44,14 @@ const SIGN_OF_LIFE_NS: u64 = 1_000_000_000;
 const NO_SPACE_PAUSE_NS: u64 = 1_000_000_000;
 /// A peer that has not greeted by then is sent away.
 const GREETING_NS: u64 = 5_000_000_000;
+/// Beside clients merging goes on for one part of so many of the time, and puts so much into the log in a second: all
+/// of that is written twice. Alone it has half of the time.
+const MERGE_SHARE: u64 = 10;
+const MERGE_BYTES_PER_SECOND: u64 = 16 << 20;
+/// After a failure, or without room in the log, it waits so long.
+const MERGE_PAUSE_NS: u64 = 100_000_000;
+/// Beside clients files of layers that are gone are removed no more often than that.
+const REMOVAL_PAUSE_NS: u64 = 200_000_000;
 /// Without a client's request for so long no client is there.
 const CLIENTS_GONE_NS: u64 = 250_000_000;
 
@@ -97,10 +105,16 @@ pub(super) struct EventLoop {
     now_ns: u64,
     /// When a client's request last came, of any image and by any gateway.
     clients_ns: Option<u64>,
+    /// Nothing is merged before this time.
+    merge_after_ns: u64,
     signed_ns: u64,
     /// See `now_and_then`.
     next_look_ns: u64,
     touched: Vec<usize>,
+    /// Connections whose request goes on in the next turn.
+    again: Vec<usize>,
+    /// When the last checkpoint began.
+    checkpointed_ns: u64,
 }
 
 impl EventLoop {
@@ -138,9 +152,12 @@ impl EventLoop {
             counters: Counters::default(),
             now_ns: 0,
             clients_ns: None,
+            merge_after_ns: 0,
             signed_ns: 0,
             next_look_ns: 0,
             touched: Vec::new(),
+            again: Vec::new(),
+            checkpointed_ns: 0,
         })
     }
 
@@ -156,7 +173,7 @@ impl EventLoop {
         let mut ready = Vec::with_capacity(128);
         loop {
             ready.clear();
-            if let Err(error) = self.poller.wait(TICK, &mut ready) {
+            if let Err(error) = self.poller.wait(self.patience(), &mut ready) {
                 panic!("epoll_wait failed: {error}");
             }
             self.now_ns = boottime_ns();
@@ -164,6 +181,7 @@ impl EventLoop {
                 self.ready(*event);
             }
             self.now_and_then()?;
+            self.go_on_again();
             while let Some(done) = self.jobs.finished() {
                 self.job_done(done)?;
             }
@@ -171,8 +189,60 @@ impl EventLoop {
                 return self.finish();
             }
             self.give_signs_of_life();
+            let merged = self.merge()?;
             self.settle()?;
+            self.rest_after(merged);
         }
+    }
+
+    /// How long the loop may sleep.
+    fn patience(&self) -> Duration {
+        if !self.again.is_empty() {
+            return Duration::ZERO;
+        }
+        match self.store.wants_merge() {
+            true => {
+                Duration::from_nanos(self.merge_after_ns.saturating_sub(boottime_ns())).min(TICK)
+            }
+            false => TICK,
+        }
+    }
+
+    /// Merges a little, if something is left to merge and it is time: when that began, and the bytes for the log.
+    fn merge(&mut self) -> Result<Option<(u64, u64)>, StoreError> {
+        let begun_ns = boottime_ns();
+        if !self.store.wants_merge() || begun_ns < self.merge_after_ns {
+            return Ok(None);
+        }
+        if self.checkpointing && self.has_clients() {
+            // The disk has enough to do.
+            self.merge_after_ns = begun_ns + MERGE_PAUSE_NS;
+            return Ok(None);
+        }
+        match self.store.merge_some(self.checkpoint_after_ns != 0) {
+            Ok(bytes) => Ok(Some((begun_ns, bytes))),
+            // A checkpoint makes room; what cannot be read now is tried again.
+            Err(_) => {
+                self.store.check()?;
+                self.merge_after_ns = begun_ns + MERGE_PAUSE_NS;
+                Ok(None)
+            }
+        }
+    }
+
+    /// What was merged is in the log: leaves the disk and the loop to others for a while.
+    fn rest_after(&mut self, merged: Option<(u64, u64)>) {
+        let Some((begun_ns, bytes)) = merged else { return };
+        let now_ns = boottime_ns();
+        let took_ns = now_ns - begun_ns;
+        let pause_ns = match self.has_clients() {
+            true => {
+                let by_bytes = bytes * 1_000_000_000 / MERGE_BYTES_PER_SECOND;
+                by_bytes.max(took_ns * (MERGE_SHARE - 1))
+            }
+            false => took_ns,
+        };
+        self.merge_after_ns = now_ns + pause_ns;
     }
 
     fn ready(&mut self, event: Ready) {
@@ -317,6 +387,11 @@ impl EventLoop {
                 self.connections[index].parked = Some(frame);
                 return false;
             }
+            Outcome::Again => {
+                self.connections[index].parked = Some(frame);
+                self.again.push(index);
+                return false;
+            }
             Outcome::Close => {
                 self.end(index);
                 return false;
@@ -331,9 +406,13 @@ impl EventLoop {
             to,
             kind::SUMMARY | kind::FETCH | kind::COPY | kind::SCRUB | kind::PULL | kind::PEER_FETCH
         );
+        if background && self.has_clients() { flag::BESIDE_CLIENTS } else { 0 }
+    }
+
+    /// Whether clients ask for something.
+    fn has_clients(&self) -> bool {
         let silent_ns = self.clients_ns.map(|clients_ns| self.now_ns.saturating_sub(clients_ns));
-        let here = silent_ns.is_some_and(|silent_ns| silent_ns < CLIENTS_GONE_NS);
-        if background && here { flag::BESIDE_CLIENTS } else { 0 }
+        silent_ns.is_some_and(|silent_ns| silent_ns < CLIENTS_GONE_NS)
     }
 
     /// The gateway hands memory over. One that cannot be used is refused, and reads come without it.
@@ -424,9 +503,11 @@ impl EventLoop {
         }
         if !self.checkpointing
             && (self.checkpoint_after_ns == 0 || boottime_ns() >= self.checkpoint_after_ns)
+            && !self.leaves_files_for_later()
             && let Some(job) = self.store.begin_checkpoint(false)?
         {
             self.checkpointing = true;
+            self.checkpointed_ns = boottime_ns();
             self.jobs.checkpoint(job);
         }
         let mut touched = std::mem::take(&mut self.touched);
@@ -437,6 +518,12 @@ impl EventLoop {
             self.touched = touched;
         }
         Ok(())
+    }
+
+    /// Whether a checkpoint would do no more than remove files, and clients had none of them for too short a time.
+    fn leaves_files_for_later(&self) -> bool {
+        let soon = boottime_ns() < self.checkpointed_ns + REMOVAL_PAUSE_NS;
+        soon && self.has_clients() && self.store.only_removes()
     }
 
     fn answer_durable(&mut self) {
@@ -517,6 +604,14 @@ impl EventLoop {
         let parked = self.connections.iter().filter(|(_, c)| c.parked.is_some());
         let parked: Vec<usize> = parked.map(|(index, _)| index).collect();
         for index in parked {
+            self.take_frames(index);
+            self.touched.push(index);
+        }
+    }
+
+    /// Requests that have more to do go on, now that others had their turn.
+    fn go_on_again(&mut self) {
+        for index in std::mem::take(&mut self.again) {
             self.take_frames(index);
             self.touched.push(index);
         }

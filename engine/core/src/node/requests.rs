@@ -41,6 +41,8 @@ pub(crate) enum Outcome {
     Pull(Box<PullOrder>),
     /// The log is full: try again after a checkpoint, and take nothing else from the connection.
     Park,
+    /// There is more to do for it: try again when others had a turn, and take nothing else from the connection.
+    Again,
     /// The peer breaks the protocol.
     Close,
 }
@@ -69,6 +71,7 @@ enum Refused {
     Status(Status),
     BadBlock(u32),
     Park,
+    Again,
     Close,
 }
 
@@ -88,6 +91,7 @@ impl From<StoreError> for Refused {
             StoreError::RecordLower { .. } | StoreError::RecordConflict { .. } => {
                 Status::StaleEpoch
             }
+            StoreError::NotMerged { .. } => Status::NoLayers,
             StoreError::EpochLower { .. } => Status::StaleEpoch,
             StoreError::Deleted { .. } => Status::Deleted,
             StoreError::NoSpace => Status::NoSpace,
@@ -152,6 +156,7 @@ impl Requests<'_> {
                 Outcome::Answer { status: Status::BadBlock, head, payload: Bytes::new() }
             }
             Refused::Park => Outcome::Park,
+            Refused::Again => Outcome::Again,
             Refused::Close => Outcome::Close,
         }
     }
@@ -193,15 +198,15 @@ impl Requests<'_> {
     /// What a read on the frame's channel is of: a holder's image, or a reader's frozen layers.
     fn readable(&self, frame: &Frame, epoch: u64) -> Step<(ImageId, Chain)> {
         if let Some(reader) = self.sessions.reader(self.connection, frame.channel) {
-            self.check_snapshot(reader)?;
-            return Ok((reader.image, reader.chain.clone()));
+            return Ok((reader.image, self.snapshot_chain(reader)?));
         }
         let image = self.session(frame, epoch)?.image;
         Ok((image, self.chain(&image)?))
     }
 
-    /// Whether all is here that the reader's snapshot holds, and nothing of it can change.
-    fn check_snapshot(&self, reader: &Reader) -> Step<()> {
+    /// The layers that the reader's snapshot is seen through now: all is here that it holds, and it cannot change.
+    /// Layers that are merged go from among them.
+    fn snapshot_chain(&self, reader: &Reader) -> Step<Chain> {
         if self.store.is_deleted(&reader.image) {
             return Err(Refused::Status(Status::Deleted));
         }
@@ -209,19 +214,23 @@ impl Requests<'_> {
             return Err(Refused::Status(Status::NoRecord));
         };
         let counts = !record.blank && !self.store.is_distrusted(&reader.image);
-        let here = counts && record.has_snapshot(&reader.chain, reader.generation);
-        match here || broken(Rule::ReadersReadFrozenLayers) {
-            true => Ok(()),
-            false => Err(Refused::Status(Status::NoLayers)),
-        }
+        let layers = record.layers_of(&reader.snapshot).filter(|_| counts);
+        let layers = layers.or_else(|| {
+            broken(Rule::ReadersReadFrozenLayers).then(|| record.chain.from(reader.snapshot.layer))
+        });
+        layers.and_then(Chain::new).ok_or(Refused::Status(Status::NoLayers))
     }
 
-    /// A shard of a layer that the image's record names.
-    fn key(&self, image: ImageId, layer: LayerId, shard: u64) -> Step<ShardKey> {
-        match self.chain(&image)?.layers().contains(&layer) {
-            true => Ok(ShardKey { image, layer, shard }),
-            false => Err(Refused::Status(Status::Malformed)),
+    /// A shard of a layer that the image's record names, merged as far as the layer has a part in that: what
+    /// nodes compare and copy does not depend on how far they are with it.
+    fn key(&mut self, image: ImageId, layer: LayerId, shard: u64) -> Step<ShardKey> {
+        if !self.chain(&image)?.has(layer) {
+            return Err(Refused::Status(Status::Malformed));
         }
+        if !broken(Rule::MergedBeforeCompared) && !self.store.finish_merge(&image, layer, shard)? {
+            return Err(Refused::Again);
+        }
+        Ok(ShardKey { image, layer, shard })
     }
 
     /// Refuses a generation below the stored one; takes a higher one as it comes.
@@ -379,12 +388,13 @@ impl Requests<'_> {
             flush_number: self.store.flush_number(),
             distrusted: self.store.is_distrusted(&image),
             peers: peers.map(|(node, number)| (node.to_owned(), number)).collect(),
+            emptied: self.store.emptied(&image),
         };
         Ok(self.answer(&reply, record.body))
     }
 
     fn record(&mut self, frame: &Frame) -> Step {
-        let messages::Record { head: offered, blank, layers, snapshots } =
+        let messages::Record { head: offered, blank, layers, snapshots, merging } =
             messages::Record::take(frame.head.clone())?;
         let chain = Chain::new(&layers).ok_or(Refused::Close)?;
         let head = RecordHead {
@@ -394,7 +404,8 @@ impl Requests<'_> {
             digest: offered.digest,
             shard_bytes: offered.shard_bytes,
         };
-        let record = ImageRecord { head, blank, chain, snapshots, body: frame.payload.clone() };
+        let body = frame.payload.clone();
+        let record = ImageRecord { head, blank, chain, snapshots, merging, body };
         let put = self.store.put_record(offered.image, record);
         if let Err(StoreError::RecordLower { stored } | StoreError::RecordConflict { stored }) =
             &put
@@ -430,10 +441,9 @@ impl Requests<'_> {
     }
 
     fn attach_reader(&mut self, frame: &Frame) -> Step {
-        let AttachReader { image, generation, layers } = AttachReader::take(frame.head.clone())?;
-        let chain = Chain::new(&layers).ok_or(Refused::Close)?;
-        let reader = Reader { image, chain, generation };
-        self.check_snapshot(&reader)?;
+        let AttachReader { image, snapshot } = AttachReader::take(frame.head.clone())?;
+        let reader = Reader { image, snapshot };
+        self.snapshot_chain(&reader)?;
         match self.sessions.begin_reader(self.connection, frame.channel, reader) {
             true => Ok(ok()),
             false => Err(Refused::Status(Status::NoSession)),
@@ -575,6 +585,12 @@ impl Requests<'_> {
         let pull = Pull::take(frame.head.clone())?;
         let session = self.session(frame, pull.epoch)?;
         self.check_generation(&session, pull.generation)?;
+        // A node that has told that a merged layer is empty must not have something of it arrive late. Copies
+        // through the holder come in order.
+        let record = self.store.image(&session.image);
+        if record.is_some_and(|record| record.merge_of(pull.layer).is_some()) {
+            return Err(Refused::Status(Status::Cancelled));
+        }
         let key = self.key(session.image, pull.layer, pull.shard)?;
         let (serial, _) =
             self.sessions.current(&session.image).ok_or(Refused::Status(Status::NoSession))?;

@@ -178,7 +178,10 @@ impl NodeRun {
             connection,
             memory: None,
         };
-        let outcome = requests.handle(&frame);
+        let mut outcome = requests.handle(&frame);
+        while matches!(outcome, Outcome::Again) {
+            outcome = requests.handle(&frame);
+        }
         self.store.append()?;
         Ok(match outcome {
             Outcome::Answer { status, head, payload } => {
@@ -205,7 +208,7 @@ impl NodeRun {
                 None
             }
             // Nobody hands memory over here.
-            Outcome::Placed { .. } | Outcome::Close => {
+            Outcome::Placed { .. } | Outcome::Again | Outcome::Close => {
                 self.sent_away.push(connection);
                 None
             }
@@ -275,6 +278,18 @@ impl NodeRun {
         }
         self.checkpoint = self.store.begin_checkpoint(force)?;
         Ok(self.checkpoint.is_some())
+    }
+
+    /// Merges a little of what is left to merge.
+    ///
+    /// # Errors
+    /// The store has failed.
+    pub fn merge(&mut self) -> Result<(), StoreError> {
+        // Without room in the log it is tried again.
+        if self.store.merge_some(self.no_space).is_err() {
+            self.store.check()?;
+        }
+        self.store.append()
     }
 
     /// Does the checkpoint that has begun. Gives what waited for room, to be taken again.

@@ -25,6 +25,7 @@ mod errors;
 mod images;
 mod index;
 mod log;
+mod merge;
 mod read;
 pub mod real;
 mod record;
@@ -213,6 +214,7 @@ pub struct Store {
     /// Images whose content and record here are of a state that was put back, until a holder that was
     /// told so stores a record.
     distrusted: HashSet<ImageId>,
+    merges: merge::Merges,
     scratch: Vec<read::Found>,
     _lock: LockGuard,
 }
@@ -315,10 +317,23 @@ impl Store {
     /// Whether a checkpoint is due: call `begin_checkpoint(false)`.
     pub fn wants_checkpoint(&self) -> bool {
         self.checkpointing.is_none()
-            && (self.log.wants_checkpoint()
+            && (self.log_is_due()
                 || self.log.wants_growth()
                 || !self.state.images.pending_deletes().is_empty()
-                || !self.state.images.pending_drops().is_empty())
+                || !self.state.images.pending_drops().is_empty()
+                || self.wants_to_remove_merged())
+    }
+
+    /// Whether a checkpoint that is due would only remove files of layers that are gone or merged.
+    pub fn only_removes(&self) -> bool {
+        !self.log_is_due()
+            && !self.log.wants_growth()
+            && self.state.images.pending_deletes().is_empty()
+    }
+
+    /// Whether the log's oldest part should go to files: sooner beside merges, which leave the rest to clients.
+    fn log_is_due(&self) -> bool {
+        self.log.wants_checkpoint() || self.wants_merge() && self.log.is_half_full()
     }
 
     /// (capacity, free) of the store's file system, in bytes.

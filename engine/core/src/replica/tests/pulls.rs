@@ -137,7 +137,8 @@ fn store_record(node: &mut NodeRun, connection: u64, epoch: u64, generation: u64
         digest: [generation as u8; 32],
         shard_bytes: SHARD_BYTES,
     };
-    let record = Record { head, blank: false, layers: vec![1], snapshots: Vec::new() };
+    let record =
+        Record { head, blank: false, layers: vec![1], snapshots: Vec::new(), merging: Vec::new() };
     let stored = asked_of(node, connection, frame(kind::RECORD, &record, Bytes::new()));
     assert_eq!(stored.status, Status::Ok);
 }

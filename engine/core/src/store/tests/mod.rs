@@ -6,6 +6,7 @@ mod dropped;
 mod images;
 mod layers;
 mod log_pages;
+mod merges;
 mod model;
 mod read_write;
 mod replay;
