@@ -36,6 +36,19 @@ fn range() -> ShardRange {
     ShardRange { epoch: 2, layer: 1, shard: 0, first_block: 0, blocks: 1 }
 }
 
+/// The holder's order for that block.
+fn order() -> Pull {
+    let address = "127.0.0.1:7001".parse().expect("an address");
+    let source = Source { node: "node1".into(), address };
+    let (epoch, generation, layer, shard) = (2, 2, 1, 0);
+    Pull { epoch, generation, layer, shard, first_block: 0, blocks: 1, source }
+}
+
+fn record_head(epoch: u64, generation: u64) -> RecordHead {
+    let (holder, digest) = ([epoch as u8; 16], [generation as u8; 32]);
+    RecordHead { image: IMAGE, epoch, holder, generation, digest, shard_bytes: SHARD_BYTES }
+}
+
 /// A node that has what another one is to be given, and that one.
 struct Pair {
     source: SimNode,
@@ -63,12 +76,8 @@ impl Pair {
 
     /// The holder orders the pull; it has come as far as the answer of the source.
     fn pull(&mut self) {
-        let address = "127.0.0.1:7001".parse().expect("an address");
-        let source = Source { node: "node1".into(), address };
-        let (epoch, generation, layer, shard) = (2, 2, 1, 0);
-        let (first_block, blocks) = (0, 1);
-        let pull = Pull { epoch, generation, layer, shard, first_block, blocks, source };
-        let taken = run(&mut self.target).take(HOLDER, frame(kind::PULL, &pull, Bytes::new()), 0);
+        let pull = frame(kind::PULL, &order(), Bytes::new());
+        let taken = run(&mut self.target).take(HOLDER, pull, 0);
         assert_eq!(taken, Ok(None), "its answer comes later");
         self.carry_out();
     }
@@ -129,14 +138,7 @@ fn asked_of(node: &mut NodeRun, connection: u64, asked: Frame) -> Frame {
 }
 
 fn store_record(node: &mut NodeRun, connection: u64, epoch: u64, generation: u64) {
-    let head = RecordHead {
-        image: IMAGE,
-        epoch,
-        holder: [epoch as u8; 16],
-        generation,
-        digest: [generation as u8; 32],
-        shard_bytes: SHARD_BYTES,
-    };
+    let head = record_head(epoch, generation);
     let record =
         Record { head, blank: false, layers: vec![1], snapshots: Vec::new(), merging: Vec::new() };
     let stored = asked_of(node, connection, frame(kind::RECORD, &record, Bytes::new()));
@@ -338,4 +340,22 @@ fn the_count_in_the_answer_is_of_data() {
     }
     let (_, answer) = run(&mut pair.target).answers.pop_back().expect("an answer");
     assert_eq!(Number::take(answer.head), Ok(Number(u64::from(BLOCK_BYTES))));
+}
+
+/// A node has told that nothing is left in a layer which goes: nothing must come to it late.
+#[test]
+fn nothing_is_pulled_into_a_layer_that_is_merged_or_takes_one_in() {
+    for (layer, answered) in [(3, None), (2, Some(Status::Cancelled)), (1, Some(Status::Cancelled))]
+    {
+        let mut pair = Pair::new();
+        let target = run(&mut pair.target);
+        let head = record_head(2, 3);
+        let (layers, merging) = (vec![3, 2, 1], vec![1]);
+        let record = Record { head, blank: false, layers, snapshots: Vec::new(), merging };
+        let stored = asked_of(target, HOLDER, frame(kind::RECORD, &record, Bytes::new()));
+        assert_eq!(stored.status, Status::Ok);
+        let pull = Pull { generation: 3, layer, ..order() };
+        let taken = target.take(HOLDER, frame(kind::PULL, &pull, Bytes::new()), 0);
+        assert_eq!(taken.expect("the store works"), answered);
+    }
 }
