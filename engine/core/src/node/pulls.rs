@@ -44,6 +44,8 @@ const CONNECT_NS: u64 = 2 * SECOND_NS;
 const SILENCE_NS: u64 = 4 * SECOND_NS;
 const IDLE_NS: u64 = 30 * SECOND_NS;
 const REST_NS: u64 = SECOND_NS;
+/// After so long a pull whose blocks are not here is answered, whatever its source says meanwhile.
+const PULL_NS: u64 = 10 * SECOND_NS;
 
 /// What a holder has ordered.
 #[derive(Clone, Debug)]
@@ -100,6 +102,7 @@ enum Stage {
 
 struct Entry {
     order: PullOrder,
+    ordered_ns: u64,
     stage: Stage,
 }
 
@@ -115,6 +118,14 @@ struct Peer {
     state: PeerState,
     /// When something was last asked of it.
     used_ns: u64,
+    /// Answers that it owes, also of what was dropped meanwhile.
+    owed: u32,
+}
+
+impl Peer {
+    fn is_ready(&self) -> bool {
+        matches!(self.state, PeerState::Ready { .. })
+    }
 }
 
 /// All pulls of a node.
@@ -124,6 +135,7 @@ pub(crate) struct Pulls {
     entries: BTreeMap<u64, Entry>,
     peers: BTreeMap<u64, Peer>,
     serial: u64,
+    peer_serial: u32,
     pub effects: VecDeque<Effect>,
     pub answers: VecDeque<PullAnswer>,
 }
@@ -152,10 +164,13 @@ impl Pulls {
         };
         self.serial += 1;
         let tag = self.serial;
-        if matches!(self.peers[&peer].state, PeerState::Ready { .. }) {
+        let ready = self.peers.get_mut(&peer).filter(|peer| peer.is_ready());
+        if let Some(known) = ready {
+            known.owed += 1;
             self.effects.push_back(Effect::Ask { peer, tag, asked: asked_of(&order) });
         }
-        self.entries.insert(tag, Entry { order, stage: Stage::Asked { peer } });
+        let (ordered_ns, stage) = (now_ns, Stage::Asked { peer });
+        self.entries.insert(tag, Entry { order, ordered_ns, stage });
         assert!(self.entries.len() <= PULLS_MAX, "pulls are bounded");
     }
 
@@ -187,11 +202,14 @@ impl Pulls {
         if self.peers.len() >= PEERS_MAX {
             return None;
         }
-        self.serial += 1;
+        // A number of 32 bits: the loop's descriptors have no room for more. Who has come round meets nobody.
+        self.peer_serial = self.peer_serial.wrapping_add(1);
+        let peer = u64::from(self.peer_serial);
         let state = PeerState::Greeting { deadline_ns: now_ns + CONNECT_NS };
-        self.peers.insert(self.serial, Peer { source: source.clone(), state, used_ns: now_ns });
-        self.effects.push_back(Effect::Connect { peer: self.serial, source: source.clone() });
-        Some(self.serial)
+        let source = source.clone();
+        self.effects.push_back(Effect::Connect { peer, source: source.clone() });
+        self.peers.insert(peer, Peer { source, state, used_ns: now_ns, owed: 0 });
+        Some(peer)
     }
 
     /// Forgets the peer that has been of no use for longest, where there are too many.
@@ -221,6 +239,7 @@ impl Pulls {
         known.state = PeerState::Ready { heard_ns: now_ns };
         for (tag, entry) in &self.entries {
             if matches!(entry.stage, Stage::Asked { peer: of } if of == peer) {
+                known.owed += 1;
                 let asked = asked_of(&entry.order);
                 self.effects.push_back(Effect::Ask { peer, tag: *tag, asked });
             }
@@ -240,9 +259,9 @@ impl Pulls {
     /// # Errors
     /// The peer breaks the protocol: close its connection (and tell `ended`).
     pub fn take(&mut self, peer: u64, frame: Frame) -> Result<(), BadPeer> {
-        if frame.kind != kind::PEER_FETCH | REPLY {
-            return Err(BadPeer);
-        }
+        let known = self.peers.get_mut(&peer).filter(|known| known.owed > 0);
+        let known = known.filter(|_| frame.kind == kind::PEER_FETCH | REPLY).ok_or(BadPeer)?;
+        known.owed -= 1;
         let Some(entry) = self.entries.get_mut(&frame.tag) else { return Ok(()) };
         if !matches!(entry.stage, Stage::Asked { peer: of } if of == peer) {
             return Err(BadPeer);
@@ -299,6 +318,11 @@ impl Pulls {
             self.ended(peer, now_ns);
         }
         idle.into_iter().for_each(|peer| self.forget(peer));
+        let waits = |entry: &Entry| matches!(entry.stage, Stage::Asked { .. });
+        let late = |entry: &Entry| waits(entry) && now_ns > entry.ordered_ns + PULL_NS;
+        let late = self.entries.iter().filter(|(_, entry)| late(entry));
+        let late: Vec<u64> = late.map(|(tag, _)| *tag).collect();
+        late.into_iter().for_each(|tag| self.end(tag, Status::Unreachable, Bytes::new(), 0));
     }
 
     // What comes of holders
@@ -483,7 +507,7 @@ mod tests {
         assert_eq!(answered(&mut pulls), [(8, Status::Ok)]);
         assert_eq!(pulls.take(peer, empty(tags[0], Status::StaleEpoch)), Ok(()));
         assert_eq!(answered(&mut pulls), [(7, Status::Unreachable)]);
-        assert_eq!(pulls.take(peer, empty(tags[0], Status::Ok)), Ok(()), "said twice, of nothing");
+        assert_eq!(pulls.take(peer, empty(tags[0], Status::Ok)), Err(BadPeer), "it owes nothing");
     }
 
     #[test]
@@ -526,6 +550,24 @@ mod tests {
         assert!(pulls.effects.is_empty());
         pulls.tick(21 * SECOND_NS + IDLE_NS + 1);
         assert!(matches!(pulls.effects.pop_front(), Some(Effect::Close { .. })));
+    }
+
+    #[test]
+    fn a_source_that_never_comes_to_an_end_is_waited_for_ten_seconds() {
+        let mut pulls = Pulls::default();
+        pulls.order(order(7, 0..4, 1), 0);
+        let peer = connecting(&mut pulls);
+        pulls.greeted(peer, 0);
+        let tag = asked(&mut pulls)[0];
+        for second in 0..=10 {
+            pulls.heard(peer, second * SECOND_NS);
+            pulls.tick(second * SECOND_NS);
+            assert!(answered(&mut pulls).is_empty());
+        }
+        pulls.tick(PULL_NS + 1);
+        assert_eq!(answered(&mut pulls), [(7, Status::Unreachable)]);
+        assert_eq!(pulls.take(peer, empty(tag, Status::Ok)), Ok(()), "late, and owed");
+        assert_eq!(pulls.take(peer, empty(tag, Status::Ok)), Err(BadPeer));
     }
 
     #[test]
@@ -603,11 +645,15 @@ mod tests {
 
     #[test]
     fn peers_that_lie_are_told_from_those_that_are_late() {
-        let mut pulls = Pulls::default();
-        pulls.order(order(7, 4..8, 1), 0);
-        let peer = connecting(&mut pulls);
-        pulls.greeted(peer, 0);
-        let tag = asked(&mut pulls)[0];
+        let one = || {
+            let mut pulls = Pulls::default();
+            pulls.order(order(7, 4..8, 1), 0);
+            let peer = connecting(&mut pulls);
+            pulls.greeted(peer, 0);
+            let tag = asked(&mut pulls)[0];
+            (pulls, peer, tag)
+        };
+        let (mut pulls, peer, tag) = one();
         assert_eq!(pulls.take(peer + 9, empty(tag, Status::Ok)), Err(BadPeer));
         let other = Frame { kind: kind::FETCH | REPLY, ..empty(tag, Status::Ok) };
         assert_eq!(pulls.take(peer, other), Err(BadPeer));
@@ -616,6 +662,8 @@ mod tests {
             Frame { head, ..empty(tag, Status::BadBlock) }
         };
         assert_eq!(pulls.take(peer, bad(8)), Err(BadPeer), "a block that was not asked for");
+        let (mut pulls, peer, tag) = one();
+        let bad = |block: u32| Frame { tag, ..bad(block) };
         assert_eq!(pulls.take(peer, bad(5)), Ok(()));
         let answer = pulls.answers.pop_front().expect("an answer");
         assert_eq!((answer.status, &answer.head[..]), (Status::BadBlock, &[5, 0, 0, 0][..]));

@@ -585,10 +585,13 @@ impl Requests<'_> {
         let pull = Pull::take(frame.head.clone())?;
         let session = self.session(frame, pull.epoch)?;
         self.check_generation(&session, pull.generation)?;
-        // A node that has told that a merged layer is empty must not have something of it arrive late. Copies
-        // through the holder come in order.
+        // What could never land is not fetched. Nor does a node that has told that a merged layer is empty have
+        // something of it arrive late: copies through the holder come in order.
         let record = self.store.image(&session.image);
-        if record.is_some_and(|record| record.merge_of(pull.layer).is_some()) {
+        let counts = |record: &ImageRecord| {
+            record.head.generation == pull.generation && record.merge_of(pull.layer).is_none()
+        };
+        if !record.is_some_and(counts) {
             return Err(Refused::Status(Status::Cancelled));
         }
         let key = self.key(session.image, pull.layer, pull.shard)?;

@@ -115,6 +115,8 @@ struct Job {
     in_flight: u32,
     /// Its fetches wait for an allowance: nobody waits for it.
     limited: bool,
+    /// Nodes that would not fetch by themselves.
+    unwilling: NodeMask,
 }
 
 /// The shards that are being compared and copied.
@@ -175,6 +177,7 @@ impl Copier {
             runs: VecDeque::new(),
             in_flight: 0,
             limited,
+            unwilling: NodeMask::EMPTY,
         });
         let (first_block, blocks) = (0, stamp.blocks_per_shard);
         let range = ShardRange { epoch: stamp.epoch, layer, shard, first_block, blocks };
@@ -216,7 +219,8 @@ impl Copier {
             CopyAsk::Pull { job, run }
                 if matches!(frame.status, Status::Unreachable | Status::Cancelled) =>
             {
-                self.pull_failed(job, CopyRun { targets: NodeMask::one(node), ..run }, stamp);
+                let run = CopyRun { targets: NodeMask::one(node), ..run };
+                self.pull_failed(job, run, frame.status, stamp);
                 job
             }
             _ if frame.status != Status::Ok => {
@@ -237,7 +241,7 @@ impl Copier {
                 job
             }
             CopyAsk::Pull { job, run } => {
-                self.take_pulled(run, frame)?;
+                self.take_pulled(run, node, frame)?;
                 self.jobs[job].in_flight -= 1;
                 job
             }
@@ -299,8 +303,9 @@ impl Copier {
             let blocks = run.blocks;
             match run.source {
                 Some(source) => {
-                    let limited = if job.limited { run.targets } else { NodeMask::EMPTY };
-                    let pulling = self.routes.can_pull(source, limited, stamp.now_ns);
+                    let willing = run.targets.without(job.unwilling);
+                    let asked = if job.limited { willing } else { NodeMask::EMPTY };
+                    let pulling = self.routes.can_pull(source, asked, stamp.now_ns);
                     let targets = run.targets.without(pulling);
                     if pulling.is_empty() {
                         self.fetch(job_id, source, run, stamp);
@@ -367,7 +372,7 @@ impl Copier {
             shard: job.shard,
             first_block: run.first_block,
             blocks: run.blocks,
-            source: place.clone(),
+            source: place,
         };
         let targets = run.targets.0.count_ones();
         job.in_flight += targets;
@@ -376,21 +381,28 @@ impl Copier {
         self.order(run.targets, ask, OrderHead::Pull(pull), Bytes::new());
     }
 
-    fn take_pulled(&mut self, run: CopyRun, frame: Frame) -> Result<(), BadReply> {
+    fn take_pulled(&mut self, run: CopyRun, node: NodeIndex, frame: Frame) -> Result<(), BadReply> {
         let Number(bytes) = Number::take(frame.head).map_err(|_| BadReply("malformed count"))?;
         if bytes > u64::from(run.blocks) * u64::from(BLOCK_BYTES) {
             return Err(BadReply("more was pulled than was ordered"));
         }
         self.copied_bytes += bytes;
+        if let Some(source) = run.source {
+            self.routes.worked(source, node);
+        }
         Ok(())
     }
 
-    /// The target of `run` could not fetch it: for a while what it needs of that source comes through here.
-    fn pull_failed(&mut self, job: usize, run: CopyRun, stamp: CopyStamp) {
-        if let Some((source, target)) = run.source.zip(run.targets.first()) {
-            self.routes.failed(source, target, stamp.now_ns);
-        }
+    /// The target of `run` could not fetch it: for a while what it needs of that source comes through here. One
+    /// that would not, because it has too much to do or blocks have changed, is asked again for another shard.
+    fn pull_failed(&mut self, job: usize, run: CopyRun, status: Status, stamp: CopyStamp) {
         let job = &mut self.jobs[job];
+        match run.source.zip(run.targets.first()) {
+            Some((source, target)) if status == Status::Unreachable => {
+                self.routes.failed(source, target, stamp.now_ns);
+            }
+            _ => job.unwilling = job.unwilling.with(run.targets),
+        }
         job.in_flight -= 1;
         job.runs.push_front(run);
     }
@@ -560,7 +572,7 @@ mod tests {
     }
 
     fn routed(nodes: &[NodeIndex]) -> Copier {
-        let mut copier = Copier::default();
+        let copier = Copier::default();
         for node in nodes {
             let address = SocketAddr::from(([127, 0, 0, 1], 7000 + u16::from(*node)));
             copier.routes.set(*node, Some(Source { node: format!("node{node}"), address }));

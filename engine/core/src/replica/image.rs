@@ -277,6 +277,7 @@ impl ImageIo {
             memory: Memory::default(),
             refuses: false,
         });
+        let routes = Routes::default();
         ImageIo {
             replicas: replicas.collect(),
             sets: sets.collect(),
@@ -290,13 +291,13 @@ impl ImageIo {
             unanswered: BTreeSet::new(),
             clear: Clear::default(),
             admission: None,
-            leveller: Leveller::new(spec.levelling),
+            leveller: Leveller::new(spec.levelling, routes.clone()),
             held_flushes: Vec::new(),
             freeze: None,
             held_back: Vec::new(),
             heal: None,
             repairs: Repairs::default(),
-            routes: Routes::default(),
+            routes,
             scrub: None,
             bytes_since_flush: 0,
             ticks_since_flush: 0,
@@ -321,11 +322,7 @@ impl ImageIo {
     pub fn set_address(&mut self, node: NodeIndex, address: Option<SocketAddr>) {
         let name = &self.replicas[usize::from(node)].name;
         let source = address.map(|address| Source { node: name.clone(), address });
-        self.routes.set(node, source.clone());
-        self.leveller.copier.routes.set(node, source.clone());
-        if let Some(heal) = &mut self.heal {
-            heal.copier.routes.set(node, source);
-        }
+        self.routes.set(node, source);
     }
 
     pub fn size_bytes(&self) -> u64 {

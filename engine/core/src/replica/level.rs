@@ -26,6 +26,7 @@ use super::heal::HealLimits;
 use super::image::{ImageIo, Part, Phase, RequestKind, Set};
 use super::pacing::Need;
 use super::replies::BadReply;
+use super::routes::Routes;
 use super::shard_set::ShardSet;
 use super::{Event, NodeIndex, NodeMask};
 use crate::geometry::{BLOCK_BYTES, LayerId};
@@ -102,13 +103,13 @@ pub struct LevelState {
 }
 
 impl Leveller {
-    pub fn new(limits: HealLimits) -> Leveller {
+    pub fn new(limits: HealLimits, routes: Routes) -> Leveller {
         Leveller {
             unlevelled: ShardSet::default(),
             demanded: ShardSet::default(),
             cursor: 0,
             asks: Asks::new(0),
-            copier: Copier::default(),
+            copier: Copier::paced(Pacing::default(), routes),
             jobs: Vec::new(),
             copied: Vec::new(),
             flushing: Vec::new(),

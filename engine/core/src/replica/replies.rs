@@ -283,7 +283,7 @@ impl ImageIo {
         self.kill_freeze();
         self.parts.clear();
         self.admission = None;
-        self.leveller = Leveller::new(self.spec.levelling);
+        self.leveller = Leveller::new(self.spec.levelling, self.routes.clone());
         self.held_flushes.clear();
         self.heal = None;
         self.repairs = Default::default();

@@ -367,7 +367,7 @@ impl NodeRun {
             };
             let (status, head) = match requests.land(order, given) {
                 Outcome::Answer { status, head, .. } => (status, head),
-                Outcome::Park if !self.no_space => continue,
+                Outcome::Park if !self.no_space => break,
                 _ => (Status::NoSpace, Bytes::new()),
             };
             self.store.append()?;

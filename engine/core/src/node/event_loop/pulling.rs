@@ -5,7 +5,7 @@ use super::{EventLoop, PEER};
 use crate::node::peers::PeerEvent;
 use crate::node::pulls::{Effect, PullOrder};
 use crate::node::requests::{Outcome, Requests};
-use crate::wire::{Frame, Prefix, REPLY, Status, kind};
+use crate::wire::{Frame, Prefix, REPLY, Status, flag, kind};
 use bytes::Bytes;
 
 impl EventLoop {
@@ -56,7 +56,8 @@ impl EventLoop {
             };
             let (status, head) = match requests.land(order, given) {
                 Outcome::Answer { status, head, .. } => (status, head),
-                Outcome::Park if self.checkpoint_after_ns == 0 => continue,
+                // Those behind it would find no room either.
+                Outcome::Park if self.checkpoint_after_ns == 0 => break,
                 _ => (Status::NoSpace, Bytes::new()),
             };
             self.counters.pulled(status, bytes);
@@ -86,7 +87,8 @@ impl EventLoop {
             let PullOrder { connection, channel, tag, .. } = answer.order;
             let index = (connection & 0xffff_ffff) as usize;
             if self.connections.get(index).is_some_and(|c| c.id == connection) {
-                let flags = self.clients_flag(kind::PULL) | answer.flags;
+                let beside = answer.flags & flag::BESIDE_CLIENTS;
+                let flags = self.clients_flag(kind::PULL) | beside;
                 let kind = kind::PULL | REPLY;
                 let prefix = Prefix { kind, flags, status: answer.status, channel, tag };
                 self.answer(index, prefix, &answer.head, Bytes::new());
