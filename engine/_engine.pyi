@@ -64,6 +64,7 @@ class Gateway:
         placement_key: str,
         layers: list[int],
         snapshots: list[tuple[int, int]],
+        merging: list[int],
         epoch: int,
         holder: str,
         generation: int,
@@ -101,12 +102,15 @@ class Gateway:
         in_sync: list[list[int]],
         layers: list[int],
         snapshots: list[tuple[int, int]],
+        merging: list[int],
     ) -> None:
         """Go by a new record; `stored` tells that the nodes in sync hold it.
 
         Other layers than before only while the image is frozen; as its nodes in sync have stored
         them, what waited goes on, to the new top.
         `snapshots` names the layer of each and the generation of the record that froze it.
+        `merging` are layers below the top one, falling, that no snapshot names: nodes merge them
+        into the one above by themselves, whether or not the image is frozen as that begins.
         """
 
     def freeze(self, channel: int, attempt: int) -> None:
@@ -120,6 +124,14 @@ class Gateway:
 
     def thaw(self, channel: int, attempt: int) -> None:
         """End that freeze under the layers of before; nothing where it is over."""
+
+    def ask_emptied(self, channel: int) -> None:
+        """Ask every node that is connected, in sync or not, which `merging` layers it has emptied.
+
+        Each answers with `emptied`: `node`, and `layers` of which it has nothing any more, durably.
+        When all nodes of the image have said so of a layer it may go from the record. `peeked`
+        says the same, in `record`.
+        """
 
     def refuse_writes(self, channel: int, sets: list[int]) -> None:
         """Tell clients of these replica sets, and only these, that there is no room for writes."""
@@ -196,19 +208,18 @@ class Gateway:
         size_bytes: int,
         shard_bytes: int,
         placement_key: str,
-        layers: list[int],
-        generation: int,
+        snapshot: tuple[int, int],
         nodes: list[str],
         sets: list[list[int]],
         in_sync: list[list[int]],
         local: int | None = None,
     ) -> None:
-        """Read a snapshot: its layers, top first, and the generation of the record that froze them.
+        """Read a snapshot, by its layer and the generation of the record that froze it.
 
         It is read from `in_sync`: nodes that were in sync then, or were healed since.
-        `reader_open` once a node of each replica set serves them, else `reader_failed` with `why`,
+        `reader_open` once a node of each replica set serves it, else `reader_failed` with `why`,
         after five seconds, or as soon as the image is deleted. That may also come later, where no
-        node of a set has the layers any more; then every request fails. It needs no lease.
+        node of a set has the snapshot any more; then every request fails. It needs no lease.
         `close`, `kill`, `forget`, `disconnect` and `reconnect` are as for an image.
         """
 
@@ -299,7 +310,7 @@ class Node:
 
     def inventory(self) -> dict[str, Any]:
         """Return `images`, each with image, epoch, holder, generation, digest and body of its
-        record; `deleted`: ids of images that were deleted here; and `distrusted`: of those given
+        record, and `merging`: of each such layer whether nothing is left of it here; `deleted`: ids of images that were deleted here; and `distrusted`: of those given
         at the start whose heal has not begun yet."""
 
     def folders(self) -> list[str]:
@@ -418,6 +429,7 @@ class Simulation:
         placement_key: str,
         layers: list[int],
         snapshots: list[tuple[int, int]],
+        merging: list[int],
         epoch: int,
         holder: str,
         generation: int,
@@ -438,8 +450,7 @@ class Simulation:
         size_bytes: int,
         shard_bytes: int,
         placement_key: str,
-        layers: list[int],
-        generation: int,
+        snapshot: tuple[int, int],
         nodes: list[str],
         sets: list[list[int]],
         in_sync: list[list[int]],
@@ -460,9 +471,11 @@ class Simulation:
         in_sync: list[list[int]],
         layers: list[int],
         snapshots: list[tuple[int, int]],
+        merging: list[int],
     ) -> None: ...
     def freeze(self, gateway: int, channel: int, attempt: int) -> None: ...
     def thaw(self, gateway: int, channel: int, attempt: int) -> None: ...
+    def ask_emptied(self, gateway: int, channel: int) -> None: ...
     def refuse_writes(self, gateway: int, channel: int, sets: list[int]) -> None: ...
     def set_lease_deadline(self, gateway: int, channel: int, deadline_ns: int) -> None: ...
     def heal(

@@ -35,8 +35,14 @@ impl Bench {
         let (epoch, generation, shard_bytes) = (1, 1, SHARD_BYTES);
         let head = RecordHead { epoch, holder, generation, digest, shard_bytes };
         let chain = Chain::new(&[1]).ok_or("a chain")?;
-        let record =
-            ImageRecord { head, blank: false, chain, snapshots: Vec::new(), body: Bytes::new() };
+        let record = ImageRecord {
+            head,
+            blank: false,
+            chain,
+            snapshots: Vec::new(),
+            merging: Vec::new(),
+            body: Bytes::new(),
+        };
         store.put_record(IMAGE, record)?;
         let (checkpoints, checkpoints_cpu) = (Duration::ZERO, Duration::ZERO);
         Ok(Bench { store, sequence: 0, random: 1, checkpoints, checkpoints_cpu })

@@ -83,10 +83,16 @@ pub enum Rule {
     ReadersReadFrozenLayers,
     /// A layer that a node's record does not name any more leaves nothing behind on it.
     DroppedLayersGo,
+    /// A merge fills blocks that are absent above, and touches no other.
+    MergesFillGaps,
+    /// A merged shard counts as written in the highest generation of those that it is made of.
+    MergedKeepGenerations,
+    /// A node merges a shard before it compares or copies it.
+    MergedBeforeCompared,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 38] = [
+    pub const ALL: [Rule; 41] = [
         Rule::SessionIsCurrent,
         Rule::EpochIsCurrent,
         Rule::GenerationIsCurrent,
@@ -125,6 +131,9 @@ impl Rule {
         Rule::SnapshotsAreFlushed,
         Rule::ReadersReadFrozenLayers,
         Rule::DroppedLayersGo,
+        Rule::MergesFillGaps,
+        Rule::MergedKeepGenerations,
+        Rule::MergedBeforeCompared,
     ];
 }
 

@@ -28,18 +28,18 @@ fn hex(text: &str) -> Vec<u8> {
 }
 
 const HELLO: &str = "
-    2d000000 00000000 9a974cac ; head 45, payload 0, checksum
+    2d000000 00000000 ffccffbe ; head 45, payload 0, checksum
     01 00 0000 00000000 0000000000000000 ; kind, flags, status, channel, tag
     484349574952450a ; magic
-    03000300 ; versions 3 to 3
+    04000400 ; versions 4 to 4
     cccccccccccccccccccccccccccccccc ; cluster
     08006761746577617931 ; gateway1
     05006e6f646531 ; node1
 ";
 const HELLO_REPLY: &str = "
-    39000000 00000000 d0aa0f35 ; head 57, payload 0, checksum
+    39000000 00000000 14ae3d5f ; head 57, payload 0, checksum
     81 00 0000 00000000 0000000000000000 ; kind, flags, status, channel, tag
-    0300 ; version 3
+    0400 ; version 4
     05006e6f646531 ; node1
     55555555555555555555555555555555 ; store
     0500000000000000 ; start counter 5
@@ -47,9 +47,9 @@ const HELLO_REPLY: &str = "
     1100000000000000 ; flush number 17
 ";
 const HELLO_REFUSED: &str = "
-    39000000 00000000 0b80921b ; head 57, payload 0, checksum
+    39000000 00000000 cf84a071 ; head 57, payload 0, checksum
     81 00 0300 00000000 0000000000000000 ; kind, flags, status, channel, tag
-    0300 ; version 3
+    0400 ; version 4
     05006e6f646531 ; node1
     55555555555555555555555555555555 ; store
     0500000000000000 ; start counter 5
@@ -74,7 +74,7 @@ const PEEK: &str = "
     101112131415161718191a1b1c1d1e1f ; image
 ";
 const PEEK_REPLY: &str = "
-    74000000 02000000 a5445473 ; head 116, payload 2, checksum
+    7c000000 02000000 b03ef448 ; head 124, payload 2, checksum
     83 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
     101112131415161718191a1b1c1d1e1f ; image
     0300000000000000 ; epoch 3
@@ -87,10 +87,12 @@ const PEEK_REPLY: &str = "
     00 ; not set back
     01000000 ; one entry
     05006e6f6465321100000000000000 ; node2, 17
+    01000000 ; one layer is emptied
+    02000000 ; 2
     7b7d ; payload
 ";
 const RECORD: &str = "
-    71000000 02000000 99935447 ; head 113, payload 2, checksum
+    7d000000 02000000 b832ad42 ; head 125, payload 2, checksum
     04 00 0000 09000000 0200000000000000 ; kind, flags, status, channel, tag
     101112131415161718191a1b1c1d1e1f ; image
     0300000000000000 ; epoch 3
@@ -99,10 +101,12 @@ const RECORD: &str = "
     dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd ; digest
     00004000 ; shards of 4 MiB
     00 ; what it has counts
-    02000000 ; two layers
-    0200000001000000 ; 2, then 1
+    03000000 ; three layers
+    030000000200000001000000 ; 3, 2, 1
     01000000 ; one snapshot
     010000000200000000000000 ; layer 1, generation 2
+    01000000 ; one layer is merged
+    02000000 ; 2
     7b7d ; payload
 ";
 const RECORD_REFUSED: &str = "
@@ -117,12 +121,11 @@ const ATTACH: &str = "
     aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ; holder
 ";
 const ATTACH_READER: &str = "
-    20000000 00000000 cdc6f306 ; head 32, payload 0, checksum
+    1c000000 00000000 bb5ec00d ; head 28, payload 0, checksum
     09 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
     101112131415161718191a1b1c1d1e1f ; image
+    01000000 ; layer 1
     0200000000000000 ; generation 2
-    01000000 ; one layer
-    01000000 ; 1
 ";
 const ATTACH_READER_REFUSED: &str = "
     00000000 00000000 6e88c92a ; head 0, payload 0, checksum
@@ -413,7 +416,7 @@ fn record() -> RecordHead {
 
 fn hello_reply() -> HelloReply {
     HelloReply {
-        version: 3,
+        version: 4,
         node: "node1".into(),
         store: [0x55; 16],
         start_counter: 5,
@@ -441,8 +444,8 @@ fn blocks() -> Vec<(Block, Tag)> {
 #[test]
 fn greeting_is_as_specified() {
     let hello = Hello {
-        version_min: 3,
-        version_max: 3,
+        version_min: 4,
+        version_max: 4,
         cluster: [0xcc; 16],
         gateway: "gateway1".into(),
         node: "node1".into(),
@@ -466,16 +469,19 @@ fn records_and_sessions_are_as_specified() {
         flush_number: 18,
         distrusted: false,
         peers: peers(),
+        emptied: vec![2],
     };
     check(PEEK_REPLY, reply(kind::PEEK), &peeked, b"{}");
     let snapshots = vec![SnapshotId { layer: 1, generation: 2 }];
-    let stored = Record { head: record(), blank: false, layers: vec![2, 1], snapshots };
+    let (layers, merging) = (vec![3, 2, 1], vec![2]);
+    let stored = Record { head: record(), blank: false, layers, snapshots, merging };
     check(RECORD, Prefix { tag: 2, ..request(kind::RECORD) }, &stored, b"{}");
     let refused = Prefix { tag: 2, status: Status::StaleEpoch, ..reply(kind::RECORD) };
     check_empty(RECORD_REFUSED, refused);
     let attach = Attach { image: image(), epoch: 3, holder: [0xaa; 16] };
     check(ATTACH, request(kind::ATTACH), &attach, &[]);
-    let reader = AttachReader { image: image(), generation: 2, layers: vec![1] };
+    let snapshot = SnapshotId { layer: 1, generation: 2 };
+    let reader = AttachReader { image: image(), snapshot };
     check(ATTACH_READER, request(kind::ATTACH_READER), &reader, &[]);
     let refused = Prefix { status: Status::NoLayers, ..reply(kind::ATTACH_READER) };
     check_empty(ATTACH_READER_REFUSED, refused);
@@ -625,12 +631,14 @@ fn head_with_a_byte_too_many_or_too_few_is_refused() {
     let mut longer = BytesMut::from(&bytes[..]);
     longer.put_u8(0);
     assert!(RecordHead::take(longer.freeze()).is_err());
-    let record =
-        |layers| written(&Record { head: record(), blank: true, layers, snapshots: Vec::new() });
-    assert!(Record::take(record(vec![3, 1])).is_ok());
+    let record = |layers, merging| {
+        written(&Record { head: record(), blank: true, layers, snapshots: Vec::new(), merging })
+    };
+    assert!(Record::take(record(vec![3, 1], vec![1])).is_ok());
     for no_chain in [vec![], vec![1, 2], vec![2, 2]] {
-        assert!(Record::take(record(no_chain)).is_err());
+        assert!(Record::take(record(no_chain, vec![])).is_err());
     }
+    assert!(Record::take(record(vec![3, 2, 1], vec![1, 2])).is_err());
     let mut checksums = Vec::new();
     let write = written(&io(0, 0, 1, 1));
     let mut ragged = BytesMut::from(&write[..]);

@@ -7,7 +7,7 @@ use hci_engine_core::io::{Address, TlsConfig};
 use hci_engine_core::nbd::budget::ClientLimits;
 use hci_engine_core::nbd::{Answer, ExportInfo, Query, TlsMode};
 use hci_engine_core::replica::{
-    Event, HealLimits, HealSpec, HealState, LevelState, LinkTarget, NodeMask, OpenSpec,
+    Event, HealLimits, HealSpec, HealState, Layering, LevelState, LinkTarget, NodeMask, OpenSpec,
     PeekedRecord, ReaderSpec, RotState, ScrubSpec, ScrubState, SetSpec,
 };
 use hci_engine_core::store::Chain;
@@ -120,7 +120,8 @@ impl Gateway {
 
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
     #[pyo3(signature = (channel, *, image, size_bytes, shard_bytes, placement_key, layers, snapshots,
-                        epoch, holder, generation, digest, body, nodes, sets, in_sync, local=None, levelling=None))]
+                        merging, epoch, holder, generation, digest, body, nodes, sets, in_sync, local=None,
+                        levelling=None))]
     fn open(
         &self,
         channel: u32,
@@ -130,6 +131,7 @@ impl Gateway {
         placement_key: &str,
         layers: Vec<u32>,
         snapshots: Vec<(u32, u64)>,
+        merging: Vec<u32>,
         epoch: u64,
         holder: &str,
         generation: u64,
@@ -147,8 +149,7 @@ impl Gateway {
             size_bytes,
             shard_bytes,
             placement_key,
-            layers,
-            &snapshots,
+            layering(layers, &snapshots, merging)?,
             epoch,
             holder,
             generation,
@@ -164,8 +165,8 @@ impl Gateway {
     }
 
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
-    #[pyo3(signature = (channel, *, image, size_bytes, shard_bytes, placement_key, layers,
-                        generation, nodes, sets, in_sync, local=None))]
+    #[pyo3(signature = (channel, *, image, size_bytes, shard_bytes, placement_key, snapshot,
+                        nodes, sets, in_sync, local=None))]
     fn open_reader(
         &self,
         channel: u32,
@@ -173,15 +174,13 @@ impl Gateway {
         size_bytes: u64,
         shard_bytes: u32,
         placement_key: &str,
-        layers: Vec<u32>,
-        generation: u64,
+        snapshot: (u32, u64),
         nodes: Vec<String>,
         sets: Vec<Vec<u8>>,
         in_sync: Vec<Vec<u8>>,
         local: Option<u8>,
     ) -> PyResult<()> {
         let geometry = geometry_of(size_bytes, shard_bytes, placement_key, sets.len())?;
-        let snapshot = (layers, generation);
         let spec = reader_spec(channel, image, geometry, snapshot, nodes, &sets, &in_sync, local)?;
         self.order(Command::OpenReader(spec))
     }
@@ -196,7 +195,8 @@ impl Gateway {
     }
 
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
-    #[pyo3(signature = (channel, *, generation, digest, body, in_sync, layers, snapshots))]
+    #[pyo3(signature = (channel, *, generation, digest, body, in_sync, layers, snapshots,
+                        merging))]
     fn reconfigure(
         &self,
         channel: u32,
@@ -206,6 +206,7 @@ impl Gateway {
         in_sync: Vec<Vec<u8>>,
         layers: Vec<u32>,
         snapshots: Vec<(u32, u64)>,
+        merging: Vec<u32>,
     ) -> PyResult<()> {
         self.order(Command::Reconfigure {
             channel,
@@ -213,9 +214,12 @@ impl Gateway {
             digest,
             body: body.into(),
             in_sync: in_sync.iter().map(|nodes| mask(nodes)).collect::<PyResult<_>>()?,
-            layers: chain(layers)?,
-            snapshots: snapshots_of(&snapshots),
+            layering: layering(layers, &snapshots, merging)?,
         })
+    }
+
+    fn ask_emptied(&self, channel: u32) -> PyResult<()> {
+        self.order(Command::AskEmptied { channel })
     }
 
     /// Has what clients change wait for a snapshot, until `frozen` or `freeze_failed`.
@@ -400,7 +404,7 @@ impl Gateway {
             let item = PyDict::new(py);
             item.set_item("channel", reader.channel)?;
             item.set_item("image", reader.image)?;
-            item.set_item("layers", reader.layers)?;
+            item.set_item("snapshot", (reader.snapshot.layer, reader.snapshot.generation))?;
             item.set_item("running", reader.running)?;
             item.set_item("requests_in_flight", reader.requests_in_flight)?;
             item.set_item("nodes", reader.nodes)?;
@@ -425,8 +429,7 @@ pub(crate) fn open_spec(
     size_bytes: u64,
     shard_bytes: u32,
     placement_key: &str,
-    layers: Vec<u32>,
-    snapshots: &[(u32, u64)],
+    Layering { layers, snapshots, merging }: Layering,
     epoch: u64,
     holder: &str,
     generation: u64,
@@ -449,8 +452,9 @@ pub(crate) fn open_spec(
         image: parse_id(image)?,
         channel,
         geometry,
-        layers: chain(layers)?,
-        snapshots: snapshots_of(snapshots),
+        layers,
+        snapshots,
+        merging,
         epoch,
         holder: parse_id(holder)?.0,
         generation,
@@ -469,7 +473,7 @@ pub(crate) fn reader_spec(
     channel: u32,
     image: &str,
     geometry: Geometry,
-    (layers, generation): (Vec<u32>, u64),
+    (layer, generation): (u32, u64),
     nodes: Vec<String>,
     sets: &[Vec<u8>],
     in_sync: &[Vec<u8>],
@@ -480,8 +484,7 @@ pub(crate) fn reader_spec(
         image: parse_id(image)?,
         channel,
         geometry,
-        generation,
-        layers: chain(layers)?,
+        snapshot: SnapshotId { layer, generation },
         nodes,
         sets: in_sync.iter().map(|nodes| mask(nodes)).collect::<PyResult<_>>()?,
         local,
@@ -507,18 +510,24 @@ fn check_sets(nodes: &[String], sets: &[Vec<u8>], in_sync: &[Vec<u8>]) -> PyResu
     }
 }
 
-/// What `snapshots` says: layer and generation of each.
-pub(crate) fn snapshots_of(snapshots: &[(u32, u64)]) -> Vec<SnapshotId> {
+/// What `layers`, `snapshots` (layer and generation of each) and `merging` say.
+pub(crate) fn layering(
+    layers: Vec<u32>,
+    snapshots: &[(u32, u64)],
+    merging: Vec<u32>,
+) -> PyResult<Layering> {
+    if Chain::new(&layers).is_none() {
+        return Err(PyValueError::new_err("layers are ids that fall, at least one"));
+    }
     let snapshot =
         |(layer, generation): &(u32, u64)| SnapshotId { layer: *layer, generation: *generation };
-    snapshots.iter().map(snapshot).collect()
-}
-
-/// The layers of an image, top first.
-pub(crate) fn chain(layers: Vec<u32>) -> PyResult<Vec<u32>> {
-    match Chain::new(&layers) {
-        Some(_) => Ok(layers),
-        None => Err(PyValueError::new_err("layers are ids that fall, at least one")),
+    let snapshots = snapshots.iter().map(snapshot).collect();
+    let layering = Layering { layers, snapshots, merging };
+    match layering.merges_fit() {
+        true => Ok(layering),
+        false => Err(PyValueError::new_err(
+            "layers that are merged are below the top one, fall, and have no snapshot",
+        )),
     }
 }
 
@@ -699,6 +708,11 @@ fn put_image_event(py: Python<'_>, dict: &Bound<'_, PyDict>, event: Event) -> Py
             dict.set_item("attempt", attempt)?;
             dict.set_item("why", why)
         }
+        Event::Emptied { node, layers } => {
+            dict.set_item("event", "emptied")?;
+            dict.set_item("node", node)?;
+            dict.set_item("layers", layers)
+        }
         Event::ReaderOpen => dict.set_item("event", "reader_open"),
         Event::ReaderFailed { why } => {
             dict.set_item("event", "reader_failed")?;
@@ -780,6 +794,7 @@ fn record_dict(py: Python<'_>, record: PeekedRecord) -> PyResult<Bound<'_, PyDic
     dict.set_item("flush_number", record.flush_number)?;
     dict.set_item("distrusted", record.distrusted)?;
     dict.set_item("peers", record.peers)?;
+    dict.set_item("emptied", record.emptied)?;
     dict.set_item("body", PyBytes::new(py, &record.body))?;
     Ok(dict)
 }

@@ -175,6 +175,11 @@ pub(crate) fn inventory_dict<'py>(
         image.set_item("generation", head.generation)?;
         image.set_item("digest", PyBytes::new(py, &head.digest))?;
         image.set_item("body", PyBytes::new(py, &record.body))?;
+        let emptied = found.emptied.get(id);
+        let is_emptied = |layer| emptied.is_some_and(|layers| layers.contains(layer));
+        let merging: HashMap<u32, bool> =
+            record.merging.iter().map(|layer| (*layer, is_emptied(layer))).collect();
+        image.set_item("merging", merging)?;
         Ok(image)
     });
     let dict = PyDict::new(py);

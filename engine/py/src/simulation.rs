@@ -1,9 +1,7 @@
 //! `Simulation`: a cluster in memory for tests, moved one step at a time. Only with the feature
 //! `simulation`.
 
-use crate::gateway::{
-    chain, event_dict, geometry_of, mask, open_spec, reader_spec, scrub_dict, snapshots_of,
-};
+use crate::gateway::{event_dict, geometry_of, layering, mask, open_spec, reader_spec, scrub_dict};
 use crate::ids::{hex, parse_id};
 use crate::node::inventory_dict;
 use hci_engine_core::replica::{HealLimits, HealSpec, ImageIo, ScrubSpec, Served, Token};
@@ -250,7 +248,7 @@ impl Simulation {
 
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
     #[pyo3(signature = (gateway, channel, *, image, size_bytes, shard_bytes, placement_key, layers,
-                        snapshots, epoch, holder, generation, digest, body, nodes, sets, in_sync, local=None,
+                        snapshots, merging, epoch, holder, generation, digest, body, nodes, sets, in_sync, local=None,
                         levelling=None))]
     fn open(
         &self,
@@ -262,6 +260,7 @@ impl Simulation {
         placement_key: &str,
         layers: Vec<u32>,
         snapshots: Vec<(u32, u64)>,
+        merging: Vec<u32>,
         epoch: u64,
         holder: &str,
         generation: u64,
@@ -279,8 +278,7 @@ impl Simulation {
             size_bytes,
             shard_bytes,
             placement_key,
-            layers,
-            &snapshots,
+            layering(layers, &snapshots, merging)?,
             epoch,
             holder,
             generation,
@@ -297,8 +295,8 @@ impl Simulation {
     }
 
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
-    #[pyo3(signature = (gateway, channel, *, image, size_bytes, shard_bytes, placement_key, layers,
-                        generation, nodes, sets, in_sync, local=None))]
+    #[pyo3(signature = (gateway, channel, *, image, size_bytes, shard_bytes, placement_key, snapshot,
+                        nodes, sets, in_sync, local=None))]
     fn open_reader(
         &self,
         gateway: usize,
@@ -307,15 +305,13 @@ impl Simulation {
         size_bytes: u64,
         shard_bytes: u32,
         placement_key: &str,
-        layers: Vec<u32>,
-        generation: u64,
+        snapshot: (u32, u64),
         nodes: Vec<String>,
         sets: Vec<Vec<u8>>,
         in_sync: Vec<Vec<u8>>,
         local: Option<u8>,
     ) -> PyResult<()> {
         let geometry = geometry_of(size_bytes, shard_bytes, placement_key, sets.len())?;
-        let snapshot = (layers, generation);
         let spec = reader_spec(channel, image, geometry, snapshot, nodes, &sets, &in_sync, local)?;
         self.at_gateway(gateway)?.open_reader(gateway, spec);
         Ok(())
@@ -340,7 +336,7 @@ impl Simulation {
 
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
     #[pyo3(signature = (gateway, channel, *, generation, digest, body, in_sync, layers,
-                        snapshots))]
+                        snapshots, merging))]
     fn reconfigure(
         &self,
         gateway: usize,
@@ -351,12 +347,18 @@ impl Simulation {
         in_sync: Vec<Vec<u8>>,
         layers: Vec<u32>,
         snapshots: Vec<(u32, u64)>,
+        merging: Vec<u32>,
     ) -> PyResult<()> {
         let in_sync = in_sync.iter().map(|nodes| mask(nodes)).collect::<PyResult<Vec<_>>>()?;
-        let (layers, snapshots) = (chain(layers)?, snapshots_of(&snapshots));
+        let layering = layering(layers, &snapshots, merging)?;
         self.at_gateway(gateway)?.with_image(gateway, channel, |io| {
-            io.reconfigure(generation, digest, body.into(), &in_sync, &layers, &snapshots);
+            io.reconfigure(generation, digest, body.into(), &in_sync, layering);
         });
+        Ok(())
+    }
+
+    fn ask_emptied(&self, gateway: usize, channel: u32) -> PyResult<()> {
+        self.at_gateway(gateway)?.with_image(gateway, channel, ImageIo::ask_emptied);
         Ok(())
     }
 

@@ -577,18 +577,13 @@ impl EventLoop {
                 Command::Admit { channel, nodes, resume } => {
                     self.with_image(channel, |io| io.admit(&nodes, resume));
                 }
-                Command::Reconfigure {
-                    channel,
-                    generation,
-                    digest,
-                    body,
-                    in_sync,
-                    layers,
-                    snapshots,
-                } => {
+                Command::Reconfigure { channel, generation, digest, body, in_sync, layering } => {
                     self.with_image(channel, |io| {
-                        io.reconfigure(generation, digest, body, &in_sync, &layers, &snapshots);
+                        io.reconfigure(generation, digest, body, &in_sync, layering);
                     });
+                }
+                Command::AskEmptied { channel } => {
+                    self.with_image(channel, ImageIo::ask_emptied);
                 }
                 Command::Freeze { channel, attempt } => {
                     self.with_image(channel, |io| io.freeze(attempt));
@@ -745,7 +740,7 @@ impl EventLoop {
             Some(ReaderSnapshot {
                 channel: *channel,
                 image: io.spec().image.to_string(),
-                layers: io.spec().layers.clone(),
+                snapshot: io.spec().snapshot,
                 running: io.is_running(),
                 requests_in_flight: io.requests_in_flight(),
                 nodes: io.node_states(),

@@ -7,12 +7,11 @@ mod snapshot;
 
 pub use snapshot::{ClientSnapshot, ImageSnapshot, LinkSnapshot, ReaderSnapshot, Snapshot};
 
-use crate::geometry::{LayerId, SnapshotId};
 use crate::io::{Poller, TlsConfig, Waker};
 use crate::nbd::budget::ClientLimits;
 use crate::nbd::{Answer, Query, TlsMode};
 use crate::replica::{
-    Event, HealSpec, LinkTarget, NodeIndex, NodeMask, OpenSpec, ReaderSpec, ScrubSpec,
+    Event, HealSpec, Layering, LinkTarget, NodeIndex, NodeMask, OpenSpec, ReaderSpec, ScrubSpec,
 };
 use crate::wire::messages::HelloReply;
 use bytes::Bytes;
@@ -58,8 +57,11 @@ pub enum Command {
         digest: [u8; 32],
         body: Bytes,
         in_sync: Vec<NodeMask>,
-        layers: Vec<LayerId>,
-        snapshots: Vec<SnapshotId>,
+        layering: Layering,
+    },
+    /// Ask the nodes which merging layers they have emptied; each answers with `Event::Emptied`.
+    AskEmptied {
+        channel: u32,
     },
     /// Have clients' changes wait for a snapshot; `Event::Frozen` or `Event::FreezeFailed` tells how it went.
     Freeze {

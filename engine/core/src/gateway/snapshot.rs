@@ -1,6 +1,6 @@
 //! What the gateway looks like at one moment, for people and tests.
 
-use crate::geometry::LayerId;
+use crate::geometry::SnapshotId;
 use crate::nbd::Counters;
 use crate::replica::{HealState, LevelState, RotState, ScrubState};
 
@@ -42,8 +42,7 @@ pub struct ImageSnapshot {
 pub struct ReaderSnapshot {
     pub channel: u32,
     pub image: String,
-    /// Top first.
-    pub layers: Vec<LayerId>,
+    pub snapshot: SnapshotId,
     pub running: bool,
     pub requests_in_flight: usize,
     /// Name and state of each node.

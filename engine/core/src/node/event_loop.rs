@@ -39,6 +39,10 @@ const SIGN_OF_LIFE_NS: u64 = 1_000_000_000;
 const NO_SPACE_PAUSE_NS: u64 = 1_000_000_000;
 /// A peer that has not greeted by then is sent away.
 const GREETING_NS: u64 = 5_000_000_000;
+/// Beside clients merging goes on for one part of so many of the time; alone for half of it.
+const MERGE_SHARE: u64 = 10;
+/// After a failure, or without room in the log, it waits so long.
+const MERGE_PAUSE_NS: u64 = 100_000_000;
 /// Without a client's request for so long no client is there.
 const CLIENTS_GONE_NS: u64 = 250_000_000;
 
@@ -88,6 +92,8 @@ pub(super) struct EventLoop {
     now_ns: u64,
     /// When a client's request last came, of any image and by any gateway.
     clients_ns: Option<u64>,
+    /// Nothing is merged before this time.
+    merge_after_ns: u64,
     signed_ns: u64,
     /// See `now_and_then`.
     next_look_ns: u64,
@@ -127,6 +133,7 @@ impl EventLoop {
             counters: Counters::default(),
             now_ns: 0,
             clients_ns: None,
+            merge_after_ns: 0,
             signed_ns: 0,
             next_look_ns: 0,
             touched: Vec::new(),
@@ -145,7 +152,7 @@ impl EventLoop {
         let mut ready = Vec::with_capacity(128);
         loop {
             ready.clear();
-            if let Err(error) = self.poller.wait(TICK, &mut ready) {
+            if let Err(error) = self.poller.wait(self.patience(), &mut ready) {
                 panic!("epoll_wait failed: {error}");
             }
             self.now_ns = boottime_ns();
@@ -160,8 +167,42 @@ impl EventLoop {
                 return self.finish();
             }
             self.give_signs_of_life();
+            self.merge()?;
             self.settle()?;
         }
+    }
+
+    /// How long the loop may sleep.
+    fn patience(&self) -> Duration {
+        match self.store.wants_merge() {
+            true => {
+                Duration::from_nanos(self.merge_after_ns.saturating_sub(boottime_ns())).min(TICK)
+            }
+            false => TICK,
+        }
+    }
+
+    /// Merges a little, if something is left to merge and it is time.
+    fn merge(&mut self) -> Result<(), StoreError> {
+        let begun_ns = boottime_ns();
+        if !self.store.wants_merge() || begun_ns < self.merge_after_ns {
+            return Ok(());
+        }
+        let merged = self.store.merge_some();
+        let now_ns = boottime_ns();
+        let pause_ns = match merged {
+            Ok(()) => {
+                let rests = if self.has_clients() { MERGE_SHARE - 1 } else { 1 };
+                (now_ns - begun_ns) * rests
+            }
+            // A checkpoint makes room; what cannot be read now is tried again.
+            Err(_) => {
+                self.store.check()?;
+                MERGE_PAUSE_NS
+            }
+        };
+        self.merge_after_ns = now_ns + pause_ns;
+        Ok(())
     }
 
     fn ready(&mut self, event: Ready) {
@@ -310,9 +351,13 @@ impl EventLoop {
     /// What is said with an answer to work in the background: clients want this node too.
     fn clients_flag(&self, to: &Frame) -> u8 {
         let background = matches!(to.kind, kind::SUMMARY | kind::FETCH | kind::COPY | kind::SCRUB);
+        if background && self.has_clients() { flag::BESIDE_CLIENTS } else { 0 }
+    }
+
+    /// Whether clients ask for something.
+    fn has_clients(&self) -> bool {
         let silent_ns = self.clients_ns.map(|clients_ns| self.now_ns.saturating_sub(clients_ns));
-        let here = silent_ns.is_some_and(|silent_ns| silent_ns < CLIENTS_GONE_NS);
-        if background && here { flag::BESIDE_CLIENTS } else { 0 }
+        silent_ns.is_some_and(|silent_ns| silent_ns < CLIENTS_GONE_NS)
     }
 
     /// The gateway hands memory over. One that cannot be used is refused, and reads come without it.

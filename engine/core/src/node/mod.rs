@@ -14,6 +14,7 @@ use crate::geometry::{ImageId, LayerId};
 use crate::io::{Poller, Waker};
 use crate::store::{ImageRecord, Store, StoreError, UsageHandle};
 use event_loop::{EventLoop, WAKER};
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -51,6 +52,8 @@ pub struct Inventory {
     pub deleted: Vec<ImageId>,
     /// Images that were set back with the store, until their heal begins.
     pub distrusted: Vec<ImageId>,
+    /// Of images that are merged here: the merging layers of which nothing is left.
+    pub emptied: HashMap<ImageId, Vec<LayerId>>,
 }
 
 impl Inventory {
@@ -58,7 +61,13 @@ impl Inventory {
     pub(crate) fn of(store: &Store) -> Inventory {
         let of = |id: ImageId| store.image(&id).map(|record| (id, record.clone()));
         let images = store.images().into_iter().filter_map(of).collect();
-        Inventory { images, deleted: store.deleted_images(), distrusted: store.distrusted() }
+        let emptied = store.images().into_iter().map(|id| (id, store.emptied(&id)));
+        Inventory {
+            images,
+            deleted: store.deleted_images(),
+            distrusted: store.distrusted(),
+            emptied: emptied.filter(|(_, layers)| !layers.is_empty()).collect(),
+        }
     }
 }
 

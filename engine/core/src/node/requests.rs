@@ -84,6 +84,7 @@ impl From<StoreError> for Refused {
             StoreError::RecordLower { .. } | StoreError::RecordConflict { .. } => {
                 Status::StaleEpoch
             }
+            StoreError::NotMerged { .. } => Status::NoLayers,
             StoreError::EpochLower { .. } => Status::StaleEpoch,
             StoreError::Deleted { .. } => Status::Deleted,
             StoreError::NoSpace => Status::NoSpace,
@@ -183,15 +184,15 @@ impl Requests<'_> {
     /// What a read on the frame's channel is of: a holder's image, or a reader's frozen layers.
     fn readable(&self, frame: &Frame, epoch: u64) -> Step<(ImageId, Chain)> {
         if let Some(reader) = self.sessions.reader(self.connection, frame.channel) {
-            self.check_snapshot(reader)?;
-            return Ok((reader.image, reader.chain.clone()));
+            return Ok((reader.image, self.snapshot_chain(reader)?));
         }
         let image = self.session(frame, epoch)?.image;
         Ok((image, self.chain(&image)?))
     }
 
-    /// Whether all is here that the reader's snapshot holds, and nothing of it can change.
-    fn check_snapshot(&self, reader: &Reader) -> Step<()> {
+    /// The layers that the reader's snapshot is seen through now: all is here that it holds, and it cannot change.
+    /// Layers that are merged go from among them.
+    fn snapshot_chain(&self, reader: &Reader) -> Step<Chain> {
         if self.store.is_deleted(&reader.image) {
             return Err(Refused::Status(Status::Deleted));
         }
@@ -199,19 +200,23 @@ impl Requests<'_> {
             return Err(Refused::Status(Status::NoRecord));
         };
         let counts = !record.blank && !self.store.is_distrusted(&reader.image);
-        let here = counts && record.has_snapshot(&reader.chain, reader.generation);
-        match here || broken(Rule::ReadersReadFrozenLayers) {
-            true => Ok(()),
-            false => Err(Refused::Status(Status::NoLayers)),
-        }
+        let layers = record.layers_of(&reader.snapshot).filter(|_| counts);
+        let layers = layers.or_else(|| {
+            broken(Rule::ReadersReadFrozenLayers).then(|| record.chain.from(reader.snapshot.layer))
+        });
+        layers.and_then(Chain::new).ok_or(Refused::Status(Status::NoLayers))
     }
 
-    /// A shard of a layer that the image's record names.
-    fn key(&self, image: ImageId, layer: LayerId, shard: u64) -> Step<ShardKey> {
-        match self.chain(&image)?.layers().contains(&layer) {
-            true => Ok(ShardKey { image, layer, shard }),
-            false => Err(Refused::Status(Status::Malformed)),
+    /// A shard of a layer that the image's record names, merged as far as the layer has a part in that: what
+    /// nodes compare and copy does not depend on how far they are with it.
+    fn key(&mut self, image: ImageId, layer: LayerId, shard: u64) -> Step<ShardKey> {
+        if !self.chain(&image)?.has(layer) {
+            return Err(Refused::Status(Status::Malformed));
         }
+        if !broken(Rule::MergedBeforeCompared) {
+            self.store.finish_merge(&image, layer, shard)?;
+        }
+        Ok(ShardKey { image, layer, shard })
     }
 
     /// Refuses a generation below the stored one; takes a higher one as it comes.
@@ -369,12 +374,13 @@ impl Requests<'_> {
             flush_number: self.store.flush_number(),
             distrusted: self.store.is_distrusted(&image),
             peers: peers.map(|(node, number)| (node.to_owned(), number)).collect(),
+            emptied: self.store.emptied(&image),
         };
         Ok(self.answer(&reply, record.body))
     }
 
     fn record(&mut self, frame: &Frame) -> Step {
-        let messages::Record { head: offered, blank, layers, snapshots } =
+        let messages::Record { head: offered, blank, layers, snapshots, merging } =
             messages::Record::take(frame.head.clone())?;
         let chain = Chain::new(&layers).ok_or(Refused::Close)?;
         let head = RecordHead {
@@ -384,7 +390,8 @@ impl Requests<'_> {
             digest: offered.digest,
             shard_bytes: offered.shard_bytes,
         };
-        let record = ImageRecord { head, blank, chain, snapshots, body: frame.payload.clone() };
+        let body = frame.payload.clone();
+        let record = ImageRecord { head, blank, chain, snapshots, merging, body };
         let put = self.store.put_record(offered.image, record);
         if let Err(StoreError::RecordLower { stored } | StoreError::RecordConflict { stored }) =
             &put
@@ -420,10 +427,9 @@ impl Requests<'_> {
     }
 
     fn attach_reader(&mut self, frame: &Frame) -> Step {
-        let AttachReader { image, generation, layers } = AttachReader::take(frame.head.clone())?;
-        let chain = Chain::new(&layers).ok_or(Refused::Close)?;
-        let reader = Reader { image, chain, generation };
-        self.check_snapshot(&reader)?;
+        let AttachReader { image, snapshot } = AttachReader::take(frame.head.clone())?;
+        let reader = Reader { image, snapshot };
+        self.snapshot_chain(&reader)?;
         match self.sessions.begin_reader(self.connection, frame.channel, reader) {
             true => Ok(ok()),
             false => Err(Refused::Status(Status::NoSession)),

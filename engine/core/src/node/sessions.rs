@@ -4,8 +4,7 @@
 //! requests are refused from then on, those that wait for room in the log included. Beside it there may be
 //! any number of readers of frozen layers, which no holder ends.
 
-use crate::geometry::ImageId;
-use crate::store::Chain;
+use crate::geometry::{ImageId, SnapshotId};
 use std::collections::HashMap;
 
 /// Readers of one connection.
@@ -19,11 +18,10 @@ pub(crate) struct Session {
 }
 
 /// A session that reads a snapshot.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Reader {
     pub image: ImageId,
-    pub chain: Chain,
-    pub generation: u64,
+    pub snapshot: SnapshotId,
 }
 
 /// All sessions of a node. Connections have ids that are never reused.
@@ -145,8 +143,8 @@ mod tests {
     #[test]
     fn readers_of_a_connection_are_bounded_and_end_with_it() {
         let mut sessions = Sessions::default();
-        let chain = Chain::new(&[1]).expect("a chain");
-        let reader = || Reader { image: ImageId([1; 16]), chain: chain.clone(), generation: 2 };
+        let snapshot = SnapshotId { layer: 1, generation: 2 };
+        let reader = || Reader { image: ImageId([1; 16]), snapshot };
         for channel in 0..READERS_MAX as u32 {
             assert!(sessions.begin_reader(1, channel, reader()));
         }

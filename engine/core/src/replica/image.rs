@@ -36,6 +36,8 @@ pub struct OpenSpec {
     pub geometry: Geometry,
     pub layers: Vec<LayerId>,
     pub snapshots: Vec<SnapshotId>,
+    /// Layers that go into the one above them.
+    pub merging: Vec<LayerId>,
     pub epoch: u64,
     pub holder: [u8; 16],
     pub generation: u64,

@@ -2,8 +2,8 @@
 
 use super::image::{ImageIo, Phase, Purpose, ReplicaState, RequestKind};
 use super::replies::BadReply;
-use super::{Event, Instance, NodeIndex, NodeMask, PeekedRecord};
-use crate::geometry::{ImageId, LayerId, SnapshotId};
+use super::{Event, Instance, Layering, NodeIndex, NodeMask, PeekedRecord};
+use crate::geometry::ImageId;
 use crate::wire::messages::{Attach, Head, Peek, PeekReply, Record};
 use crate::wire::{Frame, Status, kind};
 use bytes::Bytes;
@@ -132,6 +132,7 @@ impl ImageIo {
                     flush_number: peek.flush_number,
                     distrusted: peek.distrusted,
                     peers: peek.peers,
+                    emptied: peek.emptied,
                     body: frame.payload,
                 })
             }
@@ -176,7 +177,8 @@ impl ImageIo {
         let blank = nodes.and(self.healed_from_nothing());
         for (nodes, blank) in [(nodes.without(blank), false), (blank, true)] {
             let (layers, snapshots) = (self.spec.layers.clone(), self.spec.snapshots.clone());
-            let record = Record { head: self.record_head(), blank, layers, snapshots };
+            let merging = self.spec.merging.clone();
+            let record = Record { head: self.record_head(), blank, layers, snapshots, merging };
             self.send(nodes, kind::RECORD, 0, tag, &body, |out| record.put(out));
         }
     }
@@ -283,15 +285,15 @@ impl ImageIo {
     /// stored it (`Event::Stored`). Before the image is open it only replaces the former record.
     ///
     /// Other layers than before are taken while the image is frozen; changes of a set go on when its nodes in
-    /// sync have stored them.
+    /// sync have stored them. That layers are merged changes nothing for clients; what compares nodes begins
+    /// anew.
     pub fn reconfigure(
         &mut self,
         generation: u64,
         digest: [u8; 32],
         body: Bytes,
         in_sync: &[NodeMask],
-        layers: &[LayerId],
-        snapshots: &[SnapshotId],
+        Layering { layers, snapshots, merging }: Layering,
     ) {
         assert!(generation > self.spec.generation, "generations only grow");
         assert_eq!(in_sync.len(), self.sets.len(), "one mask for each replica set");
@@ -301,10 +303,11 @@ impl ImageIo {
         self.spec.generation = generation;
         self.spec.digest = digest;
         self.spec.body = body;
-        self.spec.snapshots = snapshots.to_vec();
+        let remade = self.spec.layers != layers || self.spec.merging != merging;
+        (self.spec.snapshots, self.spec.merging) = (snapshots, merging);
         let relayered = self.spec.layers != layers;
         match relayered {
-            true => self.change_layers(layers),
+            true => self.change_layers(&layers),
             false => self.fail_freeze("the record has changed"),
         }
         let before = self.in_sync_anywhere();
@@ -335,8 +338,11 @@ impl ImageIo {
             !matches!(state, ReplicaState::Down | ReplicaState::Peeking | ReplicaState::Waiting)
         });
         self.send_record_to_connected(storing.with(told));
-        // Behind the record: a node is asked of layers that it knows.
+        // Behind the record: a node is asked of layers that it knows, all nodes before or after they merge.
         self.level_reconfigured();
+        if remade {
+            self.restart_heal();
+        }
         self.after_store();
         self.dispatch_parked_reads();
         self.restart_repairs();

@@ -29,6 +29,7 @@ mod asks;
 mod background;
 mod compare;
 mod copier;
+mod emptied;
 mod freeze;
 mod full;
 mod heal;
@@ -62,7 +63,7 @@ pub use scrub::{ScrubSpec, ScrubState};
 pub use served::Served;
 
 use crate::content::Run;
-use crate::geometry::ImageId;
+use crate::geometry::{ImageId, LayerId, SnapshotId};
 use crate::wire::Status;
 use bytes::Bytes;
 
@@ -206,6 +207,9 @@ pub enum Event {
     Frozen { attempt: u64 },
     /// A freeze has ended before that; clients' changes go on.
     FreezeFailed { attempt: u64, why: &'static str },
+    /// Asked by `ask_emptied`: the layers of which nothing is left on the node, durably, of those that its
+    /// record has as merging.
+    Emptied { node: NodeIndex, layers: Vec<LayerId> },
     /// Of a reader: each replica set has a node that serves its frozen layers.
     ReaderOpen,
     /// Of a reader: that did not come about in time, or it is over; every request fails.
@@ -227,6 +231,26 @@ pub struct RotState {
     pub unrepairable: Vec<(u64, u32)>,
 }
 
+/// What a record says of an image's layers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Layering {
+    /// Top first: ids that fall.
+    pub layers: Vec<LayerId>,
+    pub snapshots: Vec<SnapshotId>,
+    /// Of the layers, those that go into the one above them: ids that fall, never the top one.
+    pub merging: Vec<LayerId>,
+}
+
+impl Layering {
+    /// Whether what is merged are layers below the top one, in order, that no snapshot names.
+    pub fn merges_fit(&self) -> bool {
+        let named = |layer: &LayerId| self.snapshots.iter().any(|named| named.layer == *layer);
+        let below = self.layers.get(1..).unwrap_or_default();
+        self.merging.is_sorted_by(|a, b| a > b)
+            && self.merging.iter().all(|layer| below.contains(layer) && !named(layer))
+    }
+}
+
 /// A record as a node holds it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeekedRecord {
@@ -239,5 +263,7 @@ pub struct PeekedRecord {
     pub flush_number: u64,
     pub distrusted: bool,
     pub peers: Vec<(String, u64)>,
+    /// Merging layers of this record of which nothing is left on the node.
+    pub emptied: Vec<LayerId>,
     pub body: Bytes,
 }

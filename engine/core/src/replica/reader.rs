@@ -19,7 +19,7 @@ use super::reads::{Content, Piece, blocks_asked, choose_reader, content_of, piec
 use super::replies::BadReply;
 use super::{Event, Extent, IoError, NodeIndex, NodeMask, Outcome, Output, Token};
 use crate::content::Run;
-use crate::geometry::{Geometry, ImageId, LayerId};
+use crate::geometry::{Geometry, ImageId, SnapshotId};
 use crate::wire::messages::{AttachReader, Head, Session};
 use crate::wire::{self, Frame, Prefix, REPLY, Status, kind};
 use bytes::{Bytes, BytesMut};
@@ -40,10 +40,7 @@ pub struct ReaderSpec {
     pub channel: u32,
     /// As the image was when the layers were frozen.
     pub geometry: Geometry,
-    /// Of the snapshot.
-    pub generation: u64,
-    /// Its layers, top first.
-    pub layers: Vec<LayerId>,
+    pub snapshot: SnapshotId,
     pub nodes: Vec<String>,
     /// Of each replica set, the nodes that have all of the layers.
     pub sets: Vec<NodeMask>,
@@ -172,8 +169,7 @@ impl ReaderIo {
             return;
         }
         self.nodes[usize::from(node)] = NodeState::Attaching;
-        let (image, generation) = (self.spec.image, self.spec.generation);
-        let head = AttachReader { image, generation, layers: self.spec.layers.clone() };
+        let head = AttachReader { image: self.spec.image, snapshot: self.spec.snapshot };
         self.send(node, kind::ATTACH_READER, 0, |out| head.put(out));
     }
 

@@ -1,6 +1,7 @@
 //! Answers of the nodes: counted, verified, and turned into answers for the clients.
 
 use super::asks::is_ask;
+use super::emptied::EMPTIED;
 use super::image::{Clear, ImageIo, Phase, RequestKind};
 use super::level::Leveller;
 use super::reads::{Content, content_of};
@@ -39,6 +40,7 @@ impl ImageIo {
         match frame.kind & !REPLY {
             kind::WRITE | kind::ZERO | kind::FLUSH | kind::CONFIRM => self.count(node, frame),
             kind::READ | kind::STATUS => self.take_read(node, frame),
+            kind::PEEK if frame.tag == EMPTIED => self.take_emptied(node, frame),
             kind::PEEK => self.take_peek(node, frame),
             kind::RECORD => self.take_record(node, frame),
             kind::ATTACH => self.take_attach(node, frame),

@@ -253,6 +253,18 @@ impl NodeRun {
         Ok(self.checkpoint.is_some())
     }
 
+    /// Merges a little of what is left to merge.
+    ///
+    /// # Errors
+    /// The store has failed.
+    pub fn merge(&mut self) -> Result<(), StoreError> {
+        // Without room in the log it is tried again.
+        if self.store.merge_some().is_err() {
+            self.store.check()?;
+        }
+        self.store.append()
+    }
+
     /// Does the checkpoint that has begun. Gives what waited for room, to be taken again.
     ///
     /// # Errors

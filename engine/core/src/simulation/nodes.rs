@@ -11,6 +11,8 @@ use crate::store::simulated::{Crash, SimDisk};
 use crate::wire::messages::{HelloReply, take_write};
 use crate::wire::{Frame, Status, VERSION, kind};
 
+/// Steps of merging: a layer of which nothing is left takes some thirty.
+const MERGES_PER_TICK: u64 = 40;
 const NODE_TICK_NS: u64 = 500 * MILLISECOND_NS;
 
 /// A node, and what the world knows of its process.
@@ -212,6 +214,7 @@ impl World {
             Action::NodeTick { .. } => {
                 self.schedule(self.now_ns + NODE_TICK_NS, action);
                 self.give_signs_of_life(node);
+                self.merge_some(node);
             }
             Action::SyncDone { .. } => self.with_run(node, |run| run.finish_sync()),
             _ => {
@@ -224,6 +227,19 @@ impl World {
             }
         }
         self.settle_node(node);
+    }
+
+    /// Merges as much as a random number says.
+    fn merge_some(&mut self, node: usize) {
+        let merges = |world: &World| {
+            world.nodes[node].sim.run.as_ref().is_some_and(|run| run.store.wants_merge())
+        };
+        if !merges(self) {
+            return;
+        }
+        for _ in 0..1 + self.random.below(MERGES_PER_TICK) {
+            self.with_run(node, NodeRun::merge);
+        }
     }
 
     fn give_signs_of_life(&mut self, node: usize) {

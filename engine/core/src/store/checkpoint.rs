@@ -27,6 +27,7 @@ use super::log::{SyncGate, create_segment};
 use super::read::{ReadBuffer, read_singly, read_whole};
 use super::recovery::Tail;
 use super::shard_file::{ShardMeta, read_meta, rewrite_both, shard_folder, shard_path, write_meta};
+use super::state::State;
 use super::torn::MayBeTorn;
 use super::{BlockState, Store, StoreError};
 
@@ -91,6 +92,8 @@ pub struct CheckpointJob {
     records: Vec<(ImageId, ImageRecord)>,
     deletes: Vec<ImageId>,
     drops: Vec<(ImageId, LayerId)>,
+    /// Shards whose content is in the layer above.
+    merged: Vec<ShardKey>,
     create: Vec<u32>,
     segment_bytes: u32,
 }
@@ -166,6 +169,7 @@ impl Store {
             records,
             deletes: self.state.images.pending_deletes().to_vec(),
             drops: self.state.images.pending_drops().iter().copied().collect(),
+            merged: self.state.merged.keys().copied().collect(),
             create: self.log.slots_wanted(),
             segment_bytes: self.log.segment_bytes(),
         }))
@@ -234,10 +238,13 @@ impl Store {
         let all = done.created.len() == done.job.create.len();
         self.log.grow(done.created, all);
         if let Err(failure) = done.outcome {
-            let images = &self.state.images;
+            let State { images, merged, .. } = &self.state;
             let left = running.filter(Running::is_writing).map(|running| running.keys);
             let left = left.into_iter().flatten();
-            let stays = |key: &ShardKey| !images.is_deleted(&key.image) && !images.is_dropped(key);
+            let stays = |key: &ShardKey| {
+                let gone = images.is_deleted(&key.image) || images.is_dropped(key);
+                !gone && !merged.contains_key(key)
+            };
             self.unsettled.extend(left.filter(stays));
             return Err(match failure.retry {
                 true => StoreError::NoSpace,
@@ -247,9 +254,13 @@ impl Store {
         for (key, meta) in done.metas {
             self.state.index.retire(&key, done.job.upto);
             self.unsettled.remove(&key);
-            let weight = meta.weight();
-            self.metas.refresh(&key, meta, weight);
+            if !self.state.merged.contains_key(&key) {
+                let weight = meta.weight();
+                self.metas.refresh(&key, meta, weight);
+            }
         }
+        let upto = done.job.upto;
+        self.state.merged.retain(|_, place| *place >= upto);
         self.state.images.settled(&done.job.records, &done.job.deletes, &done.dropped);
         if let Some(Retirement { segment, .. }) = done.job.retire {
             let images = &self.state.images;
@@ -286,7 +297,8 @@ impl CheckpointDone {
                 Err(errno) => return Err(errno.into()),
             }
         }
-        if job.retire.is_none() && job.deletes.is_empty() && job.drops.is_empty() {
+        let removes = !(job.deletes.is_empty() && job.drops.is_empty() && job.merged.is_empty());
+        if job.retire.is_none() && !removes {
             return Ok(());
         }
         job.gate.sync(&job.unsynced).map_err(|errno| Failure { errno, retry: false })?;
@@ -299,6 +311,8 @@ impl CheckpointDone {
                 self.dropped.push((image, layer));
             }
         }
+        let mut folders = BTreeSet::new();
+        job.merged.iter().try_for_each(|key| remove_shard(&*job.disk, key, &mut folders))?;
         if let Some(Retirement { begun, seed, .. }) = &job.retire {
             job.shards.iter_mut().try_for_each(|plan| plan.note_rot(&*job.disk))?;
             begun.write(&*job.disk, *seed)?;
@@ -306,7 +320,6 @@ impl CheckpointDone {
             job.writing.store(true, Ordering::Release);
         }
         let job = &self.job;
-        let mut folders = BTreeSet::new();
         let mut copier = Copier { job, buffer: BytesMut::new() };
         for plans in job.shards.chunks(OPEN_FILES_MAX) {
             let mut files = Vec::with_capacity(plans.len());
@@ -518,6 +531,17 @@ fn delete_files(disk: &dyn Disk, image: &ImageId) -> DiskResult<()> {
     disk.create(&format!("deleted/{image}"))?;
     disk.sync_dir("deleted")?;
     remove_tree(disk, &image_folder(image), 4)
+}
+
+/// Removes a shard's file. Notes the folder that must be synced, also where the name went before.
+fn remove_shard(disk: &dyn Disk, key: &ShardKey, folders: &mut BTreeSet<String>) -> DiskResult<()> {
+    let layer = layer_folder(&key.image, key.layer);
+    let folder = shard_folder(key);
+    if disk.list(&layer)?.iter().any(|name| format!("{layer}/{name}") == folder) {
+        disk.unlink(&shard_path(key))?;
+        folders.insert(folder);
+    }
+    Ok(())
 }
 
 /// Removes a layer's files, `files` of them at most, then its folders; whether nothing is left of it.

@@ -176,6 +176,14 @@ impl DirtyMaps {
         }
     }
 
+    /// What was in `from` of the shard is in `into`, with the generation of its last write.
+    pub fn merged(&mut self, image: &ImageId, shard: u64, from: &[LayerId], into: LayerId) {
+        let entry = self.images.get_mut(image).and_then(|map| map.shards.get_mut(&shard));
+        if let Some(entry) = entry.filter(|entry| from.contains(&entry.layer)) {
+            entry.layer = into;
+        }
+    }
+
     /// A client's change was written, with this tag. It may be one of before that is asked again, since the
     /// former instance that had it did not answer, or nobody else did: then others may not have it yet.
     pub fn changed(&mut self, image: &ImageId, shard: u64, tag: Tag) {

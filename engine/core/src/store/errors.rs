@@ -7,7 +7,7 @@
 //! ├── retry later          LogFull, DirtyFull (after a clear), NoSpace
 //! ├── repair, then retry   BadBlock
 //! ├── resend               BadChecksum
-//! ├── refresh the record   UnknownImage, RecordLower, RecordConflict, EpochLower
+//! ├── refresh the record   UnknownImage, RecordLower, RecordConflict, NotMerged, EpochLower
 //! ├── give up              Deleted
 //! └── a caller's mistake   OutOfRange, TooLarge
 //! ```
@@ -49,6 +49,8 @@ pub enum StoreError {
     RecordLower { stored: Box<RecordHead> },
     /// The offered record is as new as the stored one and says something else.
     RecordConflict { stored: Box<RecordHead> },
+    /// The offered record lacks a layer that is not merged here yet, or has it as one that stays.
+    NotMerged { layer: LayerId },
     /// A change under an epoch below the stored one.
     EpochLower { stored: Box<RecordHead> },
     /// The image was deleted here; it never comes back.
@@ -104,6 +106,9 @@ impl fmt::Display for StoreError {
                 "another record has the same epoch {} or generation {}",
                 stored.epoch, stored.generation
             ),
+            StoreError::NotMerged { layer } => {
+                write!(f, "layer {layer} is still being merged here")
+            }
             StoreError::EpochLower { stored } => {
                 write!(f, "the image's writer is at epoch {} already", stored.epoch)
             }

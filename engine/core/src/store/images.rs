@@ -6,6 +6,8 @@
 //! checkpoints remove its files in bounded steps. What an interruption left of them is found at the next open
 //! by its folder, which no record names; so ids of layers are never used again.
 //!
+//! A layer that a record has in `merging` goes into the one above it (`merge`).
+//!
 //! Invariant: epoch and generation of a stored record never decrease, an epoch never changes its
 //! holder, a generation never its digest nor its layers, an image never its shard size.
 
@@ -48,7 +50,17 @@ pub struct ImageRecord {
     pub blank: bool,
     pub chain: Chain,
     pub snapshots: Vec<SnapshotId>,
+    /// Layers whose content goes into the one above them: ids that fall, of the chain, but not the top one.
+    pub merging: Vec<LayerId>,
     pub body: Bytes,
+}
+
+/// Adjacent layers that go into the one above them.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Merge {
+    pub into: LayerId,
+    /// The uppermost first.
+    pub from: Vec<LayerId>,
 }
 
 /// The layers of an image, top first: at least one, and ids that fall.
@@ -70,21 +82,45 @@ impl Chain {
         self.0.binary_search_by(|at| layer.cmp(at)).is_ok()
     }
 
-    /// Whether `lower` is what lies below some layer of this chain: it does not change any more.
-    pub fn has_frozen(&self, lower: &Chain) -> bool {
-        self.0.len() > lower.0.len() && self.0.ends_with(&lower.0)
+    /// That layer and those below it; all where it is not one of them.
+    pub fn from(&self, layer: LayerId) -> &[LayerId] {
+        let at = self.0.iter().position(|of| *of == layer).unwrap_or(0);
+        &self.0[at..]
     }
 }
 
 impl ImageRecord {
     fn is_layered_as(&self, other: &ImageRecord) -> bool {
-        self.chain == other.chain && self.snapshots == other.snapshots
+        self.chain == other.chain
+            && self.snapshots == other.snapshots
+            && self.merging == other.merging
     }
 
-    /// Whether this chain is what the snapshot of that generation holds.
-    pub fn has_snapshot(&self, chain: &Chain, generation: u64) -> bool {
-        let snapshot = SnapshotId { layer: chain.layers()[0], generation };
-        self.chain.has_frozen(chain) && self.snapshots.contains(&snapshot)
+    /// Whether what is merged are layers of the chain, with one above them that stays, and none that a
+    /// snapshot names.
+    fn merges_fit(&self) -> bool {
+        let below = &self.chain.layers()[1..];
+        let named = |layer: &LayerId| self.snapshots.iter().any(|named| named.layer == *layer);
+        self.merging.is_sorted_by(|a, b| a > b)
+            && self.merging.iter().all(|layer| below.contains(layer) && !named(layer))
+    }
+
+    /// The merge that the layer takes part in, whether its content goes or comes.
+    pub fn merge_of(&self, layer: LayerId) -> Option<Merge> {
+        let goes = |layer: &LayerId| self.merging.contains(layer);
+        let layers = self.chain.layers();
+        let at = layers.iter().position(|of| *of == layer)?;
+        let into = layers[..=at].iter().rposition(|of| !goes(of))?;
+        let from = layers[into + 1..].iter().copied().take_while(goes);
+        let merge = Merge { into: layers[into], from: from.collect() };
+        (!merge.from.is_empty()).then_some(merge)
+    }
+
+    /// The layers that the snapshot is seen through; none where it is not one of this record's.
+    pub fn layers_of(&self, snapshot: &SnapshotId) -> Option<&[LayerId]> {
+        let below = &self.chain.layers()[1..];
+        let at = below.iter().position(|layer| *layer == snapshot.layer)?;
+        self.snapshots.contains(snapshot).then(|| &below[at..])
     }
 }
 
@@ -140,7 +176,7 @@ impl Images {
         }
         let fits = head.shard_bytes.is_power_of_two()
             && (SHARD_BYTES_MIN..=SHARD_BYTES_MAX).contains(&head.shard_bytes);
-        if !fits {
+        if !fits || !record.merges_fit() {
             return Err(StoreError::OutOfRange);
         }
         let Some(known) = self.known.get(image) else { return Ok(()) };
@@ -288,6 +324,8 @@ pub fn encode_record(record: &ImageRecord, out: &mut Vec<u8>) {
         push_u32(out, *layer);
         push_u64(out, *generation);
     }
+    push_u32(out, record.merging.len() as u32);
+    record.merging.iter().for_each(|layer| push_u32(out, *layer));
     push_u32(out, record.body.len() as u32);
     out.extend_from_slice(&record.body);
 }
@@ -302,12 +340,14 @@ pub fn decode_record(reader: &mut Reader<'_>) -> Option<ImageRecord> {
     let count = reader.u32()?;
     let snapshot = |_| Some(SnapshotId { layer: reader.u32()?, generation: reader.u64()? });
     let snapshots = (0..count).map(snapshot).collect::<Option<Vec<SnapshotId>>>()?;
+    let count = reader.u32()?;
+    let merging = (0..count).map(|_| reader.u32()).collect::<Option<Vec<LayerId>>>()?;
     let length = reader.u32()? as usize;
     let body = Bytes::copy_from_slice(reader.take(length)?);
     let fits =
         shard_bytes.is_power_of_two() && (SHARD_BYTES_MIN..=SHARD_BYTES_MAX).contains(&shard_bytes);
     let head = RecordHead { epoch, holder, generation, digest, shard_bytes };
-    fits.then_some(ImageRecord { head, blank, chain, snapshots, body })
+    fits.then_some(ImageRecord { head, blank, chain, snapshots, merging, body })
 }
 
 /// Writes `images/ID/record` so that a crash leaves the old or the new one, durably.

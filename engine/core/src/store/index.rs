@@ -201,6 +201,11 @@ impl Index {
         }
     }
 
+    /// Drops all that the log has of a shard.
+    pub fn remove(&mut self, key: &ShardKey) {
+        self.shards.remove(key);
+    }
+
     /// Keeps only what `keep` wants.
     pub fn retain(&mut self, keep: impl Fn(&ShardKey) -> bool) {
         self.shards.retain(|key, _| keep(key));

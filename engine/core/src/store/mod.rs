@@ -25,6 +25,7 @@ mod errors;
 mod images;
 mod index;
 mod log;
+mod merge;
 mod read;
 pub mod real;
 mod record;
@@ -213,6 +214,7 @@ pub struct Store {
     /// Images whose content and record here are of a state that was put back, until a holder that was
     /// told so stores a record.
     distrusted: HashSet<ImageId>,
+    merges: merge::Merges,
     scratch: Vec<read::Found>,
     _lock: LockGuard,
 }
@@ -318,7 +320,8 @@ impl Store {
             && (self.log.wants_checkpoint()
                 || self.log.wants_growth()
                 || !self.state.images.pending_deletes().is_empty()
-                || !self.state.images.pending_drops().is_empty())
+                || !self.state.images.pending_drops().is_empty()
+                || self.wants_to_remove_merged())
     }
 
     /// (capacity, free) of the store's file system, in bytes.

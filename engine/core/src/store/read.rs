@@ -46,6 +46,11 @@ impl Found {
         self.checksum
     }
 
+    /// Where it was found.
+    pub(super) fn layer(&self) -> LayerId {
+        self.layer
+    }
+
     pub(super) fn is_in_file(&self) -> bool {
         matches!(self.source, Source::File(_))
     }
@@ -292,6 +297,9 @@ impl Store {
 
     /// The shard's file, kept open; `None` where there is none.
     pub(super) fn shard_file(&mut self, key: &ShardKey) -> Result<Option<FileRef>, StoreError> {
+        if self.state.merged.contains_key(key) {
+            return Ok(None);
+        }
         if let Some(file) = self.files.get(key) {
             return Ok(Some(Arc::clone(file)));
         }
@@ -311,6 +319,9 @@ impl Store {
         key: &ShardKey,
         shard_bytes: u32,
     ) -> Result<Arc<ShardMeta>, StoreError> {
+        if self.state.merged.contains_key(key) {
+            return Ok(Arc::new(ShardMeta::absent()));
+        }
         if let Some(meta) = self.metas.get(key) {
             return Ok(Arc::clone(meta));
         }

@@ -33,13 +33,20 @@ pub enum Kind {
     Flush = 9,
     Delete = 10,
     Observe = 11,
+    /// Blocks that came from layers below.
+    Merge = 12,
+    /// Nothing of a shard is left in these layers: its content is in the one above them.
+    Merged = 13,
 }
 
 impl Kind {
     fn from_u8(value: u8) -> Option<Kind> {
-        use Kind::{Clear, Copy, Delete, Flush, Head, Image, Level, Observe, Write, Zero};
-        let all = [Head, Write, Zero, Copy, Image, Clear, Level, Flush, Delete, Observe];
-        all.into_iter().find(|kind| *kind as u8 == value)
+        use Kind::{
+            Clear, Copy, Delete, Flush, Head, Image, Level, Merge, Merged, Observe, Write, Zero,
+        };
+        let of_blocks = [Write, Zero, Copy, Merge, Merged];
+        let others = [Head, Image, Clear, Level, Flush, Delete, Observe];
+        of_blocks.into_iter().chain(others).find(|kind| *kind as u8 == value)
     }
 }
 
@@ -226,7 +233,7 @@ pub fn payload_matches(header: &Header, extra: &[u8], payload: &[u8]) -> bool {
                 && extra.len() == header.blocks as usize * WRITE_EXTRA
                 && payload.chunks_exact(block_bytes).zip(checksums).all(matches)
         }
-        Kind::Copy => {
+        Kind::Copy | Kind::Merge => {
             let Some(blocks) = decode_copy(extra) else { return false };
             let checksums: Vec<Checksum> =
                 blocks.iter().filter(|b| b.state == BlockState::Data).map(|b| b.checksum).collect();

@@ -16,6 +16,7 @@ use super::disk::{Disk, DiskResult, Errno};
 use super::encoding::{Reader, push_u32, push_u64};
 use super::images::{image_folder, listed_layer, read_record_file};
 use super::log::{Log, LogParameters, PAGE_BYTES, create_segment};
+use super::merge::Merges;
 use super::replay::{Recovered, recover_log};
 use super::state::State;
 use super::superblock::Superblock;
@@ -141,6 +142,7 @@ impl Store {
         let (seed, instance) = (superblock.seed(), superblock.instance);
         let parameters = LogParameters { segment_bytes, segments_max, seed, instance, next_lsn };
         let recovery = Recovery { instance, created, damaged: superblock.damaged, records };
+        let merges = Merges::of(&state.images);
         let mut store = Store {
             unsettled: torn_by(&tail, &state),
             synced_flush_number: state.flush_number,
@@ -154,6 +156,7 @@ impl Store {
             tail_version: tail.version,
             failed: None,
             distrusted: HashSet::new(),
+            merges,
             scratch: Vec::new(),
             _lock: lock,
         };

@@ -12,10 +12,10 @@ use std::io::IoSlice;
 use bytes::BytesMut;
 
 use crate::checksum::{CHECKSUM_BYTES, Checksum, crc32c};
-use crate::geometry::{BLOCK_BYTES, ShardKey, Tag};
+use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, ShardKey, Tag};
 
 use super::BlockState;
-use super::disk::{DiskFile, DiskResult};
+use super::disk::{Disk, DiskFile, DiskResult};
 use super::encoding::{Reader, push_u32, push_u64};
 use super::images::layer_folder;
 use super::log::PAGE_BYTES;
@@ -105,6 +105,23 @@ pub fn shard_folder(key: &ShardKey) -> String {
     format!("{}/{:02x}", layer_folder(&key.image, key.layer), key.shard & 0xff)
 }
 
+/// Folders that a layer's shard files are spread over.
+pub const FOLDERS: u32 = 256;
+
+/// The shards of a layer that have a file in one of these folders, in order.
+pub fn shards_in(
+    disk: &dyn Disk,
+    image: &ImageId,
+    layer: LayerId,
+    folder: u64,
+) -> DiskResult<Vec<u64>> {
+    let names = disk.list(&shard_folder(&ShardKey { image: *image, layer, shard: folder }))?;
+    let shards = names.iter().filter_map(|name| listed_shard(name));
+    let mut shards: Vec<u64> = shards.filter(|shard| shard & 0xff == folder).collect();
+    shards.sort_unstable();
+    Ok(shards)
+}
+
 /// Bytes that each slot has in the file.
 pub fn slot_bytes(shard_bytes: u32) -> u64 {
     let blocks = (shard_bytes / BLOCK_BYTES) as usize;
@@ -113,7 +130,7 @@ pub fn slot_bytes(shard_bytes: u32) -> u64 {
 }
 
 /// The shard whose file has this name.
-pub fn listed_shard(name: &str) -> Option<u64> {
+fn listed_shard(name: &str) -> Option<u64> {
     u64::from_str_radix(name, 16).ok().filter(|shard| format!("{shard:x}") == name)
 }
 

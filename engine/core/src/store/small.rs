@@ -19,19 +19,21 @@ impl Store {
     ///
     /// Refuses a lower epoch or generation (`RecordLower`), and an equal epoch of another holder or
     /// an equal generation of another digest or other layers (`RecordConflict`); so one that names a
-    /// layer whose files are being removed. Of a distrusted image only a holder that was told so
+    /// layer whose files are being removed, and one without a layer that is not merged here (`NotMerged`). Of a distrusted image only a holder that was told so
     /// stores one, when the cluster's record says that nothing here counts.
     ///
     /// Layers that it does not name any more are dropped.
     pub fn put_record(&mut self, image: ImageId, record: ImageRecord) -> Result<u64, StoreError> {
         self.check()?;
         self.state.images.check(&image, &record)?;
+        self.check_merges(&image, &record)?;
         if record.body.len() > BODY_BYTES_MAX || record.snapshots.len() > LAYERS_MAX {
             return Err(StoreError::TooLarge);
         }
         let mut extra = Vec::new();
         encode_record(&record, &mut extra);
         let staged = self.stage_small(Header::new(Kind::Image, image), &extra, Class::Small)?;
+        self.merges.record(image, &record);
         if self.state.apply_image(image, record) {
             let images = &self.state.images;
             self.metas.retain(|key| !images.is_dropped(key));
@@ -109,6 +111,7 @@ impl Store {
         self.stage_small(Header::new(Kind::Delete, image), &[], Class::Small)?;
         self.state.apply_delete(&image);
         self.distrusted.remove(&image);
+        self.merges.forget(&image);
         self.metas.retain(|key| key.image != image);
         self.files.retain(|key| key.image != image);
         self.unsettled.retain(|key| key.image != image);

@@ -3,8 +3,10 @@
 //! Live requests and replay change it through the same functions, in log order, so that a recovered
 //! store is in the state that the instance before it was in.
 
+use std::collections::BTreeMap;
+
 use crate::checksum::Checksum;
-use crate::geometry::{BLOCK_BYTES, ImageId, ShardKey, Tag};
+use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, ShardKey, Tag};
 use crate::rules::{Rule, broken};
 
 use super::dirty::{DirtyMaps, Dropped};
@@ -20,6 +22,9 @@ pub struct State {
     pub index: Index,
     pub dirty: DirtyMaps,
     pub images: Images,
+    /// Shards of which nothing counts any more, since all is in the layer above, and whose files are to be
+    /// removed; and the place of the record that says so.
+    pub merged: BTreeMap<ShardKey, Place>,
     /// Highest flush number given out.
     pub flush_number: u64,
 }
@@ -81,6 +86,18 @@ impl State {
             let left = self.dirty.wrote(&key.image, shard, tags, generation, (0, 0));
             self.leave_generations(&key.image, left.as_slice(), place);
         }
+        self.put_blocks(key, blocks, place, generation);
+    }
+
+    /// A record with blocks, tags included. Of itself it says nothing of what may differ between replicas: those
+    /// from layers below differ no more than before.
+    pub fn put_blocks(
+        &mut self,
+        key: ShardKey,
+        blocks: &[CopyBlock],
+        place: Place,
+        generation: u64,
+    ) {
         let shard = self.index.touch(key, place, generation);
         let mut next = place;
         for CopyBlock { block, state, tag, checksum } in blocks.iter().copied() {
@@ -93,6 +110,18 @@ impl State {
                 next.offset += BLOCK_BYTES;
             }
         }
+    }
+
+    /// Nothing of the shard is left in `from`: it is in the key's layer, which was last written in `generation`
+    /// at the earliest.
+    pub fn apply_merged(&mut self, key: ShardKey, from: &[LayerId], place: Place, generation: u64) {
+        for layer in from.iter().copied() {
+            let gone = ShardKey { layer, ..key };
+            self.index.remove(&gone);
+            self.merged.insert(gone, place);
+        }
+        self.dirty.merged(&key.image, key.shard, from, key.layer);
+        self.index.touch(key, place, generation);
     }
 
     /// A record of an image; gives whether layers of it are dropped.
@@ -112,8 +141,9 @@ impl State {
 
     /// Drops what the log has of layers that no record names any more.
     pub fn drop_unnamed(&mut self) {
-        let State { index, images, .. } = self;
+        let State { index, images, merged, .. } = self;
         index.retain(|key| !images.is_dropped(key));
+        merged.retain(|key, _| !images.is_dropped(key));
     }
 
     /// A clear.
@@ -144,13 +174,15 @@ impl State {
     pub fn apply_delete(&mut self, image: &ImageId) {
         self.images.delete(*image);
         self.index.retain(|key| key.image != *image);
+        self.merged.retain(|key, _| key.image != *image);
         self.dirty.remove_image(image);
     }
 
     /// Drops what the log still has of images whose tombstone is in a file already.
     pub fn drop_deleted(&mut self) {
-        let State { index, dirty, images, .. } = self;
+        let State { index, dirty, images, merged, .. } = self;
         index.retain(|key| !images.is_deleted(&key.image));
+        merged.retain(|key, _| !images.is_deleted(&key.image));
         dirty.retain(|image| !images.is_deleted(image));
     }
 
@@ -185,6 +217,15 @@ impl State {
             Kind::Copy => {
                 let blocks = decode_copy(extra)?;
                 self.apply_copy(header.key, &blocks, place, header.stamp.generation);
+            }
+            Kind::Merge => {
+                let blocks = decode_copy(extra)?;
+                self.put_blocks(header.key, &blocks, place, header.stamp.generation);
+            }
+            Kind::Merged => {
+                let from: Option<Vec<LayerId>> =
+                    extra.chunks(4).map(|bytes| Reader::new(bytes).u32()).collect();
+                self.apply_merged(header.key, &from?, place, header.stamp.generation);
             }
             Kind::Image => _ = self.apply_image(image, decode_record(&mut reader)?),
             Kind::Clear => {

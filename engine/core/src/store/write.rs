@@ -179,6 +179,11 @@ impl Store {
             let staged = self.log.stage(header, extra, content.into_iter());
             self.state.apply_copy(*key, blocks, staged.place, generation);
         }
+        if let Some(record) = self.state.images.get(&key.image)
+            && record.merging.contains(&key.layer)
+        {
+            self.merges.record(key.image, record);
+        }
         Ok(self.log.next_lsn() - 1)
     }
 

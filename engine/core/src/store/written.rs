@@ -3,15 +3,17 @@
 //!
 //! Told in pages of bounded work, so that the caller's thread never stands still: first what the dirty
 //! map and the log's index know, then folder by folder what the shard files say. In this order nothing
-//! is missed: a shard that a checkpoint settles meanwhile goes from the index to a file, never back. A
+//! is missed: a shard that a checkpoint settles meanwhile goes from the index to a file, never back. One that
+//! is merged meanwhile goes from a file of the layer below to the index, and then to a file of the layer above;
+//! so the files of layers that are being merged are looked into first, then memory again, then the others. A
 //! shard that is written first after the listing began may be missing; its writer knows of it.
 
 use std::collections::BTreeSet;
 
 use crate::geometry::{ImageId, LayerId, ShardKey};
 
-use super::disk::DiskResult;
-use super::shard_file::{listed_shard, read_generation, shard_folder, shard_path};
+use super::disk::{DiskResult, Errno};
+use super::shard_file::{FOLDERS, read_generation, shard_path, shards_in};
 use super::{Store, StoreError};
 
 /// Most shards of one page.
@@ -19,10 +21,9 @@ pub const WRITTEN_PER_PAGE: usize = 8192;
 /// Shard files and folders that one page looks into at most.
 const FILES_PER_PAGE: usize = 64;
 const FOLDERS_PER_PAGE: u32 = 256;
-/// Folders that a layer's shard files are spread over.
-const FOLDERS: u32 = 256;
 
-/// Where a listing stands: `place` 0 is the memory of the store, later ones are folders.
+/// Where a listing stands: `place` 0 is the memory of the store, later ones are folders and, where layers are
+/// being merged, memory once more.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub struct WrittenCursor {
     pub place: u32,
@@ -38,6 +39,27 @@ pub struct WrittenPage {
     pub next: Option<WrittenCursor>,
 }
 
+/// What a place of a listing stands for.
+enum Stop {
+    Memory,
+    Folder(LayerId, u64),
+}
+
+fn stop_at(place: u32, merging: &[LayerId], others: &[LayerId]) -> Option<Stop> {
+    let folder = |layers: &[LayerId], at: u32| {
+        let layer = layers.get((at / FOLDERS) as usize)?;
+        Some(Stop::Folder(*layer, u64::from(at % FOLDERS)))
+    };
+    let Some(at) = place.checked_sub(1) else { return Some(Stop::Memory) };
+    let memory = merging.len() as u32 * FOLDERS;
+    match at {
+        at if at < memory => folder(merging, at),
+        at if merging.is_empty() => folder(others, at),
+        at if at == memory => Some(Stop::Memory),
+        at => folder(others, at - memory - 1),
+    }
+}
+
 impl Store {
     /// Gives the shards that were last written in a generation above `generation`, in any of
     /// `layers`, from `from` on. A shard whose generation cannot be told counts as written.
@@ -50,17 +72,26 @@ impl Store {
     ) -> Result<WrittenPage, StoreError> {
         self.check()?;
         let shard_bytes = self.state.images.require(image)?.shard_bytes;
-        if from.place == 0 {
-            return Ok(self.written_in_memory(image, generation, from.shard));
-        }
-        let end = layers.len() as u32 * FOLDERS + 1;
+        let goes = |layer: &LayerId| {
+            self.image(image).is_some_and(|record| record.merging.contains(layer))
+        };
+        let (merging, others): (Vec<_>, Vec<_>) = layers.iter().partition(|layer| goes(layer));
         let mut page = WrittenPage::default();
         let mut files = FILES_PER_PAGE;
         let mut at = from;
-        while at.place < end {
-            let layer = layers[((at.place - 1) / FOLDERS) as usize];
-            let folder = u64::from((at.place - 1) % FOLDERS);
-            for shard in self.shards_in(image, layer, folder, at.shard)? {
+        while let Some(stop) = stop_at(at.place, &merging, &others) {
+            let (layer, folder) = match stop {
+                Stop::Memory if at == from => {
+                    return Ok(self.written_in_memory(image, generation, from));
+                }
+                Stop::Memory => {
+                    page.next = Some(at);
+                    return Ok(page);
+                }
+                Stop::Folder(layer, folder) => (layer, folder),
+            };
+            let shards = shards_in(&*self.disk, image, layer, folder)?;
+            for shard in shards.into_iter().filter(|shard| *shard >= at.shard) {
                 if files == 0 {
                     page.next = Some(WrittenCursor { shard, ..at });
                     return Ok(page);
@@ -72,7 +103,7 @@ impl Store {
                 }
             }
             at = WrittenCursor { place: at.place + 1, shard: 0 };
-            if at.place - from.place >= FOLDERS_PER_PAGE && at.place < end {
+            if at.place - from.place >= FOLDERS_PER_PAGE {
                 page.next = Some(at);
                 return Ok(page);
             }
@@ -80,37 +111,25 @@ impl Store {
         Ok(page)
     }
 
-    fn written_in_memory(&self, image: &ImageId, generation: u64, from: u64) -> WrittenPage {
+    fn written_in_memory(
+        &self,
+        image: &ImageId,
+        generation: u64,
+        from: WrittenCursor,
+    ) -> WrittenPage {
         let dirty = self.state.dirty.of(image).filter(|(_, entry)| entry.generation > generation);
         let index = self.state.index.iter();
         let index = index.filter(|(key, at)| key.image == *image && at.generation > generation);
         let shards = dirty.map(|(shard, _)| shard).chain(index.map(|(key, _)| key.shard));
-        let mut shards: BTreeSet<u64> = shards.filter(|shard| *shard >= from).collect();
+        let mut shards: BTreeSet<u64> = shards.filter(|shard| *shard >= from.shard).collect();
         let next = match shards.iter().nth(WRITTEN_PER_PAGE).copied() {
             Some(shard) => {
                 shards.split_off(&shard);
-                WrittenCursor { place: 0, shard }
+                WrittenCursor { shard, ..from }
             }
-            None => WrittenCursor { place: 1, shard: 0 },
+            None => WrittenCursor { place: from.place + 1, shard: 0 },
         };
         WrittenPage { shards: shards.into_iter().collect(), next: Some(next) }
-    }
-
-    /// The shards that have a file in a folder, from `from` on, in order.
-    fn shards_in(
-        &self,
-        image: &ImageId,
-        layer: LayerId,
-        folder: u64,
-        from: u64,
-    ) -> DiskResult<Vec<u64>> {
-        let path = shard_folder(&ShardKey { image: *image, layer, shard: folder });
-        let names = self.disk.list(&path)?;
-        let shards = names.iter().filter_map(|name| listed_shard(name));
-        let mut shards: Vec<u64> =
-            shards.filter(|shard| shard & 0xff == folder && *shard >= from).collect();
-        shards.sort_unstable();
-        Ok(shards)
     }
 
     /// The generation that a shard's file names; none where it cannot be told.
@@ -120,7 +139,10 @@ impl Store {
             let known = meta.generation > 0 || meta.version == 0 && !meta.rewrite_both;
             return Ok(known.then_some(meta.generation));
         }
-        let file = self.disk.open(&shard_path(key))?;
-        read_generation(&*file, key, shard_bytes)
+        match self.disk.open(&shard_path(key)) {
+            // It was merged meanwhile.
+            Err(Errno::NOENT) => Ok(Some(0)),
+            file => read_generation(&*file?, key, shard_bytes),
+        }
     }
 }

@@ -137,6 +137,8 @@ pub struct Record {
     pub layers: Vec<LayerId>,
     /// In any order.
     pub snapshots: Vec<SnapshotId>,
+    /// Layers that go into the one above them: ids that fall.
+    pub merging: Vec<LayerId>,
 }
 
 impl Head for Record {
@@ -145,13 +147,15 @@ impl Head for Record {
         out.put_u8(u8::from(self.blank));
         put_layers(out, &self.layers);
         put_list(out, &self.snapshots, |out, snapshot| put_snapshot(out, *snapshot));
+        put_layers(out, &self.merging);
     }
     fn take_fields(f: &mut Fields) -> Result<Self, Short> {
         let record = Record {
             head: RecordHead::take_fields(f)?,
             blank: f.u8()? != 0,
-            layers: take_layers(f)?,
+            layers: take_chain(f)?,
             snapshots: f.list(12, take_snapshot)?,
+            merging: take_layers(f)?,
         };
         if record.snapshots.len() > LAYERS_MAX { Err(Short) } else { Ok(record) }
     }
@@ -170,10 +174,17 @@ fn put_layers(out: &mut BytesMut, layers: &[LayerId]) {
     put_list(out, layers, |out, layer| out.put_u32_le(*layer));
 }
 
+/// Ids that fall.
 fn take_layers(f: &mut Fields) -> Result<Vec<LayerId>, Short> {
     let layers = f.list(4, Fields::u32)?;
-    let is_chain = (1..=LAYERS_MAX).contains(&layers.len()) && layers.is_sorted_by(|a, b| a > b);
-    if is_chain { Ok(layers) } else { Err(Short) }
+    let fall = layers.len() <= LAYERS_MAX && layers.is_sorted_by(|a, b| a > b);
+    if fall { Ok(layers) } else { Err(Short) }
+}
+
+/// At least one.
+fn take_chain(f: &mut Fields) -> Result<Vec<LayerId>, Short> {
+    let layers = take_layers(f)?;
+    if layers.is_empty() { Err(Short) } else { Ok(layers) }
 }
 
 /// PEEK asks by image id alone.
@@ -200,6 +211,8 @@ pub struct PeekReply {
     pub distrusted: bool,
     /// Flush numbers this node has seen named by clears, to notice a peer that was rolled back.
     pub peers: Vec<(String, u64)>,
+    /// Layers that its record has as merging, and of which nothing is left, durably.
+    pub emptied: Vec<LayerId>,
 }
 
 impl Head for PeekReply {
@@ -209,6 +222,7 @@ impl Head for PeekReply {
         out.put_u64_le(self.flush_number);
         out.put_u8(u8::from(self.distrusted));
         put_flush_numbers(out, &self.peers);
+        put_layers(out, &self.emptied);
     }
     fn take_fields(f: &mut Fields) -> Result<Self, Short> {
         Ok(PeekReply {
@@ -217,6 +231,7 @@ impl Head for PeekReply {
             flush_number: f.u64()?,
             distrusted: f.u8()? != 0,
             peers: take_flush_numbers(f)?,
+            emptied: take_layers(f)?,
         })
     }
 }
@@ -252,24 +267,19 @@ impl Head for Attach {
 }
 
 /// Begins a session of a reader of a snapshot on the frame's channel.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AttachReader {
     pub image: ImageId,
-    /// Of the snapshot.
-    pub generation: u64,
-    /// Its layers, top first.
-    pub layers: Vec<LayerId>,
+    pub snapshot: SnapshotId,
 }
 
 impl Head for AttachReader {
     fn put(&self, out: &mut BytesMut) {
         out.put_slice(&self.image.0);
-        out.put_u64_le(self.generation);
-        put_layers(out, &self.layers);
+        put_snapshot(out, self.snapshot);
     }
     fn take_fields(f: &mut Fields) -> Result<Self, Short> {
-        let (image, generation) = (ImageId(f.array()?), f.u64()?);
-        Ok(AttachReader { image, generation, layers: take_layers(f)? })
+        Ok(AttachReader { image: ImageId(f.array()?), snapshot: take_snapshot(f)? })
     }
 }
 

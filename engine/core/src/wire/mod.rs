@@ -17,7 +17,7 @@ pub use frame::{Frame, FrameReader, Prefix, decode, encode};
 /// Opens every HELLO head (docs/wire.md, "Hello"); its layout is the same in all versions.
 pub const MAGIC: [u8; 8] = *b"HCIWIRE\n";
 /// The protocol version that this code speaks.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 /// Bytes of a frame's prefix.
 pub const PREFIX_BYTES: usize = 28;
 /// Largest head. A full block summary of a 64 MiB shard (16,384 × 25 bytes) fits.

@@ -51,11 +51,14 @@ fn samples() -> Vec<(u8, Vec<u8>)> {
         HelloReply { version, node: node.clone(), store, start_counter, boot, flush_number };
     let peers = vec![(node.clone(), 4), ("node2".to_owned(), 8)];
     let (dirty, distrusted) = (6, true);
-    let peek_reply = PeekReply { record: record(), dirty, flush_number, distrusted, peers };
+    let emptied = vec![3, 1];
+    let peek_reply =
+        PeekReply { record: record(), dirty, flush_number, distrusted, peers, emptied };
     let attach = Attach { image: IMAGE, epoch: 3, holder: [1; 16] };
-    let reader = AttachReader { image: IMAGE, generation: 5, layers: vec![2, 1] };
+    let reader = AttachReader { image: IMAGE, snapshot: SnapshotId { layer: 2, generation: 5 } };
     let snapshots = vec![SnapshotId { layer: 2, generation: 5 }; 2];
-    let stored = Record { head: record(), blank: true, layers: vec![3, 2, 1], snapshots };
+    let (layers, merging) = (vec![4, 3, 2, 1], vec![3, 1]);
+    let stored = Record { head: record(), blank: true, layers, snapshots, merging };
     let proof = vec![(node, 12)];
     let flush = Flush { epoch: 3, generation: 2, clear_sequence: 9, proof };
     let entry = DirtyEntry { shard: 5, last: TAG, generation: 2, sticky: true };

@@ -82,6 +82,10 @@ pub struct Cluster {
     healed: u64,
     /// The image is frozen now and then, and gets a layer.
     pub snapshots: bool,
+    /// And snapshots are removed.
+    pub removals: bool,
+    /// Nodes merge by themselves.
+    pub merges: bool,
     freezes: u64,
     /// What each layer that is no longer the top held, with those below, when nothing changed any more.
     pub frozen: BTreeMap<LayerId, Vec<u8>>,
@@ -104,6 +108,7 @@ fn spec(record: Stored, faults: Faults) -> OpenSpec {
         geometry,
         layers: record.layers(),
         snapshots: record.snapshots(),
+        merging: record.merging(),
         epoch: record.epoch,
         holder: [record.epoch as u8; 16],
         generation: record.generation,
@@ -135,6 +140,7 @@ impl Cluster {
             in_sync,
             top: 1,
             dropped: 0,
+            merging: 0,
             frozen: [0; 64],
             since: [0; 8],
         };
@@ -159,6 +165,8 @@ impl Cluster {
             losses_told: 0,
             healed: 0,
             snapshots: false,
+            merges: true,
+            removals: false,
             freezes: 0,
             frozen: BTreeMap::new(),
         };
@@ -178,12 +186,17 @@ impl Cluster {
             0..28 => (0..burst).for_each(|_| self.deliver_request(self.busy(node, Self::is_asked))),
             28..56 => (0..burst).for_each(|_| self.deliver_answer(self.busy(node, Self::answers))),
             56..68 => self.sync(self.busy(node, |c, node| c.nodes[node].waits_for_sync())),
-            68..70 => self.nodes[node].checkpoint(),
+            68..70 => {
+                if self.merges {
+                    self.nodes[node].merge();
+                }
+                self.nodes[node].checkpoint();
+            }
             70..80 => self.hear(),
             80..82 => self.take_proposal(),
             82..83 => self.tick(),
             83..86 => self.deliver_late(node),
-            86..88 if faults && self.snapshots && self.random.chance(30) => self.snapshot(),
+            86..88 if faults && self.snapshots && self.random.chance(30) => self.change_layers(),
             86..93 if faults => self.ask(),
             93..96 if faults => self.connect(node),
             96.. if faults && self.random.below(self.calm) == 0 => self.misfortune(node),
@@ -288,6 +301,37 @@ impl Cluster {
         if link.up && link.connection == connection {
             let taken = self.io.receive(node as NodeIndex, frame);
             assert_eq!(taken, Ok(()), "an honest node is believed");
+            self.carry_out();
+        }
+    }
+
+    /// Takes a snapshot, removes one, or takes a layer out that is empty on all nodes.
+    fn change_layers(&mut self) {
+        let taken = self.policy.record.snapshots();
+        match if self.removals { self.random.below(3) } else { 0 } {
+            1 if !taken.is_empty() => {
+                let which = self.random.below(taken.len() as u64) as usize;
+                self.remove_snapshot(taken[which].layer);
+            }
+            2 => self.take_out(),
+            _ => self.snapshot(),
+        }
+    }
+
+    /// Has a snapshot go, if the record can be changed now.
+    pub fn remove_snapshot(&mut self, layer: LayerId) {
+        self.policy.remove_snapshot(layer);
+    }
+
+    /// Takes merging layers out of the record, if all nodes have said that they have emptied them; asks them.
+    pub fn take_out(&mut self) {
+        let merging = self.policy.record.merging();
+        let empty = |said: &Vec<LayerId>| merging.iter().all(|layer| said.contains(layer));
+        if !merging.is_empty() && self.policy.emptied.iter().all(empty) {
+            self.policy.take_out = true;
+            self.snapshot();
+        } else {
+            self.io.ask_emptied();
             self.carry_out();
         }
     }
@@ -650,8 +694,10 @@ impl Cluster {
 
     /// Asserts that each node in sync holds of every snapshot what it held when it was taken.
     fn check_snapshots(&mut self) {
-        let all = self.policy.record.layers();
-        for layers in (1..all.len()).map(|first| &all[first..]) {
+        let (all, snapshots) = (self.policy.record.layers(), self.policy.record.snapshots());
+        for snapshot in snapshots {
+            let below = all.iter().position(|layer| *layer == snapshot.layer);
+            let layers = &all[below.expect("a layer of the chain")..];
             for node in self.policy.record.in_sync.iter() {
                 let content = self.content_of(node, layers);
                 let expected = &self.frozen[&layers[0]];

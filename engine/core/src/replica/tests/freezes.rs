@@ -2,7 +2,7 @@
 
 use super::cluster::{Cluster, Faults, NODES};
 use super::scripted::TwoSets;
-use crate::replica::{Event, IoError, NodeMask, Outcome, Output, Token};
+use crate::replica::{Event, IoError, Layering, NodeMask, Outcome, Output, Token};
 use crate::rules::{Rule, break_rules};
 use crate::wire::messages::{Head, Record};
 use crate::wire::{Frame, REPLY, Status, kind};
@@ -43,7 +43,8 @@ impl TwoSets {
         let generation = self.io.spec().generation + 1;
         let digest = [generation as u8; 32];
         let in_sync = in_sync.map(NodeMask);
-        self.io.reconfigure(generation, digest, Bytes::new(), &in_sync, layers, &[]);
+        let layering = Layering { layers: layers.to_vec(), ..Layering::default() };
+        self.io.reconfigure(generation, digest, Bytes::new(), &in_sync, layering);
     }
 
     fn frozen(&mut self) {

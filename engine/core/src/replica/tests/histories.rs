@@ -40,6 +40,7 @@ fn run(faults: Faults) {
 fn history(seed: u64, faults: Faults) -> (u64, u64) {
     let mut cluster = Cluster::new(seed, faults);
     cluster.snapshots = faults != Faults::Rot && seed.is_multiple_of(3);
+    cluster.removals = seed.is_multiple_of(2);
     for _ in 0..STEPS {
         cluster.step(true);
     }

@@ -7,6 +7,7 @@ mod heals;
 mod histories;
 mod levels;
 mod memory;
+mod merges;
 mod node;
 mod oracle;
 mod paced;

@@ -88,6 +88,11 @@ impl SimNode {
         }
     }
 
+    /// Merges a little, if there is something to merge.
+    pub fn merge(&mut self) {
+        self.run().merge().expect("the store works");
+    }
+
     /// Everything goes from the log to files.
     pub fn checkpoint_all(&mut self) {
         let store = &mut self.run().store;

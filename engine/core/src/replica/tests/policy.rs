@@ -3,7 +3,7 @@
 
 use crate::geometry::{LayerId, SnapshotId};
 use crate::replica::{
-    Event, HealLimits, HealSpec, ImageIo, Instance, NodeIndex, NodeMask, ScrubState,
+    Event, HealLimits, HealSpec, ImageIo, Instance, Layering, NodeIndex, NodeMask, ScrubState,
 };
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -25,6 +25,8 @@ pub struct Stored {
     /// The layers are those from this one down to 1, without those whose bits are set.
     pub top: LayerId,
     pub dropped: u64,
+    /// Those of them that are being merged into the one above.
+    pub merging: u64,
     /// Of each layer below it, the generation that froze it.
     pub frozen: [u64; 64],
     /// Of those that are not: the generation that each was left behind at.
@@ -57,6 +59,10 @@ pub struct Policy {
     pub freeze: Option<u64>,
     /// The next freeze is for going back to the snapshot of this layer.
     pub roll_back: Option<LayerId>,
+    /// Or it is for taking out what every node has emptied.
+    pub take_out: bool,
+    /// Of each node, the merging layers that it says to have emptied.
+    pub emptied: Vec<Vec<LayerId>>,
     attempts: u64,
     /// Stale nodes that were taken in.
     pub healed: u64,
@@ -80,12 +86,23 @@ impl Stored {
             let generation = self.frozen[layer as usize];
             SnapshotId { layer, generation }
         };
-        self.layers()[1..].iter().copied().map(of).collect()
+        let stays = |layer: &LayerId| self.merging & 1 << layer == 0;
+        self.layers()[1..].iter().copied().filter(stays).map(of).collect()
+    }
+
+    pub fn merging(&self) -> Vec<LayerId> {
+        self.layers().into_iter().filter(|layer| self.merging & 1 << layer != 0).collect()
+    }
+
+    pub fn layering(&self) -> Layering {
+        let (layers, snapshots, merging) = (self.layers(), self.snapshots(), self.merging());
+        Layering { layers, snapshots, merging }
     }
 }
 
 pub fn digest(record: Stored) -> [u8; 32] {
-    [record.generation as u8 ^ (record.in_sync.0 as u8) << 4 ^ (record.top as u8) << 6; 32]
+    let sets = (record.in_sync.0 as u8) << 4 ^ (record.top as u8) << 6;
+    [record.generation as u8 ^ sets ^ record.merging as u8; 32]
 }
 
 impl Policy {
@@ -103,6 +120,8 @@ impl Policy {
             heal: None,
             freeze: None,
             roll_back: None,
+            take_out: false,
+            emptied: vec![Vec::new(); nodes],
             attempts: 0,
             healed: 0,
             rots,
@@ -152,8 +171,12 @@ impl Policy {
             }
             Event::Stored { .. } | Event::Closed { .. } => {}
             Event::Frozen { attempt } if self.proposal.is_none() => self.add_layer(attempt),
-            Event::Frozen { attempt } => io.thaw(attempt),
-            Event::FreezeFailed { .. } => {}
+            Event::Frozen { attempt } => {
+                self.take_out = false;
+                io.thaw(attempt);
+            }
+            Event::FreezeFailed { .. } => self.take_out = false,
+            Event::Emptied { node, layers } => self.emptied[usize::from(node)] = layers,
             Event::ReaderOpen | Event::ReaderFailed { .. } => unreachable!("it holds the image"),
             Event::WritesLost { .. } | Event::Lags { .. } => {}
             Event::Healed { attempt, .. } => {
@@ -185,14 +208,32 @@ impl Policy {
 
     /// Nothing changes: a record with a new layer on top of the others, or of those of a snapshot.
     fn add_layer(&mut self, attempt: u64) {
-        let (generation, top) = (self.record.generation + 1, self.record.top + 1);
-        let Stored { mut frozen, mut dropped, .. } = self.record;
+        let generation = self.record.generation + 1;
+        self.freeze = Some(attempt);
+        if std::mem::take(&mut self.take_out) {
+            let (dropped, merging) = (self.record.dropped | self.record.merging, 0);
+            self.proposal = Some(Stored { generation, dropped, merging, ..self.record });
+            return;
+        }
+        let top = self.record.top + 1;
+        let Stored { mut frozen, mut dropped, mut merging, .. } = self.record;
         match self.roll_back.take() {
-            Some(snapshot) => (snapshot + 1..top).for_each(|layer| dropped |= 1 << layer),
+            Some(snapshot) => (snapshot + 1..top).for_each(|layer| {
+                dropped |= 1 << layer;
+                merging &= !(1 << layer);
+            }),
             None => frozen[self.record.top as usize] = generation,
         }
-        self.proposal = Some(Stored { generation, top, dropped, frozen, ..self.record });
-        self.freeze = Some(attempt);
+        self.proposal = Some(Stored { generation, top, dropped, merging, frozen, ..self.record });
+    }
+
+    /// The snapshot of that layer goes, unless the record is being changed.
+    pub fn remove_snapshot(&mut self, layer: LayerId) {
+        if self.proposal.is_none() && self.freeze.is_none() && self.serving {
+            let (generation, merging) =
+                (self.record.generation + 1, self.record.merging | 1 << layer);
+            self.proposal = Some(Stored { generation, merging, ..self.record });
+        }
     }
 
     /// The cluster's state refuses a new layer: the image goes on without.
@@ -334,9 +375,8 @@ impl Policy {
         }
         self.blocking = self.blocking.and(taken.in_sync);
         self.levelling = self.levelling.and(taken.in_sync);
-        let (in_sync, layers, snapshots) = ([taken.in_sync], taken.layers(), taken.snapshots());
-        let body = bytes::Bytes::new();
-        io.reconfigure(taken.generation, digest(taken), body, &in_sync, &layers, &snapshots);
+        let (in_sync, body) = ([taken.in_sync], bytes::Bytes::new());
+        io.reconfigure(taken.generation, digest(taken), body, &in_sync, taken.layering());
         self.go_on(io);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::cluster::{Cluster, Faults, IMAGE, NODES};
 use crate::content::{Block, Run};
-use crate::geometry::{BLOCK_BYTES, LayerId, Tag};
+use crate::geometry::{BLOCK_BYTES, LayerId, SnapshotId, Tag};
 use crate::replica::{
     Event, IoError, NodeIndex, NodeMask, Outcome, Output, ReaderIo, ReaderSpec, Token,
 };
@@ -37,8 +37,7 @@ impl Reading {
             image: spec.image,
             channel: 77,
             geometry: spec.geometry,
-            generation,
-            layers: layers.to_vec(),
+            snapshot: SnapshotId { layer: layers[0], generation },
             nodes: spec.nodes.clone(),
             sets: vec![in_sync],
             local: Some(0),
@@ -298,6 +297,37 @@ fn a_rollback_ends_readers_of_what_it_drops_and_of_nothing_else() {
     goes.pass(&mut cluster, 6);
     assert!(goes.answers.iter().all(|(_, outcome)| !matches!(outcome, Outcome::Read(_))));
     assert!(goes.io.node_states().iter().all(|(_, state)| state == "NoLayers"));
+}
+
+/// The layers below it change, and what it shows does not.
+#[test]
+fn a_reader_goes_on_as_a_snapshot_below_is_removed_and_that_ones_ends() {
+    let (mut cluster, below) = with_snapshot();
+    while cluster.policy.record.top == 2 {
+        cluster.snapshot();
+        cluster.settle();
+    }
+    let open = |cluster: &mut Cluster, layer: LayerId| {
+        let mut reading = Reading::new(cluster, &[layer]);
+        // Each has connections of its own.
+        reading.connections += u64::from(layer) * 100;
+        reading.connect_all();
+        reading.run(cluster);
+        assert_eq!(reading.events, [Event::ReaderOpen]);
+        reading
+    };
+    let (mut stays, mut goes) = (open(&mut cluster, 2), open(&mut cluster, 1));
+    let shown = stays.content(&mut cluster);
+    assert_eq!(goes.content(&mut cluster), below);
+    cluster.remove(1);
+    cluster.settle();
+    assert_eq!(stays.content(&mut cluster), shown);
+    goes.io.read(Token { client: 9, cookie: 5 }, 0, BLOCK_BYTES);
+    goes.pass(&mut cluster, 6);
+    assert!(goes.answers.iter().all(|(_, outcome)| !matches!(outcome, Outcome::Read(_))));
+    cluster.take_all_out();
+    assert_eq!(cluster.policy.record.layers(), [3, 2]);
+    assert_eq!(stays.content(&mut cluster), shown);
 }
 
 /// The record with the snapshot has not come to the node yet.

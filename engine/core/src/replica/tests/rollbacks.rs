@@ -50,7 +50,7 @@ impl Cluster {
     }
 
     /// A layer of which the node has anything though its record does not name it.
-    fn left_behind(&mut self, node: usize, layers: &[LayerId]) -> Option<LayerId> {
+    pub fn left_behind(&mut self, node: usize, layers: &[LayerId]) -> Option<LayerId> {
         let store = &mut self.nodes[node].run().store;
         for force in [true, false, false] {
             if let Some(job) = store.begin_checkpoint(force).expect("begins") {

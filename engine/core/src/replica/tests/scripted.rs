@@ -69,6 +69,7 @@ impl TwoSets {
             geometry,
             layers: vec![1],
             snapshots: Vec::new(),
+            merging: Vec::new(),
             epoch: 2,
             holder: [2; 16],
             generation: 2,

@@ -5,6 +5,7 @@ mod disk;
 mod dropped;
 mod images;
 mod layers;
+mod merges;
 mod model;
 mod read_write;
 mod replay;

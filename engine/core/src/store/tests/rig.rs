@@ -40,7 +40,14 @@ pub fn head(epoch: u64, generation: u64) -> RecordHead {
 /// A record of an image with one layer.
 pub fn record(head: RecordHead) -> ImageRecord {
     let chain = Chain::new(&[1]).expect("a chain");
-    ImageRecord { head, blank: false, chain, snapshots: Vec::new(), body: Bytes::new() }
+    ImageRecord {
+        head,
+        blank: false,
+        chain,
+        snapshots: Vec::new(),
+        merging: Vec::new(),
+        body: Bytes::new(),
+    }
 }
 
 /// A record of epoch 1 with these layers.
@@ -111,6 +118,35 @@ impl Rig {
     pub fn layers(&mut self, layers: &[LayerId]) -> Result<u64, StoreError> {
         self.stamp.generation += 1;
         self.store.put_record(IMAGE, layered(self.stamp.generation, layers))
+    }
+
+    /// A record of the next generation with these layers, of which some are merged.
+    pub fn merging(&mut self, layers: &[LayerId], merging: &[LayerId]) -> Result<u64, StoreError> {
+        self.stamp.generation += 1;
+        let record = layered(self.stamp.generation, layers);
+        self.store.put_record(IMAGE, ImageRecord { merging: merging.to_vec(), ..record })
+    }
+
+    /// Merges as a node's loop does, until nothing is left to merge and files are removed.
+    pub fn merge_all(&mut self) -> Result<(), StoreError> {
+        while self.store.wants_merge() {
+            let merged = self.store.merge_some();
+            if merged != Err(StoreError::LogFull) {
+                merged?;
+            }
+            self.checkpoint_by_need()?;
+        }
+        while self.store.wants_checkpoint() {
+            self.checkpoint_by_need()?;
+        }
+        Ok(())
+    }
+
+    fn checkpoint_by_need(&mut self) -> Result<(), StoreError> {
+        match self.store.begin_checkpoint(false)? {
+            Some(job) => self.store.finish_checkpoint(job.run()),
+            None => Ok(()),
+        }
     }
 
     /// Fills blocks with one byte.
