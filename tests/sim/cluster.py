@@ -150,6 +150,7 @@ class Cluster:
             _, node, power, why = happening
             self.nodes.ended(node, power=power, why=why)
         self.safety.happened()
+        self.rollbacks.check()
 
     def _heard(self, gateway: SimGateway, event: dict[str, Any]) -> None:
         kind = event["event"]

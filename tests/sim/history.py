@@ -212,6 +212,7 @@ class History(Copies):
         if self.kind.snapshots:
             self._read_snapshots()
         if self.kind.rollbacks:
+            cluster.rollbacks.check()
             cluster.run_for(20.0, cluster.rollbacks.all_dropped)
             cluster.rollbacks.check_dropped()
         if self.kind.scrubs:

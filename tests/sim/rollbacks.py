@@ -17,6 +17,7 @@ from vmstore.orders import Answer
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
+    from tests.sim.processes import SimGateway
 
 
 @dataclass(slots=True)
@@ -26,8 +27,16 @@ class Asked:
     name: str
     made_before: int
     """Rollbacks that etcd had taken until then."""
+    gateway: SimGateway
+    alone: bool
+    """Whether nobody else asked for one meanwhile."""
     told: str | None = None
     """Empty: it was made; else why not; None: was told nothing."""
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether something may come of it."""
+        return self.told is None and self.gateway.process.alive
 
 
 class Rollbacks:
@@ -38,6 +47,7 @@ class Rollbacks:
         self._made: list[str] = []
         """The snapshots that were gone back to, one after the other."""
         self._asked: list[Asked] = []
+        self._wrong: Violation | None = None
 
     @property
     def made(self) -> int:
@@ -49,7 +59,10 @@ class Rollbacks:
         process = self._cluster.gateways[gateway]
         if process is None or not process.started or process.process.paused:
             return None
-        asked = Asked(name, len(self._made))
+        rivals = [each for each in self._asked if each.is_pending]
+        for each in rivals:
+            each.alone = False
+        asked = Asked(name, len(self._made), process, alone=not rivals)
         self._asked.append(asked)
         self._cluster.say(f"{process.name} is asked to go back to {name}")
         done: Answer[RolledBack] = Answer()
@@ -62,13 +75,21 @@ class Rollbacks:
         asked.told = told = "" if error is None else str(error)
         self._cluster.say(f"back to {asked.name}: {told or 'done'}")
         since = self._made[asked.made_before :]
-        if error is None:
-            if asked.name not in since:
+        try:
+            if error is None and asked.name not in since:
                 raise Violation(f"{asked.name} was said to be gone back to, and was not")
-            self._check_stored()
-        rivals = [each for each in self._asked if each is not asked and each.told is None]
-        if "nothing was rolled back" in told and asked.name in since and not rivals:
-            raise Violation(f"{asked.name} was gone back to, and that was said to have failed")
+            if "nothing was rolled back" in told and asked.name in since and asked.alone:
+                raise Violation(f"{asked.name} was gone back to, and that was said to have failed")
+            if error is None:
+                self._check_stored()
+        except Violation as violation:
+            # A future keeps to itself what its callbacks raise.
+            self._wrong = self._wrong or violation
+
+    def check(self) -> None:
+        """Raise a Violation where somebody was told what is not so."""
+        if self._wrong is not None:
+            raise self._wrong
 
     def _check_stored(self) -> None:
         """Check that the nodes in sync that run know it."""
