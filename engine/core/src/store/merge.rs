@@ -34,8 +34,9 @@ use super::shard_file::{FOLDERS, shards_in};
 use super::{BlockState, Stamp, Store, StoreError};
 
 const BLOCK: usize = BLOCK_BYTES as usize;
-/// Blocks that one step looks at at most, and empty folders that it passes.
+/// Blocks that one step puts above at most; blocks that it looks at, and empty folders, until it finds some.
 const STEP_BLOCKS_MAX: u32 = 64;
+const STEP_LOOKS: u32 = 1024;
 const STEP_FOLDERS: u32 = 16;
 /// So many merged shards are reason enough for a checkpoint, which removes their files.
 const MERGED_MANY: usize = 128;
@@ -44,6 +45,8 @@ const MERGED_MANY: usize = 128;
 /// folder by folder, until a whole round finds nothing.
 #[derive(Default)]
 struct Sweep {
+    /// Of the record.
+    merging: Vec<LayerId>,
     /// 0: memory; then the folders of each layer.
     place: u32,
     /// Shards found there.
@@ -73,11 +76,22 @@ impl Merges {
         merges
     }
 
-    /// The image has this record now: what is left of its merges is to be found anew.
+    /// The image has this record now. Where other layers are merged, what is left of them is to be found anew.
     pub fn record(&mut self, image: ImageId, record: &ImageRecord) {
-        match record.merging.is_empty() {
-            true => _ = self.sweeps.remove(&image),
-            false => _ = self.sweeps.insert(image, Sweep::default()),
+        if record.merging.is_empty() {
+            self.sweeps.remove(&image);
+        } else if self.sweeps.get(&image).is_none_or(|sweep| sweep.merging != record.merging) {
+            let merging = record.merging.clone();
+            self.sweeps.insert(image, Sweep { merging, ..Sweep::default() });
+        }
+    }
+
+    /// Something came to a layer of the image that is merged.
+    pub fn copied_to(&mut self, image: &ImageId, layer: LayerId) {
+        if let Some(sweep) =
+            self.sweeps.get_mut(image).filter(|sweep| sweep.merging.contains(&layer))
+        {
+            (sweep.place, sweep.busy, sweep.finished) = (0, true, false);
         }
     }
 
@@ -134,10 +148,17 @@ impl Store {
         let Some((layer, shard, block)) = sweep.at else { return self.look_for_more(image, sweep) };
         let shard_blocks = self.state.images.require(&image)?.shard_bytes / BLOCK_BYTES;
         let merge = self.image(&image).and_then(|record| record.merge_of(layer));
-        if let Some(merge) = merge.filter(|_| block < shard_blocks) {
-            let blocks = self.step_blocks().min(shard_blocks - block);
-            self.merge_blocks(&merge, image, shard, (block, blocks), 0)?;
-            sweep.at = Some((layer, shard, block + blocks));
+        if let Some(merge) = merge.filter(|_| block < shard_blocks)
+            && let Some(generation) = self.generation_below(&merge, &image, shard)?
+        {
+            let (mut next, end) = (block, shard_blocks.min(block.saturating_add(STEP_LOOKS)));
+            let mut found = false;
+            while next < end && !found {
+                let blocks = self.step_blocks().min(end - next);
+                found = self.merge_blocks(&merge, image, shard, (next, blocks), generation)?;
+                next += blocks;
+            }
+            sweep.at = Some((layer, shard, next));
             return Ok(());
         }
         // Once more from the first block on: something may have been copied below meanwhile.
@@ -148,7 +169,7 @@ impl Store {
 
     /// Finds the next shards that merging layers have something of.
     fn look_for_more(&mut self, image: ImageId, sweep: &mut Sweep) -> Result<(), StoreError> {
-        let merging = self.image(&image).map_or(Vec::new(), |record| record.merging.clone());
+        let merging = sweep.merging.clone();
         let end = merging.len() as u32 * FOLDERS + 1;
         for _ in 0..STEP_FOLDERS {
             if sweep.place == end {
@@ -208,7 +229,6 @@ impl Store {
         let record = self.image(image).filter(|record| !record.merging.is_empty());
         let Some(merge) = record.and_then(|record| record.merge_of(layer)) else { return Ok(()) };
         let Some(generation) = self.generation_below(&merge, image, shard)? else { return Ok(()) };
-        let generation = if broken(Rule::MergedKeepGenerations) { 0 } else { generation };
         let shard_blocks = self.state.images.require(image)?.shard_bytes / BLOCK_BYTES;
         let step = self.step_blocks();
         for block in (0..shard_blocks).step_by(step as usize) {
@@ -255,10 +275,11 @@ impl Store {
                 highest = generations.into_iter().flatten().max();
             }
         }
-        Ok(highest)
+        let forgets = broken(Rule::MergedKeepGenerations);
+        Ok(highest.map(|generation| if forgets { generation.min(1) } else { generation }))
     }
 
-    /// Puts what is absent above, of so many blocks, and something below. Never lowers the shard's generation.
+    /// Puts what is absent above, of so many blocks, and something below; whether there was any.
     fn merge_blocks(
         &mut self,
         merge: &Merge,
@@ -266,7 +287,7 @@ impl Store {
         shard: u64,
         (first, count): (u32, u32),
         generation: u64,
-    ) -> Result<(), StoreError> {
+    ) -> Result<bool, StoreError> {
         let (mut above, mut below) = (Vec::new(), Vec::new());
         self.look_up(&image, &[merge.into], shard, (first, count), &mut above)?;
         self.look_up(&image, &merge.from, shard, (first, count), &mut below)?;
@@ -309,7 +330,8 @@ impl Store {
             index += run;
         }
         let key = ShardKey { image, layer: merge.into, shard };
-        self.stage_merge(key, &blocks, content.freeze(), generation)
+        self.stage_merge(key, &blocks, content.freeze(), generation)?;
+        Ok(!blocks.is_empty())
     }
 
     /// What lies where these blocks are; zeros where it cannot be read.

@@ -179,11 +179,7 @@ impl Store {
             let staged = self.log.stage(header, extra, content.into_iter());
             self.state.apply_copy(*key, blocks, staged.place, generation);
         }
-        if let Some(record) = self.state.images.get(&key.image)
-            && record.merging.contains(&key.layer)
-        {
-            self.merges.record(key.image, record);
-        }
+        self.merges.copied_to(&key.image, key.layer);
         Ok(self.log.next_lsn() - 1)
     }
 

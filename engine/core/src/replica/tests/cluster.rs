@@ -188,7 +188,7 @@ impl Cluster {
             56..68 => self.sync(self.busy(node, |c, node| c.nodes[node].waits_for_sync())),
             68..70 => {
                 if self.merges {
-                    self.nodes[node].merge();
+                    (0..10).for_each(|_| self.nodes[node].merge());
                 }
                 self.nodes[node].checkpoint();
             }
@@ -196,7 +196,9 @@ impl Cluster {
             80..82 => self.take_proposal(),
             82..83 => self.tick(),
             83..86 => self.deliver_late(node),
-            86..88 if faults && self.snapshots && self.random.chance(30) => self.change_layers(),
+            86..88 if faults && self.snapshots && (self.removals || self.random.chance(30)) => {
+                self.change_layers();
+            }
             86..93 if faults => self.ask(),
             93..96 if faults => self.connect(node),
             96.. if faults && self.random.below(self.calm) == 0 => self.misfortune(node),
@@ -308,12 +310,12 @@ impl Cluster {
     /// Takes a snapshot, removes one, or takes a layer out that is empty on all nodes.
     fn change_layers(&mut self) {
         let taken = self.policy.record.snapshots();
-        match if self.removals { self.random.below(3) } else { 0 } {
+        match if self.removals { self.random.below(8) } else { 0 } {
             1 if !taken.is_empty() => {
                 let which = self.random.below(taken.len() as u64) as usize;
                 self.remove_snapshot(taken[which].layer);
             }
-            2 => self.take_out(),
+            2..7 => self.take_out(),
             _ => self.snapshot(),
         }
     }

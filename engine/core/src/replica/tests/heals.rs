@@ -121,7 +121,7 @@ fn no_write_is_answered_that_a_healed_node_lacks_until_its_membership_is_known()
 /// All sources lost their memory and agreed on something else than what the healed node had.
 #[test]
 fn heal_whose_sources_all_restart_trusts_nothing_of_before() {
-    for (seed, settled) in (1..20).map(|seed| (seed, seed % 4 > 0)) {
+    for (seed, settled) in (1..60).map(|seed| (seed, seed % 4 > 0)) {
         let mut cluster = with_a_stale_node(Faults::PowerCuts, |cluster| cluster.write(3, 9));
         // What a power cut leaves of what was not synced is a matter of chance.
         cluster.random = Seeded::new(seed);

@@ -2,6 +2,7 @@
 //! tries so many of each kind.
 
 use super::cluster::{Cluster, Faults};
+use super::policy::Stored;
 use crate::rules::{Rule, break_rules};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
@@ -20,24 +21,29 @@ fn run(faults: Faults) {
         Some(seed) => seed..seed + 1,
         None => 1..number("HCI_SIM_ROUNDS").unwrap_or(ROUNDS) + 1,
     };
-    let (mut healed, mut snapshots, count) = (0, 0, seeds.end - seeds.start);
+    let (mut healed, mut snapshots, mut merged, count) = (0, 0, 0, seeds.end - seeds.start);
     let heals = faults != Faults::Rot;
     for seed in seeds {
         let outcome = catch_unwind(AssertUnwindSafe(|| history(seed, faults)));
-        let (heals, taken) = outcome.unwrap_or_else(|panic| {
+        let (heals, taken, gone) = outcome.unwrap_or_else(|panic| {
             eprintln!("{faults:?}: HCI_SIM_SEED={seed} replays this");
             resume_unwind(panic);
         });
         healed += heals;
         snapshots += taken;
+        merged += gone;
     }
-    println!("{faults:?}: {healed} heals, {snapshots} snapshots in {count} histories");
+    println!(
+        "{faults:?}: {healed} heals, {snapshots} snapshots, {merged} merged in {count} histories"
+    );
     assert!(healed > 0 || !heals || count < ROUNDS, "no node was healed in {count} histories");
     assert!(snapshots > 0 || !heals || count < ROUNDS, "no snapshot in {count} histories");
+    assert!(merged > 0 || !heals || count < ROUNDS, "no layer was merged in {count} histories");
 }
 
-/// Gives how many nodes were healed in it while things went wrong, and how many snapshots were taken.
-fn history(seed: u64, faults: Faults) -> (u64, u64) {
+/// Gives how many nodes were healed in it while things went wrong, how many snapshots were taken, and how many
+/// layers were merged.
+fn history(seed: u64, faults: Faults) -> (u64, u64, u64) {
     let mut cluster = Cluster::new(seed, faults);
     cluster.snapshots = faults != Faults::Rot && seed.is_multiple_of(3);
     cluster.removals = seed.is_multiple_of(2);
@@ -46,6 +52,10 @@ fn history(seed: u64, faults: Faults) -> (u64, u64) {
     }
     let healed = cluster.healed();
     cluster.settle();
+    if cluster.policy.record.merging != 0 {
+        cluster.take_all_out();
+        cluster.check_removed();
+    }
     if faults == Faults::Rot {
         match seed % 2 {
             0 => cluster.find_rot(),
@@ -61,7 +71,8 @@ fn history(seed: u64, faults: Faults) -> (u64, u64) {
     cluster.settle();
     assert_eq!(cluster.closed, Some(true), "with all replicas there, the end is clean");
     cluster.check_replicas(true);
-    (healed, u64::from(cluster.policy.record.top) - 1)
+    let Stored { top, dropped, .. } = cluster.policy.record;
+    (healed, u64::from(top) - 1, u64::from(dropped.count_ones()))
 }
 
 /// Each rule is broken in turn, and noticed within so many histories of each kind.

@@ -43,7 +43,7 @@ impl Cluster {
     }
 
     /// Every node holds what remains as it was, and nothing of what was removed.
-    fn check_removed(&mut self) {
+    pub fn check_removed(&mut self) {
         self.settle();
         self.check_replicas(false);
         let layers = self.policy.record.layers();
