@@ -259,7 +259,7 @@ impl NodeRun {
     /// The store has failed.
     pub fn merge(&mut self) -> Result<(), StoreError> {
         // Without room in the log it is tried again.
-        if self.store.merge_some().is_err() {
+        if self.store.merge_some(self.no_space).is_err() {
             self.store.check()?;
         }
         self.store.append()

@@ -145,7 +145,7 @@ impl Store {
         let retired = match force {
             true => sealed,
             // What is overwritten before its turn comes is never copied: leave the newer part.
-            false if self.log.wants_checkpoint() => sealed.div_ceil(6),
+            false if self.log_is_due() => sealed.div_ceil(6),
             false => 0,
         };
         let last = (retired > 0).then(|| self.log.live()[retired - 1].sequence);

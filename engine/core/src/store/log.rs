@@ -335,6 +335,11 @@ impl Log {
             || self.free.is_empty() && self.sealed() > 0 && !grows
     }
 
+    /// Half of it or more takes no records any more.
+    pub fn is_half_full(&self) -> bool {
+        self.sealed() > 0 && self.sealed() as u32 * 2 >= self.segments_max
+    }
+
     /// Whether files should be created, and there was space when that was last tried. Where there was
     /// none it is tried again beside whatever else a checkpoint does, not for its own sake; but a log
     /// of one segment has no other way.

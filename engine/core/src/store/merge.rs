@@ -62,6 +62,8 @@ struct Sweep {
 #[derive(Default)]
 pub struct Merges {
     sweeps: BTreeMap<ImageId, Sweep>,
+    /// The image that had the last step.
+    last: Option<ImageId>,
 }
 
 impl Merges {
@@ -74,6 +76,13 @@ impl Merges {
             }
         }
         merges
+    }
+
+    /// The image that has the next step: they take turns.
+    fn next(&self) -> Option<ImageId> {
+        let waits = |(image, sweep): (&ImageId, &Sweep)| (!sweep.finished).then_some(*image);
+        let after = self.sweeps.iter().filter(|(image, _)| Some(**image) > self.last);
+        after.filter_map(waits).next().or_else(|| self.sweeps.iter().find_map(waits))
     }
 
     /// The image has this record now. Where other layers are merged, what is left of them is to be found anew.
@@ -106,10 +115,13 @@ impl Store {
         self.merges.sweeps.values().any(|sweep| !sweep.finished)
     }
 
-    /// Whether files of merged shards are reason for a checkpoint: they are many, or all there will be.
+    /// Whether files of merged shards are reason for a checkpoint: they are many, or all there will
+    /// be of their image.
     pub(super) fn wants_to_remove_merged(&self) -> bool {
         let merged = &self.state.merged;
-        merged.len() >= MERGED_MANY || !merged.is_empty() && !self.wants_merge()
+        let finished =
+            |key: &ShardKey| self.merges.sweeps.get(&key.image).is_none_or(|sweep| sweep.finished);
+        merged.len() >= MERGED_MANY || merged.keys().any(finished)
     }
 
     /// The merging layers of an image of which nothing is left here, durably: all of them, or none yet.
@@ -121,17 +133,23 @@ impl Store {
         record.map_or(Vec::new(), |record| record.merging.clone())
     }
 
-    /// Merges a little of what is left of some image. `LogFull` while there is no room beside what clients
-    /// write: a checkpoint is due then.
-    pub fn merge_some(&mut self) -> Result<(), StoreError> {
+    /// Merges a little of what is left of some image. `LogFull` while a checkpoint is due, which leaves some
+    /// room to clients; `pressing`, since that finds no space, it takes what room there is.
+    ///
+    /// Gives the bytes that were put into the log.
+    pub fn merge_some(&mut self, pressing: bool) -> Result<u64, StoreError> {
         self.check()?;
-        let waiting = self.merges.sweeps.iter().find(|(_, sweep)| !sweep.finished);
-        let Some(image) = waiting.map(|(image, _)| *image) else { return Ok(()) };
-        if self.log.free_segments() == 0 && self.log.sealed() > 0 {
+        let Some(image) = self.merges.next() else { return Ok(0) };
+        if self.log_is_due() && !pressing {
             return Err(StoreError::LogFull);
         }
-        let Some(mut sweep) = self.merges.sweeps.remove(&image) else { return Ok(()) };
+        let Some(mut sweep) = self.merges.sweeps.remove(&image) else { return Ok(0) };
+        self.merges.last = Some(image);
         let stepped = self.step(image, &mut sweep);
+        if stepped.is_err() {
+            // Others may need less, or be readable; this one is found again.
+            sweep.at = None;
+        }
         self.merges.sweeps.insert(image, sweep);
         stepped
     }
@@ -141,30 +159,32 @@ impl Store {
         self.log.record_blocks_max().min(STEP_BLOCKS_MAX)
     }
 
-    fn step(&mut self, image: ImageId, sweep: &mut Sweep) -> Result<(), StoreError> {
+    fn step(&mut self, image: ImageId, sweep: &mut Sweep) -> Result<u64, StoreError> {
         if sweep.at.is_none() {
             sweep.at = sweep.found.pop().map(|(layer, shard)| (layer, shard, 0));
         }
-        let Some((layer, shard, block)) = sweep.at else { return self.look_for_more(image, sweep) };
+        let Some((layer, shard, block)) = sweep.at else {
+            return self.look_for_more(image, sweep).map(|()| 0);
+        };
         let shard_blocks = self.state.images.require(&image)?.shard_bytes / BLOCK_BYTES;
         let merge = self.image(&image).and_then(|record| record.merge_of(layer));
         if let Some(merge) = merge.filter(|_| block < shard_blocks)
             && let Some(generation) = self.generation_below(&merge, &image, shard)?
         {
             let (mut next, end) = (block, shard_blocks.min(block.saturating_add(STEP_LOOKS)));
-            let mut found = false;
-            while next < end && !found {
+            let mut found = 0;
+            while next < end && found == 0 {
                 let blocks = self.step_blocks().min(end - next);
                 found = self.merge_blocks(&merge, image, shard, (next, blocks), generation)?;
                 next += blocks;
             }
             sweep.at = Some((layer, shard, next));
-            return Ok(());
+            return Ok(found);
         }
         // Once more from the first block on: something may have been copied below meanwhile.
         self.finish_merge(&image, layer, shard)?;
         sweep.at = None;
-        Ok(())
+        Ok(0)
     }
 
     /// Finds the next shards that merging layers have something of.
@@ -279,7 +299,8 @@ impl Store {
         Ok(highest.map(|generation| if forgets { generation.min(1) } else { generation }))
     }
 
-    /// Puts what is absent above, of so many blocks, and something below; whether there was any.
+    /// Puts what is absent above, of so many blocks, and something below; gives the bytes of
+    /// the log that they take.
     fn merge_blocks(
         &mut self,
         merge: &Merge,
@@ -287,7 +308,7 @@ impl Store {
         shard: u64,
         (first, count): (u32, u32),
         generation: u64,
-    ) -> Result<bool, StoreError> {
+    ) -> Result<u64, StoreError> {
         let (mut above, mut below) = (Vec::new(), Vec::new());
         self.look_up(&image, &[merge.into], shard, (first, count), &mut above)?;
         self.look_up(&image, &merge.from, shard, (first, count), &mut below)?;
@@ -330,8 +351,9 @@ impl Store {
             index += run;
         }
         let key = ShardKey { image, layer: merge.into, shard };
+        let bytes = blocks.len() * COPY_EXTRA + content.len();
         self.stage_merge(key, &blocks, content.freeze(), generation)?;
-        Ok(!blocks.is_empty())
+        Ok(bytes as u64)
     }
 
     /// What lies where these blocks are; zeros where it cannot be read.
@@ -405,23 +427,28 @@ impl Store {
         Ok(self.merging_in_memory(*image, &[layer]).is_empty() && !files()?)
     }
 
-    /// Whether the record may be stored: a merging layer that it lacks is empty here, or what lies above it
-    /// goes as well; and none of them is to be a layer like others again.
+    /// Whether the record may be stored: a merging layer that it lacks is empty here, or what it goes into
+    /// goes as well; one that it has goes on into the same, and is no layer like others again.
     pub(super) fn check_merges(
         &self,
         image: &ImageId,
         record: &ImageRecord,
     ) -> Result<(), StoreError> {
         let Some(stored) = self.image(image) else { return Ok(()) };
-        if record.blank || stored.blank || self.is_distrusted(image) || stored.merging.is_empty() {
+        if record.blank || self.is_distrusted(image) || stored.merging.is_empty() {
             return Ok(());
         }
+        let finished = self.merges.sweeps.get(image).is_some_and(|sweep| sweep.finished);
         for layer in stored.merging.iter().copied() {
             let above = stored.merge_of(layer).map(|merge| merge.into);
             let kept = above.is_some_and(|above| record.chain.has(above));
-            let fits = match record.chain.has(layer) {
-                true => record.merging.contains(&layer),
-                false => !kept || self.holds_nothing_of(image, layer)?,
+            let fits = match record.merge_of(layer).filter(|merge| merge.into != layer) {
+                // What was put above already has to go on from there.
+                Some(merge) => {
+                    kept && above.is_some_and(|a| a == merge.into || merge.from.contains(&a))
+                }
+                None if record.chain.has(layer) => false,
+                None => !kept || finished || self.holds_nothing_of(image, layer)?,
             };
             if !fits {
                 return Err(StoreError::NotMerged { layer });

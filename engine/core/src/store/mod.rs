@@ -317,11 +317,16 @@ impl Store {
     /// Whether a checkpoint is due: call `begin_checkpoint(false)`.
     pub fn wants_checkpoint(&self) -> bool {
         self.checkpointing.is_none()
-            && (self.log.wants_checkpoint()
+            && (self.log_is_due()
                 || self.log.wants_growth()
                 || !self.state.images.pending_deletes().is_empty()
                 || !self.state.images.pending_drops().is_empty()
                 || self.wants_to_remove_merged())
+    }
+
+    /// Whether the log's oldest part should go to files: sooner beside merges, which leave the rest to clients.
+    fn log_is_due(&self) -> bool {
+        self.log.wants_checkpoint() || self.wants_merge() && self.log.is_half_full()
     }
 
     /// (capacity, free) of the store's file system, in bytes.

@@ -360,6 +360,41 @@ fn a_full_disk_is_merged_all_the_same() {
     assert_eq!(rig.store.emptied(&IMAGE), [1]);
 }
 
+/// The log is full, and a checkpoint finds no space: what is hidden anyway goes without room, and makes some.
+#[test]
+fn merges_make_room_on_a_disk_that_is_full() {
+    let mut rig = Rig::new();
+    for shard in 0..6 {
+        write(&mut rig, &[1], shard, 0, 8);
+        rig.sync();
+        rig.checkpoint();
+    }
+    rig.layers(&[2, 1]).expect("a snapshot");
+    rig.merging(&[2, 1], &[1]).expect("it goes");
+    rig.disk.set_capacity(Some(rig.disk.allocated_bytes()));
+    let mut written = 0;
+    while rig.write_layers(&[2, 1], written % 6, 0, &[7; 8 * BLOCK]).is_ok() {
+        written += 1;
+    }
+    let checkpoint = |rig: &mut Rig| {
+        let job = rig.store.begin_checkpoint(false).expect("begins").expect("it is due");
+        rig.store.finish_checkpoint(job.run())
+    };
+    assert!(written >= 6, "{written} writes");
+    assert_eq!(checkpoint(&mut rig), Err(StoreError::NoSpace));
+    assert_eq!(rig.store.merge_some(false), Err(StoreError::LogFull), "clients go first");
+    let before = rig.disk.allocated_bytes();
+    for _ in 0..400 {
+        // Where there is no room for a shard the next one is tried.
+        let _ = rig.store.merge_some(true);
+    }
+    rig.store.append().expect("in the log");
+    assert_eq!(checkpoint(&mut rig), Ok(()), "there is room now");
+    assert!(rig.disk.allocated_bytes() <= before);
+    rig.merge_all().expect("merges");
+    assert_eq!(rig.store.emptied(&IMAGE), [1]);
+}
+
 /// A record of before, or one that takes the snapshot back: the layer's content may be gone.
 #[test]
 fn a_layer_that_is_merged_is_none_that_stays_again() {
@@ -369,6 +404,9 @@ fn a_layer_that_is_merged_is_none_that_stays_again() {
     for (layers, merging) in [(&[4, 3, 2, 1], &[4, 2]), (&[4, 3, 2, 1], &[9, 2])] {
         assert_eq!(rig.merging(layers, merging), Err(StoreError::OutOfRange), "{merging:?}");
     }
+    // What was merged by now is in layer 3.
+    assert_eq!(rig.merging(&[5, 2, 1], &[2]), Err(StoreError::NotMerged { layer: 2 }));
+    rig.merging(&[4, 3, 2, 1], &[3, 2]).expect("and goes on from there");
     rig.merging(&[5, 1], &[]).expect("what it goes into goes as well");
     assert_eq!(rig.store.emptied(&IMAGE), []);
     assert!(!rig.store.wants_merge());
@@ -514,7 +552,7 @@ impl History {
                 let layer = layers[random.below(layers.len() as u64) as usize];
                 self.rig.store.finish_merge(&IMAGE, layer, shard)?;
             }
-            14..19 => (0..40).try_for_each(|_| self.rig.store.merge_some())?,
+            14..19 => (0..40).try_for_each(|_| self.rig.store.merge_some(false).map(|_| ()))?,
             19..21 if layers.len() < 9 => {
                 self.sync()?;
                 let expected = content(&mut self.rig, &layers);

@@ -130,7 +130,7 @@ impl Rig {
     /// Merges as a node's loop does, until nothing is left to merge and files are removed.
     pub fn merge_all(&mut self) -> Result<(), StoreError> {
         while self.store.wants_merge() {
-            let merged = self.store.merge_some();
+            let merged = self.store.merge_some(false);
             if merged != Err(StoreError::LogFull) {
                 merged?;
             }
