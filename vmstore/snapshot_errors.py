@@ -45,10 +45,11 @@ class HasSnapshots(VmstoreError):
     def __init__(self, image: str, names: Sequence[str]) -> None:
         self.image = image
         self.names = names
-        count = f"{len(names)} snapshots" if len(names) > 1 else "1 snapshot"
+        several = len(names) > 1
+        count = f"{len(names)} snapshots" if several else "1 snapshot"
         super().__init__(
             f"{image} is not removed: it has {count} ({names[0]}{', …' if names[1:] else ''}); "
-            "remove them with `hci snapshot rm`, or use --with-snapshots"
+            f"remove {'them' if several else 'it'} with `hci snapshot rm`, or use --with-snapshots"
         )
 
 

@@ -158,7 +158,7 @@ def test_removals_that_cannot_be_made_are_refused_in_one_line(two: DevCluster) -
         two, "snapshot", "rm", f"{POOL}/odd@t"
     )
     assert "names no snapshot" in is_refused(two, "snapshot", "rm", f"{POOL}/odd")
-    assert "remove them with `hci snapshot rm`" in is_refused(two, "image", "rm", f"{POOL}/odd")
+    assert "remove it with `hci snapshot rm`" in is_refused(two, "image", "rm", f"{POOL}/odd")
     done = two.json("snapshot", "rm", f"{POOL}/odd@s", "--wait")
     assert done == {"name": f"{POOL}/odd@s", "layer": 1, "merged": True}
     take(two, "odd@s")
