@@ -7,7 +7,7 @@ from etcd.images import ImageRecord
 from tests.unit.samples import NODES
 from tests.unit.vmstore.test_holder import changes, gathering, peeked, record, serving, view
 from vmstore import effects as wanted
-from vmstore import events, snapshot_steps, standing
+from vmstore import events, merging, snapshot_steps, standing
 from vmstore import freezing as f
 from vmstore.freezing import Stage
 from vmstore.holder import Holder
@@ -605,9 +605,10 @@ def emptied(holder: Holder, *nodes: str) -> list[wanted.Effect]:
 def test_layer_goes_frozen_when_all_nodes_have_merged_it_and_nobody_is_told() -> None:
     holder = settled(REMOVED)
     assert holder.step(events.Tick(1.0)) == [wanted.AskEmptied()]
-    assert holder.step(events.Tick(2.0)) == []
-    assert holder.step(events.Tick(3.0)) == [wanted.AskEmptied()]
-    assert emptied(holder, "node1", "node2") == []
+    assert emptied(holder, "node3") == []
+    assert holder.step(events.Tick(1.0 + merging.ASK_S - 0.1)) == []
+    assert holder.step(events.Tick(1.0 + merging.ASK_S)) == [wanted.AskEmptied()]
+    assert emptied(holder, "node1", "node2") == [], "the third has to say so again"
     assert emptied(holder, "node3") == [wanted.Freeze(1)]
     assert holder.step(events.Frozen(1)) == [wanted.ChangeMembership(REMOVED, MERGED)]
     assert holder.step(events.MembershipChanged(MERGED)) == [wanted.Reconfigure(MERGED)]
@@ -632,8 +633,10 @@ def test_layer_that_etcd_took_out_too_late_is_put_back_and_goes_some_other_time(
     assert effects == [wanted.ChangeMembership(MERGED, back)]
     assert holder.step(events.MembershipChanged(back)) == [wanted.Reconfigure(back)]
     holder.step(events.Stored(back.generation))
-    assert wanted.Freeze(2) not in holder.step(events.Tick(30.0))
-    assert wanted.Freeze(2) in holder.step(events.Tick(90.0))
+    assert holder.step(events.Tick(30.0)) == [wanted.AskEmptied()]
+    assert emptied(holder, *NODES) == []
+    assert holder.step(events.Tick(90.0)) == [wanted.AskEmptied()]
+    assert emptied(holder, *NODES) == [wanted.Freeze(2)]
 
 
 def test_order_comes_before_a_merge_that_has_not_ended() -> None:
