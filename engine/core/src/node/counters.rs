@@ -36,7 +36,7 @@ impl Counters {
             }
             Outcome::Placed { bytes, .. } => *bytes as u64,
             Outcome::AnswerDurable { .. } => 0,
-            Outcome::Park | Outcome::Close => return,
+            Outcome::Park | Outcome::Again | Outcome::Close => return,
         };
         let taken = frame.payload.len() as u64;
         match frame.kind {

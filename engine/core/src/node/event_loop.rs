@@ -45,6 +45,8 @@ const MERGE_SHARE: u64 = 10;
 const MERGE_BYTES_PER_SECOND: u64 = 16 << 20;
 /// After a failure, or without room in the log, it waits so long.
 const MERGE_PAUSE_NS: u64 = 100_000_000;
+/// Beside clients files of layers that are gone are removed no more often than that.
+const REMOVAL_PAUSE_NS: u64 = 200_000_000;
 /// Without a client's request for so long no client is there.
 const CLIENTS_GONE_NS: u64 = 250_000_000;
 
@@ -100,6 +102,10 @@ pub(super) struct EventLoop {
     /// See `now_and_then`.
     next_look_ns: u64,
     touched: Vec<usize>,
+    /// Connections whose request goes on in the next turn.
+    again: Vec<usize>,
+    /// When the last checkpoint began.
+    checkpointed_ns: u64,
 }
 
 impl EventLoop {
@@ -139,6 +145,8 @@ impl EventLoop {
             signed_ns: 0,
             next_look_ns: 0,
             touched: Vec::new(),
+            again: Vec::new(),
+            checkpointed_ns: 0,
         })
     }
 
@@ -162,6 +170,7 @@ impl EventLoop {
                 self.ready(*event);
             }
             self.now_and_then()?;
+            self.go_on_again();
             while let Some(done) = self.jobs.finished() {
                 self.job_done(done)?;
             }
@@ -177,6 +186,9 @@ impl EventLoop {
 
     /// How long the loop may sleep.
     fn patience(&self) -> Duration {
+        if !self.again.is_empty() {
+            return Duration::ZERO;
+        }
         match self.store.wants_merge() {
             true => {
                 Duration::from_nanos(self.merge_after_ns.saturating_sub(boottime_ns())).min(TICK)
@@ -357,6 +369,11 @@ impl EventLoop {
                 self.connections[index].parked = Some(frame);
                 return false;
             }
+            Outcome::Again => {
+                self.connections[index].parked = Some(frame);
+                self.again.push(index);
+                return false;
+            }
             Outcome::Close => {
                 self.end(index);
                 return false;
@@ -464,9 +481,11 @@ impl EventLoop {
         }
         if !self.checkpointing
             && (self.checkpoint_after_ns == 0 || boottime_ns() >= self.checkpoint_after_ns)
+            && !self.leaves_files_for_later()
             && let Some(job) = self.store.begin_checkpoint(false)?
         {
             self.checkpointing = true;
+            self.checkpointed_ns = boottime_ns();
             self.jobs.checkpoint(job);
         }
         let mut touched = std::mem::take(&mut self.touched);
@@ -477,6 +496,12 @@ impl EventLoop {
             self.touched = touched;
         }
         Ok(())
+    }
+
+    /// Whether a checkpoint would do no more than remove files, and clients had none of them for too short a time.
+    fn leaves_files_for_later(&self) -> bool {
+        let soon = boottime_ns() < self.checkpointed_ns + REMOVAL_PAUSE_NS;
+        soon && self.has_clients() && self.store.only_removes()
     }
 
     fn answer_durable(&mut self) {
@@ -555,6 +580,14 @@ impl EventLoop {
         let parked = self.connections.iter().filter(|(_, c)| c.parked.is_some());
         let parked: Vec<usize> = parked.map(|(index, _)| index).collect();
         for index in parked {
+            self.take_frames(index);
+            self.touched.push(index);
+        }
+    }
+
+    /// Requests that have more to do go on, now that others had their turn.
+    fn go_on_again(&mut self) {
+        for index in std::mem::take(&mut self.again) {
             self.take_frames(index);
             self.touched.push(index);
         }

@@ -37,6 +37,8 @@ pub(crate) enum Outcome {
     AnswerDurable { with_number: bool },
     /// The log is full: try again after a checkpoint, and take nothing else from the connection.
     Park,
+    /// There is more to do for it: try again when others had a turn, and take nothing else from the connection.
+    Again,
     /// The peer breaks the protocol.
     Close,
 }
@@ -65,6 +67,7 @@ enum Refused {
     Status(Status),
     BadBlock(u32),
     Park,
+    Again,
     Close,
 }
 
@@ -143,6 +146,7 @@ impl Requests<'_> {
                 Outcome::Answer { status: Status::BadBlock, head, payload: Bytes::new() }
             }
             Refused::Park => Outcome::Park,
+            Refused::Again => Outcome::Again,
             Refused::Close => Outcome::Close,
         })
     }
@@ -213,8 +217,8 @@ impl Requests<'_> {
         if !self.chain(&image)?.has(layer) {
             return Err(Refused::Status(Status::Malformed));
         }
-        if !broken(Rule::MergedBeforeCompared) {
-            self.store.finish_merge(&image, layer, shard)?;
+        if !broken(Rule::MergedBeforeCompared) && !self.store.finish_merge(&image, layer, shard)? {
+            return Err(Refused::Again);
         }
         Ok(ShardKey { image, layer, shard })
     }

@@ -342,6 +342,7 @@ impl ImageIo {
         self.level_reconfigured();
         if remade {
             self.restart_heal();
+            self.rescrub_layers();
         }
         self.after_store();
         self.dispatch_parked_reads();

@@ -513,6 +513,13 @@ impl ImageIo {
         self.drop_piece();
     }
 
+    /// The image has other layers: the shard that is next is read from its first one on.
+    pub(super) fn rescrub_layers(&mut self) {
+        if let Some(scrub) = self.scrub.as_mut().filter(|scrub| scrub.piece.is_none()) {
+            (scrub.at.1, scrub.at.2) = (0, 0);
+        }
+    }
+
     /// Forgets the piece that is being read; it is the next one again.
     fn drop_piece(&mut self) {
         let asks = Asks::new(self.next_serial());

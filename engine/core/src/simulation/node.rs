@@ -161,7 +161,10 @@ impl NodeRun {
             connection,
             memory: None,
         };
-        let outcome = requests.handle(&frame);
+        let mut outcome = requests.handle(&frame);
+        while matches!(outcome, Outcome::Again) {
+            outcome = requests.handle(&frame);
+        }
         self.store.append()?;
         Ok(match outcome {
             Outcome::Answer { status, head, payload } => {
@@ -183,7 +186,7 @@ impl NodeRun {
                 None
             }
             // Nobody hands memory over here.
-            Outcome::Placed { .. } | Outcome::Close => {
+            Outcome::Placed { .. } | Outcome::Again | Outcome::Close => {
                 self.sent_away.push(connection);
                 None
             }

@@ -38,6 +38,8 @@ const BLOCK: usize = BLOCK_BYTES as usize;
 const STEP_BLOCKS_MAX: u32 = 64;
 const STEP_LOOKS: u32 = 1024;
 const STEP_FOLDERS: u32 = 16;
+/// Blocks that one call of `finish_merge` puts above.
+const TURN_BLOCKS: u64 = 128;
 /// So many merged shards are reason enough for a checkpoint, which removes their files.
 const MERGED_MANY: usize = 128;
 
@@ -140,7 +142,8 @@ impl Store {
     pub fn merge_some(&mut self, pressing: bool) -> Result<u64, StoreError> {
         self.check()?;
         let Some(image) = self.merges.next() else { return Ok(0) };
-        if self.log_is_due() && !pressing {
+        let grows = self.log.free_segments() < 2 && self.log.wants_growth();
+        if (self.log_is_due() || grows) && !pressing {
             return Err(StoreError::LogFull);
         }
         let Some(mut sweep) = self.merges.sweeps.remove(&image) else { return Ok(0) };
@@ -182,8 +185,9 @@ impl Store {
             return Ok(found);
         }
         // Once more from the first block on: something may have been copied below meanwhile.
-        self.finish_merge(&image, layer, shard)?;
-        sweep.at = None;
+        if self.finish_merge(&image, layer, shard)? {
+            sweep.at = None;
+        }
         Ok(0)
     }
 
@@ -238,22 +242,28 @@ impl Store {
     }
 
     /// Merges the shard as far as this layer has a part in that, so that it may be compared with what other
-    /// nodes have. `LogFull`: go on after a checkpoint; what was done by then stays done.
+    /// nodes have; false: there is more to do, and others have a turn before it is asked for again. `LogFull`: go
+    /// on after a checkpoint. What was done by then stays done.
     pub fn finish_merge(
         &mut self,
         image: &ImageId,
         layer: LayerId,
         shard: u64,
-    ) -> Result<(), StoreError> {
+    ) -> Result<bool, StoreError> {
         self.check()?;
         let record = self.image(image).filter(|record| !record.merging.is_empty());
-        let Some(merge) = record.and_then(|record| record.merge_of(layer)) else { return Ok(()) };
-        let Some(generation) = self.generation_below(&merge, image, shard)? else { return Ok(()) };
+        let Some(merge) = record.and_then(|record| record.merge_of(layer)) else { return Ok(true) };
+        let Some(generation) = self.generation_below(&merge, image, shard)? else {
+            return Ok(true);
+        };
         let shard_blocks = self.state.images.require(image)?.shard_bytes / BLOCK_BYTES;
-        let step = self.step_blocks();
+        let (step, mut bytes) = (self.step_blocks(), 0);
         for block in (0..shard_blocks).step_by(step as usize) {
             let blocks = step.min(shard_blocks - block);
-            self.merge_blocks(&merge, *image, shard, (block, blocks), generation)?;
+            bytes += self.merge_blocks(&merge, *image, shard, (block, blocks), generation)?;
+            if bytes >= TURN_BLOCKS * u64::from(BLOCK_BYTES) {
+                return Ok(false);
+            }
         }
         let key = ShardKey { image: *image, layer: merge.into, shard };
         let extra: Vec<u8> = merge.from.iter().flat_map(|layer| layer.to_le_bytes()).collect();
@@ -267,7 +277,7 @@ impl Store {
             self.files.remove(&gone);
             self.unsettled.remove(&gone);
         }
-        Ok(())
+        Ok(true)
     }
 
     /// The highest generation of what the layers that go have of the shard; none where they have nothing.

@@ -324,6 +324,13 @@ impl Store {
                 || self.wants_to_remove_merged())
     }
 
+    /// Whether a checkpoint that is due would only remove files of layers that are gone or merged.
+    pub fn only_removes(&self) -> bool {
+        !self.log_is_due()
+            && !self.log.wants_growth()
+            && self.state.images.pending_deletes().is_empty()
+    }
+
     /// Whether the log's oldest part should go to files: sooner beside merges, which leave the rest to clients.
     fn log_is_due(&self) -> bool {
         self.log.wants_checkpoint() || self.wants_merge() && self.log.is_half_full()

@@ -7,11 +7,12 @@ use bytes::Bytes;
 
 use super::rig::*;
 use crate::checksum::checksum_of;
-use crate::geometry::{BLOCK_BYTES, LayerId, ShardKey, Tag};
+use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, ShardKey, Tag};
 use crate::rules::{Rule, break_rules};
-use crate::store::simulated::{Crash, Seeded};
+use crate::store::simulated::{Crash, Seeded, SimDisk};
 use crate::store::{
-    BlockState, CopyBlock, ImageRecord, StoreError, WriteOp, WrittenCursor, shard_path,
+    BlockState, CopyBlock, ImageRecord, Stamp, Store, StoreConfig, StoreError, WriteOp,
+    WrittenCursor, shard_path,
 };
 
 const BLOCKS: u32 = 10;
@@ -105,14 +106,27 @@ fn merged_layers_leave_nothing_and_change_nothing_that_is_read() {
     }
 }
 
+/// Removes layer 2: the first change of the record, the merge, the last change, and all its files.
+fn remove_layer_2(rig: &mut Rig) -> Result<(), StoreError> {
+    rig.merging(&[4, 3, 2, 1], &[2])?;
+    rig.merge_all()?;
+    rig.merging(&[4, 3, 1], &[])?;
+    while let Some(job) = rig.store.begin_checkpoint(true)? {
+        rig.store.finish_checkpoint(job.run())?;
+        if !rig.store.wants_checkpoint() {
+            break;
+        }
+    }
+    Ok(())
+}
+
 #[test]
-fn a_crash_at_any_step_of_a_merge_changes_nothing_that_is_read() {
-    let through = [&[4, 3, 2, 1][..], &[3, 2, 1], &[1]];
+fn a_crash_at_any_step_of_a_removal_changes_nothing_that_is_read() {
     let before: Vec<_> = {
         let mut rig = four_layers();
-        through.iter().map(|layers| content(&mut rig, layers)).collect()
+        [&[4, 3, 2, 1][..], &[3, 2, 1], &[1]].map(|layers| content(&mut rig, layers)).into()
     };
-    let mut merged = 0;
+    let (mut merged, mut gone) = (0, 0);
     for step in 0.. {
         let mut rig = four_layers();
         let crash = if step % 2 == 0 { Crash::PowerCut } else { Crash::Kill };
@@ -120,29 +134,68 @@ fn a_crash_at_any_step_of_a_merge_changes_nothing_that_is_read() {
             rig.checkpoint();
         }
         rig.disk.crash_at(rig.disk.steps() + step / 4, crash);
-        let done = rig.merging(&[4, 3, 2, 1], &[2]).and_then(|_| rig.merge_all());
-        let finished = done.is_ok() && !rig.disk.has_crashed();
+        let finished = remove_layer_2(&mut rig).is_ok() && !rig.disk.has_crashed();
         let (mut rig, recovery) = match crash {
             Crash::Kill => rig.restart(),
             Crash::PowerCut => rig.power_cut(step),
         };
         assert!(!recovery.damaged, "step {step}");
-        let knows = !rig.store.image(&IMAGE).expect("its record").merging.is_empty();
-        merged += u32::from(knows && is_empty(&mut rig, 2));
+        let record = rig.store.image(&IMAGE).expect("its record").clone();
+        let layers = record.chain.layers();
+        let below = &layers[1..];
+        merged += u32::from(!record.merging.is_empty() && is_empty(&mut rig, 2));
+        gone += u32::from(!layers.contains(&2));
         for _ in 0..2 {
-            for (layers, before) in through.iter().zip(&before) {
+            for (layers, before) in [layers, below, &[1]].iter().zip(&before) {
                 assert!(content(&mut rig, layers) == *before, "step {step}, {layers:?}");
             }
-            assert!(content(&mut rig, &[4, 3, 1]) == before[0] || !knows || !is_empty(&mut rig, 2));
             rig.merge_all().expect("merges");
-            assert!(!knows || is_empty(&mut rig, 2), "step {step}");
             rig.checkpoint();
+            rig.checkpoint_if_due();
         }
+        if !record.merging.is_empty() {
+            assert!(is_empty(&mut rig, 2), "step {step}");
+            assert_eq!(rig.store.emptied(&IMAGE), [2]);
+            assert!(content(&mut rig, &[4, 3, 1]) == before[0], "step {step}");
+        }
+        assert!(held(&rig).iter().all(|layer| layers.contains(layer)), "step {step}");
         if finished {
             break;
         }
     }
-    assert!(merged > 10, "{merged} crashes when it was merged");
+    assert!(
+        merged > 10 && gone > 5,
+        "{merged} crashes when it was merged, {gone} when it was gone"
+    );
+}
+
+/// The first one has far more to merge.
+#[test]
+fn images_take_turns() {
+    let mut rig = Rig::new();
+    let other = ImageId([0xA2; 16]);
+    rig.store.put_record(other, record(head(1, 1))).expect("a record");
+    for shard in 0..6 {
+        write(&mut rig, &[1], shard, 0, 9);
+        rig.checkpoint();
+    }
+    let stamp = Stamp { sequence: 1, ..rig.stamp };
+    let op = WriteOp { image: other, layers: &[1], shard: 0, offset: 0, stamp };
+    let data = vec![5; BLOCK];
+    let written = rig.store.write(&op, &fragment_checksums(0, &data), Bytes::from(data));
+    written.expect("a write");
+    let merging = ImageRecord { merging: vec![1], ..layered(2, &[2, 1]) };
+    rig.store.put_record(IMAGE, merging.clone()).expect("it goes");
+    rig.store.put_record(other, merging).expect("it goes");
+    let mut steps = 0;
+    while rig.store.emptied(&other).is_empty() {
+        let merged = rig.store.merge_some(false);
+        assert!(merged.is_ok() || merged == Err(StoreError::LogFull), "{merged:?}");
+        rig.checkpoint_if_due();
+        steps += 1;
+        assert!(steps < 500, "the other one is never done");
+    }
+    assert_eq!(rig.store.emptied(&IMAGE), [], "the first one goes on");
 }
 
 /// The guest goes on, and what it has written by then is newer.
@@ -287,9 +340,25 @@ fn who_compares_a_shard_sees_it_merged() {
         assert!(states(&mut rig, 2, 0).iter().all(|state| *state == BlockState::Absent));
         assert_eq!(states(&mut rig, 2, 1)[1], BlockState::Data, "others are as they were");
         assert_eq!(content(&mut rig, &[4, 3, 2, 1]), before);
-        rig.store.finish_merge(&IMAGE, 4, 0).expect("it has no part in it");
-        rig.store.finish_merge(&IMAGE, 1, 0).expect("nor has it");
+        assert_eq!(rig.store.finish_merge(&IMAGE, 4, 0), Ok(true), "it has no part in it");
+        assert_eq!(rig.store.finish_merge(&IMAGE, 1, 0), Ok(true), "nor has it");
     }
+}
+
+/// The node's one thread is not held up by a whole shard.
+#[test]
+fn a_large_shard_is_merged_in_turns() {
+    let disk = SimDisk::new();
+    let large = StoreConfig { segment_bytes: Some(4 << 20), log_bytes: 32 << 20, ..config() };
+    let (mut store, _) = Store::open(disk.run(), &large).expect("an empty disk takes a store");
+    store.put_record(IMAGE, record(head(1, 1))).expect("a record");
+    let mut rig = Rig { disk, store, stamp: Stamp { epoch: 1, generation: 1, sequence: 0 } };
+    write(&mut rig, &[1], 0, 0, SHARD_BLOCKS);
+    rig.layers(&[2, 1]).expect("a snapshot");
+    rig.merging(&[2, 1], &[1]).expect("it goes");
+    let turns = (0..9).find(|_| rig.store.finish_merge(&IMAGE, 2, 0) == Ok(true));
+    assert_eq!(turns, Some(2), "half of it at once");
+    assert!(rig.read_layers(&[2], 0, 0, SHARD_BLOCKS).expect("a read").1.iter().all(|b| *b == 1));
 }
 
 /// What is copied to a layer that was merged goes the same way, and it is not empty meanwhile.
@@ -319,8 +388,9 @@ fn a_checkpoint_under_way_brings_nothing_of_a_merged_shard_back() {
         let before = content(&mut rig, &[4, 3, 2, 1]);
         let job = rig.store.begin_checkpoint(true).expect("begins").expect("there is something");
         rig.merging(&[4, 3, 2, 1], &[3]).expect("it goes");
-        let merged = (0..=SHARDS).try_for_each(|shard| rig.store.finish_merge(&IMAGE, 3, shard));
-        assert_eq!(merged, Ok(()));
+        for shard in 0..=SHARDS {
+            assert_eq!(rig.store.finish_merge(&IMAGE, 3, shard), Ok(true));
+        }
         rig.store.append().expect("in the log");
         let done = job.run();
         assert!(held(&rig).contains(&3), "it was written");
