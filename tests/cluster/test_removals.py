@@ -46,11 +46,14 @@ def test_snapshots_removed_under_fio_leave_the_others_and_the_image_as_they_were
         VerifyingFio(disk.uri, 1, tmp_path) as fio,
     ):
         await_write(two, "busy", fio)
-        for number in range(5):
+        for number in (0, 1):
             take(two, f"busy@{number}")
-        for number in (0, 2, 4):
-            assert "by and by" in rm(two, f"busy@{number}")
+        assert "by and by" in rm(two, "busy@0")
         assert fio.is_running
+        for number in (2, 3, 4):
+            take(two, f"busy@{number}")
+        for number in (2, 4):
+            rm(two, f"busy@{number}")
         held = {
             number: copied(url_at(two, "gateway2", f"busy@{number}"), tmp_path / "file")
             for number in (1, 3)
