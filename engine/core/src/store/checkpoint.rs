@@ -108,7 +108,7 @@ pub struct CheckpointDone {
     tail_version: Option<u64>,
     metas: Vec<(ShardKey, Arc<ShardMeta>)>,
     created: Vec<(u32, FileRef)>,
-    /// Layers of which nothing is left.
+    /// Layers of which nothing is left, or that cannot be removed.
     dropped: Vec<(ImageId, LayerId)>,
 }
 
@@ -307,7 +307,8 @@ impl CheckpointDone {
         job.deletes.iter().try_for_each(|image| delete_files(&*job.disk, image))?;
         let mut files = DROPPED_FILES_MAX;
         for (image, layer) in job.drops.iter().copied() {
-            if remove_layer(&*job.disk, &layer_folder(&image, layer), &mut files)? {
+            // What cannot be removed is left until the next start finds it: nobody needs it.
+            if remove_layer(&*job.disk, &layer_folder(&image, layer), &mut files).unwrap_or(true) {
                 self.dropped.push((image, layer));
             }
         }

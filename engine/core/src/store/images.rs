@@ -4,7 +4,7 @@
 //!
 //! A layer that an image's new record does not name is dropped: what the log has of it counts no more, and
 //! checkpoints remove its files in bounded steps. What an interruption left of them is found at the next open
-//! by its folder, which no record names; so ids of layers are never used again.
+//! by its folder, which no record names; so ids of layers are never used again. What cannot be removed stays until then.
 //!
 //! A layer that a record has in `merging` goes into the one above it (`merge`).
 //!

@@ -179,6 +179,27 @@ fn large_layers_go_in_steps_also_over_a_crash() {
     assert!((2..10).contains(&steps) && files(&rig) == 0, "{steps} steps, {} files", files(&rig));
 }
 
+/// The store failed over a folder that it could not remove, and at each start again.
+#[test]
+fn what_cannot_be_removed_is_left_and_stops_nothing() {
+    let mut rig = three_layers();
+    rig.checkpoint();
+    let folder = format!("images/{IMAGE}/3");
+    let disk = rig.disk.run();
+    disk.create_dir(&format!("{folder}/stranger")).expect("a folder");
+    disk.create_dir(&format!("{folder}/stranger/deeper")).expect("a folder");
+    rig.layers(&[4, 1]).expect("a rollback");
+    for round in 0..2 {
+        rig.sync();
+        rig.checkpoint();
+        rig.checkpoint_if_due();
+        assert!(!rig.store.wants_checkpoint(), "nothing is tried again and again");
+        assert_eq!(bytes(&mut rig, &[4, 1]), [1, 1, 0, 0, 0]);
+        rig = rig.power_cut(round).0;
+    }
+    assert!(!held(&rig).contains(&2), "others go");
+}
+
 #[test]
 fn a_layer_is_not_named_again_while_its_files_are_removed() {
     let mut rig = three_layers();
