@@ -310,8 +310,9 @@ class Node:
 
     def inventory(self) -> dict[str, Any]:
         """Return `images`, each with image, epoch, holder, generation, digest and body of its
-        record, and `merging`: of each such layer whether nothing is left of it here; `deleted`: ids of images that were deleted here; and `distrusted`: of those given
-        at the start whose heal has not begun yet."""
+        record, and `merging`: of each such layer whether nothing is left of it here; `deleted`: ids
+        of images that were deleted here; and `distrusted`: of those given at the start whose heal
+        has not begun yet."""
 
     def folders(self) -> list[str]:
         """Return the images that have a folder on the disk, with a record or without one."""

@@ -108,6 +108,10 @@ class Fields:
             self._fail(name, "is not a list")
         return value
 
+    def whole_numbers(self, name: str, minimum: int = 0) -> tuple[int, ...]:
+        """Return a list of whole numbers from `minimum` on."""
+        return tuple(self._number(name, item, minimum) for item in self.items(name))
+
     def texts(self, name: str, value: Json, check: Callable[[str], str]) -> tuple[str, ...]:
         """Return the strings of a list that was found within field `name`."""
         if not isinstance(value, list):

@@ -5,7 +5,7 @@ gateway all that they need of the image. See `etcd/records.py` for what all reco
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -163,7 +163,9 @@ class ImageRecord(Record):
     `sets` and `policy` repeat what the pool's record and placement version say, so that the record
     alone tells a node or a gateway all it needs. `layers` begins with the top one, which alone is
     written; `next_layer` is the id of the one that comes (0: the one above the top), so that none
-    is used twice. `holder` is the process that has or had the current epoch, None before the first.
+    is used twice. `merging` names layers whose snapshot is removed: each node puts what is in one
+    of them into the layer above, in its own time, and they go when all nodes have. `holder` is the
+    process that has or had the current epoch, None before the first.
     `clean` says that the last holder gave its lease back with nothing in flight. `grant` is None
     until an arbiter was asked.
     `used` is who had the image for clients last, where the leases since were for maintenance only.
@@ -181,6 +183,7 @@ class ImageRecord(Record):
     layers: tuple[Layer, ...]
     next_layer: int = 0
     snapshots: tuple[Snapshot, ...] = ()
+    merging: tuple[int, ...] = ()
     epoch: int = 0
     holder: str | None = None
     generation: int = FIRST_GENERATION
@@ -224,7 +227,7 @@ class ImageRecord(Record):
             (each.name, each.layer, each.size_bytes, each.created_s, each.generation)
             for each in self.snapshots
         ]
-        return state_digest(self.membership, self.layer_ids, snapshots)
+        return state_digest(self.membership, self.layer_ids, snapshots, self.merging)
 
     def is_behind(self, known: "ImageRecord") -> bool:
         """Whether this record must be refused by whoever stored `known` of the same image.
@@ -252,7 +255,7 @@ class ImageRecord(Record):
         Asserts that the name is free and that there is room for one more.
         """
         assert self.snapshot(name) is None, "names of snapshots are unique"
-        assert len(self.snapshots) < SNAPSHOTS_MAX, "there is room for another one"
+        assert len(self.layers) <= SNAPSHOTS_MAX, "there is room for another one"
         frozen = Snapshot(
             name=name,
             layer=self.layers[0].id,
@@ -289,6 +292,45 @@ class ImageRecord(Record):
             ),
             next_layer=self.next_layer + 1,
             snapshots=tuple(each for each in self.snapshots if each.layer <= snapshot.layer),
+            merging=tuple(layer for layer in self.merging if layer < snapshot.layer),
+        )
+
+    def without_snapshot(self, snapshot: Snapshot) -> "ImageRecord":
+        """Return the record one generation higher without a snapshot, whose layer is to be merged.
+
+        What the image and its other snapshots hold stays as it is.
+        """
+        assert snapshot in self.snapshots, "it is one of the image"
+        return replace(
+            self,
+            generation=self.generation + 1,
+            snapshots=tuple(each for each in self.snapshots if each is not snapshot),
+            merging=tuple(sorted({*self.merging, snapshot.layer}, reverse=True)),
+        )
+
+    def without_merged(self, layers: Collection[int]) -> "ImageRecord":
+        """Return the record one generation higher without layers in which no node has anything."""
+        assert set(layers) <= set(self.merging), "they were merged"
+        return replace(
+            self,
+            generation=self.generation + 1,
+            layers=tuple(layer for layer in self.layers if layer.id not in layers),
+            merging=tuple(layer for layer in self.merging if layer not in layers),
+        )
+
+    def with_merged(self, layers: Collection[int]) -> "ImageRecord":
+        """Return the record one generation higher with these in their places again, to be merged.
+
+        They were taken out, and no node has heard of that.
+        """
+        assert not set(layers) & set(self.layer_ids), "they were taken out"
+        assert max(layers) < self.layers[0].id, "none was the top"
+        back = (*self.layers, *(Layer(id=layer) for layer in layers))
+        return replace(
+            self,
+            generation=self.generation + 1,
+            layers=tuple(sorted(back, key=lambda layer: layer.id, reverse=True)),
+            merging=tuple(sorted({*self.merging, *layers}, reverse=True)),
         )
 
     @property
@@ -316,6 +358,8 @@ class ImageRecord(Record):
             str(index): dict(nodes) for index, nodes in self.membership.stale.items()
         }
         granted: dict[str, Json] = {}
+        if self.merging:
+            granted["merging"] = list(self.merging)
         if self.grant is not None:
             granted["grant"] = {**self.grant.extra, **self.grant._fields()}
         if self.used is not None:
@@ -361,6 +405,7 @@ class ImageRecord(Record):
                 Snapshot._take(fields.within("snapshots", item))
                 for item in fields.items("snapshots")
             ),
+            merging=_merging(fields),
             epoch=fields.number("epoch"),
             holder=fields.optional_text("holder", holder_id),
             generation=fields.number("generation", FIRST_GENERATION),
@@ -395,11 +440,19 @@ def _problem_of_image(record: ImageRecord) -> str | None:
         return "a snapshot names a layer of its image below the top"
     if len({snapshot.name for snapshot in record.snapshots}) < len(record.snapshots):
         return "names of snapshots are unique"
+    if list(record.merging) != sorted(set(record.merging), reverse=True):
+        return "layers that are merged are named once, the newest first"
+    if not set(record.merging) <= set(layer_ids[1:]) - {each.layer for each in record.snapshots}:
+        return "a layer that is merged is one below the top, without a snapshot"
     if len(record.snapshots) > SNAPSHOTS_MAX:
         return f"an image has at most {SNAPSHOTS_MAX} snapshots"
     if (record.holder is None) != (record.epoch == 0):
         return "an epoch has a holder"
     return problem_of(record.policy, record.sets, record.stale, record.generation, record.epoch)
+
+
+def _merging(fields: Fields) -> tuple[int, ...]:
+    return fields.whole_numbers("merging", 1) if fields.has("merging") else ()
 
 
 def _stale(fields: Fields) -> Stale:

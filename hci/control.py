@@ -33,7 +33,7 @@ RESIZE_DEADLINE_S = 690.0
 """For a resize: above what a gateway lets its caller wait, so that it is the gateway that tells."""
 
 SNAPSHOT_DEADLINE_S = 670.0
-"""For a snapshot, and for a rollback to one: the same."""
+"""For a snapshot, its removal, and a rollback to it: the same."""
 
 SERVER_THREADS = 8
 """Calls served at once. They are few and short, digests aside."""
@@ -177,6 +177,11 @@ class GatewayClient(_Client):
         """Have an image that no client has open hold what its snapshot does."""
         request = pb.RollbackRequest(image_id=image, name=name, force=force)
         return self._call(self._stub.Rollback, request, SNAPSHOT_DEADLINE_S)
+
+    def remove_snapshot(self, image: ImageId, name: str) -> int:
+        """Remove a snapshot of an image that no other gateway holds; return its layer."""
+        request = pb.RemoveSnapshotRequest(image_id=image, name=name)
+        return self._call(self._stub.RemoveSnapshot, request, SNAPSHOT_DEADLINE_S).layer
 
 
 def server(daemon: str, address: Endpoint, register: Callable[[grpc.Server], None]) -> grpc.Server:

@@ -310,6 +310,11 @@ class GatewayControlStub:
                 request_serializer=hci_dot_control__pb2.RollbackRequest.SerializeToString,
                 response_deserializer=hci_dot_control__pb2.RollbackReply.FromString,
                 _registered_method=True)
+        self.RemoveSnapshot = channel.unary_unary(
+                '/hci.control.v1.GatewayControl/RemoveSnapshot',
+                request_serializer=hci_dot_control__pb2.RemoveSnapshotRequest.SerializeToString,
+                response_deserializer=hci_dot_control__pb2.RemoveSnapshotReply.FromString,
+                _registered_method=True)
 
 
 class GatewayControlServicer:
@@ -349,6 +354,15 @@ class GatewayControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RemoveSnapshot(self, request, context):
+        """Removes a snapshot; nodes merge its layer by themselves then. FAILED_PRECONDITION where another
+        gateway holds the image, where there is no such snapshot, and where it was not removed. ABORTED
+        where that is not known.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GatewayControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -371,6 +385,11 @@ def add_GatewayControlServicer_to_server(servicer, server):
                     servicer.Rollback,
                     request_deserializer=hci_dot_control__pb2.RollbackRequest.FromString,
                     response_serializer=hci_dot_control__pb2.RollbackReply.SerializeToString,
+            ),
+            'RemoveSnapshot': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveSnapshot,
+                    request_deserializer=hci_dot_control__pb2.RemoveSnapshotRequest.FromString,
+                    response_serializer=hci_dot_control__pb2.RemoveSnapshotReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -482,6 +501,33 @@ class GatewayControl:
             '/hci.control.v1.GatewayControl/Rollback',
             hci_dot_control__pb2.RollbackRequest.SerializeToString,
             hci_dot_control__pb2.RollbackReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hci.control.v1.GatewayControl/RemoveSnapshot',
+            hci_dot_control__pb2.RemoveSnapshotRequest.SerializeToString,
+            hci_dot_control__pb2.RemoveSnapshotReply.FromString,
             options,
             channel_credentials,
             insecure,

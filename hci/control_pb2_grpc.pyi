@@ -150,6 +150,11 @@ class GatewayControlStub:
     somebody has it open, where there is no such snapshot, where newer ones would go and `force` is
     not set, and where nothing was changed. ABORTED where that is not known.
     """
+    RemoveSnapshot: _grpc.UnaryUnaryMultiCallable[_control_pb2.RemoveSnapshotRequest, _control_pb2.RemoveSnapshotReply]
+    """Removes a snapshot; nodes merge its layer by themselves then. FAILED_PRECONDITION where another
+    gateway holds the image, where there is no such snapshot, and where it was not removed. ABORTED
+    where that is not known.
+    """
 
 @_typing.type_check_only
 class GatewayControlAsyncStub(GatewayControlStub):
@@ -171,6 +176,11 @@ class GatewayControlAsyncStub(GatewayControlStub):
     """Has an image that no client has open hold what a snapshot of it does. FAILED_PRECONDITION where
     somebody has it open, where there is no such snapshot, where newer ones would go and `force` is
     not set, and where nothing was changed. ABORTED where that is not known.
+    """
+    RemoveSnapshot: _aio.UnaryUnaryMultiCallable[_control_pb2.RemoveSnapshotRequest, _control_pb2.RemoveSnapshotReply]  # type: ignore[assignment]
+    """Removes a snapshot; nodes merge its layer by themselves then. FAILED_PRECONDITION where another
+    gateway holds the image, where there is no such snapshot, and where it was not removed. ABORTED
+    where that is not known.
     """
 
 class GatewayControlServicer(metaclass=_abc_1.ABCMeta):
@@ -214,6 +224,17 @@ class GatewayControlServicer(metaclass=_abc_1.ABCMeta):
         """Has an image that no client has open hold what a snapshot of it does. FAILED_PRECONDITION where
         somebody has it open, where there is no such snapshot, where newer ones would go and `force` is
         not set, and where nothing was changed. ABORTED where that is not known.
+        """
+
+    @_abc_1.abstractmethod
+    def RemoveSnapshot(
+        self,
+        request: _control_pb2.RemoveSnapshotRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.RemoveSnapshotReply, _abc.Awaitable[_control_pb2.RemoveSnapshotReply]]:
+        """Removes a snapshot; nodes merge its layer by themselves then. FAILED_PRECONDITION where another
+        gateway holds the image, where there is no such snapshot, and where it was not removed. ABORTED
+        where that is not known.
         """
 
 def add_GatewayControlServicer_to_server(servicer: GatewayControlServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

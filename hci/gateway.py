@@ -42,7 +42,7 @@ from vmstore.names import ImageName, SnapshotName
 from vmstore.resizing import RESIZE_LIMIT_S
 from vmstore.scrubbing import Scrubber
 from vmstore.served import Served, ServedFile
-from vmstore.snapshot_errors import RollbackUnknown, SnapshotUnknown
+from vmstore.snapshot_errors import RemovalUnknown, RollbackUnknown, SnapshotUnknown
 from vmstore.snapshots import SNAPSHOT_LIMIT_S
 
 if TYPE_CHECKING:
@@ -574,6 +574,19 @@ class GatewayControl(GatewayControlServicer):
             former_bytes=done.former_bytes,
             dropped=[each.name for each in done.dropped],
         )
+
+    def RemoveSnapshot(
+        self, request: pb.RemoveSnapshotRequest, context: grpc.ServicerContext
+    ) -> pb.RemoveSnapshotReply:
+        name = SnapshotName(self._name(request.image_id), request.name)
+        try:
+            layer = self._gateway.exports.remove_snapshot(name.image, name.name)
+        except RemovalUnknown as error:
+            context.abort(grpc.StatusCode.ABORTED, str(error))
+        except TimeoutError:
+            why = f"nothing came of it within {SNAPSHOT_LIMIT_S:.0f} s"
+            context.abort(grpc.StatusCode.ABORTED, str(RemovalUnknown(str(name), why)))
+        return pb.RemoveSnapshotReply(layer=layer)
 
     def Resize(self, request: pb.ResizeRequest, context: grpc.ServicerContext) -> pb.ResizeReply:
         name = self._name(request.image_id)

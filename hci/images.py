@@ -62,6 +62,15 @@ def holder_of(records: Catalog, image: ImageId) -> str | None:
     return lease.record.gateway if lease is not None and not lease.record.maintenance else None
 
 
+def keeper_of(records: Catalog, image: ImageId) -> str | None:
+    """Return the name of the gateway that has the image open, for whatever, or None.
+
+    One that heals it, or waits for merges, does as well what a person wants; others are refused.
+    """
+    lease = records.lease_of(image)
+    return lease.record.gateway if lease is not None else None
+
+
 def gateway_for(config: Config, preferred: str | None) -> GatewayConfig:
     """Return a gateway of this host: `preferred` if it is one, else the first."""
     if not config.gateways:
@@ -185,7 +194,7 @@ def resize(
         with suppress(InUse):
             records.grow_image(name, size_bytes)
             return 0
-    with holding(config, records, name, holder_of(records, record.id)) as client:
+    with holding(config, records, name, keeper_of(records, record.id)) as client:
         return client.resize(record.id, size_bytes, force=force, reconnect=reconnect)
 
 

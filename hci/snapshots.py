@@ -1,5 +1,6 @@
 """What the command line does with snapshots: records, and the gateway that has the image."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TypeVar
@@ -10,12 +11,16 @@ from hci import control_pb2 as pb
 from hci.config import Config
 from hci.control import GatewayClient
 from hci.errors import Refused
-from hci.images import holder_of, holding
-from shard.ids import pool_name
+from hci.images import holding, keeper_of
+from shard.ids import ImageId, pool_name
 from vmstore.catalog import Catalog
+from vmstore.errors import UnknownImage
 from vmstore.names import ImageName, SnapshotName, parse_image_name
 
 T = TypeVar("T")
+
+MERGE_POLL_S = 0.5
+"""Between looks whether a merge is over."""
 
 ATTEMPTS = 3
 """Gateways that are asked while an image goes from one to the next under our eyes."""
@@ -53,6 +58,30 @@ def roll_back(
     )
 
 
+def remove(config: Config, records: Catalog, name: SnapshotName) -> tuple[ImageId, int]:
+    """Remove a snapshot, at the gateway that has the image or one of this host.
+
+    Return image and layer, for `await_merge`. Raises UnknownSnapshot, Refused with the gateway's
+    reason, Undecided where it is not known what came of it, and OpenElsewhere as `create`.
+    """
+    record, _ = records.find_snapshot(name)
+    layer = _asked(
+        config,
+        records,
+        name.image,
+        record,
+        lambda client: client.remove_snapshot(record.id, name.name),
+    )
+    return record.id, layer
+
+
+def await_merge(records: Catalog, image: ImageId, layer: int) -> None:
+    """Return when all nodes have merged a layer, or the image is removed."""
+    with suppress(UnknownImage):
+        while layer in records.image(image).record.merging:
+            time.sleep(MERGE_POLL_S)
+
+
 def _asked(
     config: Config,
     records: Catalog,
@@ -62,7 +91,7 @@ def _asked(
 ) -> T:
     """Ask the gateway that has an image; return what it answers."""
     for attempt in range(1, ATTEMPTS + 1):
-        holder = holder_of(records, record.id)
+        holder = keeper_of(records, record.id)
         with holding(config, records, name, holder) as client:
             try:
                 return ask(client)
@@ -70,7 +99,7 @@ def _asked(
                 # Where somebody opened the image meanwhile, that one's gateway is asked.
                 now = None
                 with suppress(EtcdError):
-                    now = holder_of(records, record.id)
+                    now = keeper_of(records, record.id)
                 if attempt == ATTEMPTS or now in (None, error.daemon):
                     raise
     raise AssertionError("the last attempt returns or raises")
@@ -81,18 +110,21 @@ def listed(records: Catalog, where: str | None) -> Iterator[tuple[SnapshotName, 
 
     Raises UnknownPool, UnknownImage, BadName.
     """
+    for name, record in _found(records, where):
+        for snapshot in record.snapshots:
+            yield SnapshotName(name, snapshot.name), snapshot
+
+
+def merging(records: Catalog, where: str | None) -> Iterator[tuple[ImageName, int]]:
+    """Yield the images of these that have layers of removed snapshots, and how many."""
+    for name, record in _found(records, where):
+        if record.merging:
+            yield name, len(record.merging)
+
+
+def _found(records: Catalog, where: str | None) -> list[tuple[ImageName, ImageRecord]]:
     if where is not None and "/" in where:
         image = parse_image_name(where)
-        found = [(image, records.find(image).record)]
-    else:
-        pool = None if where is None else pool_name(where)
-        found = [(entry.name, entry.image.record) for entry in records.images(pool)]
-    for name, record in found:
-        yield from _of_image(name, record.snapshots)
-
-
-def _of_image(
-    name: ImageName, snapshots: tuple[Snapshot, ...]
-) -> Iterator[tuple[SnapshotName, Snapshot]]:
-    for snapshot in snapshots:
-        yield SnapshotName(name, snapshot.name), snapshot
+        return [(image, records.find(image).record)]
+    pool = None if where is None else pool_name(where)
+    return [(entry.name, entry.image.record) for entry in records.images(pool)]

@@ -68,11 +68,15 @@ def compare(digests: Mapping[str, Mapping[int, bytes]], zeroes: bytes) -> list[D
 
 
 def state_digest(
-    membership: Membership, layers: Sequence[int], snapshots: Iterable[Sequence[str | int]]
+    membership: Membership,
+    layers: Sequence[int],
+    snapshots: Iterable[Sequence[str | int]],
+    merging: Sequence[int] = (),
 ) -> bytes:
     """Return what tells two records of one generation apart: sets, who is stale, and layers.
 
-    `layers` with the top first; `snapshots` as (name, layer, size, time, generation).
+    `layers` with the top first; `snapshots` as (name, layer, size, time, generation); `merging` the
+    layers that are being merged into those above them.
     Nodes store it beside the generation and refuse an equal generation with another digest. Part of
     the wire and disk formats: BLAKE3 of JSON with sorted keys and no spaces.
     """
@@ -81,5 +85,6 @@ def state_digest(
         "stale": {str(index): dict(nodes) for index, nodes in membership.stale.items()},
         "layers": list(layers),
         "snapshots": [list(snapshot) for snapshot in snapshots],
+        "merging": list(merging),
     }
     return digest([json.dumps(document, sort_keys=True, separators=(",", ":")).encode()])

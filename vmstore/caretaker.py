@@ -1,4 +1,4 @@
-"""`Caretaker`: finds images that nobody has open and that wait to be healed.
+"""`Caretaker`: finds images that nobody has open and that wait to be healed, or for a merge to end.
 
 Every gateway looks, when a node comes or an image is closed and now and then, each at moments of
 its own; the first to take the lease heals. What it takes is a lease for maintenance, which yields
@@ -39,13 +39,15 @@ def waiting(
     images: Sequence[ImageEntry], leases: Mapping[ImageId, LeaseRecord], alive: Collection[str]
 ) -> list[ImageEntry]:
     """Return the images to heal: nobody has them open, and all nodes in sync
-    and a stale one are alive."""
+    and a stale one are alive. And those whose layers are merged, with all nodes alive."""
     found = []
     for entry in images:
         record = entry.image.record
         stale = {node for nodes in record.stale.values() for node in nodes}
         in_sync = record.membership.all_in_sync()
-        if record.id not in leases and in_sync <= set(alive) and stale & set(alive):
+        heals = in_sync <= set(alive) and stale & set(alive)
+        merges = record.merging and in_sync | stale <= set(alive)
+        if record.id not in leases and (heals or merges):
             found.append(entry)
     return found
 

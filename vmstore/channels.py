@@ -85,6 +85,7 @@ class Channels:
             placement_key=record.placement_key,
             layers=record.layer_ids,
             snapshots=_snapshots(record),
+            merging=list(record.merging),
             epoch=record.epoch,
             holder=self._holder_id,
             generation=record.generation,
@@ -111,8 +112,7 @@ class Channels:
             size_bytes=snapshot.size_bytes,
             shard_bytes=record.shard_bytes,
             placement_key=record.placement_key,
-            layers=record.chain(snapshot),
-            generation=snapshot.generation,
+            snapshot=(snapshot.layer, snapshot.generation),
             nodes=list(names),
             sets=[_indexes(names, members) for members in record.sets],
             in_sync=_in_sync(names, record),
@@ -152,6 +152,7 @@ class Channels:
             in_sync=_in_sync(image.node_names, record),
             layers=record.layer_ids,
             snapshots=_snapshots(record),
+            merging=list(record.merging),
         )
 
     def heal(self, image: OpenImage, heal: effects.Heal) -> None:
@@ -237,6 +238,8 @@ class Channels:
                 return events.Frozen(event["attempt"])
             case "freeze_failed":
                 return events.FreezeFailed(event["attempt"], event["why"])
+            case "emptied":
+                return events.Emptied(node, frozenset(event["layers"]))
             case "stored":
                 return events.Stored(event["generation"])
             case "fenced":

@@ -74,6 +74,11 @@ class TellLayers:
 
 
 @dataclass(frozen=True, slots=True)
+class AskEmptied:
+    """Ask all nodes that are connected which layers they have merged."""
+
+
+@dataclass(frozen=True, slots=True)
 class ChangeMembership:
     """Have etcd take `after` in place of `before`, under our lease."""
 
@@ -124,6 +129,6 @@ class Forget:
 
 
 Effect = (
-    OpenImage | Admit | Peek | Heal | EndHeal | Freeze | Thaw | TellLayers | ChangeMembership
-    | Reconfigure | Serve | Refuse | CloseImage | KillImage | Release | Forget
+    OpenImage | Admit | Peek | Heal | EndHeal | Freeze | Thaw | TellLayers | AskEmptied
+    | ChangeMembership | Reconfigure | Serve | Refuse | CloseImage | KillImage | Release | Forget
 )  # fmt: skip

@@ -156,6 +156,21 @@ class ChangeLayers:
 
 
 @dataclass(frozen=True, slots=True)
+class RemoveSnapshot:
+    """Somebody wants the image's snapshot of this name to go."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Emptied:
+    """A node has nothing of these layers that its record says are merged, durably."""
+
+    node: str
+    layers: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Holding:
     """What was answered before is on stable storage; changes wait from here."""
 
@@ -218,6 +233,6 @@ class Tick:
 Event = (
     LeaseTaken | Peeked | ReplicaDown | ReplicaBlocking | ReplicaFailed | Lags | Admitted
     | AdmitFailed | Levelled | Healed | HealFailed | Stored | Fenced | MembershipChanged
-    | MembershipDelayed | ChangeLayers | Holding | Frozen | FreezeFailed | Lost | Close | Closed
-    | Released | Fail | Tick
+    | MembershipDelayed | ChangeLayers | RemoveSnapshot | Emptied | Holding | Frozen
+    | FreezeFailed | Lost | Close | Closed | Released | Fail | Tick
 )  # fmt: skip

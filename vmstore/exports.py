@@ -38,8 +38,8 @@ from vmstore.holding import Held
 from vmstore.names import ImageName, SnapshotName, parse_name
 from vmstore.open_image import OpenImage
 from vmstore.readers import Readers
+from vmstore.removals import Removals
 from vmstore.resizing import RECONNECT_S, RESIZER
-from vmstore.rollbacks import Rollbacks
 from vmstore.served import Served
 from vmstore.slowness import SlowLimits
 from vmstore.snapshot_errors import BeingRolledBack
@@ -49,7 +49,8 @@ from vmstore.stored import Stored
 log = structlog.get_logger()
 
 PATIENCE_S = 10.0
-"""How long an image that was opened to be healed stays open while no heal is under way."""
+"""How long an image that was opened to be healed stays open while no heal is under way, or for its
+nodes to say that they have merged what they were to."""
 
 
 class Permission(IntEnum):
@@ -80,7 +81,7 @@ class _Care:
     """For a scrub that is not through."""
 
 
-class Exports(Rollbacks):
+class Exports(Removals):
     """Serves the images of one cluster to NBD clients of one engine; see `Serving`.
 
     `permitted` says what a client may do with an image, by its name.
@@ -480,7 +481,7 @@ class Exports(Rollbacks):
             if image.holder.heals.now is not None or image.holder.phase is not Phase.SERVING:
                 care.idle_since_s = self._deciding.now_s()
             record = image.holder.record
-            healed = record is not None and not record.stale
+            healed = record is not None and not record.stale and not record.merging
             idle = self._deciding.now_s() - care.idle_since_s > PATIENCE_S
             over = (healed or idle) and not care.scrub
             if over or not image.maintenance:
@@ -554,6 +555,7 @@ class Exports(Rollbacks):
             if image.waiting or image.resize is not None or image.rollback is not None:
                 self._claim(image)
             self._begin_snapshot(image)
+            self._begin_removal(image)
             return
         waiting, image.waiting = image.waiting, []
         for client, name in waiting:
@@ -561,6 +563,7 @@ class Exports(Rollbacks):
         self._begin_resize(image)
         self._begin_snapshot(image)
         self._begin_rollback(image)
+        self._begin_removal(image)
         self._close_if_unused(image)
 
     def _refused(self, image: OpenImage, reason: str) -> None:

@@ -1,6 +1,6 @@
 """How the layers of an image that serves are changed, from the order to its end. Pure.
 
-A snapshot changes them, and a rollback to one (`layer_changes`).
+A snapshot changes them, a rollback to one, and the end of a merge (`layer_changes`).
 
 `Holder` drives it, and says what each step does.
 
@@ -30,7 +30,13 @@ from enum import Enum, auto
 
 from etcd.images import ImageRecord
 from vmstore.events import Peeked
-from vmstore.layer_changes import LayerChange, NewSnapshot, Rollback
+from vmstore.layer_changes import (
+    EmptiedLayers,
+    LayerChange,
+    NewSnapshot,
+    Rollback,
+    Withdrawable,
+)
 
 WAIT_LIMIT_S = 20.0
 """How long a snapshot waits for nodes that are away, with nothing held up."""
@@ -76,8 +82,8 @@ class Freezing:
     """How long clients waited for freezes that came to nothing."""
     missing_s: float | None = None
     """Since when a node in sync is missing."""
-    withdraws: bool = False
-    """A proposal that adds a layer was given up, and etcd may have taken it."""
+    withdraws: Withdrawable | None = None
+    """A change that was given up, and that etcd may have taken."""
 
     @property
     def holds(self) -> bool:
@@ -87,12 +93,23 @@ class Freezing:
     @property
     def awaited(self) -> str:
         """What it is, as the subject of a sentence."""
-        return "a rollback" if self.drops_layers else "a snapshot"
+        match self.change:
+            case Rollback():
+                return "a rollback"
+            case EmptiedLayers():
+                return "the end of a merge"
+        return "a snapshot"
 
     @property
-    def may_be_withdrawn(self) -> bool:
-        """Whether clients go on where etcd is late, and what it took is withdrawn."""
-        return isinstance(self.change, NewSnapshot)
+    def withdrawable(self) -> Withdrawable | None:
+        """The change, if clients go on where etcd is late, and what it took is withdrawn."""
+        change = self.change
+        return change if isinstance(change, NewSnapshot | EmptiedLayers) else None
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether somebody waits to hear of it."""
+        return self.change is not None and not isinstance(self.change, EmptiedLayers)
 
     @property
     def drops_layers(self) -> bool:
@@ -151,7 +168,7 @@ class Freezing:
 
         `missing` are nodes in sync that are not there, `levelling` those that are not level.
         """
-        if self.stage is Stage.CHANGING and self.may_be_withdrawn:
+        if self.stage is Stage.CHANGING and self.withdrawable:
             if now_s - self.since_s < THAW_AFTER_S:
                 return ""
             return (

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from etcd.images import ImageRecord
 from vmstore.effects import Effect, EndHeal, Heal
-from vmstore.snapshot_steps import SnapshotSteps
+from vmstore.merge_steps import MergeSteps
 from vmstore.standing import Phase, Standing
 
 
 @dataclass(slots=True)
-class HealSteps(SnapshotSteps, ABC):
+class HealSteps(MergeSteps, ABC):
     """See the module."""
 
     def _begin_heal(self) -> list[Effect]:

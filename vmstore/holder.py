@@ -57,6 +57,7 @@ from vmstore.events import (
     ChangeLayers,
     Close,
     Closed,
+    Emptied,
     Event,
     Fail,
     Fenced,
@@ -73,6 +74,7 @@ from vmstore.events import (
     MembershipDelayed,
     Peeked,
     Released,
+    RemoveSnapshot,
     ReplicaBlocking,
     ReplicaDown,
     ReplicaFailed,
@@ -164,7 +166,13 @@ class Holder(AdmissionSteps):
             case ChangeLayers(change):
                 if self.phase is not Phase.SERVING:
                     return [TellLayers("the image is being closed; try again")]
+                self._yield_to_order()
                 self.freezing.order(change, self.now_s)
+                return self._go_on()
+            case RemoveSnapshot(name):
+                return self._remove_snapshot(name)
+            case Emptied(node, layers):
+                self.merging.emptied[node] = layers
                 return self._go_on()
             case Holding(attempt):
                 return self._on_holding(attempt)
@@ -204,6 +212,9 @@ class Holder(AdmissionSteps):
             ended = self._end_heal(heal.attempt) if heal and self.proposal is None else []
             if self.freezing.stage is not Stage.STORING:
                 ended += self._give_up_layers("the image is being closed; try again")
+            if not self._proposes_removal:
+                why = "the image is being closed; try again"
+                ended += self._give_up_removal(why, unknown=False)
             self.phase = Phase.CLOSING
             return [*ended, CloseImage()]
         if self.phase in (Phase.GATHERING, Phase.JOINING):
@@ -216,6 +227,7 @@ class Holder(AdmissionSteps):
         if self.phase is not Phase.CLOSING or self.record is None:
             return []
         told = self._give_up_layers("the image was closed before its nodes had stored it")
+        told += self._give_up_removal("the image was closed before etcd had answered", unknown=True)
         self.phase = Phase.RELEASING
         self.retry_at_s = None
         return [*told, Release(self.record, clean and self.proposal is None)]
@@ -224,6 +236,7 @@ class Holder(AdmissionSteps):
         if self.phase is Phase.RELEASING or self.record is None:
             return []
         told = self._give_up_layers(reason)
+        told += self._give_up_removal(reason, unknown=self._proposes_removal)
         self.trouble = reason
         self.phase = Phase.RELEASING
         self.retry_at_s = None
@@ -277,12 +290,14 @@ class Holder(AdmissionSteps):
         change = self._change_membership()
         if change is not None:
             return [*effects, change]
-        return [*effects, *self._let_in(), *self._freeze(), *self._begin_heal()]
+        effects += self._let_in()
+        self._end_merges()
+        return [*effects, *self._freeze(), *self._begin_heal()]
 
     def _change_membership(self) -> Effect | None:
         """Propose a membership without the nodes that are lost, where that is due and allowed.
 
-        It takes the healed node in as well, and out a snapshot that is withdrawn.
+        It takes the healed node in as well, and out a snapshot that is withdrawn or removed.
         """
         assert self.record is not None
         membership = self.record.membership
@@ -297,9 +312,9 @@ class Holder(AdmissionSteps):
         if self.storing and not lost & held and not slow:
             return None
         plan = rejoin(membership, self._to_take_in(), lost | slow, self.emptied)
-        after = self.record
-        if self._withdraws(lost):
-            after = after.without_newest_snapshot()
+        withdraws = self._withdraws(lost)
+        of_now = self.record
+        after = self._withdrawn(of_now) if withdraws else self._without_removed(of_now)
         if isinstance(plan, Change):
             changed = plan.membership
             after = replace(after, generation=changed.generation, stale=changed.stale)
@@ -327,14 +342,15 @@ class Holder(AdmissionSteps):
         assert record.membership == self.proposal.membership, "it is the one that was proposed"
         assert record.layers == self.proposal.layers, "with its layers"
         assert self.record is not None
-        adds_layer = record.next_layer > self.record.next_layer
+        change = self.freezing.change or self.freezing.withdraws
+        is_made = change is not None and change.is_between(self.record, record)
         self.record, self.proposal, self.undecided = record, None, False
-        if adds_layer and self.freezing.withdraws:
+        if is_made and self.freezing.withdraws is not None:
             # It was given up. The engine goes by the former layers until it is withdrawn.
             self.retry_at_s = None
             return self._go_on()
-        self.freezing.withdraws = False
-        if adds_layer:
+        self.freezing.withdraws = None
+        if is_made:
             self.freezing.store(self.now_s)
         self._on_taken_in(record)
         in_sync = record.membership.all_in_sync()
@@ -352,7 +368,7 @@ class Holder(AdmissionSteps):
                     node.standing = Standing.WAITING
         self.storing = self.phase in (Phase.SERVING, Phase.CLOSING)
         self.trouble = ""
-        return [Reconfigure(record), *self._go_on()]
+        return [Reconfigure(record), *self._removed(record), *self._go_on()]
 
     def _on_delayed(self, why: str, maybe_taken: bool) -> list[Effect]:
         """Keep a proposal that etcd may have taken; forget another one and decide anew later."""
@@ -365,6 +381,8 @@ class Holder(AdmissionSteps):
         told: list[Effect] = []
         if self.freezing.stage is Stage.CHANGING:
             told = self._give_up_layers(why, maybe_taken=False)
+        if self._proposes_removal:
+            told += self._give_up_removal(why, unknown=False)
         self._forget_withdrawal()
         self.proposal = self.too_slow = None
         return [*told, *self._go_on()]
@@ -372,15 +390,16 @@ class Holder(AdmissionSteps):
     def _forget_withdrawal(self) -> None:
         """What was to be withdrawn surely did not come to etcd, unless the record has it."""
         assert self.record is not None and self.proposal is not None
-        if self.proposal.next_layer > self.record.next_layer:
-            self.freezing.withdraws = False
+        change = self.freezing.withdraws
+        if change is not None and change.is_between(self.record, self.proposal):
+            self.freezing.withdraws = None
 
     def _on_tick(self) -> list[Effect]:
         if self.phase is Phase.ENDED:
             return []
         late = self.freezing.look(self.missing(), self.levelling, self.now_s)
         told = self._give_up_layers(late) if late else []
-        return [*told, *self._on_time()]
+        return [*told, *self._ask_emptied(), *self._on_time()]
 
     def _on_time(self) -> list[Effect]:
         self.slowness.look(self.now_s)

@@ -229,6 +229,7 @@ class Holding:
             layers=after.layers,
             next_layer=after.next_layer,
             snapshots=after.snapshots,
+            merging=after.merging,
             grant=grant or before.grant,
         )
         return self._change(held, record, as_long_as)
@@ -315,26 +316,40 @@ class Holding:
 
 
 def _check_layers(before: ImageRecord, after: ImageRecord) -> None:
-    """Assert that layers stay, or that they change as a snapshot, its withdrawal or a rollback does
-    it."""
-    if after.layers == before.layers:
-        assert after.snapshots == before.snapshots, "a snapshot names a layer of its own"
-        assert after.next_layer == before.next_layer, "no layer came"
-        assert after.size_bytes == before.size_bytes, "the size is changed by `resize`"
-    elif after.next_layer == before.next_layer:
+    """Assert that layers stay, or change as what is done to them does it."""
+    size_stays = after.size_bytes == before.size_bytes
+    if after.next_layer != before.next_layer:
+        _check_new_top(before, after)
+    elif after.layers == before.layers:
+        assert size_stays, "the size is changed by `resize`"
+        gone = [each for each in before.snapshots if each not in after.snapshots]
+        kept = tuple(each for each in before.snapshots if each not in gone)
+        assert after.snapshots == kept, "the others stay"
+        assert len(gone) <= 1, "one is removed at a time"
+        merged = {*before.merging, *(each.layer for each in gone)}
+        assert set(after.merging) == merged, "a layer without its snapshot is merged"
+    elif after.snapshots == before.snapshots:
+        moved = set(before.layer_ids) ^ set(after.layer_ids)
+        assert size_stays and after.layers[0] == before.layers[0], "the top stays"
+        assert moved == set(before.merging) ^ set(after.merging), "a merged layer goes, or is back"
+    else:
+        assert size_stays and after.merging == before.merging, "nothing else changes"
         assert after.layers == before.layers[1:], "the top goes"
         assert after.snapshots == before.snapshots[:-1], "with the last snapshot"
-        assert after.size_bytes == before.size_bytes, "and nothing else"
-    else:
-        top, *below = after.layers
-        assert before.next_layer <= top.id < after.next_layer, "no layer's id is used twice"
-        if tuple(below) == before.layers:
-            assert len(after.snapshots) == len(before.snapshots) + 1, "with one snapshot"
-            assert after.snapshots[:-1] == before.snapshots, "beside those that there are"
-            assert after.size_bytes == before.size_bytes, "and nothing else"
-        else:
-            assert after.snapshots, "one goes back to a snapshot"
-            last = after.snapshots[-1]
-            assert after.snapshots == before.snapshots[: len(after.snapshots)], "newer ones go"
-            assert [layer.id for layer in below] == before.chain(last), "and the layers above"
-            assert after.size_bytes == last.size_bytes, "and the image has its size"
+
+
+def _check_new_top(before: ImageRecord, after: ImageRecord) -> None:
+    top, *below = after.layers
+    assert before.next_layer <= top.id < after.next_layer, "no layer's id is used twice"
+    if tuple(below) == before.layers:
+        assert len(after.snapshots) == len(before.snapshots) + 1, "with one snapshot"
+        assert after.snapshots[:-1] == before.snapshots, "beside those that there are"
+        same = (after.size_bytes, after.merging) == (before.size_bytes, before.merging)
+        assert same, "and nothing else"
+        return
+    assert after.snapshots, "one goes back to a snapshot"
+    last = after.snapshots[-1]
+    assert after.snapshots == before.snapshots[: len(after.snapshots)], "newer ones go"
+    assert [layer.id for layer in below] == before.chain(last), "and the layers above"
+    assert after.size_bytes == last.size_bytes, "and the image has its size"
+    assert set(after.merging) == set(before.merging) & {layer.id for layer in below}, "merged on"

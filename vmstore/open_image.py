@@ -74,6 +74,20 @@ class RollbackOrder:
 
 
 @dataclass(slots=True)
+class RemovalOrder:
+    """A snapshot, of this name, that was asked to be removed; its answer is its layer.
+
+    `pin` is as of `SnapshotOrder`.
+    """
+
+    name: str
+    done: Answer[int]
+    pin: int = 0
+    layer: int | None = None
+    """Once the image's holder knows of it."""
+
+
+@dataclass(slots=True)
 class OpenImage:
     """An image that is open, opening or closing."""
 
@@ -97,6 +111,8 @@ class OpenImage:
     """A snapshot of it that is being taken."""
     rollback: RollbackOrder | None = None
     """A rollback of it that is being made."""
+    removal: RemovalOrder | None = None
+    """A snapshot of it that is being removed."""
     boots: dict[str, str] = field(default_factory=dict)
     """Of its nodes: which memory holds what they answered and have not synced."""
     late: dict[int, float] = field(default_factory=dict)

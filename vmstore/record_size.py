@@ -35,9 +35,12 @@ def longest_bytes(record: ImageRecord) -> int:
 
 def check_snapshot(record: ImageRecord, image: str, name: str, created_s: int) -> None:
     """Raise SnapshotExists or TooManySnapshots where a snapshot cannot be added to a record."""
-    count = len(record.snapshots)
+    count, merging = len(record.snapshots), len(record.merging)
     if record.snapshot(name) is not None:
         raise SnapshotExists(image, name)
+    if count < SNAPSHOTS_MAX <= count + merging:
+        why = f"{merging} that were removed are still being merged, which takes a while"
+        raise TooManySnapshots(image, count, why)
     if count >= SNAPSHOTS_MAX:
         raise TooManySnapshots(image, count, "an image has no more than that")
     if longest_bytes(record.with_snapshot(name, created_s)) > RECORD_BYTES_MAX:

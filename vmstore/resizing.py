@@ -37,7 +37,7 @@ from vmstore.names import ImageName
 from vmstore.open_image import OpenImage, Resize
 from vmstore.orders import Answer
 from vmstore.serving import Serving
-from vmstore.snapshot_errors import BeingRolledBack, BeingSnapshotted
+from vmstore.snapshot_errors import BeingRemoved, BeingRolledBack, BeingSnapshotted
 from vmstore.standing import Phase
 from vmstore.stored import Stored
 
@@ -227,6 +227,8 @@ def why_busy(image: OpenImage) -> HciError | None:
         return BeingSnapshotted(name)
     if image.rollback is not None:
         return BeingRolledBack(name)
+    if image.removal is not None:
+        return BeingRemoved(name, image.removal.name)
     if image.holder.phase in (Phase.CLOSING, Phase.RELEASING, Phase.ENDED):
         return BeingClosed(name)
     return None

@@ -81,8 +81,7 @@ class Rollbacks(Snapshots):
         order = image.rollback
         if order is None or order.begun or image.holder.phase is not Phase.SERVING:
             return
-        if image.holder.freezing.withdraws:
-            # What goes is not to be named as newer, nor gone back to.
+        if self._must_wait(image):
             self._deciding.after(TICK_S, lambda: self._begin_rollback(image))
             return
         try:

@@ -349,6 +349,8 @@ class Serving(ABC):
                 self._engine.freeze(image.channel, attempt)
             case effects.Thaw(attempt):
                 self._engine.thaw(image.channel, attempt)
+            case effects.AskEmptied():
+                self._engine.ask_emptied(image.channel)
             case effects.TellLayers(failed, unknown):
                 self._layers_changed(image, failed, unknown=unknown)
             case effects.ChangeMembership(_, after):

@@ -10,7 +10,10 @@ VmstoreError
 ├── NewerSnapshots         a rollback would remove some, and is not forced to
 ├── RollbackFailed         the image holds what it held
 ├── RollbackUnknown        it is not known whether it does
-└── BeingRolledBack        a rollback of the image is being made
+├── BeingRolledBack        a rollback of the image is being made
+├── RemovalFailed          a snapshot is there as it was
+├── RemovalUnknown         it is not known whether it is
+└── BeingRemoved           a snapshot of the image is being removed
 """
 
 from collections.abc import Sequence
@@ -42,10 +45,11 @@ class HasSnapshots(VmstoreError):
     def __init__(self, image: str, names: Sequence[str]) -> None:
         self.image = image
         self.names = names
-        count = f"{len(names)} snapshots" if len(names) > 1 else "1 snapshot"
+        several = len(names) > 1
+        count = f"{len(names)} snapshots" if several else "1 snapshot"
         super().__init__(
             f"{image} is not removed: it has {count} ({names[0]}{', …' if names[1:] else ''}); "
-            "use --with-snapshots if they are not needed either"
+            f"remove {'them' if several else 'it'} with `hci snapshot rm`, or use --with-snapshots"
         )
 
 
@@ -119,3 +123,33 @@ class BeingRolledBack(VmstoreError):
     def __init__(self, image: str) -> None:
         self.image = image
         super().__init__(f"{image} is being rolled back; try again when that is done")
+
+
+class RemovalFailed(VmstoreError):
+    """A snapshot was not removed; the text says why."""
+
+    def __init__(self, name: str, why: str) -> None:
+        self.name = name
+        self.why = why
+        super().__init__(f"{name} is not removed: {why}")
+
+
+class RemovalUnknown(VmstoreError):
+    """etcd was asked to remove a snapshot, and whether it has is not known."""
+
+    def __init__(self, name: str, why: str) -> None:
+        self.name = name
+        self.why = why
+        super().__init__(
+            f"it is not known whether {name} is removed: {why}; run the command again, which finds "
+            "no such snapshot if it is"
+        )
+
+
+class BeingRemoved(VmstoreError):
+    """A snapshot of an image is being removed, and nothing else changes its record meanwhile."""
+
+    def __init__(self, image: str, name: str) -> None:
+        self.image = image
+        self.name = name
+        super().__init__(f"{image}@{name} is being removed; try again when that is done")

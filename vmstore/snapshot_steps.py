@@ -7,8 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Set
 from dataclasses import dataclass
 
+from etcd.images import ImageRecord
 from vmstore.effects import ChangeMembership, Effect, Freeze, TellLayers, Thaw
 from vmstore.freezing import HELD_LIMIT_S, Stage, is_unstored
+from vmstore.merging import AGAIN_S
 from vmstore.standing import Phase, State
 
 RETRY_S = 0.5
@@ -31,7 +33,8 @@ class SnapshotSteps(State, ABC):
     def changes_record(self) -> bool:
         """Whether the record is being changed, or about to be: no other change may be made."""
         freezing = self.freezing
-        return self.proposal is not None or self.paused or freezing.holds or freezing.withdraws
+        withdraws = freezing.withdraws is not None
+        return self.proposal is not None or self.paused or freezing.holds or withdraws
 
     def _freeze(self) -> list[Effect]:
         """Begin to freeze for the change that is wanted, if all nodes in sync are well."""
@@ -59,9 +62,8 @@ class SnapshotSteps(State, ABC):
         thaw = Thaw(self.freezing.attempt)
         if self.freezing.held_s < HELD_LIMIT_S:
             return [thaw, *self._go_on()]
-        self.freezing.end()
         why = "a node in sync was lost again and again as the image was frozen; try again"
-        return [thaw, TellLayers(why), *self._go_on()]
+        return [thaw, *self._end_freezing(why), *self._go_on()]
 
     def _on_holding(self, attempt: int) -> list[Effect]:
         if self.freezing.is_of_now(attempt):
@@ -83,8 +85,7 @@ class SnapshotSteps(State, ABC):
         if freezing.held_s < HELD_LIMIT_S:
             # The engine knew of a loss before us, which comes to the record first.
             return self._go_on()
-        freezing.end()
-        return [TellLayers(f"{why}; try again"), *self._go_on()]
+        return [*self._end_freezing(f"{why}; try again"), *self._go_on()]
 
     def _on_stored(self, generation: int) -> list[Effect]:
         assert self.record is not None
@@ -93,11 +94,24 @@ class SnapshotSteps(State, ABC):
         self.storing = False
         if self.freezing.stage is not Stage.STORING:
             return []
+        return self._end_freezing()
+
+    def _end_freezing(self, failed: str | None = None, *, unknown: bool = False) -> list[Effect]:
+        """It is over: tell who waits to hear of it, if anybody does."""
+        is_ordered = self.freezing.is_ordered
+        if failed is not None and not is_ordered:
+            self.merging.not_before_s = self.now_s + AGAIN_S
         self.freezing.end()
-        return [TellLayers()]
+        return [TellLayers(failed, unknown)] if is_ordered else []
+
+    def _yield_to_order(self) -> None:
+        """What nobody waits for is given up for what somebody does, if it has not begun."""
+        if self.freezing.stage is Stage.WAITING:
+            assert not self.freezing.is_ordered, "one order at a time"
+            self.freezing.end()
 
     def _give_up_layers(self, why: str, *, maybe_taken: bool = True) -> list[Effect]:
-        """End a change of layers; a snapshot that etcd has is withdrawn once that is known.
+        """End a change of layers; where it can be withdrawn, it is once that is known.
 
         Unless it is `maybe_taken` etcd surely has nothing of it.
         """
@@ -106,25 +120,26 @@ class SnapshotSteps(State, ABC):
             return []
         held = freezing.stage in (Stage.FREEZING, Stage.CHANGING)
         in_doubt = freezing.stage is Stage.CHANGING and maybe_taken
-        freezing.withdraws |= in_doubt and freezing.may_be_withdrawn
-        unknown = freezing.stage is Stage.STORING or (in_doubt and not freezing.may_be_withdrawn)
-        freezing.end()
-        return [*([Thaw(freezing.attempt)] if held else []), TellLayers(why, unknown)]
+        if in_doubt:
+            freezing.withdraws = freezing.withdrawable
+        unknown = freezing.stage is Stage.STORING or (in_doubt and freezing.withdraws is None)
+        thaw: list[Effect] = [Thaw(freezing.attempt)] if held else []
+        return [*thaw, *self._end_freezing(why, unknown=unknown)]
 
     @property
     def _awaits_rollback(self) -> bool:
         """Whether etcd is asked for a rollback: neither it nor the former layers may be gone by."""
-        return self.freezing.stage is Stage.CHANGING and not self.freezing.may_be_withdrawn
+        return self.freezing.stage is Stage.CHANGING and self.freezing.withdrawable is None
 
     def _withdraws(self, lost: Set[str] = frozenset()) -> bool:
-        """Whether the record's newest snapshot is to go: see `freezing`.
+        """Whether a change is to be withdrawn, or the record's newest snapshot: see `freezing`.
 
         Of an image that is being opened its nodes in sync tell, but for `lost` ones. One that has
         not stored it is needed of each replica set: a set whose nodes have may have answered writes
         to the layer on top.
         """
         assert self.record is not None
-        if self.freezing.withdraws:
+        if self.freezing.withdraws is not None:
             return True
         if self.phase is not Phase.GATHERING:
             return False
@@ -137,3 +152,8 @@ class SnapshotSteps(State, ABC):
             and all(of_set & names for of_set in of_sets)
             and is_unstored(self.record, heard)
         )
+
+    def _withdrawn(self, record: ImageRecord) -> ImageRecord:
+        """Return the record to propose where something is withdrawn."""
+        change = self.freezing.withdraws
+        return record.without_newest_snapshot() if change is None else change.withdrawn_from(record)

@@ -100,8 +100,7 @@ class Snapshots(Resizing):
         order = image.snapshot
         if order is None or order.begun or image.holder.phase is not Phase.SERVING:
             return
-        if image.holder.freezing.withdraws:
-            # The name may be that of the one that goes.
+        if self._must_wait(image):
             self._deciding.after(TICK_S, lambda: self._begin_snapshot(image))
             return
         assert image.holder.record is not None
@@ -113,6 +112,14 @@ class Snapshots(Resizing):
             return
         order.begun = True
         self._step(image, events.ChangeLayers(NewSnapshot(order.name, order.created_s)))
+
+    def _must_wait(self, image: OpenImage) -> bool:
+        """Whether layers are changed that nobody ordered, or may have been.
+
+        A snapshot that is withdrawn has its name until then, and is not to be taken for one.
+        """
+        freezing = image.holder.freezing
+        return freezing.withdraws is not None or freezing.holds
 
     def _layers_changed(
         self, image: OpenImage, failed: str | None, *, unknown: bool = False

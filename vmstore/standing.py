@@ -12,6 +12,7 @@ from etcd.images import ImageRecord
 from vmstore.events import Peeked
 from vmstore.freezing import Freezing, Stage
 from vmstore.healing import Heals
+from vmstore.merging import Merging
 from vmstore.slowness import Slowness
 from vmstore.space import Space
 
@@ -89,6 +90,7 @@ class State:
     """Whom the proposal leaves behind although it is there."""
     space: Space = field(default_factory=lambda: Space(FAILING_S))
     freezing: Freezing = field(default_factory=Freezing)
+    merging: Merging = field(default_factory=Merging)
     storing: bool = False
     paused: bool = False
     """Another change of the record is under way: none is proposed."""

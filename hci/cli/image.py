@@ -80,6 +80,7 @@ def info(context: typer.Context, name: Image, as_json: AsJson = False) -> None:
         output.as_json(values)
         return
     values["snapshots"] = ", ".join(each.name for each in record.snapshots) or "-"
+    values["merging"] = _merging_words(record)
     values["size_bytes"] = f"{record.size_bytes} ({geometry.format_size(record.size_bytes)})"
     values["used_bytes"] = ", ".join(f"{node} {output.size(used[node])}" for node in used) or "-"
     values["stale"] = _stale_words(record)
@@ -310,8 +311,14 @@ def _details(record: ImageRecord, used: dict[str, int]) -> dict[str, Any]:
             {"name": s.name, "size_bytes": s.size_bytes, "created_at": s.created_s}
             for s in record.snapshots
         ],
+        "merging": list(record.merging),
         "used_bytes": used,
     }
+
+
+def _merging_words(record: ImageRecord) -> str | None:
+    layers = ", ".join(map(str, record.merging))
+    return f"layers {layers} of removed snapshots" if layers else None
 
 
 def _stale_words(record: ImageRecord) -> str | None:

@@ -1,4 +1,4 @@
-"""`hci snapshot`: take snapshots of images, list them, look at one, go back to one."""
+"""`hci snapshot`: take snapshots of images, list them, look at one, go back to one, remove them."""
 
 import time
 from typing import Annotated, Any
@@ -77,6 +77,31 @@ def rollback(
         typer.echo(f"newer snapshots are gone: {', '.join(done.dropped)}")
 
 
+@app.command("rm")
+def remove(
+    context: typer.Context,
+    name: Name,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Until all nodes have freed what it alone kept.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove a snapshot, of an image that is open too. Its space comes back by and by."""
+    here, wanted = session.of(context), parse_snapshot_name(name)
+    with here.catalog() as records:
+        with output.waiting(f"removing {name}"):
+            image, layer = snapshots.remove(here.config, records, wanted)
+        if wait:
+            with output.waiting(f"merging what {name} held"):
+                snapshots.await_merge(records, image, layer)
+    if as_json:
+        output.as_json({"name": name, "layer": layer, "merged": wait})
+    elif wait:
+        typer.echo(f"removed {name}, and freed what it alone kept")
+    else:
+        typer.echo(f"removed {name}; nodes free what it alone kept by and by")
+
+
 @app.command("ls")
 def show(
     context: typer.Context,
@@ -88,6 +113,7 @@ def show(
     """List the snapshots of an image, of a pool or of all, the oldest first."""
     with session.of(context).catalog() as records:
         found = list(snapshots.listed(records, where))
+        merging = [] if as_json else list(snapshots.merging(records, where))
     if as_json:
         output.as_json([_row(str(name), snapshot) for name, snapshot in found])
         return
@@ -99,6 +125,9 @@ def show(
         ],
         "no snapshots; take one with `hci snapshot create POOL/IMAGE@NAME`",
     )
+    for image, count in merging:
+        what = "a removed snapshot is" if count == 1 else f"{count} removed snapshots are"
+        typer.echo(f"{image}: {what} being merged")
 
 
 @app.command()

@@ -228,7 +228,9 @@ def test_snapshots_that_cannot_be_taken_or_read_are_refused_in_one_line(two: Dev
         ("image", "url", f"{POOL}/odd@t"),
     ):
         assert no_such in is_refused(two, *command)
-    assert "it has 1 snapshot (s); use --with" in is_refused(two, "image", "rm", f"{POOL}/odd")
+    assert "it has 1 snapshot (s); remove it with `hci" in is_refused(
+        two, "image", "rm", f"{POOL}/odd"
+    )
     assert "snapshots" in is_refused(two, "image", "resize", f"{POOL}/odd@s", "2M")
     said = subprocess.run(
         ["nbdinfo", url_at(two, "gateway2", "odd@t")], capture_output=True, text=True

@@ -57,7 +57,8 @@ def test_member_killed_at_any_moment_of_a_rollback_leaves_one_or_the_other(
         until(f"{image} is closed", lambda: two.info(image)["open_on"] is None)  # noqa: B023
         write(two, image, since, file)
         print(f"round {number}: {victim} is killed after {moment_s * 1000:.0f} ms")
-        done = killed_in_the_midst(two, image, victim, moment_s)
+        arguments = ("snapshot", "rollback", f"{POOL}/{image}@s")
+        done = killed_in_the_midst(two, arguments, victim, moment_s)
         print(done.stdout, done.stderr)
         two.await_health("ok")
         # Whoever opens it next decides nothing: the record says what it holds.
@@ -75,14 +76,13 @@ def test_member_killed_at_any_moment_of_a_rollback_leaves_one_or_the_other(
 
 
 def killed_in_the_midst(
-    cluster: DevCluster, image: str, victim: str, moment_s: float
+    cluster: DevCluster, arguments: tuple[str, ...], victim: str, moment_s: float
 ) -> subprocess.CompletedProcess[str]:
-    """How a rollback ends as a member is killed so long after it was begun; it runs again then."""
+    """How a command ends as a member is killed so long after it was begun; it runs again then."""
     program = Prepared(cluster.around(), cluster.environment())
     ended: list[subprocess.CompletedProcess[str]] = []
     try:
         program.run(("--version",), DONE_S)
-        arguments = ("snapshot", "rollback", f"{POOL}/{image}@s")
         running = threading.Thread(target=lambda: ended.append(program.run(arguments, DONE_S)))
         running.start()
         time.sleep(moment_s)

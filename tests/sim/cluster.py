@@ -29,6 +29,7 @@ from tests.sim.nodes import Nodes
 from tests.sim.operators import Operator
 from tests.sim.oracle import SECTOR_BYTES, UNDER_WAY_S, Oracle
 from tests.sim.processes import CUTTER, KeptServed, SimGateway
+from tests.sim.removals import Removals
 from tests.sim.rollbacks import Rollbacks
 from tests.sim.safety import Safety
 from tests.sim.shape import IMAGE, IMAGE_NAME, POOL, SHARD_BYTES, Shape
@@ -69,6 +70,7 @@ class Cluster:
         self.safety = Safety(self)
         self.snapshots = Snapshots(self)
         self.rollbacks = Rollbacks(self)
+        self.removals = Removals(self)
         self.liveness = Liveness(self)
         self.numbers = itertools.count(1)
         self.oracle = Oracle(SHARD_BYTES // SECTOR_BYTES)
@@ -428,6 +430,7 @@ class Cluster:
             self.safety.check_record(former, record)
         self.liveness.record_changed(former, record)
         self.rollbacks.record_changed(former, record)
+        self.removals.record_changed(former, record)
         if record.stale != former.stale:
             self.say(f"etcd: generation {record.generation}, stale {_plain(record.stale)}")
             self.judge_memory()

@@ -521,6 +521,10 @@ DEFECTS = (
     Defect("dropped layers go", "10: it returns with a node that was away", "rollbacks", 20, 1,
            match="keeps layers|differs|read as",
            rules=("DroppedLayersGo",)),
+    # Removals
+    Defect("merges fill gaps", "10: what was merged returns", "removals", 20, 1,
+           match="read as|differs",
+           rules=("MergesFillGaps",)),
     # Bounds
     Defect("a change is asked for once", "invariant 8", "etcd", 20, 8, match="calls under way",
            patch=_asked_at_each_tick),
@@ -531,6 +535,10 @@ CANDIDATES = (
            rules=("PullsEndWithTheirSession",)),
     Defect("peers ask under the record", "14: late frames", "heals", 0,
            rules=("PeersAskUnderTheRecord",)),
+    Defect("what is merged keeps its generation", "10: what was merged returns", "removals", 0,
+           rules=("MergedKeepGenerations",)),
+    Defect("merged before it is compared", "10: what was merged returns", "removals", 0,
+           rules=("MergedBeforeCompared",)),
     Defect("each set says that a snapshot is not stored", "invariant 1", "snapshots", 0,
            patch=_any_set_tells),
     Defect("unanswered writes are asked again", "invariant 2", "power", 0,

@@ -211,6 +211,10 @@ class History(Copies):
         self._read_everything()
         if self.kind.snapshots:
             self._read_snapshots()
+        if self.kind.removals:
+            cluster.run_for(120.0, cluster.removals.all_merged)
+            cluster.removals.check()
+            self._read_snapshots()
         if self.kind.rollbacks:
             cluster.rollbacks.check()
             cluster.run_for(20.0, cluster.rollbacks.all_dropped)

@@ -32,6 +32,8 @@ class Kind:
     """Somebody takes snapshots and reads them; all are read at the end."""
     rollbacks: bool = False
     """Somebody has the image rolled back; nothing of dropped layers is left at the end."""
+    removals: bool = False
+    """Somebody removes snapshots; nothing is left of their layers at the end."""
     processes: bool = False
     """Gateways know the processes of their guests."""
     some_away: bool = False
@@ -245,6 +247,16 @@ KINDS = (
         (Shape(), Shape(shards=6), SMALL_LOG,
          Shape(nodes=5, gateways=2, replica_sets=3, shards=6), Shape(nodes=2, arbiter=True)),
         snapshots=True, rollbacks=True,
+    ),
+    Kind(
+        "removals",
+        {"take_snapshot": 12, "remove_snapshot": 12, "strike_removal": 5, "roll_back_image": 1,
+         "read_snapshot": 3, "kill_node": 3, "kill_gateway": 2, "cut_node": 2, "crash_node": 2,
+         "leave_behind": 5, "reset": 1, "slow_etcd": 2, "etcd_down": 1, "cut_etcd": 1, "second": 1,
+         "cut_host": 1, "cut_all": 1, "guests_leave": 1, "interrupt_heal": 2, "slow_disk": 1},
+        (Shape(), Shape(shards=6), SMALL_LOG, SMALL_LOG,
+         Shape(nodes=5, gateways=2, replica_sets=3, shards=6), Shape(nodes=2, arbiter=True)),
+        snapshots=True, rollbacks=True, removals=True,
     ),
 )  # fmt: skip
 

@@ -35,7 +35,7 @@ from vmstore.healing import HealLimits
 from vmstore.history import Member
 from vmstore.ledger import Ledger
 from vmstore.names import ImageName
-from vmstore.open_image import Resize, RollbackOrder, SnapshotOrder
+from vmstore.open_image import RemovalOrder, Resize, RollbackOrder, SnapshotOrder
 from vmstore.scrubbing import Scrubber
 from vmstore.served import Served, ServedFile
 from vmstore.set_back import may_run_elsewhere, only_here, seen_later
@@ -165,6 +165,10 @@ class SimEngine:
     def thaw(self, channel: int, attempt: int) -> None:
         """Have them wait no longer."""
         self._world.thaw(self._gateway, channel, attempt)
+
+    def ask_emptied(self, channel: int) -> None:
+        """Ask all nodes what they have merged."""
+        self._world.ask_emptied(self._gateway, channel)
 
     def open_reader(self, channel: int, **how: Any) -> None:
         """Read a snapshot."""
@@ -404,6 +408,11 @@ class SimGateway:
         """Have the image rolled back, as the control service does."""
         name = ImageName(POOL, IMAGE)
         self.deciding.put(lambda: self.exports._find_to_roll_back(name, order))
+
+    def remove_snapshot(self, order: RemovalOrder) -> None:
+        """Have a snapshot removed, as the control service does."""
+        name = ImageName(POOL, IMAGE)
+        self.deciding.put(lambda: self.exports._find_to_remove(name, order))
 
     def rename(self, name: str) -> None:
         """Be given another gateway's name by mistake: leases are taken in it."""

@@ -109,6 +109,34 @@ class SnapshotFaults(Strikes):
         self._later(11.5, lambda: _ask(cluster, name, other))
         self._later(self.chance.uniform(12.0, 16.0), lambda: cluster.continue_gateway(gateway))
 
+    def remove_snapshot(self) -> None:
+        """Somebody removes one, whoever has the image."""
+        cluster = self.cluster
+        names = [each.name for each in cluster.record.snapshots] if cluster.record else []
+        if names:
+            cluster.removals.ask(self.chance.choice(names), self._asked())
+
+    def strike_removal(self) -> None:
+        """One is removed, and as nodes merge it, or have, something befalls the cluster."""
+        strikes = (
+            lambda: self.cluster.stop_gateway(self._asked(), host=False),
+            self.kill_node,
+            self.cut_node,
+            self.cut_all,
+            self.crash_node,
+            self.etcd_down,
+            self.leave_behind,
+            self.guests_leave,
+        )
+        strike = self.chance.choice(strikes)
+        self.remove_snapshot()
+        if self.chance.random() < 0.5:
+            self._at_event.setdefault("emptied", []).append(
+                lambda _gateway, _node: self._soon(strike, 0.05)
+            )
+        else:
+            self._later(self.chance.uniform(0.0, 0.5), strike)
+
     def _store_in_one_set(self, gateway: int) -> None:
         """The nodes of one replica set store it, those of another one do not hear of it.
 

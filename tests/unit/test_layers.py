@@ -43,6 +43,8 @@ PURE = (
     "vmstore/holding.py",
     "vmstore/judging.py",
     "vmstore/layer_changes.py",
+    "vmstore/merge_steps.py",
+    "vmstore/merging.py",
     "vmstore/names.py",
     "vmstore/record_size.py",
     "vmstore/recovering.py",

@@ -46,6 +46,11 @@ def broken(**changes: Any) -> bytes:
         ({"snapshots": [{**FROZEN, "name": f"{n}"} for n in range(257)]}, "at most 256 snapshots"),
         ({"snapshots": [{**FROZEN, "name": "a/b"}]}, "snapshots.name .*has a slash"),
         ({"snapshots": [{**FROZEN, "size_bytes": 0}]}, "snapshots.size_bytes"),
+        ({"merging": [1]}, "without a snapshot"),
+        ({"merging": [2]}, "one below the top"),
+        ({"merging": [1, 1], "snapshots": []}, "named once"),
+        ({"merging": [True]}, "merging is not a whole number"),
+        ({"merging": 1}, "merging is not a list"),
         ({"next_layer": 2}, "the next layer is above all others"),
         ({"holder": None}, "an epoch has a holder"),
         ({"epoch": 0}, "an epoch has a holder"),
@@ -117,6 +122,25 @@ def test_newest_snapshot_goes_with_its_layer_whose_id_is_not_used_again() -> Non
     assert (gone.layers, gone.snapshots) == (IMAGE.layers, IMAGE.snapshots)
     assert gone.with_snapshot("b", 0).layer_ids == [4, 2, 1]
     assert replace(IMAGE, snapshots=()).newest_snapshot is None
+
+
+def test_removed_snapshot_leaves_its_layer_to_be_merged() -> None:
+    taken = IMAGE.with_snapshot("b", 0).with_snapshot("c", 0)
+    first, second, third = taken.snapshots
+    removed = taken.without_snapshot(first).without_snapshot(third)
+    assert (removed.snapshots, removed.merging) == ((second,), (3, 1))
+    assert removed.layers == taken.layers
+    assert removed.generation == taken.generation + 2
+    assert removed.newest_snapshot is None
+    assert ImageRecord.decode("/hci/x", removed.encode()) == removed
+    assert taken.is_behind(removed)
+    assert replace(removed, merging=()).digest != removed.digest
+    assert removed.rolled_back(second).merging == (1,)
+    gone = removed.without_merged({3})
+    assert (gone.layer_ids, gone.merging) == ([4, 2, 1], (1,))
+    assert replace(gone.with_merged({3}), generation=removed.generation) == removed
+    with pytest.raises(AssertionError, match="they were merged"):
+        removed.without_merged({2})
 
 
 def test_rollback_puts_a_new_layer_on_those_of_the_snapshot_at_its_size() -> None:

@@ -1,5 +1,6 @@
 """Which gateway is asked for a snapshot or a rollback, and what is said of what it answers."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,10 @@ class Asked(GatewayControlServicer):
         self.asked.append((request.image_id, request.name))
         return self.answer(context)
 
+    def RemoveSnapshot(self, request: Any, context: Any) -> pb.RemoveSnapshotReply:  # noqa: N802
+        self.asked.append((request.image_id, request.name))
+        return pb.RemoveSnapshotReply(layer=1)
+
     def Rollback(self, request: Any, context: Any) -> pb.RollbackReply:  # noqa: N802
         self.asked.append((request.image_id, request.name))
         return pb.RollbackReply(created_s=5, dropped=["t"] if request.force else [])
@@ -67,10 +72,10 @@ def catalog(etcd: MemoryEtcd) -> Catalog:
     return made
 
 
-def held_by(etcd: MemoryEtcd, catalog: Catalog, gateway: str) -> None:
-    """A gateway has the image for clients."""
+def held_by(etcd: MemoryEtcd, catalog: Catalog, gateway: str, *, maintenance: bool = False) -> None:
+    """A gateway has the image, for clients or for maintenance."""
     image = catalog.find(NAME.image).record.id
-    lease = LeaseRecord(gateway=gateway, holder="a" * 32, epoch=1)
+    lease = LeaseRecord(gateway=gateway, holder="a" * 32, epoch=1, maintenance=maintenance)
     etcd.transaction([], [Put(keys.lease(image), lease.encode(), etcd.grant_lease(1000))])
 
 
@@ -181,3 +186,39 @@ def test_gateway_that_has_the_image_is_asked_to_roll_it_back(
 def test_rollback_to_what_is_not_there_asks_no_gateway(catalog: Catalog) -> None:
     with pytest.raises(UnknownSnapshot):
         snapshots.roll_back(CONFIG, catalog, NAME, force=True)
+
+
+def test_gateway_that_waits_for_merges_of_an_image_is_asked_for_what_a_person_wants(
+    etcd: MemoryEtcd, catalog: Catalog
+) -> None:
+    """Several snapshots were removed one after the other: a gateway elsewhere had the image for
+    the merge of the first, and the second was refused."""
+    held_by(etcd, catalog, "far", maintenance=True)
+    with running(etcd, "far", taken) as far:
+        assert snapshots.create(CONFIG, catalog, NAME).held_ms == 3
+    assert len(far.asked) == 1
+
+
+def test_removed_snapshot_is_waited_for_until_its_layer_is_merged_or_its_image_gone(
+    etcd: MemoryEtcd, catalog: Catalog
+) -> None:
+    held = catalog.take_lease(
+        catalog.find(NAME.image),
+        gateway="far",
+        holder="a" * 32,
+        etcd_lease=etcd.grant_lease(1000),
+    )
+    held = catalog.change(held, held.record.with_snapshot("s", 5))
+    with running(etcd, "far", taken):
+        image, layer = snapshots.remove(CONFIG, catalog, NAME)
+    assert (image, layer) == (held.record.id, 1)
+    removed = catalog.change(held, held.record.without_snapshot(held.record.snapshots[0]))
+    assert list(snapshots.merging(catalog, "vms/disk")) == [(NAME.image, 1)]
+    ends = threading.Timer(
+        0.3, lambda: catalog.change(removed, removed.record.without_merged({layer}))
+    )
+    ends.start()
+    snapshots.await_merge(catalog, image, layer)
+    ends.join()
+    assert catalog.find(NAME.image).record.merging == ()
+    assert list(snapshots.merging(catalog, None)) == []

@@ -412,7 +412,7 @@ def test_image_that_has_snapshots_is_deleted_only_with_them(
     held = catalog.change(held, held.record.with_snapshot("s", 5))
     catalog.release(held, clean=True)
     assert catalog.find_snapshot(snapshot)[1] == catalog.find(DISK).record.snapshots[0]
-    with pytest.raises(HasSnapshots, match=r"it has 1 snapshot \(s\); use --with-snapshots"):
+    with pytest.raises(HasSnapshots, match=r"it has 1 snapshot \(s\); remove it with"):
         catalog.delete_image(DISK)
     assert len(catalog.images()) == 1
     catalog.delete_image(DISK, with_snapshots=True)

@@ -7,7 +7,7 @@ from etcd.images import ImageRecord
 from tests.unit.samples import NODES
 from tests.unit.vmstore.test_holder import changes, gathering, peeked, record, serving, view
 from vmstore import effects as wanted
-from vmstore import events, snapshot_steps, standing
+from vmstore import events, merging, snapshot_steps, standing
 from vmstore import freezing as f
 from vmstore.freezing import Stage
 from vmstore.holder import Holder
@@ -542,3 +542,108 @@ def test_new_holder_keeps_a_rollback_that_no_node_has_stored() -> None:
     ours = replace(ROLLED_BACK, epoch=4)
     effects = opened(ours, dict.fromkeys(NODES, view(TAKEN)))
     assert effects == [wanted.Admit(NODES, False, (1, 2, 3))]
+
+
+# Removals
+
+REMOVED = TAKEN.without_snapshot(SHOT)
+EMPTIED = frozenset({1})
+MERGED = REMOVED.without_merged(EMPTIED)
+
+
+def test_snapshot_is_removed_by_one_change_and_nothing_is_frozen() -> None:
+    holder = settled()
+    assert holder.step(events.RemoveSnapshot("monday")) == [wanted.ChangeMembership(TAKEN, REMOVED)]
+    effects = holder.step(events.MembershipChanged(REMOVED))
+    assert effects == [wanted.Reconfigure(REMOVED), wanted.TellLayers()]
+    assert holder.step(events.Stored(REMOVED.generation)) == []
+
+
+def test_removal_leaves_a_lost_node_behind_in_the_same_change() -> None:
+    holder = settled()
+    holder.step(events.ReplicaDown("node3", blocking=False))
+    (change,) = changes(holder.step(events.RemoveSnapshot("monday")))
+    assert change.after == REMOVED
+    holder = settled()
+    (lost,) = changes(holder.step(events.ReplicaDown("node3", blocking=True)))
+    assert holder.step(events.RemoveSnapshot("monday")) == []
+    holder.step(events.MembershipChanged(lost.after))
+    (change,) = changes(holder.step(events.Stored(lost.after.generation)))
+    assert change.after == lost.after.without_snapshot(SHOT)
+
+
+def test_removal_that_etcd_surely_does_not_have_fails_and_one_that_it_may_have_is_asked_again() -> (
+    None
+):
+    holder = settled()
+    holder.step(events.RemoveSnapshot("monday"))
+    effects = holder.step(events.MembershipDelayed("no leader", maybe_taken=False))
+    assert effects == [wanted.TellLayers("no leader")]
+    assert holder.step(events.Tick(9.0)) == []
+    holder.step(events.RemoveSnapshot("monday"))
+    assert holder.step(events.MembershipDelayed("no answer", maybe_taken=True)) == []
+    assert changes(holder.step(events.Tick(18.0)))
+    effects = holder.step(events.Lost("another gateway has it"))
+    assert told(effects) == wanted.TellLayers("another gateway has it", unknown=True)
+
+
+def test_close_before_etcd_is_asked_for_a_removal_gives_it_up() -> None:
+    holder = settled()
+    (lost,) = changes(holder.step(events.ReplicaDown("node3", blocking=True)))
+    holder.step(events.RemoveSnapshot("monday"))
+    assert told(holder.step(events.Close())) is not None
+    assert changes(holder.step(events.MembershipChanged(lost.after))) == []
+
+
+def emptied(holder: Holder, *nodes: str) -> list[wanted.Effect]:
+    effects: list[wanted.Effect] = []
+    for node in nodes:
+        effects += holder.step(events.Emptied(node, EMPTIED))
+    return effects
+
+
+def test_layer_goes_frozen_when_all_nodes_have_merged_it_and_nobody_is_told() -> None:
+    holder = settled(REMOVED)
+    assert holder.step(events.Tick(1.0)) == [wanted.AskEmptied()]
+    assert emptied(holder, "node3") == []
+    assert holder.step(events.Tick(1.0 + merging.ASK_S - 0.1)) == []
+    assert holder.step(events.Tick(1.0 + merging.ASK_S)) == [wanted.AskEmptied()]
+    assert emptied(holder, "node1", "node2") == [], "the third has to say so again"
+    assert emptied(holder, "node3") == [wanted.Freeze(1)]
+    assert holder.step(events.Frozen(1)) == [wanted.ChangeMembership(REMOVED, MERGED)]
+    assert holder.step(events.MembershipChanged(MERGED)) == [wanted.Reconfigure(MERGED)]
+    assert holder.step(events.Stored(MERGED.generation)) == []
+    assert holder.step(events.Tick(9.0)) == []
+
+
+def test_layer_stays_while_a_stale_node_has_something_of_it() -> None:
+    holder = settled(replace(REMOVED, stale={0: {"node3": 1}}))
+    holder.step(events.Tick(1.0))
+    assert emptied(holder, "node1", "node2") == []
+    assert wanted.Freeze(1) in emptied(holder, "node3")
+
+
+def test_layer_that_etcd_took_out_too_late_is_put_back_and_goes_some_other_time() -> None:
+    holder = settled(REMOVED)
+    emptied(holder, *NODES)
+    holder.step(events.Frozen(1))
+    assert holder.step(events.Tick(f.THAW_AFTER_S))[0] == wanted.Thaw(1)
+    back = MERGED.with_merged(EMPTIED)
+    effects = holder.step(events.MembershipChanged(MERGED))
+    assert effects == [wanted.ChangeMembership(MERGED, back)]
+    assert holder.step(events.MembershipChanged(back)) == [wanted.Reconfigure(back)]
+    holder.step(events.Stored(back.generation))
+    assert holder.step(events.Tick(30.0)) == [wanted.AskEmptied()]
+    assert emptied(holder, *NODES) == []
+    assert holder.step(events.Tick(90.0)) == [wanted.AskEmptied()]
+    assert emptied(holder, *NODES) == [wanted.Freeze(2)]
+
+
+def test_order_comes_before_a_merge_that_has_not_ended() -> None:
+    holder = settled(REMOVED)
+    emptied(holder, *NODES)
+    holder.step(events.FreezeFailed(1, "a node in sync was lost"))
+    assert holder.freezing.stage is Stage.WAITING
+    assert holder.step(events.ChangeLayers(NewSnapshot("tuesday", 0))) == [wanted.Freeze(2)]
+    (change,) = changes(holder.step(events.Frozen(2)))
+    assert change.after == REMOVED.with_snapshot("tuesday", 0)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from etcd.images import ImageRecord
+from etcd.images import ImageRecord, Layer
 from etcd.memory import MemoryEtcd
 from etcd.records import LeaseRecord
 from shard.ids import ImageId
@@ -77,6 +77,10 @@ def entry(number: int, **changes: object) -> ImageEntry:
 ALIVE = {"node1", "node2", "node3"}
 
 
+MERGING = {"layers": (Layer(id=2), Layer(id=1)), "merging": (1,)}
+"""A snapshot of it was removed."""
+
+
 @pytest.mark.parametrize(
     ("found", "leased", "alive", "expected"),
     [
@@ -85,6 +89,9 @@ ALIVE = {"node1", "node2", "node3"}
         (entry(1), True, ALIVE, False),
         (entry(1), False, {"node1", "node2"}, False),
         (entry(1), False, {"node1", "node3"}, False),
+        (entry(1, stale={}, **MERGING), False, ALIVE, True),
+        (entry(1, stale={}, **MERGING), True, ALIVE, False),
+        (entry(1, stale={}, **MERGING), False, {"node1", "node2"}, False),
     ],
 )
 def test_closed_image_is_looked_after_when_all_that_it_takes_is_alive(

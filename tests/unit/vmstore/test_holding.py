@@ -501,7 +501,7 @@ def test_change_of_layers_that_is_none_is_a_defect(cluster: Cluster) -> None:
     for changes, problem in (
         ({"next_layer": 1}, "no layer's id is used twice"),
         ({"snapshots": ()}, "with one snapshot"),
-        ({"layers": held.record.layers}, "a layer of its own"),
+        ({"layers": held.record.layers}, "no layer's id is used twice"),
         ({"layers": (Layer(id=9), *after.layers), "next_layer": 10}, "newer ones go"),
         ({"size_bytes": 2 * GIB}, "and nothing else"),
     ):
@@ -528,7 +528,7 @@ def test_rollback_that_is_none_is_a_defect(cluster: Cluster) -> None:
     taken = cluster.holding.change(held, held.record.with_snapshot("s", 5))
     after = taken.record.rolled_back(taken.record.snapshots[0])
     for changes, problem in (
-        ({"next_layer": 3}, "the top goes"),
+        ({"next_layer": 3}, "the top stays"),
         ({"snapshots": ()}, "one goes back to a snapshot"),
         ({"layers": (Layer(id=3),)}, "and the layers above"),
         ({"size_bytes": 2 * GIB}, "has its size"),
@@ -536,3 +536,31 @@ def test_rollback_that_is_none_is_a_defect(cluster: Cluster) -> None:
         with pytest.raises(AssertionError, match=problem):
             cluster.holding.change(taken, replace(after, **changes))  # type: ignore[arg-type]
     assert cluster.image == taken.image
+
+
+def test_removed_snapshot_goes_by_its_name_first_and_by_its_layer_later(cluster: Cluster) -> None:
+    held = cluster.open(1)
+    for name in ("s", "t"):
+        held = cluster.holding.change(held, held.record.with_snapshot(name, 5))
+    first = held.record.snapshots[0]
+    removed = cluster.holding.change(held, held.record.without_snapshot(first))
+    assert (removed.record.layer_ids, removed.record.merging) == ([3, 2, 1], (1,))
+    assert [each.name for each in cluster.image.record.snapshots] == ["t"]
+    gone = cluster.holding.change(removed, removed.record.without_merged({1}))
+    assert (gone.record.layer_ids, gone.record.merging) == ([3, 2], ())
+    back = cluster.holding.change(gone, gone.record.with_merged({1}))
+    assert (back.record.layer_ids, back.record.merging) == ([3, 2, 1], (1,))
+    assert back.record.layers == removed.record.layers
+
+
+def test_removal_that_is_none_is_a_defect(cluster: Cluster) -> None:
+    held = cluster.open(1)
+    held = cluster.holding.change(held, held.record.with_snapshot("s", 5))
+    after = held.record.without_snapshot(held.record.snapshots[0])
+    for changes, problem in (
+        ({"merging": ()}, "a layer without its snapshot is merged"),
+        ({"size_bytes": 2 * GIB}, "the size is changed"),
+        ({"layers": held.record.layers[:1]}, "the top goes|nothing else"),
+    ):
+        with pytest.raises(AssertionError, match=problem):
+            cluster.holding.change(held, replace(after, **changes))  # type: ignore[arg-type]

@@ -47,7 +47,9 @@ def test_snapshot_is_read_without_a_lease_by_all_clients_over_one_channel(
     ask(gateway, 1)
     channel = opened(gateway)
     (_, values) = gateway.engine.named("open_reader")[0]
-    assert (values["image"], values["layers"], values["size_bytes"]) == (before.id, [1], GIB)
+    (snapshot,) = before.snapshots
+    assert values["snapshot"] == (snapshot.layer, snapshot.generation)
+    assert (values["image"], values["size_bytes"]) == (before.id, GIB)
     assert (values["nodes"], values["in_sync"]) == (list(before.sets[0]), [[0, 1, 2]])
     assert gateway.engine.answer_to(1) is None
     gateway.engine.emit("reader_open", channel=channel)
