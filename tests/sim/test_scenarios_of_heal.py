@@ -82,7 +82,7 @@ def write_while_a_shard_is_copied() -> None:
     def heal_begins(_node: str) -> None:
         # Some shards are compared by then, some are not yet, and some are right now.
         stage.cluster.on_heal = lambda _again: None
-        stage.cluster.clock.after(0.06, write_all)
+        stage.cluster.clock.after(0.07, write_all)
 
     stage.cluster.on_heal = heal_begins
     stage.start(1)
@@ -215,7 +215,7 @@ def test_healed_node_that_loses_its_power_has_what_it_was_given() -> None:
 
 def test_healed_node_that_had_not_synced_is_noticed() -> None:
     noticed = 0
-    for seed in range(1, 13):
+    for seed in range(17, 29):
         try:
             with breaking("HealedIsDurable"):
                 lose_power_after_a_heal(seed)
