@@ -82,7 +82,7 @@ def write_while_a_shard_is_copied() -> None:
     def heal_begins(_node: str) -> None:
         # Some shards are compared by then, some are not yet, and some are right now.
         stage.cluster.on_heal = lambda _again: None
-        stage.cluster.clock.after(0.06, write_all)
+        stage.cluster.clock.after(0.07, write_all)
 
     stage.cluster.on_heal = heal_begins
     stage.start(1)
