@@ -36,17 +36,22 @@ class Metrics:
     """What a member says when it is asked."""
 
     def __init__(self, cluster: DevCluster, kind: str, name: str) -> None:
-        self._address = tomllib.loads(cluster.config.read_text())[kind][name]["metrics"]
+        address = tomllib.loads(cluster.config.read_text())[kind][name]["metrics"]
+        self._url = f"http://{address}/metrics"
 
     def of(self, metric: str, **labels: str) -> float | None:
         """One value; None where it is not told."""
-        with urllib.request.urlopen(f"http://{self._address}/metrics", timeout=60) as answer:
-            text = answer.read().decode()
-        for family in text_string_to_metric_families(text):
+        for family in text_string_to_metric_families(self.text()):
             for sample in family.samples:
                 if sample.name == metric and sample.labels == labels:
                     return float(sample.value)
         return None
+
+    def text(self) -> str:
+        """All that it says."""
+        with urllib.request.urlopen(self._url, timeout=60) as answer:
+            said: str = answer.read().decode()
+        return said
 
     def above_zero(self, metric: str, **labels: str) -> bool:
         """Whether it is told, and something."""

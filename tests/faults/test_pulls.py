@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from tests.devcluster import DevCluster
@@ -24,6 +27,28 @@ from tests.waiting import until
 
 SIZE = "64M"
 BLOCKS = (64 << 20) // BLOCK_BYTES
+ASK = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1]).read().decode())"
+
+
+class HostMetrics(Metrics):
+    """What a member says when it is asked from outside all hosts."""
+
+    def __init__(self, hosts: HostCluster, kind: str, name: str) -> None:
+        super().__init__(hosts, kind, name)
+        self._command = [*hosts.around(), sys.executable, "-c", ASK, self._url]
+
+    def text(self) -> str:
+        return subprocess.run(
+            self._command, capture_output=True, check=True, text=True, timeout=60
+        ).stdout
+
+
+def pulled_and_copied(node: Metrics) -> tuple[float, float]:
+    """Bytes that a node has had of others since it started: by itself, and in all."""
+    pulled = node.of("hci_node_pulled_bytes_total")
+    copied = node.of("hci_node_copied_bytes_total")
+    assert pulled is not None and copied is not None
+    return pulled, copied
 
 
 def served_to_peers(cluster: DevCluster) -> float:
@@ -69,6 +94,8 @@ def test_node_that_does_not_reach_the_others_is_healed_through_the_gateway(
             hosts.network.cut(others, ["node2"])
         hosts.run("node2")
         await_stale(hosts, image, set())
+        pulled, copied = pulled_and_copied(HostMetrics(hosts, "node", "node2"))
+        assert pulled == 0 < copied
         hosts.network.mend()
         for first in range(0, BLOCKS, RUN_BLOCKS):
             version = 2 if first % (2 * RUN_BLOCKS) == 0 else 1
@@ -92,11 +119,14 @@ def test_line_between_nodes_that_fails_in_the_midst_of_a_heal_does_not_stop_it(
             for first in range(0, BLOCKS, 16 * RUN_BLOCKS):
                 session.call("write", first, 1, 3)
             await_stale(hosts, "midst", set())
+            pulled, copied = pulled_and_copied(HostMetrics(hosts, "node", "node2"))
+            # It was under way as the line failed, and went on through the gateway.
+            assert 0 < pulled < copied
             hosts.network.mend()
     hosts.must_be_equal("midst")
 
 
-def test_holder_that_dies_with_pulls_under_way_leaves_nothing_that_lands_on_newer_data() -> None:
+def test_holder_that_dies_in_a_heal_from_node_to_node_is_followed_by_one_that_ends_it() -> None:
     with DevCluster(gateways=2) as two:
         two.create("taken", SIZE)
         with slow_heal(two, "8M"):
@@ -106,6 +136,8 @@ def test_holder_that_dies_with_pulls_under_way_leaves_nothing_that_lands_on_newe
                 fill(session, 2, blocks=BLOCKS)
                 two.run("node2")
                 until("a heal is under way", lambda: copies(two, "taken"))
+                pulled, _ = pulled_and_copied(Metrics(two, "node", "node2"))
+                assert pulled > 0
                 two.kill("gateway1")
             with open_at(two, "gateway2", "taken") as session:
                 fill(session, 3, blocks=BLOCKS, every=4)

@@ -29,7 +29,7 @@ ETCD_MEMBERS = 3
 START_TIMEOUT_S = 60.0
 BACKLOG = 128
 
-CLIENT, PEER, DATA, CONTROL, NBD = 2379, 2380, 7100, 7101, 10809
+CLIENT, PEER, DATA, CONTROL, METRICS, NBD = 2379, 2380, 7100, 7101, 7102, 10809
 
 READY = {
     "etcd": b"ready to serve client requests",
@@ -220,6 +220,7 @@ class HostCluster(DevCluster):
                 }
             if member.kind == "node":
                 own["socket"] = str(self.directory / f"{name}.sock")
+                own["metrics"] = self._at(name, METRICS)
             if member.kind == "gateway":
                 own |= {
                     "run_dir": str(self.directory / name),
