@@ -110,8 +110,10 @@ def test_slow_node_is_reported_and_stays(cluster: DevCluster) -> None:
             until("status tells it", lambda: told in cluster.hci("status"), WITHIN_S)
             assert cluster.health() == "degraded"
             assert stale(cluster) == []
-        until("it is not slow any more", lambda: told not in cluster.hci("status"), WITHIN_S)
-    assert logged(cluster, "replica_slow") and logged(cluster, "replica_not_slow")
+        # While there are writes: an image that is let go tells nothing any more.
+        until("it is quick again", lambda: logged(cluster, "replica_not_slow") > 0, WITHIN_S)
+        until("status tells it", lambda: told not in cluster.hci("status"), WITHIN_S)
+    assert logged(cluster, "replica_slow")
     cluster.await_health("ok")
     cluster.must_be_equal("disk")
 
