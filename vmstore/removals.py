@@ -7,7 +7,6 @@ layer. All is decided on the deciding thread.
 
 import structlog
 
-from etcd.images import ImageRecord
 from shard.errors import HciError
 from vmstore import events
 from vmstore.deciding import TICK_S
@@ -15,12 +14,10 @@ from vmstore.errors import UnknownSnapshot
 from vmstore.names import ImageName
 from vmstore.open_image import OpenImage, RemovalOrder
 from vmstore.orders import Answer
-from vmstore.resizing import why_busy
 from vmstore.rollbacks import Rollbacks
 from vmstore.snapshot_errors import RemovalFailed, RemovalUnknown
-from vmstore.snapshots import SNAPSHOT_LIMIT_S
+from vmstore.snapshots import SNAPSHOT_LIMIT_S, STOPPING
 from vmstore.standing import Phase
-from vmstore.stored import Stored
 
 log = structlog.get_logger()
 
@@ -46,28 +43,11 @@ class Removals(Rollbacks):
     # On the deciding thread
 
     def _find_to_remove(self, name: ImageName, order: RemovalOrder) -> None:
-        def find() -> Stored[ImageRecord]:
-            self._catalog.check_history()
-            return self._catalog.find(name)
-
-        def found(stored: Stored[ImageRecord]) -> None:
-            if self._calls.stopping:
-                order.done.set_exception(_stopping(order))
-                return
-            image = self._use(name, stored, maintenance=True)
-            busy = why_busy(image)
-            if busy is not None:
-                order.done.set_exception(busy)
-                return
+        def take(image: OpenImage) -> None:
             image.removal = order
-            order.pin = self._take_pin()
-            image.users.add(order.pin)
             self._begin_removal(image)
 
-        if self._calls.stopping:
-            order.done.set_exception(_stopping(order))
-        else:
-            self._calls.later(find, found, order.done.set_exception)
+        self._find_to_change(name, order, RemovalFailed(order.name, STOPPING), take)
 
     def _begin_removal(self, image: OpenImage) -> None:
         """Have the holder remove the snapshot that was asked for, if any was; the image serves."""
@@ -111,7 +91,3 @@ class Removals(Rollbacks):
         else:
             order.done.set_exception(outcome)
         self._let_go(image, order.pin)
-
-
-def _stopping(order: RemovalOrder) -> HciError:
-    return RemovalFailed(order.name, "the gateway is stopping; try again")

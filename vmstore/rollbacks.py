@@ -10,7 +10,6 @@ not let go. Whoever comes meanwhile is sent away. All is decided on the deciding
 
 import structlog
 
-from etcd.images import ImageRecord
 from shard.errors import HciError
 from vmstore import events
 from vmstore.deciding import TICK_S
@@ -19,11 +18,9 @@ from vmstore.layer_changes import Rollback
 from vmstore.names import ImageName
 from vmstore.open_image import OpenImage, RollbackOrder, RolledBack
 from vmstore.orders import Answer
-from vmstore.resizing import why_busy
 from vmstore.snapshot_errors import NewerSnapshots, RollbackFailed, RollbackUnknown
-from vmstore.snapshots import SNAPSHOT_LIMIT_S, Snapshots
+from vmstore.snapshots import SNAPSHOT_LIMIT_S, STOPPING, Snapshots
 from vmstore.standing import Phase
-from vmstore.stored import Stored
 
 log = structlog.get_logger()
 
@@ -50,31 +47,14 @@ class Rollbacks(Snapshots):
     # On the deciding thread
 
     def _find_to_roll_back(self, name: ImageName, order: RollbackOrder) -> None:
-        def find() -> Stored[ImageRecord]:
-            self._catalog.check_history()
-            return self._catalog.find(name)
-
-        def found(stored: Stored[ImageRecord]) -> None:
-            if self._calls.stopping:
-                order.done.set_exception(_stopping(order))
-                return
-            image = self._use(name, stored, maintenance=True)
-            busy = why_busy(image)
-            if busy is not None:
-                order.done.set_exception(busy)
-                return
+        def take(image: OpenImage) -> None:
             image.rollback = order
-            order.pin = self._take_pin()
-            image.users.add(order.pin)
             if image.maintenance:
                 self._claim(image)
             else:
                 self._begin_rollback(image)
 
-        if self._calls.stopping:
-            order.done.set_exception(_stopping(order))
-        else:
-            self._calls.later(find, found, order.done.set_exception)
+        self._find_to_change(name, order, RollbackFailed(order.name, STOPPING), take)
 
     def _begin_rollback(self, image: OpenImage) -> None:
         """Have the holder make the rollback that was asked for, if any was; the image serves."""
@@ -139,7 +119,3 @@ class Rollbacks(Snapshots):
         else:
             order.done.set_exception(outcome)
         self._let_go(image, order.pin)
-
-
-def _stopping(order: RollbackOrder) -> HciError:
-    return RollbackFailed(order.name, "the gateway is stopping; try again")

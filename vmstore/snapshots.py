@@ -8,6 +8,7 @@ thread. A snapshot ends, one way or the other, at the latest with the image.
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -20,7 +21,13 @@ from vmstore.freezing import LEVEL_LIMIT_S
 from vmstore.holder import OPEN_LIMIT_S
 from vmstore.layer_changes import NewSnapshot
 from vmstore.names import ImageName
-from vmstore.open_image import OpenImage, SnapshotOrder, TakenSnapshot
+from vmstore.open_image import (
+    OpenImage,
+    RemovalOrder,
+    RollbackOrder,
+    SnapshotOrder,
+    TakenSnapshot,
+)
 from vmstore.orders import Answer
 from vmstore.record_size import check_snapshot
 from vmstore.resizing import Resizing, why_busy
@@ -32,6 +39,10 @@ log = structlog.get_logger()
 
 SNAPSHOT_LIMIT_S = OPEN_LIMIT_S + LEVEL_LIMIT_S + 20.0
 """How long a caller waits: for the image to open, to be made level, and for the rest with room."""
+
+STOPPING = "the gateway is stopping; try again"
+
+LayersOrder = SnapshotOrder | RollbackOrder | RemovalOrder
 
 
 class Snapshots(Resizing):
@@ -63,36 +74,62 @@ class Snapshots(Resizing):
     # On the deciding thread
 
     def _find_to_freeze(self, name: ImageName, order: SnapshotOrder) -> None:
+        def take(image: OpenImage) -> None:
+            image.snapshot = order
+            if image.holder.phase is Phase.SERVING:
+                self._begin_snapshot(image)
+
+        if name in self._looked_up:
+            order.done.set_exception(BeingSnapshotted(str(name)))
+            return
+        self._looked_up.add(name)
+        self._find_to_change(
+            name,
+            order,
+            SnapshotFailed(order.name, STOPPING),
+            take,
+            looked_up=lambda: self._looked_up.discard(name),
+        )
+
+    def _find_to_change(
+        self,
+        name: ImageName,
+        order: LayersOrder,
+        stopping: HciError,
+        take: Callable[[OpenImage], None],
+        looked_up: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Open an image for an order about its layers, which keeps it in use from then on.
+
+        `take` gets it, unless something else is done to it; `looked_up` is called when etcd has
+        answered, or is not asked. `stopping` is said where the gateway is.
+        """
+
         def find() -> Stored[ImageRecord]:
             self._catalog.check_history()
             return self._catalog.find(name)
 
         def failed(error: HciError) -> None:
-            self._looked_up.discard(name)
+            looked_up()
             order.done.set_exception(error)
 
         def found(stored: Stored[ImageRecord]) -> None:
-            self._looked_up.discard(name)
             if self._calls.stopping:
-                order.done.set_exception(_stopping(order))
+                failed(stopping)
                 return
+            looked_up()
             image = self._use(name, stored, maintenance=True)
             busy = why_busy(image)
             if busy is not None:
                 order.done.set_exception(busy)
-            else:
-                image.snapshot = order
-                order.pin = self._take_pin()
-                image.users.add(order.pin)
-                if image.holder.phase is Phase.SERVING:
-                    self._begin_snapshot(image)
+                return
+            order.pin = self._take_pin()
+            image.users.add(order.pin)
+            take(image)
 
         if self._calls.stopping:
-            order.done.set_exception(_stopping(order))
-        elif name in self._looked_up:
-            order.done.set_exception(BeingSnapshotted(str(name)))
+            failed(stopping)
         else:
-            self._looked_up.add(name)
             self._calls.later(find, found, failed)
 
     def _begin_snapshot(self, image: OpenImage) -> None:
@@ -167,7 +204,3 @@ class Snapshots(Resizing):
 
         # Not in the midst of what the holder has just said.
         self._deciding.put(close)
-
-
-def _stopping(order: SnapshotOrder) -> HciError:
-    return SnapshotFailed(order.name, "the gateway is stopping; try again")
