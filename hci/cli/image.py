@@ -9,14 +9,14 @@ import typer
 
 from etcd.images import ImageRecord
 from etcd.scrubs import ScrubRecord
-from hci import images
+from hci import changes, images
 from hci.cli import output, session
 from hci.cli.output import AsJson
 from shard import geometry
 from vmstore import check as replicas
 from vmstore import transfer
 from vmstore.catalog import Catalog
-from vmstore.names import ImageName, SnapshotName, parse_image_name, parse_name
+from vmstore.names import ImageName, SnapshotName, parse_image_name, parse_name, parse_snapshot_name
 
 app = typer.Typer(
     help="Images: virtual disks, named POOL/NAME.", no_args_is_help=True, add_completion=False
@@ -212,6 +212,41 @@ def export(
     with output.progress(f"exporting {name}") as progress:
         transfer.export(uri, file, progress, file_format, force=force)
     typer.echo(f"exported {name} to {file}")
+
+
+@app.command()
+def diff(
+    context: typer.Context,
+    older: Annotated[str, typer.Argument(metavar="POOL/NAME@SNAPSHOT")],
+    newer: Annotated[
+        str | None, typer.Argument(metavar="POOL/NAME[@SNAPSHOT]", help="By default: now.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what was written to an image since a snapshot: up to now, or to a later one."""
+    here, since = session.of(context), parse_snapshot_name(older)
+    upto = since.image if newer is None else parse_name(newer)
+    with here.catalog() as records:
+        if as_json:
+            found = list(changes.since(here.config, records, since, upto, lambda _done: None))
+        else:
+            with output.progress(f"comparing {upto} with {since}") as progress:
+                found = list(changes.since(here.config, records, since, upto, progress))
+    rows = [
+        (each.offset_bytes, each.length_bytes, "zero" if each.zero else "data") for each in found
+    ]
+    if as_json:
+        keys = ("offset_bytes", "length_bytes", "type")
+        output.as_json([dict(zip(keys, row, strict=True)) for row in rows])
+        return
+    output.table(("OFFSET", "LENGTH", "TYPE"), rows, f"nothing was written since {since}")
+    if rows:
+        data = sum(length for _, length, kind in rows if kind == "data")
+        zeroes = sum(length for _, length, _ in rows) - data
+        typer.echo(
+            f"since {since} {geometry.format_size(data)} of data were written and "
+            f"{geometry.format_size(zeroes)} zeroed, in {len(rows)} parts"
+        )
 
 
 def _found(records: Catalog, name: ImageName | SnapshotName) -> ImageRecord:
