@@ -21,7 +21,8 @@ OPT_GO, OPT_SET_META_CONTEXT, OPT_EXTENDED_HEADERS = 7, 10, 11
 REP_ACK, REP_INFO, REP_META_CONTEXT, REP_ERROR = 1, 3, 4, 1 << 31
 INFO_EXPORT = 0
 
-READ, DISCONNECT, BLOCK_STATUS = 0, 2, 7
+READ, WRITE, DISCONNECT, FLUSH, WRITE_ZEROES, BLOCK_STATUS = 0, 1, 2, 3, 6, 7
+COMMAND_PAYLOAD = 1 << 5
 FLAG_DONE = 1
 CHUNK_NONE, CHUNK_DATA, CHUNK_HOLE, CHUNK_STATUS, CHUNK_ERROR = 0, 1, 2, 6, 32769
 
@@ -31,7 +32,7 @@ STATE_ZERO = 2
 STATE_DIRTY = 1
 
 READ_BYTES_MAX = 32 << 20
-"""Most bytes of one read."""
+"""Most bytes of one read or write."""
 
 TIMEOUT_S = 60.0
 """How long a gateway may be silent: an image that waits for its nodes does not answer."""
@@ -105,6 +106,18 @@ class NbdClient:
                 raise NbdFailed(f"{self.export}: the gateway answered with chunk {kind}")
         return bytes(content)
 
+    def write(self, offset: int, content: bytes) -> None:
+        """Write at most READ_BYTES_MAX bytes; durable with the next flush."""
+        self._chunks(self._ask(WRITE, offset, len(content), content))
+
+    def zero(self, offset: int, length: int) -> None:
+        """Have a part read as zeroes that take no space."""
+        self._chunks(self._ask(WRITE_ZEROES, offset, length))
+
+    def flush(self) -> None:
+        """Return when all that was written is durable."""
+        self._chunks(self._ask(FLUSH, 0, 0))
+
     # Handshake
 
     def _open(self, contexts: Sequence[str]) -> None:
@@ -143,9 +156,11 @@ class NbdClient:
 
     # Requests
 
-    def _ask(self, command: int, offset: int, length: int) -> int:
+    def _ask(self, command: int, offset: int, length: int, payload: bytes = b"") -> int:
         self._cookie += 1
-        self._send(struct.pack(">IHHQQQ", REQUEST, 0, command, self._cookie, offset, length))
+        flags = COMMAND_PAYLOAD if payload else 0
+        head = struct.pack(">IHHQQQ", REQUEST, flags, command, self._cookie, offset, length)
+        self._send(head + payload)
         return self._cookie
 
     def _chunks(self, cookie: int) -> list[tuple[int, bytes]]:

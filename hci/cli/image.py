@@ -9,7 +9,7 @@ import typer
 
 from etcd.images import ImageRecord
 from etcd.scrubs import ScrubRecord
-from hci import changes, images
+from hci import changes, images, increments
 from hci.cli import output, session
 from hci.cli.output import AsJson
 from shard import geometry
@@ -184,16 +184,39 @@ def url(
 def import_(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A qcow2, raw, vmdk or vdi file.")],
-    name: Image,
+    name: Annotated[str | None, typer.Argument(metavar="[POOL/NAME]")] = None,
     file_format: Format = None,
+    onto: Annotated[
+        str | None,
+        typer.Option(
+            "--onto",
+            metavar="POOL/NAME",
+            help="FILE is an increment: put it onto this image, which holds what it was made "
+            "against, and take the snapshot that it is of.",
+        ),
+    ] = None,
 ) -> None:
-    """Create an image with the content of a file."""
+    """Create an image with the content of a file, or put an increment onto one."""
+    if (name is None) == (onto is None):
+        raise typer.BadParameter("name the image to make, or with --onto the one that is there")
     here = session.of(context)
+    if onto is not None:
+        if file_format is not None:
+            raise typer.BadParameter("an increment has one format")
+        _import_onto(here, file, parse_image_name(onto))
+        return
+    assert name is not None
     image, source = parse_image_name(name), transfer.inspect(file, file_format)
     uri = images.answering_uri(here.config, image, None)
     with here.catalog() as records, output.progress(f"importing {file.name}") as progress:
         images.import_file(records, image, source, uri, progress)
     typer.echo(f"imported {file} as {name}, {geometry.format_size(source.size_bytes)}")
+
+
+def _import_onto(here: session.Session, file: Path, onto: ImageName) -> None:
+    with here.catalog() as records, output.progress(f"importing {file.name}") as progress:
+        taken = increments.put_onto(here.config, records, file, onto, progress)
+    typer.echo(f"imported {file}: {onto} holds what {taken.name} was, and has the snapshot {taken}")
 
 
 @app.command()
@@ -203,9 +226,28 @@ def export(
     file: Annotated[Path, typer.Argument(help="Its suffix says the format, else --format.")],
     file_format: Format = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="SNAPSHOT",
+            help="Of a snapshot, only what was written since this older one: an increment, for "
+            "`hci image import --onto`.",
+        ),
+    ] = None,
 ) -> None:
     """Write the content of an image, or of a snapshot, into a file."""
     here, image = session.of(context), parse_name(name)
+    if since is not None:
+        if file_format is not None:
+            raise typer.BadParameter("an increment has one format")
+        if not isinstance(image, SnapshotName):
+            raise typer.BadParameter("--from is for a snapshot: take one, and export that")
+        base = SnapshotName(image.image, since)
+        with here.catalog() as records, output.progress(f"exporting {name}") as progress:
+            size = increments.export(here.config, records, base, image, file, progress, force=force)
+        typer.echo(f"exported {geometry.format_size(size)} that {name} has since {since} to {file}")
+        return
     with here.catalog() as records:
         holder = images.holder_of(records, _found(records, image).id)
     uri = images.answering_uri(here.config, image, holder)
