@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import failed
 from tests.devcluster import POOL, CommandError, DevCluster
 from tests.faults.load import DURATION_S, VerifyingFio, drawn_seed
 from tests.faults.nbd_session import NbdError, NbdSession
@@ -44,9 +45,11 @@ def rotting_cluster() -> Iterator[DevCluster]:
 
 
 @pytest.fixture
-def rotting(rotting_cluster: DevCluster) -> Iterator[DevCluster]:
+def rotting(request: pytest.FixtureRequest, rotting_cluster: DevCluster) -> Iterator[DevCluster]:
     """The same for each test, without what former ones left."""
     yield rotting_cluster
+    if failed(request.node):
+        rotting_cluster.print_logs()
     rotting_cluster.mend()
 
 
