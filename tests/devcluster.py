@@ -163,6 +163,18 @@ class DevCluster:
             self.config.write_text(before)
             self._start_again(members)
 
+    def shorten_logs(self) -> None:
+        """Has nodes keep little in their logs, so that data soon lies in files of shards."""
+        for node in self.nodes:
+            self.kill(node)
+        text = self.config.read_text()
+        for node in self.nodes:
+            text = text.replace(f"[node.{node}]\n", f'[node.{node}]\nlog_bytes = "16M"\n')
+        self.config.write_text(text)
+        for node in self.nodes:
+            self.run(node)
+        self.await_health("ok")
+
     def _start_again(self, members: Iterable[str]) -> None:
         for member in members:
             self.kill(member)

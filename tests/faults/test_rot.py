@@ -32,15 +32,7 @@ OTHER = b"\x5a" * BLOCK_BYTES
 def rotting_cluster() -> Iterator[DevCluster]:
     """A cluster whose nodes have small logs, so that data soon lies in shard files."""
     with DevCluster(gateways=2) as cluster:
-        for node in cluster.nodes:
-            cluster.kill(node)
-        text = cluster.config.read_text()
-        for node in cluster.nodes:
-            text = text.replace(f"[node.{node}]\n", f'[node.{node}]\nlog_bytes = "16M"\n')
-        cluster.config.write_text(text)
-        for node in cluster.nodes:
-            cluster.run(node)
-        cluster.await_health("ok")
+        cluster.shorten_logs()
         yield cluster
 
 
