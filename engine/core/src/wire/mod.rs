@@ -1,4 +1,4 @@
-//! Frames of the protocol of gateways and nodes, version 4, without I/O. The bytes are specified in
+//! Frames of the protocol of gateways and nodes, version 5, without I/O. The bytes are specified in
 //! `docs/wire.md`; every constant and layout below has its section there.
 //!
 //! A frame is a 28-byte prefix, a head (its layout depends on the kind) and a payload. The prefix and
@@ -18,7 +18,7 @@ pub use frame::{Frame, FrameReader, Prefix, decode, encode};
 /// Opens every HELLO head (docs/wire.md, "Hello"); its layout is the same in all versions.
 pub const MAGIC: [u8; 8] = *b"HCIWIRE\n";
 /// The protocol version that this code speaks.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 /// Bytes of a frame's prefix.
 pub const PREFIX_BYTES: usize = 28;
 /// Largest head. A full block summary of a 64 MiB shard (16,384 × 25 bytes) fits.
@@ -106,12 +106,14 @@ pub enum Status {
     Unreachable = 16,
     /// PULL: something that came later was about the same blocks, or too much is under way.
     Cancelled = 17,
+    /// The image is a clone, and what it is a clone of is not here, or not all that is in it.
+    NoParent = 18,
 }
 
 impl Status {
     pub fn from_wire(value: u16) -> Option<Status> {
         use Status::*;
-        const ALL: [Status; 18] = [
+        const ALL: [Status; 19] = [
             Ok,
             Malformed,
             Version,
@@ -130,6 +132,7 @@ impl Status {
             NoLayers,
             Unreachable,
             Cancelled,
+            NoParent,
         ];
         ALL.get(usize::from(value)).copied()
     }
