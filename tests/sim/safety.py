@@ -208,7 +208,8 @@ class Safety:
         record = self._cluster.record
         for process in self._cluster.gateways:
             if process is not None and record is not None and process.holder == record.holder:
-                return next(((process, image) for image in process.exports.snapshot()), None)
+                images = (i for i in process.exports.snapshot() if i.image == record.id)
+                return next(((process, image) for image in images), None)
         return None
 
     def _is_quiet(self, process: SimGateway, image: OpenImage) -> bool:
