@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any
-from unittest import mock
-
-from etcd.images import ImageRecord
 from tests.sim.clones import Clone
+from tests.sim.defects import planted_by_name
 from tests.sim.oracle import Violation
 from tests.sim.snapshots import Known
 from tests.sim.stage import Stage, broken
@@ -86,6 +82,21 @@ def test_snapshot_with_a_clone_is_not_removed_and_its_neighbours_are() -> None:
     end(stage)
 
 
+def remove_what_has_a_clone() -> None:
+    stage = Stage(gateways=3)
+    stage.write(stage.at(1))
+    known = taken(stage)
+    cloned(stage, known)
+    assert stage.cluster.removals.ask(known.name, 0)
+    stage.run(2.0)
+
+
+def test_removal_of_what_has_a_clone_is_noticed() -> None:
+    patch = planted_by_name("what has clones stays")
+    with broken(patch=patch, match="goes, and c1 begins on it"):
+        remove_what_has_a_clone()
+
+
 def test_etcd_that_loses_answers_leaves_a_clone_whole_or_none() -> None:
     stage = Stage(gateways=3)
     stage.write(stage.at(1))
@@ -140,10 +151,7 @@ def test_clone_is_not_read_through_a_parent_that_is_stale_there() -> None:
     clone_with_a_parent_that_is_stale_on_a_node()
 
 
-def _nobody_lacks_anything() -> AbstractContextManager[Any]:
-    return mock.patch.object(ImageRecord, "lacking", return_value={})
-
-
 def test_clone_that_is_read_through_a_stale_parent_is_noticed() -> None:
-    with broken(patch=_nobody_lacks_anything, match="read as|differs"):
+    patch = planted_by_name("ancestors are healed first")
+    with broken(patch=patch, match="read as|differs"):
         clone_with_a_parent_that_is_stale_on_a_node()
