@@ -536,10 +536,10 @@ DEFECTS = (
            match="read as|differs",
            rules=("MergesFillGaps",)),
     # Clones
-    Defect("ancestors are healed first", "11: a clone reads a stale parent", "clones", 40, 1,
+    Defect("ancestors are healed first", "11: a clone reads a stale parent", "clones", 10, 1,
            match="read as|differs",
            patch=_nobody_lacks_an_ancestor),
-    Defect("what has clones stays", "11: a clone reads what is gone", "clones", 20, 1,
+    Defect("what has clones stays", "11: a clone reads what is gone", "clones", 10, 2,
            match="begins on it",
            patch=_snapshots_with_clones_go),
     # Bounds

@@ -147,7 +147,8 @@ class Safety:
         for process in cluster.gateways:
             if process is None:
                 continue
-            if process.deciding.calls > WORKERS:
+            # Each image has one under way, or waits for its turn; each clone is one more.
+            if process.deciding.calls > WORKERS + len(cluster.clones.known):
                 raise Violation(f"{process.name} has {process.deciding.calls} calls under way")
             for image in process.exports.snapshot():
                 requests, parts, unanswered = cluster.world.queues(process.index, image.channel)
