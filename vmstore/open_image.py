@@ -144,5 +144,3 @@ class OpenImage:
     behind: bool = False
     """Whether etcd was found to have lost history of it."""
     last_trouble: str = ""
-    scrubs_asked: set[ImageId] = field(default_factory=set)
-    """Ancestors of a clone in which damage was met, and that were asked to be scrubbed."""

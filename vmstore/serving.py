@@ -16,7 +16,6 @@ Events come in, the holder takes a step, its effects are carried out. All else h
 """
 
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -269,28 +268,9 @@ class Serving(ABC):
         if event["event"] == "zeroed":
             self._zeroed(image, event["done"])
             return
-        if event["event"] == "parent_rot":
-            self._ancestor_rots(image, ImageId(event["image"]), image.node_names[event["node"]])
-            return
         heard = self._channels.heard(image, event)
         if heard is not None:
             self._hear(image, heard)
-
-    def _ancestor_rots(self, image: OpenImage, ancestor: ImageId, node: str) -> None:
-        """Have an ancestor scrubbed: who reads a clone met damage there, which is not its own."""
-        if ancestor in image.scrubs_asked:
-            return
-        image.scrubs_asked.add(ancestor)
-        log.warning("ancestor_rots", image=str(image.name), ancestor=ancestor, node=node)
-
-        def failed(_error: HciError) -> None:
-            # It is asked for with the next block.
-            image.scrubs_asked.discard(ancestor)
-
-        now_ms = int(time.time() * 1000)
-        self._calls.later(
-            lambda: self._catalog.ask_for_scrub(ancestor, now_ms), nothing_more, failed
-        )
 
     def _hear(self, image: OpenImage, event: events.Event) -> None:
         """Take what the engine, etcd or an arbiter tells of an image."""
