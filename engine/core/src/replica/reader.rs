@@ -254,7 +254,11 @@ impl ReaderIo {
         let Some(part) = self.parts.get(id).filter(known) else { return Ok(()) };
         match frame.status {
             Status::Ok => {}
-            Status::NoLayers | Status::NoRecord | Status::NoSession | Status::Deleted => {
+            Status::NoLayers
+            | Status::NoRecord
+            | Status::NoSession
+            | Status::NoParent
+            | Status::Deleted => {
                 self.refused(node, frame.status);
                 return Ok(());
             }
