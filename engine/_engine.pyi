@@ -75,11 +75,16 @@ class Gateway:
         in_sync: list[list[int]],
         local: int | None = None,
         levelling: tuple[int, int, int] | None = None,
+        parent: tuple[str, int, int, int] | None = None,
     ) -> None:
         """Begin with an image: its nodes are asked for their records (`peeked`).
 
         `levelling` is what levelling in the background may take: bytes in a second (0: no limit),
-        shards at once, and percent of the time beside clients.
+        shards at once, and percent of the time beside clients. `parent` of a clone: image, layer and
+        generation of the snapshot that it began with, and the snapshot's size. `peeked` says
+        `parent_missing` of a node that has not all of that, and so cannot serve the clone; one that
+        is admitted all the same waits again (`admit_failed`, "NoParent"). `parent_rot`, with `node`,
+        `image`, `shard` and `block`, names a damaged block of an ancestor, which is not repaired here.
         """
 
     def peek(self, channel: int, node: int) -> None:
@@ -306,7 +311,8 @@ class Node:
     def read_shard(self, image: str, layers: list[int], shard: int) -> bytes | None:
         """Return a shard's content, None where nothing was written.
 
-        Raises ValueError where the node has no record of the image.
+        Of a clone with what shows of its parent. Raises ValueError where the node has no record of the
+        image, RuntimeError where it cannot be read.
         """
 
     def usage(self, image: str) -> int:
@@ -455,6 +461,7 @@ class Simulation:
         in_sync: list[list[int]],
         local: int | None = None,
         levelling: tuple[int, int, int] | None = None,
+        parent: tuple[str, int, int, int] | None = None,
     ) -> None: ...
     def open_reader(
         self,
@@ -580,7 +587,10 @@ class Simulation:
     def shard_digests(
         self, node: int, image: str, layers: list[int], shard: int
     ) -> list[int | None] | None:
-        """Return a digest of each block on a running node, None where it is damaged."""
+        """Return a digest of each block on a running node, None where it is damaged.
+
+        Of a clone with what shows of its parent; None where the node has not all of that.
+        """
 
     def take_applied(self, stamp: int) -> list[tuple[int, int]]:
         """Return, and forget, who has applied a write: shard and mask of nodes."""

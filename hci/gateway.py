@@ -592,6 +592,19 @@ class GatewayControl(GatewayControlServicer):
             context.abort(grpc.StatusCode.ABORTED, str(RemovalUnknown(str(name), why)))
         return pb.RemoveSnapshotReply(layer=layer)
 
+    def ConfirmSnapshot(
+        self, request: pb.ConfirmSnapshotRequest, context: grpc.ServicerContext
+    ) -> pb.ConfirmSnapshotReply:
+        name = SnapshotName(self._name(request.image_id), request.name)
+        try:
+            layer = self._gateway.exports.confirm_snapshot(name.image, name.name)
+        except TimeoutError as error:
+            raise HciError(
+                f"the nodes of {name.image} had not stored {name.name} after "
+                f"{SNAPSHOT_LIMIT_S:.0f} s; `hci status` says what is missing"
+            ) from error
+        return pb.ConfirmSnapshotReply(layer=layer)
+
     def Resize(self, request: pb.ResizeRequest, context: grpc.ServicerContext) -> pb.ResizeReply:
         name = self._name(request.image_id)
         try:

@@ -86,6 +86,7 @@ class Channels:
             layers=record.layer_ids,
             snapshots=_snapshots(record),
             merging=list(record.merging),
+            parent=record.below,
             epoch=record.epoch,
             holder=self._holder_id,
             generation=record.generation,
@@ -286,5 +287,11 @@ def _peeked(node: str, event: dict[str, Any]) -> events.Peeked:
             distrusted=record["distrusted"],
         )
     return events.Peeked(
-        node, event["start_counter"], flush_number, event["deleted"], view, event["serial"]
+        node,
+        event["start_counter"],
+        flush_number,
+        event["deleted"],
+        view,
+        event["serial"],
+        event.get("parent_missing", False),
     )

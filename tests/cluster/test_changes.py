@@ -184,6 +184,29 @@ def test_diffs_that_make_no_sense_are_refused_in_one_line(two: DevCluster) -> No
     assert f"{older} is no snapshot of {POOL}/other: name two states of one image" in strange
 
 
+def test_diff_of_a_clone_knows_its_own_snapshots_and_depths_go_on_in_its_parent(
+    two: DevCluster,
+) -> None:
+    size = 3 << 30
+    two.create("template", str(size))
+    qemu_io(two, "template", "write -P 1 0 1M", "write -P 1 2G 1M")
+    take(two, "template@v1")
+    closed(two, "template")
+    two.hci("image", "clone", f"{POOL}/template@v1", f"{POOL}/cloned")
+    qemu_io(two, "cloned", "write -P 2 1M 1M")
+    take(two, "cloned@s")
+    closed(two, "cloned")
+    qemu_io(two, "cloned", "write -P 3 0 4k", "write -z -u 2G 1M")
+    assert diff(two, "cloned@s") == [(0, BLOCK, "data"), (2 << 30, MIB, "zero")]
+    depths = nbdinfo_map(url_at(two, "gateway1", "cloned"), "qemu:allocation-depth")
+    assert depths == [
+        *((0, BLOCK, 1), (BLOCK, MIB - BLOCK, 3), (MIB, MIB, 2), (2 * MIB, (2 << 30) - 2 * MIB, 0)),
+        *((2 << 30, MIB, 1), ((2 << 30) + MIB, size - (2 << 30) - MIB, 0)),
+    ]
+    said = is_refused(two, "image", "diff", f"{POOL}/template@v1", f"{POOL}/cloned")
+    assert "name two states of one image" in said
+
+
 # NBD
 
 

@@ -220,7 +220,8 @@ def held(shared: DevCluster) -> Held:
     with connect(shared) as connection:
         connection.sendall(hello(cluster_id(shared), "node1"))
         assert answer(connection) == (HELLO | REPLY, OK)
-        connection.sendall(frame(PEEK, image, channel=CHANNEL))
+        no_parent = struct.pack("<II", 0, 0)
+        connection.sendall(frame(PEEK, image + no_parent, channel=CHANNEL))
         found = receive(connection)
     assert (found.kind, found.status, found.head[:16]) == (PEEK | REPLY, OK, image)
     return Held(image, *struct.unpack("<Q16sQ", found.head[16:48]))

@@ -10,7 +10,7 @@ use hci_engine_core::checksum::{block_checksums, checksum_of};
 use hci_engine_core::geometry::{BLOCK_BYTES, ImageId};
 use hci_engine_core::store::real::RealDisk;
 use hci_engine_core::store::{
-    Chain, ImageRecord, RecordHead, Stamp, Store, StoreConfig, StoreError, WriteOp,
+    Chain, ImageRecord, RecordHead, Stamp, Store, StoreConfig, StoreError, View, WriteOp,
 };
 use rustix::time::{ClockId, clock_gettime};
 
@@ -41,6 +41,7 @@ impl Bench {
             chain,
             snapshots: Vec::new(),
             merging: Vec::new(),
+            parent: None,
             body: Bytes::new(),
         };
         store.put_record(IMAGE, record)?;
@@ -60,7 +61,7 @@ impl Bench {
         let block = block / checksums.len() as u32 * checksums.len() as u32;
         let stamp = Stamp { epoch: 1, generation: 1, sequence: self.sequence };
         let offset = block * BLOCK_BYTES;
-        let op = WriteOp { image: IMAGE, layers: &[1], shard, offset, stamp };
+        let op = WriteOp { view: View::own(IMAGE, &[1]), shard, offset, stamp };
         match self.store.write(&op, checksums, data.clone()) {
             Err(StoreError::LogFull) => {
                 self.checkpoint(false)?;
@@ -91,7 +92,14 @@ impl Bench {
         let (shard, block) = self.place();
         let mut states = Vec::with_capacity(blocks as usize);
         out.clear();
-        self.store.read(&IMAGE, &[1], shard, block / blocks * blocks, blocks, &mut states, out)
+        self.store.read(
+            View::own(IMAGE, &[1]),
+            shard,
+            block / blocks * blocks,
+            blocks,
+            &mut states,
+            out,
+        )
     }
 }
 

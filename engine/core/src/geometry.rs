@@ -12,6 +12,8 @@ pub const SHARD_BYTES_MAX: u32 = 64 << 20;
 pub const IMAGE_BYTES_MAX: u64 = 256 << 40;
 /// Most layers of an image, and most snapshots.
 pub const LAYERS_MAX: usize = 1024;
+/// Most images that a clone is seen through, beside itself.
+pub const ANCESTORS_MAX: usize = 15;
 
 /// Random 128-bit id of an image, never reused; printed as 32 hex digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -55,6 +57,15 @@ pub struct SnapshotId {
     /// Of the record that put another layer on top. It tells two snapshots of a layer apart, of which the
     /// first was taken back before a node had stored it.
     pub generation: u64,
+}
+
+/// What a clone began with: a snapshot of another image.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Parent {
+    pub image: ImageId,
+    pub snapshot: SnapshotId,
+    /// Of the snapshot: the clone has nothing from its parent beyond that.
+    pub size_bytes: u64,
 }
 
 /// One shard of one layer of one image.

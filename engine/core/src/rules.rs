@@ -98,10 +98,12 @@ pub enum Rule {
     MergedBeforeCompared,
     /// What is compared with is a snapshot that the node's record names.
     ChangesAreSinceSnapshots,
+    /// A node serves a clone only where all is there that it is seen through.
+    ParentIsWhole,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 45] = [
+    pub const ALL: [Rule; 46] = [
         Rule::SessionIsCurrent,
         Rule::EpochIsCurrent,
         Rule::GenerationIsCurrent,
@@ -147,6 +149,7 @@ impl Rule {
         Rule::MergedKeepGenerations,
         Rule::MergedBeforeCompared,
         Rule::ChangesAreSinceSnapshots,
+        Rule::ParentIsWhole,
     ];
 }
 

@@ -4,16 +4,17 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 use hci_engine_core::content::Block;
-use hci_engine_core::geometry::{ImageId, SnapshotId, Tag};
+use hci_engine_core::geometry::{ImageId, Parent, SnapshotId, Tag};
 use hci_engine_core::wire::changes::{
     ChangedRun, ChangesAsked, ChangesReply, Held, TouchedAsked, TouchedReply,
 };
 use hci_engine_core::wire::codec::Fields;
 use hci_engine_core::wire::copies::{PeerFetch, Pull, Source};
 use hci_engine_core::wire::messages::{
-    Attach, AttachReader, BlocksReply, Copy, DirtyEntry, DirtyFrom, DirtyReply, Flush, Head, Hello,
-    HelloReply, Io, IoInto, Level, Number, Peek, PeekReply, Record, RecordHead, ScrubReply,
-    Session, ShardRange, WrittenAbove, WrittenReply, put_blocks, take_blocks, take_write,
+    Attach, AttachReader, BadBlock, BlocksReply, Copy, DirtyEntry, DirtyFrom, DirtyReply, Flush,
+    Head, Hello, HelloReply, Io, IoInto, Level, Number, Peek, PeekReply, Record, RecordHead,
+    ScrubReply, Session, ShardRange, WrittenAbove, WrittenReply, put_blocks, take_blocks,
+    take_write,
 };
 use hci_engine_core::wire::{
     Frame, FrameReader, Prefix, REPLY, Status, WireError, encode, flag, kind,
@@ -73,12 +74,48 @@ const MEMORY: &str = "
     08 00 0000 00000000 0000000000000000 ; kind, flags, status, channel, tag
 ";
 const PEEK: &str = "
-    10000000 00000000 dea7ff58 ; head 16, payload 0, checksum
+    18000000 00000000 0fda50f1 ; head 24, payload 0, checksum
     03 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
     101112131415161718191a1b1c1d1e1f ; image
+    00004000 ; shards of 4 MiB
+    00000000 ; no parent
+";
+const PEEK_CLONE: &str = "
+    3c000000 00000000 301e1ab3 ; head 60, payload 0, checksum
+    03 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    101112131415161718191a1b1c1d1e1f ; image
+    00004000 ; shards of 4 MiB
+    01000000 ; one parent
+    808182838485868788898a8b8c8d8e8f ; its image
+    010000000200000000000000 ; layer 1, generation 2
+    0000004000000000 ; 1 GiB
+";
+const PEEK_CLONE_REFUSED: &str = "
+    00000000 00000000 6c02e4ba ; head 0, payload 0, checksum
+    83 00 1200 09000000 0807060504030201 ; kind, flags, status, channel, tag
+";
+const RECORD_OF_CLONE: &str = "
+    8d000000 02000000 0f31d4ac ; head 141, payload 2, checksum
+    04 00 0000 09000000 0200000000000000 ; kind, flags, status, channel, tag
+    101112131415161718191a1b1c1d1e1f ; image
+    0300000000000000 ; epoch 3
+    aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ; holder
+    0200000000000000 ; generation 2
+    dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd ; digest
+    00004000 ; shards of 4 MiB
+    00 ; what it has counts
+    01000000 ; one layer
+    01000000 ; 1
+    00000000 ; no snapshot
+    00000000 ; no layer is merged
+    01000000 ; one parent
+    808182838485868788898a8b8c8d8e8f ; its image
+    010000000200000000000000 ; layer 1, generation 2
+    0000004000000000 ; 1 GiB
+    7b7d ; payload
 ";
 const PEEK_REPLY: &str = "
-    7c000000 02000000 b03ef448 ; head 124, payload 2, checksum
+    7d000000 02000000 798e2696 ; head 125, payload 2, checksum
     83 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
     101112131415161718191a1b1c1d1e1f ; image
     0300000000000000 ; epoch 3
@@ -93,10 +130,11 @@ const PEEK_REPLY: &str = "
     05006e6f6465321100000000000000 ; node2, 17
     01000000 ; one layer is emptied
     02000000 ; 2
+    00 ; no parent is missing
     7b7d ; payload
 ";
 const RECORD: &str = "
-    7d000000 02000000 b832ad42 ; head 125, payload 2, checksum
+    81000000 02000000 4f5cb377 ; head 129, payload 2, checksum
     04 00 0000 09000000 0200000000000000 ; kind, flags, status, channel, tag
     101112131415161718191a1b1c1d1e1f ; image
     0300000000000000 ; epoch 3
@@ -111,6 +149,7 @@ const RECORD: &str = "
     010000000200000000000000 ; layer 1, generation 2
     01000000 ; one layer is merged
     02000000 ; 2
+    00000000 ; no parent
     7b7d ; payload
 ";
 const RECORD_REFUSED: &str = "
@@ -199,9 +238,10 @@ const READ_REPLY: &str = "
     030000000000000000 ; bad
 ";
 const READ_BAD_BLOCK: &str = "
-    04000000 00000000 e20ae64e ; head 4, payload 0, checksum
+    14000000 00000000 1f308e1a ; head 20, payload 0, checksum
     92 00 0a00 09000000 0807060504030201 ; kind, flags, status, channel, tag
     03000000 ; block 3 of the shard
+    101112131415161718191a1b1c1d1e1f ; of the image
 ";
 const STATUS: &str = "
     28000000 00000000 9b63c9df ; head 40, payload 0, checksum
@@ -395,9 +435,10 @@ const PULL_REPLY: &str = "
     0010000000000000 ; 4096 bytes of data
 ";
 const PULL_BAD_BLOCK: &str = "
-    04000000 00000000 9c10f3ee ; head 4, payload 0, checksum
+    14000000 00000000 a835f902 ; head 20, payload 0, checksum
     a7 00 0a00 09000000 0807060504030201 ; kind, flags, status, channel, tag
     05000000 ; block 5 of the shard
+    101112131415161718191a1b1c1d1e1f ; of the image
 ";
 const PULL_UNREACHABLE: &str = "
     00000000 00000000 7555a2f8 ; head 0, payload 0, checksum
@@ -548,7 +589,12 @@ fn greeting_is_as_specified() {
 
 #[test]
 fn records_and_sessions_are_as_specified() {
-    check(PEEK, request(kind::PEEK), &Peek(image()), &[]);
+    check(
+        PEEK,
+        request(kind::PEEK),
+        &Peek { image: image(), shard_bytes: 4 << 20, parent: None },
+        &[],
+    );
     let peeked = PeekReply {
         record: record(),
         dirty: 7,
@@ -556,23 +602,41 @@ fn records_and_sessions_are_as_specified() {
         distrusted: false,
         peers: peers(),
         emptied: vec![2],
+        parent_missing: false,
     };
     check(PEEK_REPLY, reply(kind::PEEK), &peeked, b"{}");
     let snapshots = vec![SnapshotId { layer: 1, generation: 2 }];
     let (layers, merging) = (vec![3, 2, 1], vec![2]);
-    let stored = Record { head: record(), blank: false, layers, snapshots, merging };
+    let snapshot = SnapshotId { layer: 1, generation: 2 };
+    let stored = Record { head: record(), blank: false, layers, snapshots, merging, parent: None };
     check(RECORD, Prefix { tag: 2, ..request(kind::RECORD) }, &stored, b"{}");
     let refused = Prefix { tag: 2, status: Status::StaleEpoch, ..reply(kind::RECORD) };
     check_empty(RECORD_REFUSED, refused);
+    check_clone(snapshot);
     let attach = Attach { image: image(), epoch: 3, holder: [0xaa; 16] };
     check(ATTACH, request(kind::ATTACH), &attach, &[]);
-    let snapshot = SnapshotId { layer: 1, generation: 2 };
     let reader = AttachReader { image: image(), snapshot };
     check(ATTACH_READER, request(kind::ATTACH_READER), &reader, &[]);
     let refused = Prefix { status: Status::NoLayers, ..reply(kind::ATTACH_READER) };
     check_empty(ATTACH_READER_REFUSED, refused);
     check(DETACH, request(kind::DETACH), &Session { epoch: 3 }, &[]);
     check(CONFIRM, request(kind::CONFIRM), &Session { epoch: 3 }, &[]);
+}
+
+fn check_clone(snapshot: SnapshotId) {
+    let image_of = std::array::from_fn(|index| 0x80 + index as u8);
+    let parent = Some(Parent { image: ImageId(image_of), snapshot, size_bytes: 1 << 30 });
+    let peek = Peek { image: image(), shard_bytes: 4 << 20, parent };
+    check(PEEK_CLONE, request(kind::PEEK), &peek, &[]);
+    check_empty(PEEK_CLONE_REFUSED, Prefix { status: Status::NoParent, ..reply(kind::PEEK) });
+    let (head, layers) = (record(), vec![1]);
+    let (snapshots, merging) = (Vec::new(), Vec::new());
+    let clone = Record { head, blank: false, layers, snapshots, merging, parent };
+    check(RECORD_OF_CLONE, Prefix { tag: 2, ..request(kind::RECORD) }, &clone, b"{}");
+}
+
+fn bad_block(block: u32) -> BadBlock {
+    BadBlock { block, image: image() }
 }
 
 #[test]
@@ -611,8 +675,7 @@ fn read_and_status_are_as_specified() {
     let found = [Block::Absent, Block::Zero, Block::Data(BLOCK_CHECKSUM), Block::Bad];
     check_blocks(READ_REPLY, reply(kind::READ), &found, &BLOCK);
     let bad = Prefix { status: Status::BadBlock, ..reply(kind::READ) };
-    let frame = check_frame(READ_BAD_BLOCK, bad, &[], |out| out.put_u32_le(3));
-    assert_eq!(Fields(frame.head).u32(), Ok(3));
+    check(READ_BAD_BLOCK, bad, &bad_block(3), &[]);
     check(STATUS, request(kind::STATUS), &io(6, 0, 4 << 20, 0), &[]);
     check_blocks(STATUS_REPLY, reply(kind::STATUS), &[Block::Zero, Block::Data(0)], &[]);
 }
@@ -642,8 +705,7 @@ fn copies_from_node_to_node_are_as_specified() {
     let pulled = Prefix { flags: flag::BESIDE_CLIENTS, ..reply(kind::PULL) };
     check(PULL_REPLY, pulled, &Number(4096), &[]);
     let bad = Prefix { status: Status::BadBlock, ..reply(kind::PULL) };
-    let frame = check_frame(PULL_BAD_BLOCK, bad, &[], |out| out.put_u32_le(5));
-    assert_eq!(Fields(frame.head).u32(), Ok(5));
+    check(PULL_BAD_BLOCK, bad, &bad_block(5), &[]);
     for (golden, status) in
         [(PULL_UNREACHABLE, Status::Unreachable), (PULL_CANCELLED, Status::Cancelled)]
     {
@@ -762,12 +824,13 @@ fn statuses_have_their_numbers() {
         NoLayers,
         Unreachable,
         Cancelled,
+        NoParent,
     ];
     for (number, status) in specified.into_iter().enumerate() {
         assert_eq!(status as u16, number as u16);
         assert_eq!(Status::from_wire(number as u16), Some(status));
     }
-    assert_eq!(Status::from_wire(18), None);
+    assert_eq!(Status::from_wire(19), None);
 }
 
 #[test]
@@ -795,7 +858,8 @@ fn head_with_a_byte_too_many_or_too_few_is_refused() {
     longer.put_u8(0);
     assert!(RecordHead::take(longer.freeze()).is_err());
     let record = |layers, merging| {
-        written(&Record { head: record(), blank: true, layers, snapshots: Vec::new(), merging })
+        let (snapshots, parent) = (Vec::new(), None);
+        written(&Record { head: record(), blank: true, layers, snapshots, merging, parent })
     };
     assert!(Record::take(record(vec![3, 1], vec![1])).is_ok());
     for no_chain in [vec![], vec![1, 2], vec![2, 2]] {

@@ -2,7 +2,7 @@
 
 use crate::ids::{hex, parse_id};
 use hci_engine_core::gateway::{Command, Gateway as Core, GatewayEvent};
-use hci_engine_core::geometry::{Geometry, SnapshotId};
+use hci_engine_core::geometry::{Geometry, Parent, SnapshotId};
 use hci_engine_core::io::{Address, TlsConfig};
 use hci_engine_core::nbd::budget::ClientLimits;
 use hci_engine_core::nbd::{Answer, ExportInfo, Query, TlsMode};
@@ -121,7 +121,7 @@ impl Gateway {
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
     #[pyo3(signature = (channel, *, image, size_bytes, shard_bytes, placement_key, layers, snapshots,
                         merging, epoch, holder, generation, digest, body, nodes, sets, in_sync, local=None,
-                        levelling=None))]
+                        levelling=None, parent=None))]
     fn open(
         &self,
         channel: u32,
@@ -142,6 +142,7 @@ impl Gateway {
         in_sync: Vec<Vec<u8>>,
         local: Option<u8>,
         levelling: Option<(u64, usize, u64)>,
+        parent: Option<(String, u32, u64, u64)>,
     ) -> PyResult<()> {
         let spec = open_spec(
             channel,
@@ -160,6 +161,7 @@ impl Gateway {
             in_sync,
             local,
             levelling,
+            parent,
         )?;
         self.order(Command::Open(spec))
     }
@@ -449,6 +451,7 @@ pub(crate) fn open_spec(
     in_sync: Vec<Vec<u8>>,
     local: Option<u8>,
     levelling: Option<(u64, usize, u64)>,
+    parent: Option<(String, u32, u64, u64)>,
 ) -> PyResult<OpenSpec> {
     let (bytes_per_second, shards_at_once, share_percent) = levelling.unwrap_or((0, 4, 100));
     check_sets(&nodes, &sets, &in_sync)?;
@@ -464,6 +467,7 @@ pub(crate) fn open_spec(
         layers,
         snapshots,
         merging,
+        parent: parent.map(|parent| parent_of(&parent)).transpose()?,
         epoch,
         holder: parse_id(holder)?.0,
         generation,
@@ -474,6 +478,12 @@ pub(crate) fn open_spec(
         local,
         levelling: HealLimits { bytes_per_second, shards_at_once, share_percent },
     })
+}
+
+/// What `parent` says: the image, layer and generation of its snapshot, and the size.
+fn parent_of((image, layer, generation, size_bytes): &(String, u32, u64, u64)) -> PyResult<Parent> {
+    let snapshot = SnapshotId { layer: *layer, generation: *generation };
+    Ok(Parent { image: parse_id(image)?, snapshot, size_bytes: *size_bytes })
 }
 
 /// What `open_reader` says, as the engine takes it.
@@ -611,11 +621,12 @@ fn put_hello(dict: &Bound<'_, PyDict>, hello: &HelloReply) -> PyResult<()> {
 
 fn put_image_event(py: Python<'_>, dict: &Bound<'_, PyDict>, event: Event) -> PyResult<()> {
     match event {
-        Event::Peeked { node, serial, record, deleted } => {
+        Event::Peeked { node, serial, record, deleted, parent_missing } => {
             dict.set_item("serial", serial)?;
             dict.set_item("event", "peeked")?;
             dict.set_item("node", node)?;
             dict.set_item("deleted", deleted)?;
+            dict.set_item("parent_missing", parent_missing)?;
             let record = record.map(|record| record_dict(py, record)).transpose()?;
             dict.set_item("record", record)
         }
@@ -643,6 +654,12 @@ fn put_image_event(py: Python<'_>, dict: &Bound<'_, PyDict>, event: Event) -> Py
             dict.set_item("node", node)?;
             dict.set_item("hidden", hidden)?;
             put_blocks(dict, shard, block, blocks)
+        }
+        Event::ParentRot { node, image, shard, block } => {
+            dict.set_item("event", "parent_rot")?;
+            dict.set_item("node", node)?;
+            dict.set_item("image", image.to_string())?;
+            put_blocks(dict, shard, block, 1)
         }
         Event::MetadataRepaired { node, shard } => {
             dict.set_item("event", "metadata_repaired")?;

@@ -280,7 +280,7 @@ impl Simulation {
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of Python")]
     #[pyo3(signature = (gateway, channel, *, image, size_bytes, shard_bytes, placement_key, layers,
                         snapshots, merging, epoch, holder, generation, digest, body, nodes, sets, in_sync, local=None,
-                        levelling=None))]
+                        levelling=None, parent=None))]
     fn open(
         &self,
         gateway: usize,
@@ -302,6 +302,7 @@ impl Simulation {
         in_sync: Vec<Vec<u8>>,
         local: Option<u8>,
         levelling: Option<(u64, usize, u64)>,
+        parent: Option<(String, u32, u64, u64)>,
     ) -> PyResult<()> {
         let spec = open_spec(
             channel,
@@ -320,6 +321,7 @@ impl Simulation {
             in_sync,
             local,
             levelling,
+            parent,
         )?;
         self.at_gateway(gateway)?.open(gateway, spec);
         Ok(())

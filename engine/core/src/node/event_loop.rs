@@ -15,7 +15,7 @@ use crate::io::{
     Filled, Poller, Ready, SharedMemory, Sink, Stream, Waker, boottime_ns, tune_accepted,
 };
 use crate::store::disk::Errno;
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, View};
 use crate::wire::messages::{Head, Hello, HelloReply, Number};
 use crate::wire::{Frame, FrameReader, Prefix, REPLY, Status, VERSION, encode, flag, kind};
 use bytes::{Bytes, BytesMut};
@@ -735,8 +735,9 @@ impl EventLoop {
         let shard_bytes = record.head.shard_bytes;
         let (mut blocks, mut data) = (Vec::new(), BytesMut::new());
         let count = shard_bytes / BLOCK_BYTES;
-        let (image, layers) = (&ask.image, &ask.layers);
-        self.store.read_blocks(image, layers, ask.shard, 0, count, &mut blocks, &mut data)?;
+        let ancestors = self.store.ancestors(&ask.image)?;
+        let view = View { image: ask.image, layers: &ask.layers, ancestors: &ancestors };
+        self.store.read_blocks(view, ask.shard, 0, count, &mut blocks, &mut data)?;
         if !blocks.iter().any(|block| block.is_data()) {
             return Ok(None);
         }

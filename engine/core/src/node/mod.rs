@@ -85,7 +85,7 @@ pub(crate) enum Command {
     Stop,
 }
 
-/// Read a whole shard, resolved through `layers`: none where nothing is there.
+/// Read a whole shard, resolved through `layers` and what the image is a clone of: none where nothing is there.
 pub(crate) struct ReadShard {
     pub image: ImageId,
     pub layers: Vec<LayerId>,

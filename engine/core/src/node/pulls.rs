@@ -27,6 +27,7 @@ use crate::geometry::ShardKey;
 use crate::rules::{Rule, broken};
 use crate::wire::codec::Fields;
 use crate::wire::copies::{PeerFetch, Source};
+use crate::wire::messages::{BadBlock, Head};
 use crate::wire::{Frame, REPLY, Status, kind};
 use bytes::Bytes;
 use reach::reach;
@@ -173,8 +174,8 @@ impl Pulls {
                 return Ok(());
             }
             Status::BadBlock => {
-                let block = Fields(frame.head.clone()).u32().map_err(|_| BadPeer)?;
-                if !entry.order.blocks.contains(&block) || frame.head.len() != 4 {
+                let bad = BadBlock::take(frame.head.clone()).map_err(|_| BadPeer)?;
+                if !entry.order.blocks.contains(&bad.block) || bad.image != entry.order.key.image {
                     return Err(BadPeer);
                 }
                 Status::BadBlock
@@ -504,14 +505,15 @@ mod tests {
         let other = Frame { kind: kind::FETCH | REPLY, ..empty(tag, Status::Ok) };
         assert_eq!(pulls.take(peer, other), Err(BadPeer));
         let bad = |block: u32| {
-            let head = Bytes::copy_from_slice(&block.to_le_bytes());
-            Frame { head, ..empty(tag, Status::BadBlock) }
+            let mut head = BytesMut::new();
+            BadBlock { block, image: ImageId([1; 16]) }.put(&mut head);
+            Frame { head: head.freeze(), ..empty(tag, Status::BadBlock) }
         };
         assert_eq!(pulls.take(peer, bad(8)), Err(BadPeer), "a block that was not asked for");
         let (mut pulls, peer, tag) = one();
         let bad = |block: u32| Frame { tag, ..bad(block) };
         assert_eq!(pulls.take(peer, bad(5)), Ok(()));
         let answer = pulls.answers.pop_front().expect("an answer");
-        assert_eq!((answer.status, &answer.head[..]), (Status::BadBlock, &[5, 0, 0, 0][..]));
+        assert_eq!((answer.status, &answer.head[..4]), (Status::BadBlock, &[5, 0, 0, 0][..]));
     }
 }

@@ -9,8 +9,8 @@ use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, ShardKey, Tag};
 use crate::io::SharedMemory;
 use crate::rules::{Rule, broken};
 use crate::store::{
-    BlockState, Chain, CopyBlock, ImageRecord, Placed, ReadBuffer, RecordHead, Stamp, Store,
-    StoreError, WRITTEN_PER_PAGE, WriteOp, WrittenCursor,
+    Ancestor, BlockState, Chain, CopyBlock, ImageRecord, Placed, ReadBuffer, RecordHead, Stamp,
+    Store, StoreError, View, WRITTEN_PER_PAGE, WriteOp, WrittenCursor,
 };
 use crate::wire::codec::Short;
 use crate::wire::copies::{FETCH_BLOCKS_MAX, PeerFetch, Pull};
@@ -20,7 +20,7 @@ use crate::wire::messages::{
     ShardRange, WRITTEN_SHARDS_MAX, WrittenAbove, WrittenReply,
 };
 use crate::wire::{Frame, PAYLOAD_BYTES_MAX, Status, flag, kind};
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 
 /// Peers whose flush numbers are kept for an image, and bytes of a node's name: what is kept has to fit
 /// into an answer to PEEK.
@@ -70,7 +70,7 @@ pub(crate) struct Requests<'a> {
 /// How a request ends early.
 pub(super) enum Refused {
     Status(Status),
-    BadBlock(u32),
+    BadBlock(messages::BadBlock),
     Park,
     Again,
     Close,
@@ -86,12 +86,15 @@ impl From<StoreError> for Refused {
     fn from(error: StoreError) -> Refused {
         Refused::Status(match error {
             StoreError::LogFull => return Refused::Park,
-            StoreError::BadBlock { block, .. } => return Refused::BadBlock(block),
+            StoreError::BadBlock { image, block, .. } => {
+                return Refused::BadBlock(messages::BadBlock { block, image });
+            }
             StoreError::BadChecksum { .. } => Status::BadChecksum,
             StoreError::UnknownImage { .. } => Status::NoRecord,
             StoreError::RecordLower { .. } | StoreError::RecordConflict { .. } => {
                 Status::StaleEpoch
             }
+            StoreError::NoParent { .. } => Status::NoParent,
             StoreError::NotMerged { .. } => Status::NoLayers,
             StoreError::EpochLower { .. } => Status::StaleEpoch,
             StoreError::Deleted { .. } => Status::Deleted,
@@ -155,8 +158,8 @@ impl Requests<'_> {
             Refused::Status(status) => {
                 Outcome::Answer { status, head: Bytes::new(), payload: Bytes::new() }
             }
-            Refused::BadBlock(block) => {
-                let head = self.head(|out| out.put_u32_le(block));
+            Refused::BadBlock(bad) => {
+                let head = self.head(|out| bad.put(out));
                 Outcome::Answer { status: Status::BadBlock, head, payload: Bytes::new() }
             }
             Refused::Park => Outcome::Park,
@@ -200,12 +203,23 @@ impl Requests<'_> {
     }
 
     /// What a read on the frame's channel is of: a holder's image, or a reader's frozen layers.
-    pub(super) fn readable(&self, frame: &Frame, epoch: u64) -> Step<(ImageId, Chain)> {
-        if let Some(reader) = self.sessions.reader(self.connection, frame.channel) {
-            return Ok((reader.image, self.snapshot_chain(reader)?));
-        }
-        let image = self.session(frame, epoch)?.image;
-        Ok((image, self.chain(&image)?))
+    pub(super) fn readable(&self, frame: &Frame, epoch: u64) -> Step<Readable> {
+        let (image, chain) = match self.sessions.reader(self.connection, frame.channel) {
+            Some(reader) => (reader.image, self.snapshot_chain(reader)?),
+            None => {
+                let image = self.session(frame, epoch)?.image;
+                (image, self.chain(&image)?)
+            }
+        };
+        let ancestors = self.store.ancestors(&image)?;
+        Ok(Readable { image, chain, ancestors })
+    }
+
+    /// What a holder's session changes: all that shows through it is here.
+    fn writable(&self, session: &Session) -> Step<Readable> {
+        let (image, chain) = (session.image, self.chain(&session.image)?);
+        let ancestors = self.store.ancestors(&image)?;
+        Ok(Readable { image, chain, ancestors })
     }
 
     /// The layers that the reader's snapshot is seen through now: all is here that it holds, and it cannot change.
@@ -258,9 +272,8 @@ impl Requests<'_> {
             }
             let session = self.session(frame, io.epoch)?;
             self.check_generation(&session, io.generation)?;
-            let chain = self.chain(&session.image)?;
-            let operation = operation(session.image, &chain, &io);
-            self.store.write(&operation, &checksums, frame.payload.clone())?;
+            let writable = self.writable(&session)?;
+            self.store.write(&writable.operation(&io), &checksums, frame.payload.clone())?;
             Ok(())
         });
         self.scratch.checksums = checksums;
@@ -272,14 +285,14 @@ impl Requests<'_> {
         let session = self.session(frame, io.epoch)?;
         self.check_generation(&session, io.generation)?;
         let keep = frame.flags & flag::KEEP_ALLOCATED != 0;
-        let chain = self.chain(&session.image)?;
-        self.store.zero(&operation(session.image, &chain, &io), io.length, keep)?;
+        let writable = self.writable(&session)?;
+        self.store.zero(&writable.operation(&io), io.length, keep)?;
         Ok(done(frame))
     }
 
     fn read(&mut self, frame: &Frame) -> Step {
         let io = Io::take(frame.head.clone())?;
-        let (image, chain) = self.readable(frame, io.epoch)?;
+        let readable = self.readable(frame, io.epoch)?;
         let (first, blocks) = block_range(&io)?;
         if io.length as usize > PAYLOAD_BYTES_MAX {
             return Err(Refused::Close);
@@ -288,7 +301,7 @@ impl Requests<'_> {
         scratch.states.clear();
         scratch.data.reserve(io.length as usize);
         let (states, data) = (&mut scratch.states, &mut scratch.data);
-        self.store.read_blocks(&image, chain.layers(), io.shard, first, blocks, states, data)?;
+        self.store.read_blocks(readable.view(), io.shard, first, blocks, states, data)?;
         let payload = scratch.data.split().freeze();
         Ok(self.answer_blocks(payload))
     }
@@ -296,13 +309,12 @@ impl Requests<'_> {
     fn read_into(&mut self, frame: &Frame) -> Step {
         let IoInto { io, at } = IoInto::take(frame.head.clone())?;
         let (first, blocks) = block_range(&io)?;
-        let (image, chain) = self.readable(frame, io.epoch)?;
+        let readable = self.readable(frame, io.epoch)?;
         let place = self.memory.as_mut().and_then(|memory| memory.room(at, io.length as usize));
         let mut placed = Placed::new(place.ok_or(Refused::Close)?);
         let states = &mut self.scratch.states;
         states.clear();
-        let (layers, shard) = (chain.layers(), io.shard);
-        self.store.read_blocks(&image, layers, shard, first, blocks, states, &mut placed)?;
+        self.store.read_blocks(readable.view(), io.shard, first, blocks, states, &mut placed)?;
         let bytes = placed.filled();
         let head = self.head_of_blocks();
         Ok(Outcome::Placed { head, bytes })
@@ -310,10 +322,10 @@ impl Requests<'_> {
 
     fn status(&mut self, frame: &Frame) -> Step {
         let io = Io::take(frame.head.clone())?;
-        let (image, chain) = self.readable(frame, io.epoch)?;
+        let readable = self.readable(frame, io.epoch)?;
         let (first, blocks) = block_range(&io)?;
         let mut states = Vec::with_capacity(blocks as usize);
-        self.store.status(&image, chain.layers(), io.shard, first, blocks, &mut states)?;
+        self.store.status(readable.view(), io.shard, first, blocks, &mut states)?;
         // Checksums are for readers of data; whoever asks for states has none to check.
         self.scratch.states.clear();
         self.scratch.states.extend(states.into_iter().map(|state| state.with(0)));
@@ -370,12 +382,14 @@ impl Requests<'_> {
     }
 
     fn peek(&mut self, frame: &Frame) -> Step {
-        let Peek(image) = Peek::take(frame.head.clone())?;
+        let Peek { image, shard_bytes, parent } = Peek::take(frame.head.clone())?;
         if self.store.is_deleted(&image) {
             return Err(Refused::Status(Status::Deleted));
         }
+        let parent_missing = self.store.ancestors_from(parent, shard_bytes).is_err();
         let Some(record) = self.store.image(&image).cloned() else {
-            return Err(Refused::Status(Status::NoRecord));
+            let nothing = if parent_missing { Status::NoParent } else { Status::NoRecord };
+            return Err(Refused::Status(nothing));
         };
         let head = record.head;
         let peers = self.store.peer_flush_numbers(&image);
@@ -393,12 +407,13 @@ impl Requests<'_> {
             distrusted: self.store.is_distrusted(&image),
             peers: peers.map(|(node, number)| (node.to_owned(), number)).collect(),
             emptied: self.store.emptied(&image),
+            parent_missing,
         };
         Ok(self.answer(&reply, record.body))
     }
 
     fn record(&mut self, frame: &Frame) -> Step {
-        let messages::Record { head: offered, blank, layers, snapshots, merging } =
+        let messages::Record { head: offered, blank, layers, snapshots, merging, parent } =
             messages::Record::take(frame.head.clone())?;
         let chain = Chain::new(&layers).ok_or(Refused::Close)?;
         let head = RecordHead {
@@ -409,7 +424,7 @@ impl Requests<'_> {
             shard_bytes: offered.shard_bytes,
         };
         let body = frame.payload.clone();
-        let record = ImageRecord { head, blank, chain, snapshots, merging, body };
+        let record = ImageRecord { head, blank, chain, snapshots, merging, parent, body };
         let put = self.store.put_record(offered.image, record);
         if let Err(StoreError::RecordLower { stored } | StoreError::RecordConflict { stored }) =
             &put
@@ -437,6 +452,7 @@ impl Requests<'_> {
         if known != (attach.epoch, attach.holder) {
             return Err(Refused::Status(Status::StaleEpoch));
         }
+        self.store.ancestors(&attach.image)?;
         let session = Session { image: attach.image, epoch: attach.epoch };
         match self.sessions.begin(self.connection, frame.channel, session) {
             true => Ok(ok()),
@@ -448,6 +464,7 @@ impl Requests<'_> {
         let AttachReader { image, snapshot } = AttachReader::take(frame.head.clone())?;
         let reader = Reader { image, snapshot };
         self.snapshot_chain(&reader)?;
+        self.store.ancestors(&image)?;
         match self.sessions.begin_reader(self.connection, frame.channel, reader) {
             true => Ok(ok()),
             false => Err(Refused::Status(Status::NoSession)),
@@ -525,7 +542,9 @@ impl Requests<'_> {
         let scratch = &mut *self.scratch;
         scratch.states.clear();
         let (states, data) = (&mut scratch.states, &mut scratch.data);
-        self.store.read_blocks(&key.image, &[key.layer], key.shard, first, blocks, states, data)?;
+        let layers = [key.layer];
+        let view = View::own(key.image, &layers);
+        self.store.read_blocks(view, key.shard, first, blocks, states, data)?;
         let payload = scratch.data.split().freeze();
         Ok(self.answer(reply, payload))
     }
@@ -697,9 +716,22 @@ fn done(frame: &Frame) -> Outcome {
     }
 }
 
-fn operation<'a>(image: ImageId, chain: &'a Chain, io: &Io) -> WriteOp<'a> {
-    let stamp = Stamp { epoch: io.epoch, generation: io.generation, sequence: io.sequence };
-    WriteOp { image, layers: chain.layers(), shard: io.shard, offset: io.offset, stamp }
+/// What a session goes through: layers of its image, and what that is a clone of.
+pub(super) struct Readable {
+    pub image: ImageId,
+    pub chain: Chain,
+    pub ancestors: Vec<Ancestor>,
+}
+
+impl Readable {
+    pub fn view(&self) -> View<'_> {
+        View { image: self.image, layers: self.chain.layers(), ancestors: &self.ancestors }
+    }
+
+    fn operation(&self, io: &Io) -> WriteOp<'_> {
+        let stamp = Stamp { epoch: io.epoch, generation: io.generation, sequence: io.sequence };
+        WriteOp { view: self.view(), shard: io.shard, offset: io.offset, stamp }
+    }
 }
 
 /// First block and number of blocks of a range that consists of whole blocks.

@@ -4,7 +4,7 @@
 use super::image::{ImageIo, Phase, ReplicaState};
 use super::replies::BadReply;
 use super::{Event, NodeIndex};
-use crate::wire::messages::{Head, Peek, PeekReply};
+use crate::wire::messages::{Head, PeekReply};
 use crate::wire::{Frame, Status, kind};
 use bytes::Bytes;
 
@@ -18,7 +18,7 @@ impl ImageIo {
             return;
         }
         let nodes = self.nodes_in(|state| state != ReplicaState::Down);
-        let head = Peek(self.spec.image);
+        let head = self.peek_head();
         self.send(nodes, kind::PEEK, 0, EMPTIED, &Bytes::new(), |out| head.put(out));
     }
 
@@ -28,7 +28,7 @@ impl ImageIo {
                 PeekReply::take(frame.head).map_err(|_| BadReply("malformed peek"))?.emptied
             }
             // It has nothing at all.
-            Status::NoRecord => self.spec.merging.clone(),
+            Status::NoRecord | Status::NoParent => self.spec.merging.clone(),
             _ => return Ok(()),
         };
         self.event(Event::Emptied { node, layers });

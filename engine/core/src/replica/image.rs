@@ -9,15 +9,16 @@ use super::lag::{Lag, Timing};
 use super::level::Leveller;
 use super::locks::{BlockLocks, Range};
 use super::memory::Memory;
+use super::parent_rot::ParentRot;
 use super::repair::Repairs;
 use super::routes::Routes;
 use super::scrub::Scrub;
 use super::shard_set::ShardSet;
 use super::{Event, Extent, Instance, IoError, NodeIndex, NodeMask, Outcome, Output, Token};
 use crate::content::Run;
-use crate::geometry::{Geometry, ImageId, LayerId, SnapshotId};
+use crate::geometry::{Geometry, ImageId, LayerId, Parent, SnapshotId};
 use crate::wire::copies::Source;
-use crate::wire::messages::RecordHead;
+use crate::wire::messages::{Peek, RecordHead};
 use crate::wire::{self, Prefix};
 use bytes::{Bytes, BytesMut};
 use slab::Slab;
@@ -42,6 +43,8 @@ pub struct OpenSpec {
     pub snapshots: Vec<SnapshotId>,
     /// Layers that go into the one above them.
     pub merging: Vec<LayerId>,
+    /// Of a clone: what shows where its layers have nothing.
+    pub parent: Option<Parent>,
     pub epoch: u64,
     pub holder: [u8; 16],
     pub generation: u64,
@@ -244,6 +247,7 @@ pub struct ImageIo {
     pub(super) held_back: Vec<usize>,
     pub(super) heal: Option<Heal>,
     pub(super) repairs: Repairs,
+    pub(super) parent_rot: ParentRot,
     /// Who can fetch from whom without us.
     pub(super) routes: Routes,
     pub(super) scrub: Option<Scrub>,
@@ -313,6 +317,7 @@ impl ImageIo {
             held_back: Vec::new(),
             heal: None,
             repairs: Repairs::default(),
+            parent_rot: ParentRot::default(),
             routes,
             scrub: None,
             bytes_since_flush: 0,
@@ -447,6 +452,11 @@ impl ImageIo {
 
     pub(super) fn event(&mut self, event: Event) {
         self.outputs.push_back(Output::Event(event));
+    }
+
+    pub(super) fn peek_head(&self) -> Peek {
+        let OpenSpec { image, geometry, parent, .. } = &self.spec;
+        Peek { image: *image, shard_bytes: geometry.shard_bytes, parent: *parent }
     }
 
     pub(super) fn record_head(&self) -> RecordHead {

@@ -4,7 +4,7 @@ use super::image::{ImageIo, Phase, Purpose, ReplicaState, RequestKind};
 use super::replies::BadReply;
 use super::{Event, Instance, Layering, NodeIndex, NodeMask, PeekedRecord};
 use crate::geometry::ImageId;
-use crate::wire::messages::{Attach, Head, Peek, PeekReply, Record};
+use crate::wire::messages::{Attach, Head, PeekReply, Record};
 use crate::wire::{Frame, Status, kind};
 use bytes::Bytes;
 
@@ -35,7 +35,7 @@ impl ImageIo {
     fn ask_for_record(&mut self, node: NodeIndex) {
         self.replica(node).state = ReplicaState::Peeking;
         self.replica(node).peeks += 1;
-        let head = Peek(self.spec.image);
+        let head = self.peek_head();
         self.send(NodeMask::one(node), kind::PEEK, 0, 0, &Bytes::new(), |out| head.put(out));
     }
 
@@ -112,10 +112,12 @@ impl ImageIo {
         if self.replica(node).state != ReplicaState::Peeking {
             return Ok(());
         }
+        let mut parent_missing = frame.status == Status::NoParent;
         let record = match frame.status {
             Status::Ok => {
                 let mut peek =
                     PeekReply::take(frame.head).map_err(|_| BadReply("malformed peek"))?;
+                parent_missing = peek.parent_missing;
                 let replica = self.replica(node);
                 if replica.flush_number > 0 {
                     // What it answered us counts as its peers' word: theirs may be of long ago.
@@ -135,13 +137,13 @@ impl ImageIo {
                     body: frame.payload,
                 })
             }
-            Status::NoRecord | Status::Deleted => None,
+            Status::NoRecord | Status::NoParent | Status::Deleted => None,
             _ => return Err(BadReply("peek failed")),
         };
         self.replica(node).state = ReplicaState::Waiting;
         let deleted = frame.status == Status::Deleted;
         let serial = self.replica(node).peeks;
-        self.event(Event::Peeked { node, serial, record, deleted });
+        self.event(Event::Peeked { node, serial, record, deleted, parent_missing });
         Ok(())
     }
 
@@ -176,8 +178,9 @@ impl ImageIo {
         let blank = nodes.and(self.healed_from_nothing());
         for (nodes, blank) in [(nodes.without(blank), false), (blank, true)] {
             let (layers, snapshots) = (self.spec.layers.clone(), self.spec.snapshots.clone());
-            let merging = self.spec.merging.clone();
-            let record = Record { head: self.record_head(), blank, layers, snapshots, merging };
+            let (merging, parent) = (self.spec.merging.clone(), self.spec.parent);
+            let head = self.record_head();
+            let record = Record { head, blank, layers, snapshots, merging, parent };
             self.send(nodes, kind::RECORD, 0, tag, &body, |out| record.put(out));
         }
     }
@@ -251,9 +254,19 @@ impl ImageIo {
             }
             (status, Purpose::Heal) => self.fail_heal(status),
             (Status::StaleEpoch | Status::Deleted, _) => self.fence(node, frame.status),
+            (Status::NoParent, purpose) => self.lacks_parent(node, purpose),
             _ => return Err(BadReply("no session")),
         }
         Ok(())
+    }
+
+    /// A node that was admitted cannot serve a clone: it waits, as before.
+    fn lacks_parent(&mut self, node: NodeIndex, purpose: Purpose) {
+        let status = Status::NoParent;
+        self.abandon(node, ReplicaState::Waiting, status);
+        if purpose == Purpose::Resume {
+            self.event(Event::AdmitFailed { node, status });
+        }
     }
 
     /// `nodes` serve from now on: what they missed is sent again in sequence order.

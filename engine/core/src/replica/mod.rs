@@ -43,6 +43,7 @@ mod locks;
 mod membership;
 mod memory;
 mod pacing;
+mod parent_rot;
 mod reader;
 mod reads;
 mod repair;
@@ -166,7 +167,14 @@ pub enum Output {
 pub enum Event {
     /// A node answered PEEK and waits for `admit`, which names `serial`. `record` is none where the
     /// node holds none.
-    Peeked { node: NodeIndex, serial: u64, record: Option<PeekedRecord>, deleted: bool },
+    /// `parent_missing`: the image is a clone, and what it is a clone of the node has not, or not all of it.
+    Peeked {
+        node: NodeIndex,
+        serial: u64,
+        record: Option<PeekedRecord>,
+        deleted: bool,
+        parent_missing: bool,
+    },
     /// The connection is gone. `blocking`: requests wait for the node.
     ReplicaDown { node: NodeIndex, blocking: bool },
     /// A request has begun to wait for a node that is not `Up`.
@@ -178,6 +186,9 @@ pub enum Event {
     /// Stored blocks are rotten on this node; another answers, and they are repaired from there. Told once
     /// until that is over. `hidden`: they match their checksums, and are not what most others have.
     BadBlock { node: NodeIndex, shard: u64, block: u32, blocks: u32, hidden: bool },
+    /// A block of an image that this one is a clone of is rotten on this node: another answers, and it is
+    /// repaired there. Told again after a while, if it is still met.
+    ParentRot { node: NodeIndex, image: ImageId, shard: u64, block: u32 },
     /// Blocks of a node are what the others have again, durably.
     Repaired { node: NodeIndex, shard: u64, block: u32, blocks: u32 },
     /// A shard's damaged metadata was rewritten by its node, from memory.

@@ -269,7 +269,11 @@ impl ReaderIo {
                 self.ask_another(id, node);
                 return Ok(());
             }
-            Status::NoLayers | Status::NoRecord | Status::NoSession | Status::Deleted => {
+            Status::NoLayers
+            | Status::NoRecord
+            | Status::NoSession
+            | Status::NoParent
+            | Status::Deleted => {
                 self.refused(node, frame.status);
                 return Ok(());
             }

@@ -31,8 +31,7 @@ use super::{Event, IoError, NodeIndex, NodeMask, RotState};
 use crate::content::Block;
 use crate::geometry::{BLOCK_BYTES, LayerId};
 use crate::rules::{Rule, broken};
-use crate::wire::codec::Fields;
-use crate::wire::messages::{BlocksReply, Flush, Head};
+use crate::wire::messages::{BadBlock, BlocksReply, Flush, Head};
 use crate::wire::{Frame, Status, kind};
 use bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
@@ -240,7 +239,8 @@ impl ImageIo {
         node: NodeIndex,
         head: Bytes,
     ) -> Result<(), BadReply> {
-        let block = Fields(head).u32().map_err(|_| BadReply("no block named"))?;
+        let bad = BadBlock::take(head).map_err(|_| BadReply("no block named"))?;
+        let (block, own) = (bad.block, bad.image == self.spec.image);
         let part = &mut self.parts[id];
         let (shard, serial, awaited) = (part.shard, part.serial, part.awaited);
         if !part.blocks().contains(&block) {
@@ -248,8 +248,14 @@ impl ImageIo {
         }
         part.tried = part.tried.with(NodeMask::one(node));
         part.awaited = awaited.saturating_add(1);
-        if self.is_new_rot(node, shard, block) {
+        if !own {
+            self.found_parent_rot(node, bad.image, shard, block);
+        } else if self.is_new_rot(node, shard, block) {
             self.tell_rot(node, shard, block..block + 1);
+        }
+        if !own && self.nobody_can_merge(id) {
+            self.fail_change(id);
+            return Ok(());
         }
         // Of one change and node there is one repair: another's late copy would undo the change.
         self.forget_wants(|want| want.is_for(id) && want.node == node);
@@ -259,7 +265,7 @@ impl ImageIo {
             return Ok(());
         }
         let (range, change) = (block..block + 1, Some((id, serial)));
-        let (from, rotten, tries, not_before_ns) = (None, true, 0, 0);
+        let (from, rotten, tries, not_before_ns) = (None, own, 0, 0);
         let want = Want { node, shard, range, from, rotten, change, tries, not_before_ns };
         self.repairs.waiting.push_front(want);
         self.start_repairs();
@@ -495,7 +501,9 @@ impl ImageIo {
         for block in &good {
             self.repairs.unrepairable.remove(&(shard, *block));
         }
-        for run in runs(&good) {
+        // What was rotten in a parent is not repaired by what is here.
+        let repaired = want.rotten || want.change.is_none();
+        for run in runs(&good).into_iter().filter(|_| repaired) {
             let blocks = run.end - run.start;
             self.repairs.repaired += u64::from(blocks);
             self.event(Event::Repaired { node, shard, block: run.start, blocks });
@@ -587,13 +595,18 @@ impl ImageIo {
             self.parts[id].sent = self.parts[id].sent.without(node);
             return self.send_missing(id, node);
         }
-        let part = &self.parts[id];
-        let counts = self.sets[part.set as usize].in_sync.with(self.healing());
-        if part.wanted.and(counts).without(part.tried).is_empty() {
+        if self.nobody_can_merge(id) {
             return self.fail_change(id);
         }
         // Some have applied it, or have not said yet: it is asked again with the next tick.
         self.parts[id].sent = self.parts[id].sent.without(node);
+    }
+
+    /// Whether all nodes that count have met rot where they would merge the change, and none has made it.
+    fn nobody_can_merge(&self, id: usize) -> bool {
+        let part = &self.parts[id];
+        let counts = self.sets[part.set as usize].in_sync.with(self.healing());
+        part.wanted.and(counts).without(part.tried).is_empty()
     }
 
     /// No node can make a change, and none has: its client hears so. Its blocks stay as they are.

@@ -8,8 +8,7 @@ use super::level::Leveller;
 use super::reads::{Content, content_of};
 use super::{Event, IoError, NodeIndex, NodeMask, Outcome, Output};
 use crate::rules::{Rule, broken};
-use crate::wire::codec::Fields;
-use crate::wire::messages::{Head, Number, Session};
+use crate::wire::messages::{BadBlock, Head, Number, Session};
 use crate::wire::{Frame, REPLY, Status, flag, kind};
 use bytes::Bytes;
 
@@ -223,12 +222,15 @@ impl ImageIo {
                 return Ok(());
             }
             Status::BadBlock => {
-                let block = Fields(frame.head).u32().map_err(|_| BadReply("no block named"))?;
-                let shard = self.parts[id].shard;
+                let bad = BadBlock::take(frame.head).map_err(|_| BadReply("no block named"))?;
+                let (shard, BadBlock { block, image }) = (self.parts[id].shard, bad);
                 if !self.parts[id].blocks().contains(&block) {
                     return Err(BadReply("a block that was not asked for"));
                 }
-                self.found_rot(node, shard, block);
+                match image == self.spec.image {
+                    true => self.found_rot(node, shard, block),
+                    false => self.found_parent_rot(node, image, shard, block),
+                }
                 false
             }
             // A snapshot that is compared with has gone; the node is well.

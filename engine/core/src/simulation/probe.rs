@@ -4,7 +4,7 @@ use super::world::World;
 use crate::geometry::{BLOCK_BYTES, ImageId, LayerId};
 use crate::node::Inventory;
 use crate::replica::Queues;
-use crate::store::RecordHead;
+use crate::store::{RecordHead, View};
 use bytes::BytesMut;
 use std::collections::BTreeSet;
 use twox_hash::XxHash3_64;
@@ -64,7 +64,8 @@ impl World {
         self.remembers.contains(&(node, *image))
     }
 
-    /// What the blocks of a shard hold on a running node: a digest of each, none where it is bad.
+    /// What the blocks of a shard hold on a running node, through what the image is a clone of: a digest of each,
+    /// none where it is bad. None at all where the node has not all of that.
     pub fn shard_digests(
         &mut self,
         node: usize,
@@ -74,9 +75,10 @@ impl World {
     ) -> Option<Vec<Option<u64>>> {
         let run = self.nodes[node].sim.run.as_mut()?;
         let blocks = run.store.image(image)?.head.shard_bytes / BLOCK_BYTES;
+        let ancestors = run.store.ancestors(image).ok()?;
+        let view = View { image: *image, layers, ancestors: &ancestors };
         let (mut states, mut data) = (Vec::new(), BytesMut::new());
-        let whole =
-            run.store.read_blocks(image, layers, shard, 0, blocks, &mut states, &mut data).is_ok();
+        let whole = run.store.read_blocks(view, shard, 0, blocks, &mut states, &mut data).is_ok();
         if whole {
             let digests = states.iter().map(|state| match state.is_data() {
                 true => Some(digest(&data.split_to(BLOCK_BYTES as usize))),
@@ -88,8 +90,7 @@ impl World {
         for block in 0..blocks {
             states.clear();
             data.clear();
-            let read =
-                run.store.read_blocks(image, layers, shard, block, 1, &mut states, &mut data);
+            let read = run.store.read_blocks(view, shard, block, 1, &mut states, &mut data);
             let content = match read {
                 Ok(()) if states.first().is_some_and(|s| s.is_data()) => Some(digest(&data)),
                 Ok(()) => Some(0),

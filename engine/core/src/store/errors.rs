@@ -7,7 +7,8 @@
 //! ├── retry later          LogFull, DirtyFull (after a clear), NoSpace
 //! ├── repair, then retry   BadBlock
 //! ├── resend               BadChecksum
-//! ├── refresh the record   UnknownImage, RecordLower, RecordConflict, NotMerged, EpochLower
+//! ├── refresh the record   UnknownImage, NoParent, RecordLower, RecordConflict, NotMerged,
+//! │                        EpochLower
 //! ├── give up              Deleted
 //! └── a caller's mistake   OutOfRange, TooLarge
 //! ```
@@ -42,9 +43,12 @@ pub enum StoreError {
     /// A fragment does not match its checksum: it was damaged on the way here.
     BadChecksum { block: u32 },
     /// The stored block does not match its checksum: repair it from another replica.
-    BadBlock { layer: LayerId, shard: u64, block: u32 },
+    /// Of a clone it may be one of its ancestors' blocks.
+    BadBlock { image: ImageId, layer: LayerId, shard: u64, block: u32 },
     /// This node has no record of the image.
     UnknownImage { image: ImageId },
+    /// What the image is a clone of is not here, or not all that is in it: heal that first.
+    NoParent { parent: ImageId },
     /// The offered record is older than the stored one.
     RecordLower { stored: Box<RecordHead> },
     /// The offered record is as new as the stored one and says something else.
@@ -92,10 +96,14 @@ impl fmt::Display for StoreError {
             StoreError::BadChecksum { block } => {
                 write!(f, "the data for block {block} does not match its checksum")
             }
-            StoreError::BadBlock { layer, shard, block } => {
-                write!(f, "block {block} of shard {shard}, layer {layer}, is damaged on disk")
-            }
+            StoreError::BadBlock { image, layer, shard, block } => write!(
+                f,
+                "block {block} of shard {shard}, layer {layer} of image {image}, is damaged on disk"
+            ),
             StoreError::UnknownImage { image } => write!(f, "no record of image {image} here"),
+            StoreError::NoParent { parent } => {
+                write!(f, "image {parent}, which it is a clone of, is not whole here")
+            }
             StoreError::RecordLower { stored } => write!(
                 f,
                 "the stored record is newer: epoch {}, generation {}",

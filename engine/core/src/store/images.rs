@@ -9,7 +9,7 @@
 //! A layer that a record has in `merging` goes into the one above it (`merge`).
 //!
 //! Invariant: epoch and generation of a stored record never decrease, an epoch never changes its
-//! holder, a generation never its digest nor its layers, an image never its shard size.
+//! holder, a generation never its digest nor its layers, an image never its shard size nor its parent.
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::geometry::{
-    ImageId, LAYERS_MAX, LayerId, SHARD_BYTES_MAX, SHARD_BYTES_MIN, ShardKey, SnapshotId,
+    ImageId, LAYERS_MAX, LayerId, Parent, SHARD_BYTES_MAX, SHARD_BYTES_MIN, ShardKey, SnapshotId,
 };
 use crate::rules::{Rule, broken};
 
@@ -52,6 +52,8 @@ pub struct ImageRecord {
     pub snapshots: Vec<SnapshotId>,
     /// Layers whose content goes into the one above them: ids that fall, of the chain, but not the top one.
     pub merging: Vec<LayerId>,
+    /// Of a clone: what shows where its layers have nothing.
+    pub parent: Option<Parent>,
     pub body: Bytes,
 }
 
@@ -114,16 +116,6 @@ impl ImageRecord {
         let from = layers[into + 1..].iter().copied().take_while(goes);
         let merge = Merge { into: layers[into], from: from.collect() };
         (!merge.from.is_empty()).then_some(merge)
-    }
-
-    /// Of each layer of the chain, the how manieth it is from 1 on. What is merged counts as where it goes.
-    pub fn depths(&self, chain: &Chain) -> Vec<u16> {
-        let mut depth = 0;
-        let depths = chain.layers().iter().map(|layer| {
-            depth += u16::from(!self.merging.contains(layer));
-            depth
-        });
-        depths.collect()
     }
 
     /// The layers that the snapshot is seen through; none where it is not one of this record's.
@@ -198,6 +190,7 @@ impl Images {
         let conflict = (head.epoch == stored.epoch && head.holder != stored.holder)
             || (head.generation == stored.generation && (head.digest != stored.digest || !equal))
             || head.shard_bytes != stored.shard_bytes
+            || record.parent != known.record.parent
             || record.chain.layers().iter().any(|l| self.pending_drops.contains(&(*image, *l)));
         if conflict && !broken(Rule::EqualRecordsAgree) {
             return Err(StoreError::RecordConflict { stored: Box::new(stored) });
@@ -336,6 +329,13 @@ pub fn encode_record(record: &ImageRecord, out: &mut Vec<u8>) {
     }
     push_u32(out, record.merging.len() as u32);
     record.merging.iter().for_each(|layer| push_u32(out, *layer));
+    push_u32(out, u32::from(record.parent.is_some()));
+    if let Some(Parent { image, snapshot, size_bytes }) = &record.parent {
+        out.extend_from_slice(&image.0);
+        push_u32(out, snapshot.layer);
+        push_u64(out, snapshot.generation);
+        push_u64(out, *size_bytes);
+    }
     push_u32(out, record.body.len() as u32);
     out.extend_from_slice(&record.body);
 }
@@ -348,16 +348,29 @@ pub fn decode_record(reader: &mut Reader<'_>) -> Option<ImageRecord> {
     let layers: Option<Vec<LayerId>> = (0..count).map(|_| reader.u32()).collect();
     let chain = Chain::new(&layers?)?;
     let count = reader.u32()?;
-    let snapshot = |_| Some(SnapshotId { layer: reader.u32()?, generation: reader.u64()? });
-    let snapshots = (0..count).map(snapshot).collect::<Option<Vec<SnapshotId>>>()?;
+    let snapshots =
+        (0..count).map(|_| decode_snapshot(reader)).collect::<Option<Vec<SnapshotId>>>()?;
     let count = reader.u32()?;
     let merging = (0..count).map(|_| reader.u32()).collect::<Option<Vec<LayerId>>>()?;
+    let parent = match reader.u32()? {
+        0 => None,
+        1 => Some(Parent {
+            image: ImageId(reader.array()?),
+            snapshot: decode_snapshot(reader)?,
+            size_bytes: reader.u64()?,
+        }),
+        _ => return None,
+    };
     let length = reader.u32()? as usize;
     let body = Bytes::copy_from_slice(reader.take(length)?);
     let fits =
         shard_bytes.is_power_of_two() && (SHARD_BYTES_MIN..=SHARD_BYTES_MAX).contains(&shard_bytes);
     let head = RecordHead { epoch, holder, generation, digest, shard_bytes };
-    fits.then_some(ImageRecord { head, blank, chain, snapshots, merging, body })
+    fits.then_some(ImageRecord { head, blank, chain, snapshots, merging, parent, body })
+}
+
+fn decode_snapshot(reader: &mut Reader<'_>) -> Option<SnapshotId> {
+    Some(SnapshotId { layer: reader.u32()?, generation: reader.u64()? })
 }
 
 /// Writes `images/ID/record` so that a crash leaves the old or the new one, durably.

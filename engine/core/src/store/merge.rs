@@ -27,6 +27,7 @@ use crate::rules::{Rule, broken};
 
 use super::disk::{DiskResult, Errno};
 use super::images::{ImageRecord, Images, Merge};
+use super::lineage::View;
 use super::log::Class;
 use super::read::{Found, ReadBuffer, read_singly, read_whole, run_length};
 use super::record::{COPY_EXTRA, CopyBlock, HEADER_BYTES, Header, Kind, encode_copy};
@@ -320,8 +321,8 @@ impl Store {
         generation: u64,
     ) -> Result<u64, StoreError> {
         let (mut above, mut below) = (Vec::new(), Vec::new());
-        self.look_up(&image, &[merge.into], shard, (first, count), &mut above)?;
-        self.look_up(&image, &merge.from, shard, (first, count), &mut below)?;
+        self.look_up(View::own(image, &[merge.into]), shard, (first, count), &mut above)?;
+        self.look_up(View::own(image, &merge.from), shard, (first, count), &mut below)?;
         let fills = |index: usize| {
             let free = above[index].state() == BlockState::Absent || broken(Rule::MergesFillGaps);
             free && below[index].state() != BlockState::Absent
@@ -343,7 +344,7 @@ impl Store {
             }
             let run = (1..run_length(&below[index..])).take_while(|step| fills(index + step));
             let run = 1 + run.count();
-            let data = self.content_below(&image, shard, block, found, run)?;
+            let data = self.content_below(shard, block, found, run)?;
             for (step, data) in data.chunks_exact(BLOCK).enumerate() {
                 let (block, found) = (block + step as u32, &below[index + step]);
                 let tag =
@@ -369,14 +370,13 @@ impl Store {
     /// What lies where these blocks are; zeros where it cannot be read.
     fn content_below(
         &mut self,
-        image: &ImageId,
         shard: u64,
         block: u32,
         found: &Found,
         run: usize,
     ) -> Result<BytesMut, StoreError> {
         let mut data = BytesMut::new();
-        let (file, offset) = match self.source_of(image, shard, block, found) {
+        let (file, offset) = match self.source_of(shard, block, found) {
             // Its file is gone.
             Err(StoreError::BadBlock { .. }) => return Ok(BytesMut::zeroed(run * BLOCK)),
             place => place?,

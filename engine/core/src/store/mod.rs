@@ -24,6 +24,7 @@ mod encoding;
 mod errors;
 mod images;
 mod index;
+mod lineage;
 mod log;
 mod merge;
 mod read;
@@ -55,13 +56,14 @@ use bytes::Bytes;
 
 use crate::checksum::Checksum;
 use crate::content::Block;
-use crate::geometry::{ImageId, LayerId, ShardKey, Tag};
+use crate::geometry::{ImageId, ShardKey, Tag};
 
 pub use checkpoint::{CheckpointDone, CheckpointJob};
 pub use dirty::DirtyEntry;
 use disk::{Disk, DiskResult, Errno, FileRef, LockGuard};
 pub use errors::StoreError;
 pub use images::{BODY_BYTES_MAX, Chain, ImageRecord, RecordHead};
+pub use lineage::{Ancestor, View};
 use log::{Class, Log};
 pub use read::{BlockSummary, Placed, ReadBuffer, ShardSummary};
 pub use record::CopyBlock;
@@ -149,9 +151,8 @@ impl Stamp {
 /// Where a change goes.
 #[derive(Clone, Copy, Debug)]
 pub struct WriteOp<'a> {
-    pub image: ImageId,
-    /// The image's layers, top first; the change goes to the top one.
-    pub layers: &'a [LayerId],
+    /// All that shows of the image; the change goes to its top layer.
+    pub view: View<'a>,
     pub shard: u64,
     /// First byte within the shard.
     pub offset: u32,

@@ -13,6 +13,7 @@ use crate::rules::{Rule, broken};
 use super::checkpoint::Running;
 use super::disk::{DiskFile, DiskResult, Errno, FileRef};
 use super::index::Place;
+use super::lineage::View;
 use super::shard_file::{ShardMeta, read_meta, shard_path};
 use super::{BlockState, Store, StoreError};
 
@@ -23,8 +24,8 @@ const BLOCK: usize = BLOCK_BYTES as usize;
 enum Source {
     Nowhere,
     Log(Place),
-    /// The shard file of that layer.
-    File(LayerId),
+    /// The shard file of its layer.
+    File,
 }
 
 /// A block, looked up.
@@ -32,6 +33,7 @@ enum Source {
 pub struct Found {
     state: BlockState,
     source: Source,
+    image: ImageId,
     layer: LayerId,
     checksum: Checksum,
 }
@@ -52,12 +54,17 @@ impl Found {
     }
 
     pub(super) fn is_in_file(&self) -> bool {
-        matches!(self.source, Source::File(_))
+        self.source == Source::File
     }
 }
 
-const NOT_FOUND: Found =
-    Found { state: BlockState::Absent, source: Source::Nowhere, layer: 0, checksum: 0 };
+const NOT_FOUND: Found = Found {
+    state: BlockState::Absent,
+    source: Source::Nowhere,
+    image: ImageId([0; 16]),
+    layer: 0,
+    checksum: 0,
+};
 
 /// One block of a shard, as a summary tells it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -78,15 +85,13 @@ pub struct ShardSummary {
 }
 
 impl Store {
-    /// Reads `blocks` blocks from `first_block` on, resolved through `layers` (top first). Appends
+    /// Reads `blocks` blocks from `first_block` on, resolved through the view. Appends
     /// a state for each to `states` and the content of the data blocks, verified, to `data`.
     ///
     /// `BadBlock` where one does not match its checksum; then nothing was appended.
-    #[allow(clippy::too_many_arguments)]
     pub fn read(
         &mut self,
-        image: &ImageId,
-        layers: &[LayerId],
+        view: View<'_>,
         shard: u64,
         first_block: u32,
         blocks: u32,
@@ -96,8 +101,8 @@ impl Store {
         let (states_before, data_before) = (states.len(), data.len());
         let mut found = std::mem::take(&mut self.scratch);
         let outcome = self
-            .look_up(image, layers, shard, (first_block, blocks), &mut found)
-            .and_then(|()| self.fetch(image, shard, first_block, &found, data));
+            .look_up(view, shard, (first_block, blocks), &mut found)
+            .and_then(|()| self.fetch(shard, first_block, &found, data));
         states.extend(found.iter().map(|found| found.state));
         self.scratch = found;
         if outcome.is_err() {
@@ -108,18 +113,17 @@ impl Store {
     }
 
     /// Appends the state of `blocks` blocks from `first_block` on to `states`, resolved through
-    /// `layers` (top first), without reading content.
+    /// the view, without reading content.
     pub fn status(
         &mut self,
-        image: &ImageId,
-        layers: &[LayerId],
+        view: View<'_>,
         shard: u64,
         first_block: u32,
         blocks: u32,
         states: &mut Vec<BlockState>,
     ) -> Result<(), StoreError> {
         let mut found = std::mem::take(&mut self.scratch);
-        let outcome = self.look_up(image, layers, shard, (first_block, blocks), &mut found);
+        let outcome = self.look_up(view, shard, (first_block, blocks), &mut found);
         if outcome.is_ok() {
             states.extend(found.iter().map(|found| found.state));
         }
@@ -127,21 +131,19 @@ impl Store {
         outcome
     }
 
-    /// As `status`, with the layer that each block was found in.
-    #[allow(clippy::too_many_arguments)]
+    /// As `status`, with the image and layer that each block was found in.
     pub fn origins(
         &mut self,
-        image: &ImageId,
-        layers: &[LayerId],
+        view: View<'_>,
         shard: u64,
         first_block: u32,
         blocks: u32,
-        origins: &mut Vec<(BlockState, LayerId)>,
+        origins: &mut Vec<(BlockState, ImageId, LayerId)>,
     ) -> Result<(), StoreError> {
         let mut found = std::mem::take(&mut self.scratch);
-        let outcome = self.look_up(image, layers, shard, (first_block, blocks), &mut found);
+        let outcome = self.look_up(view, shard, (first_block, blocks), &mut found);
         if outcome.is_ok() {
-            origins.extend(found.iter().map(|found| (found.state, found.layer)));
+            origins.extend(found.iter().map(|found| (found.state, found.image, found.layer)));
         }
         self.scratch = found;
         outcome
@@ -149,11 +151,9 @@ impl Store {
 
     /// `read`, with the checksum of each data block beside its state, and the content to wherever the
     /// caller wants it.
-    #[allow(clippy::too_many_arguments)]
     pub fn read_blocks(
         &mut self,
-        image: &ImageId,
-        layers: &[LayerId],
+        view: View<'_>,
         shard: u64,
         first_block: u32,
         blocks: u32,
@@ -163,8 +163,8 @@ impl Store {
         let data_before = data.filled();
         let mut found = std::mem::take(&mut self.scratch);
         let outcome = self
-            .look_up(image, layers, shard, (first_block, blocks), &mut found)
-            .and_then(|()| self.fetch(image, shard, first_block, &found, data));
+            .look_up(view, shard, (first_block, blocks), &mut found)
+            .and_then(|()| self.fetch(shard, first_block, &found, data));
         match outcome {
             Ok(()) => content.extend(found.iter().map(|found| found.state.with(found.checksum))),
             Err(_) => data.truncate(data_before),
@@ -200,41 +200,41 @@ impl Store {
     /// Fills `found` with where each block is, appending the batch where one is only staged.
     pub(super) fn look_up(
         &mut self,
-        image: &ImageId,
-        layers: &[LayerId],
+        view: View<'_>,
         shard: u64,
         (first_block, blocks): (u32, u32),
         found: &mut Vec<Found>,
     ) -> Result<(), StoreError> {
         self.check()?;
         found.clear();
-        let shard_bytes = self.state.images.require(image)?.shard_bytes;
+        let shard_bytes = self.state.images.require(&view.image)?.shard_bytes;
         let end = u64::from(first_block) + u64::from(blocks);
-        if blocks == 0 || end > u64::from(shard_bytes / BLOCK_BYTES) || layers.is_empty() {
+        if blocks == 0 || end > u64::from(shard_bytes / BLOCK_BYTES) || view.layers.is_empty() {
             return Err(StoreError::OutOfRange);
         }
         found.resize(blocks as usize, NOT_FOUND);
         let mut missing = blocks;
         let mut staged = false;
-        for &layer in layers {
-            let key = ShardKey { image: *image, layer, shard };
+        for (image, layer, end) in view.layers_of_shard(shard, shard_bytes) {
+            let key = ShardKey { image, layer, shard };
             let mut meta: Option<Arc<ShardMeta>> = None;
-            for (block, found) in (first_block..).zip(found.iter_mut()) {
+            for (block, found) in (first_block..end).zip(found.iter_mut()) {
                 if found.state != BlockState::Absent {
                     continue;
                 }
                 let index = self.state.index.get(&key);
                 if let Some(run) = index.and_then(|shard| shard.get(block)) {
                     let (state, source) = (run.state, Source::Log(run.place));
-                    *found = Found { state, source, layer, checksum: run.checksum };
+                    *found = Found { state, source, image, layer, checksum: run.checksum };
                     staged |= state == BlockState::Data && self.log.is_staged(run.place);
                 } else {
                     let meta = match &meta {
                         Some(meta) => meta,
                         None => meta.insert(self.meta(&key, shard_bytes)?),
                     };
-                    let (state, source) = (meta.state(block), Source::File(layer));
-                    *found = Found { state, source, layer, checksum: meta.checksum(block) };
+                    let (state, source) = (meta.state(block), Source::File);
+                    let checksum = meta.checksum(block);
+                    *found = Found { state, source, image, layer, checksum };
                 }
                 missing -= u32::from(found.state != BlockState::Absent);
             }
@@ -248,7 +248,6 @@ impl Store {
     /// Appends the content of the data blocks, verified.
     fn fetch(
         &mut self,
-        image: &ImageId,
         shard: u64,
         first_block: u32,
         found: &[Found],
@@ -256,7 +255,8 @@ impl Store {
     ) -> Result<(), StoreError> {
         let bad = |index: usize| {
             let block = first_block + index as u32;
-            StoreError::BadBlock { layer: found[index].layer, shard, block }
+            let Found { image, layer, .. } = found[index];
+            StoreError::BadBlock { image, layer, shard, block }
         };
         let mut index = 0;
         while index < found.len() {
@@ -266,7 +266,7 @@ impl Store {
                 BlockState::Data => {
                     let run = run_length(&found[index..]);
                     let (file, offset) =
-                        self.source_of(image, shard, first_block + index as u32, &found[index])?;
+                        self.source_of(shard, first_block + index as u32, &found[index])?;
                     let start = data.filled();
                     let room = data.room(run * BLOCK);
                     match read_whole(&*file, offset, room) {
@@ -294,7 +294,6 @@ impl Store {
     /// The file and offset of a data block.
     pub(super) fn source_of(
         &mut self,
-        image: &ImageId,
         shard: u64,
         block: u32,
         found: &Found,
@@ -304,11 +303,11 @@ impl Store {
                 let file = Arc::clone(&self.log.segment(place.segment).file);
                 Ok((file, u64::from(place.offset)))
             }
-            Source::File(layer) => {
-                let file = self.shard_file(&ShardKey { image: *image, layer, shard })?;
-                match file {
+            Source::File => {
+                let Found { image, layer, .. } = *found;
+                match self.shard_file(&ShardKey { image, layer, shard })? {
                     Some(file) => Ok((file, u64::from(block) * u64::from(BLOCK_BYTES))),
-                    None => Err(StoreError::BadBlock { layer, shard, block }),
+                    None => Err(StoreError::BadBlock { image, layer, shard, block }),
                 }
             }
             Source::Nowhere => Err(StoreError::OutOfRange),
@@ -377,7 +376,9 @@ pub(super) fn run_length(found: &[Found]) -> usize {
     let follows = |pair: &[Found]| {
         pair[1].state == BlockState::Data
             && match (pair[0].source, pair[1].source) {
-                (Source::File(a), Source::File(b)) => a == b,
+                (Source::File, Source::File) => {
+                    (pair[0].image, pair[0].layer) == (pair[1].image, pair[1].layer)
+                }
                 (Source::Log(a), Source::Log(b)) => {
                     a.segment == b.segment && a.offset + BLOCK_BYTES == b.offset
                 }

@@ -13,6 +13,7 @@ use crate::checksum::checksum_of;
 use crate::geometry::{BLOCK_BYTES, ShardKey};
 
 use super::disk::{Errno, FileRef};
+use super::lineage::View;
 use super::read::run_length;
 use super::shard_file::{ShardMeta, read_meta, rewrite_both, slot_bytes};
 use super::{BlockState, Store, StoreError};
@@ -46,7 +47,7 @@ impl Store {
         let metadata_rewritten = first_block == 0 && self.scrub_metadata(key, shard_bytes)?;
         let mut found = std::mem::take(&mut self.scratch);
         let range = (first_block, blocks);
-        let looked = self.look_up(&key.image, &[key.layer], key.shard, range, &mut found);
+        let looked = self.look_up(View::own(key.image, &[key.layer]), key.shard, range, &mut found);
         let mut digest = blake3::Hasher::new();
         let mut rotten = Vec::new();
         let read = looked.and_then(|()| {
@@ -64,7 +65,7 @@ impl Store {
                 }
                 let run = run_length(&found[index..]);
                 data.clear();
-                let place = self.source_of(&key.image, key.shard, block, &found[index]);
+                let place = self.source_of(key.shard, block, &found[index]);
                 match place {
                     Ok((file, offset)) => {
                         // Without it what is read may be what was written, not what is on the disk.

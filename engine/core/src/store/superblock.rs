@@ -15,7 +15,7 @@ use super::errors::StoreError;
 
 const MAGIC: &[u8; 8] = b"HCISTORE";
 /// Version of the whole disk format.
-pub const FORMAT_VERSION: u32 = 4;
+pub const FORMAT_VERSION: u32 = 5;
 const PATH: &str = "superblock";
 
 /// Content of the superblock file.

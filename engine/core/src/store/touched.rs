@@ -11,30 +11,33 @@ use super::shard_file::shards_in;
 use super::written::{
     FOLDERS_PER_PAGE, Stop, WRITTEN_PER_PAGE, WrittenCursor, WrittenPage, stop_at,
 };
-use super::{Store, StoreError};
+use super::{Store, StoreError, View};
 
 impl Store {
-    /// Gives the shards of `range` of which any of `layers` may have something, from `from` on. What the log has
-    /// of other layers counts as well.
+    /// Gives the shards of `range` of which any of the layers of `view` may have something, from `from` on. What
+    /// the log has of other layers of these images counts as well.
     pub fn touched(
         &mut self,
-        image: &ImageId,
-        layers: &[LayerId],
+        view: View<'_>,
         range: &Range<u64>,
         from: WrittenCursor,
     ) -> Result<WrittenPage, StoreError> {
         self.check()?;
-        self.state.images.require(image)?;
-        let goes = |layer: &LayerId| {
+        self.state.images.require(&view.image)?;
+        let goes = |(image, layer): &(ImageId, LayerId)| {
             self.image(image).is_some_and(|record| record.merging.contains(layer))
         };
-        let (merging, others): (Vec<_>, Vec<_>) = layers.iter().partition(|layer| goes(layer));
+        let layers = view.all_layers();
+        let (merging, others): (Vec<(ImageId, LayerId)>, Vec<(ImageId, LayerId)>) =
+            layers.partition(goes);
         let mut shards = BTreeSet::new();
         let mut at = from;
         while let Some(stop) = stop_at(at.place, &merging, &others) {
             let here = match stop {
-                Stop::Memory => self.touched_in_memory(image, range),
-                Stop::Folder(layer, folder) => shards_in(&*self.disk, image, layer, folder)?,
+                Stop::Memory => self.touched_in_memory(view, range),
+                Stop::Folder((image, layer), folder) => {
+                    shards_in(&*self.disk, &image, layer, folder)?
+                }
             };
             for shard in here {
                 if shard < at.shard || !range.contains(&shard) {
@@ -54,8 +57,8 @@ impl Store {
     }
 
     /// In order.
-    fn touched_in_memory(&self, image: &ImageId, range: &Range<u64>) -> Vec<u64> {
-        let index = self.state.index.iter().filter(|(key, _)| key.image == *image);
+    fn touched_in_memory(&self, view: View<'_>, range: &Range<u64>) -> Vec<u64> {
+        let index = self.state.index.iter().filter(|(key, _)| view.has_image(&key.image));
         let shards: BTreeSet<u64> =
             index.map(|(key, _)| key.shard).filter(|shard| range.contains(shard)).collect();
         shards.into_iter().collect()

@@ -60,7 +60,7 @@ impl Store {
         payload: Bytes,
     ) -> Result<u64, StoreError> {
         let shard_bytes = self.admit(op)?;
-        self.check_dirty_room(&op.image, op.shard)?;
+        self.check_dirty_room(&op.view.image, op.shard)?;
         let span = Span::new(op.offset, payload.len(), shard_bytes)?;
         verify(&span, checksums, &payload)?;
         let last = span.blocks - 1;
@@ -89,7 +89,7 @@ impl Store {
     }
 
     /// Stages zeros for `length` bytes from the op's offset, and gives the last record's lsn. Whole
-    /// blocks become absent where the image has one layer, else explicit zeros; with
+    /// blocks become absent where nothing lies below, else explicit zeros; with
     /// `keep_allocated` explicit zeros that keep their space. Partly covered blocks are merged.
     pub fn zero(
         &mut self,
@@ -102,7 +102,7 @@ impl Store {
         if !keep_allocated && self.holds_nothing(op, shard_bytes)? {
             return Ok(self.log.next_lsn() - 1);
         }
-        self.check_dirty_room(&op.image, op.shard)?;
+        self.check_dirty_room(&op.view.image, op.shard)?;
         let last = span.blocks - 1;
         let mut edges: [Option<(u32, Bytes)>; 2] = [None, None];
         for (edge, index) in edges.iter_mut().zip([0, last]) {
@@ -121,9 +121,9 @@ impl Store {
             self.stage_write(&op.key(), block, &[checksum], &[content], op.stamp)?;
         }
         if first_whole < end_whole {
-            let state = match op.layers.len() {
-                1 if !keep_allocated => BlockState::Absent,
-                _ => BlockState::Zero,
+            let state = match op.view.is_one_layer() && !keep_allocated {
+                true => BlockState::Absent,
+                false => BlockState::Zero,
             };
             let header = Header {
                 state: state.to_u8(),
@@ -132,7 +132,7 @@ impl Store {
                 first_block: span.first_block + first_whole,
                 blocks: end_whole - first_whole,
                 stamp: op.stamp,
-                ..Header::new(Kind::Zero, op.image)
+                ..Header::new(Kind::Zero, op.view.image)
             };
             let staged = self.stage_small(header, &[], Class::Data)?;
             self.state.apply_zero(&header, state, staged.place);
@@ -187,7 +187,7 @@ impl Store {
     /// with parents has other layers to hide.)
     fn holds_nothing(&mut self, op: &WriteOp<'_>, shard_bytes: u32) -> Result<bool, StoreError> {
         let key = op.key();
-        let fresh = op.layers.len() == 1 && self.state.index.get(&key).is_none();
+        let fresh = op.view.is_one_layer() && self.state.index.get(&key).is_none();
         let meta = self.meta(&key, shard_bytes)?;
         Ok(fresh && meta.version == 0 && !meta.rewrite_both)
     }
@@ -195,8 +195,8 @@ impl Store {
     /// Whether the change may be made at all; gives the shard size.
     fn admit(&self, op: &WriteOp<'_>) -> Result<u32, StoreError> {
         self.check()?;
-        let head = self.state.images.require(&op.image)?;
-        if op.layers.is_empty() {
+        let head = self.state.images.require(&op.view.image)?;
+        if op.view.layers.is_empty() {
             return Err(StoreError::OutOfRange);
         }
         if op.stamp.epoch < head.epoch && !broken(Rule::EpochIsCurrent) {
@@ -299,7 +299,7 @@ impl Store {
     ) -> Result<(BlockState, BytesMut), StoreError> {
         let mut states = Vec::with_capacity(1);
         let mut content = BytesMut::with_capacity(BLOCK);
-        self.read(&op.image, op.layers, op.shard, block, 1, &mut states, &mut content)?;
+        self.read(op.view, op.shard, block, 1, &mut states, &mut content)?;
         content.resize(BLOCK, 0);
         Ok((states[0], content))
     }
@@ -308,7 +308,7 @@ impl Store {
 impl WriteOp<'_> {
     /// The shard of the top layer.
     fn key(&self) -> ShardKey {
-        ShardKey { image: self.image, layer: self.layers[0], shard: self.shard }
+        ShardKey { image: self.view.image, layer: self.view.layers[0], shard: self.shard }
     }
 }
 

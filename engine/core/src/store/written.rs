@@ -40,13 +40,13 @@ pub struct WrittenPage {
 }
 
 /// What a place of a listing stands for.
-pub(super) enum Stop {
+pub(super) enum Stop<L> {
     Memory,
-    Folder(LayerId, u64),
+    Folder(L, u64),
 }
 
-pub(super) fn stop_at(place: u32, merging: &[LayerId], others: &[LayerId]) -> Option<Stop> {
-    let folder = |layers: &[LayerId], at: u32| {
+pub(super) fn stop_at<L: Copy>(place: u32, merging: &[L], others: &[L]) -> Option<Stop<L>> {
+    let folder = |layers: &[L], at: u32| {
         let layer = layers.get((at / FOLDERS) as usize)?;
         Some(Stop::Folder(*layer, u64::from(at % FOLDERS)))
     };
@@ -75,7 +75,8 @@ impl Store {
         let goes = |layer: &LayerId| {
             self.image(image).is_some_and(|record| record.merging.contains(layer))
         };
-        let (merging, others): (Vec<_>, Vec<_>) = layers.iter().partition(|layer| goes(layer));
+        let (merging, others): (Vec<LayerId>, Vec<LayerId>) =
+            layers.iter().partition(|layer| goes(layer));
         let mut page = WrittenPage::default();
         let mut files = FILES_PER_PAGE;
         let mut at = from;

@@ -5,7 +5,7 @@ use super::codec::{Fields, Short, put_list, put_text};
 use super::{MAGIC, VERSION};
 use crate::checksum::{CHECKSUM_BYTES, Checksum};
 use crate::content::Block;
-use crate::geometry::{BLOCK_BYTES, ImageId, LAYERS_MAX, LayerId, SnapshotId, Tag};
+use crate::geometry::{BLOCK_BYTES, ImageId, LAYERS_MAX, LayerId, Parent, SnapshotId, Tag};
 use bytes::{BufMut, Bytes, BytesMut};
 
 /// A head that can be written and read back.
@@ -139,6 +139,8 @@ pub struct Record {
     pub snapshots: Vec<SnapshotId>,
     /// Layers that go into the one above them: ids that fall.
     pub merging: Vec<LayerId>,
+    /// Of a clone.
+    pub parent: Option<Parent>,
 }
 
 impl Head for Record {
@@ -148,6 +150,7 @@ impl Head for Record {
         put_layers(out, &self.layers);
         put_list(out, &self.snapshots, |out, snapshot| put_snapshot(out, *snapshot));
         put_layers(out, &self.merging);
+        put_parent(out, self.parent);
     }
     fn take_fields(f: &mut Fields) -> Result<Self, Short> {
         let record = Record {
@@ -156,6 +159,7 @@ impl Head for Record {
             layers: take_chain(f)?,
             snapshots: f.list(12, take_snapshot)?,
             merging: take_layers(f)?,
+            parent: take_parent(f)?,
         };
         if record.snapshots.len() > LAYERS_MAX { Err(Short) } else { Ok(record) }
     }
@@ -168,6 +172,27 @@ pub(super) fn put_snapshot(out: &mut BytesMut, snapshot: SnapshotId) {
 
 pub(super) fn take_snapshot(f: &mut Fields) -> Result<SnapshotId, Short> {
     Ok(SnapshotId { layer: f.u32()?, generation: f.u64()? })
+}
+
+/// A list of none or one.
+fn put_parent(out: &mut BytesMut, parent: Option<Parent>) {
+    put_list(out, parent.as_slice(), |out, parent| {
+        out.put_slice(&parent.image.0);
+        put_snapshot(out, parent.snapshot);
+        out.put_u64_le(parent.size_bytes);
+    });
+}
+
+fn take_parent(f: &mut Fields) -> Result<Option<Parent>, Short> {
+    let parents = f.list(36, |f| {
+        let (image, snapshot) = (ImageId(f.array()?), take_snapshot(f)?);
+        Ok(Parent { image, snapshot, size_bytes: f.u64()? })
+    })?;
+    match parents[..] {
+        [] => Ok(None),
+        [parent] => Ok(Some(parent)),
+        _ => Err(Short),
+    }
 }
 
 fn put_layers(out: &mut BytesMut, layers: &[LayerId]) {
@@ -187,16 +212,23 @@ fn take_chain(f: &mut Fields) -> Result<Vec<LayerId>, Short> {
     if layers.is_empty() { Err(Short) } else { Ok(layers) }
 }
 
-/// PEEK asks by image id alone.
+/// PEEK names the parent too: a node that has nothing of a clone says whether it could have it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Peek(pub ImageId);
+pub struct Peek {
+    pub image: ImageId,
+    pub shard_bytes: u32,
+    pub parent: Option<Parent>,
+}
 
 impl Head for Peek {
     fn put(&self, out: &mut BytesMut) {
-        out.put_slice(&self.0.0);
+        out.put_slice(&self.image.0);
+        out.put_u32_le(self.shard_bytes);
+        put_parent(out, self.parent);
     }
     fn take_fields(f: &mut Fields) -> Result<Self, Short> {
-        Ok(Peek(ImageId(f.array()?)))
+        let image = ImageId(f.array()?);
+        Ok(Peek { image, shard_bytes: f.u32()?, parent: take_parent(f)? })
     }
 }
 
@@ -213,6 +245,8 @@ pub struct PeekReply {
     pub peers: Vec<(String, u64)>,
     /// Layers that its record has as merging, and of which nothing is left, durably.
     pub emptied: Vec<LayerId>,
+    /// What the image is a clone of is not here, or not all that is in it.
+    pub parent_missing: bool,
 }
 
 impl Head for PeekReply {
@@ -223,6 +257,7 @@ impl Head for PeekReply {
         out.put_u8(u8::from(self.distrusted));
         put_flush_numbers(out, &self.peers);
         put_layers(out, &self.emptied);
+        out.put_u8(u8::from(self.parent_missing));
     }
     fn take_fields(f: &mut Fields) -> Result<Self, Short> {
         Ok(PeekReply {
@@ -232,6 +267,7 @@ impl Head for PeekReply {
             distrusted: f.u8()? != 0,
             peers: take_flush_numbers(f)?,
             emptied: take_layers(f)?,
+            parent_missing: f.u8()? != 0,
         })
     }
 }
@@ -388,6 +424,24 @@ fn take_block(f: &mut Fields) -> Result<Block, Short> {
         2 => Ok(Block::Data(checksum)),
         3 => Ok(Block::Bad),
         _ => Err(Short),
+    }
+}
+
+/// The head of a `BadBlock` answer: the block within the shard, and the image whose it is, which is an
+/// ancestor where a clone was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BadBlock {
+    pub block: u32,
+    pub image: ImageId,
+}
+
+impl Head for BadBlock {
+    fn put(&self, out: &mut BytesMut) {
+        out.put_u32_le(self.block);
+        out.put_slice(&self.image.0);
+    }
+    fn take_fields(f: &mut Fields) -> Result<Self, Short> {
+        Ok(BadBlock { block: f.u32()?, image: ImageId(f.array()?) })
     }
 }
 

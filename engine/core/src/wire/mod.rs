@@ -110,12 +110,14 @@ pub enum Status {
     Unreachable = 16,
     /// PULL: something that came later was about the same blocks, or too much is under way.
     Cancelled = 17,
+    /// The image is a clone, and what it is a clone of is not here, or not all that is in it.
+    NoParent = 18,
 }
 
 impl Status {
     pub fn from_wire(value: u16) -> Option<Status> {
         use Status::*;
-        const ALL: [Status; 18] = [
+        const ALL: [Status; 19] = [
             Ok,
             Malformed,
             Version,
@@ -134,6 +136,7 @@ impl Status {
             NoLayers,
             Unreachable,
             Cancelled,
+            NoParent,
         ];
         ALL.get(usize::from(value)).copied()
     }

@@ -9,16 +9,16 @@ mod wire_heads;
 use bytes::{BufMut, Bytes, BytesMut};
 use hci_engine_core::checksum::crc32c;
 use hci_engine_core::content::Block;
-use hci_engine_core::geometry::{ImageId, SnapshotId, Tag};
+use hci_engine_core::geometry::{ImageId, Parent, SnapshotId, Tag};
 use hci_engine_core::nbd::constants::{EXTENDED_REQUEST_MAGIC, IHAVEOPT, REQUEST_MAGIC};
 use hci_engine_core::wire::changes::{
     ChangedRun, ChangesAsked, ChangesReply, Held, TouchedAsked, TouchedReply,
 };
 use hci_engine_core::wire::copies::{PeerFetch, Pull, Source};
 use hci_engine_core::wire::messages::{
-    Attach, AttachReader, BlocksReply, Copy, DirtyEntry, DirtyFrom, DirtyReply, Flush, Head, Hello,
-    HelloReply, Io, IoInto, Level, Number, Peek, PeekReply, Record, RecordHead, ScrubReply,
-    Session, ShardRange, WrittenAbove, WrittenReply, put_blocks,
+    Attach, AttachReader, BadBlock, BlocksReply, Copy, DirtyEntry, DirtyFrom, DirtyReply, Flush,
+    Head, Hello, HelloReply, Io, IoInto, Level, Number, Peek, PeekReply, Record, RecordHead,
+    ScrubReply, Session, ShardRange, WrittenAbove, WrittenReply, put_blocks,
 };
 use hci_engine_core::wire::{REPLY, kind};
 use proptest::collection::vec;
@@ -56,13 +56,17 @@ fn samples() -> Vec<(u8, Vec<u8>)> {
     let peers = vec![(node.clone(), 4), ("node2".to_owned(), 8)];
     let (dirty, distrusted) = (6, true);
     let emptied = vec![3, 1];
+    let snapshot = SnapshotId { layer: 2, generation: 5 };
+    let parent = Some(Parent { image: ImageId([8; 16]), snapshot, size_bytes: 1 << 30 });
+    let peek = Peek { image: IMAGE, shard_bytes: 4 << 20, parent };
+    let (record, parent_missing) = (record(), true);
     let peek_reply =
-        PeekReply { record: record(), dirty, flush_number, distrusted, peers, emptied };
+        PeekReply { record, dirty, flush_number, distrusted, peers, emptied, parent_missing };
     let attach = Attach { image: IMAGE, epoch: 3, holder: [1; 16] };
-    let reader = AttachReader { image: IMAGE, snapshot: SnapshotId { layer: 2, generation: 5 } };
-    let snapshots = vec![SnapshotId { layer: 2, generation: 5 }; 2];
+    let reader = AttachReader { image: IMAGE, snapshot };
+    let snapshots = vec![snapshot; 2];
     let (layers, merging) = (vec![4, 3, 2, 1], vec![3, 1]);
-    let stored = Record { head: record(), blank: true, layers, snapshots, merging };
+    let stored = Record { head: record, blank: true, layers, snapshots, merging, parent };
     let proof = vec![(node, 12)];
     let flush = Flush { epoch: 3, generation: 2, clear_sequence: 9, proof };
     let entry = DirtyEntry { shard: 5, last: TAG, generation: 2, sticky: true };
@@ -103,7 +107,7 @@ fn samples() -> Vec<(u8, Vec<u8>)> {
     vec![
         (kind::HELLO, bytes_of(&hello)),
         (kind::HELLO | REPLY, bytes_of(&hello_reply)),
-        (kind::PEEK, bytes_of(&Peek(IMAGE))),
+        (kind::PEEK, bytes_of(&peek)),
         (kind::PEEK | REPLY, bytes_of(&peek_reply)),
         (kind::RECORD, bytes_of(&stored)),
         (kind::ATTACH, bytes_of(&attach)),
@@ -114,6 +118,7 @@ fn samples() -> Vec<(u8, Vec<u8>)> {
         (kind::ZERO, bytes_of(&IO)),
         (kind::READ, bytes_of(&IO)),
         (kind::READ | REPLY, read_reply.to_vec()),
+        (kind::WRITE | REPLY, bytes_of(&BadBlock { block: 7, image: IMAGE })),
         (kind::STATUS, bytes_of(&IO)),
         (kind::STATUS | REPLY, read_reply.to_vec()),
         (kind::READ_INTO, bytes_of(&IoInto { io: IO, at: 1 << 20 })),

@@ -6,15 +6,17 @@ use hci_engine_core::content::Block;
 use hci_engine_core::wire::changes::{ChangesAsked, ChangesReply, TouchedAsked, TouchedReply};
 use hci_engine_core::wire::copies::{PeerFetch, Pull};
 use hci_engine_core::wire::messages::{
-    Attach, AttachReader, BlocksReply, Copy, DirtyFrom, DirtyReply, Flush, Head, Hello, HelloReply,
-    Io, IoInto, Level, Number, Peek, PeekReply, Record, ScrubReply, Session, ShardRange,
-    WrittenAbove, WrittenReply, put_blocks, take_blocks, take_write,
+    Attach, AttachReader, BadBlock, BlocksReply, Copy, DirtyFrom, DirtyReply, Flush, Head, Hello,
+    HelloReply, Io, IoInto, Level, Number, Peek, PeekReply, Record, ScrubReply, Session,
+    ShardRange, WrittenAbove, WrittenReply, put_blocks, take_blocks, take_write,
 };
 use hci_engine_core::wire::{FrameReader, HEAD_BYTES_MAX, Prefix, REPLY, encode, kind};
 use std::fmt::Debug;
 
 const REPLY_TO_HELLO: u8 = kind::HELLO | REPLY;
 const REPLY_TO_PEEK: u8 = kind::PEEK | REPLY;
+/// That of a change is empty, but where it met a damaged block.
+const REPLY_TO_WRITE: u8 = kind::WRITE | REPLY;
 const REPLY_TO_READ: u8 = kind::READ | REPLY;
 const REPLY_TO_READ_INTO: u8 = kind::READ_INTO | REPLY;
 const REPLY_TO_STATUS: u8 = kind::STATUS | REPLY;
@@ -72,6 +74,7 @@ pub fn is_head(kind: u8, head: Bytes) -> Option<bool> {
         kind::ATTACH_READER => takes::<AttachReader>(head),
         kind::DETACH | kind::CONFIRM => takes::<Session>(head),
         kind::WRITE => takes_write(head),
+        REPLY_TO_WRITE => takes::<BadBlock>(head),
         kind::ZERO | kind::READ | kind::STATUS => takes::<Io>(head),
         kind::READ_INTO => takes::<IoInto>(head),
         REPLY_TO_READ | REPLY_TO_READ_INTO | REPLY_TO_STATUS => takes_blocks(head),

@@ -10,6 +10,7 @@ use crate::replica::{
     Outcome, Output, ScrubSpec, ScrubState, SetSpec, Token,
 };
 use crate::simulation::LogSize;
+use crate::store::View;
 use crate::store::simulated::Seeded;
 use crate::wire::{Frame, FrameReader, flag};
 use bytes::{Bytes, BytesMut};
@@ -115,6 +116,7 @@ fn spec(record: Stored, faults: Faults) -> OpenSpec {
         layers: record.layers(),
         snapshots: record.snapshots(),
         merging: record.merging(),
+        parent: None,
         epoch: record.epoch,
         holder: [record.epoch as u8; 16],
         generation: record.generation,
@@ -739,7 +741,7 @@ impl Cluster {
             let first = if shard % 2 == 0 { last_block - 2 } else { 0 };
             let (mut states, mut data) = (Vec::new(), BytesMut::new());
             store
-                .read_blocks(&IMAGE, layers, shard, first, 2, &mut states, &mut data)
+                .read_blocks(View::own(IMAGE, layers), shard, first, 2, &mut states, &mut data)
                 .expect("intact blocks");
             for state in &states {
                 let block = match state.is_data() {

@@ -1,6 +1,7 @@
 //! The holder's side of replication against real stores: seeded histories of a small cluster.
 
 mod changes;
+mod clones;
 mod cluster;
 mod freezes;
 mod full;

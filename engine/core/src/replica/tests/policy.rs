@@ -191,6 +191,7 @@ impl Policy {
             }
             Event::ReplicaFailed { node, status } => panic!("node {node} fails: {status:?}"),
             Event::Fenced { node, status } => panic!("node {node} fences us: {status:?}"),
+            Event::ParentRot { .. } => unreachable!("it is no clone"),
             Event::BadBlock { node, .. } => {
                 assert!(self.rots.has(node), "nothing rots here");
             }

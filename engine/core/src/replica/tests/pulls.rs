@@ -7,6 +7,7 @@ use crate::geometry::{BLOCK_BYTES, ImageId, Tag};
 use crate::node::pulls::Effect;
 use crate::rules::{Rule, break_rules};
 use crate::simulation::{LogSize, NodeRun, SimNode};
+use crate::store::View;
 use crate::wire::copies::{PeerFetch, Pull, Source};
 use crate::wire::messages::{Attach, Copy, Head, Io, Number, Record, RecordHead, ShardRange};
 use crate::wire::{Frame, REPLY, Status, kind};
@@ -118,7 +119,7 @@ impl Pair {
     fn held(&mut self) -> u8 {
         let (mut states, mut data) = (Vec::new(), BytesMut::new());
         let store = &mut run(&mut self.target).store;
-        store.read_blocks(&IMAGE, &[1], 0, 0, 1, &mut states, &mut data).expect("intact");
+        store.read_blocks(View::own(IMAGE, &[1]), 0, 0, 1, &mut states, &mut data).expect("intact");
         data.first().copied().unwrap_or(0)
     }
 }
@@ -139,8 +140,14 @@ fn asked_of(node: &mut NodeRun, connection: u64, asked: Frame) -> Frame {
 
 fn store_record(node: &mut NodeRun, connection: u64, epoch: u64, generation: u64) {
     let head = record_head(epoch, generation);
-    let record =
-        Record { head, blank: false, layers: vec![1], snapshots: Vec::new(), merging: Vec::new() };
+    let record = Record {
+        head,
+        blank: false,
+        layers: vec![1],
+        snapshots: Vec::new(),
+        merging: Vec::new(),
+        parent: None,
+    };
     let stored = asked_of(node, connection, frame(kind::RECORD, &record, Bytes::new()));
     assert_eq!(stored.status, Status::Ok);
 }
@@ -351,7 +358,8 @@ fn nothing_is_pulled_into_a_layer_that_is_merged_or_takes_one_in() {
         let target = run(&mut pair.target);
         let head = record_head(2, 3);
         let (layers, merging) = (vec![3, 2, 1], vec![1]);
-        let record = Record { head, blank: false, layers, snapshots: Vec::new(), merging };
+        let record =
+            Record { head, blank: false, layers, snapshots: Vec::new(), merging, parent: None };
         let stored = asked_of(target, HOLDER, frame(kind::RECORD, &record, Bytes::new()));
         assert_eq!(stored.status, Status::Ok);
         let pull = Pull { generation: 3, layer, ..order() };

@@ -118,7 +118,7 @@ impl Reading {
     }
 }
 
-fn flatten(runs: &[Run]) -> Vec<u8> {
+pub(super) fn flatten(runs: &[Run]) -> Vec<u8> {
     let mut out = Vec::new();
     for run in runs {
         match run {

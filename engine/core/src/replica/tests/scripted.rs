@@ -70,6 +70,7 @@ impl TwoSets {
             layers: vec![1],
             snapshots: Vec::new(),
             merging: Vec::new(),
+            parent: None,
             epoch: 2,
             holder: [2; 16],
             generation: 2,

@@ -13,7 +13,7 @@ use super::rig::*;
 use crate::geometry::{BLOCK_BYTES, Tag};
 use crate::store::log::create_segment;
 use crate::store::simulated::{Crash, Seeded, SimDisk};
-use crate::store::{CheckpointJob, Stamp, Store, StoreError, SyncJob, WriteOp};
+use crate::store::{CheckpointJob, Stamp, Store, StoreError, SyncJob, View, WriteOp};
 
 const SHARDS: u64 = 3;
 const BLOCKS: u32 = 10;
@@ -100,7 +100,7 @@ impl Run {
 
     fn op<'a>(&mut self, shard: u64, offset: u32) -> WriteOp<'a> {
         self.stamp.sequence += 1;
-        WriteOp { image: IMAGE, layers: &[1], shard, offset, stamp: self.stamp }
+        WriteOp { view: View::own(IMAGE, &[1]), shard, offset, stamp: self.stamp }
     }
 
     fn wrote(&mut self, model: &mut Model, shard: u64) {
@@ -240,7 +240,8 @@ impl Run {
     fn read_all(&mut self) -> Vec<Vec<u8>> {
         let read = |shard| {
             let (mut states, mut data) = (Vec::new(), BytesMut::new());
-            let read = self.store.read(&IMAGE, &[1], shard, 0, BLOCKS, &mut states, &mut data);
+            let read =
+                self.store.read(View::own(IMAGE, &[1]), shard, 0, BLOCKS, &mut states, &mut data);
             read.expect("every block reads");
             flatten(&states, &data)
         };

@@ -10,7 +10,7 @@ use crate::geometry::BLOCK_BYTES;
 use crate::store::disk::{Disk, Errno};
 use crate::store::real::RealDisk;
 use crate::store::simulated::SimDisk;
-use crate::store::{Stamp, Store, StoreError, WriteOp};
+use crate::store::{Stamp, Store, StoreError, View, WriteOp};
 
 pub struct Folder(pub std::path::PathBuf);
 
@@ -105,7 +105,7 @@ fn store_on_a_real_folder_is_locked_and_read_back_after_a_restart() {
     let write = |store: &mut Store, sequence: u64| {
         let stamp = Stamp { epoch: 1, generation: 1, sequence };
         let (shard, offset) = (sequence % 20, sequence as u32 % 7 * BLOCK_BYTES);
-        let op = WriteOp { image: IMAGE, layers: &[1], shard, offset, stamp };
+        let op = WriteOp { view: View::own(IMAGE, &[1]), shard, offset, stamp };
         let data = vec![sequence as u8; BLOCK];
         store.write(&op, &fragment_checksums(offset, &data), Bytes::from(data))
     };
@@ -124,7 +124,9 @@ fn store_on_a_real_folder_is_locked_and_read_back_after_a_restart() {
         for sequence in 260..400 {
             let (mut states, mut data) = (Vec::new(), BytesMut::new());
             let (shard, block) = (sequence % 20, sequence as u32 % 7);
-            store.read(&IMAGE, &[1], shard, block, 1, &mut states, &mut data).expect("reads");
+            store
+                .read(View::own(IMAGE, &[1]), shard, block, 1, &mut states, &mut data)
+                .expect("reads");
             assert_eq!(data, vec![sequence as u8; BLOCK], "{sequence}");
         }
         let job = store.begin_checkpoint(true).expect("begins").expect("something");

@@ -3,7 +3,7 @@
 use super::rig::*;
 use crate::geometry::{ImageId, Tag};
 use crate::store::log::FREE_WANTED;
-use crate::store::{ImageRecord, RecordHead, Store, StoreConfig, StoreError, WriteOp};
+use crate::store::{ImageRecord, RecordHead, Store, StoreConfig, StoreError, View, WriteOp};
 use bytes::Bytes;
 
 fn tag(epoch: u64, sequence: u64) -> Tag {
@@ -48,7 +48,7 @@ fn record_that_is_lower_or_differs_is_refused_also_after_a_restart() {
 fn request_without_a_record_or_of_an_older_epoch_is_refused() {
     let mut rig = Rig::new();
     let other = ImageId([7; 16]);
-    let op = WriteOp { image: other, layers: &[1], shard: 0, offset: 0, stamp: rig.stamp };
+    let op = WriteOp { view: View::own(other, &[1]), shard: 0, offset: 0, stamp: rig.stamp };
     let unknown = Err(StoreError::UnknownImage { image: other });
     assert_eq!(rig.store.zero(&op, 4096, false), unknown);
     rig.store.put_record(IMAGE, record(head(2, 1))).expect("epoch 2");
@@ -281,7 +281,7 @@ fn entry_of_a_shard_that_is_level_stays_where_a_write_of_before_came_again() {
     let again = rig.stamp;
     rig.sync();
     let (mut rig, _) = rig.restart();
-    let op = WriteOp { image: IMAGE, layers: &[1], shard: 2, offset: 0, stamp: again };
+    let op = WriteOp { view: View::own(IMAGE, &[1]), shard: 2, offset: 0, stamp: again };
     let data = vec![2; BLOCK];
     rig.store
         .write(&op, &fragment_checksums(0, &data), Bytes::copy_from_slice(&data))

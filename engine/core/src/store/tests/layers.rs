@@ -7,7 +7,7 @@ use bytes::Bytes;
 use super::rig::*;
 use crate::geometry::{BLOCK_BYTES, LayerId, ShardKey, SnapshotId, Tag};
 use crate::store::simulated::{Crash, Seeded};
-use crate::store::{BlockState, Chain, ImageRecord, StoreError, WriteOp, WrittenCursor};
+use crate::store::{BlockState, Chain, ImageRecord, StoreError, View, WriteOp, WrittenCursor};
 
 const BLOCKS: u32 = 10;
 const SHARDS: u64 = 2;
@@ -22,7 +22,7 @@ fn snapshot(layer: LayerId, generation: u64) -> SnapshotId {
 
 fn zero(rig: &mut Rig, layers: &[LayerId], offset: u32, length: u32) {
     rig.stamp.sequence += 1;
-    let op = WriteOp { image: IMAGE, layers, shard: 0, offset, stamp: rig.stamp };
+    let op = WriteOp { view: View::own(IMAGE, layers), shard: 0, offset, stamp: rig.stamp };
     rig.store.zero(&op, length, false).expect("a discard");
 }
 
@@ -136,7 +136,7 @@ fn rot_below_is_not_merged_into_the_top() {
     rig.sync();
     rig.checkpoint();
     assert!(rig.disk.corrupt(&crate::store::shard_path(&Rig::key(0)), 5));
-    let bad = StoreError::BadBlock { layer: 1, shard: 0, block: 0 };
+    let bad = StoreError::BadBlock { image: IMAGE, layer: 1, shard: 0, block: 0 };
     assert_eq!(rig.write_layers(&[2, 1], 0, 7, &[2; 10]), Err(bad.clone()));
     assert_eq!(rig.read_layers(&[2, 1], 0, 0, 1), Err(bad.clone()));
     rig.write_layers(&[2, 1], 0, 0, &[2; BLOCK]).expect("a whole block needs nothing of it");
@@ -258,7 +258,7 @@ fn change(
         10..14 => {
             rig.stamp.sequence += 1;
             let (offset, stamp) = (first + cut, rig.stamp);
-            let op = WriteOp { image: IMAGE, layers, shard, offset, stamp };
+            let op = WriteOp { view: View::own(IMAGE, layers), shard, offset, stamp };
             rig.store.zero(&op, length, random.chance(30)).or_else(|error| room(rig, error))?;
         }
         14..16 => sync(rig)?,

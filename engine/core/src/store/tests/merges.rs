@@ -11,7 +11,7 @@ use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, ShardKey, Tag};
 use crate::rules::{Rule, break_rules};
 use crate::store::simulated::{Crash, Seeded, SimDisk};
 use crate::store::{
-    BlockState, CopyBlock, ImageRecord, Stamp, Store, StoreConfig, StoreError, WriteOp,
+    BlockState, CopyBlock, ImageRecord, Stamp, Store, StoreConfig, StoreError, View, WriteOp,
     WrittenCursor, shard_path,
 };
 
@@ -21,7 +21,7 @@ const SHARDS: u64 = 3;
 fn zero(rig: &mut Rig, layers: &[LayerId], shard: u64, first: u32, blocks: u32) {
     rig.stamp.sequence += 1;
     let offset = first * BLOCK_BYTES;
-    let op = WriteOp { image: IMAGE, layers, shard, offset, stamp: rig.stamp };
+    let op = WriteOp { view: View::own(IMAGE, layers), shard, offset, stamp: rig.stamp };
     rig.store.zero(&op, blocks * BLOCK_BYTES, false).expect("a discard");
 }
 
@@ -180,7 +180,7 @@ fn images_take_turns() {
         rig.checkpoint();
     }
     let stamp = Stamp { sequence: 1, ..rig.stamp };
-    let op = WriteOp { image: other, layers: &[1], shard: 0, offset: 0, stamp };
+    let op = WriteOp { view: View::own(other, &[1]), shard: 0, offset: 0, stamp };
     let data = vec![5; BLOCK];
     let written = rig.store.write(&op, &fragment_checksums(0, &data), Bytes::from(data));
     written.expect("a write");
@@ -302,7 +302,7 @@ fn rot_below_is_bad_above_and_shows_nothing_older() {
     assert!(rig.disk.corrupt(&shard_path(&key), 5));
     rig.merging(&[4, 3, 2, 1], &[2]).expect("it goes");
     rig.merge_all().expect("merges");
-    let bad = StoreError::BadBlock { layer: 3, shard: 0, block: 0 };
+    let bad = StoreError::BadBlock { image: IMAGE, layer: 3, shard: 0, block: 0 };
     assert_eq!(rig.read_layers(&[4, 3, 2, 1], 0, 0, 1), Err(bad));
     assert_eq!(states(&mut rig, 3, 2)[1], BlockState::Data);
     rig.checkpoint();
@@ -613,7 +613,7 @@ impl History {
             7..10 => {
                 self.rig.stamp.sequence += 1;
                 let (offset, stamp) = (first + cut, self.rig.stamp);
-                let op = WriteOp { image: IMAGE, layers: &layers, shard, offset, stamp };
+                let op = WriteOp { view: View::own(IMAGE, &layers), shard, offset, stamp };
                 self.rig.store.zero(&op, length, random.chance(30))?;
             }
             10..11 => self.sync()?,

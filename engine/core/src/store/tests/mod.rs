@@ -1,5 +1,6 @@
 //! Tests of the whole store on the simulated disk; `rig` drives it beside a model.
 
+mod clones;
 mod crash;
 mod disk;
 mod dropped;

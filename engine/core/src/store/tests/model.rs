@@ -9,7 +9,7 @@ use super::rig::*;
 use crate::checksum::checksum_of;
 use crate::geometry::{BLOCK_BYTES, LayerId, ShardKey, Tag};
 use crate::store::index::{Place, Run, ShardIndex};
-use crate::store::{BlockState, CopyBlock, StoreError, WriteOp};
+use crate::store::{BlockState, CopyBlock, StoreError, View, WriteOp};
 
 const BLOCKS: u32 = 12;
 
@@ -116,7 +116,7 @@ fn do_request(rig: &mut Rig, model: &mut Model, request: &Request) -> Result<(),
         Request::Zero { upper, shard, offset, length, keep } => {
             rig.stamp.sequence += 1;
             let layers = layers(upper);
-            let op = WriteOp { image: IMAGE, layers, shard, offset, stamp: rig.stamp };
+            let op = WriteOp { view: View::own(IMAGE, layers), shard, offset, stamp: rig.stamp };
             rig.store.zero(&op, length, keep)?;
             model.change(layers, shard, (offset, length), None, keep);
         }
@@ -146,7 +146,9 @@ fn check(rig: &mut Rig, model: &Model) {
             let (states, data) = rig.read_layers(layers, shard, 0, BLOCKS).expect("reads");
             let content = flatten(&states, &data);
             let mut status = Vec::new();
-            rig.store.status(&IMAGE, layers, shard, 0, BLOCKS, &mut status).expect("status");
+            rig.store
+                .status(View::own(IMAGE, layers), shard, 0, BLOCKS, &mut status)
+                .expect("status");
             assert_eq!(states, status);
             for block in 0..BLOCKS {
                 let (state, expected) = model.resolved(layers, shard, block);
@@ -277,10 +279,10 @@ fn bytes_beyond_a_short_read_are_not_taken_for_data() {
     rig.checkpoint();
     let file = rig.store.disk.open(&crate::store::shard_file::shard_path(&Rig::key(0)));
     file.expect("the shard file").set_len(100).expect("cut");
-    let bad = StoreError::BadBlock { layer: 1, shard: 0, block: 0 };
+    let bad = StoreError::BadBlock { image: IMAGE, layer: 1, shard: 0, block: 0 };
     assert_eq!(rig.read_layers(&[1], 0, 0, 1), Err(bad));
     let mut data = BytesMut::from(&b"before"[..]);
     let mut states = Vec::new();
-    assert!(rig.store.read(&IMAGE, &[1], 0, 0, 1, &mut states, &mut data).is_err());
+    assert!(rig.store.read(View::own(IMAGE, &[1]), 0, 0, 1, &mut states, &mut data).is_err());
     assert_eq!((&data[..], states.len()), (&b"before"[..], 0), "nothing was appended");
 }

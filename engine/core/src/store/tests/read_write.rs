@@ -5,7 +5,7 @@ use crate::geometry::{BLOCK_BYTES, ImageId, Tag};
 use crate::store::disk::Errno;
 use crate::store::shard_file::shard_path;
 use crate::store::simulated::Crash;
-use crate::store::{BlockState, CopyBlock, StoreError, WriteOp};
+use crate::store::{BlockState, CopyBlock, StoreError, View, WriteOp};
 use bytes::Bytes;
 
 use crate::checksum::checksum_of;
@@ -54,7 +54,7 @@ fn partial_write_over_two_blocks_keeps_both_edges() {
 #[test]
 fn write_with_a_wrong_checksum_is_refused_and_nothing_changes() {
     let mut rig = Rig::new();
-    let op = WriteOp { image: IMAGE, layers: &[1], shard: 0, offset: 0, stamp: rig.stamp };
+    let op = WriteOp { view: View::own(IMAGE, &[1]), shard: 0, offset: 0, stamp: rig.stamp };
     let refused = rig.store.write(&op, &[1], Bytes::from(vec![1; BLOCK]));
     assert_eq!(refused, Err(StoreError::BadChecksum { block: 0 }));
     assert_eq!(rig.read_layers(&[1], 0, 0, 1), Ok((vec![BlockState::Absent], vec![])));
@@ -77,7 +77,7 @@ fn zero_makes_blocks_absent_and_merges_edges() {
     let mut rig = Rig::new();
     rig.fill(0, 0, 6, 8);
     rig.checkpoint();
-    let op = WriteOp { image: IMAGE, layers: &[1], shard: 0, offset: 100, stamp: rig.stamp };
+    let op = WriteOp { view: View::own(IMAGE, &[1]), shard: 0, offset: 100, stamp: rig.stamp };
     rig.store.zero(&op, 4 * BLOCK_BYTES, false).expect("zero");
     let check = |rig: &mut Rig| {
         let (states, data) = rig.read_layers(&[1], 0, 0, 6).expect("read");
@@ -103,7 +103,7 @@ fn zero_within_one_block_is_merged_and_of_an_absent_block_changes_nothing() {
     let mut rig = Rig::new();
     rig.fill(0, 0, 1, 8);
     for shard in [0, 1] {
-        let op = WriteOp { image: IMAGE, layers: &[1], shard, offset: 10, stamp: rig.stamp };
+        let op = WriteOp { view: View::own(IMAGE, &[1]), shard, offset: 10, stamp: rig.stamp };
         rig.store.zero(&op, 20, false).expect("zero");
     }
     let mut expected = vec![8; BLOCK];
@@ -115,7 +115,7 @@ fn zero_within_one_block_is_merged_and_of_an_absent_block_changes_nothing() {
 #[test]
 fn zero_that_keeps_its_space_is_explicit_and_allocated() {
     let mut rig = Rig::new();
-    let op = WriteOp { image: IMAGE, layers: &[1], shard: 0, offset: 0, stamp: rig.stamp };
+    let op = WriteOp { view: View::own(IMAGE, &[1]), shard: 0, offset: 0, stamp: rig.stamp };
     rig.store.zero(&op, 64 * BLOCK_BYTES, true).expect("zero");
     rig.checkpoint();
     let usage = rig.store.usage_handle().physical_bytes(&IMAGE).expect("usage");
@@ -130,8 +130,7 @@ fn layers_show_the_topmost_block_and_an_explicit_zero_hides_those_below() {
     rig.checkpoint();
     rig.write_layers(&[2, 1], 0, BLOCK_BYTES, &[2; BLOCK]).expect("write");
     let op = WriteOp {
-        image: IMAGE,
-        layers: &[2, 1],
+        view: View::own(IMAGE, &[2, 1]),
         shard: 0,
         offset: 2 * BLOCK_BYTES,
         stamp: rig.stamp,
@@ -151,7 +150,7 @@ fn layers_show_the_topmost_block_and_an_explicit_zero_hides_those_below() {
         rig.checkpoint();
     }
     let mut states = Vec::new();
-    rig.store.status(&IMAGE, &[2, 1], 0, 1, 2, &mut states).expect("status");
+    rig.store.status(View::own(IMAGE, &[2, 1]), 0, 1, 2, &mut states).expect("status");
     assert_eq!(states, [BlockState::Data, BlockState::Zero]);
 }
 
@@ -179,7 +178,7 @@ fn copy_keeps_tags_states_and_the_higher_generation() {
             );
         }
         assert_eq!(rig.content(4, 9, 1), vec![7; BLOCK]);
-        let bad = StoreError::BadBlock { layer: 1, shard: 4, block: 10 };
+        let bad = StoreError::BadBlock { image: IMAGE, layer: 1, shard: 4, block: 10 };
         assert_eq!(rig.read_layers(&[1], 4, 10, 1), Err(bad));
         assert_eq!(rig.dirty(), [4]);
         rig.checkpoint();
@@ -344,7 +343,7 @@ fn image_deleted_on_a_full_disk_goes_before_anything_needs_space() {
     rig.store.put_record(OTHER, record(head(1, 1))).expect("a first record");
     let (data, checksums) = ([9; 4 * BLOCK], fragment_checksums(0, &[9; 4 * BLOCK]));
     for shard in 0..8 {
-        let op = WriteOp { image: OTHER, layers: &[1], shard, offset: 0, stamp: rig.stamp };
+        let op = WriteOp { view: View::own(OTHER, &[1]), shard, offset: 0, stamp: rig.stamp };
         rig.store.write(&op, &checksums, Bytes::copy_from_slice(&data)).expect("a write");
         rig.checkpoint();
     }
@@ -398,7 +397,7 @@ fn segments_whose_blocks_were_all_overwritten_are_freed_without_a_copy() {
 fn discard_of_a_shard_that_holds_nothing_leaves_no_trace() {
     let mut rig = Rig::new();
     let discard = |rig: &mut Rig, shard, layers: &[u32], keep| {
-        let op = WriteOp { image: IMAGE, layers, shard, offset: 0, stamp: rig.stamp };
+        let op = WriteOp { view: View::own(IMAGE, layers), shard, offset: 0, stamp: rig.stamp };
         rig.store.zero(&op, SHARD_BYTES, keep).expect("a discard")
     };
     rig.store.append().expect("append");

@@ -7,7 +7,7 @@ use crate::geometry::{BLOCK_BYTES, ImageId, LayerId, ShardKey};
 use crate::store::simulated::SimDisk;
 use crate::store::{
     BlockState, Chain, ImageRecord, RecordHead, Recovery, Stamp, Store, StoreConfig, StoreError,
-    WriteOp,
+    View, WriteOp,
 };
 
 pub const BLOCK: usize = BLOCK_BYTES as usize;
@@ -46,6 +46,7 @@ pub fn record(head: RecordHead) -> ImageRecord {
         chain,
         snapshots: Vec::new(),
         merging: Vec::new(),
+        parent: None,
         body: Bytes::new(),
     }
 }
@@ -106,7 +107,7 @@ impl Rig {
         data: &[u8],
     ) -> Result<u64, StoreError> {
         self.stamp.sequence += 1;
-        let op = WriteOp { image: IMAGE, layers, shard, offset, stamp: self.stamp };
+        let op = WriteOp { view: View::own(IMAGE, layers), shard, offset, stamp: self.stamp };
         self.store.write(&op, &fragment_checksums(offset, data), Bytes::copy_from_slice(data))
     }
 
@@ -181,7 +182,14 @@ impl Rig {
         blocks: u32,
     ) -> Result<(Vec<BlockState>, Vec<u8>), StoreError> {
         let (mut states, mut data) = (Vec::new(), BytesMut::new());
-        self.store.read(&IMAGE, layers, shard, first_block, blocks, &mut states, &mut data)?;
+        self.store.read(
+            View::own(IMAGE, layers),
+            shard,
+            first_block,
+            blocks,
+            &mut states,
+            &mut data,
+        )?;
         Ok((states, data.to_vec()))
     }
 

@@ -6,13 +6,13 @@ use crate::geometry::{BLOCK_BYTES, Tag};
 use crate::store::record::{self, Header, Kind};
 use crate::store::shard_file::{decode_slot, shard_path, slot_bytes};
 use crate::store::simulated::{Crash, Seeded};
-use crate::store::{BlockState, CopyBlock, Stamp, StoreError, UsageHandle};
+use crate::store::{BlockState, CopyBlock, Stamp, StoreError, UsageHandle, View};
 use bytes::Bytes;
 
 const STAMP: Stamp = Stamp { epoch: 1, generation: 1, sequence: 0 };
 
 fn bad(block: u32) -> StoreError {
-    StoreError::BadBlock { layer: 1, shard: 0, block }
+    StoreError::BadBlock { image: IMAGE, layer: 1, shard: 0, block }
 }
 
 #[test]
@@ -229,7 +229,7 @@ fn rot_in_a_synced_record_is_reported_for_ever_and_a_torn_end_is_not() {
     // The last record of all has nothing after it that could prove a sync.
     let (mut store, _) = open(&torn).expect("opens");
     let stamp = crate::store::Stamp { epoch: 1, generation: 1, sequence: 50 };
-    let op = crate::store::WriteOp { image: IMAGE, layers: &[1], shard: 0, offset: 0, stamp };
+    let op = crate::store::WriteOp { view: View::own(IMAGE, &[1]), shard: 0, offset: 0, stamp };
     let data = vec![3; BLOCK];
     store.write(&op, &[checksum_of(&data)], Bytes::from(data)).expect("write");
     store.append().expect("append");

@@ -3,7 +3,7 @@
 use super::rig::*;
 use crate::geometry::Tag;
 use crate::store::shard_file::{shard_path, slot_bytes};
-use crate::store::{BlockState, WriteOp, WrittenCursor};
+use crate::store::{BlockState, View, WriteOp, WrittenCursor};
 use std::collections::BTreeSet;
 
 /// All pages together; each page gets on.
@@ -70,7 +70,7 @@ fn removed_shard_is_told_as_well() {
     rig.checkpoint();
     in_generation(&mut rig, 2);
     rig.stamp.sequence += 1;
-    let op = WriteOp { image: IMAGE, layers: &[1], shard: 1, offset: 0, stamp: rig.stamp };
+    let op = WriteOp { view: View::own(IMAGE, &[1]), shard: 1, offset: 0, stamp: rig.stamp };
     rig.store.zero(&op, SHARD_BYTES, false).expect("a discard");
     for _ in 0..2 {
         assert_eq!(above(&mut rig, 1), set([1]));
