@@ -421,6 +421,10 @@ class GatewayDaemon:
                       {("done",): ended.done, ("failed",): ended.failed}, ["end"])  # fmt: skip
         yield counter("hci_heal_copied_bytes_total", "Copied by the heals that are done.",
                       ended.copied_bytes)  # fmt: skip
+        yield counter("hci_gateway_pulls_unreached_total", "Times that a node (target) could not "
+                      "fetch what it lacked from another one (source), and had it through here.",
+                      dict(self.exports.heal_log.pulls_unreached()),
+                      ["source", "target"])  # fmt: skip
         heals = {
             (name, found["heal"]["node"]): found["heal"] for name, found in asked if found["heal"]
         }

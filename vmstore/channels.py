@@ -210,6 +210,9 @@ class Channels:
                           changes=event["changes"])  # fmt: skip
             case "replica_failed":
                 return events.ReplicaFailed(node, event["status"])
+            case "pull_unreached":
+                names = image.node_names
+                self._heal_log.unreached(names[event["source"]], names[event["target"]])
             case "admitted":
                 levelling = frozenset(image.node_names[index] for index in event["levelling"])
                 log.info("replicas_admitted", image=str(image.name), levelling=sorted(levelling),
