@@ -296,7 +296,10 @@ class DevCluster:
     # The end.
 
     def mend(self) -> None:
-        """Runs what was killed and deletes all images; raises TimeoutError if all is not well."""
+        """Runs what was killed and deletes all images; raises TimeoutError if all is not well.
+
+        Nodes have confirmed the deletions then: one that the next test kills owes nothing.
+        """
         if any(member["state"] != "running" for member in self.members().values()):
             self.run("all")
         deadline = time.monotonic() + HEALTH_TIMEOUT_S
@@ -307,6 +310,9 @@ class DevCluster:
                 if done.returncode != 0 and time.monotonic() > deadline:
                     raise TimeoutError(done.stderr)
         self.await_health("ok")
+        while left := self.leftovers():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"left over: {left}")
 
     def close(self) -> None:
         """Stops everything and deletes what it kept; a leftover process is ended by force."""
