@@ -394,10 +394,16 @@ class Holder(AdmissionSteps):
 
     def _on_refused(self, why: str) -> list[Effect]:
         """Clones begin on a snapshot that was to go: it stays, and all else is proposed anew."""
+        assert self.record is not None
         if self.proposal is None:
             return []
-        self.undecided, self.retry_at_s = False, None
-        return [*self._drop_proposal(why), *self._go_on()]
+        undecided, self.undecided, self.retry_at_s = self.undecided, False, None
+        told = self._drop_proposal(why)
+        if not undecided:
+            return [*told, *self._go_on()]
+        # An earlier request may come late, when the clones are gone: it must find another record.
+        self.proposal = replace(self.record, generation=self.record.generation + 1)
+        return [*told, ChangeMembership(self.record, self.proposal)]
 
     def _drop_proposal(self, why: str) -> list[Effect]:
         """Forget a proposal that etcd surely has nothing of; tell who waits for what was in it."""

@@ -191,3 +191,20 @@ def test_removal_that_clones_keep_from_being_made_is_told_and_all_else_goes_on()
     assert of(wanted.TellLayers, effects) == [wanted.TellLayers("vms/copy begins on it")]
     (change,) = of(wanted.ChangeMembership, effects)
     assert (change.after.snapshots, change.after.stale) == (ours.snapshots, {0: {"node3": 2}})
+
+
+def test_removal_that_etcd_may_still_take_is_overtaken_by_another_change() -> None:
+    """A request that came late, when the clone was gone, took the image from its holder."""
+    ours = replace(record().with_snapshot("s", 5), parent=None)
+    holder = gathering(ours)
+    for node in NODES:
+        view = events.NodeRecordView(1, ME, 2, ours.digest, {}, 1)
+        holder.step(events.Peeked(node, 1, 0, False, view, 1))
+    holder.step(events.Admitted())
+    holder.step(events.RemoveSnapshot("s"))
+    holder.step(events.MembershipDelayed("etcd did not answer", maybe_taken=True))
+    effects = holder.step(events.ChangeRefused("vms/copy begins on it"))
+    assert of(wanted.TellLayers, effects) == [wanted.TellLayers("vms/copy begins on it")]
+    (change,) = of(wanted.ChangeMembership, effects)
+    assert change.after == replace(ours, generation=3)
+    assert of(wanted.Reconfigure, holder.step(events.MembershipChanged(change.after)))

@@ -25,7 +25,6 @@ mod sources;
 
 use crate::geometry::ShardKey;
 use crate::rules::{Rule, broken};
-use crate::wire::codec::Fields;
 use crate::wire::copies::{PeerFetch, Source};
 use crate::wire::messages::{BadBlock, Head};
 use crate::wire::{Frame, REPLY, Status, kind};
@@ -277,7 +276,7 @@ mod tests {
     use crate::geometry::{BLOCK_BYTES, ImageId};
     use crate::wire::Prefix;
     use crate::wire::copies::Pull;
-    use crate::wire::messages::{Copy, Head, Io, ShardRange};
+    use crate::wire::messages::{Copy, Io, ShardRange};
     use bytes::BytesMut;
 
     const SECOND_NS: u64 = 1_000_000_000;
