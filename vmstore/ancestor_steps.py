@@ -122,7 +122,9 @@ class AncestorSteps(MergeSteps, ABC):
 
     def _ask_again(self) -> list[Effect]:
         """Now and then ask nodes anew that lacked something, and etcd with that."""
-        if not self._is_clone or self.now_s - self.ancestry.asked_s < AGAIN_S:
+        if not self._is_clone or self.phase not in (Phase.GATHERING, Phase.JOINING, Phase.SERVING):
+            return []
+        if self.now_s - self.ancestry.asked_s < AGAIN_S:
             return []
         self.ancestry.asked_s = self.now_s
         again: list[Effect] = []
