@@ -4,7 +4,7 @@ What it goes by stands in `vmstore/ancestry.py`. Pure, as `vmstore/holder.py` is
 is. Of an image that is no clone nothing here does anything.
 """
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from dataclasses import dataclass
 
 from shard.membership import Stale
@@ -22,10 +22,6 @@ class AncestorSteps(MergeSteps, ABC):
     def _is_clone(self) -> bool:
         return self.record is not None and self.record.parent is not None
 
-    @abstractmethod
-    def _judge_disks(self) -> None:
-        """Find the nodes whose store is not the one it was."""
-
     def _judge_ancestors(self, name: str) -> None:
         """A node told what it has: without what a clone begins on it has nothing of it."""
         self.ancestry.forget(name)
@@ -42,9 +38,10 @@ class AncestorSteps(MergeSteps, ABC):
             self.ancestry.blamed.add(name)
 
     def _clear(self, name: str) -> None:
+        """Take that back; what is known of its own disk stays (`_judge_disks`)."""
+        assert name in self.ancestry.blamed, "for this alone"
         self.ancestry.blamed.discard(name)
         self.emptied.discard(name)
-        self._judge_disks()
 
     def _needs_look(self, name: str) -> bool:
         """Whether etcd has to be asked before a node comes in.
@@ -71,7 +68,15 @@ class AncestorSteps(MergeSteps, ABC):
 
     def _may_come(self, name: str) -> bool:
         """Whether a node that is in sync may be let in."""
-        return not self._needs_look(name) or self._has_ancestors(name)
+        if not self._needs_look(name):
+            return True
+        return self._has_ancestors(name) and not self._lacks_where_in_sync(name)
+
+    def _lacks_where_in_sync(self, name: str) -> bool:
+        """Whether it may lack something in a replica set in which the clone calls it in sync."""
+        assert self.record is not None
+        sets = self.record.membership.in_sync_sets()
+        return any(name in of_set and self._lacks(name, i) for i, of_set in enumerate(sets))
 
     def _look_at_ancestors(self) -> list[Effect]:
         """Ask etcd, where a node waits for what it says."""
@@ -98,9 +103,10 @@ class AncestorSteps(MergeSteps, ABC):
             if node.peeked is None or not self.ancestry.knows(name):
                 continue
             lacks = self.ancestry.lacks_any(name)
-            mend = mend or (node.peeked.parent_missing and not lacks)
+            lost = node.peeked.parent_missing or name in self.emptied - self.ancestry.blamed
+            mend = mend or (lost and not lacks)
             waits = node.standing is Standing.WAITING and self._needs_look(name)
-            if waits and lacks and not self._is_stale(name):
+            if waits and self._lacks_where_in_sync(name):
                 self._blame(name)
             elif name in self.ancestry.blamed and not lacks and not node.peeked.parent_missing:
                 self._clear(name)
@@ -122,7 +128,9 @@ class AncestorSteps(MergeSteps, ABC):
 
     def _ask_again(self) -> list[Effect]:
         """Now and then ask nodes anew that lacked something, and etcd with that."""
-        if not self._is_clone or self.now_s - self.ancestry.asked_s < AGAIN_S:
+        if not self._is_clone or self.phase not in (Phase.GATHERING, Phase.JOINING, Phase.SERVING):
+            return []
+        if self.now_s - self.ancestry.asked_s < AGAIN_S:
             return []
         self.ancestry.asked_s = self.now_s
         again: list[Effect] = []

@@ -68,7 +68,7 @@ class CloneRecords(ArbiterRecords):
         found = self._etcd.get_prefix(keys.clones(image)).items
         if not found:
             return []
-        names = self._names()
+        names = self.names()
         clones = [
             Clone(clone, layer, str(names.get(clone, clone)))
             for _, layer, clone in (keys.split_clone(item.key) for item in found)
@@ -77,7 +77,7 @@ class CloneRecords(ArbiterRecords):
 
     def all_clones(self) -> dict[ImageId, list[Clone]]:
         """Return the clones of each image that has some, by name."""
-        names = self._names()
+        names = self.names()
         found: dict[ImageId, list[Clone]] = {}
         for item in self._etcd.get_prefix(keys.CLONES).items:
             parent, layer, clone = keys.split_clone(item.key)
@@ -95,13 +95,7 @@ class CloneRecords(ArbiterRecords):
 
     def name_of(self, image: ImageId) -> ImageName | None:
         """Return an image's name, None where it has none any more."""
-        return self._names().get(image)
-
-    def _names(self) -> dict[ImageId, ImageName]:
-        return {
-            NameRecord.decode(item.key, item.value).image: ImageName(*keys.split_name(item.key))
-            for item in self._etcd.get_prefix(keys.NAMES).items
-        }
+        return self.names().get(image)
 
     def check_no_clones(
         self, what: str, image: ImageId, from_layer: int = 0, to_layer: int | None = None

@@ -92,6 +92,7 @@ class HealSteps(AncestorSteps, ABC):
         if heal is None:
             return
         self.emptied.discard(heal.node)
+        self.ancestry.blamed.discard(heal.node)
         node = self.nodes[heal.node]
         node.served_as = heal.instance
         if node.standing is Standing.HEALING:

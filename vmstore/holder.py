@@ -273,8 +273,10 @@ class Holder(AdmissionSteps):
     def _judge_disks(self) -> None:
         known = [node.peeked for node in self.nodes.values() if node.peeked is not None]
         for name in emptied(known):
-            if self.nodes[name].standing is Standing.WAITING:
+            if self.nodes[name].standing in (Standing.WAITING, Standing.ASKED):
                 self.emptied.add(name)
+                # Whatever becomes of its ancestors.
+                self.ancestry.blamed.discard(name)
 
     def _node_gone(self, name: str) -> None:
         node = self.nodes[name]
@@ -371,6 +373,7 @@ class Holder(AdmissionSteps):
             self.too_slow = None
         self.blocking &= in_sync
         self.emptied = {name for name in self.emptied if name in in_sync or not self._is_told(name)}
+        self.ancestry.blamed &= self.emptied
         self.levelling &= in_sync
         for name, node in self.nodes.items():
             if name not in in_sync:

@@ -22,7 +22,7 @@ from etcd.interface import (
     RangeEmpty,
     ValueEquals,
 )
-from etcd.records import ClusterRecord, LeaseRecord, LostRecord
+from etcd.records import ClusterRecord, LeaseRecord, LostRecord, NameRecord
 from shard.geometry import check_image_size
 from shard.ids import ImageId
 from shard.membership import Membership, check_successor
@@ -37,6 +37,7 @@ from vmstore.errors import (
     ShrinkRefused,
     UnknownImage,
 )
+from vmstore.names import ImageName
 from vmstore.stored import Stored, commit, put_found, read
 
 INTACT = KeyAbsent(keys.LOST)
@@ -246,12 +247,21 @@ class Holding:
     def _check_unused(self, compare: RangeEmpty, image: ImageId) -> None:
         """Raise HasClones where there are clones that a change was not to be made with."""
         found = [
-            str(keys.split_clone(item.key)[2])
+            keys.split_clone(item.key)[2]
             for item in self._etcd.get_prefix(keys.clones(image)).items
             if compare.key <= item.key < compare.end
         ]
         if found:
-            raise HasClones(f"a snapshot of image {image}", found)
+            names = self.names()
+            clones = sorted(str(names.get(clone, clone)) for clone in found)
+            raise HasClones(f"a snapshot of {names.get(image, image)}", clones)
+
+    def names(self) -> dict[ImageId, ImageName]:
+        """Return what images are called."""
+        return {
+            NameRecord.decode(item.key, item.value).image: ImageName(*keys.split_name(item.key))
+            for item in self._etcd.get_prefix(keys.NAMES).items
+        }
 
     def resize(self, held: Held, size_bytes: int, *, force: bool = False) -> Held:
         """Store a new size. Before a shrink the caller discards what is cut off.

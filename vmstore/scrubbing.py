@@ -72,6 +72,10 @@ class Images(Protocol):
         """An image that was opened for its scrub is no longer needed."""
 
 
+ANCESTOR_MS = 24 * 3600 * 1000
+"""Between two scrubs of an image that a gateway asks for because a clone met damage in it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """How far a scrub came; `why` it ended early, or empty."""
@@ -260,6 +264,8 @@ class Scrubber:
         self._due_s = 0.0
         self._runs: dict[ImageId, _Run] = {}
         self._attempts = 0
+        self._asked_ms: dict[ImageId, int] = {}
+        """When ancestors of clones were asked to be scrubbed."""
         self._not_before_s: dict[ImageId, float] = {}
         self._known: Mapping[str, ScrubRecord] = {}
 
@@ -423,7 +429,10 @@ class Scrubber:
     def _ask_for_ancestors(self, now_ms: int) -> None:
         """Have images scrubbed in which a clone met damage: they repair it, the clone does not."""
         for image in self._rot.ancestors():
-            self._catalog.ask_for_scrub(image, now_ms)
+            # What no scrub can repair is met again and again.
+            if now_ms - self._asked_ms.get(image, -ANCESTOR_MS) >= ANCESTOR_MS:
+                self._catalog.ask_for_scrub(image, now_ms)
+                self._asked_ms[image] = now_ms
             self._rot.asked_for(image)
 
     def _save_bad(self) -> None:

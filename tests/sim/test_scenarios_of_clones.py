@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.sim.clones import Clone
 from tests.sim.defects import planted_by_name
 from tests.sim.oracle import Violation
@@ -155,3 +157,41 @@ def test_clone_that_is_read_through_a_stale_parent_is_noticed() -> None:
     patch = planted_by_name("ancestors are healed first")
     with broken(patch=patch, match="read as|differs"):
         clone_with_a_parent_that_is_stale_on_a_node()
+
+
+def clone_with_a_disk_that_was_put_back(*, used_before: bool) -> None:
+    """Nobody has the parent open, so that nobody knows that node-2 has lost it, as it is cloned."""
+    stage = Stage(gateways=3)
+    stage.cluster.world.snapshot_disk(2)
+    for _ in range(2):
+        stage.kill(2)
+        stage.start(2)
+        stage.until(stage.cluster.liveness.all_level, "the node is back")
+        stage.write(stage.at(1))
+        stage.flush()
+    known = taken(stage)
+    leave(stage)
+    clone = cloned(stage, known)
+    if used_before:
+        assert use(stage, clone, 0) == ""
+    stage.kill(2)
+    # The etcd lease of its last run is over, or it might run elsewhere.
+    stage.run(12.0)
+    stage.cluster.nodes.put_back_disk(2)
+    stage.start(2)
+    stage.run(6.0)
+    use(stage, clone, 2)
+    stage.until(lambda: not stage.stale(), "the parent is whole", 120.0)
+    stage.until(stage.cluster.clones.all_level, "the clone is whole", 120.0)
+    use_everywhere(stage, clone)
+    read_everywhere(stage, known)
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+def test_clone_finds_that_its_parent_was_lost_and_both_are_healed(used_before: bool) -> None:
+    clone_with_a_disk_that_was_put_back(used_before=used_before)
+
+
+def test_clone_that_is_read_through_a_parent_that_was_lost_is_noticed() -> None:
+    with broken("ParentIsWhole", match="read as|differs"):
+        clone_with_a_disk_that_was_put_back(used_before=False)

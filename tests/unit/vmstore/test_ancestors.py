@@ -208,3 +208,47 @@ def test_removal_that_etcd_may_still_take_is_overtaken_by_another_change() -> No
     (change,) = of(wanted.ChangeMembership, effects)
     assert change.after == replace(ours, generation=3)
     assert of(wanted.Reconfigure, holder.step(events.MembershipChanged(change.after)))
+
+
+def test_node_whose_disk_was_put_back_stays_emptied_when_its_ancestors_are_whole() -> None:
+    """Who knew of its disk was gone as the parent was mended, and the disk was believed again."""
+    holder = gathering(record())
+    holder.step(peeked("node3", known=True, missing=True))
+    told = replace(peeked("node1", known=True).record, peers={"node3": 9})  # type: ignore[type-var]
+    holder.step(replace(peeked("node1", known=True), record=told))
+    holder.step(events.ReplicaDown("node1", blocking=False))
+    holder.step(events.Tick(AGAIN_S / 2))
+    effects = holder.step(peeked("node3", known=True))
+    for look in of(wanted.LookAtAncestors, effects):
+        holder.step(events.AncestorsSeen(look.look, {}))
+    assert holder.emptied == {"node3"}
+
+
+def test_node_that_lacks_an_ancestor_in_one_set_is_not_let_in_for_being_stale_in_another() -> None:
+    sets = (NODES, ("node1", "node3", "node4"))
+    ours = record(sets=sets, generation=4, stale={1: {"node3": 0}})
+    holder = gathering(ours)
+    for node in ("node1", "node2", "node3", "node4"):
+        effects = holder.step(peeked(node))
+    look = 1
+    admitted: list[wanted.Admit] = []
+    while of(wanted.LookAtAncestors, effects) or look == 1:
+        effects = holder.step(events.AncestorsSeen(look, {0: {"node3": 0}}))
+        admitted += of(wanted.Admit, effects)
+        look += 1
+    assert not admitted
+    (change,) = of(wanted.ChangeMembership, effects)
+    assert change.after.stale == {0: {"node3": 0}, 1: {"node3": 0}}
+
+
+def test_node_that_was_blamed_and_healed_needs_etcd_no_more() -> None:
+    holder = serving(record(generation=4, stale={0: {"node3": 0}}))
+    holder.step(peeked("node3", missing=True))
+    holder.step(events.AncestorsSeen(1, {}))
+    holder.step(events.Tick(AGAIN_S))
+    (look,) = of(wanted.LookAtAncestors, holder.step(peeked("node3")))
+    (heal,) = of(wanted.Heal, holder.step(events.AncestorsSeen(look.look, {})))
+    (look,) = of(wanted.LookAtAncestors, holder.step(events.Healed("node3", heal.attempt)))
+    (change,) = of(wanted.ChangeMembership, holder.step(events.AncestorsSeen(look.look, {})))
+    holder.step(events.MembershipChanged(change.after))
+    assert not holder.ancestry.blamed and not holder.emptied

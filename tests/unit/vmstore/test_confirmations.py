@@ -90,9 +90,9 @@ def test_removal_that_meets_a_clone_fails_and_the_image_goes_on(gateway: Scripte
     """The command line looks first; who clones just then is found by etcd's compare."""
     gateway.connect(1)
     gateway.answer(1)
-    clone = cloned(gateway)
+    cloned(gateway)
     before = gateway.record
-    with pytest.raises(RemovalFailed, match=f"a clone begins .*{clone.id}"):
+    with pytest.raises(RemovalFailed, match="a clone begins .*vms/copy"):
         remove(gateway).result(timeout=WAIT_S)
     assert gateway.record == before
     assert gateway.open_images == 1
