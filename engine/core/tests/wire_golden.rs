@@ -8,7 +8,6 @@ use hci_engine_core::geometry::{ImageId, Parent, SnapshotId, Tag};
 use hci_engine_core::wire::changes::{
     ChangedRun, ChangesAsked, ChangesReply, Held, TouchedAsked, TouchedReply,
 };
-use hci_engine_core::wire::codec::Fields;
 use hci_engine_core::wire::copies::{PeerFetch, Pull, Source};
 use hci_engine_core::wire::messages::{
     Attach, AttachReader, BadBlock, BlocksReply, Copy, DirtyEntry, DirtyFrom, DirtyReply, Flush,
