@@ -536,9 +536,6 @@ DEFECTS = (
            match="read as|differs",
            rules=("MergesFillGaps",)),
     # Clones
-    Defect("ancestors are healed first", "11: a clone reads a stale parent", "clones", 10, 1,
-           match="read as|differs",
-           patch=_nobody_lacks_an_ancestor),
     Defect("what has clones stays", "11: a clone reads what is gone", "clones", 10, 2,
            match="begins on it",
            patch=_snapshots_with_clones_go),
@@ -548,6 +545,9 @@ DEFECTS = (
 )  # fmt: skip
 
 CANDIDATES = (
+    Defect("ancestors are healed first", "11: a clone reads a stale parent", "clones", 0,
+           match="read as|differs",
+           patch=_nobody_lacks_an_ancestor),
     Defect("pulls end with their session", "14: late frames", "heals", 0,
            rules=("PullsEndWithTheirSession",)),
     Defect("peers ask under the record", "14: late frames", "heals", 0,
