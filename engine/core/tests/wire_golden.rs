@@ -505,7 +505,7 @@ fn record() -> RecordHead {
 
 fn hello_reply() -> HelloReply {
     HelloReply {
-        version: 4,
+        version: 5,
         node: "node1".into(),
         store: [0x55; 16],
         start_counter: 5,
@@ -533,8 +533,8 @@ fn blocks() -> Vec<(Block, Tag)> {
 #[test]
 fn greeting_is_as_specified() {
     let hello = Hello {
-        version_min: 4,
-        version_max: 4,
+        version_min: 5,
+        version_max: 5,
         cluster: [0xcc; 16],
         gateway: "gateway1".into(),
         node: "node1".into(),
