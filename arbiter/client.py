@@ -171,26 +171,30 @@ class ArbiterClient:
 
 
 class Arbiters:
-    """Clients of arbiters by name and address, made as they are needed."""
+    """Clients of arbiters by name, made as they are needed, each for the address asked for last."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._clients: dict[tuple[str, str], ArbiterClient] = {}
+        self._clients: dict[str, ArbiterClient] = {}
 
     def at(self, name: str, address: str) -> Voter:
-        """Return the client of an arbiter."""
+        """Return the client of an arbiter; calls under way to another address of it fail."""
         with self._lock:
-            client = self._clients.get((name, address))
-            if client is None:
-                if len(self._clients) >= CLIENTS_MAX:
-                    self._clients.pop(next(iter(self._clients))).close()
-                client = self._clients[name, address] = ArbiterClient(name, address)
+            client = self._clients.get(name)
+            if client is not None and client.address == address:
+                return client
+            former = client
+            if former is None and len(self._clients) >= CLIENTS_MAX:
+                former = self._clients.pop(next(iter(self._clients)))
+            if former is not None:
+                former.close()
+            client = self._clients[name] = ArbiterClient(name, address)
             return client
 
     def answering(self) -> dict[str, bool]:
         """Return, for each arbiter that was asked, whether it answered last."""
         with self._lock:
-            return {name: not client.silent for (name, _), client in self._clients.items()}
+            return {name: not client.silent for name, client in self._clients.items()}
 
     def close(self) -> None:
         """End all connections."""

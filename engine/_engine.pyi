@@ -80,11 +80,12 @@ class Gateway:
         """Begin with an image: its nodes are asked for their records (`peeked`).
 
         `levelling` is what levelling in the background may take: bytes in a second (0: no limit),
-        shards at once, and percent of the time beside clients. `parent` of a clone: image, layer and
-        generation of the snapshot that it began with, and the snapshot's size. `peeked` says
+        shards at once, and percent of the time beside clients. `parent` of a clone: image, layer
+        and generation of the snapshot that it began with, and the snapshot's size. `peeked` says
         `parent_missing` of a node that has not all of that, and so cannot serve the clone; one that
-        is admitted all the same waits again (`admit_failed`, "NoParent"). `parent_rot`, with `node`,
-        `image`, `shard` and `block`, names a damaged block of an ancestor, which is not repaired here.
+        is admitted all the same waits again (`admit_failed`, "NoParent"). `parent_rot`, with
+        `node`, `image`, `shard` and `block`, names a damaged block of an ancestor, which is not
+        repaired here.
         """
 
     def peek(self, channel: int, node: int) -> None:
@@ -307,8 +308,8 @@ class Node:
     def read_shard(self, image: str, layers: list[int], shard: int) -> bytes | None:
         """Return a shard's content, None where nothing was written.
 
-        Of a clone with what shows of its parent. Raises ValueError where the node has no record of the
-        image, RuntimeError where it cannot be read.
+        Of a clone with what shows of its parent. Raises ValueError where the node has no record of
+        the image, RuntimeError where it cannot be read.
         """
 
     def usage(self, image: str) -> int:

@@ -85,6 +85,38 @@ class Snapshot(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Parent(Record):
+    """What a clone begins on: what a snapshot of another image holds, named by its layer.
+
+    `generation` is that of the first record which named the snapshot. `size_bytes` is how large
+    that image was then: what lies beyond is zeroes for the clone.
+    """
+
+    image: ImageId
+    layer: int
+    generation: int
+    size_bytes: int
+
+    def _fields(self) -> dict[str, Json]:
+        return {
+            "image": self.image,
+            "layer": self.layer,
+            "generation": self.generation,
+            "size_bytes": self.size_bytes,
+        }
+
+    @classmethod
+    def _take(cls, fields: Fields) -> Self:
+        return cls(
+            image=fields.text("image", image_id),
+            layer=fields.number("layer", 1),
+            generation=fields.number("generation", FIRST_GENERATION),
+            size_bytes=_image_bytes(fields),
+            extra=fields.rest(),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Grant(Record):
     """Which arbiter granted an image's last change, and how often the votes had changed by then.
 
@@ -164,8 +196,9 @@ class ImageRecord(Record):
     alone tells a node or a gateway all it needs. `layers` begins with the top one, which alone is
     written; `next_layer` is the id of the one that comes (0: the one above the top), so that none
     is used twice. `merging` names layers whose snapshot is removed: each node puts what is in one
-    of them into the layer above, in its own time, and they go when all nodes have. `holder` is the
-    process that has or had the current epoch, None before the first.
+    of them into the layer above, in its own time, and they go when all nodes have. `parent` is what
+    lies below the layers of a clone, and `placement_key` the id of its oldest ancestor. `holder` is
+    the process that has or had the current epoch, None before the first.
     `clean` says that the last holder gave its lease back with nothing in flight. `grant` is None
     until an arbiter was asked.
     `used` is who had the image for clients last, where the leases since were for maintenance only.
@@ -184,6 +217,7 @@ class ImageRecord(Record):
     next_layer: int = 0
     snapshots: tuple[Snapshot, ...] = ()
     merging: tuple[int, ...] = ()
+    parent: Parent | None = None
     epoch: int = 0
     holder: str | None = None
     generation: int = FIRST_GENERATION
@@ -227,7 +261,13 @@ class ImageRecord(Record):
             (each.name, each.layer, each.size_bytes, each.created_s, each.generation)
             for each in self.snapshots
         ]
-        return state_digest(self.membership, self.layer_ids, snapshots, self.merging)
+        return state_digest(self.membership, self.layer_ids, snapshots, self.merging, self.below)
+
+    @property
+    def below(self) -> tuple[str, int, int, int] | None:
+        """What a clone begins on, as (image, layer, generation, size in bytes)."""
+        of = self.parent
+        return None if of is None else (of.image, of.layer, of.generation, of.size_bytes)
 
     def is_behind(self, known: "ImageRecord") -> bool:
         """Whether this record must be refused by whoever stored `known` of the same image.
@@ -270,6 +310,17 @@ class ImageRecord(Record):
             next_layer=self.next_layer + 1,
             snapshots=(*self.snapshots, frozen),
         )
+
+    def lacking(self, generation: int) -> Stale:
+        """Return who may lack what was frozen in a generation, as nodes that are stale since 0.
+
+        Who was left behind in that generation, or before, may; who was in sync later has it.
+        """
+        found = {
+            index: {node: 0 for node, since in nodes.items() if since <= generation}
+            for index, nodes in self.membership.stale.items()
+        }
+        return {index: nodes for index, nodes in found.items() if nodes}
 
     def newer_than(self, snapshot: Snapshot) -> tuple[Snapshot, ...]:
         """Return the snapshots that were taken after this one, the oldest first."""
@@ -360,6 +411,8 @@ class ImageRecord(Record):
         granted: dict[str, Json] = {}
         if self.merging:
             granted["merging"] = list(self.merging)
+        if self.parent is not None:
+            granted["parent"] = {**self.parent.extra, **self.parent._fields()}
         if self.grant is not None:
             granted["grant"] = {**self.grant.extra, **self.grant._fields()}
         if self.used is not None:
@@ -406,6 +459,7 @@ class ImageRecord(Record):
                 for item in fields.items("snapshots")
             ),
             merging=_merging(fields),
+            parent=_parent(fields),
             epoch=fields.number("epoch"),
             holder=fields.optional_text("holder", holder_id),
             generation=fields.number("generation", FIRST_GENERATION),
@@ -446,6 +500,8 @@ def _problem_of_image(record: ImageRecord) -> str | None:
         return "a layer that is merged is one below the top, without a snapshot"
     if len(record.snapshots) > SNAPSHOTS_MAX:
         return f"an image has at most {SNAPSHOTS_MAX} snapshots"
+    if record.parent is not None and record.id in (record.parent.image, record.placement_key):
+        return "a clone has another image for its parent, and lies where its oldest ancestor lies"
     if (record.holder is None) != (record.epoch == 0):
         return "an epoch has a holder"
     return problem_of(record.policy, record.sets, record.stale, record.generation, record.epoch)
@@ -453,6 +509,12 @@ def _problem_of_image(record: ImageRecord) -> str | None:
 
 def _merging(fields: Fields) -> tuple[int, ...]:
     return fields.whole_numbers("merging", 1) if fields.has("merging") else ()
+
+
+def _parent(fields: Fields) -> Parent | None:
+    if not fields.has("parent"):
+        return None
+    return Parent._take(fields.within("parent", fields.mapping("parent")))
 
 
 def _stale(fields: Fields) -> Stale:

@@ -58,7 +58,15 @@ class LeaseEquals:
     lease: int
 
 
-Compare = KeyAbsent | ValueEquals | ModRevisionEquals | LeaseEquals
+@dataclass(frozen=True, slots=True)
+class RangeEmpty:
+    """Holds where there is no key from `key` on and below `end`, in byte order."""
+
+    key: str
+    end: str
+
+
+Compare = KeyAbsent | ValueEquals | ModRevisionEquals | LeaseEquals | RangeEmpty
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,11 @@
     /hci/placement/POOL         PlacementRecord   /hci/arbiters/NAME     ArbiterRecord
     /hci/lost                   LostRecord        /hci/voting/NAME       AliveRecord
     /hci/scrubs/ID              ScrubRecord       /hci/imports/ID        ImportRecord
-    /hci/gateways/NAME          GatewayRecord
+    /hci/gateways/NAME          GatewayRecord     /hci/clones/ID/LAYER/ID CloneRecord
 
 `alive`, `voting`, `gateways` and `leases` keys are bound to etcd leases. An image's NAME is a UTF-8
-path and may contain slashes; pools, nodes, arbiters, gateways and ids never do.
+path and may contain slashes; pools, nodes, arbiters, gateways and ids never do. A clone's key names
+its parent, the layer of that which it begins on, in `LAYER_DIGITS` digits, and the clone.
 """
 
 from shard.ids import ImageId
@@ -31,6 +32,10 @@ VOTING = PREFIX + "voting/"
 SCRUBS = PREFIX + "scrubs/"
 IMPORTS = PREFIX + "imports/"
 GATEWAYS = PREFIX + "gateways/"
+CLONES = PREFIX + "clones/"
+
+LAYER_DIGITS = 10
+"""So that keys of clones are in the order of their layers: ids of layers have 32 bits."""
 
 BOUND = (ALIVE, GATEWAYS, LEASES, VOTING)
 """Prefixes of keys that end with an etcd lease."""
@@ -111,3 +116,31 @@ def unfinished_import(image_id: ImageId) -> str:
 def gateway(name: str) -> str:
     """Return the key of a gateway's record, which exists while it runs."""
     return GATEWAYS + name
+
+
+def clone(parent: ImageId, layer: int, image: ImageId) -> str:
+    """Return the key that says an image is a clone, of what a layer of its parent holds."""
+    return f"{clones_of_layer(parent, layer)}{image}"
+
+
+def clones(parent: ImageId) -> str:
+    """Return the prefix of the keys of all clones of an image."""
+    return f"{CLONES}{parent}/"
+
+
+def clones_of_layer(parent: ImageId, layer: int) -> str:
+    """Return the prefix of the keys of the clones that begin on one layer of an image."""
+    return f"{clones(parent)}{layer:0{LAYER_DIGITS}}/"
+
+
+def split_clone(key: str) -> tuple[ImageId, int, ImageId]:
+    """Return (parent, layer, clone) of a key below CLONES."""
+    assert key.startswith(CLONES), "the key is a clone's"
+    parent, layer, image = key.removeprefix(CLONES).split("/")
+    return ImageId(parent), int(layer), ImageId(image)
+
+
+def end_of(prefix: str) -> str:
+    """Return the key behind all that begin with a prefix, which ends with a slash."""
+    assert prefix.endswith("/"), "0 comes after the slash"
+    return prefix[:-1] + "0"

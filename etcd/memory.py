@@ -27,6 +27,7 @@ from etcd.interface import (
     Operation,
     Outcome,
     Put,
+    RangeEmpty,
     Reread,
     ValueEquals,
 )
@@ -312,6 +313,8 @@ class MemoryEtcd:
                 return item is not None and item.mod_revision == mod_revision
             case LeaseEquals(lease=lease):
                 return item is not None and item.lease == lease
+            case RangeEmpty(key=key, end=end):
+                return not any(key.encode() <= k.encode() < end.encode() for k in self._items)
 
     def _listing(self, prefix: str) -> Listing:
         found = (item for key, item in self._items.items() if key.startswith(prefix))

@@ -342,6 +342,21 @@ class NameRecord(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CloneRecord(Record):
+    """Says that an image is a clone of another one, both as its key has them.
+
+    Made and deleted with the clone. While there is one, what it begins on stays.
+    """
+
+    def _fields(self) -> dict[str, Json]:
+        return {}
+
+    @classmethod
+    def _take(cls, fields: Fields) -> Self:
+        return cls(extra=fields.rest())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseRecord(Record):
     """Who may change an image. `holder` is the random id of that gateway's process.
 

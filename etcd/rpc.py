@@ -27,6 +27,7 @@ from etcd.interface import (
     Operation,
     Outcome,
     Put,
+    RangeEmpty,
     ValueEquals,
 )
 
@@ -325,6 +326,16 @@ def _compare_message(compare: Compare) -> Any:
             assert lease != 0, "the key is bound to a lease"
             return pb.Compare(
                 key=key, target=pb.Compare.LEASE, result=pb.Compare.EQUAL, lease=lease
+            )
+        case RangeEmpty(end=end):
+            assert compare.key < end, "a range has room for a key"
+            # Of an empty range etcd compares what a key would have that does not exist.
+            return pb.Compare(
+                key=key,
+                range_end=end.encode(),
+                target=pb.Compare.CREATE,
+                result=pb.Compare.EQUAL,
+                create_revision=0,
             )
 
 

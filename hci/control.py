@@ -183,6 +183,11 @@ class GatewayClient(_Client):
         request = pb.RemoveSnapshotRequest(image_id=image, name=name)
         return self._call(self._stub.RemoveSnapshot, request, SNAPSHOT_DEADLINE_S).layer
 
+    def confirm_snapshot(self, image: ImageId, name: str) -> int:
+        """Return a snapshot's layer once nothing but its removal can end it."""
+        request = pb.ConfirmSnapshotRequest(image_id=image, name=name)
+        return self._call(self._stub.ConfirmSnapshot, request, SNAPSHOT_DEADLINE_S).layer
+
 
 def server(daemon: str, address: Endpoint, register: Callable[[grpc.Server], None]) -> grpc.Server:
     """Return a started server, to which `register` added the servicers.

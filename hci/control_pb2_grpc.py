@@ -315,6 +315,11 @@ class GatewayControlStub:
                 request_serializer=hci_dot_control__pb2.RemoveSnapshotRequest.SerializeToString,
                 response_deserializer=hci_dot_control__pb2.RemoveSnapshotReply.FromString,
                 _registered_method=True)
+        self.ConfirmSnapshot = channel.unary_unary(
+                '/hci.control.v1.GatewayControl/ConfirmSnapshot',
+                request_serializer=hci_dot_control__pb2.ConfirmSnapshotRequest.SerializeToString,
+                response_deserializer=hci_dot_control__pb2.ConfirmSnapshotReply.FromString,
+                _registered_method=True)
 
 
 class GatewayControlServicer:
@@ -363,6 +368,16 @@ class GatewayControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ConfirmSnapshot(self, request, context):
+        """Answers once all nodes in sync of an image have stored a snapshot of it, which then lasts until
+        somebody removes it: what etcd names alone may still be withdrawn. An image that nobody holds is
+        opened for that. FAILED_PRECONDITION where another gateway holds the image, and where there is no
+        such snapshot.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GatewayControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -390,6 +405,11 @@ def add_GatewayControlServicer_to_server(servicer, server):
                     servicer.RemoveSnapshot,
                     request_deserializer=hci_dot_control__pb2.RemoveSnapshotRequest.FromString,
                     response_serializer=hci_dot_control__pb2.RemoveSnapshotReply.SerializeToString,
+            ),
+            'ConfirmSnapshot': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConfirmSnapshot,
+                    request_deserializer=hci_dot_control__pb2.ConfirmSnapshotRequest.FromString,
+                    response_serializer=hci_dot_control__pb2.ConfirmSnapshotReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -528,6 +548,33 @@ class GatewayControl:
             '/hci.control.v1.GatewayControl/RemoveSnapshot',
             hci_dot_control__pb2.RemoveSnapshotRequest.SerializeToString,
             hci_dot_control__pb2.RemoveSnapshotReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConfirmSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hci.control.v1.GatewayControl/ConfirmSnapshot',
+            hci_dot_control__pb2.ConfirmSnapshotRequest.SerializeToString,
+            hci_dot_control__pb2.ConfirmSnapshotReply.FromString,
             options,
             channel_credentials,
             insecure,

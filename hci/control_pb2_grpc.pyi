@@ -155,6 +155,12 @@ class GatewayControlStub:
     gateway holds the image, where there is no such snapshot, and where it was not removed. ABORTED
     where that is not known.
     """
+    ConfirmSnapshot: _grpc.UnaryUnaryMultiCallable[_control_pb2.ConfirmSnapshotRequest, _control_pb2.ConfirmSnapshotReply]
+    """Answers once all nodes in sync of an image have stored a snapshot of it, which then lasts until
+    somebody removes it: what etcd names alone may still be withdrawn. An image that nobody holds is
+    opened for that. FAILED_PRECONDITION where another gateway holds the image, and where there is no
+    such snapshot.
+    """
 
 @_typing.type_check_only
 class GatewayControlAsyncStub(GatewayControlStub):
@@ -181,6 +187,12 @@ class GatewayControlAsyncStub(GatewayControlStub):
     """Removes a snapshot; nodes merge its layer by themselves then. FAILED_PRECONDITION where another
     gateway holds the image, where there is no such snapshot, and where it was not removed. ABORTED
     where that is not known.
+    """
+    ConfirmSnapshot: _aio.UnaryUnaryMultiCallable[_control_pb2.ConfirmSnapshotRequest, _control_pb2.ConfirmSnapshotReply]  # type: ignore[assignment]
+    """Answers once all nodes in sync of an image have stored a snapshot of it, which then lasts until
+    somebody removes it: what etcd names alone may still be withdrawn. An image that nobody holds is
+    opened for that. FAILED_PRECONDITION where another gateway holds the image, and where there is no
+    such snapshot.
     """
 
 class GatewayControlServicer(metaclass=_abc_1.ABCMeta):
@@ -235,6 +247,18 @@ class GatewayControlServicer(metaclass=_abc_1.ABCMeta):
         """Removes a snapshot; nodes merge its layer by themselves then. FAILED_PRECONDITION where another
         gateway holds the image, where there is no such snapshot, and where it was not removed. ABORTED
         where that is not known.
+        """
+
+    @_abc_1.abstractmethod
+    def ConfirmSnapshot(
+        self,
+        request: _control_pb2.ConfirmSnapshotRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.ConfirmSnapshotReply, _abc.Awaitable[_control_pb2.ConfirmSnapshotReply]]:
+        """Answers once all nodes in sync of an image have stored a snapshot of it, which then lasts until
+        somebody removes it: what etcd names alone may still be withdrawn. An image that nobody holds is
+        opened for that. FAILED_PRECONDITION where another gateway holds the image, and where there is no
+        such snapshot.
         """
 
 def add_GatewayControlServicer_to_server(servicer: GatewayControlServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -421,6 +421,10 @@ class GatewayDaemon:
                       {("done",): ended.done, ("failed",): ended.failed}, ["end"])  # fmt: skip
         yield counter("hci_heal_copied_bytes_total", "Copied by the heals that are done.",
                       ended.copied_bytes)  # fmt: skip
+        yield counter("hci_gateway_pulls_unreached_total", "Times that a node (target) could not "
+                      "fetch what it lacked from another one (source), and had it through here.",
+                      dict(self.exports.heal_log.pulls_unreached()),
+                      ["source", "target"])  # fmt: skip
         heals = {
             (name, found["heal"]["node"]): found["heal"] for name, found in asked if found["heal"]
         }
@@ -587,6 +591,19 @@ class GatewayControl(GatewayControlServicer):
             why = f"nothing came of it within {SNAPSHOT_LIMIT_S:.0f} s"
             context.abort(grpc.StatusCode.ABORTED, str(RemovalUnknown(str(name), why)))
         return pb.RemoveSnapshotReply(layer=layer)
+
+    def ConfirmSnapshot(
+        self, request: pb.ConfirmSnapshotRequest, context: grpc.ServicerContext
+    ) -> pb.ConfirmSnapshotReply:
+        name = SnapshotName(self._name(request.image_id), request.name)
+        try:
+            layer = self._gateway.exports.confirm_snapshot(name.image, name.name)
+        except TimeoutError as error:
+            raise HciError(
+                f"the nodes of {name.image} had not stored {name.name} after "
+                f"{SNAPSHOT_LIMIT_S:.0f} s; `hci status` says what is missing"
+            ) from error
+        return pb.ConfirmSnapshotReply(layer=layer)
 
     def Resize(self, request: pb.ResizeRequest, context: grpc.ServicerContext) -> pb.ResizeReply:
         name = self._name(request.image_id)

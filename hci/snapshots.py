@@ -35,7 +35,7 @@ def create(config: Config, records: Catalog, name: SnapshotName) -> pb.SnapshotR
     cannot be asked from here.
     """
     record = records.find(name.image).record
-    return _asked(
+    return asked_of_keeper(
         config, records, name.image, record, lambda client: client.snapshot(record.id, name.name)
     )
 
@@ -45,11 +45,12 @@ def roll_back(
 ) -> pb.RollbackReply:
     """Have an image hold what its snapshot does, at the gateway that has it or one of this host.
 
-    Raises UnknownSnapshot, Refused with the gateway's reason, such as a client that has the image
-    open, Undecided where it is not known what came of it, and OpenElsewhere as `create`.
+    Raises UnknownSnapshot, HasClones, Refused with the gateway's reason, such as a client that has
+    the image open, Undecided where it is not known what came of it, and OpenElsewhere as `create`.
     """
-    record, _ = records.find_snapshot(name)
-    return _asked(
+    record, snapshot = records.find_snapshot(name)
+    records.check_no_clones(f"what is newer than {name}", record.id, snapshot.layer + 1)
+    return asked_of_keeper(
         config,
         records,
         name.image,
@@ -61,11 +62,13 @@ def roll_back(
 def remove(config: Config, records: Catalog, name: SnapshotName) -> tuple[ImageId, int]:
     """Remove a snapshot, at the gateway that has the image or one of this host.
 
-    Return image and layer, for `await_merge`. Raises UnknownSnapshot, Refused with the gateway's
-    reason, Undecided where it is not known what came of it, and OpenElsewhere as `create`.
+    Return image and layer, for `await_merge`. Raises UnknownSnapshot, HasClones, Refused with the
+    gateway's reason, Undecided where it is not known what came of it, and OpenElsewhere as
+    `create`.
     """
-    record, _ = records.find_snapshot(name)
-    layer = _asked(
+    record, snapshot = records.find_snapshot(name)
+    records.check_no_clones(str(name), record.id, snapshot.layer, snapshot.layer)
+    layer = asked_of_keeper(
         config,
         records,
         name.image,
@@ -82,7 +85,7 @@ def await_merge(records: Catalog, image: ImageId, layer: int) -> None:
             time.sleep(MERGE_POLL_S)
 
 
-def _asked(
+def asked_of_keeper(
     config: Config,
     records: Catalog,
     name: ImageName,

@@ -72,11 +72,13 @@ def state_digest(
     layers: Sequence[int],
     snapshots: Iterable[Sequence[str | int]],
     merging: Sequence[int] = (),
+    parent: Sequence[str | int] | None = None,
 ) -> bytes:
     """Return what tells two records of one generation apart: sets, who is stale, and layers.
 
     `layers` with the top first; `snapshots` as (name, layer, size, time, generation); `merging` the
-    layers that are being merged into those above them.
+    layers that are being merged into those above them; `parent` of a clone as (image, layer,
+    generation, size).
     Nodes store it beside the generation and refuse an equal generation with another digest. Part of
     the wire and disk formats: BLAKE3 of JSON with sorted keys and no spaces.
     """
@@ -86,5 +88,6 @@ def state_digest(
         "layers": list(layers),
         "snapshots": [list(snapshot) for snapshot in snapshots],
         "merging": list(merging),
+        **({} if parent is None else {"parent": list(parent)}),
     }
     return digest([json.dumps(document, sort_keys=True, separators=(",", ":")).encode()])

@@ -163,6 +163,18 @@ class DevCluster:
             self.config.write_text(before)
             self._start_again(members)
 
+    def shorten_logs(self) -> None:
+        """Has nodes keep little in their logs, so that data soon lies in files of shards."""
+        for node in self.nodes:
+            self.kill(node)
+        text = self.config.read_text()
+        for node in self.nodes:
+            text = text.replace(f"[node.{node}]\n", f'[node.{node}]\nlog_bytes = "16M"\n')
+        self.config.write_text(text)
+        for node in self.nodes:
+            self.run(node)
+        self.await_health("ok")
+
     def _start_again(self, members: Iterable[str]) -> None:
         for member in members:
             self.kill(member)
@@ -284,7 +296,10 @@ class DevCluster:
     # The end.
 
     def mend(self) -> None:
-        """Runs what was killed and deletes all images; raises TimeoutError if all is not well."""
+        """Runs what was killed and deletes all images; raises TimeoutError if all is not well.
+
+        Nodes have confirmed the deletions then: one that the next test kills owes nothing.
+        """
         if any(member["state"] != "running" for member in self.members().values()):
             self.run("all")
         deadline = time.monotonic() + HEALTH_TIMEOUT_S
@@ -295,6 +310,9 @@ class DevCluster:
                 if done.returncode != 0 and time.monotonic() > deadline:
                     raise TimeoutError(done.stderr)
         self.await_health("ok")
+        while left := self.leftovers():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"left over: {left}")
 
     def close(self) -> None:
         """Stops everything and deletes what it kept; a leftover process is ended by force."""

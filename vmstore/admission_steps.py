@@ -53,7 +53,7 @@ class AdmissionSteps(HealSteps, ABC):
     def _may_be_let_in(self, name: str) -> bool:
         node = self.nodes[name]
         waits = node.standing is Standing.WAITING and name not in self.emptied
-        return waits and not self._is_failing(node)
+        return waits and not self._is_failing(node) and self._may_come(name)
 
     def _may_join(self, join: set[str]) -> bool:
         """An image opens with all its sets at once; later ones join as they come."""

@@ -39,14 +39,24 @@ def waiting(
     images: Sequence[ImageEntry], leases: Mapping[ImageId, LeaseRecord], alive: Collection[str]
 ) -> list[ImageEntry]:
     """Return the images to heal: nobody has them open, and all nodes in sync
-    and a stale one are alive. And those whose layers are merged, with all nodes alive."""
+    and a stale one are alive. And those whose layers are merged, with all nodes alive.
+
+    A clone waits for its parent to be healed on a node, and that one for its own."""
     found = []
+    by_id = {entry.image.record.id: entry.image.record for entry in images}
     for entry in images:
         record = entry.image.record
-        stale = {node for nodes in record.stale.values() for node in nodes}
+        parent = by_id.get(record.parent.image) if record.parent is not None else None
+        lacking = parent.lacking(record.parent.generation) if parent and record.parent else {}
+        stale = {
+            node
+            for index, nodes in record.stale.items()
+            for node in nodes
+            if node not in lacking.get(index, ())
+        }
         in_sync = record.membership.all_in_sync()
         heals = in_sync <= set(alive) and stale & set(alive)
-        merges = record.merging and in_sync | stale <= set(alive)
+        merges = record.merging and {n for nodes in record.sets for n in nodes} <= set(alive)
         if record.id not in leases and (heals or merges):
             found.append(entry)
     return found

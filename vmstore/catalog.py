@@ -36,7 +36,8 @@ from shard.placement import (
     spread_candidates,
     suggested_replica_sets,
 )
-from vmstore.arbiters import ArbiterRecords
+from vmstore.clone_errors import CloneElsewhere
+from vmstore.clones import FIRST_LAYER, CloneRecords
 from vmstore.errors import (
     ArbiterBesideData,
     ArbiterNotNeeded,
@@ -56,7 +57,7 @@ from vmstore.errors import (
     UnknownPool,
     UnknownSnapshot,
 )
-from vmstore.holding import INTACT
+from vmstore.holding import INTACT, no_clones
 from vmstore.names import ImageName, SnapshotName
 from vmstore.record_size import RECORD_BYTES_MAX, longest_bytes
 from vmstore.scrubs import ScrubRecords
@@ -66,8 +67,6 @@ from vmstore.stored import R, Stored, commit, decided_anew, put_found, read, sto
 
 REPLICA_SETS_MAX = 1024
 """Bounds the records: each image repeats the replica sets of its pool."""
-
-FIRST_LAYER = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,7 @@ def _random_image_id() -> ImageId:
     return image_id_from_bytes(secrets.token_bytes(16))
 
 
-class Catalog(ArbiterRecords, ScrubRecords):
+class Catalog(CloneRecords, ScrubRecords):
     """Reads and changes the records of one cluster.
 
     All methods raise EtcdUnavailable (nothing changed: try again), changing ones also
@@ -289,6 +288,31 @@ class Catalog(ArbiterRecords, ScrubRecords):
             raise RecordChanged(f"pool {name.pool}")
         return Stored(record.key, record, put.value, revision)
 
+    @decided_anew
+    def clone_image(
+        self, source: SnapshotName, name: ImageName, only_layer: int | None = None
+    ) -> Stored[ImageRecord]:
+        """Make an image that holds what a snapshot does, in constant time. Nothing is copied.
+
+        The snapshot has been stored by its image's nodes: see `vmstore.confirmations`. With
+        `only_layer` the one of that layer alone: one that has its name since is not it. Raises
+        UnknownPool, UnknownImage, UnknownSnapshot, CloneElsewhere, ImageExists, ChainTooLong,
+        LayersTooMany.
+        """
+        self.check_clone(source, name)
+        parent = self.find(source.image)
+        snapshot = parent.record.snapshot(source.name)
+        if snapshot is None or only_layer not in (None, snapshot.layer):
+            raise UnknownSnapshot(str(source.image), source.name)
+        return self._clone(parent, source, name, self._new_image_id())
+
+    def check_clone(self, source: SnapshotName, name: ImageName) -> None:
+        """Raise CloneElsewhere or ImageExists where a clone cannot have this name."""
+        if name.pool != source.image.pool:
+            raise CloneElsewhere(str(source), name.pool)
+        if self._etcd.get(keys.name(name.pool, name.name)) is not None:
+            raise ImageExists(str(name))
+
     def images(self, pool: str | None = None) -> list[ImageEntry]:
         """Return all images, or those of one pool, by name. Raises UnknownPool."""
         if pool is not None:
@@ -355,12 +379,13 @@ class Catalog(ArbiterRecords, ScrubRecords):
     ) -> TombstoneRecord:
         """Delete an image that nobody has open, `with_snapshots` or only where it has none.
 
-        Raises UnknownPool, UnknownImage, HasSnapshots, InUse.
+        Raises UnknownPool, UnknownImage, HasSnapshots, HasClones, InUse.
         With `only` that image alone: one that was made since under its name is not it.
         """
         name_item, image = self._find(name)
         if only is not None and image.record.id != only:
             raise UnknownImage(str(name))
+        self.check_no_clones(str(name), image.record.id)
         if image.record.snapshots and not with_snapshots:
             raise HasSnapshots(str(name), [each.name for each in image.record.snapshots])
         lease = self.lease_of(image.record.id)
@@ -372,6 +397,7 @@ class Catalog(ArbiterRecords, ScrubRecords):
             *name_item.unchanged,
             *image.unchanged,
             *((KeyAbsent(keys.lease(image.record.id)),) if lease is None else lease.unchanged),
+            no_clones(image.record.id),
             INTACT,
         ]
         operations: list[Operation] = [
@@ -382,6 +408,9 @@ class Catalog(ArbiterRecords, ScrubRecords):
         ]
         if lease is not None:
             operations.append(Delete(lease.key))
+        parent = image.record.parent
+        if parent is not None:
+            operations.append(Delete(keys.clone(parent.image, parent.layer, image.record.id)))
         if commit(self._etcd, compares, operations, put_found(self._etcd, put)) is None:
             self.check_history()
             raise RecordChanged(f"image {name}")

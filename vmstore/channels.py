@@ -86,6 +86,7 @@ class Channels:
             layers=record.layer_ids,
             snapshots=_snapshots(record),
             merging=list(record.merging),
+            parent=record.below,
             epoch=record.epoch,
             holder=self._holder_id,
             generation=record.generation,
@@ -209,6 +210,9 @@ class Channels:
                           changes=event["changes"])  # fmt: skip
             case "replica_failed":
                 return events.ReplicaFailed(node, event["status"])
+            case "pull_unreached":
+                names = image.node_names
+                self._heal_log.unreached(names[event["source"]], names[event["target"]])
             case "admitted":
                 levelling = frozenset(image.node_names[index] for index in event["levelling"])
                 log.info("replicas_admitted", image=str(image.name), levelling=sorted(levelling),
@@ -283,5 +287,11 @@ def _peeked(node: str, event: dict[str, Any]) -> events.Peeked:
             distrusted=record["distrusted"],
         )
     return events.Peeked(
-        node, event["start_counter"], flush_number, event["deleted"], view, event["serial"]
+        node,
+        event["start_counter"],
+        flush_number,
+        event["deleted"],
+        view,
+        event["serial"],
+        event.get("parent_missing", False),
     )

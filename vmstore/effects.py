@@ -79,6 +79,18 @@ class AskEmptied:
 
 
 @dataclass(frozen=True, slots=True)
+class LookAtAncestors:
+    """Have etcd asked who may lack what the image, a clone, begins on."""
+
+    look: int
+
+
+@dataclass(frozen=True, slots=True)
+class MendParent:
+    """Have the image that a clone begins on opened: a node has lost it, and etcd is not told."""
+
+
+@dataclass(frozen=True, slots=True)
 class ChangeMembership:
     """Have etcd take `after` in place of `before`, under our lease."""
 
@@ -130,5 +142,6 @@ class Forget:
 
 Effect = (
     OpenImage | Admit | Peek | Heal | EndHeal | Freeze | Thaw | TellLayers | AskEmptied
-    | ChangeMembership | Reconfigure | Serve | Refuse | CloseImage | KillImage | Release | Forget
+    | LookAtAncestors | MendParent | ChangeMembership | Reconfigure | Serve | Refuse | CloseImage
+    | KillImage | Release | Forget
 )  # fmt: skip

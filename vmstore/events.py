@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from etcd.images import ImageRecord
+from shard.membership import Stale
 from vmstore.layer_changes import LayerChange
 
 
@@ -29,6 +30,8 @@ class Peeked:
     record: "NodeRecordView | None"
     serial: int = 0
     """Names this answer when the node is admitted."""
+    parent_missing: bool = False
+    """The node does not have what the image, a clone, begins on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +196,32 @@ class FreezeFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class AncestorsSeen:
+    """What etcd says of the ancestors of a clone, asked for by the look of this number.
+
+    `lacking` are the nodes that may lack what the clone begins on.
+    """
+
+    look: int
+    lacking: Stale
+
+
+@dataclass(frozen=True, slots=True)
+class AncestorsUnseen:
+    """That look came to nothing."""
+
+    look: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeRefused:
+    """The proposed change of layers cannot be made: clones begin on what would go."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Lost:
     """The lease or the record is another's now."""
 
@@ -234,5 +263,6 @@ Event = (
     LeaseTaken | Peeked | ReplicaDown | ReplicaBlocking | ReplicaFailed | Lags | Admitted
     | AdmitFailed | Levelled | Healed | HealFailed | Stored | Fenced | MembershipChanged
     | MembershipDelayed | ChangeLayers | RemoveSnapshot | Emptied | Holding | Frozen
-    | FreezeFailed | Lost | Close | Closed | Released | Fail | Tick
+    | FreezeFailed | AncestorsSeen | AncestorsUnseen | ChangeRefused | Lost | Close
+    | Closed | Released | Fail | Tick
 )  # fmt: skip

@@ -21,6 +21,7 @@ from shard.scrub import ScrubLimits
 from vmstore import events
 from vmstore.calls import OPEN_RETRY_S, RELEASE_RETRY_S, nothing_more
 from vmstore.catalog import Catalog
+from vmstore.confirmations import Confirmations
 from vmstore.deciding import TICK_S, Deciding
 from vmstore.errors import (
     BeingResized,
@@ -38,7 +39,6 @@ from vmstore.holding import Held
 from vmstore.names import ImageName, SnapshotName, parse_name
 from vmstore.open_image import OpenImage
 from vmstore.readers import Readers
-from vmstore.removals import Removals
 from vmstore.resizing import RECONNECT_S, RESIZER
 from vmstore.served import Served
 from vmstore.slowness import SlowLimits
@@ -79,9 +79,11 @@ class _Care:
     idle_since_s: float
     scrub: bool = False
     """For a scrub that is not through."""
+    mend: bool = False
+    """For its nodes to be judged, whatever its record says of them."""
 
 
-class Exports(Removals):
+class Exports(Confirmations):
     """Serves the images of one cluster to NBD clients of one engine; see `Serving`.
 
     `permitted` says what a client may do with an image, by its name.
@@ -459,7 +461,23 @@ class Exports(Removals):
 
     # Maintenance
 
-    def _care_for(self, name: ImageName, scrub: bool) -> None:
+    def _mend_parent(self, image: OpenImage) -> None:
+        """Open what a clone begins on, unless somebody has it, who finds by itself what is lost."""
+        record = image.holder.record
+        assert record is not None and record.parent is not None, "it is a clone"
+        parent = record.parent.image
+
+        def name() -> ImageName | None:
+            return None if self._catalog.lease_of(parent) else self._catalog.name_of(parent)
+
+        def found(name: ImageName | None) -> None:
+            if name is not None:
+                log.warning("parent_mended", image=str(image.name), parent=str(name))
+                self._care_for(name, scrub=False, mend=True)
+
+        self._calls.later(name, found, nothing_more)
+
+    def _care_for(self, name: ImageName, scrub: bool, mend: bool = False) -> None:
         def found(stored: Stored[ImageRecord]) -> None:
             if stored.record.id in self._images or self._calls.stopping:
                 return
@@ -467,7 +485,7 @@ class Exports(Removals):
             image = self._use(name, stored, maintenance=True)
             image.users.add(pin)
             self._client_image[pin] = image.image
-            self._cared_for[image.image] = _Care(pin, self._deciding.now_s(), scrub)
+            self._cared_for[image.image] = _Care(pin, self._deciding.now_s(), scrub, mend)
 
         self._calls.later(lambda: self._catalog.find(name), found, lambda _error: None)
 
@@ -483,7 +501,7 @@ class Exports(Removals):
             record = image.holder.record
             healed = record is not None and not record.stale and not record.merging
             idle = self._deciding.now_s() - care.idle_since_s > PATIENCE_S
-            over = (healed or idle) and not care.scrub
+            over = ((healed and not care.mend) or idle) and not care.scrub
             if over or not image.maintenance:
                 del self._cared_for[image_id]
                 self._client_left(care.pin)
@@ -572,6 +590,7 @@ class Exports(Removals):
             self._client_image.pop(client, None)
             self._say_no(client, "refused", reason)
         self._end_resize(image, HciError(reason))
+        self._end_confirmations(image, reason)
         self._layers_changed(image, reason)
 
     def _forgotten(self, image: OpenImage) -> None:
@@ -580,7 +599,9 @@ class Exports(Removals):
         for client, name in waiting:
             self._client_image.pop(client, None)
             self._on_asked(client, "go", str(name))
-        self._end_resize(image, HciError(f"image {image.name} was closed; try again"))
+        closed = f"image {image.name} was closed; try again"
+        self._end_resize(image, HciError(closed))
+        self._end_confirmations(image, closed)
         self._layers_changed(image, "the image was closed; try again")
 
     def _begin_stop(self, done: Callable[[], None]) -> None:

@@ -8,13 +8,13 @@ from abc import ABC
 from dataclasses import dataclass
 
 from etcd.images import ImageRecord
+from vmstore.ancestor_steps import AncestorSteps
 from vmstore.effects import Effect, EndHeal, Heal
-from vmstore.merge_steps import MergeSteps
 from vmstore.standing import Phase, Standing
 
 
 @dataclass(slots=True)
-class HealSteps(MergeSteps, ABC):
+class HealSteps(AncestorSteps, ABC):
     """See the module."""
 
     def _begin_heal(self) -> list[Effect]:
@@ -30,6 +30,7 @@ class HealSteps(MergeSteps, ABC):
             lambda name: self.nodes[name].instance,
             serving,
             self.now_s,
+            self._lacks,
         )
         if begun is None:
             return []
@@ -50,11 +51,16 @@ class HealSteps(MergeSteps, ABC):
         waits = node.standing is Standing.WAITING
         let_in_first = waits and name in self.record.membership.all_in_sync()
         there = waits or node.standing is Standing.UP
-        there = there and not self.slowness.rests(name, self.now_s)
+        there = there and not self.slowness.rests(name, self.now_s) and self._has_ancestors(name)
         return there and not let_in_first and not self._is_failing(node) and self._is_told(name)
 
     def _to_take_in(self) -> dict[int, set[str]]:
-        return self.heals.to_take_in() if self.phase is Phase.SERVING else {}
+        """One that is made level is asked about once more: see `vmstore/ancestry.py`."""
+        taken_in = self.heals.to_take_in() if self.phase is Phase.SERVING else {}
+        heal = self.heals.now
+        if heal is None or not self._has_ancestors(heal.node):
+            return {}
+        return {} if any(self._lacks(heal.node, index) for index in taken_in) else taken_in
 
     def _give_up_heal(self) -> list[Effect]:
         """Nobody waits for a node that is lost, unless it may have been taken in."""
@@ -86,6 +92,7 @@ class HealSteps(MergeSteps, ABC):
         if heal is None:
             return
         self.emptied.discard(heal.node)
+        self.ancestry.blamed.discard(heal.node)
         node = self.nodes[heal.node]
         node.served_as = heal.instance
         if node.standing is Standing.HEALING:

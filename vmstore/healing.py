@@ -64,10 +64,12 @@ class Heals:
         instance: Callable[[str], int | None],
         serving: set[str],
         now_s: float,
+        lacks: Callable[[str, int], bool] = lambda _node, _index: False,
     ) -> Underway | None:
         """Begin the next heal that is due.
 
-        `ready` says whether a node can be healed now, `serving` which nodes can be sources.
+        `ready` says whether a node can be healed now, `serving` which nodes can be sources, and
+        `lacks` which node has to wait, in a replica set, for something else to be healed there.
         """
         if self.now is not None:
             return None
@@ -79,7 +81,9 @@ class Heals:
             sets = {
                 index: nodes[node]
                 for index, nodes in membership.stale.items()
-                if node in nodes and serving & set(membership.in_sync(index))
+                if node in nodes
+                and serving & set(membership.in_sync(index))
+                and not lacks(node, index)
             }
             if sets:
                 self.attempts += 1

@@ -26,9 +26,9 @@ One change of the record is under way at a time. A node in sync that is lost is 
 where requests wait for it, and only by a change that etcd took first (membership before
 acknowledgement); where that would break the quorum it stays in sync, and its requests wait.
 
-Its parts: who is let in (`admission_steps`), heals (`heal_steps`), and changes of layers, for which
-changes of clients wait (`snapshot_steps`). Who is lost, and when one is left behind, stands in
-`standing`.
+Its parts: who is let in (`admission_steps`), heals (`heal_steps`), what a clone begins on
+(`ancestor_steps`), and changes of layers, for which changes of clients wait (`snapshot_steps`). Who
+is lost, and when one is left behind, stands in `standing`.
 
 What this module refuses: to serve from a node that knows a later record (etcd was rolled back), and
 to believe a node that has lost its record or was rolled back itself: such a node is stale since 0.
@@ -54,7 +54,10 @@ from vmstore.effects import (
 from vmstore.events import (
     AdmitFailed,
     Admitted,
+    AncestorsSeen,
+    AncestorsUnseen,
     ChangeLayers,
+    ChangeRefused,
     Close,
     Closed,
     Emptied,
@@ -131,6 +134,8 @@ class Holder(AdmissionSteps):
                 return self._on_changed(record)
             case MembershipDelayed(why, maybe_taken):
                 return self._on_delayed(why, maybe_taken)
+            case ChangeRefused(why):
+                return self._on_refused(why)
             case Peeked():
                 return self._on_peeked(event)
             case ReplicaDown(node, blocking):
@@ -180,9 +185,14 @@ class Holder(AdmissionSteps):
                 return self._on_frozen(attempt)
             case FreezeFailed(attempt, why):
                 return self._on_freeze_failed(attempt, why)
-            case Healed(_, attempt):
+            case Healed(node, attempt):
                 self.heals.healed(attempt)
+                self.ancestry.forget(node)
                 return self._go_on()
+            case AncestorsSeen(look, lacking):
+                return self._on_ancestors_seen(look, lacking)
+            case AncestorsUnseen(look, why):
+                return self._on_ancestors_unseen(look, why)
             case HealFailed(node, attempt, status):
                 self.trouble = f"the heal of {node} ended early: {status}"
                 self._on_heal_failed(attempt)
@@ -257,13 +267,16 @@ class Holder(AdmissionSteps):
             return self._give_up(problem)
         node.peeked = peeked
         self._judge_disks()
+        self._judge_ancestors(peeked.node)
         return self._go_on()
 
     def _judge_disks(self) -> None:
         known = [node.peeked for node in self.nodes.values() if node.peeked is not None]
         for name in emptied(known):
-            if self.nodes[name].standing is Standing.WAITING:
+            if self.nodes[name].standing in (Standing.WAITING, Standing.ASKED):
                 self.emptied.add(name)
+                # Whatever becomes of its ancestors.
+                self.ancestry.blamed.discard(name)
 
     def _node_gone(self, name: str) -> None:
         node = self.nodes[name]
@@ -282,11 +295,12 @@ class Holder(AdmissionSteps):
         """Leave lost nodes behind, let returned ones in, heal stale ones, as far as it goes now."""
         if self.record is None or self.phase in (Phase.TAKING, Phase.RELEASING, Phase.ENDED):
             return []
+        look = self._look_at_ancestors()
         if self.proposal is not None or self.paused:
-            return []
+            return look
         if self.freezing.stage is Stage.FREEZING:
-            return self._watch_freeze()
-        effects = self._give_up_heal()
+            return [*look, *self._watch_freeze()]
+        effects = [*look, *self._give_up_heal()]
         change = self._change_membership()
         if change is not None:
             return [*effects, change]
@@ -359,6 +373,7 @@ class Holder(AdmissionSteps):
             self.too_slow = None
         self.blocking &= in_sync
         self.emptied = {name for name in self.emptied if name in in_sync or not self._is_told(name)}
+        self.ancestry.blamed &= self.emptied
         self.levelling &= in_sync
         for name, node in self.nodes.items():
             if name not in in_sync:
@@ -378,6 +393,23 @@ class Holder(AdmissionSteps):
         self.undecided = self.undecided or maybe_taken
         if self.undecided:
             return []
+        return [*self._drop_proposal(why), *self._go_on()]
+
+    def _on_refused(self, why: str) -> list[Effect]:
+        """Clones begin on a snapshot that was to go: it stays, and all else is proposed anew."""
+        assert self.record is not None
+        if self.proposal is None:
+            return []
+        undecided, self.undecided, self.retry_at_s = self.undecided, False, None
+        told = self._drop_proposal(why)
+        if not undecided:
+            return [*told, *self._go_on()]
+        # An earlier request may come late, when the clones are gone: it must find another record.
+        self.proposal = replace(self.record, generation=self.record.generation + 1)
+        return [*told, ChangeMembership(self.record, self.proposal)]
+
+    def _drop_proposal(self, why: str) -> list[Effect]:
+        """Forget a proposal that etcd surely has nothing of; tell who waits for what was in it."""
         told: list[Effect] = []
         if self.freezing.stage is Stage.CHANGING:
             told = self._give_up_layers(why, maybe_taken=False)
@@ -385,7 +417,7 @@ class Holder(AdmissionSteps):
             told += self._give_up_removal(why, unknown=False)
         self._forget_withdrawal()
         self.proposal = self.too_slow = None
-        return [*told, *self._go_on()]
+        return told
 
     def _forget_withdrawal(self) -> None:
         """What was to be withdrawn surely did not come to etcd, unless the record has it."""
@@ -399,7 +431,7 @@ class Holder(AdmissionSteps):
             return []
         late = self.freezing.look(self.missing(), self.levelling, self.now_s)
         told = self._give_up_layers(late) if late else []
-        return [*told, *self._ask_emptied(), *self._on_time()]
+        return [*told, *self._ask_emptied(), *self._ask_again(), *self._on_time()]
 
     def _on_time(self) -> list[Effect]:
         self.slowness.look(self.now_s)

@@ -19,12 +19,14 @@ from etcd.interface import (
     LeaseEquals,
     Operation,
     Put,
+    RangeEmpty,
     ValueEquals,
 )
-from etcd.records import ClusterRecord, LeaseRecord, LostRecord
+from etcd.records import ClusterRecord, LeaseRecord, LostRecord, NameRecord
 from shard.geometry import check_image_size
 from shard.ids import ImageId
 from shard.membership import Membership, check_successor
+from vmstore.clone_errors import HasClones
 from vmstore.errors import (
     HistoryLost,
     InUse,
@@ -35,6 +37,7 @@ from vmstore.errors import (
     ShrinkRefused,
     UnknownImage,
 )
+from vmstore.names import ImageName
 from vmstore.stored import Stored, commit, put_found, read
 
 INTACT = KeyAbsent(keys.LOST)
@@ -216,7 +219,8 @@ class Holding:
 
         `grant` is the arbiter's, where it was asked, and `as_long_as` what must not have changed
         since: then RecordChanged too. For a snapshot the caller has all answered writes on stable
-        storage, and none in flight; for a rollback no client at all.
+        storage, and none in flight; for a rollback no client at all. Raises HasClones where
+        a snapshot would go that clones begin on.
         """
         before = held.record
         check_successor(before.membership, after.membership)
@@ -232,7 +236,32 @@ class Holding:
             merging=after.merging,
             grant=grant or before.grant,
         )
-        return self._change(held, record, as_long_as)
+        unused = _unused(before, record)
+        try:
+            return self._change(held, record, (*as_long_as, *unused))
+        except RecordChanged:
+            for each in unused:
+                self._check_unused(each, before.id)
+            raise
+
+    def _check_unused(self, compare: RangeEmpty, image: ImageId) -> None:
+        """Raise HasClones where there are clones that a change was not to be made with."""
+        found = [
+            keys.split_clone(item.key)[2]
+            for item in self._etcd.get_prefix(keys.clones(image)).items
+            if compare.key <= item.key < compare.end
+        ]
+        if found:
+            names = self.names()
+            clones = sorted(str(names.get(clone, clone)) for clone in found)
+            raise HasClones(f"a snapshot of {names.get(image, image)}", clones)
+
+    def names(self) -> dict[ImageId, ImageName]:
+        """Return what images are called."""
+        return {
+            NameRecord.decode(item.key, item.value).image: ImageName(*keys.split_name(item.key))
+            for item in self._etcd.get_prefix(keys.NAMES).items
+        }
 
     def resize(self, held: Held, size_bytes: int, *, force: bool = False) -> Held:
         """Store a new size. Before a shrink the caller discards what is cut off.
@@ -313,6 +342,22 @@ class Holding:
         if item is not None and item.lease != held.etcd_lease:
             raise LeaseMoved(known.id)
         raise RecordChanged(f"image {known.id}")
+
+
+def no_clones(image: ImageId, from_layer: int = 0, to_layer: int | None = None) -> RangeEmpty:
+    """Return what holds while no clone begins on these layers of an image, both ends included."""
+    start = keys.clones_of_layer(image, from_layer)
+    last = keys.clones(image) if to_layer is None else keys.clones_of_layer(image, to_layer)
+    return RangeEmpty(start, keys.end_of(last))
+
+
+def _unused(before: ImageRecord, after: ImageRecord) -> tuple[RangeEmpty, ...]:
+    """Return what has to hold for snapshots to go; one that is withdrawn nobody could clone."""
+    gone = [each.layer for each in before.snapshots if each not in after.snapshots]
+    withdrawn = len(after.layers) < len(before.layers) and after.next_layer == before.next_layer
+    if not gone or withdrawn:
+        return ()
+    return (no_clones(before.id, min(gone), max(gone)),)
 
 
 def _check_layers(before: ImageRecord, after: ImageRecord) -> None:

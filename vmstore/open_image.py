@@ -88,6 +88,18 @@ class RemovalOrder:
 
 
 @dataclass(slots=True)
+class ConfirmOrder:
+    """Somebody who wants to know that a snapshot lasts, to have its layer.
+
+    `pin` is as of `SnapshotOrder`.
+    """
+
+    name: str
+    done: Answer[int]
+    pin: int
+
+
+@dataclass(slots=True)
 class OpenImage:
     """An image that is open, opening or closing."""
 
@@ -113,6 +125,8 @@ class OpenImage:
     """A rollback of it that is being made."""
     removal: RemovalOrder | None = None
     """A snapshot of it that is being removed."""
+    confirmations: list[ConfirmOrder] = field(default_factory=list)
+    """Snapshots of which it is asked whether they last."""
     boots: dict[str, str] = field(default_factory=dict)
     """Of its nodes: which memory holds what they answered and have not synced."""
     late: dict[int, float] = field(default_factory=dict)

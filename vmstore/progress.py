@@ -1,7 +1,8 @@
-"""How heals come along, for people: those under way and the last that ended well."""
+"""How heals come along, for people: those under way and the last that ended well, and nodes that
+cannot fetch from each other what they lack."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shard.ids import ImageId
@@ -46,6 +47,7 @@ class HealLog:
         self._totals = HealTotals()
         self._now: dict[ImageId, HealOf] = {}
         self._finished: deque[HealOf] = deque(maxlen=FINISHED_KEPT)
+        self._unreached: Mapping[tuple[str, str], int] = {}
 
     def begins(self, image: ImageId, name: str, node: str, now_s: float) -> None:
         """A node's heal begins; `now_s` on a clock that only grows."""
@@ -79,6 +81,15 @@ class HealLog:
     def ends(self, image: ImageId) -> None:
         """The heal ended early, or the image is closed."""
         self._now.pop(image, None)
+
+    def unreached(self, source: str, target: str) -> None:
+        """A node could not fetch blocks from another one: they come through the gateway."""
+        pair = source, target
+        self._unreached = {**self._unreached, pair: self._unreached.get(pair, 0) + 1}
+
+    def pulls_unreached(self) -> Mapping[tuple[str, str], int]:
+        """Return how often that was so since the gateway started, by source and target."""
+        return self._unreached
 
     def totals(self) -> HealTotals:
         """Return how many ended since the gateway started."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from etcd import keys
 from etcd.images import ImageRecord, Recovered, awaited_members
 from etcd.records import (
+    CloneRecord,
     ClusterRecord,
     LostRecord,
     NameRecord,
@@ -196,6 +197,7 @@ class _Planning:
                 record = record_of(NameRecord, item)
                 if record is not None and record.image == image:
                     values[name] = None
+        values |= {key: None for key in self._now if _is_clone(key, image)}
         kept = next((item.value for item in self._told.tombstones() if item.key == tombstone), None)
         voters = {
             awaited_arbiter(witness.name)
@@ -346,6 +348,10 @@ class _Planning:
         for name in names:
             if name not in self._now or self._told.names.get(name) is not None:
                 values[name] = NameRecord(image=record.id).encode()
+        parent = record.parent
+        if parent is not None:
+            key = keys.clone(parent.image, parent.layer, record.id)
+            values[key] = self._now.get(key, CloneRecord().encode())
         values = {key: value for key, value in values.items() if self._now.get(key) != value}
         compared = tuple(values)
         return Write({**values, keys.lease(record.id): None}, compared)
@@ -365,6 +371,11 @@ class _Planning:
             kind: sum(key.startswith(prefix) for key in changed) for kind, prefix in kinds.items()
         }
         return [Write({key: value}, (key,)) for key, value in changed.items()], counts
+
+
+def _is_clone(key: str, image: ImageId) -> bool:
+    """Whether this key says that the image is a clone."""
+    return key.startswith(keys.CLONES) and keys.split_clone(key)[2] == image
 
 
 def _is_from_before(held: HeldRecord, by: Recovered) -> bool:

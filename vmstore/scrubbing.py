@@ -72,6 +72,10 @@ class Images(Protocol):
         """An image that was opened for its scrub is no longer needed."""
 
 
+ANCESTOR_MS = 24 * 3600 * 1000
+"""Between two scrubs of an image that a gateway asks for because a clone met damage in it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """How far a scrub came; `why` it ended early, or empty."""
@@ -113,6 +117,8 @@ class RotLog:
         self._counts: Counter[tuple[str, str]] = Counter()
         self._bad: dict[ImageId, set[BadBlocks]] = {}
         self._ended: dict[ImageId, Report] = {}
+        self._ancestors: set[ImageId] = set()
+        """Images in which clones of theirs met damage."""
         self.news = threading.Event()
 
     def on_event(
@@ -127,6 +133,11 @@ class RotLog:
                 log.error("bitrot_found", **where, block=event["block"], blocks=event["blocks"],
                           what=what)  # fmt: skip
                 self._count(name, "found", event["blocks"])
+            case "parent_rot":
+                log.error("ancestor_rots", **where, block=event["block"], ancestor=event["image"])
+                with self._lock:
+                    self._ancestors.add(ImageId(event["image"]))
+                self.news.set()
             case "repaired":
                 log.warning("bitrot_repaired", **where, block=event["block"],
                             blocks=event["blocks"])  # fmt: skip
@@ -179,6 +190,16 @@ class RotLog:
         """Keep what could not be saved."""
         with self._lock:
             self._bad.setdefault(image, set()).update(bad)
+
+    def ancestors(self) -> list[ImageId]:
+        """Return the images in which clones met damage, and that were not asked to be scrubbed."""
+        with self._lock:
+            return sorted(self._ancestors)
+
+    def asked_for(self, image: ImageId) -> None:
+        """Forget one of these."""
+        with self._lock:
+            self._ancestors.discard(image)
 
     def _count(self, name: str, what: str, blocks: int) -> None:
         with self._lock:
@@ -243,6 +264,8 @@ class Scrubber:
         self._due_s = 0.0
         self._runs: dict[ImageId, _Run] = {}
         self._attempts = 0
+        self._asked_ms: dict[ImageId, int] = {}
+        """When ancestors of clones were asked to be scrubbed."""
         self._not_before_s: dict[ImageId, float] = {}
         self._known: Mapping[str, ScrubRecord] = {}
 
@@ -284,6 +307,7 @@ class Scrubber:
             self._catalog.forget_scrub(records.pop(image))
         self._known = {str(entries[image].name): found.record for image, found in records.items()}
         self._save_bad()
+        self._ask_for_ancestors(now_ms)
         for run in list(self._runs.values()):
             self._go_on(run, records.get(run.image), now_s, now_ms)
         if len(self._runs) < AT_ONCE:
@@ -401,6 +425,15 @@ class Scrubber:
             return record
 
         self._catalog.change_scrub(run.image, change)
+
+    def _ask_for_ancestors(self, now_ms: int) -> None:
+        """Have images scrubbed in which a clone met damage: they repair it, the clone does not."""
+        for image in self._rot.ancestors():
+            # What no scrub can repair is met again and again.
+            if now_ms - self._asked_ms.get(image, -ANCESTOR_MS) >= ANCESTOR_MS:
+                self._catalog.ask_for_scrub(image, now_ms)
+                self._asked_ms[image] = now_ms
+            self._rot.asked_for(image)
 
     def _save_bad(self) -> None:
         """Note what stays bad, whoever found it, for people to see when the image is closed."""

@@ -32,6 +32,7 @@ from vmstore import effects, events, granting
 from vmstore.calls import Calls, nothing_more
 from vmstore.catalog import Catalog
 from vmstore.channels import Channels
+from vmstore.clone_errors import HasClones
 from vmstore.deciding import TICK_S, Deciding, DecidingThread
 from vmstore.errors import LeaseLost, LeaseMoved
 from vmstore.full_disks import FullDisks
@@ -231,6 +232,10 @@ class Serving(ABC):
         """The layers that were asked for are there, or are not, or it is `unknown`, and why."""
 
     @abstractmethod
+    def _mend_parent(self, image: OpenImage) -> None:
+        """A node has lost what the image begins on: whoever opens that finds it, and heals it."""
+
+    @abstractmethod
     def _on_reader(self, event: dict[str, Any]) -> None:
         """The engine tells of a channel that is no open image's."""
 
@@ -351,6 +356,10 @@ class Serving(ABC):
                 self._engine.thaw(image.channel, attempt)
             case effects.AskEmptied():
                 self._engine.ask_emptied(image.channel)
+            case effects.LookAtAncestors(look):
+                self._look_at_ancestors(image, look)
+            case effects.MendParent():
+                self._mend_parent(image)
             case effects.TellLayers(failed, unknown):
                 self._layers_changed(image, failed, unknown=unknown)
             case effects.ChangeMembership(_, after):
@@ -372,6 +381,15 @@ class Serving(ABC):
             case effects.Forget():
                 self._forget(image)
 
+    def _look_at_ancestors(self, image: OpenImage, look: int) -> None:
+        assert image.held is not None
+        record = image.held.record
+        self._calls.later(
+            lambda: self._catalog.lacking(record),
+            lambda lacking: self._step(image, events.AncestorsSeen(look, lacking)),
+            lambda error: self._step(image, events.AncestorsUnseen(look, str(error))),
+        )
+
     def _change_membership(self, image: OpenImage, after: ImageRecord) -> None:
         assert image.held is not None
         held = image.held
@@ -387,7 +405,9 @@ class Serving(ABC):
             self._hear(image, events.MembershipChanged(new.record))
 
         def failed(error: HciError) -> None:
-            if granting.may_pass(error):
+            if isinstance(error, HasClones):
+                self._hear(image, events.ChangeRefused(str(error)))
+            elif granting.may_pass(error):
                 self._hear(image, events.MembershipDelayed(str(error), progress.maybe_taken))
             elif isinstance(error, LeaseMoved):
                 # Taken again while the change was on its way: it is asked for under the new one.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from etcd.images import ImageRecord
+from vmstore.ancestry import Ancestry
 from vmstore.events import Peeked
 from vmstore.freezing import Freezing, Stage
 from vmstore.healing import Heals
@@ -91,6 +92,7 @@ class State:
     space: Space = field(default_factory=lambda: Space(FAILING_S))
     freezing: Freezing = field(default_factory=Freezing)
     merging: Merging = field(default_factory=Merging)
+    ancestry: Ancestry = field(default_factory=Ancestry)
     storing: bool = False
     paused: bool = False
     """Another change of the record is under way: none is proposed."""

@@ -1,7 +1,7 @@
 """`hci image`: create, list, look at, change, remove, import, export and check images."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,14 +9,22 @@ import typer
 
 from etcd.images import ImageRecord
 from etcd.scrubs import ScrubRecord
-from hci import images
+from hci import clones, images
 from hci.cli import output, session
 from hci.cli.output import AsJson
 from shard import geometry
+from shard.ids import ImageId
 from vmstore import check as replicas
 from vmstore import transfer
-from vmstore.catalog import Catalog
-from vmstore.names import ImageName, SnapshotName, parse_image_name, parse_name
+from vmstore.catalog import Catalog, ImageEntry
+from vmstore.clones import Clone, Origin, origin
+from vmstore.names import (
+    ImageName,
+    SnapshotName,
+    parse_image_name,
+    parse_name,
+    parse_snapshot_name,
+)
 
 app = typer.Typer(
     help="Images: virtual disks, named POOL/NAME.", no_args_is_help=True, add_completion=False
@@ -39,6 +47,19 @@ def create(context: typer.Context, name: Image, size: Size) -> None:
     typer.echo(f"created {name}, {geometry.format_size(size_bytes)}")
 
 
+@app.command()
+def clone(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="POOL/IMAGE@SNAPSHOT")],
+    name: Annotated[str, typer.Argument(metavar="POOL/NEW")],
+) -> None:
+    """Create an image that holds what a snapshot does, at once, and shares its data."""
+    here, of, wanted = session.of(context), parse_snapshot_name(source), parse_image_name(name)
+    with here.catalog() as records, output.waiting(f"cloning {source}"):
+        size_bytes = clones.create(here.config, records, of, wanted)
+    typer.echo(f"created {name}, {geometry.format_size(size_bytes)}, a clone of {source}")
+
+
 @app.command("ls")
 def show(
     context: typer.Context,
@@ -48,18 +69,34 @@ def show(
     """List the images, of one pool or of all."""
     with session.of(context).catalog() as records:
         found = records.images(pool)
+        cloned = records.all_clones()
         leases = records.leases().items()
         holders = {image: lease.gateway for image, lease in leases if not lease.maintenance}
     rows = [
         (str(each.name), each.image.record, holders.get(each.image.record.id)) for each in found
     ]
+    origins = _origins(found)
     if as_json:
-        output.as_json([_row(*row) for row in rows])
+        output.as_json(
+            [
+                {
+                    **_row(name, record, holder),
+                    **_related(origins.get(record.id), cloned.get(record.id, [])),
+                }
+                for name, record, holder in rows
+            ]
+        )
         return
     output.table(
-        ("NAME", "SIZE", "OPEN ON", "STALE"),
+        ("NAME", "SIZE", "OPEN ON", "STALE", "PARENT"),
         [
-            (name, output.size(record.size_bytes), holder, _stale_words(record))
+            (
+                name,
+                output.size(record.size_bytes),
+                holder,
+                _stale_words(record),
+                str(origins[record.id]) if record.id in origins else None,
+            )
             for name, record, holder in rows
         ],
         "no images; create one with `hci image create POOL/NAME SIZE`",
@@ -75,12 +112,16 @@ def info(context: typer.Context, name: Image, as_json: AsJson = False) -> None:
         holder = images.holder_of(records, record.id)
         used = images.used_bytes(record, records.nodes())
         scrub = records.scrub_of(record.id)
+        parent, cloned = records.origin_of(record), records.clones_of(record.id)
     values = {**_row(name, record, holder), **_details(record, used), **_scrubbed(scrub)}
+    values |= _related(parent, cloned)
     if as_json:
         output.as_json(values)
         return
     values["snapshots"] = ", ".join(each.name for each in record.snapshots) or "-"
     values["merging"] = _merging_words(record)
+    values["parent"] = parent
+    values["clones"] = ", ".join(each.name for each in cloned) or "-"
     values["size_bytes"] = f"{record.size_bytes} ({geometry.format_size(record.size_bytes)})"
     values["used_bytes"] = ", ".join(f"{node} {output.size(used[node])}" for node in used) or "-"
     values["stale"] = _stale_words(record)
@@ -92,6 +133,24 @@ def info(context: typer.Context, name: Image, as_json: AsJson = False) -> None:
     width = max(map(len, values))
     for key, value in values.items():
         typer.echo(f"{key:<{width}}  {'-' if value in (None, []) else value}")
+
+
+def _origins(entries: Sequence[ImageEntry]) -> dict[ImageId, Origin]:
+    """Return what each clone of a listing begins on: a parent is in the same pool."""
+    by_id = {entry.image.record.id: entry for entry in entries}
+    found = {}
+    for entry in entries:
+        record = entry.image.record
+        if record.parent is not None and (parent := by_id.get(record.parent.image)) is not None:
+            found[record.id] = origin(record, parent.image.record, parent.name)
+    return found
+
+
+def _related(parent: Origin | None, cloned: Sequence[Clone]) -> dict[str, Any]:
+    return {
+        "parent": parent and {"image": parent.image, "snapshot": parent.snapshot},
+        "clones": [each.name for each in cloned],
+    }
 
 
 def _scrubbed(scrub: ScrubRecord) -> dict[str, Any]:

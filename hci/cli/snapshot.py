@@ -135,13 +135,15 @@ def info(context: typer.Context, name: Name, as_json: AsJson = False) -> None:
     """Say all that is known of a snapshot."""
     with session.of(context).catalog() as records:
         record, snapshot = records.find_snapshot(parse_snapshot_name(name))
-    values = {**_row(name, snapshot), **_details(record, snapshot)}
+        clones = [e.name for e in records.clones_of(record.id) if e.layer == snapshot.layer]
+    values = {**_row(name, snapshot), **_details(record, snapshot), "clones": clones}
     if as_json:
         output.as_json(values)
         return
     values["size_bytes"] = f"{snapshot.size_bytes} ({format_size(snapshot.size_bytes)})"
     values["created_at"] = time.ctime(snapshot.created_s)
     values["layers"] = ", ".join(map(str, record.chain(snapshot)))
+    values["clones"] = ", ".join(clones) or "-"
     width = max(map(len, values))
     for key, value in values.items():
         typer.echo(f"{key:<{width}}  {value}")

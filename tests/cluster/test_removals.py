@@ -11,8 +11,9 @@ import pytest
 
 from tests.cluster.test_snapshots import closed, copied, is_refused, take, url_at, write_at
 from tests.devcluster import POOL, DevCluster
-from tests.faults.load import ReconnectingDisk, VerifyingFio, await_write
+from tests.faults.load import drawn_seed
 from tests.faults.nbd_session import NbdError, NbdSession
+from tests.faults.writing import await_progress, writing
 from tests.waiting import until
 
 MIB = 1 << 20
@@ -37,29 +38,29 @@ def merged(cluster: DevCluster, image: str) -> None:
     until(f"{image} is merged", lambda: cluster.info(image)["merging"] == [], 120)
 
 
-def test_snapshots_removed_under_fio_leave_the_others_and_the_image_as_they_were(
+def test_snapshots_removed_under_writes_leave_the_others_and_the_image_as_they_were(
     two: DevCluster, tmp_path: Path
 ) -> None:
     two.create("busy", "64M")
-    with (
-        ReconnectingDisk(url_at(two, "gateway1", "busy"), tmp_path) as disk,
-        VerifyingFio(disk.uri, 1, tmp_path) as fio,
-    ):
-        await_write(two, "busy", fio)
-        for number in (0, 1):
-            take(two, f"busy@{number}")
-        assert "by and by" in rm(two, "busy@0")
-        assert fio.is_running
-        for number in (2, 3, 4):
-            take(two, f"busy@{number}")
-        for number in (2, 4):
-            rm(two, f"busy@{number}")
-        held = {
-            number: copied(url_at(two, "gateway2", f"busy@{number}"), tmp_path / "file")
-            for number in (1, 3)
-        }
-        fio.finish()
-    merged(two, "busy")
+    seed = drawn_seed()
+    with NbdSession(url_at(two, "gateway1", "busy"), seed) as session:
+        with writing(session, seed) as writer:
+            for number in (0, 1):
+                await_progress(writer)
+                take(two, f"busy@{number}")
+            assert "by and by" in rm(two, "busy@0")
+            for number in (2, 3, 4):
+                await_progress(writer)
+                take(two, f"busy@{number}")
+            for number in (2, 4):
+                rm(two, f"busy@{number}")
+            held = {
+                number: copied(url_at(two, "gateway2", f"busy@{number}"), tmp_path / "file")
+                for number in (1, 3)
+            }
+            await_progress(writer)
+        merged(two, "busy")
+        assert writer.verify(session) == []
     for gateway in two.gateways:
         for number in (1, 3):
             again = copied(url_at(two, gateway, f"busy@{number}"), tmp_path / "file")

@@ -20,7 +20,9 @@ from pathlib import Path
 import pytest
 
 from tests.devcluster import POOL, DevCluster
-from tests.faults.load import ReconnectingDisk, VerifyingFio, await_write, drawn_seed
+from tests.faults.load import ReconnectingDisk, drawn_seed
+from tests.faults.nbd_session import NbdSession
+from tests.faults.writing import await_progress, writing
 from tests.protocol.raw_client import DISCONNECT, Client
 from tests.waiting import is_listened_at, until
 
@@ -133,24 +135,20 @@ def test_guest_that_writes_goes_on_over_upgrades(
     cluster: DevCluster, held: Held, tmp_path: Path
 ) -> None:
     held.begin()
-    with ReconnectingDisk(held.uris["unix"], tmp_path) as disk:
-        with VerifyingFio(disk.uri, drawn_seed(), tmp_path) as fio:
+    seed = drawn_seed()
+    with (
+        ReconnectingDisk(held.uris["unix"], tmp_path) as disk,
+        NbdSession(disk.uri, seed) as session,
+    ):
+        with writing(session, seed) as writer:
             for _ in range(UPGRADES):
-                await_write(cluster, "held", fio)
+                await_progress(writer)
                 held.end()
                 held.begin()
-                until("the next one serves", lambda: listens(cluster))
-            fio.finish()
+            await_progress(writer)
+        assert writer.verify(session) == []
     assert cluster.info("held")["stale"] == []
     cluster.must_be_equal("held")
-
-
-def listens(cluster: DevCluster) -> bool:
-    """Whether the gateway answers for its metrics, which it does before it serves."""
-    host, port = configured(cluster, "metrics").split(":")
-    with contextlib.suppress(OSError), socket.create_connection((host, int(port))):
-        return True
-    return False
 
 
 @pytest.mark.skipif(

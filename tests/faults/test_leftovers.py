@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import signal
 from pathlib import Path
 
+from tests.cluster.test_image_commands import importing
 from tests.devcluster import POOL, DevCluster
 from tests.faults.nbd_session import NbdSession
 from tests.protocol.settings import metric
@@ -74,18 +75,10 @@ def test_unknown_data_is_shown_and_deleted_by_name_only(cluster: DevCluster) -> 
 def test_interrupted_import_is_found_and_collected(cluster: DevCluster, tmp_path: Path) -> None:
     source = tmp_path / "source.raw"
     source.write_bytes(os.urandom(96 << 20))
-    log = Path(cluster.members()["gateway1"]["log"])
-    running = subprocess.Popen(
-        cluster.command("image", "import", str(source), f"{POOL}/half"),
-        env=cluster.environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    opened = f"event=image_opened image={POOL}/half"
-    until("it has begun", lambda: opened in log.read_text())
+    running, qemu_img = importing(cluster, source, f"{POOL}/half")
     running.kill()
     running.wait()
+    os.kill(qemu_img, signal.SIGCONT)
     until("it is left over", lambda: [e["collectable"] for e in cluster.leftovers()] == [True])
     (found,) = cluster.leftovers()
     assert (found["kind"], found["name"]) == ("import", f"{POOL}/half")

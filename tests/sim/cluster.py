@@ -22,6 +22,7 @@ from shard.membership import Policy, WhenFull
 from shard.placement import FailureDomain, replica_set_index
 from tests.sim.arbiters import Site
 from tests.sim.clock import SECOND_NS, Clock, Process
+from tests.sim.clones import Clones
 from tests.sim.cluster_state import Door, Path, State
 from tests.sim.guest import BLOCK_BYTES, Guest, Life, Shared
 from tests.sim.liveness import Liveness
@@ -71,6 +72,9 @@ class Cluster:
         self.snapshots = Snapshots(self)
         self.rollbacks = Rollbacks(self)
         self.removals = Removals(self)
+        self.clones = Clones(self)
+        self.clone_chance = random.Random(f"clones {seed}")
+        """For clones alone: what else happens is not drawn from it."""
         self.liveness = Liveness(self)
         self.numbers = itertools.count(1)
         self.oracle = Oracle(SHARD_BYTES // SECTOR_BYTES)
@@ -431,6 +435,7 @@ class Cluster:
         self.liveness.record_changed(former, record)
         self.rollbacks.record_changed(former, record)
         self.removals.record_changed(former, record)
+        self.clones.record_changed(former, record)
         if record.stale != former.stale:
             self.say(f"etcd: generation {record.generation}, stale {_plain(record.stale)}")
             self.judge_memory()

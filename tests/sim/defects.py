@@ -33,7 +33,7 @@ from tests.sim.history import History, Outcome
 from tests.sim.kinds import KINDS, seeds_of
 from tests.sim.oracle import SECTOR_BYTES, Violation
 from tests.sim.processes import SimNode
-from vmstore import granting
+from vmstore import granting, holding
 from vmstore.channels import Channels
 from vmstore.effects import ChangeMembership, Effect
 from vmstore.exports import Exports
@@ -341,6 +341,16 @@ def _any_set_tells() -> Any:
     return mock.patch.object(SnapshotSteps, "_withdraws", patched)
 
 
+def _nobody_lacks_an_ancestor() -> Any:
+    """A clone takes no notice of nodes that are stale for its parent."""
+    return mock.patch.object(ImageRecord, "lacking", return_value={})
+
+
+def _snapshots_with_clones_go() -> Any:
+    """A snapshot is removed, or gone back behind, whoever begins on it."""
+    return mock.patch.object(holding, "_unused", return_value=())
+
+
 DEFECTS = (
     # Who answers
     Defect("all in sync answer", "invariant 5", "kills", 10, 1,
@@ -525,6 +535,13 @@ DEFECTS = (
     Defect("merges fill gaps", "10: what was merged returns", "removals", 20, 1,
            match="read as|differs",
            rules=("MergesFillGaps",)),
+    # Clones
+    Defect("ancestors are healed first", "11: a clone reads a stale parent", "clones", 10, 1,
+           match="read as|differs",
+           patch=_nobody_lacks_an_ancestor),
+    Defect("what has clones stays", "11: a clone reads what is gone", "clones", 10, 2,
+           match="begins on it",
+           patch=_snapshots_with_clones_go),
     # Bounds
     Defect("a change is asked for once", "invariant 8", "etcd", 20, 8, match="calls under way",
            patch=_asked_at_each_tick),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from tests.sim.clones import Clone
 from tests.sim.cluster import Cluster
 from tests.sim.copies import Copies
 from tests.sim.guest import Life
@@ -215,6 +216,8 @@ class History(Copies):
             cluster.run_for(120.0, cluster.removals.all_merged)
             cluster.removals.check()
             self._read_snapshots()
+        if self.kind.clones:
+            self._use_clones()
         if self.kind.rollbacks:
             cluster.rollbacks.check()
             cluster.run_for(20.0, cluster.rollbacks.all_dropped)
@@ -304,6 +307,32 @@ class History(Copies):
                 if not cluster.run_for(30.0, lambda reader=reader: reader.over) or reader.refused:
                     raise Violation(f"{snapshot.name} is not read: {reader.refused or 'stuck'}")
         cluster.safety.check_all_replicas()
+
+    def _use_clones(self) -> None:
+        """Each clone is whole on all of its nodes, and holds what it should at every gateway."""
+        cluster = self.cluster
+        if not cluster.run_for(120.0, cluster.clones.all_level):
+            stale = {each.name: dict(cluster.clones.record(each).stale)
+                     for each in cluster.clones.there()}  # fmt: skip
+            raise Violation(f"clones are never level: {stale}, {self._stuck()}")
+        for clone in cluster.clones.there():
+            for gateway in range(cluster.shape.gateways):
+                self._use_clone(clone, gateway)
+        cluster.run_for(1.0)
+        cluster.clones.check_all_replicas()
+
+    def _use_clone(self, clone: Clone, gateway: int) -> None:
+        cluster = self.cluster
+        for _ in range(10):
+            cluster.run_for(30.0, lambda: clone.user is None or clone.user.has_ended)
+            user = cluster.clones.use(clone, gateway)
+            assert user is not None, "all gateways run"
+            cluster.run_for(30.0, lambda user=user: user.over)
+            if not user.refused:
+                return
+            # Another gateway may not have closed it yet.
+            cluster.run_for(2.0)
+        raise Violation(f"{clone.name} is not served: {user.refused}, {self._stuck()}")
 
     def _leave_cleanly(self) -> None:
         """The last guest leaves: the image closes clean, and replicas are equal throughout."""

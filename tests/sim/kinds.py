@@ -34,6 +34,8 @@ class Kind:
     """Somebody has the image rolled back; nothing of dropped layers is left at the end."""
     removals: bool = False
     """Somebody removes snapshots; nothing is left of their layers at the end."""
+    clones: bool = False
+    """Somebody clones snapshots and uses the clones; all are read at the end."""
     processes: bool = False
     """Gateways know the processes of their guests."""
     some_away: bool = False
@@ -258,19 +260,42 @@ KINDS = (
          Shape(nodes=5, gateways=2, replica_sets=3, shards=6), Shape(nodes=2, arbiter=True)),
         snapshots=True, rollbacks=True, removals=True,
     ),
+    Kind(
+        "clones",
+        {"take_snapshot": 8, "make_clone": 9, "strike_clone": 4, "use_clone": 16,
+         "read_snapshot": 1, "remove_snapshot": 4, "roll_back_image": 2, "kill_node": 3,
+         "cut_node": 2, "crash_node": 1, "kill_gateway": 2, "leave_behind": 6, "reset": 1,
+         "slow_etcd": 1, "etcd_down": 1, "second": 1, "interrupt_heal": 3, "guests_leave": 2},
+        (Shape(gateways=3), Shape(gateways=3, shards=6), Shape(gateways=3, log_bytes=512 << 10),
+         Shape(nodes=5, gateways=3, replica_sets=3, shards=6), Shape(nodes=2, arbiter=True)),
+        snapshots=True, rollbacks=True, removals=True, clones=True,
+    ),
 )  # fmt: skip
 
 SEEDS = 32
 """A seed's remainder by it chooses the kind, so that another kind at the end changes no seed of the
-others."""
+others. Kinds for which there is no remainder left have the seeds below 0."""
 
 
 def kind_of(seed: int) -> Kind:
     """Return the kind of a seed's history."""
-    return KINDS[seed % SEEDS % len(KINDS)]
+    kinds = KINDS[:SEEDS] if seed >= 0 else KINDS[SEEDS:]
+    return kinds[(seed if seed >= 0 else -1 - seed) % SEEDS % len(kinds)]
 
 
 def seeds_of(kind: str) -> Iterator[int]:
     """Yield the seeds of a kind."""
     index = next(i for i, known in enumerate(KINDS) if known.name == kind)
-    yield from itertools.count(index, SEEDS)
+    if index < SEEDS:
+        yield from itertools.count(index, SEEDS)
+    yield from itertools.count(SEEDS - 1 - index, -SEEDS)
+
+
+def seeds_from(first: int) -> Iterator[int]:
+    """Yield seeds of all kinds, as often of one as of another."""
+    later = len(KINDS[SEEDS:])
+    for number in itertools.count(first):
+        yield number
+        if number % SEEDS == SEEDS - 1:
+            block = number // SEEDS * SEEDS
+            yield from (-1 - block - index for index in range(later))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 
 from tests.sim.history import History
-from tests.sim.kinds import KINDS, kind_of
+from tests.sim.kinds import KINDS, kind_of, seeds_from, seeds_of
 
 CHUNK = 8
 """Histories that a worker plays before it reports."""
@@ -77,12 +77,15 @@ def main() -> int:
     if options.chance:
         first = random.SystemRandom().randrange(1 << 40)
         print(f"first seed {first}", flush=True)
-    stop = first + options.rounds if options.rounds is not None else first + (1 << 60)
+    seeds = seeds_from(first)
+    if options.kind is not None:
+        seeds = (seed for seed in seeds_of(options.kind) if abs(seed) >= first)
+    if options.rounds is not None:
+        seeds = itertools.islice(seeds, options.rounds)
     hours = options.hours if options.hours is not None else 24.0 * 365
     count = failed = 0
     simulated_s, begun_s = 0.0, time.monotonic()
     told_s = begun_s
-    seeds = (seed for seed in range(first, stop) if options.kind in (None, kind_of(seed).name))
     for played in play_many(seeds, hours * 3600, options.workers):
         count += 1
         simulated_s += played.simulated_s

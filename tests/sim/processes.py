@@ -36,12 +36,14 @@ from vmstore.history import Member
 from vmstore.ledger import Ledger
 from vmstore.names import ImageName
 from vmstore.open_image import RemovalOrder, Resize, RollbackOrder, SnapshotOrder
+from vmstore.orders import Answer
 from vmstore.scrubbing import Scrubber
 from vmstore.served import Served, ServedFile
 from vmstore.set_back import may_run_elsewhere, only_here, seen_later
 from vmstore.slowness import SlowLimits
 
 if TYPE_CHECKING:
+    from tests.sim.clones import User
     from tests.sim.guest import Guest
     from tests.sim.snapshots import Reader
 
@@ -129,7 +131,7 @@ class SimEngine:
         self._on_heal = on_heal
         self.node_names: dict[int, list[str]] = {}
         """Of each channel's nodes."""
-        self.guests: dict[int, Guest | Reader] = {}
+        self.guests: dict[int, Guest | Reader | User] = {}
         """By the number of their connection."""
         self.cutting: dict[int, int] = {}
         """Of ranges that are being zeroed the channels, by the token of the request."""
@@ -413,6 +415,11 @@ class SimGateway:
         """Have a snapshot removed, as the control service does."""
         name = ImageName(POOL, IMAGE)
         self.deciding.put(lambda: self.exports._find_to_remove(name, order))
+
+    def confirm_snapshot(self, name: str, done: Answer[int]) -> None:
+        """Have it said that a snapshot lasts, as the control service does."""
+        image = ImageName(POOL, IMAGE)
+        self.deciding.put(lambda: self.exports._find_to_confirm(image, name, done))
 
     def rename(self, name: str) -> None:
         """Be given another gateway's name by mistake: leases are taken in it."""

@@ -147,7 +147,8 @@ class Safety:
         for process in cluster.gateways:
             if process is None:
                 continue
-            if process.deciding.calls > WORKERS:
+            # Each image has one under way, or waits for its turn; each clone is one more.
+            if process.deciding.calls > WORKERS + len(cluster.clones.known):
                 raise Violation(f"{process.name} has {process.deciding.calls} calls under way")
             for image in process.exports.snapshot():
                 requests, parts, unanswered = cluster.world.queues(process.index, image.channel)
@@ -208,7 +209,8 @@ class Safety:
         record = self._cluster.record
         for process in self._cluster.gateways:
             if process is not None and record is not None and process.holder == record.holder:
-                return next(((process, image) for image in process.exports.snapshot()), None)
+                images = (i for i in process.exports.snapshot() if i.image == record.id)
+                return next(((process, image) for image in images), None)
         return None
 
     def _is_quiet(self, process: SimGateway, image: OpenImage) -> bool:

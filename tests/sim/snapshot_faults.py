@@ -8,6 +8,9 @@ from tests.sim.cluster import Cluster
 from tests.sim.guest import Life
 from tests.sim.strikes import Strikes
 
+CLONES_MAX = 6
+"""Of one image in a history: each is read in the end, at all gateways."""
+
 
 class SnapshotFaults(Strikes):
     """See the module."""
@@ -136,6 +139,35 @@ class SnapshotFaults(Strikes):
             )
         else:
             self._later(self.chance.uniform(0.0, 0.5), strike)
+
+    def make_clone(self) -> None:
+        """Somebody clones a snapshot that etcd names."""
+        cluster = self.cluster
+        names = [each.name for each in cluster.record.snapshots] if cluster.record else []
+        if names and len(cluster.clones.known) < CLONES_MAX:
+            cluster.clones.make(cluster.snapshots.known[self.chance.choice(names)], self._asked())
+
+    def use_clone(self) -> None:
+        """Somebody reads and writes a clone, at any gateway."""
+        clones = self.cluster.clones.there()
+        if clones:
+            self.cluster.clones.use(self.chance.choice(clones), self._gateway())
+
+    def strike_clone(self) -> None:
+        """A node falls behind, a snapshot is taken and cloned, and used where the node is back.
+
+        Or something else befalls the cluster as that is done.
+        """
+        cluster, node = self.cluster, self._node()
+        strikes = (self.kill_node, self.kill_gateway, self.etcd_down, self.guests_leave)
+        if self.chance.random() < 0.6:
+            self._away(node, self.chance.uniform(1.0, 3.0), power=False)
+        else:
+            self._later(self.chance.uniform(0.0, 1.5), self.chance.choice(strikes))
+        self._later(0.8, lambda: cluster.snapshots.take(self._asked()))
+        self._later(1.2, self.make_clone)
+        for pause_s in (1.6, 2.4, 3.2, 4.5):
+            self._later(pause_s + self.chance.uniform(0.0, 0.5), self.use_clone)
 
     def _store_in_one_set(self, gateway: int) -> None:
         """The nodes of one replica set store it, those of another one do not hear of it.

@@ -634,6 +634,11 @@ fn put_image_event(py: Python<'_>, dict: &Bound<'_, PyDict>, event: Event) -> Py
             dict.set_item("node", node)?;
             dict.set_item("status", format!("{status:?}"))
         }
+        Event::PullUnreached { source, target } => {
+            dict.set_item("event", "pull_unreached")?;
+            dict.set_item("source", source)?;
+            dict.set_item("target", target)
+        }
         Event::BadBlock { node, shard, block, blocks, hidden } => {
             dict.set_item("event", "bad_block")?;
             dict.set_item("node", node)?;

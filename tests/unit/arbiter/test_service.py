@@ -223,11 +223,19 @@ def test_many_images_are_judged_at_once(running: Running, client: ArbiterClient)
     assert all(running.record.read(image).changes == 2 for image in images)
 
 
-def test_clients_are_kept_by_name_and_address(running: Running) -> None:
+def test_clients_are_kept_until_their_arbiter_has_another_address(running: Running) -> None:
+    # What it was at its former address was told of an arbiter that answered at the present one.
     arbiters = Arbiters()
     first = arbiters.at("arbiter", running.address)
     assert arbiters.at("arbiter", running.address) is first
-    assert arbiters.at("arbiter", "127.0.0.1:1") is not first
+    moved = arbiters.at("arbiter", "127.0.0.1:1")
+    assert moved is not first
+    with pytest.raises(ArbiterUnreachable):
+        moved.confirm(running.to(), IMAGE, stated(1, "ab"))
+    assert arbiters.answering() == {"arbiter": False}
+    back = arbiters.at("arbiter", running.address)
+    back.confirm(running.to(), IMAGE, stated(1, "ab"))
+    assert arbiters.answering() == {"arbiter": True}
     arbiters.close()
 
 

@@ -22,6 +22,7 @@ from etcd.interface import (
     ModRevisionEquals,
     Notice,
     Put,
+    RangeEmpty,
     Reread,
     ValueEquals,
     Watch,
@@ -142,6 +143,8 @@ class EtcdContract:
             ModRevisionEquals("/hci/a", 1),
             LeaseEquals("/hci/a", 77),
             LeaseEquals("/hci/none", 77),
+            RangeEmpty("/hci/a", "/hci/b"),
+            RangeEmpty("/hci/", "/hci0"),
         ],
     )
     def test_transaction_with_one_failing_compare_applies_nothing(
@@ -156,6 +159,21 @@ class EtcdContract:
         assert outcome.revision == revision
         assert etcd.get("/hci/a") == KeyValue("/hci/a", b"1", revision, 0)
         assert etcd.get("/hci/b") is None
+
+    @pytest.mark.parametrize(
+        "compare",
+        [
+            RangeEmpty("/hci/a0", "/hci/b"),
+            RangeEmpty("/hci/b/", "/hci/b0"),
+            RangeEmpty("/hci/", "/hci/a"),
+        ],
+    )
+    def test_transaction_with_an_empty_range_applies(
+        self, subject: Subject, compare: RangeEmpty
+    ) -> None:
+        put(subject.etcd, "/hci/a", b"1")
+        put(subject.etcd, "/hci/b0", b"1")
+        assert subject.etcd.transaction([compare], [Put("/hci/c", b"2")]).committed
 
     def test_transaction_that_changes_nothing_keeps_the_revision(self, subject: Subject) -> None:
         revision = put(subject.etcd, "/hci/a", b"1")

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from etcd.errors import MalformedRecord, RecordError, UnknownVersion
-from etcd.images import Grant
+from etcd.images import Grant, Parent
 from etcd.records import (
     AliveRecord,
     ArbiterRecord,
+    CloneRecord,
     ClusterRecord,
     LeaseRecord,
     NameRecord,
@@ -22,6 +23,7 @@ from etcd.records import (
     Record,
     TombstoneRecord,
 )
+from shard.ids import ImageId
 from shard.membership import Policy, WhenFull
 from shard.placement import FailureDomain
 from tests.unit.samples import ABC, HOLDER, ID, IMAGE
@@ -125,6 +127,22 @@ GOLDEN: list[tuple[Record, str]] = [
         '"name":"before upgrade","size_bytes":8589934592}],'
         '"stale":{"0":{"b":6}},"v":1}',
     ),
+    (
+        replace(
+            IMAGE,
+            snapshots=(),
+            placement_key=ImageId("4" * 32),
+            parent=Parent(image=ImageId("3" * 32), layer=9, generation=4, size_bytes=8 << 30),
+        ),
+        '{"clean":false,"epoch":3,"generation":7,"holder":"ffffffffffffffffffffffffffffffff",'
+        '"id":"0123456789abcdef0123456789abcdef","layers":[{"id":2},{"id":1}],"next_layer":3,'
+        '"parent":{"generation":4,"image":"33333333333333333333333333333333","layer":9,'
+        '"size_bytes":8589934592},'
+        '"placement_key":"44444444444444444444444444444444","placement_version":1,'
+        '"policy":"replica-3","pool":"vms","sets":[["a","b","c"]],"shard_bytes":4194304,'
+        '"size_bytes":10737418240,"snapshots":[],"stale":{"0":{"b":6}},"v":1}',
+    ),
+    (CloneRecord(), '{"v":1}'),
 ]
 
 
@@ -169,7 +187,7 @@ def test_record_without_any_one_field_is_refused(record: Record) -> None:
             type(record).decode("/hci/x", json.dumps(rest).encode())
 
 
-OPTIONAL = {"arbiter_filled", "grant", "next_layer", "when_full"}
+OPTIONAL = {"parent", "arbiter_filled", "grant", "next_layer", "when_full"}
 """Fields that stand in a record only where they say something, or that older records lack."""
 
 WRONG: list[Any] = [1.5, [[]], {"0": []}, ""]

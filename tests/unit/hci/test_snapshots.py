@@ -15,7 +15,7 @@ from etcd.gateways import GatewayRecord
 from etcd.interface import Delete, Put
 from etcd.memory import Fault, MemoryEtcd
 from etcd.records import LeaseRecord
-from hci import control, snapshots
+from hci import clones, control, snapshots
 from hci import control_pb2 as pb
 from hci.config import ClusterConfig, Config, Endpoint
 from hci.control_pb2_grpc import GatewayControlServicer, add_GatewayControlServicer_to_server
@@ -24,8 +24,9 @@ from shard.errors import HciError
 from tests.cluster.etcd_server import free_ports
 from tests.unit.samples import GIB, node_record
 from vmstore.catalog import Catalog
-from vmstore.errors import UnknownSnapshot
-from vmstore.names import parse_snapshot_name
+from vmstore.clone_errors import HasClones
+from vmstore.errors import ImageExists, UnknownSnapshot
+from vmstore.names import ImageName, parse_snapshot_name
 
 NAME = parse_snapshot_name("vms/disk@s")
 Replying = Callable[[grpc.ServicerContext], pb.SnapshotReply]
@@ -51,6 +52,10 @@ class Asked(GatewayControlServicer):
     def RemoveSnapshot(self, request: Any, context: Any) -> pb.RemoveSnapshotReply:  # noqa: N802
         self.asked.append((request.image_id, request.name))
         return pb.RemoveSnapshotReply(layer=1)
+
+    def ConfirmSnapshot(self, request: Any, context: Any) -> pb.ConfirmSnapshotReply:  # noqa: N802
+        self.asked.append((request.image_id, request.name))
+        return pb.ConfirmSnapshotReply(layer=1)
 
     def Rollback(self, request: Any, context: Any) -> pb.RollbackReply:  # noqa: N802
         self.asked.append((request.image_id, request.name))
@@ -222,3 +227,40 @@ def test_removed_snapshot_is_waited_for_until_its_layer_is_merged_or_its_image_g
     ends.join()
     assert catalog.find(NAME.image).record.merging == ()
     assert list(snapshots.merging(catalog, None)) == []
+
+
+def with_snapshot(etcd: MemoryEtcd, catalog: Catalog) -> None:
+    """The image has the snapshot, and the gateway `far` has the image."""
+    lease = etcd.grant_lease(1000)
+    image = catalog.find(NAME.image)
+    held = catalog.take_lease(image, gateway="far", holder="a" * 32, etcd_lease=lease)
+    catalog.change(held, held.record.with_snapshot("s", 5))
+
+
+def test_gateway_is_asked_before_a_snapshot_is_cloned_for_the_first_time(
+    etcd: MemoryEtcd, catalog: Catalog
+) -> None:
+    with_snapshot(etcd, catalog)
+    with running(etcd, "far", taken) as far:
+        for name in ("b", "c"):
+            assert clones.create(CONFIG, catalog, NAME, ImageName("vms", name)) == GIB
+    assert len(far.asked) == 1
+    assert len(catalog.clones_of(catalog.find(NAME.image).record.id)) == 2
+
+
+def test_what_has_clones_is_refused_before_any_gateway_is_asked(
+    etcd: MemoryEtcd, catalog: Catalog
+) -> None:
+    with_snapshot(etcd, catalog)
+    catalog.clone_image(NAME, ImageName("vms", "b"))
+    with running(etcd, "far", taken) as far:
+        with pytest.raises(HasClones, match=r"vms/disk@s cannot go: a clone begins .*vms/b"):
+            snapshots.remove(CONFIG, catalog, NAME)
+        assert snapshots.roll_back(CONFIG, catalog, NAME, force=True)
+    assert len(far.asked) == 1
+
+
+def test_clone_of_a_name_that_exists_asks_no_gateway(etcd: MemoryEtcd, catalog: Catalog) -> None:
+    with_snapshot(etcd, catalog)
+    with pytest.raises(ImageExists):
+        clones.create(CONFIG, catalog, NAME, NAME.image)

@@ -30,6 +30,8 @@ class ScriptedEngine:
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         self.known: dict[str, Any] | None = None
         """What nodes have of the record of an image that is opened."""
+        self.parent_missing: set[int] = set()
+        """Nodes that have not what a clone begins on."""
         self.closes = True
         """Whether an image that is closed gets rid of all it has to flush."""
         self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
@@ -57,6 +59,7 @@ class ScriptedEngine:
                 deleted=False,
                 record=self.known,
                 serial=1,
+                parent_missing=index in self.parent_missing and values["parent"] is not None,
             )
 
     def admit(self, channel: int, nodes: list[tuple[int, int]], *, resume: bool) -> None:
@@ -127,10 +130,11 @@ class ScriptedGateway:
         found = self.catalog.lease_of(self.record.id)
         return found.record if found is not None else None
 
-    def connect(self, client: int, peer: str | None = None) -> None:
-        """A client asks for the image."""
+    def connect(self, client: int, peer: str | None = None, name: str | None = None) -> None:
+        """A client asks for the image, or for another one."""
         values = {"peer": peer} if peer is not None else {}
-        self.engine.emit("asked", client=client, query="go", name=str(self.name), **values)
+        asked_for = name or str(self.name)
+        self.engine.emit("asked", client=client, query="go", name=asked_for, **values)
 
     def leave(self, client: int) -> None:
         self.engine.emit("client_gone", client=client)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from etcd.images import ImageRecord, Layer
+from etcd.images import ImageRecord, Layer, Parent
 from etcd.memory import MemoryEtcd
 from etcd.records import LeaseRecord
 from shard.ids import ImageId
@@ -100,6 +100,17 @@ def test_closed_image_is_looked_after_when_all_that_it_takes_is_alive(
     lease = LeaseRecord(gateway="g", holder="1" * 32, epoch=1)
     leases = {found.image.record.id: lease} if leased else {}
     assert c.waiting([found], leases, alive) == ([found] if expected else [])
+
+
+def test_clone_is_left_alone_while_its_parent_waits_for_the_same_node() -> None:
+    parent = entry(1)
+    begins = Parent(image=parent.image.record.id, layer=1, generation=1, size_bytes=1 << 30)
+    clone = entry(2, parent=begins, placement_key=begins.image)
+    later = entry(3, parent=replace(begins, image=clone.image.record.id), stale={0: {"node3": 0}})
+    assert c.waiting([clone, parent, later], {}, ALIVE) == [parent]
+    level = replace(parent.image, record=replace(parent.image.record, stale={}))
+    healed = replace(parent, image=level)
+    assert c.waiting([clone, healed, later], {}, ALIVE) == [clone]
 
 
 class Looking(Catalog):

@@ -7,10 +7,17 @@ from pathlib import Path
 import pytest
 
 from etcd import keys
-from etcd.images import ImageRecord
+from etcd.images import ImageRecord, Parent
 from etcd.interface import KeyValue, Put
 from etcd.memory import MemoryEtcd
-from etcd.records import ClusterRecord, LostRecord, NameRecord, PoolRecord, TombstoneRecord
+from etcd.records import (
+    CloneRecord,
+    ClusterRecord,
+    LostRecord,
+    NameRecord,
+    PoolRecord,
+    TombstoneRecord,
+)
 from hci.known import known_parts, member_of
 from shard.ids import ImageId
 from shard.membership import Policy
@@ -300,3 +307,31 @@ def test_pair_of_which_one_went_on_alone_for_longer_is_not_rebuilt_without_it(
         assert "node1 went on to generation 5" in " ".join(image.missing)
         assert "snapshots that were taken since" in " ".join(image.losses)
     assert written(found).stale == {0: {"node2": 0}}
+
+
+def test_recovery_gives_a_clone_its_parent_and_the_parent_its_clone() -> None:
+    parent = ImageId("3" * 32)
+    clone = replace(
+        record(5, 3),
+        placement_key=parent,
+        parent=Parent(image=parent, layer=9, generation=2, size_bytes=1 << 30),
+    )
+    found = plan(sources({}, node("node1", clone), node("node2", clone)), HOLDER)
+    assert written(found).parent == clone.parent
+    key = keys.clone(parent, 9, IMAGE)
+    assert [w.values[key] for w in found.writes if key in w.values] == [CloneRecord().encode()]
+
+
+def test_recovery_forgets_a_clone_that_was_deleted() -> None:
+    """etcd was put back to when it was there: its parent could never have been removed."""
+    parent = ImageId("3" * 32)
+    clone = replace(
+        record(5, 3),
+        placement_key=parent,
+        parent=Parent(image=parent, layer=9, generation=2, size_bytes=1 << 30),
+    )
+    key = keys.clone(parent, 9, IMAGE)
+    now = {**items(clone), key: KeyValue(key, CloneRecord().encode(), 2)}
+    gone = node("node1", None, deleted=frozenset({IMAGE}))
+    found = plan(sources(now, gone, node("node2", clone)), HOLDER)
+    assert [w.values[key] for w in found.writes if key in w.values] == [None]

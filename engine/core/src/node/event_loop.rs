@@ -3,9 +3,10 @@
 
 mod pulling;
 
+use super::asker::Asker;
 use super::jobs::{Done, Jobs};
 use super::peers::Peers;
-use super::pulls::{Asker, Pulls};
+use super::pulls::Pulls;
 use super::requests::{Outcome, Requests, Scratch};
 use super::sessions::Sessions;
 use super::{Command, Counters, Failure, Identity, Inventory, NodeStatus, ReadShard};
@@ -348,17 +349,19 @@ impl EventLoop {
         if frame.kind == kind::MEMORY {
             return self.take_memory(index, &frame);
         }
-        self.overtake_pulls(self.connections[index].id, &frame);
         let Connection { id: connection, memory, .. } = &mut self.connections[index];
         let (connection, memory) = (*connection, memory.as_mut());
         let mut requests = Requests {
             store: &mut self.store,
             sessions: &mut self.sessions,
             scratch: &mut self.scratch,
+            pulls: &mut self.pulls,
             connection,
             memory,
         };
         let outcome = requests.handle(&frame);
+        // What it has overtaken is over before it.
+        self.answer_pulls();
         if matches!(frame.kind, kind::READ | kind::READ_INTO | kind::WRITE | kind::ZERO) {
             self.clients_ns = Some(self.now_ns);
         }

@@ -2,6 +2,7 @@
 //! gateways, and two helper threads that sync the log and checkpoint it. Python orders through
 //! `NodeHandle` and is on no request's way.
 
+pub(crate) mod asker;
 mod counters;
 mod event_loop;
 mod jobs;

@@ -6,11 +6,8 @@
 //! | `Asked` | the other node is asked, or will be when it has greeted | its answer → `Landed`; an end → answered `Unreachable` |
 //! | `Landed` | its blocks are here | applied, or refused for want of room → answered; no room in the log yet → stays |
 //!
-//! | a peer is | meaning | leaves by |
-//! | --- | --- | --- |
-//! | `Greeting` | a connection is being made | its greeting → `Ready`; 2 s → `Resting` |
-//! | `Ready` | it may be asked | 4 s of silence with something asked → `Resting`; 30 s without a pull → gone |
-//! | `Resting` | it could not be reached: nobody tries for a second | time → gone |
+//! Whom they are asked of, and over which connections, `sources` keeps; what overtakes them, `reach` says; how they
+//! are applied, `landing`.
 //!
 //! Invariants:
 //! - a pull that is not applied is dropped by whatever comes later on its session about its blocks: a change of
@@ -22,30 +19,27 @@
 //!
 //! Its refusal: what is more than so many at once is not queued but refused.
 
-use crate::geometry::{BLOCK_BYTES, ShardKey};
+mod landing;
+mod reach;
+mod sources;
+
+use crate::geometry::ShardKey;
 use crate::rules::{Rule, broken};
-use crate::wire::codec::Fields;
-use crate::wire::copies::{PeerFetch, Pull, Source};
-use crate::wire::messages::{BadBlock, Copy, Head, Io, ShardRange};
+use crate::wire::copies::{PeerFetch, Source};
+use crate::wire::messages::{BadBlock, Head};
 use crate::wire::{Frame, REPLY, Status, kind};
 use bytes::Bytes;
+use reach::reach;
+pub(crate) use sources::Effect;
+use sources::Sources;
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
 /// Pulls under way at once: of a node, and of one session. Each has at most a payload in memory.
 const PULLS_MAX: usize = 32;
 const SESSION_PULLS_MAX: usize = 16;
-/// Nodes that are asked, or were and are remembered.
-const PEERS_MAX: usize = 16;
-
-const SECOND_NS: u64 = 1_000_000_000;
-/// Time to connect and greet, of silence with something asked, without a pull, and between attempts.
-const CONNECT_NS: u64 = 2 * SECOND_NS;
-const SILENCE_NS: u64 = 4 * SECOND_NS;
-const IDLE_NS: u64 = 30 * SECOND_NS;
-const REST_NS: u64 = SECOND_NS;
 /// After so long a pull whose blocks are not here is answered, whatever its source says meanwhile.
-const PULL_NS: u64 = 10 * SECOND_NS;
+const PULL_NS: u64 = 10_000_000_000;
 
 /// What a holder has ordered.
 #[derive(Clone, Debug)]
@@ -73,24 +67,6 @@ pub(crate) struct PullAnswer {
     pub flags: u8,
 }
 
-/// What is to be done with connections to other nodes; `peer` names one.
-#[derive(Debug)]
-pub(crate) enum Effect {
-    /// Make a connection and greet.
-    Connect {
-        peer: u64,
-        source: Source,
-    },
-    Ask {
-        peer: u64,
-        tag: u64,
-        asked: PeerFetch,
-    },
-    Close {
-        peer: u64,
-    },
-}
-
 /// An answer that no honest node gives; its connection has to end.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct BadPeer;
@@ -106,25 +82,9 @@ struct Entry {
     stage: Stage,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum PeerState {
-    Greeting { deadline_ns: u64 },
-    Ready { heard_ns: u64 },
-    Resting { until_ns: u64 },
-}
-
-struct Peer {
-    source: Source,
-    state: PeerState,
-    /// When something was last asked of it.
-    used_ns: u64,
-    /// Answers that it owes, also of what was dropped meanwhile.
-    owed: u32,
-}
-
-impl Peer {
-    fn is_ready(&self) -> bool {
-        matches!(self.state, PeerState::Ready { .. })
+impl Entry {
+    fn is_asked_of(&self, peer: u64) -> bool {
+        matches!(self.stage, Stage::Asked { peer: of } if of == peer)
     }
 }
 
@@ -133,10 +93,8 @@ impl Peer {
 pub(crate) struct Pulls {
     /// By serial, so in the order in which they came; the serial is the tag that the source is asked with.
     entries: BTreeMap<u64, Entry>,
-    peers: BTreeMap<u64, Peer>,
+    sources: Sources,
     serial: u64,
-    peer_serial: u32,
-    pub effects: VecDeque<Effect>,
     pub answers: VecDeque<PullAnswer>,
 }
 
@@ -159,16 +117,13 @@ impl Pulls {
         if self.entries.len() >= PULLS_MAX || under_way >= SESSION_PULLS_MAX {
             return self.answer(order, Status::Cancelled);
         }
-        let Some(peer) = self.peer_of(&order.source, now_ns) else {
+        let is_asked = |peer| is_asked(&self.entries, peer);
+        let Some(peer) = self.sources.peer_of(&order.source, now_ns, is_asked) else {
             return self.answer(order, Status::Unreachable);
         };
         self.serial += 1;
         let tag = self.serial;
-        let ready = self.peers.get_mut(&peer).filter(|peer| peer.is_ready());
-        if let Some(known) = ready {
-            known.owed += 1;
-            self.effects.push_back(Effect::Ask { peer, tag, asked: asked_of(&order) });
-        }
+        self.sources.ask(peer, tag, asked_of(&order));
         let (ordered_ns, stage) = (now_ns, Stage::Asked { peer });
         self.entries.insert(tag, Entry { order, ordered_ns, stage });
         assert!(self.entries.len() <= PULLS_MAX, "pulls are bounded");
@@ -178,80 +133,26 @@ impl Pulls {
         self.answers.push_back(PullAnswer { order, status, head: Bytes::new(), flags: 0 });
     }
 
-    /// The peer that stands for `source`, a new one where there is none; none where it cannot be asked now.
-    fn peer_of(&mut self, source: &Source, now_ns: u64) -> Option<u64> {
-        let known = self.peers.iter_mut().find(|(_, peer)| peer.source == *source);
-        if let Some((id, peer)) = known {
-            match peer.state {
-                PeerState::Resting { until_ns } if now_ns < until_ns => return None,
-                PeerState::Resting { .. } => {
-                    let former = *id;
-                    self.peers.remove(&former);
-                }
-                PeerState::Ready { heard_ns } => {
-                    // Silence counts from when something is asked.
-                    let idle = !is_asked(&self.entries, *id);
-                    let heard_ns = if idle { heard_ns.max(now_ns) } else { heard_ns };
-                    (peer.state, peer.used_ns) = (PeerState::Ready { heard_ns }, now_ns);
-                    return Some(*id);
-                }
-                PeerState::Greeting { .. } => return Some(*id),
-            }
-        }
-        self.make_room_for_peer();
-        if self.peers.len() >= PEERS_MAX {
-            return None;
-        }
-        // A number of 32 bits: the loop's descriptors have no room for more. Who has come round meets nobody.
-        self.peer_serial = self.peer_serial.wrapping_add(1);
-        let peer = u64::from(self.peer_serial);
-        let state = PeerState::Greeting { deadline_ns: now_ns + CONNECT_NS };
-        let source = source.clone();
-        self.effects.push_back(Effect::Connect { peer, source: source.clone() });
-        self.peers.insert(peer, Peer { source, state, used_ns: now_ns, owed: 0 });
-        Some(peer)
-    }
-
-    /// Forgets the peer that has been of no use for longest, where there are too many.
-    fn make_room_for_peer(&mut self) {
-        if self.peers.len() < PEERS_MAX {
-            return;
-        }
-        let free = self.peers.iter().filter(|(id, _)| !is_asked(&self.entries, **id));
-        let oldest = free.min_by_key(|(_, peer)| peer.used_ns).map(|(id, _)| *id);
-        if let Some(peer) = oldest {
-            self.forget(peer);
-        }
-    }
-
-    fn forget(&mut self, peer: u64) {
-        let Some(former) = self.peers.remove(&peer) else { return };
-        if !matches!(former.state, PeerState::Resting { .. }) {
-            self.effects.push_back(Effect::Close { peer });
-        }
+    /// The next thing that is to be done with a connection to another node.
+    pub fn next_effect(&mut self) -> Option<Effect> {
+        self.sources.effects.pop_front()
     }
 
     // What comes of other nodes
 
     /// The peer has greeted as the node that was meant: what waits for it is asked.
     pub fn greeted(&mut self, peer: u64, now_ns: u64) {
-        let Some(known) = self.peers.get_mut(&peer) else { return };
-        known.state = PeerState::Ready { heard_ns: now_ns };
+        self.sources.greeted(peer, now_ns);
         for (tag, entry) in &self.entries {
-            if matches!(entry.stage, Stage::Asked { peer: of } if of == peer) {
-                known.owed += 1;
-                let asked = asked_of(&entry.order);
-                self.effects.push_back(Effect::Ask { peer, tag: *tag, asked });
+            if entry.is_asked_of(peer) {
+                self.sources.ask(peer, *tag, asked_of(&entry.order));
             }
         }
     }
 
     /// Bytes have come of the peer.
     pub fn heard(&mut self, peer: u64, now_ns: u64) {
-        if let Some(PeerState::Ready { heard_ns }) = self.peers.get_mut(&peer).map(|p| &mut p.state)
-        {
-            *heard_ns = now_ns;
-        }
+        self.sources.heard(peer, now_ns);
     }
 
     /// Takes a peer's answer; one to a pull that was dropped meanwhile is forgotten.
@@ -259,11 +160,11 @@ impl Pulls {
     /// # Errors
     /// The peer breaks the protocol: close its connection (and tell `ended`).
     pub fn take(&mut self, peer: u64, frame: Frame) -> Result<(), BadPeer> {
-        let known = self.peers.get_mut(&peer).filter(|known| known.owed > 0);
-        let known = known.filter(|_| frame.kind == kind::PEER_FETCH | REPLY).ok_or(BadPeer)?;
-        known.owed -= 1;
+        if frame.kind != kind::PEER_FETCH | REPLY || !self.sources.answered(peer) {
+            return Err(BadPeer);
+        }
         let Some(entry) = self.entries.get_mut(&frame.tag) else { return Ok(()) };
-        if !matches!(entry.stage, Stage::Asked { peer: of } if of == peer) {
+        if !entry.is_asked_of(peer) {
             return Err(BadPeer);
         }
         let status = match frame.status {
@@ -287,37 +188,19 @@ impl Pulls {
 
     /// The connection to the peer is gone, or was never made.
     pub fn ended(&mut self, peer: u64, now_ns: u64) {
-        let Some(known) = self.peers.get_mut(&peer) else { return };
-        known.state = PeerState::Resting { until_ns: now_ns + REST_NS };
-        let of_peer =
-            |entry: &Entry| matches!(entry.stage, Stage::Asked { peer: of } if of == peer);
-        let asked = self.entries.iter().filter(|(_, entry)| of_peer(entry));
+        if !self.sources.ended(peer, now_ns) {
+            return;
+        }
+        let asked = self.entries.iter().filter(|(_, entry)| entry.is_asked_of(peer));
         let asked: Vec<u64> = asked.map(|(tag, _)| *tag).collect();
         asked.into_iter().for_each(|tag| self.end(tag, Status::Unreachable, Bytes::new(), 0));
     }
 
     /// Time has passed.
     pub fn tick(&mut self, now_ns: u64) {
-        let (mut late, mut idle) = (Vec::new(), Vec::new());
-        for (id, peer) in &self.peers {
-            let asked = is_asked(&self.entries, *id);
-            match peer.state {
-                PeerState::Greeting { deadline_ns } if now_ns > deadline_ns => late.push(*id),
-                PeerState::Ready { heard_ns } if asked && now_ns > heard_ns + SILENCE_NS => {
-                    late.push(*id);
-                }
-                PeerState::Ready { .. } if !asked && now_ns > peer.used_ns + IDLE_NS => {
-                    idle.push(*id);
-                }
-                PeerState::Resting { until_ns } if now_ns > until_ns => idle.push(*id),
-                _ => {}
-            }
-        }
-        for peer in late {
-            self.effects.push_back(Effect::Close { peer });
-            self.ended(peer, now_ns);
-        }
-        idle.into_iter().for_each(|peer| self.forget(peer));
+        let is_asked = |peer| is_asked(&self.entries, peer);
+        let silent = self.sources.tick(now_ns, is_asked);
+        silent.into_iter().for_each(|peer| self.ended(peer, now_ns));
         let waits = |entry: &Entry| matches!(entry.stage, Stage::Asked { .. });
         let late = |entry: &Entry| waits(entry) && now_ns > entry.ordered_ns + PULL_NS;
         let late = self.entries.iter().filter(|(_, entry)| late(entry));
@@ -371,7 +254,7 @@ impl Pulls {
 }
 
 fn is_asked(entries: &BTreeMap<u64, Entry>, peer: u64) -> bool {
-    entries.values().any(|entry| matches!(entry.stage, Stage::Asked { peer: of } if of == peer))
+    entries.values().any(|entry| entry.is_asked_of(peer))
 }
 
 fn asked_of(order: &PullOrder) -> PeerFetch {
@@ -386,56 +269,17 @@ fn asked_of(order: &PullOrder) -> PeerFetch {
     }
 }
 
-/// The blocks of a shard that a request is about, where nothing fetched before may be applied after it.
-fn reach(frame: &Frame) -> Option<(u64, Range<u32>)> {
-    let head = frame.head.clone();
-    match frame.kind {
-        kind::WRITE | kind::ZERO => {
-            let io = Io::take_fields(&mut Fields(head)).ok()?;
-            let end = io.offset.saturating_add(io.length).div_ceil(BLOCK_BYTES);
-            Some((io.shard, io.offset / BLOCK_BYTES..end))
-        }
-        kind::COPY => {
-            let copy = Copy::take(head).ok()?;
-            let (first, last) = (copy.indexes.first()?, copy.indexes.last()?);
-            Some((copy.shard, *first..last.saturating_add(1)))
-        }
-        kind::PULL => {
-            let pull = Pull::take(head).ok()?;
-            Some((pull.shard, pull.first_block..pull.first_block + pull.blocks))
-        }
-        kind::SUMMARY => Some((ShardRange::take(head).ok()?.shard, 0..u32::MAX)),
-        _ => None,
-    }
-}
-
-/// Whose connection it is: the first request on it tells.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub(crate) enum Asker {
-    #[default]
-    Unknown,
-    Gateway,
-    /// Another node, which asks for blocks and for nothing else.
-    Peer,
-}
-
-impl Asker {
-    /// Whether a request of this kind may come here.
-    pub fn may_ask(&mut self, frame_kind: u8) -> bool {
-        let by = if frame_kind == kind::PEER_FETCH { Asker::Peer } else { Asker::Gateway };
-        if *self == Asker::Unknown {
-            *self = by;
-        }
-        *self == by
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::sources::{CONNECT_NS, IDLE_NS, PEERS_MAX, REST_NS, SILENCE_NS};
     use super::*;
-    use crate::geometry::ImageId;
+    use crate::geometry::{BLOCK_BYTES, ImageId};
     use crate::wire::Prefix;
+    use crate::wire::copies::Pull;
+    use crate::wire::messages::{Copy, Io, ShardRange};
     use bytes::BytesMut;
+
+    const SECOND_NS: u64 = 1_000_000_000;
 
     fn source(number: u16) -> Source {
         let address = format!("127.0.0.1:{}", 1000 + number).parse().expect("an address");
@@ -469,7 +313,7 @@ mod tests {
 
     /// A connection's peer, and the tags that were asked of it.
     fn asked(pulls: &mut Pulls) -> Vec<u64> {
-        let effects = pulls.effects.drain(..);
+        let effects = pulls.sources.effects.drain(..);
         effects
             .filter_map(|effect| match effect {
                 Effect::Ask { tag, .. } => Some(tag),
@@ -479,7 +323,7 @@ mod tests {
     }
 
     fn connecting(pulls: &mut Pulls) -> u64 {
-        match pulls.effects.pop_front() {
+        match pulls.sources.effects.pop_front() {
             Some(Effect::Connect { peer, .. }) => peer,
             other => panic!("no connection is begun but {other:?}"),
         }
@@ -497,7 +341,7 @@ mod tests {
         pulls.order(order(7, 0..4, 1), 0);
         let peer = connecting(&mut pulls);
         pulls.order(order(8, 4..8, 1), 0);
-        assert!(pulls.effects.is_empty(), "it has not greeted");
+        assert!(pulls.sources.effects.is_empty(), "it has not greeted");
         pulls.greeted(peer, 1);
         let tags = asked(&mut pulls);
         assert_eq!(tags.len(), 2);
@@ -519,10 +363,12 @@ mod tests {
         assert!(answered(&mut pulls).is_empty());
         pulls.tick(CONNECT_NS + 1);
         assert_eq!(answered(&mut pulls), [(7, Status::Unreachable)]);
-        assert!(matches!(pulls.effects.pop_front(), Some(Effect::Close { peer: p }) if p == peer));
+        assert!(
+            matches!(pulls.sources.effects.pop_front(), Some(Effect::Close { peer: p }) if p == peer)
+        );
         pulls.order(order(8, 0..4, 1), CONNECT_NS + 2);
         assert_eq!(answered(&mut pulls), [(8, Status::Unreachable)]);
-        assert!(pulls.effects.is_empty());
+        assert!(pulls.sources.effects.is_empty());
         pulls.order(order(9, 0..4, 1), CONNECT_NS + 2 + REST_NS);
         assert_ne!(connecting(&mut pulls), peer);
     }
@@ -540,16 +386,16 @@ mod tests {
         pulls.tick(SECOND_NS + SILENCE_NS + 1);
         assert_eq!(answered(&mut pulls), [(7, Status::Unreachable)]);
         pulls.tick(20 * SECOND_NS);
-        pulls.effects.clear();
+        pulls.sources.effects.clear();
         pulls.order(order(8, 0..4, 1), 21 * SECOND_NS);
         let peer = connecting(&mut pulls);
         pulls.greeted(peer, 21 * SECOND_NS);
         let tags = asked(&mut pulls);
         assert_eq!(pulls.take(peer, empty(tags[0], Status::StaleGeneration)), Ok(()));
         pulls.tick(21 * SECOND_NS + IDLE_NS);
-        assert!(pulls.effects.is_empty());
+        assert!(pulls.sources.effects.is_empty());
         pulls.tick(21 * SECOND_NS + IDLE_NS + 1);
-        assert!(matches!(pulls.effects.pop_front(), Some(Effect::Close { .. })));
+        assert!(matches!(pulls.sources.effects.pop_front(), Some(Effect::Close { .. })));
     }
 
     #[test]
@@ -640,7 +486,7 @@ mod tests {
         assert_eq!(pulls.len(), PULLS_MAX);
         pulls.connection_ended(1);
         assert_eq!(pulls.len(), PULLS_MAX - SESSION_PULLS_MAX);
-        assert!(pulls.peers.len() <= PEERS_MAX);
+        assert!(pulls.sources.len() <= PEERS_MAX);
     }
 
     #[test]
@@ -668,13 +514,5 @@ mod tests {
         assert_eq!(pulls.take(peer, bad(5)), Ok(()));
         let answer = pulls.answers.pop_front().expect("an answer");
         assert_eq!((answer.status, &answer.head[..4]), (Status::BadBlock, &[5, 0, 0, 0][..]));
-    }
-
-    #[test]
-    fn a_connection_is_of_a_gateway_or_of_a_peer() {
-        let (mut gateway, mut peer) = (Asker::default(), Asker::default());
-        assert!(gateway.may_ask(kind::PING) && !gateway.may_ask(kind::PEER_FETCH));
-        assert!(peer.may_ask(kind::PEER_FETCH) && !peer.may_ask(kind::PING));
-        assert!(gateway.may_ask(kind::COPY) && peer.may_ask(kind::PEER_FETCH));
     }
 }

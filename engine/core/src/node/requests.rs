@@ -1,7 +1,7 @@
 //! What a node does with each kind of request: checks it against the session and the image's record,
 //! has the store do it, and says what to answer, and when.
 
-use super::pulls::PullOrder;
+use super::pulls::{PullOrder, Pulls};
 use super::sessions::{Reader, Session, Sessions};
 use crate::checksum::Checksum;
 use crate::content::Block;
@@ -61,6 +61,7 @@ pub(crate) struct Requests<'a> {
     pub store: &'a mut Store,
     pub sessions: &'a mut Sessions,
     pub scratch: &'a mut Scratch,
+    pub pulls: &'a mut Pulls,
     pub connection: u64,
     /// What the peer has handed over for answers.
     pub memory: Option<&'a mut SharedMemory>,
@@ -118,8 +119,9 @@ fn ping(frame: &Frame) -> Step {
 }
 
 impl Requests<'_> {
-    /// Does what `frame` asks for.
+    /// Does what `frame` asks for. What it overtakes is dropped before, and answered by then.
     pub(crate) fn handle(&mut self, frame: &Frame) -> Outcome {
+        self.pulls.overtaken(self.connection, frame);
         let done = match frame.kind {
             kind::WRITE => self.write(frame),
             kind::READ => self.read(frame),

@@ -37,6 +37,13 @@ pub(super) struct CopyRun {
     pub blocks: u32,
 }
 
+impl CopyRun {
+    /// The same for one of its targets.
+    pub fn for_one(self, target: NodeIndex) -> CopyRun {
+        CopyRun { targets: NodeMask::one(target), ..self }
+    }
+}
+
 /// What nodes in sync hold of one block, all of it intact by its checksums.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Judgement {

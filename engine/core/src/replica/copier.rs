@@ -47,6 +47,20 @@ pub(super) enum CopyAsk {
     Pull { job: usize, run: CopyRun },
 }
 
+impl CopyAsk {
+    /// Whether it goes on after such an answer; any other is a failure of the node that was asked.
+    fn may_end_with(&self, status: Status) -> bool {
+        match self {
+            CopyAsk::Summary { .. } | CopyAsk::Copy { .. } => status == Status::Ok,
+            CopyAsk::Fetch { .. } => matches!(status, Status::Ok | Status::BadBlock),
+            CopyAsk::Pull { .. } => matches!(
+                status,
+                Status::Ok | Status::BadBlock | Status::Unreachable | Status::Cancelled
+            ),
+        }
+    }
+}
+
 /// A frame to be sent to each of `nodes`.
 pub(super) struct Order {
     pub nodes: NodeMask,
@@ -90,6 +104,8 @@ pub(super) struct Taken {
     pub rotten: Option<(NodeIndex, u64, u32)>,
     /// The asked node cannot.
     pub failed: Option<Status>,
+    /// A source, and the target that could not pull from it: its blocks come through here.
+    pub unreached: Option<(NodeIndex, NodeIndex)>,
     /// With `done`: blocks that stay rotten, because nobody who counts has them intact.
     pub hopeless: Vec<u32>,
 }
@@ -113,6 +129,8 @@ struct Job {
     summaries_missing: u32,
     runs: VecDeque<CopyRun>,
     in_flight: u32,
+    /// Pulls in flight whose answers count, each of one target.
+    pulls: Vec<CopyRun>,
     /// Its fetches wait for an allowance: nobody waits for it.
     limited: bool,
     /// Nodes that would not fetch by themselves.
@@ -176,6 +194,7 @@ impl Copier {
             summaries_missing: members.0.count_ones(),
             runs: VecDeque::new(),
             in_flight: 0,
+            pulls: Vec::new(),
             limited,
             unwilling: NodeMask::EMPTY,
         });
@@ -206,33 +225,20 @@ impl Copier {
         stamp: CopyStamp,
     ) -> Result<Taken, BadReply> {
         let mut taken = Taken::default();
+        if !ask.may_end_with(frame.status) {
+            taken.failed = Some(frame.status);
+            return Ok(taken);
+        }
         let job = match ask {
-            CopyAsk::Fetch { job, run } if frame.status == Status::BadBlock => {
-                taken.rotten = Some(self.take_rotten(job, run, frame)?);
-                job
-            }
-            CopyAsk::Pull { job, run } if frame.status == Status::BadBlock => {
-                let targets = NodeMask::one(node);
-                taken.rotten = Some(self.take_rotten(job, CopyRun { targets, ..run }, frame)?);
-                job
-            }
-            CopyAsk::Pull { job, run }
-                if matches!(frame.status, Status::Unreachable | Status::Cancelled) =>
-            {
-                let run = CopyRun { targets: NodeMask::one(node), ..run };
-                self.pull_failed(job, run, frame.status, stamp);
-                job
-            }
-            _ if frame.status != Status::Ok => {
-                taken.failed = Some(frame.status);
-                return Ok(taken);
-            }
             CopyAsk::Summary { job } => {
                 self.take_summary(node, job, frame, stamp)?;
                 job
             }
             CopyAsk::Fetch { job, run } => {
-                self.take_fetch(job, run, frame, stamp)?;
+                match frame.status {
+                    Status::BadBlock => taken.rotten = Some(self.take_rotten(job, run, frame)?),
+                    _ => self.take_fetch(job, run, frame, stamp)?,
+                }
                 self.jobs[job].in_flight -= 1;
                 job
             }
@@ -241,7 +247,11 @@ impl Copier {
                 job
             }
             CopyAsk::Pull { job, run } => {
-                self.take_pulled(run, node, frame)?;
+                let run = run.for_one(node);
+                if frame.status == Status::Unreachable {
+                    taken.unreached = run.source.map(|source| (source, node));
+                }
+                taken.rotten = self.take_pull(job, run, frame, stamp)?;
                 self.jobs[job].in_flight -= 1;
                 job
             }
@@ -254,13 +264,20 @@ impl Copier {
         Ok(taken)
     }
 
-    /// Somebody waits for this job: no allowance limits it any more.
+    /// Somebody waits for this job: no allowance limits it any more, and nothing of it hangs on a line between
+    /// nodes. What is being pulled comes through here; the copies overtake the pulls.
     pub fn urge(&mut self, job: usize, stamp: CopyStamp) {
-        if self.jobs[job].limited {
-            self.jobs[job].limited = false;
-            if !self.jobs[job].runs.is_empty() {
-                self.pump(job, stamp);
+        if !self.jobs[job].limited {
+            return;
+        }
+        self.jobs[job].limited = false;
+        for run in std::mem::take(&mut self.jobs[job].pulls) {
+            if let Some(source) = run.source {
+                self.fetch(job, source, run, stamp);
             }
+        }
+        if !self.jobs[job].runs.is_empty() {
+            self.pump(job, stamp);
         }
     }
 
@@ -376,19 +393,41 @@ impl Copier {
         };
         let targets = run.targets.0.count_ones();
         job.in_flight += targets;
+        job.pulls.extend(run.targets.iter().map(|node| run.for_one(node)));
         self.pacing.spend(u64::from(run.blocks * targets) * u64::from(BLOCK_BYTES));
         let ask = CopyAsk::Pull { job: job_id, run };
         self.order(run.targets, ask, OrderHead::Pull(pull), Bytes::new());
     }
 
-    fn take_pulled(&mut self, run: CopyRun, node: NodeIndex, frame: Frame) -> Result<(), BadReply> {
+    /// Takes the answer of the one target of `run`. Gives rot that it came upon. Where its blocks come through
+    /// here by now, nothing hangs on how it ended.
+    fn take_pull(
+        &mut self,
+        job_id: usize,
+        run: CopyRun,
+        frame: Frame,
+        stamp: CopyStamp,
+    ) -> Result<Option<(NodeIndex, u64, u32)>, BadReply> {
+        let job = &mut self.jobs[job_id];
+        let place = job.pulls.iter().position(|pull| *pull == run);
+        let counts = place.map(|place| job.pulls.swap_remove(place)).is_some();
+        match frame.status {
+            Status::Ok => self.take_pulled(run, frame)?,
+            Status::BadBlock if counts => return self.take_rotten(job_id, run, frame).map(Some),
+            status if counts => self.pull_failed(job_id, run, status, stamp),
+            _ => {}
+        }
+        Ok(None)
+    }
+
+    fn take_pulled(&mut self, run: CopyRun, frame: Frame) -> Result<(), BadReply> {
         let Number(bytes) = Number::take(frame.head).map_err(|_| BadReply("malformed count"))?;
         if bytes > u64::from(run.blocks) * u64::from(BLOCK_BYTES) {
             return Err(BadReply("more was pulled than was ordered"));
         }
         self.copied_bytes += bytes;
-        if let Some(source) = run.source {
-            self.routes.worked(source, node);
+        if let Some((source, target)) = run.source.zip(run.targets.first()) {
+            self.routes.worked(source, target);
         }
         Ok(())
     }
@@ -403,7 +442,6 @@ impl Copier {
             }
             _ => job.unwilling = job.unwilling.with(run.targets),
         }
-        job.in_flight -= 1;
         job.runs.push_front(run);
     }
 
@@ -420,7 +458,6 @@ impl Copier {
             return Err(BadReply("rot in a block that was not asked for"));
         };
         let job = &mut self.jobs[job_id];
-        job.in_flight -= 1;
         let new = job.compared.found_rotten(source, block);
         let again = job.compared.copy_runs(run.first_block..run.first_block + run.blocks);
         // Who else needs the blocks is asked with the word that was new, and once more with its own.
@@ -523,52 +560,61 @@ mod tests {
         limited: bool,
         mut pulls: impl FnMut(NodeIndex, &Pull) -> Status,
     ) -> (Vec<u32>, Vec<(NodeIndex, u32)>) {
-        let block = vec![7; BLOCK_BYTES as usize];
-        let held = (Block::Data(checksum_of(&block)), Tag::NONE);
         let trusted = NodeMask::one(members.first().expect("a source"));
         let compared = Comparison::new(trusted, members.without(trusted));
         let _ = copier.start((1, 0), compared, members, limited, STAMP);
         let (mut pieces, mut pulled, mut ended) = (Vec::new(), Vec::new(), false);
         while let Some(order) = copier.orders.pop_front() {
             for node in order.nodes.iter() {
-                let answer = match (&order.head, &order.ask) {
-                    (OrderHead::Summary(_), _) => {
-                        let lacks = |index: &u32| !trusted.has(node) && index.is_multiple_of(step);
-                        let absent = (Block::Absent, Tag::NONE);
-                        let of = |index| if lacks(&index) { absent } else { held };
-                        let blocks = (0..BLOCKS).map(of).collect();
-                        frame(kind::SUMMARY, &BlocksReply { generation: 1, blocks }, Bytes::new())
-                    }
-                    (OrderHead::Fetch(range), _) => {
-                        pieces.push(range.blocks);
-                        let blocks = vec![held; range.blocks as usize];
-                        let content = block.repeat(range.blocks as usize);
-                        let reply = BlocksReply { generation: 1, blocks };
-                        frame(kind::FETCH, &reply, Bytes::from(content))
-                    }
-                    (OrderHead::Copy(copy), _) => frame(kind::COPY, copy, Bytes::new()),
-                    (OrderHead::Pull(pull), _) => {
-                        let status = pulls(node, pull);
+                let mut status = Status::Ok;
+                match &order.head {
+                    OrderHead::Fetch(range) => pieces.push(range.blocks),
+                    OrderHead::Pull(pull) => {
+                        status = pulls(node, pull);
                         if status == Status::Ok {
                             pulled.push((node, pull.blocks));
                         }
-                        let bytes = Number(u64::from(pull.blocks * BLOCK_BYTES));
-                        let block = pull.first_block.to_le_bytes();
-                        let frame = frame(kind::PULL, &bytes, Bytes::new());
-                        let head = match status {
-                            Status::Ok => frame.head.clone(),
-                            _ => Bytes::copy_from_slice(&block),
-                        };
-                        Frame { status, head, ..frame }
                     }
-                };
-                assert!(answer.head.len() <= HEAD_BYTES_MAX);
+                    _ => {}
+                }
+                let answer = respond(&order, trusted.has(node), step, status);
                 let taken = copier.take(node, order.ask.clone(), answer, STAMP);
                 ended |= taken.expect("an honest answer").done.is_some();
             }
         }
         assert!(ended, "all is copied");
         (pieces, pulled)
+    }
+
+    /// What a trusted node answers, or one that lacks every `step`th block; to a pull with this status.
+    fn respond(order: &Order, trusted: bool, step: u32, status: Status) -> Frame {
+        let block = vec![7; BLOCK_BYTES as usize];
+        let held = (Block::Data(checksum_of(&block)), Tag::NONE);
+        let answer = match &order.head {
+            OrderHead::Summary(_) => {
+                let lacks = |index: &u32| !trusted && index.is_multiple_of(step);
+                let absent = (Block::Absent, Tag::NONE);
+                let of = |index| if lacks(&index) { absent } else { held };
+                let blocks = (0..BLOCKS).map(of).collect();
+                frame(kind::SUMMARY, &BlocksReply { generation: 1, blocks }, Bytes::new())
+            }
+            OrderHead::Fetch(range) => {
+                let blocks = vec![held; range.blocks as usize];
+                let content = block.repeat(range.blocks as usize);
+                let reply = BlocksReply { generation: 1, blocks };
+                frame(kind::FETCH, &reply, Bytes::from(content))
+            }
+            OrderHead::Copy(copy) => frame(kind::COPY, copy, Bytes::new()),
+            OrderHead::Pull(pull) => {
+                let bytes = Number(u64::from(pull.blocks * BLOCK_BYTES));
+                let block = Bytes::copy_from_slice(&pull.first_block.to_le_bytes());
+                let frame = frame(kind::PULL, &bytes, Bytes::new());
+                let head = if status == Status::Ok { frame.head.clone() } else { block };
+                Frame { status, head, ..frame }
+            }
+        };
+        assert!(answer.head.len() <= HEAD_BYTES_MAX);
+        answer
     }
 
     fn routed(nodes: &[NodeIndex]) -> Copier {
@@ -617,6 +663,52 @@ mod tests {
             assert_eq!(pieces.iter().sum::<u32>(), BLOCKS);
             assert_eq!(pulled.iter().map(|(_, blocks)| blocks).sum::<u32>(), BLOCKS);
             assert!(pulled.iter().all(|(node, _)| *node == 2));
+        }
+    }
+
+    /// A client began to wait for a shard that was being pulled over a line that swallowed everything, and
+    /// waited until the target gave the line up: for four seconds and more.
+    #[test]
+    fn what_is_being_pulled_comes_through_here_as_soon_as_somebody_waits() {
+        for ends in [Status::Cancelled, Status::Unreachable, Status::BadBlock, Status::Ok] {
+            let mut copier = routed(&[0]);
+            let (trusted, targets) = (NodeMask(0b1), NodeMask(0b110));
+            let compared = Comparison::new(trusted, targets);
+            let job = copier.start((1, 0), compared, NodeMask(0b111), true, STAMP);
+            let (mut silent, mut copied, mut done) = (Vec::new(), [0; 3], false);
+            while let Some(order) = copier.orders.pop_front() {
+                for node in order.nodes.iter() {
+                    if let OrderHead::Pull(_) = order.head {
+                        silent.push((node, order.ask.clone(), respond(&order, false, 1, ends)));
+                        continue;
+                    }
+                    let answer = respond(&order, trusted.has(node), 1, Status::Ok);
+                    let _ = copier.take(node, order.ask.clone(), answer, STAMP);
+                }
+            }
+            assert_eq!(silent.len(), 2, "nothing else comes");
+            copier.urge(job, STAMP);
+            while let Some(order) = copier.orders.pop_front() {
+                for node in order.nodes.iter() {
+                    let mut answers = VecDeque::new();
+                    answers.push_back((order.ask.clone(), respond(&order, true, 1, Status::Ok)));
+                    if let OrderHead::Copy(copy) = &order.head {
+                        copied[usize::from(node)] += copy.indexes.len() as u32;
+                        // It is overtaken, if it had not ended otherwise.
+                        if let Some(at) = silent.iter().position(|(of, ..)| *of == node) {
+                            let (_, ask, answer) = silent.swap_remove(at);
+                            answers.push_front((ask, answer));
+                        }
+                    }
+                    for (ask, answer) in answers {
+                        let taken = copier.take(node, ask, answer, STAMP).expect("honest");
+                        assert_eq!((taken.rotten, taken.failed), (None, None));
+                        done |= taken.done.is_some();
+                    }
+                }
+            }
+            assert_eq!((copied, done, silent.len()), ([0, BLOCKS, BLOCKS], true, 0));
+            assert!(copier.jobs.is_empty());
         }
     }
 

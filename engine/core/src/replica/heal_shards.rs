@@ -138,6 +138,7 @@ impl ImageIo {
                 if let Some((node, shard, block)) = taken.rotten {
                     self.found_rot(node, shard, block);
                 }
+                self.tell_unreached(taken.unreached);
                 self.send_heal_orders();
                 if let Some(done) = taken.done {
                     self.layer_done(done);

@@ -331,6 +331,7 @@ impl ImageIo {
                 if let Some((node, shard, block)) = taken.rotten {
                     self.found_rot(node, shard, block);
                 }
+                self.tell_unreached(taken.unreached);
                 self.send_level_orders();
                 if let Some(copy) = taken.done {
                     self.layer_is_level(copy);
@@ -370,6 +371,12 @@ impl ImageIo {
             // Asked under a generation of before; or others have to be flushed first, and are.
             Status::StaleGeneration | Status::DirtyFull => {}
             status => self.event(Event::ReplicaFailed { node, status }),
+        }
+    }
+
+    pub(super) fn tell_unreached(&mut self, pair: Option<(NodeIndex, NodeIndex)>) {
+        if let Some((source, target)) = pair {
+            self.event(Event::PullUnreached { source, target });
         }
     }
 

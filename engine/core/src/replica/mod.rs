@@ -174,6 +174,8 @@ pub enum Event {
     ReplicaBlocking { node: NodeIndex },
     /// A node in sync failed a request; it is asked again each second.
     ReplicaFailed { node: NodeIndex, status: Status },
+    /// `target` could not fetch blocks from `source` by itself: they come through here.
+    PullUnreached { source: NodeIndex, target: NodeIndex },
     /// Stored blocks are rotten on this node; another answers, and they are repaired from there. Told once
     /// until that is over. `hidden`: they match their checksums, and are not what most others have.
     BadBlock { node: NodeIndex, shard: u64, block: u32, blocks: u32, hidden: bool },

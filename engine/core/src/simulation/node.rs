@@ -3,7 +3,8 @@
 //! happens here one step at a time, when the history says so.
 
 use crate::geometry::ImageId;
-use crate::node::pulls::{Asker, Effect, PullAnswer, Pulls};
+use crate::node::asker::Asker;
+use crate::node::pulls::{Effect, PullAnswer, Pulls};
 use crate::node::requests::{Outcome, Requests, Scratch};
 use crate::node::sessions::Sessions;
 use crate::replica::Instance;
@@ -169,12 +170,11 @@ impl NodeRun {
             self.sent_away.push(connection);
             return Ok(None);
         }
-        self.pulls.overtaken(connection, &frame);
-        self.answer_pulls();
         let mut requests = Requests {
             store: &mut self.store,
             sessions: &mut self.sessions,
             scratch: &mut self.scratch,
+            pulls: &mut self.pulls,
             connection,
             memory: None,
         };
@@ -182,6 +182,7 @@ impl NodeRun {
         while matches!(outcome, Outcome::Again) {
             outcome = requests.handle(&frame);
         }
+        self.answer_pulls();
         self.store.append()?;
         Ok(match outcome {
             Outcome::Answer { status, head, payload } => {
@@ -312,7 +313,7 @@ impl NodeRun {
 
     /// What is to be done with connections to other nodes.
     pub(crate) fn pull_effects(&mut self) -> Vec<Effect> {
-        self.pulls.effects.drain(..).collect()
+        std::iter::from_fn(|| self.pulls.next_effect()).collect()
     }
 
     /// A peer, which is another node, has greeted.
@@ -354,25 +355,16 @@ impl NodeRun {
     }
 
     fn land_pulls(&mut self) -> Result<(), StoreError> {
-        let mut from = 0;
-        while let Some((tag, order, given)) = self.pulls.landed(from) {
-            from = tag + 1;
-            let flags = given.flags;
-            let mut requests = Requests {
-                store: &mut self.store,
-                sessions: &mut self.sessions,
-                scratch: &mut self.scratch,
-                connection: order.connection,
-                memory: None,
-            };
-            let (status, head) = match requests.land(order, given) {
-                Outcome::Answer { status, head, .. } => (status, head),
-                Outcome::Park if !self.no_space => break,
-                _ => (Status::NoSpace, Bytes::new()),
-            };
-            self.store.append()?;
-            self.pulls.end(tag, status, head, flags);
-        }
+        let mut requests = Requests {
+            store: &mut self.store,
+            sessions: &mut self.sessions,
+            scratch: &mut self.scratch,
+            pulls: &mut self.pulls,
+            connection: 0,
+            memory: None,
+        };
+        requests.land_pulls(!self.no_space, |_, _| {});
+        self.store.append()?;
         self.answer_pulls();
         Ok(())
     }

@@ -287,6 +287,7 @@ def test_snapshots_are_listed_and_described(hci: Run, etcd: MemoryEtcd) -> None:
         "image_id": image.record.id,
         "layers": [2, 1],
         "generation": 3,
+        "clones": [],
     }
     assert "layers      2, 1" in hci("snapshot", "info", "vms/a@two")[1]
     found = json.loads(hci("image", "info", "vms/a", "--json")[1])

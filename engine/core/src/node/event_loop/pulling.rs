@@ -4,8 +4,8 @@
 use super::{EventLoop, PEER};
 use crate::node::peers::PeerEvent;
 use crate::node::pulls::{Effect, PullOrder};
-use crate::node::requests::{Outcome, Requests};
-use crate::wire::{Frame, Prefix, REPLY, Status, flag, kind};
+use crate::node::requests::Requests;
+use crate::wire::{Prefix, REPLY, flag, kind};
 use bytes::Bytes;
 
 impl EventLoop {
@@ -43,32 +43,24 @@ impl EventLoop {
 
     /// Applies the blocks that are here, as far as there is room.
     pub(super) fn land_pulls(&mut self) {
-        let mut from = 0;
-        while let Some((tag, order, given)) = self.pulls.landed(from) {
-            from = tag + 1;
-            let (flags, bytes) = (given.flags, given.payload.len() as u64);
-            let mut requests = Requests {
-                store: &mut self.store,
-                sessions: &mut self.sessions,
-                scratch: &mut self.scratch,
-                connection: order.connection,
-                memory: None,
-            };
-            let (status, head) = match requests.land(order, given) {
-                Outcome::Answer { status, head, .. } => (status, head),
-                // Those behind it would find no room either.
-                Outcome::Park if self.checkpoint_after_ns == 0 => break,
-                _ => (Status::NoSpace, Bytes::new()),
-            };
-            self.counters.pulled(status, bytes);
-            self.pulls.end(tag, status, head, flags);
-        }
+        let mut requests = Requests {
+            store: &mut self.store,
+            sessions: &mut self.sessions,
+            scratch: &mut self.scratch,
+            pulls: &mut self.pulls,
+            connection: 0,
+            memory: None,
+        };
+        let counters = &mut self.counters;
+        requests.land_pulls(self.checkpoint_after_ns == 0, |status, bytes| {
+            counters.pulled(status, bytes);
+        });
         self.carry_out_pulls();
     }
 
     /// Does what is wanted of connections, and answers.
     pub(super) fn carry_out_pulls(&mut self) {
-        while let Some(effect) = self.pulls.effects.pop_front() {
+        while let Some(effect) = self.pulls.next_effect() {
             match effect {
                 Effect::Connect { peer, source } => {
                     if self.peers.connect(&self.poller, PEER | peer, peer, source).is_err() {
@@ -82,7 +74,7 @@ impl EventLoop {
         self.answer_pulls();
     }
 
-    fn answer_pulls(&mut self) {
+    pub(super) fn answer_pulls(&mut self) {
         while let Some(answer) = self.pulls.answers.pop_front() {
             let PullOrder { connection, channel, tag, .. } = answer.order;
             let index = (connection & 0xffff_ffff) as usize;
@@ -93,14 +85,6 @@ impl EventLoop {
                 let prefix = Prefix { kind, flags, status: answer.status, channel, tag };
                 self.answer(index, prefix, &answer.head, Bytes::new());
             }
-        }
-    }
-
-    /// A holder's request comes: what it overtakes is dropped before it counts.
-    pub(super) fn overtake_pulls(&mut self, connection: u64, frame: &Frame) {
-        if !self.pulls.is_empty() {
-            self.pulls.overtaken(connection, frame);
-            self.answer_pulls();
         }
     }
 

@@ -202,7 +202,7 @@ impl Policy {
             Event::Unrepairable { .. } => assert!(self.may_give_up, "others have it"),
             Event::Undecided { .. } => panic!("the majority is right"),
             Event::ScrubEnded { status: None, report } => self.scrubbed = Some(report),
-            Event::ScrubEnded { .. } | Event::Holding { .. } => {}
+            Event::ScrubEnded { .. } | Event::Holding { .. } | Event::PullUnreached { .. } => {}
         }
         self.go_on(io);
     }
