@@ -182,6 +182,8 @@ pub(super) struct Part {
     pub sent: NodeMask,
     /// Reads: who failed it. Changes: who met rot where it would have to be merged, and has not made it.
     pub tried: NodeMask,
+    /// Changes: who met rot in an ancestor's block, where nobody had made it yet, waits for one who has.
+    pub rot_below: bool,
     /// Changes: who had no room for it when asked last.
     pub no_space: NodeMask,
     /// Times that it waited for a repair.

@@ -8,7 +8,7 @@ use super::image::ImageIo;
 use super::{Event, NodeIndex};
 use crate::geometry::ImageId;
 
-/// Blocks that are remembered as told.
+/// Blocks that are remembered as told; beyond them nothing is told for a while.
 const TOLD_MAX: usize = 1024;
 /// One that is still met is told again after so long.
 const AGAIN_NS: u64 = 60_000_000_000;
@@ -23,7 +23,10 @@ impl ParentRot {
         let known = self.0.get(&key).is_some_and(|told_ns| now_ns - told_ns < AGAIN_NS);
         if !known {
             if self.0.len() >= TOLD_MAX {
-                self.0.clear();
+                self.0.retain(|_, told_ns| now_ns - *told_ns < AGAIN_NS);
+            }
+            if self.0.len() >= TOLD_MAX {
+                return false;
             }
             self.0.insert(key, now_ns);
         }

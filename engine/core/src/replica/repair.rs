@@ -247,7 +247,10 @@ impl ImageIo {
             return Err(BadReply("a block that the change does not touch"));
         }
         part.tried = part.tried.with(NodeMask::one(node));
-        part.awaited = awaited.saturating_add(1);
+        let made = part.wanted.without(part.waiting);
+        let made = made.and(self.sets[part.set as usize].in_sync);
+        let waits = !own && made.is_empty();
+        part.awaited = awaited.saturating_add(u8::from(!waits));
         if !own {
             self.found_parent_rot(node, bad.image, shard, block);
         } else if self.is_new_rot(node, shard, block) {
@@ -255,6 +258,12 @@ impl ImageIo {
         }
         if !own && self.nobody_can_merge(id) {
             self.fail_change(id);
+            return Ok(());
+        }
+        if waits {
+            // Only those that can merge it will have what it needs: it is asked again when one has.
+            let part = &mut self.parts[id];
+            (part.rot_below, part.sent) = (true, part.sent.without(NodeMask::one(node)));
             return Ok(());
         }
         // Of one change and node there is one repair: another's late copy would undo the change.
@@ -265,7 +274,8 @@ impl ImageIo {
             return Ok(());
         }
         let (range, change) = (block..block + 1, Some((id, serial)));
-        let (from, rotten, tries, not_before_ns) = (None, own, 0, 0);
+        let from = if own { None } else { Some(made) };
+        let (rotten, tries, not_before_ns) = (own, 0, 0);
         let want = Want { node, shard, range, from, rotten, change, tries, not_before_ns };
         self.repairs.waiting.push_front(want);
         self.start_repairs();

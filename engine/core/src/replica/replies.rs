@@ -80,6 +80,10 @@ impl ImageIo {
         self.measure(id, node);
         let part = &mut self.parts[id];
         part.waiting = part.waiting.without(NodeMask::one(node));
+        if std::mem::take(&mut part.rot_below) {
+            let waits = part.tried;
+            self.send_missing(id, waits);
+        }
         self.complete_if_answered(id);
         self.heal_applied();
         Ok(())

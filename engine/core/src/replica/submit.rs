@@ -222,6 +222,7 @@ impl ImageIo {
             waiting: wanted,
             sent: NodeMask::EMPTY,
             tried: NodeMask::EMPTY,
+            rot_below: false,
             no_space: NodeMask::EMPTY,
             awaited: 0,
             confirming: false,

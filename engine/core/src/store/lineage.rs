@@ -15,15 +15,15 @@ use super::{Store, StoreError};
 pub struct Ancestor {
     pub image: ImageId,
     chain: Chain,
-    /// The uppermost layer of the chain that counts, which the snapshot names.
-    layer: LayerId,
+    /// Where in the chain the snapshot's own layer is: what is above does not show.
+    start: usize,
     /// Nothing shows from here on.
     end_bytes: u64,
 }
 
 impl Ancestor {
     pub fn layers(&self) -> &[LayerId] {
-        self.chain.from(self.layer)
+        &self.chain.layers()[self.start..]
     }
 
     /// How many blocks of a shard may show, from its first one on.
@@ -100,22 +100,22 @@ impl Store {
         let mut ancestors = Vec::new();
         let (mut next, mut end_bytes) = (parent, u64::MAX);
         while let Some(parent) = next {
-            let record = self.image(&parent.image).filter(|record| {
+            let found = self.image(&parent.image).filter(|record| {
                 let counts = !record.blank && !self.is_distrusted(&parent.image);
-                counts
-                    && record.head.shard_bytes == shard_bytes
-                    && record.layers_of(&parent.snapshot).is_some()
-                    && ancestors.len() < ANCESTORS_MAX
+                counts && record.head.shard_bytes == shard_bytes && ancestors.len() < ANCESTORS_MAX
             });
-            let Some(record) = record else {
+            let found =
+                found.and_then(|record| Some((record, record.layers_of(&parent.snapshot)?)));
+            let Some((record, layers)) = found else {
                 match broken(Rule::ParentIsWhole) {
                     true => return Ok(ancestors),
                     false => return Err(StoreError::NoParent { parent: parent.image }),
                 }
             };
             end_bytes = end_bytes.min(parent.size_bytes);
-            let (chain, layer) = (record.chain.clone(), parent.snapshot.layer);
-            ancestors.push(Ancestor { image: parent.image, chain, layer, end_bytes });
+            let chain = record.chain.clone();
+            let start = chain.layers().len() - layers.len();
+            ancestors.push(Ancestor { image: parent.image, chain, start, end_bytes });
             next = record.parent;
         }
         Ok(ancestors)

@@ -217,12 +217,13 @@ impl Store {
         let mut staged = false;
         for (image, layer, end) in view.layers_of_shard(shard, shard_bytes) {
             let key = ShardKey { image, layer, shard };
+            let logged = self.state.index.get(&key).is_some();
             let mut meta: Option<Arc<ShardMeta>> = None;
             for (block, found) in (first_block..end).zip(found.iter_mut()) {
                 if found.state != BlockState::Absent {
                     continue;
                 }
-                let index = self.state.index.get(&key);
+                let index = if logged { self.state.index.get(&key) } else { None };
                 if let Some(run) = index.and_then(|shard| shard.get(block)) {
                     let (state, source) = (run.state, Source::Log(run.place));
                     *found = Found { state, source, image, layer, checksum: run.checksum };
