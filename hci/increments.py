@@ -18,6 +18,7 @@ from hci import changes, images, snapshots
 from hci.config import Config
 from hci.errors import ControlError, Refused
 from shard.errors import HciError
+from shard.ids import ImageId
 from vmstore.catalog import Catalog
 from vmstore.changes import Changed
 from vmstore.errors import InUse, UnknownSnapshot
@@ -28,6 +29,9 @@ from vmstore.nbd_client import NbdClient
 from vmstore.transfer import Progress, TransferFailed
 
 AGAIN_S = 0.2
+
+LEAVING_S = 3.0
+"""How long a gateway may have an image open whose last client has left."""
 
 
 class WrongBase(HciError):
@@ -156,9 +160,7 @@ def _check_base(
         ) from error
     if record.snapshot(target.name) is not None:
         raise WrongBase(f"{name} has a snapshot {target.name} already")
-    holder = images.holder_of(records, record.id)
-    if holder is not None:
-        raise InUse(str(name), holder)
+    _await_closed(records, name, record.id)
     if snapshot.size_bytes != header.base.size_bytes or record.snapshots[-1] != snapshot:
         raise WrongBase(f"{base} is not the state that this increment was made against")
     if list(changes.since(config, records, base, name, lambda _done: None)):
@@ -168,6 +170,15 @@ def _check_base(
     socket = images.gateway_for(config, None).nbd_socket
     if _content_digest(socket, base, parts) != header.base_digest:
         raise WrongBase(f"{base} holds something else than this increment was made against")
+
+
+def _await_closed(records: Catalog, name: ImageName, image: ImageId) -> None:
+    """Return when nobody has an image open. Raises InUse where somebody stays."""
+    deadline_s = time.monotonic() + LEAVING_S
+    while (holder := images.holder_of(records, image)) is not None:
+        if time.monotonic() > deadline_s:
+            raise InUse(str(name), holder)
+        time.sleep(AGAIN_S)
 
 
 def _apply(path: Path, opened: NbdClient, progress: Progress) -> None:

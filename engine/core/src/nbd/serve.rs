@@ -24,6 +24,8 @@ const STEP_BYTES: u64 = 1 << 30;
 /// extents; the client asks on from its end.
 const STATUS_BYTES_MAX: u64 = 64 << 30;
 const STATUS_EXTENTS: usize = 64;
+/// The same where a listing of shards was made for it, which the next answer would need anew.
+const LISTED_EXTENTS: usize = 2048;
 /// A client that asks for lists and does not take them is not read past this.
 const OPTION_REPLIES_MAX: usize = 1 << 20;
 /// A client that takes nothing of its answers for so long is ended where others wait for it.
@@ -440,7 +442,11 @@ impl InFlight {
                     self.found(allocation(&extent));
                 }
                 self.skip_untouched();
-                let most = if self.request.flags.one_extent() { 1 } else { STATUS_EXTENTS };
+                let most = match self.touched {
+                    _ if self.request.flags.one_extent() => 1,
+                    Some(_) => LISTED_EXTENTS,
+                    None => STATUS_EXTENTS,
+                };
                 self.next < self.end && self.extents.len() <= most
             }
             Outcome::Shards(touched) => {
