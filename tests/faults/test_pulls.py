@@ -96,6 +96,11 @@ def test_node_that_does_not_reach_the_others_is_healed_through_the_gateway(
         await_stale(hosts, image, set())
         pulled, copied = pulled_and_copied(HostMetrics(hosts, "node", "node2"))
         assert pulled == 0 < copied
+        gateway, unreached = (
+            HostMetrics(hosts, "gateway", "gateway1"),
+            "hci_gateway_pulls_unreached_total",
+        )
+        assert any(gateway.above_zero(unreached, source=s, target="node2") for s in others)
         hosts.network.mend()
         for first in range(0, BLOCKS, RUN_BLOCKS):
             version = 2 if first % (2 * RUN_BLOCKS) == 0 else 1
@@ -107,7 +112,7 @@ def test_line_between_nodes_that_fails_in_the_midst_of_a_heal_does_not_stop_it(
     hosts: HostCluster,
 ) -> None:
     hosts.create("midst", SIZE)
-    with slow_heal(hosts, "8M"):
+    with slow_heal(hosts, "4M"):
         with NbdSession(hosts.url_at("gateway1", "midst"), 1) as session:
             fill(session, 1, blocks=BLOCKS)
             hosts.kill("node2")

@@ -220,7 +220,6 @@ class HostCluster(DevCluster):
                 }
             if member.kind == "node":
                 own["socket"] = str(self.directory / f"{name}.sock")
-                own["metrics"] = self._at(name, METRICS)
             if member.kind == "gateway":
                 own |= {
                     "run_dir": str(self.directory / name),
@@ -229,6 +228,7 @@ class HostCluster(DevCluster):
                 }
             if member.kind in ("node", "gateway"):
                 own["control"] = self._at(name, CONTROL)
+                own["metrics"] = self._at(name, METRICS)
             own |= self._settings.get(name, {})
             if member.kind != "etcd":
                 sections[f"{member.kind}.{name}"] = own

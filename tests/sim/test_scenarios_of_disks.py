@@ -339,12 +339,12 @@ def two_blocks_of_a_shard_are_newest_on_two_nodes(seed: int) -> None:
 
 
 def test_newest_block_wins_whatever_else_its_shard_has() -> None:
-    two_blocks_of_a_shard_are_newest_on_two_nodes(seed=3)
+    two_blocks_of_a_shard_are_newest_on_two_nodes(seed=5)
 
 
 def test_winner_that_is_chosen_for_a_whole_shard_is_noticed() -> None:
     with broken("WinnerPerBlock", match="read as"):
-        two_blocks_of_a_shard_are_newest_on_two_nodes(seed=3)
+        two_blocks_of_a_shard_are_newest_on_two_nodes(seed=5)
 
 
 def answer_before_the_record_is_stored() -> None:

@@ -45,7 +45,7 @@ def test_writes_are_refused_while_disks_are_full_and_the_pool_says_so(
     fill_until(lambda: len(asked) > 2, "the pool is not asked")
     assert refused() == []
     gateway.catalog.set_when_full("vms", WhenFull.ENOSPC)
-    fill_until(lambda: len(refused()) == 1, "an open image does not follow")
+    fill_until(lambda: len(refused()) >= 1, "an open image does not follow")
     assert refused()[0] == ((channel, [0]), {})
-    gateway.until(lambda: len(refused()) == 2, "room is not noticed")
+    gateway.until(lambda: len(refused()) >= 2, "room is not noticed")
     assert refused()[1] == ((channel, []), {})
