@@ -235,6 +235,10 @@ class Gateway:
     def answer_names(self, client: int, names: list[str]) -> None:
         """Answer a client that asked for the list of exports."""
 
+    def answer_snapshots(self, client: int, snapshots: list[tuple[str, int, int]]) -> None:
+        """Answer a client that asked for contexts: name, layer and generation of each snapshot that
+        the export can be compared with."""
+
     def answer_export(
         self,
         client: int,

@@ -326,6 +326,16 @@ class Catalog(ArbiterRecords, ScrubRecords):
             raise UnknownSnapshot(str(name.image), name.name)
         return record, snapshot
 
+    def comparable(self, name: ImageName | SnapshotName) -> list[Snapshot]:
+        """Return the snapshots that came before what a name means, the oldest first.
+
+        Raises UnknownPool, UnknownImage, UnknownSnapshot.
+        """
+        if isinstance(name, ImageName):
+            return list(self.find(name).record.snapshots)
+        record, upto = self.find_snapshot(name)
+        return [each for each in record.snapshots if each.generation < upto.generation]
+
     @decided_anew
     def grow_image(self, name: ImageName, size_bytes: int) -> Stored[ImageRecord]:
         """Make an image larger that nobody has open.

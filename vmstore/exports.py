@@ -239,6 +239,13 @@ class Exports(Removals):
         give_up_s = self._deciding.now_s() + (OPEN_LIMIT_S if opens else 0.0)
 
         def look_up() -> None:
+            if query == "snapshots":
+                self._calls.later(
+                    lambda: self._catalog.comparable(asked_for),
+                    lambda older: self._found_comparable(client, older),
+                    failed,
+                )
+                return
             if isinstance(asked_for, SnapshotName):
                 self._calls.later(
                     lambda: self._catalog.find_snapshot(asked_for),
@@ -261,6 +268,12 @@ class Exports(Removals):
             self._refuse(client, error)
 
         look_up()
+
+    def _found_comparable(self, client: int, older: list[Snapshot]) -> None:
+        self._asking.discard(client)
+        self._engine.answer_snapshots(
+            client, [(each.name, each.layer, each.generation) for each in older]
+        )
 
     def _found(self, client: int, name: ImageName, found: Stored[ImageRecord], opens: bool) -> None:
         if client not in self._asking:

@@ -9,14 +9,14 @@ import typer
 
 from etcd.images import ImageRecord
 from etcd.scrubs import ScrubRecord
-from hci import images
+from hci import changes, images, increments
 from hci.cli import output, session
 from hci.cli.output import AsJson
 from shard import geometry
 from vmstore import check as replicas
 from vmstore import transfer
 from vmstore.catalog import Catalog
-from vmstore.names import ImageName, SnapshotName, parse_image_name, parse_name
+from vmstore.names import ImageName, SnapshotName, parse_image_name, parse_name, parse_snapshot_name
 
 app = typer.Typer(
     help="Images: virtual disks, named POOL/NAME.", no_args_is_help=True, add_completion=False
@@ -184,16 +184,39 @@ def url(
 def import_(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A qcow2, raw, vmdk or vdi file.")],
-    name: Image,
+    name: Annotated[str | None, typer.Argument(metavar="[POOL/NAME]")] = None,
     file_format: Format = None,
+    onto: Annotated[
+        str | None,
+        typer.Option(
+            "--onto",
+            metavar="POOL/NAME",
+            help="FILE is an increment: put it onto this image, which holds what it was made "
+            "against, and take the snapshot that it is of.",
+        ),
+    ] = None,
 ) -> None:
-    """Create an image with the content of a file."""
+    """Create an image with the content of a file, or put an increment onto one."""
+    if (name is None) == (onto is None):
+        raise typer.BadParameter("name the image to make, or with --onto the one that is there")
     here = session.of(context)
+    if onto is not None:
+        if file_format is not None:
+            raise typer.BadParameter("an increment has one format")
+        _import_onto(here, file, parse_image_name(onto))
+        return
+    assert name is not None
     image, source = parse_image_name(name), transfer.inspect(file, file_format)
     uri = images.answering_uri(here.config, image, None)
     with here.catalog() as records, output.progress(f"importing {file.name}") as progress:
         images.import_file(records, image, source, uri, progress)
     typer.echo(f"imported {file} as {name}, {geometry.format_size(source.size_bytes)}")
+
+
+def _import_onto(here: session.Session, file: Path, onto: ImageName) -> None:
+    with here.catalog() as records, output.progress(f"importing {file.name}") as progress:
+        taken = increments.put_onto(here.config, records, file, onto, progress)
+    typer.echo(f"imported {file}: {onto} holds what {taken.name} was, and has the snapshot {taken}")
 
 
 @app.command()
@@ -203,15 +226,69 @@ def export(
     file: Annotated[Path, typer.Argument(help="Its suffix says the format, else --format.")],
     file_format: Format = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="SNAPSHOT",
+            help="Of a snapshot, only what was written since this older one: an increment, for "
+            "`hci image import --onto`.",
+        ),
+    ] = None,
 ) -> None:
     """Write the content of an image, or of a snapshot, into a file."""
     here, image = session.of(context), parse_name(name)
+    if since is not None:
+        if file_format is not None:
+            raise typer.BadParameter("an increment has one format")
+        if not isinstance(image, SnapshotName):
+            raise typer.BadParameter("--from is for a snapshot: take one, and export that")
+        base = SnapshotName(image.image, since)
+        with here.catalog() as records, output.progress(f"exporting {name}") as progress:
+            size = increments.export(here.config, records, base, image, file, progress, force=force)
+        typer.echo(f"exported {geometry.format_size(size)} that {name} has since {since} to {file}")
+        return
     with here.catalog() as records:
         holder = images.holder_of(records, _found(records, image).id)
     uri = images.answering_uri(here.config, image, holder)
     with output.progress(f"exporting {name}") as progress:
         transfer.export(uri, file, progress, file_format, force=force)
     typer.echo(f"exported {name} to {file}")
+
+
+@app.command()
+def diff(
+    context: typer.Context,
+    older: Annotated[str, typer.Argument(metavar="POOL/NAME@SNAPSHOT")],
+    newer: Annotated[
+        str | None, typer.Argument(metavar="POOL/NAME[@SNAPSHOT]", help="By default: now.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what was written to an image since a snapshot: up to now, or to a later one."""
+    here, since = session.of(context), parse_snapshot_name(older)
+    upto = since.image if newer is None else parse_name(newer)
+    with here.catalog() as records:
+        if as_json:
+            found = list(changes.since(here.config, records, since, upto, lambda _done: None))
+        else:
+            with output.progress(f"comparing {upto} with {since}") as progress:
+                found = list(changes.since(here.config, records, since, upto, progress))
+    rows = [
+        (each.offset_bytes, each.length_bytes, "zero" if each.zero else "data") for each in found
+    ]
+    if as_json:
+        keys = ("offset_bytes", "length_bytes", "type")
+        output.as_json([dict(zip(keys, row, strict=True)) for row in rows])
+        return
+    output.table(("OFFSET", "LENGTH", "TYPE"), rows, f"nothing was written since {since}")
+    if rows:
+        data = sum(length for _, length, kind in rows if kind == "data")
+        zeroes = sum(length for _, length, _ in rows) - data
+        typer.echo(
+            f"since {since} {geometry.format_size(data)} of data were written and "
+            f"{geometry.format_size(zeroes)} zeroed, in {len(rows)} parts"
+        )
 
 
 def _found(records: Catalog, name: ImageName | SnapshotName) -> ImageRecord:

@@ -539,6 +539,8 @@ CANDIDATES = (
            rules=("MergedKeepGenerations",)),
     Defect("merged before it is compared", "10: what was merged returns", "removals", 0,
            rules=("MergedBeforeCompared",)),
+    Defect("changes are since a snapshot", "10: what was merged returns", "removals", 0,
+           rules=("ChangesAreSinceSnapshots",)),
     Defect("each set says that a snapshot is not stored", "invariant 1", "snapshots", 0,
            patch=_any_set_tells),
     Defect("unanswered writes are asked again", "invariant 2", "power", 0,

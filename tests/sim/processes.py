@@ -245,6 +245,9 @@ class SimEngine:
     def stop_listening(self) -> None:
         """Let nobody in any more."""
 
+    def answer_snapshots(self, client: int, snapshots: list[tuple[str, int, int]]) -> None:
+        """Nobody asks for contexts here."""
+
     def answer_names(self, client: int, names: list[str]) -> None:
         """Nobody asks for lists here."""
 

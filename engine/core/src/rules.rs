@@ -96,10 +96,12 @@ pub enum Rule {
     MergedKeepGenerations,
     /// A node merges a shard before it compares or copies it.
     MergedBeforeCompared,
+    /// What is compared with is a snapshot that the node's record names.
+    ChangesAreSinceSnapshots,
 }
 
 impl Rule {
-    pub const ALL: [Rule; 44] = [
+    pub const ALL: [Rule; 45] = [
         Rule::SessionIsCurrent,
         Rule::EpochIsCurrent,
         Rule::GenerationIsCurrent,
@@ -144,6 +146,7 @@ impl Rule {
         Rule::MergesFillGaps,
         Rule::MergedKeepGenerations,
         Rule::MergedBeforeCompared,
+        Rule::ChangesAreSinceSnapshots,
     ];
 }
 

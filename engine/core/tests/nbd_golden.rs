@@ -3,6 +3,7 @@
 
 use bytes::{Bytes, BytesMut};
 use hci_engine_core::content::Run;
+use hci_engine_core::geometry::SnapshotId;
 use hci_engine_core::io::Outgoing;
 use hci_engine_core::nbd::{
     Addressee, Answer, Command, Contexts, Errno, ExportInfo, Extent, Flags, Handshake, Limits,
@@ -121,7 +122,10 @@ fn golden_qemu_order_of_options_opens_the_export() {
                         0003e889045565a9 00000007 00000001 00000000");
     assert_eq!(out, expected);
     let Step::Transmission(session) = step else { panic!("GO opens the export, not {step:?}") };
-    assert_eq!(session.contexts, Contexts { allocation: Some(1), depth: None });
+    assert_eq!(
+        session.contexts,
+        Contexts { allocation: Some(1), depth: None, ..Contexts::default() }
+    );
     assert!(session.structured());
 }
 
@@ -166,7 +170,7 @@ fn session(replies: ReplyStyle) -> Session {
         export: disk(),
         limits: Limits::default(),
         replies,
-        contexts: Contexts { allocation: Some(1), depth: None },
+        contexts: Contexts { allocation: Some(1), depth: None, ..Contexts::default() },
         no_zeroes: true,
     }
 }
@@ -249,9 +253,27 @@ fn golden_structured_error_carries_its_message() {
 }
 
 #[test]
+fn golden_block_status_tells_what_was_written_since_each_snapshot() {
+    let extent = |changed| Extent { length: 4096, flags: 0, depth: 1, changed };
+    let request = request(Command::BlockStatus, 0, 12288);
+    let mut session = session(ReplyStyle::Structured);
+    let since = [9, 4].map(|layer| SnapshotId { layer, generation: 1 });
+    session.contexts = Contexts { dirty: vec![5, 3], since: since.into(), ..Contexts::default() };
+    let extents = [extent(0), extent(1), extent(2)];
+    let bytes = sent(|out| block_status(out, &session, &request, &extents));
+    let expected = hex("668e33ef 0000 0005 0000000000000007 00000014 00000005
+                        00002000 00000000 00001000 00000001
+                        668e33ef 0001 0005 0000000000000007 00000014 00000003
+                        00001000 00000000 00002000 00000001");
+    assert_eq!(bytes, expected);
+}
+
+#[test]
 fn golden_block_status_lists_extents() {
-    let extents =
-        [Extent { length: 4096, flags: 0, depth: 1 }, Extent { length: 8192, flags: 3, depth: 0 }];
+    let extents = [
+        Extent { length: 4096, flags: 0, depth: 1, changed: 0 },
+        Extent { length: 8192, flags: 3, depth: 0, changed: 0 },
+    ];
     let request = request(Command::BlockStatus, 0, 8192);
     let session = session(ReplyStyle::Structured);
     let bytes = sent(|out| block_status(out, &session, &request, &extents));
@@ -305,7 +327,10 @@ fn golden_allocation_depth_is_selected_beside_base_allocation() {
     client.send("49484156454f5054 00000007 0000000b 00000005 766d732f61 0000");
     let (step, _) = client.answer(Answer::Export(disk()));
     let Step::Transmission(session) = step else { panic!("GO opens the export, not {step:?}") };
-    assert_eq!(session.contexts, Contexts { allocation: Some(1), depth: Some(2) });
+    assert_eq!(
+        session.contexts,
+        Contexts { allocation: Some(1), depth: Some(2), ..Contexts::default() }
+    );
 }
 
 #[test]
@@ -357,10 +382,10 @@ fn golden_extended_replies_are_all_chunks_with_the_requests_offset() {
 
 #[test]
 fn golden_extended_block_status_has_a_chunk_for_each_context() {
-    let session = extended(Contexts { allocation: Some(1), depth: Some(2) });
+    let session = extended(Contexts { allocation: Some(1), depth: Some(2), ..Contexts::default() });
     let extents = [
-        Extent { length: 5 << 30, flags: 3, depth: 0 },
-        Extent { length: 4096, flags: 0, depth: 1 },
+        Extent { length: 5 << 30, flags: 3, depth: 0, changed: 0 },
+        Extent { length: 4096, flags: 0, depth: 1, changed: 0 },
     ];
     let request = request(Command::BlockStatus, 0, 6 << 30);
     let bytes = sent(|out| block_status(out, &session, &request, &extents));

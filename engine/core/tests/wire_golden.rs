@@ -5,6 +5,9 @@
 use bytes::{BufMut, Bytes, BytesMut};
 use hci_engine_core::content::Block;
 use hci_engine_core::geometry::{ImageId, SnapshotId, Tag};
+use hci_engine_core::wire::changes::{
+    ChangedRun, ChangesAsked, ChangesReply, Held, TouchedAsked, TouchedReply,
+};
 use hci_engine_core::wire::codec::Fields;
 use hci_engine_core::wire::copies::{PeerFetch, Pull, Source};
 use hci_engine_core::wire::messages::{
@@ -29,18 +32,18 @@ fn hex(text: &str) -> Vec<u8> {
 }
 
 const HELLO: &str = "
-    2d000000 00000000 ffccffbe ; head 45, payload 0, checksum
+    2d000000 00000000 7e2b5c60 ; head 45, payload 0, checksum
     01 00 0000 00000000 0000000000000000 ; kind, flags, status, channel, tag
     484349574952450a ; magic
-    04000400 ; versions 4 to 4
+    05000500 ; versions 5 to 5
     cccccccccccccccccccccccccccccccc ; cluster
     08006761746577617931 ; gateway1
     05006e6f646531 ; node1
 ";
 const HELLO_REPLY: &str = "
-    39000000 00000000 14ae3d5f ; head 57, payload 0, checksum
+    39000000 00000000 73d31426 ; head 57, payload 0, checksum
     81 00 0000 00000000 0000000000000000 ; kind, flags, status, channel, tag
-    0400 ; version 4
+    0500 ; version 5
     05006e6f646531 ; node1
     55555555555555555555555555555555 ; store
     0500000000000000 ; start counter 5
@@ -48,9 +51,9 @@ const HELLO_REPLY: &str = "
     1100000000000000 ; flush number 17
 ";
 const HELLO_REFUSED: &str = "
-    39000000 00000000 cf84a071 ; head 57, payload 0, checksum
+    39000000 00000000 a8f98908 ; head 57, payload 0, checksum
     81 00 0300 00000000 0000000000000000 ; kind, flags, status, channel, tag
-    0400 ; version 4
+    0500 ; version 5
     05006e6f646531 ; node1
     55555555555555555555555555555555 ; store
     0500000000000000 ; start counter 5
@@ -341,6 +344,40 @@ const SCRUB_REPLY: &str = "
     0100000005000000 ; one rotten block: 5
 ";
 
+const CHANGES: &str = "
+    44000000 00000000 ddf7c2cd ; head 68, payload 0, checksum
+    2d 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    0900000000000000 ; shard 9
+    00100000 00200000 ; offset, length
+    0300000000000000 0200000000000000 0000000000000000 ; epoch 3, generation 2, no sequence
+    02000000 ; two snapshots, the newest first
+    04000000 0700000000000000 ; layer 4, frozen by generation 7
+    01000000 0200000000000000 ; layer 1, frozen by generation 2
+";
+const CHANGES_REPLY: &str = "
+    14000000 00000000 c8aac69d ; head 20, payload 0, checksum
+    ad 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    02000000 ; two runs
+    01000000 02 0200 01 ; one block of data in the second layer, written since the older one
+    01000000 00 0000 00 ; one that no layer has
+";
+const TOUCHED: &str = "
+    3c000000 00000000 0d2b0b2b ; head 60, payload 0, checksum
+    2e 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    0300000000000000 ; epoch 3
+    01000000 01000000 0200000000000000 ; above layer 1, frozen by generation 2
+    0400000000000000 2000000000000000 ; shards 4 to 31
+    0700000000000000 ; begun in generation 7
+    02000000 0900000000000000 ; from place 2, shard 9
+";
+const TOUCHED_REPLY: &str = "
+    29000000 00000000 3bc68e8f ; head 41, payload 0, checksum
+    ae 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
+    0700000000000000 ; generation 7
+    01 03000000 0500000000000000 ; more: from place 3, shard 5
+    0200000009000000000000000c00000000000000 ; two shards: 9, 12
+";
+
 const PULL: &str = "
     3b000000 00000000 52c14109 ; head 59, payload 0, checksum
     27 00 0000 09000000 0807060504030201 ; kind, flags, status, channel, tag
@@ -465,7 +502,7 @@ fn record() -> RecordHead {
 
 fn hello_reply() -> HelloReply {
     HelloReply {
-        version: 4,
+        version: 5,
         node: "node1".into(),
         store: [0x55; 16],
         start_counter: 5,
@@ -493,8 +530,8 @@ fn blocks() -> Vec<(Block, Tag)> {
 #[test]
 fn greeting_is_as_specified() {
     let hello = Hello {
-        version_min: 4,
-        version_max: 4,
+        version_min: 5,
+        version_max: 5,
         cluster: [0xcc; 16],
         gateway: "gateway1".into(),
         node: "node1".into(),
@@ -680,6 +717,27 @@ fn levelling_is_as_specified() {
         rotten: vec![5],
     };
     check(SCRUB_REPLY, reply(kind::SCRUB), &scrubbed, &[]);
+}
+
+#[test]
+fn changes_are_as_specified() {
+    let newer = SnapshotId { layer: 4, generation: 7 };
+    let older = SnapshotId { layer: 1, generation: 2 };
+    let io = io(9, 4096, 8192, 0);
+    let asked = ChangesAsked { io, since: [newer, older].into() };
+    check(CHANGES, request(kind::CHANGES), &asked, &[]);
+    let data = ChangedRun { blocks: 1, held: Held::Data, depth: 2, changed: 1 };
+    let hole = ChangedRun { blocks: 1, held: Held::Absent, depth: 0, changed: 0 };
+    let found = ChangesReply { runs: vec![data, hole] };
+    check(CHANGES_REPLY, reply(kind::CHANGES), &found, &[]);
+    let (first_shard, end_shard, generation, place, shard) = (4, 32, 7, 2, 9);
+    let since = Some(older);
+    let asked = TouchedAsked { epoch: 3, since, first_shard, end_shard, generation, place, shard };
+    check(TOUCHED, request(kind::TOUCHED), &asked, &[]);
+    let page = TouchedReply { generation: 7, next: Some((3, 5)), shards: vec![9, 12] };
+    check(TOUCHED_REPLY, reply(kind::TOUCHED), &page, &[]);
+    let unordered = ChangesAsked { io, since: [older, newer].into() };
+    assert!(ChangesAsked::take(written(&unordered)).is_err());
 }
 
 #[test]

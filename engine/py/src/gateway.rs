@@ -341,6 +341,15 @@ impl Gateway {
         self.order(Command::Answer { client, answer: Answer::Export(export), channel })
     }
 
+    /// Name, layer and generation of each snapshot that the export can be compared with.
+    fn answer_snapshots(&self, client: u64, snapshots: Vec<(String, u32, u64)>) -> PyResult<()> {
+        let snapshots = snapshots.into_iter();
+        let snapshots = snapshots
+            .map(|(name, layer, generation)| (name, SnapshotId { layer, generation }))
+            .collect();
+        self.order(Command::Answer { client, answer: Answer::Snapshots(snapshots), channel: None })
+    }
+
     /// `kind`: "unknown", "refused" or "unavailable".
     fn answer_error(&self, client: u64, kind: &str, message: String) -> PyResult<()> {
         let answer = match kind {
@@ -547,6 +556,7 @@ pub(crate) fn event_dict(py: Python<'_>, event: GatewayEvent) -> PyResult<Bound<
                 Query::Info { name } => ("info", Some(name)),
                 Query::Go { name } => ("go", Some(name)),
                 Query::ExportName { name } => ("export_name", Some(name)),
+                Query::Snapshots { name } => ("snapshots", Some(name)),
             };
             dict.set_item("event", "asked")?;
             dict.set_item("client", client)?;

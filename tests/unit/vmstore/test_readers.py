@@ -209,3 +209,27 @@ def test_who_may_not_read_an_image_may_not_read_its_snapshots() -> None:
         allowed.clear()
         ask(gateway, 2)
         assert gateway.answer(2) == ("error", ("refused", "you may not open vms/a@s"))
+
+
+def test_client_that_asks_for_contexts_is_told_of_older_snapshots_only(
+    gateway: ScriptedGateway,
+) -> None:
+    add_snapshot(gateway, "t")
+    first, second = gateway.record.snapshots
+
+    def told(client: int, name: str) -> list[tuple[str, int, int]]:
+        ask(gateway, client, name, "snapshots")
+        calls = gateway.engine.named
+        gateway.until(lambda: len(calls("answer_snapshots")) == client, "no answer")
+        (asked_by, snapshots), _ = calls("answer_snapshots")[-1]
+        assert asked_by == client
+        return list(snapshots)
+
+    of_first = ("s", first.layer, first.generation)
+    assert told(1, "vms/a") == [of_first, ("t", second.layer, second.generation)]
+    assert told(2, "vms/a@t") == [of_first]
+    assert told(3, "vms/a@s") == []
+    ask(gateway, 4, "vms/a@u", "snapshots")
+    gateway.until(lambda: gateway.engine.answer_to(4) is not None, "no answer")
+    assert gateway.engine.answer_to(4)[1][0] == "unknown"
+    assert gateway.engine.named("open") == gateway.engine.named("open_reader") == []

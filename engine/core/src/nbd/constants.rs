@@ -107,6 +107,12 @@ pub mod context {
     /// 0: not allocated; 1: in the image itself; above: in a parent so far away.
     pub const ALLOCATION_DEPTH: &str = "qemu:allocation-depth";
     pub const ALLOCATION_DEPTH_ID: u32 = 2;
+    /// Before the name of a bitmap, here a snapshot; alone a wildcard.
+    pub const DIRTY_BITMAP: &str = "qemu:dirty-bitmap:";
+    /// The first one's id; the others follow.
+    pub const DIRTY_BITMAP_ID: u32 = 3;
+    /// `NBD_STATE_DIRTY` of a bitmap: written since.
+    pub const STATE_DIRTY: u32 = 1 << 0;
     /// `NBD_STATE_HOLE`: not allocated.
     pub const STATE_HOLE: u32 = 1 << 0;
     /// `NBD_STATE_ZERO`: reads as zeroes.

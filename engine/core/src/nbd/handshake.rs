@@ -5,25 +5,28 @@
 //! | `Greeting` | [`Handshake::greeting`] | `ClientFlags` |
 //! | `ClientFlags` | four bytes | `Options` |
 //! | `Options` | an option that only this connection concerns | `Options`, answered |
-//! | `Options` | LIST, INFO, GO, EXPORT_NAME | `Waiting`, a [`Query`] goes out |
+//! | `Options` | LIST, INFO, GO, EXPORT_NAME, contexts that compare with snapshots | `Waiting`, a [`Query`] goes out |
 //! | `Options` | an option that is too long | `Draining` |
 //! | `Draining` | its last byte | `Options`, answered ERR_TOO_BIG or ERR_UNSUP |
 //! | `Waiting` | [`Handshake::answer`] | `Options`, or `Ended` with a [`Session`] |
 //! | `Options` | STARTTLS where there is TLS | `Options`, all that was negotiated forgotten |
 //! | any | ABORT, a bad EXPORT_NAME, a [`ProtocolError`] | `Ended` |
 //!
-//! Only GO and EXPORT_NAME may open an export. Metadata contexts are accepted for any name and hold
-//! only if the export that is opened was asked for by the same name, so they need not look it up.
+//! Only GO and EXPORT_NAME may open an export. Metadata contexts hold only if the export that is opened was
+//! asked for by the same name. Those that need nothing of the export are accepted for any name, so it is
+//! looked up only for those that name snapshots.
 
 use super::constants::{
     EXPORT_NAME_ZEROES, IHAVEOPT, MAX_STRING_BYTES, NBDMAGIC, OPTION_HEADER_BYTES,
     OPTION_REPLY_MAGIC, client_flags, context, handshake_flags, info, option, option_reply,
 };
-use super::options::{self, Malformed, Wanted};
+use super::options::{self, Malformed, MetaQueries, Wanted};
 use super::{
     Contexts, ExportInfo, Limits, ProtocolError, ReplyStyle, Session, TlsMode, shortened,
     transmission_flags,
 };
+use crate::geometry::SnapshotId;
+use crate::wire::changes::SINCE_MAX;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 /// What the caller does next.
@@ -45,17 +48,29 @@ pub enum Step {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Query {
     List,
-    Info { name: String },
-    Go { name: String },
-    ExportName { name: String },
+    Info {
+        name: String,
+    },
+    Go {
+        name: String,
+    },
+    ExportName {
+        name: String,
+    },
+    /// The snapshots that what it holds can be compared with.
+    Snapshots {
+        name: String,
+    },
 }
 
-/// The answer to a [`Query`]: `Names` to `List`, `Export` to the others, the rest to any of them.
+/// The answer to a [`Query`]: `Names` to `List`, `Snapshots` to `Snapshots`, `Export` to the others, the rest to
+/// any of them.
 /// Messages are shown to the person at the client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
     Names(Vec<String>),
     Export(ExportInfo),
+    Snapshots(Vec<(String, SnapshotId)>),
     /// No export has this name.
     Unknown(String),
     /// The export exists and may not be opened, e.g. because it is open elsewhere.
@@ -79,6 +94,7 @@ enum State {
 enum Waiting {
     List,
     Export { option: u32, name: String, wanted: Wanted },
+    Contexts { option: u32, queries: MetaQueries },
 }
 
 /// The handshake of one connection.
@@ -177,6 +193,10 @@ impl Handshake {
         };
         match waiting {
             Waiting::List => self.answer_list(answer, out),
+            Waiting::Contexts { option, queries } => match answer {
+                Answer::Snapshots(known) => self.tell_contexts(option, queries, known, out),
+                other => refuse_with(out, option, other),
+            },
             Waiting::Export { option: option::EXPORT_NAME, name, .. } => {
                 return Ok(self.answer_export_name(answer, &name, out));
             }
@@ -301,8 +321,7 @@ impl Handshake {
                 }
             },
             option::LIST_META_CONTEXT | option::SET_META_CONTEXT => {
-                self.meta_context(option, data, out);
-                None
+                self.meta_context(option, data, out)
             }
             _ => {
                 refuse(out, option, option_reply::ERR_UNSUP, "this option is not supported");
@@ -379,36 +398,63 @@ impl Handshake {
         Step::Ask(query)
     }
 
-    /// Section «Metadata querying». The wildcards `base:` and `qemu:` list, and select nothing.
-    fn meta_context(&mut self, option: u32, data: Bytes, out: &mut BytesMut) {
+    /// Section «Metadata querying». Wildcards list, and select nothing.
+    fn meta_context(&mut self, option: u32, data: Bytes, out: &mut BytesMut) -> Option<Step> {
         let set = option == option::SET_META_CONTEXT;
         if set {
             self.contexts = None;
         }
         if self.replies == ReplyStyle::Simple {
             let message = "metadata contexts need structured replies: ask for those first";
-            return malformed(out, option, Malformed::Invalid(message));
+            malformed(out, option, Malformed::Invalid(message));
+            return None;
         }
-        let queries = match options::meta_queries(data) {
-            Ok(queries) => queries,
-            Err(error) => return malformed(out, option, error),
-        };
+        match options::meta_queries(data) {
+            Err(error) => malformed(out, option, error),
+            Ok(queries) if queries.needs_snapshots(set) => {
+                let name = queries.export.clone();
+                self.state = State::Waiting(Waiting::Contexts { option, queries });
+                return Some(Step::Ask(Query::Snapshots { name }));
+            }
+            Ok(queries) => self.tell_contexts(option, queries, Vec::new(), out),
+        }
+        None
+    }
+
+    /// Tells the contexts that there are of those asked for, and keeps what is selected.
+    fn tell_contexts(
+        &mut self,
+        option: u32,
+        queries: MetaQueries,
+        known: Vec<(String, SnapshotId)>,
+        out: &mut BytesMut,
+    ) {
+        let set = option == option::SET_META_CONTEXT;
         let all = !set && queries.count == 0;
-        let allocation = queries.allocation || all || (!set && queries.base);
-        let depth = queries.depth || all || (!set && queries.qemu);
-        let mut tell = |matched: bool, id: u32, name: &str| {
+        let mut tell = |id: u32, name: &str| {
             // The id in a list is reserved, and zero.
             let id = if set { id } else { 0 };
-            if matched {
-                let parts: [&[u8]; 2] = [&id.to_be_bytes(), name.as_bytes()];
-                reply(out, option, option_reply::META_CONTEXT, &parts);
-            }
-            matched.then_some(id)
+            reply(out, option, option_reply::META_CONTEXT, &[&id.to_be_bytes(), name.as_bytes()]);
+            id
         };
-        let contexts = Contexts {
-            allocation: tell(allocation, context::BASE_ALLOCATION_ID, context::BASE_ALLOCATION),
-            depth: tell(depth, context::ALLOCATION_DEPTH_ID, context::ALLOCATION_DEPTH),
-        };
+        let allocation = queries.allocation || all || (!set && queries.base);
+        let depth = queries.depth || all || (!set && queries.qemu);
+        let bitmaps = all || (!set && (queries.qemu || queries.bitmaps));
+        let allocation =
+            allocation.then(|| tell(context::BASE_ALLOCATION_ID, context::BASE_ALLOCATION));
+        let depth = depth.then(|| tell(context::ALLOCATION_DEPTH_ID, context::ALLOCATION_DEPTH));
+        let named = known.into_iter().filter(|(name, _)| bitmaps || queries.dirty.contains(name));
+        let most = if set { SINCE_MAX } else { usize::MAX };
+        let mut dirty: Vec<(SnapshotId, u32)> = (context::DIRTY_BITMAP_ID..)
+            .zip(named.take(most))
+            .map(|(id, (name, snapshot))| {
+                (snapshot, tell(id, &format!("{}{name}", context::DIRTY_BITMAP)))
+            })
+            .collect();
+        dirty.sort_unstable_by_key(|(snapshot, _)| std::cmp::Reverse(*snapshot));
+        let since = dirty.iter().map(|(snapshot, _)| *snapshot).collect();
+        let dirty = dirty.into_iter().map(|(_, id)| id).collect();
+        let contexts = Contexts { allocation, depth, dirty, since };
         if set && !contexts.is_empty() {
             self.contexts = Some((queries.export, contexts));
         }
@@ -428,7 +474,8 @@ impl Handshake {
 
     fn answer_export_name(&mut self, answer: Answer, name: &str, out: &mut BytesMut) -> Step {
         let Answer::Export(export) = answer else {
-            assert!(!matches!(answer, Answer::Names(_)), "names answer only a list");
+            let fits = !matches!(answer, Answer::Names(_) | Answer::Snapshots(_));
+            assert!(fits, "these answer other questions");
             self.state = State::Ended;
             return Step::Close;
         };
@@ -506,7 +553,9 @@ fn refuse_with(out: &mut BytesMut, option: u32, answer: Answer) {
         Answer::Unknown(message) => (option_reply::ERR_UNKNOWN, message),
         Answer::Refused(message) => (option_reply::ERR_POLICY, message),
         Answer::Unavailable(message) => (option_reply::ERR_SHUTDOWN, message),
-        Answer::Names(_) | Answer::Export(_) => panic!("{answer:?} does not answer {option}"),
+        Answer::Names(_) | Answer::Export(_) | Answer::Snapshots(_) => {
+            panic!("{answer:?} does not answer {option}")
+        }
     };
     refuse(out, option, kind, &message);
 }

@@ -27,7 +27,9 @@ pub use handshake::{Answer, Handshake, Query, Step};
 pub use reply::{Addressee, Extent, block_status, done, error, read};
 pub use request::{Command, Flags, Parsed, Refusal, Request, RequestReader, check};
 
+use crate::geometry::SnapshotId;
 use constants::{MAX_STRING_BYTES, transmission_flags as flag};
+use std::sync::Arc;
 
 /// What one connection may ask for, and what the export's block sizes are said to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,17 +102,38 @@ pub enum ReplyStyle {
 }
 
 /// Metadata contexts that a client selected, by the ids that it was told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Contexts {
     /// `base:allocation`.
     pub allocation: Option<u32>,
     /// `qemu:allocation-depth`.
     pub depth: Option<u32>,
+    /// Ids of `qemu:dirty-bitmap:NAME`, in the order of `since`.
+    pub dirty: Vec<u32>,
+    /// Their snapshots, the newest first.
+    pub since: Arc<[SnapshotId]>,
 }
 
 impl Contexts {
     pub fn is_empty(&self) -> bool {
         *self == Contexts::default()
+    }
+
+    pub fn count(&self) -> usize {
+        usize::from(self.allocation.is_some())
+            + usize::from(self.depth.is_some())
+            + self.dirty.len()
+    }
+
+    /// Whether it matters in which layer a block is.
+    pub fn tell_layers(&self) -> bool {
+        self.depth.is_some() || !self.dirty.is_empty()
+    }
+
+    /// The oldest snapshot that something is compared with; none where all layers count.
+    pub fn floor(&self) -> Option<SnapshotId> {
+        let all = self.depth.is_some() || self.allocation.is_some();
+        self.since.last().copied().filter(|_| !all)
     }
 }
 

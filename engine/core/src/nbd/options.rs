@@ -55,9 +55,19 @@ pub(super) struct MetaQueries {
     pub allocation: bool,
     /// A query names `qemu:allocation-depth`.
     pub depth: bool,
-    /// A query is the wildcard `base:`, or `qemu:`.
+    /// What queries name behind `qemu:dirty-bitmap:`, each once.
+    pub dirty: Vec<String>,
+    /// A query is the wildcard `base:`, `qemu:` or `qemu:dirty-bitmap:`.
     pub base: bool,
     pub qemu: bool,
+    pub bitmaps: bool,
+}
+
+impl MetaQueries {
+    /// Whether it takes the export's snapshots to answer. In a list no query asks for all there is.
+    pub fn needs_snapshots(&self, set: bool) -> bool {
+        !self.dirty.is_empty() || !set && (self.count == 0 || self.qemu || self.bitmaps)
+    }
 }
 
 /// Reads the data of LIST_META_CONTEXT and SET_META_CONTEXT: an export's name and queries.
@@ -72,7 +82,13 @@ pub(super) fn meta_queries(mut data: Bytes) -> Result<MetaQueries, Malformed> {
             context::ALLOCATION_DEPTH => queries.depth = true,
             context::BASE => queries.base = true,
             context::QEMU => queries.qemu = true,
-            _ => {}
+            context::DIRTY_BITMAP => queries.bitmaps = true,
+            other => {
+                let bitmap = other.strip_prefix(context::DIRTY_BITMAP);
+                if let Some(name) = bitmap.filter(|name| !queries.dirty.iter().any(|d| d == name)) {
+                    queries.dirty.push(name.to_owned());
+                }
+            }
         }
     }
     if data.has_remaining() {

@@ -5,6 +5,7 @@
 //! sake of its message. Success without data is a simple reply there too, as the section
 //! «Structured reply chunk message» allows. With extended headers everything is a chunk.
 
+use super::constants::context::STATE_DIRTY;
 use super::constants::{EXTENDED_REPLY_MAGIC, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, chunk};
 use super::{Errno, ReplyStyle, Request, Session, shortened};
 use crate::content::Run;
@@ -26,6 +27,8 @@ pub struct Extent {
     pub flags: u32,
     /// What `qemu:allocation-depth` says.
     pub depth: u32,
+    /// It was written since so many of the session's snapshots: the oldest ones.
+    pub changed: u8,
 }
 
 /// Says that the request without data succeeded: write, flush, trim, zeroes, cache.
@@ -147,16 +150,24 @@ pub fn block_status(
     extents: &[Extent],
 ) {
     let most = if request.flags.one_extent() { 1 } else { session.limits.max_extents };
-    let contexts = session.contexts;
+    let contexts = &session.contexts;
     assert!(!contexts.is_empty(), "block status is answered only where a context was negotiated");
+    let mut left = contexts.count();
+    let mut put = |id: u32, status: &dyn Fn(&Extent) -> u32| {
+        left -= 1;
+        let found = extents.iter().map(|extent| (extent.length, status(extent)));
+        let found = joined(found, request.length, most);
+        put_extents(sink, session.replies, request, id, left == 0, found);
+    };
     if let Some(id) = contexts.allocation {
-        let found = extents.iter().map(|extent| (extent.length, extent.flags));
-        let last = contexts.depth.is_none();
-        put_extents(sink, session.replies, request, id, last, joined(found, request.length, most));
+        put(id, &|extent| extent.flags);
     }
     if let Some(id) = contexts.depth {
-        let found = extents.iter().map(|extent| (extent.length, extent.depth));
-        put_extents(sink, session.replies, request, id, true, joined(found, request.length, most));
+        put(id, &|extent| extent.depth);
+    }
+    for (at, id) in contexts.dirty.iter().enumerate() {
+        let unchanged = |extent: &Extent| contexts.dirty.len() - usize::from(extent.changed);
+        put(*id, &|extent| if at >= unchanged(extent) { STATE_DIRTY } else { 0 });
     }
 }
 

@@ -6,8 +6,8 @@
 
 use super::budget::{Budget, Charge, GUARANTEED_BYTES};
 use super::{
-    Answer, Command, Counters, Errno, Handshake, Limits, Parsed, ProtocolError, Query, Request,
-    RequestReader, Session, Step, TlsMode, block_status, check, done, error, read,
+    Answer, Command, Contexts, Counters, Errno, Handshake, Limits, Parsed, ProtocolError, Query,
+    Request, RequestReader, Session, Step, TlsMode, block_status, check, done, error, read,
 };
 use crate::geometry::BLOCK_BYTES;
 use crate::io::{Filled, Sink, Stream};
@@ -15,6 +15,7 @@ use crate::replica::{Extent, IoError, Outcome, Served, Token};
 use crate::wire::flag;
 use bytes::BytesMut;
 use slab::Slab;
+use std::collections::VecDeque;
 
 const IN_FLIGHT_MAX: usize = 256;
 /// Zeroes and block status are done in steps that end at multiples of this.
@@ -23,6 +24,8 @@ const STEP_BYTES: u64 = 1 << 30;
 /// extents; the client asks on from its end.
 const STATUS_BYTES_MAX: u64 = 64 << 30;
 const STATUS_EXTENTS: usize = 64;
+/// The same where a listing of shards was made for it, which the next answer would need anew.
+const LISTED_EXTENTS: usize = 2048;
 /// A client that asks for lists and does not take them is not read past this.
 const OPTION_REPLIES_MAX: usize = 1 << 20;
 /// A client that takes nothing of its answers for so long is ended where others wait for it.
@@ -43,6 +46,8 @@ struct InFlight {
     end: u64,
     /// What a block status has found so far.
     extents: Vec<super::Extent>,
+    /// Of a wide one that tells layers: the shards that are left to look into, and their size.
+    touched: Option<(VecDeque<u64>, u64)>,
 }
 
 enum Phase {
@@ -325,26 +330,48 @@ impl Client {
         };
         self.charge.in_flight += kept_bytes(&request);
         let flags = fua | keep;
-        let extents = Vec::new();
-        let cookie = self.in_flight.insert(InFlight { request, flags, next, end, extents });
+        let (extents, touched) = (Vec::new(), None);
+        let asked = InFlight { request, flags, next, end, extents, touched };
+        let cookie = self.in_flight.insert(asked);
         let token = Token { client: self.id, cookie: cookie as u64 };
         match command {
             // `check` has kept these below the largest payload.
             Command::Read => image.read(token, offset, length as u32),
             Command::Write => image.write(token, offset, payload, fua),
             Command::Flush => image.flush(token),
+            Command::BlockStatus if self.is_wide(offset, end) => {
+                image.touched(token, offset, end - offset, self.contexts().floor());
+            }
             _ => self.step(cookie, image),
         }
     }
 
+    fn contexts(&self) -> Contexts {
+        match &self.phase {
+            Phase::Serving { session, .. } | Phase::Leaving { session: Some(session) } => {
+                session.contexts.clone()
+            }
+            _ => Contexts::default(),
+        }
+    }
+
+    /// Whether it pays to ask first where there is anything.
+    fn is_wide(&self, offset: u64, end: u64) -> bool {
+        end - offset > STEP_BYTES && self.contexts().tell_layers()
+    }
+
     /// Asks the image for the next piece of a long request.
     fn step(&mut self, cookie: usize, image: &mut Served) {
+        let contexts = self.contexts();
         let asked = &mut self.in_flight[cookie];
         let at = asked.next;
-        asked.next = asked.end.min((at / STEP_BYTES + 1) * STEP_BYTES);
+        asked.next = asked.step_end();
         let length = (asked.next - at) as u32;
         let token = Token { client: self.id, cookie: cookie as u64 };
         match asked.request.command {
+            Command::BlockStatus if contexts.tell_layers() => {
+                image.changes(token, at, length, contexts.since);
+            }
             Command::BlockStatus => image.status(token, at, length),
             _ => image.zero(token, at, length, asked.flags),
         }
@@ -369,7 +396,7 @@ impl Client {
     ) {
         let cookie = cookie as usize;
         let Some(asked) = self.in_flight.get_mut(cookie) else { return };
-        if asked.takes(&mut outcome) {
+        if asked.takes(&mut outcome, image.shard_bytes()) {
             return self.step(cookie, image);
         }
         let InFlight { request, extents, .. } = self.in_flight.remove(cookie);
@@ -384,7 +411,9 @@ impl Client {
         match outcome {
             Outcome::Done => done(out, session.replies, to),
             Outcome::Read(runs) => read(out, session.replies, &request, &runs),
-            Outcome::Extents(_) => block_status(out, session, &request, &extents),
+            Outcome::Extents(_) | Outcome::Shards(_) => {
+                block_status(out, session, &request, &extents)
+            }
             Outcome::Failed(failure) => {
                 let (errno, message) = match failure {
                     IoError::Io => (Errno::Io, "no replica could answer"),
@@ -406,24 +435,63 @@ impl Client {
 
 impl InFlight {
     /// Takes what the image said of one step; whether there is another one to take.
-    fn takes(&mut self, outcome: &mut Outcome) -> bool {
+    fn takes(&mut self, outcome: &mut Outcome, shard_bytes: u64) -> bool {
         match outcome {
             Outcome::Extents(found) => {
                 for extent in found.drain(..) {
                     self.found(allocation(&extent));
                 }
-                let most = if self.request.flags.one_extent() { 1 } else { STATUS_EXTENTS };
+                self.skip_untouched();
+                let most = match self.touched {
+                    _ if self.request.flags.one_extent() => 1,
+                    Some(_) => LISTED_EXTENTS,
+                    None => STATUS_EXTENTS,
+                };
                 self.next < self.end && self.extents.len() <= most
+            }
+            Outcome::Shards(touched) => {
+                self.touched = Some((std::mem::take(touched).into(), shard_bytes));
+                self.skip_untouched();
+                self.next < self.end
             }
             Outcome::Done => self.next < self.end && self.request.command.is_stepwise(),
             Outcome::Read(_) | Outcome::Failed(_) => false,
         }
     }
 
+    /// Where the next step ends: with the touched shards that lie side by side, or as each one does.
+    fn step_end(&self) -> u64 {
+        let end = self.end.min((self.next / STEP_BYTES + 1) * STEP_BYTES);
+        let Some((touched, shard_bytes)) = &self.touched else { return end };
+        let first = self.next / shard_bytes;
+        let side_by_side =
+            (first..).zip(touched).take_while(|(shard, next)| shard == *next).count();
+        end.min((first + side_by_side as u64) * shard_bytes)
+    }
+
+    /// Where no layer has anything nobody is asked.
+    fn skip_untouched(&mut self) {
+        let Some((touched, shard_bytes)) = &mut self.touched else { return };
+        let at = self.next;
+        while touched.front().is_some_and(|shard| (*shard + 1) * *shard_bytes <= at) {
+            touched.pop_front();
+        }
+        let next = touched.front().map_or(self.end, |shard| shard * *shard_bytes);
+        let next = next.clamp(at, self.end);
+        if next > at {
+            self.next = next;
+            let (flags, depth, changed) = (STATE_HOLE | STATE_ZERO, 0, 0);
+            self.found(super::Extent { length: next - at, flags, depth, changed });
+        }
+    }
+
     /// One more extent, joined with the one before where both say the same.
     fn found(&mut self, extent: super::Extent) {
         match self.extents.last_mut() {
-            Some(last) if (last.flags, last.depth) == (extent.flags, extent.depth) => {
+            Some(last)
+                if (last.flags, last.depth, last.changed)
+                    == (extent.flags, extent.depth, extent.changed) =>
+            {
                 last.length += extent.length;
             }
             _ => self.extents.push(extent),
@@ -449,10 +517,13 @@ fn whole_blocks(offset: u64, length: u64, size_bytes: u64) -> (u64, u64) {
     if first >= end { (offset, offset) } else { (first, end) }
 }
 
-/// Nodes do not tell which layer has something: its depth is 1 in any case.
 fn allocation(extent: &Extent) -> super::Extent {
     let hole = if extent.hole { STATE_HOLE } else { 0 };
     let zero = if extent.zero { STATE_ZERO } else { 0 };
-    let depth = u32::from(!extent.hole);
-    super::Extent { length: u64::from(extent.length), flags: hole | zero, depth }
+    super::Extent {
+        length: u64::from(extent.length),
+        flags: hole | zero,
+        depth: u32::from(extent.depth),
+        changed: extent.changed,
+    }
 }

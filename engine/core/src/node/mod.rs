@@ -3,6 +3,7 @@
 //! `NodeHandle` and is on no request's way.
 
 pub(crate) mod asker;
+mod changes;
 mod counters;
 mod event_loop;
 mod jobs;

@@ -68,7 +68,7 @@ pub(crate) struct Requests<'a> {
 }
 
 /// How a request ends early.
-enum Refused {
+pub(super) enum Refused {
     Status(Status),
     BadBlock(u32),
     Park,
@@ -103,7 +103,7 @@ impl From<StoreError> for Refused {
     }
 }
 
-type Step<T = Outcome> = Result<T, Refused>;
+pub(super) type Step<T = Outcome> = Result<T, Refused>;
 
 fn ok() -> Outcome {
     Outcome::Answer { status: Status::Ok, head: Bytes::new(), payload: Bytes::new() }
@@ -142,6 +142,8 @@ impl Requests<'_> {
             kind::WRITTEN => self.written(frame),
             kind::SCRUB => self.scrub(frame),
             kind::PULL => self.pull(frame),
+            kind::CHANGES => self.changes(frame),
+            kind::TOUCHED => self.touched(frame),
             kind::PEER_FETCH => self.peer_fetch(frame),
             _ => Err(Refused::Close),
         };
@@ -168,7 +170,7 @@ impl Requests<'_> {
         self.scratch.heads.split().freeze()
     }
 
-    fn answer(&mut self, head: &impl Head, payload: Bytes) -> Outcome {
+    pub(super) fn answer(&mut self, head: &impl Head, payload: Bytes) -> Outcome {
         let head = self.head(|out| head.put(out));
         Outcome::Answer { status: Status::Ok, head, payload }
     }
@@ -198,7 +200,7 @@ impl Requests<'_> {
     }
 
     /// What a read on the frame's channel is of: a holder's image, or a reader's frozen layers.
-    fn readable(&self, frame: &Frame, epoch: u64) -> Step<(ImageId, Chain)> {
+    pub(super) fn readable(&self, frame: &Frame, epoch: u64) -> Step<(ImageId, Chain)> {
         if let Some(reader) = self.sessions.reader(self.connection, frame.channel) {
             return Ok((reader.image, self.snapshot_chain(reader)?));
         }
@@ -701,7 +703,7 @@ fn operation<'a>(image: ImageId, chain: &'a Chain, io: &Io) -> WriteOp<'a> {
 }
 
 /// First block and number of blocks of a range that consists of whole blocks.
-fn block_range(io: &Io) -> Step<(u32, u32)> {
+pub(super) fn block_range(io: &Io) -> Step<(u32, u32)> {
     let whole = io.offset.is_multiple_of(BLOCK_BYTES) && io.length.is_multiple_of(BLOCK_BYTES);
     if !whole || io.length == 0 {
         return Err(Refused::Close);

@@ -2,6 +2,7 @@
 
 use super::admission::Admission;
 use super::background::Background;
+use super::changes::{Changes, Listing};
 use super::freeze::Freeze;
 use super::heal::{Heal, HealLimits};
 use super::lag::{Lag, Timing};
@@ -121,9 +122,21 @@ pub(super) enum RequestKind {
     Write,
     Zero,
     Status,
+    /// As `Status`, with the layers that blocks are in.
+    Changes,
+    /// Which shards have anything.
+    Touched,
     Flush,
     /// Ours: writes are paused while blocks are compared and copied.
     Pause,
+}
+
+impl RequestKind {
+    /// Whether one node answers it, and nothing changes.
+    pub fn reads(self) -> bool {
+        use RequestKind::*;
+        matches!(self, Read | Status | Changes | Touched)
+    }
 }
 
 /// A client's request, or one of our own (`token` none).
@@ -141,6 +154,7 @@ pub(super) struct Request {
     /// Answers of the parts, in order.
     pub runs: Vec<Vec<Run>>,
     pub extents: Vec<Vec<Extent>>,
+    pub changes: Changes,
 }
 
 /// The part of a request that one frame carries to the nodes of one replica set.
@@ -176,6 +190,8 @@ pub(super) struct Part {
     pub clear_sequence: u64,
     /// Changes and flushes: how their answers come in.
     pub timing: Timing,
+    /// Of a listing of shards.
+    pub listing: Listing,
 }
 
 /// How much waits in an image: clients' requests, their parts, and changes that are not answered.
@@ -499,9 +515,10 @@ impl ImageIo {
             (None, RequestKind::Read) => {
                 Outcome::Read(request.runs.into_iter().flatten().collect())
             }
-            (None, RequestKind::Status) => {
+            (None, RequestKind::Status | RequestKind::Changes) => {
                 Outcome::Extents(request.extents.into_iter().flatten().collect())
             }
+            (None, RequestKind::Touched) => Outcome::Shards(self.touched_shards(&request.changes)),
             (None, _) => Outcome::Done,
         };
         if let Some(token) = request.token {

@@ -63,8 +63,7 @@ impl ImageIo {
         let mut homeless = Vec::new();
         for (id, part) in self.parts.iter_mut() {
             part.sent = part.sent.without(gone);
-            let reads = matches!(part.kind, RequestKind::Read | RequestKind::Status);
-            if reads && !part.confirming && part.waiting == gone {
+            if part.kind.reads() && !part.confirming && part.waiting == gone {
                 part.waiting = NodeMask::EMPTY;
                 homeless.push(id);
             }
@@ -99,7 +98,7 @@ impl ImageIo {
                 RequestKind::Flush => {
                     part.waiting.and(self.in_sync_anywhere().with(self.healing())).has(node)
                 }
-                RequestKind::Read | RequestKind::Status if part.waiting.is_empty() => {
+                kind if kind.reads() && part.waiting.is_empty() => {
                     self.sets[part.set as usize].in_sync.without(part.tried).has(node)
                 }
                 _ => {
@@ -419,6 +418,6 @@ impl super::image::Part {
     }
 
     fn is_unsent_read(&self) -> bool {
-        matches!(self.kind, RequestKind::Read | RequestKind::Status) && !self.confirming
+        self.kind.reads() && !self.confirming
     }
 }

@@ -27,6 +27,7 @@
 mod admission;
 mod asks;
 mod background;
+mod changes;
 mod compare;
 mod copier;
 mod emptied;
@@ -125,6 +126,10 @@ pub struct Extent {
     pub length: u32,
     pub hole: bool,
     pub zero: bool,
+    /// The how manieth layer has it, from 1 on; 0: none. Asked by `status`, no more than whether one has.
+    pub depth: u16,
+    /// It was written since so many of the snapshots that `changes` named: the last ones.
+    pub changed: u8,
 }
 
 /// Why a client's request failed.
@@ -143,6 +148,8 @@ pub enum Outcome {
     Done,
     Read(Vec<Run>),
     Extents(Vec<Extent>),
+    /// Shards in which something was written, in order.
+    Shards(Vec<u64>),
     Failed(IoError),
 }
 

@@ -14,17 +14,20 @@
 //! Nothing is repaired: where a block is rotten on a node another one is asked, and the holder, or a scrub,
 //! finds the rot. Only where every node fails does the request fail.
 
+use super::changes::{Changes, Listing, extents_of};
 use super::image::RequestKind;
 use super::reads::{Content, Piece, blocks_asked, choose_reader, content_of, pieces};
 use super::replies::BadReply;
 use super::{Event, Extent, IoError, NodeIndex, NodeMask, Outcome, Output, Token};
 use crate::content::Run;
 use crate::geometry::{Geometry, ImageId, SnapshotId};
+use crate::wire::changes::ChangesAsked;
 use crate::wire::messages::{AttachReader, Head, Session};
 use crate::wire::{self, Frame, Prefix, REPLY, Status, kind};
 use bytes::{Bytes, BytesMut};
 use slab::Slab;
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 const SECOND_NS: u64 = 1_000_000_000;
 /// A reader that is not open by then has failed; so has one of which a replica set refuses for so long.
@@ -70,6 +73,7 @@ struct Request {
     failed: bool,
     runs: Vec<Vec<Run>>,
     extents: Vec<Vec<Extent>>,
+    changes: Changes,
 }
 
 /// A piece of a request, asked of one node at a time.
@@ -82,6 +86,8 @@ struct Part {
     asked: Option<NodeIndex>,
     /// Who failed it.
     tried: NodeMask,
+    set: u32,
+    listing: Listing,
 }
 
 /// The state machine of one reader. Feed it requests, frames and link changes; take `outputs`.
@@ -208,7 +214,9 @@ impl ReaderIo {
         }
         match frame.kind & !REPLY {
             kind::ATTACH_READER => self.take_attach(node, frame.status),
-            kind::READ | kind::STATUS => self.take_read(node, frame)?,
+            kind::READ | kind::STATUS | kind::CHANGES | kind::TOUCHED => {
+                self.take_read(node, frame)?
+            }
             _ => return Err(BadReply("a reply of unknown kind")),
         }
         Ok(())
@@ -254,6 +262,13 @@ impl ReaderIo {
         let Some(part) = self.parts.get(id).filter(known) else { return Ok(()) };
         match frame.status {
             Status::Ok => {}
+            // A snapshot that is compared with has gone; what is read here is there all the same.
+            Status::NoLayers
+                if matches!(part.kind, RequestKind::Changes | RequestKind::Touched) =>
+            {
+                self.ask_another(id, node);
+                return Ok(());
+            }
             Status::NoLayers | Status::NoRecord | Status::NoSession | Status::Deleted => {
                 self.refused(node, frame.status);
                 return Ok(());
@@ -264,13 +279,29 @@ impl ReaderIo {
             }
         }
         let (request, position) = (part.request, part.position);
-        match content_of(frame, part.kind, part.piece.offset, part.piece.length)? {
-            Content::Damaged(_) => {
-                self.ask_another(id, node);
-                return Ok(());
+        let (offset, length) = (part.piece.offset, part.piece.length);
+        match part.kind {
+            RequestKind::Changes => {
+                let request = &mut self.requests[request];
+                let since = request.changes.since.len();
+                request.extents[position] = extents_of(frame, since, offset, length)?;
             }
-            Content::Runs(runs) => self.requests[request].runs[position] = runs,
-            Content::Extents(extents) => self.requests[request].extents[position] = extents,
+            RequestKind::Touched => {
+                let part = &mut self.parts[id];
+                if part.listing.take(frame.head, &mut self.requests[request].changes)? {
+                    part.asked = None;
+                    self.dispatch(id);
+                    return Ok(());
+                }
+            }
+            _ => match content_of(frame, part.kind, offset, length)? {
+                Content::Damaged(_) => {
+                    self.ask_another(id, node);
+                    return Ok(());
+                }
+                Content::Runs(runs) => self.requests[request].runs[position] = runs,
+                Content::Extents(extents) => self.requests[request].extents[position] = extents,
+            },
         }
         self.parts.remove(id);
         self.part_done(request);
@@ -289,35 +320,70 @@ impl ReaderIo {
 
     /// A read of `length` bytes; answered with runs.
     pub fn read(&mut self, token: Token, offset: u64, length: u32) {
-        self.submit(token, RequestKind::Read, offset, length);
+        self.submit(token, RequestKind::Read, offset, length, Changes::default());
     }
 
     /// What the range holds, at block granularity.
     pub fn status(&mut self, token: Token, offset: u64, length: u32) {
-        self.submit(token, RequestKind::Status, offset, length);
+        self.submit(token, RequestKind::Status, offset, length, Changes::default());
     }
 
-    fn submit(&mut self, token: Token, kind: RequestKind, offset: u64, length: u32) {
+    /// What each block of the range is, the layer that it is in, and since which snapshots it was written; the
+    /// newest snapshot first.
+    pub fn changes(&mut self, token: Token, offset: u64, length: u32, since: Arc<[SnapshotId]>) {
+        self.submit(token, RequestKind::Changes, offset, length, Changes::since(since));
+    }
+
+    /// The shards of the range that were written since a snapshot, or ever; answered with `Outcome::Shards`,
+    /// which may name others too.
+    pub fn touched(&mut self, token: Token, offset: u64, length: u64, since: Option<SnapshotId>) {
+        let end = offset.checked_add(length);
+        if end.is_none_or(|end| end > self.spec.geometry.size_bytes) {
+            return self.answer(token, Outcome::Failed(IoError::Io));
+        }
+        let changes = Changes::within(&self.spec.geometry, offset, length, since);
+        self.submit(token, RequestKind::Touched, offset, 0, changes);
+    }
+
+    fn submit(
+        &mut self,
+        token: Token,
+        kind: RequestKind,
+        offset: u64,
+        length: u32,
+        changes: Changes,
+    ) {
         let end = offset.checked_add(u64::from(length));
         let inside = end.is_some_and(|end| end <= self.spec.geometry.size_bytes);
         if self.phase != Phase::Running || !inside {
             let why = if inside { IoError::Shutdown } else { IoError::Io };
             return self.answer(token, Outcome::Failed(why));
         }
-        let pieces = pieces(&self.spec.geometry, offset, length, kind);
+        let geometry = self.spec.geometry;
+        let pieces: Vec<(u32, Piece)> = match kind {
+            RequestKind::Touched => {
+                let piece = Piece { shard: changes.shards.start, offset: 0, length: 0 };
+                (0..geometry.replica_sets).map(|set| (set, piece)).collect()
+            }
+            _ => {
+                let pieces = pieces(&geometry, offset, length, kind).into_iter();
+                pieces.map(|piece| (geometry.replica_set_of(piece.shard), piece)).collect()
+            }
+        };
         let (runs, extents) = (vec![Vec::new(); pieces.len()], vec![Vec::new(); pieces.len()]);
         let parts_left = pieces.len();
-        let request = Request { token, kind, parts_left, failed: false, runs, extents };
+        let request = Request { token, kind, parts_left, failed: false, runs, extents, changes };
         let request = self.requests.insert(request);
         if pieces.is_empty() {
             return self.finish(request);
         }
-        for (position, piece) in pieces.into_iter().enumerate() {
+        for (position, (set, piece)) in pieces.into_iter().enumerate() {
             self.serial = self.serial.wrapping_add(1);
             let (asked, tried) = (None, NodeMask::EMPTY);
             let serial = self.serial;
-            let id =
-                self.parts.insert(Part { serial, request, position, kind, piece, asked, tried });
+            let listing = Listing::default();
+            let part = Part { serial, request, position, kind, piece, asked, tried, set, listing };
+            let id = self.parts.insert(part);
             self.dispatch(id);
         }
     }
@@ -326,10 +392,12 @@ impl ReaderIo {
     fn dispatch(&mut self, id: usize) {
         let part = &self.parts[id];
         let (request, tried, piece) = (part.request, part.tried, part.piece);
-        let set = self.spec.sets[self.spec.geometry.replica_set_of(piece.shard) as usize];
+        let set = self.spec.sets[part.set as usize];
         let untried = set.without(tried);
         let candidates = untried.and(self.attached());
-        let Some(node) = choose_reader(candidates, self.spec.local, &mut self.read_turn) else {
+        let kept = part.listing.node.filter(|node| candidates.has(*node));
+        let chosen = || choose_reader(candidates, self.spec.local, &mut self.read_turn);
+        let Some(node) = kept.or_else(chosen) else {
             let hope = untried.without(self.refusing());
             if hope.is_empty() && !tried.is_empty() {
                 self.parts.remove(id);
@@ -341,9 +409,20 @@ impl ReaderIo {
         let part = &mut self.parts[id];
         part.asked = Some(node);
         let tag = u64::from(part.serial) << 32 | id as u64;
-        let asked = if part.kind == RequestKind::Read { kind::READ } else { kind::STATUS };
-        let io = blocks_asked(piece, 0, 0);
-        self.send(node, asked, tag, |out| io.put(out));
+        let (asked, io) = (part.kind, blocks_asked(piece, 0, 0));
+        let changes = &self.requests[request].changes;
+        match asked {
+            RequestKind::Changes => {
+                let asked = ChangesAsked { io, since: changes.since.clone() };
+                self.send(node, kind::CHANGES, tag, |out| asked.put(out));
+            }
+            RequestKind::Touched => {
+                let asked = part.listing.ask(node, changes, 0);
+                self.send(node, kind::TOUCHED, tag, |out| asked.put(out));
+            }
+            RequestKind::Read => self.send(node, kind::READ, tag, |out| io.put(out)),
+            _ => self.send(node, kind::STATUS, tag, |out| io.put(out)),
+        }
     }
 
     fn dispatch_waiting(&mut self) {
@@ -367,9 +446,10 @@ impl ReaderIo {
         let request = self.requests.remove(request);
         let outcome = match request.kind {
             _ if request.failed => Outcome::Failed(IoError::Io),
-            RequestKind::Status => {
+            RequestKind::Status | RequestKind::Changes => {
                 Outcome::Extents(request.extents.into_iter().flatten().collect())
             }
+            RequestKind::Touched => Outcome::Shards(request.changes.touched.into_iter().collect()),
             _ => Outcome::Read(request.runs.into_iter().flatten().collect()),
         };
         self.answer(request.token, outcome);

@@ -161,7 +161,7 @@ fn extents_of(blocks: &[Block], skip: u32, length: u32) -> Vec<Extent> {
                 Block::Zero => (false, true),
                 Block::Data(_) | Block::Bad => (false, false),
             };
-            Extent { length, hole, zero }
+            Extent { length, hole, zero, depth: u16::from(!hole), changed: 0 }
         })
         .collect()
 }

@@ -614,7 +614,7 @@ impl ImageIo {
     /// Reads of a shard that wait for repairs ask all nodes again.
     fn retry_reads(&mut self, shard: u64) {
         let waits = |part: &super::image::Part| {
-            let reads = matches!(part.kind, RequestKind::Read | RequestKind::Status);
+            let reads = part.kind.reads();
             reads && part.shard == shard && part.waiting.is_empty() && !part.tried.is_empty()
         };
         let parts: Vec<usize> =

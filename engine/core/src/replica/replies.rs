@@ -1,6 +1,7 @@
 //! Answers of the nodes: counted, verified, and turned into answers for the clients.
 
 use super::asks::is_ask;
+use super::changes::extents_of;
 use super::emptied::EMPTIED;
 use super::image::{Clear, ImageIo, Phase, RequestKind};
 use super::level::Leveller;
@@ -39,7 +40,9 @@ impl ImageIo {
         }
         match frame.kind & !REPLY {
             kind::WRITE | kind::ZERO | kind::FLUSH | kind::CONFIRM => self.count(node, frame),
-            kind::READ | kind::STATUS => self.take_read(node, frame),
+            kind::READ | kind::STATUS | kind::CHANGES | kind::TOUCHED => {
+                self.take_read(node, frame)
+            }
             kind::PEEK if frame.tag == EMPTIED => self.take_emptied(node, frame),
             kind::PEEK => self.take_peek(node, frame),
             kind::RECORD => self.take_record(node, frame),
@@ -131,7 +134,10 @@ impl ImageIo {
                 let missing = part.waiting.and(counts).0.count_ones();
                 stored && missing <= u32::from(broken(Rule::AllInSyncAnswer))
             }
-            RequestKind::Read | RequestKind::Status => {
+            RequestKind::Read
+            | RequestKind::Status
+            | RequestKind::Changes
+            | RequestKind::Touched => {
                 part.confirming && part.waiting.and(self.sets[part.set as usize].in_sync).is_empty()
             }
             RequestKind::Pause => false,
@@ -150,7 +156,7 @@ impl ImageIo {
                 self.flush_covered(part.request);
                 self.flush_done(part.clear_sequence);
             }
-            RequestKind::Read | RequestKind::Status | RequestKind::Pause => {}
+            _ => {}
         }
         self.part_done(part.request);
     }
@@ -194,6 +200,14 @@ impl ImageIo {
             return Ok(());
         }
         let good = match frame.status {
+            Status::Ok if self.parts[id].kind == RequestKind::Touched => {
+                if self.take_touched(id, frame)? {
+                    self.parts[id].waiting = NodeMask::EMPTY;
+                    self.dispatch_read(id);
+                    return Ok(());
+                }
+                true
+            }
             Status::Ok => match self.read_content(id, frame)? {
                 None => true,
                 Some(index) => {
@@ -217,6 +231,8 @@ impl ImageIo {
                 self.found_rot(node, shard, block);
                 false
             }
+            // A snapshot that is compared with has gone; the node is well.
+            Status::NoLayers => false,
             status => {
                 self.event(Event::ReplicaFailed { node, status });
                 false
@@ -241,6 +257,12 @@ impl ImageIo {
     fn read_content(&mut self, id: usize, frame: Frame) -> Result<Option<u32>, BadReply> {
         let part = &self.parts[id];
         let (request, position) = (part.request, part.position as usize);
+        if part.kind == RequestKind::Changes {
+            let request = &mut self.requests[request];
+            let since = request.changes.since.len();
+            request.extents[position] = extents_of(frame, since, part.offset, part.length)?;
+            return Ok(None);
+        }
         match content_of(frame, part.kind, part.offset, part.length)? {
             Content::Damaged(index) => return Ok(Some(index)),
             Content::Runs(runs) => self.requests[request].runs[position] = runs,

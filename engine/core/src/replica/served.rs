@@ -2,9 +2,11 @@
 
 use super::replies::BadReply;
 use super::{ImageIo, Instance, IoError, NodeIndex, Outcome, Output, ReaderIo, Token};
+use crate::geometry::SnapshotId;
 use crate::wire::Frame;
 use bytes::Bytes;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 pub enum Served {
     Image(Box<ImageIo>),
@@ -150,6 +152,27 @@ impl Served {
         match self {
             Served::Image(io) => io.status(token, offset, length),
             Served::Reader(io) => io.status(token, offset, length),
+        }
+    }
+
+    pub fn shard_bytes(&self) -> u64 {
+        u64::from(match self {
+            Served::Image(io) => io.spec().geometry.shard_bytes,
+            Served::Reader(io) => io.spec().geometry.shard_bytes,
+        })
+    }
+
+    pub fn changes(&mut self, token: Token, offset: u64, length: u32, since: Arc<[SnapshotId]>) {
+        match self {
+            Served::Image(io) => io.changes(token, offset, length, since),
+            Served::Reader(io) => io.changes(token, offset, length, since),
+        }
+    }
+
+    pub fn touched(&mut self, token: Token, offset: u64, length: u64, since: Option<SnapshotId>) {
+        match self {
+            Served::Image(io) => io.touched(token, offset, length, since),
+            Served::Reader(io) => io.touched(token, offset, length, since),
         }
     }
 

@@ -1,6 +1,7 @@
 //! From a client's request to frames: cutting at shard and payload boundaries, ordering by block,
 //! choosing the replica that a read goes to.
 
+use super::changes::{Changes, Listing};
 use super::image::{ImageIo, Part, Phase, Request, RequestKind};
 use super::lag::Timing;
 use super::locks::Mode;
@@ -54,6 +55,19 @@ impl ImageIo {
         flags: u8,
         payload: Bytes,
     ) {
+        let changes = Changes::default();
+        self.submit_request(token, kind, (offset, length), flags, payload, changes);
+    }
+
+    pub(super) fn submit_request(
+        &mut self,
+        token: Token,
+        kind: RequestKind,
+        (offset, length): (u64, u32),
+        flags: u8,
+        payload: Bytes,
+        changes: Changes,
+    ) {
         let end = offset.checked_add(u64::from(length));
         let inside = end.is_some_and(|end| end <= self.spec.geometry.size_bytes);
         let refusal = match self.phase {
@@ -82,6 +96,7 @@ impl ImageIo {
             error: None,
             runs: Vec::new(),
             extents: Vec::new(),
+            changes,
         };
         let id = self.requests.insert(request);
         if !self.hold_back(id) {
@@ -114,17 +129,18 @@ impl ImageIo {
             error: None,
             runs: Vec::new(),
             extents: Vec::new(),
+            changes: Changes::default(),
         })
     }
 
     pub(super) fn enter(&mut self, id: usize, kind: RequestKind, offset: u64, length: u32) {
-        if kind == RequestKind::Flush || length == 0 {
+        if matches!(kind, RequestKind::Flush | RequestKind::Touched) || length == 0 {
             return self.start(id);
         }
         let mode = match kind {
             RequestKind::Write | RequestKind::Zero => Mode::Write,
             RequestKind::Pause => Mode::Pause,
-            RequestKind::Read | RequestKind::Status | RequestKind::Flush => Mode::Read,
+            _ => Mode::Read,
         };
         if self.locks.enter(id, Self::block_range(offset, length), mode) {
             self.start(id);
@@ -137,6 +153,7 @@ impl ImageIo {
         let (kind, length) = (request.kind, request.length);
         match kind {
             RequestKind::Flush => return self.start_flush(id),
+            RequestKind::Touched => return self.start_touched(id),
             RequestKind::Pause => {
                 let known = self.repair_paused(id) || self.scrub_paused(id);
                 assert!(known, "who pauses writes is known");
@@ -152,7 +169,9 @@ impl ImageIo {
         request.parts_left = pieces.len() as u32;
         match kind {
             RequestKind::Read => request.runs.resize_with(pieces.len(), Vec::new),
-            RequestKind::Status => request.extents.resize_with(pieces.len(), Vec::new),
+            RequestKind::Status | RequestKind::Changes => {
+                request.extents.resize_with(pieces.len(), Vec::new)
+            }
             _ => {}
         }
         let mut payload = std::mem::take(&mut request.payload);
@@ -164,13 +183,13 @@ impl ImageIo {
             };
             let part = self.new_part(id, position as u32, kind, piece, flags, payload);
             match kind {
-                RequestKind::Read | RequestKind::Status => self.dispatch_read(part),
-                _ => self.dispatch_write(part),
+                RequestKind::Write | RequestKind::Zero => self.dispatch_write(part),
+                _ => self.dispatch_read(part),
             }
         }
     }
 
-    fn new_part(
+    pub(super) fn new_part(
         &mut self,
         request: usize,
         position: u32,
@@ -209,6 +228,7 @@ impl ImageIo {
             marks: Vec::new(),
             clear_sequence: 0,
             timing: Timing::default(),
+            listing: Listing::default(),
         })
     }
 
@@ -275,9 +295,11 @@ impl ImageIo {
         let part = &self.parts[id];
         let (request, in_sync) = (part.request, self.sets[part.set as usize].in_sync);
         let (shard, untried) = (part.shard, in_sync.without(part.tried));
-        let (up, gated) = (self.up(), self.gated(part.shard));
+        let (up, gated) = (self.up(), self.gated_of(part));
         let fresh = untried.and(up).without(gated);
-        let Some(node) = choose_reader(fresh, self.spec.local, &mut self.read_turn) else {
+        let kept = part.listing.node.filter(|node| fresh.has(*node));
+        let chosen = || choose_reader(fresh, self.spec.local, &mut self.read_turn);
+        let Some(node) = kept.or_else(chosen) else {
             let absent = untried.without(up);
             if !untried.and(gated).is_empty() || !absent.is_empty() {
                 // It waits for them, or until the shard is level.
@@ -286,7 +308,7 @@ impl ImageIo {
                     self.demand(shard)
                 };
             }
-            if self.may_be_repaired(id) {
+            if self.parts[id].kind != RequestKind::Touched && self.may_be_repaired(id) {
                 return;
             }
             // Every replica has failed it.
@@ -299,16 +321,21 @@ impl ImageIo {
         part.waiting = NodeMask::one(node);
         part.sent = part.waiting;
         let piece = Piece { shard: part.shard, offset: part.offset, length: part.length };
-        let io = blocks_asked(piece, self.spec.epoch, self.spec.generation);
-        let frame_kind = if part.kind == RequestKind::Read { kind::READ } else { kind::STATUS };
-        self.send(NodeMask::one(node), frame_kind, 0, tag, &Bytes::new(), |out| io.put(out));
+        let (asked, io) = (part.kind, blocks_asked(piece, self.spec.epoch, self.spec.generation));
+        let node = NodeMask::one(node);
+        match asked {
+            RequestKind::Read => {
+                self.send(node, kind::READ, 0, tag, &Bytes::new(), |out| io.put(out))
+            }
+            RequestKind::Changes => self.ask_changes(node, tag, request, io),
+            RequestKind::Touched => node.iter().for_each(|node| self.ask_touched(node, id)),
+            _ => self.send(node, kind::STATUS, 0, tag, &Bytes::new(), |out| io.put(out)),
+        }
     }
 
     /// Reads and status questions that found no replica are tried again.
     pub(super) fn dispatch_parked_reads(&mut self) {
-        let is_parked = |part: &Part| {
-            matches!(part.kind, RequestKind::Read | RequestKind::Status) && part.waiting.is_empty()
-        };
+        let is_parked = |part: &Part| part.kind.reads() && part.waiting.is_empty();
         let parked = self.parts.iter().filter(|(_, part)| is_parked(part));
         let parked: Vec<usize> = parked.map(|(id, _)| id).collect();
         for id in parked {
@@ -432,10 +459,8 @@ impl ImageIo {
         match part.kind {
             RequestKind::Write | RequestKind::Zero => self.send_change(id, missing),
             RequestKind::Flush => self.send_flush(id, missing),
-            RequestKind::Read | RequestKind::Status if part.confirming => {
-                self.send_confirm(id, missing);
-            }
-            RequestKind::Read | RequestKind::Status | RequestKind::Pause => {}
+            _ if part.confirming => self.send_confirm(id, missing),
+            _ => {}
         }
     }
 

@@ -556,7 +556,7 @@ fn instance_of(hello: &HelloReply) -> Instance {
 
 fn answered(outcome: Outcome) -> Answered {
     match outcome {
-        Outcome::Done | Outcome::Extents(_) => Answered::Done,
+        Outcome::Done | Outcome::Extents(_) | Outcome::Shards(_) => Answered::Done,
         Outcome::Failed(IoError::Io) => Answered::Failed,
         Outcome::Failed(IoError::NoSpace) => Answered::Full,
         Outcome::Failed(IoError::Shutdown) => Answered::Shutdown,

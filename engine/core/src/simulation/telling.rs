@@ -5,7 +5,7 @@ use crate::wire::copies::{PeerFetch, Pull};
 use crate::wire::messages::{Copy, Flush, Head, Io, Level, ShardRange, take_write};
 use crate::wire::{Frame, kind};
 
-const NAMES: [(u8, &str); 20] = [
+const NAMES: [(u8, &str); 22] = [
     (kind::PING, "PING"),
     (kind::PEEK, "PEEK"),
     (kind::RECORD, "RECORD"),
@@ -17,6 +17,8 @@ const NAMES: [(u8, &str); 20] = [
     (kind::ZERO, "ZERO"),
     (kind::READ, "READ"),
     (kind::STATUS, "STATUS"),
+    (kind::CHANGES, "CHANGES"),
+    (kind::TOUCHED, "TOUCHED"),
     (kind::FLUSH, "FLUSH"),
     (kind::CLEAR, "CLEAR"),
     (kind::DIRTY, "DIRTY"),

@@ -116,6 +116,16 @@ impl ImageRecord {
         (!merge.from.is_empty()).then_some(merge)
     }
 
+    /// Of each layer of the chain, the how manieth it is from 1 on. What is merged counts as where it goes.
+    pub fn depths(&self, chain: &Chain) -> Vec<u16> {
+        let mut depth = 0;
+        let depths = chain.layers().iter().map(|layer| {
+            depth += u16::from(!self.merging.contains(layer));
+            depth
+        });
+        depths.collect()
+    }
+
     /// The layers that the snapshot is seen through; none where it is not one of this record's.
     pub fn layers_of(&self, snapshot: &SnapshotId) -> Option<&[LayerId]> {
         let below = &self.chain.layers()[1..];

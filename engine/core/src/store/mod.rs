@@ -42,6 +42,7 @@ mod sync;
 #[cfg(test)]
 mod tests;
 mod torn;
+mod touched;
 mod usage;
 mod window;
 mod write;

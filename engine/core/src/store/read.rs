@@ -127,6 +127,26 @@ impl Store {
         outcome
     }
 
+    /// As `status`, with the layer that each block was found in.
+    #[allow(clippy::too_many_arguments)]
+    pub fn origins(
+        &mut self,
+        image: &ImageId,
+        layers: &[LayerId],
+        shard: u64,
+        first_block: u32,
+        blocks: u32,
+        origins: &mut Vec<(BlockState, LayerId)>,
+    ) -> Result<(), StoreError> {
+        let mut found = std::mem::take(&mut self.scratch);
+        let outcome = self.look_up(image, layers, shard, (first_block, blocks), &mut found);
+        if outcome.is_ok() {
+            origins.extend(found.iter().map(|found| (found.state, found.layer)));
+        }
+        self.scratch = found;
+        outcome
+    }
+
     /// `read`, with the checksum of each data block beside its state, and the content to wherever the
     /// caller wants it.
     #[allow(clippy::too_many_arguments)]

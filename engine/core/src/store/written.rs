@@ -20,7 +20,7 @@ use super::{Store, StoreError};
 pub const WRITTEN_PER_PAGE: usize = 8192;
 /// Shard files and folders that one page looks into at most.
 const FILES_PER_PAGE: usize = 64;
-const FOLDERS_PER_PAGE: u32 = 256;
+pub(super) const FOLDERS_PER_PAGE: u32 = 256;
 
 /// Where a listing stands: `place` 0 is the memory of the store, later ones are folders and, where layers are
 /// being merged, memory once more.
@@ -40,12 +40,12 @@ pub struct WrittenPage {
 }
 
 /// What a place of a listing stands for.
-enum Stop {
+pub(super) enum Stop {
     Memory,
     Folder(LayerId, u64),
 }
 
-fn stop_at(place: u32, merging: &[LayerId], others: &[LayerId]) -> Option<Stop> {
+pub(super) fn stop_at(place: u32, merging: &[LayerId], others: &[LayerId]) -> Option<Stop> {
     let folder = |layers: &[LayerId], at: u32| {
         let layer = layers.get((at / FOLDERS) as usize)?;
         Some(Stop::Folder(*layer, u64::from(at % FOLDERS)))

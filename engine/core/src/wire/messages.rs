@@ -161,12 +161,12 @@ impl Head for Record {
     }
 }
 
-fn put_snapshot(out: &mut BytesMut, snapshot: SnapshotId) {
+pub(super) fn put_snapshot(out: &mut BytesMut, snapshot: SnapshotId) {
     out.put_u32_le(snapshot.layer);
     out.put_u64_le(snapshot.generation);
 }
 
-fn take_snapshot(f: &mut Fields) -> Result<SnapshotId, Short> {
+pub(super) fn take_snapshot(f: &mut Fields) -> Result<SnapshotId, Short> {
     Ok(SnapshotId { layer: f.u32()?, generation: f.u64()? })
 }
 

@@ -1,4 +1,4 @@
-//! Frames of the protocol of gateways and nodes, version 4, without I/O. The bytes are specified in
+//! Frames of the protocol of gateways and nodes, version 5, without I/O. The bytes are specified in
 //! `docs/wire.md`; every constant and layout below has its section there.
 //!
 //! A frame is a 28-byte prefix, a head (its layout depends on the kind) and a payload. The prefix and
@@ -8,6 +8,7 @@
 //! What this module refuses: a frame whose lengths are beyond the limits, whose checksum is wrong or
 //! whose head does not fit its kind. All three end the connection, never anything else.
 
+pub mod changes;
 pub mod codec;
 pub mod copies;
 mod frame;
@@ -18,7 +19,7 @@ pub use frame::{Frame, FrameReader, Prefix, decode, encode};
 /// Opens every HELLO head (docs/wire.md, "Hello"); its layout is the same in all versions.
 pub const MAGIC: [u8; 8] = *b"HCIWIRE\n";
 /// The protocol version that this code speaks.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 /// Bytes of a frame's prefix.
 pub const PREFIX_BYTES: usize = 28;
 /// Largest head. A full block summary of a 64 MiB shard (16,384 × 25 bytes) fits.
@@ -56,6 +57,8 @@ pub mod kind {
     pub const WRITTEN: u8 = 37;
     pub const SCRUB: u8 = 38;
     pub const PULL: u8 = 39;
+    pub const CHANGES: u8 = 45;
+    pub const TOUCHED: u8 = 46;
 }
 
 /// Flag bits.
@@ -100,7 +103,8 @@ pub enum Status {
     Deleted = 13,
     /// Too many dirty shards: flush, clear, ask again.
     DirtyFull = 14,
-    /// ATTACH_READER: the node has no such frozen layers, or not all that is in them.
+    /// ATTACH_READER: the node has no such frozen layers, or not all that is in them. CHANGES and TOUCHED: its
+    /// record does not name that snapshot.
     NoLayers = 15,
     /// PULL: the source cannot be reached, or does not give what was asked for.
     Unreachable = 16,

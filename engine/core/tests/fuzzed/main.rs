@@ -11,6 +11,9 @@ use hci_engine_core::checksum::crc32c;
 use hci_engine_core::content::Block;
 use hci_engine_core::geometry::{ImageId, SnapshotId, Tag};
 use hci_engine_core::nbd::constants::{EXTENDED_REQUEST_MAGIC, IHAVEOPT, REQUEST_MAGIC};
+use hci_engine_core::wire::changes::{
+    ChangedRun, ChangesAsked, ChangesReply, Held, TouchedAsked, TouchedReply,
+};
 use hci_engine_core::wire::copies::{PeerFetch, Pull, Source};
 use hci_engine_core::wire::messages::{
     Attach, AttachReader, BlocksReply, Copy, DirtyEntry, DirtyFrom, DirtyReply, Flush, Head, Hello,
@@ -69,6 +72,19 @@ fn samples() -> Vec<(u8, Vec<u8>)> {
     let indexes = vec![0, 1, 5, 9];
     let (layer, shard, shard_generation, blocks) = (1, 5, 2, tagged());
     let copy = Copy { epoch: 3, generation: 2, layer, shard, shard_generation, indexes, blocks };
+    let since = [SnapshotId { layer: 2, generation: 5 }, SnapshotId { layer: 1, generation: 2 }];
+    let changes = ChangesAsked { io: IO, since: since.into() };
+    let run = ChangedRun { blocks: 2, held: Held::Data, depth: 1, changed: 2 };
+    let touched = TouchedAsked {
+        epoch: 3,
+        since: Some(since[0]),
+        first_shard: 1,
+        end_shard: 9,
+        generation: 2,
+        place: 1,
+        shard: 5,
+    };
+    let page = TouchedReply { generation: 2, next: Some((1, 5)), shards: vec![1, 5] };
     let above = WrittenAbove { epoch: 3, generation: 2, place: 1, shard: 5 };
     let written = WrittenReply { next: Some((1, 5)), shards: vec![1, 5] };
     let digest = [6; 32];
@@ -113,6 +129,10 @@ fn samples() -> Vec<(u8, Vec<u8>)> {
         (kind::FETCH | REPLY, bytes_of(&blocks_reply)),
         (kind::COPY, bytes_of(&copy)),
         (kind::LEVEL, bytes_of(&Level { epoch: 3, shards: vec![5, 6] })),
+        (kind::CHANGES, bytes_of(&changes)),
+        (kind::CHANGES | REPLY, bytes_of(&ChangesReply { runs: vec![run] })),
+        (kind::TOUCHED, bytes_of(&touched)),
+        (kind::TOUCHED | REPLY, bytes_of(&page)),
         (kind::WRITTEN, bytes_of(&above)),
         (kind::WRITTEN | REPLY, bytes_of(&written)),
         (kind::SCRUB, bytes_of(&range)),
@@ -135,6 +155,7 @@ fn each_head_is_checked_and_none_is_forgotten() {
     let kinds = (kind::HELLO..=kind::PEER_FETCH)
         .chain(kind::WRITE..=kind::READ_INTO)
         .chain(kind::DIRTY..=kind::PULL)
+        .chain(kind::CHANGES..=kind::TOUCHED)
         .filter(|kind| !headless.contains(kind));
     for kind in kinds {
         assert!(samples.iter().any(|(sample, _)| *sample == kind), "kind {kind}");

@@ -1,6 +1,7 @@
 //! Any bytes as a client's handshake, whole and byte by byte: no panic, little kept, equal answers.
 
 use bytes::BytesMut;
+use hci_engine_core::geometry::SnapshotId;
 use hci_engine_core::nbd::{
     Answer, ExportInfo, Handshake, Limits, ProtocolError, Query, Step, TlsMode,
 };
@@ -8,6 +9,10 @@ use hci_engine_core::nbd::{
 fn answer(query: &Query) -> Answer {
     match query {
         Query::List => Answer::Names(vec!["vms/a".to_owned()]),
+        Query::Snapshots { name } => Answer::Snapshots(vec![
+            (name.clone(), SnapshotId { layer: 1, generation: 2 }),
+            ("a".to_owned(), SnapshotId { layer: 7, generation: 9 }),
+        ]),
         Query::Info { name } | Query::Go { name } | Query::ExportName { name } => {
             match name.bytes().next() {
                 None => Answer::Unavailable("not now".to_owned()),

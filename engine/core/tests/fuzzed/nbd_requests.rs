@@ -18,7 +18,7 @@ fn session(replies: ReplyStyle) -> Session {
         },
         limits: Limits { max_payload: MAX_PAYLOAD, ..Limits::default() },
         replies,
-        contexts: Contexts { allocation: Some(1), depth: None },
+        contexts: Contexts { allocation: Some(1), depth: None, ..Contexts::default() },
         no_zeroes: true,
     }
 }

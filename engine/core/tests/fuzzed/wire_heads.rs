@@ -3,6 +3,7 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 use hci_engine_core::content::Block;
+use hci_engine_core::wire::changes::{ChangesAsked, ChangesReply, TouchedAsked, TouchedReply};
 use hci_engine_core::wire::copies::{PeerFetch, Pull};
 use hci_engine_core::wire::messages::{
     Attach, AttachReader, BlocksReply, Copy, DirtyFrom, DirtyReply, Flush, Head, Hello, HelloReply,
@@ -22,6 +23,8 @@ const REPLY_TO_DIRTY: u8 = kind::DIRTY | REPLY;
 const REPLY_TO_SUMMARY: u8 = kind::SUMMARY | REPLY;
 const REPLY_TO_FETCH: u8 = kind::FETCH | REPLY;
 const REPLY_TO_WRITTEN: u8 = kind::WRITTEN | REPLY;
+const REPLY_TO_CHANGES: u8 = kind::CHANGES | REPLY;
+const REPLY_TO_TOUCHED: u8 = kind::TOUCHED | REPLY;
 const REPLY_TO_SCRUB: u8 = kind::SCRUB | REPLY;
 const REPLY_TO_PULL: u8 = kind::PULL | REPLY;
 const REPLY_TO_PEER_FETCH: u8 = kind::PEER_FETCH | REPLY;
@@ -85,6 +88,10 @@ pub fn is_head(kind: u8, head: Bytes) -> Option<bool> {
         kind::LEVEL => takes::<Level>(head),
         kind::WRITTEN => takes::<WrittenAbove>(head),
         REPLY_TO_WRITTEN => takes::<WrittenReply>(head),
+        kind::CHANGES => takes::<ChangesAsked>(head),
+        REPLY_TO_CHANGES => takes::<ChangesReply>(head),
+        kind::TOUCHED => takes::<TouchedAsked>(head),
+        REPLY_TO_TOUCHED => takes::<TouchedReply>(head),
         _ => return None,
     })
 }

@@ -1,6 +1,7 @@
 //! What a client sends, and a driver that plays a whole handshake.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
+use hci_engine_core::geometry::SnapshotId;
 use hci_engine_core::nbd::constants::{
     EXTENDED_REQUEST_MAGIC, IHAVEOPT, OPTION_REPLY_MAGIC, REQUEST_MAGIC,
 };
@@ -21,7 +22,7 @@ pub fn disk() -> ExportInfo {
 
 pub fn session(replies: ReplyStyle) -> Session {
     let allocation = (replies != ReplyStyle::Simple).then_some(1);
-    let contexts = Contexts { allocation, depth: None };
+    let contexts = Contexts { allocation, depth: None, ..Contexts::default() };
     Session { export: disk(), limits: Limits::default(), replies, contexts, no_zeroes: true }
 }
 
@@ -103,6 +104,11 @@ pub fn extended_request(
 pub fn catalog(query: &Query) -> Answer {
     match query {
         Query::List => Answer::Names(vec!["vms/a".to_owned(), "vms/busy".to_owned()]),
+        Query::Snapshots { name } if name == "vms/a" => Answer::Snapshots(vec![
+            ("monday".to_owned(), SnapshotId { layer: 1, generation: 2 }),
+            ("tuesday".to_owned(), SnapshotId { layer: 2, generation: 5 }),
+        ]),
+        Query::Snapshots { name } => Answer::Unknown(format!("there is no image {name}")),
         Query::Info { name } | Query::Go { name } | Query::ExportName { name } => match &**name {
             "vms/a" => Answer::Export(disk()),
             "vms/busy" => Answer::Refused("vms/busy is open on gateway2".to_owned()),

@@ -230,13 +230,18 @@ fn list_meta_context_knows_base_allocation_and_the_wildcard() {
         kinds(&[structured()], option(opt::LIST_META_CONTEXT, &meta_data("vms/a", queries)))
     };
     let found = [rep::META_CONTEXT, rep::ACK];
-    assert_eq!(list(&[]), [rep::META_CONTEXT, rep::META_CONTEXT, rep::ACK]);
-    assert_eq!(list(&["base:", "qemu:"]), [rep::META_CONTEXT, rep::META_CONTEXT, rep::ACK]);
+    let all = [&[rep::META_CONTEXT; 4][..], &[rep::ACK]].concat();
+    assert_eq!(list(&[]), all);
+    assert_eq!(list(&["base:", "qemu:"]), all);
     assert_eq!(list(&["base:"]), found);
     assert_eq!(list(&["x-other:y", BASE_ALLOCATION, "base:"]), found);
     assert_eq!(list(&["base:other"]), [rep::ACK]);
-    assert_eq!(list(&["qemu:"]), found);
-    assert_eq!(list(&["qemu:dirty-bitmap:"]), [rep::ACK]);
+    assert_eq!(list(&["qemu:"]), all[1..]);
+    assert_eq!(list(&["qemu:dirty-bitmap:"]), all[2..]);
+    assert_eq!(list(&["qemu:dirty-bitmap:monday"]), found);
+    assert_eq!(list(&["qemu:dirty-bitmap:sunday"]), [rep::ACK]);
+    let unknown = option(opt::LIST_META_CONTEXT, &meta_data("vms/none", &["qemu:"]));
+    assert_eq!(kinds(&[structured()], unknown), [rep::ERR_UNKNOWN]);
 }
 
 #[test]
@@ -247,6 +252,16 @@ fn set_meta_context_selects_only_by_full_name() {
     assert_eq!(set(&["base:", "qemu:"]), [rep::ACK]);
     assert_eq!(set(&["qemu:allocation-depth"]), [rep::META_CONTEXT, rep::ACK]);
     assert_eq!(set(&["qemu:dirty-bitmap:x"]), [rep::ACK]);
+    assert_eq!(set(&["qemu:dirty-bitmap:"]), [rep::ACK]);
+    assert_eq!(set(&["qemu:dirty-bitmap:monday"]), [rep::META_CONTEXT, rep::ACK]);
+    let both = ["qemu:dirty-bitmap:monday", "qemu:dirty-bitmap:tuesday", BASE_ALLOCATION];
+    assert_eq!(set(&both), [rep::META_CONTEXT, rep::META_CONTEXT, rep::META_CONTEXT, rep::ACK]);
+    let session = opened(&[structured(), set_meta("vms/a", &both), go("vms/a")]);
+    let layers: Vec<u32> = session.contexts.since.iter().map(|snapshot| snapshot.layer).collect();
+    assert_eq!((layers, &session.contexts.dirty[..]), (vec![2, 1], &[4, 3][..]), "newest first");
+    assert_eq!(session.contexts.floor(), None, "holes are asked for in all layers");
+    let session = opened(&[structured(), set_meta("vms/a", &both[..1]), go("vms/a")]);
+    assert_eq!(session.contexts.floor().map(|snapshot| snapshot.layer), Some(1));
 }
 
 #[test]

@@ -120,8 +120,10 @@ fn error_with_a_long_message_stays_a_valid_string() {
 fn status(flags: u16, length: u64, extents: &[(u64, u32)]) -> Vec<(u32, u32)> {
     let mut session = session(ReplyStyle::Structured);
     session.limits.max_extents = 3;
-    let extents: Vec<_> =
-        extents.iter().map(|&(length, flags)| Extent { length, flags, depth: 0 }).collect();
+    let extents: Vec<_> = extents
+        .iter()
+        .map(|&(length, flags)| Extent { length, flags, depth: 0, changed: 0 })
+        .collect();
     let mut out = Collected::default();
     block_status(&mut out, &session, &request(Command::BlockStatus, flags, 0, length), &extents);
     let (_, _, mut payload) = chunks(&out.0).remove(0);

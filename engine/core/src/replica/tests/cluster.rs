@@ -17,11 +17,13 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 
 pub const NODES: usize = 3;
 pub const IMAGE: ImageId = ImageId([0xA1; 16]);
-const SHARD_BYTES: u32 = 1 << 20;
+pub const SHARD_BYTES: u32 = 1 << 20;
 /// Requests go to regions of two blocks on either side of a shard's end, of two shards each.
-const REGIONS: usize = 4;
+pub const REGIONS: usize = 4;
 const REGION_SECTORS: usize = 4 * BLOCK_BYTES as usize / SECTOR;
 const SECTORS: usize = REGIONS * REGION_SECTORS;
+/// Asks what the guest never does.
+const INQUIRER: Token = Token { client: 99, cookie: 0 };
 const IN_FLIGHT_MAX: usize = 10;
 
 /// What may happen to nodes.
@@ -89,6 +91,10 @@ pub struct Cluster {
     freezes: u64,
     /// What each layer that is no longer the top held, with those below, when nothing changed any more.
     pub frozen: BTreeMap<LayerId, Vec<u8>>,
+    /// What `inquire` was answered.
+    told: Option<Outcome>,
+    /// Requests that nodes have failed.
+    pub failures: usize,
 }
 
 fn rots(faults: Faults) -> NodeMask {
@@ -169,6 +175,8 @@ impl Cluster {
             removals: false,
             freezes: 0,
             frozen: BTreeMap::new(),
+            told: None,
+            failures: 0,
         };
         (0..NODES).for_each(|node| cluster.connect(node));
         cluster
@@ -383,6 +391,7 @@ impl Cluster {
                         link.to_node.push_back(frame.expect("a whole frame"));
                     }
                 }
+                Output::Answer { token, outcome } if token == INQUIRER => self.told = Some(outcome),
                 Output::Answer { token, outcome } => self.answered(token.cookie, outcome),
                 Output::Event(Event::Closed { clean }) => self.closed = Some(clean),
                 Output::Event(event @ Event::Frozen { .. }) => {
@@ -391,6 +400,10 @@ impl Cluster {
                     let (layers, top) = (self.io.spec().layers.clone(), self.policy.record.top);
                     let content = self.content_of(node, &layers);
                     self.frozen.insert(top, content);
+                    self.events.push_back((event, None));
+                }
+                Output::Event(event @ Event::ReplicaFailed { .. }) => {
+                    self.failures += 1;
                     self.events.push_back((event, None));
                 }
                 Output::Event(Event::Lags { .. } | Event::WritesLost { .. }) => {}
@@ -432,6 +445,14 @@ impl Cluster {
             7 => self.zero(first, sectors),
             _ => self.flush(),
         }
+    }
+
+    /// What the holder answers to a question of another client.
+    pub fn inquire(&mut self, ask: impl FnOnce(&mut ImageIo, Token)) -> Outcome {
+        ask(&mut self.io, INQUIRER);
+        self.carry_out();
+        self.settle();
+        self.told.take().expect("an answer")
     }
 
     fn token(&mut self, asked: Asked) -> Token {

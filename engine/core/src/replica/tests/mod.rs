@@ -1,5 +1,6 @@
 //! The holder's side of replication against real stores: seeded histories of a small cluster.
 
+mod changes;
 mod cluster;
 mod freezes;
 mod full;

@@ -16,18 +16,18 @@ const SECOND_NS: u64 = 1_000_000_000;
 /// Connections of the reader's gateway; the holder's have low numbers.
 const CONNECTION: u64 = 1 << 40;
 
-struct Reading {
-    io: ReaderIo,
+pub struct Reading {
+    pub io: ReaderIo,
     now_ns: u64,
     /// The reader's connection to each node.
     links: [Option<u64>; NODES],
     connections: u64,
-    events: Vec<Event>,
-    answers: Vec<(u64, Outcome)>,
+    pub events: Vec<Event>,
+    pub answers: Vec<(u64, Outcome)>,
 }
 
 impl Reading {
-    fn new(cluster: &Cluster, layers: &[LayerId]) -> Reading {
+    pub fn new(cluster: &Cluster, layers: &[LayerId]) -> Reading {
         let generation = cluster.policy.record.frozen[layers[0] as usize];
         Reading::of(cluster, layers, generation, NodeMask((1 << NODES) - 1))
     }
@@ -59,11 +59,11 @@ impl Reading {
         self.io.link_up(node as NodeIndex);
     }
 
-    fn connect_all(&mut self) {
+    pub fn connect_all(&mut self) {
         (0..NODES).for_each(|node| self.connect(node));
     }
 
-    fn cut(&mut self, cluster: &mut Cluster, node: usize) {
+    pub fn cut(&mut self, cluster: &mut Cluster, node: usize) {
         if let Some(connection) = self.links[node].take() {
             cluster.nodes[node].end_connection(connection);
             self.io.link_down(node as NodeIndex);
@@ -71,7 +71,7 @@ impl Reading {
     }
 
     /// Nodes answer until nothing more is asked.
-    fn run(&mut self, cluster: &mut Cluster) {
+    pub fn run(&mut self, cluster: &mut Cluster) {
         while let Some(output) = self.io.outputs.pop_front() {
             match output {
                 Output::Send { node, head, payload } => {
@@ -461,7 +461,7 @@ fn a_reader_changes_nothing() {
 /// Kinds that a reader may ask, and those that need no session.
 fn is_for_anybody(kind: u8) -> bool {
     use kind::*;
-    let read = [READ, STATUS, CONFIRM, DETACH].contains(&kind);
+    let read = [READ, STATUS, CHANGES, TOUCHED, CONFIRM, DETACH].contains(&kind);
     read || [PING, PEEK, RECORD, ATTACH, ATTACH_READER].contains(&kind)
 }
 
