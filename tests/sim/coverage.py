@@ -119,7 +119,7 @@ HISTORIES = (
             ("dirty shards count as newer", "a generation outlives its entry",
              "what a shrink cuts off is discarded", "dropped layers go",
              "merges fill gaps", "what is merged keeps its generation",
-             "merged before it is compared")),
+             "merged before it is compared", "changes are since a snapshot")),
     Covered("11", "a clone is read through a stale parent", waits_for="clones"),
     Covered("12", "an image is created while a set moves", waits_for="placement moves"),
     Covered("13", "a snapshot differs by a write in flight",
