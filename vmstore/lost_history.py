@@ -27,6 +27,16 @@ def is_behind(error: HciError) -> bool:
     return isinstance(error, HistoryLost | RecordsLost | UnknownImage)
 
 
+def is_gone(image: OpenImage, error: HciError) -> bool:
+    """Whether etcd holds nothing of an image that no client has: it was deleted as it was healed.
+
+    Its nodes say so where they are asked; nobody may ask them any more.
+    """
+    nothing = isinstance(error, UnknownImage)
+    nothing |= isinstance(error, HistoryLost) and error.found == (0, 0)
+    return image.maintenance and nothing
+
+
 class LostHistory:
     """Marks an etcd that is behind, and looks what became of it; for the deciding thread.
 

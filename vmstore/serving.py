@@ -41,7 +41,7 @@ from vmstore.healing import HealLimits
 from vmstore.holder import OPEN_LIMIT_S, Holder
 from vmstore.holding import Held
 from vmstore.leases import Leases
-from vmstore.lost_history import LostHistory, is_behind
+from vmstore.lost_history import LostHistory, is_behind, is_gone
 from vmstore.names import ImageName
 from vmstore.open_image import OpenImage
 from vmstore.orders import Orders
@@ -412,6 +412,8 @@ class Serving(ABC):
             elif isinstance(error, LeaseMoved):
                 # Taken again while the change was on its way: it is asked for under the new one.
                 self._hear(image, events.MembershipDelayed(str(error)))
+            elif is_gone(image, error):
+                self._hear(image, events.Lost(str(error)))
             elif is_behind(error):
                 # What needs no change goes on: the nodes know whose the image is.
                 self._hear(image, events.MembershipDelayed(str(error)))

@@ -23,7 +23,7 @@ from vmstore.channels import Channels
 from vmstore.deciding import Deciding
 from vmstore.errors import RecordChanged
 from vmstore.holding import Held
-from vmstore.lost_history import LostHistory, is_behind
+from vmstore.lost_history import LostHistory, is_behind, is_gone
 from vmstore.open_image import OpenImage
 from vmstore.standing import Phase
 
@@ -145,6 +145,8 @@ class Sessions:
             if isinstance(error, EtcdError | RecordChanged):
                 # Without it the next gateway that is asked would take the image from its guest.
                 self._deciding.after(RELEASE_RETRY_S, lambda: self.retake(image))
+            elif is_gone(image, error):
+                self._hear(image, events.Lost(str(error)))
             elif is_behind(error):
                 self._history.suspect(image, error)
                 self._deciding.after(RELEASE_RETRY_S, lambda: self.retake(image))

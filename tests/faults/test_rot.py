@@ -267,34 +267,35 @@ def test_block_bad_everywhere_fails_alone_until_it_is_overwritten(rotting: DevCl
 
 @pytest.mark.parametrize("killed", ["gateway", "node2"])
 def test_scrub_that_is_interrupted_goes_on(rotting: DevCluster, killed: str) -> None:
-    shard = write_to_files(rotting, "slow")[-1]
+    slow = f"slow-{killed}"
+    shard = write_to_files(rotting, slow)[-1]
     with slow_scrub(rotting):
-        files(rotting, "node2", "slow")[shard].flip(blocks_of(rotting, "node2", "slow", shard)[5])
-        rotting.hci("scrub", "start", f"{POOL}/slow")
-        until("it is under way", lambda: (status(rotting, "slow")["done"] or 0) > 0.1)
+        files(rotting, "node2", slow)[shard].flip(blocks_of(rotting, "node2", slow, shard)[5])
+        rotting.hci("scrub", "start", f"{POOL}/{slow}")
+        until("it is under way", lambda: (status(rotting, slow)["done"] or 0) > 0.1)
         assert not rotting.try_hci("status").returncode
         victims = rotting.gateways if killed == "gateway" else [killed]
         for victim in victims:
             rotting.kill(victim)
         for victim in victims:
             rotting.run(victim)
-        until("it is through", lambda: status(rotting, "slow")["state"] == "done")
-    line = status(rotting, "slow")
+        until("it is through", lambda: status(rotting, slow)["state"] == "done")
+    line = status(rotting, slow)
     # What was found since it was last saved is repaired, and not counted again.
     assert line["found"] == line["repaired"] <= 1
-    await_in_sync(rotting, "slow")
+    await_in_sync(rotting, slow)
     if killed in line["missed"]:
         # If it was away when the turn of its rot came, which is said, the next scrub finds it: the
         # one asked for, or one of what was missed, which begins by itself and goes on counting.
-        again = scrub(rotting, "slow")
+        again = scrub(rotting, slow)
         assert not again["missed"]
         assert again["found"] == again["repaired"] <= 1
-    repairs = f"event=bitrot_repaired image={POOL}/slow "
+    repairs = f"event=bitrot_repaired image={POOL}/{slow} "
     logs = [Path(rotting.members()[each]["log"]).read_text() for each in rotting.gateways]
     assert sum(log.count(repairs) for log in logs) <= 1, "what is repaired is found again"
     # Whichever of them repaired it: every block of every node is read, and the rot is gone.
-    until("the image is closed", lambda: rotting.info("slow")["clean"])
-    rotting.must_be_equal("slow")
+    until("the image is closed", lambda: rotting.info(slow)["clean"])
+    rotting.must_be_equal(slow)
 
 
 def test_image_that_is_scrubbed_opens_at_once_at_another_gateway(rotting: DevCluster) -> None:

@@ -119,7 +119,7 @@ HISTORIES = (
             ("dirty shards count as newer", "a generation outlives its entry",
              "what a shrink cuts off is discarded", "dropped layers go",
              "merges fill gaps", "what is merged keeps its generation",
-             "merged before it is compared")),
+             "merged before it is compared", "changes are since a snapshot")),
     Covered("11", "a clone is read through a stale parent",
             ("clone_is_not_read_through_a_parent_that_is_stale_there",
              "clone_finds_that_its_parent_was_lost_and_both_are_healed",

@@ -50,6 +50,23 @@ def test_image_that_was_deleted_while_its_gateway_stood_still_is_no_lost_history
     gateway.until(lambda: gateway.open_images == 0, "the image is not let go")
 
 
+@pytest.mark.parametrize("confirmed", [False, True])
+def test_image_that_was_deleted_as_it_was_healed_is_let_go(
+    gateway: ScriptedGateway, confirmed: bool
+) -> None:
+    # No node was asked any more, which would have said so: it was healed for ever.
+    gateway.catalog.init_cluster("c" * 32)
+    gateway.exports.maintain(gateway.name, scrub=True)
+    gateway.until(lambda: bool(gateway.exports.serving()), "it is not opened")
+    channel, image = gateway.exports.snapshot()[0].channel, gateway.record.id
+    for member in gateway.catalog.delete_image(gateway.name).awaits or ():
+        if confirmed:
+            gateway.catalog.confirm_deleted(image, member)
+    gateway.engine.emit("replica_down", channel=channel, node=0, blocking=True)
+    gateway.until(lambda: not gateway.exports.snapshot(), "it is not let go")
+    assert gateway.catalog.lost() is None
+
+
 @pytest.mark.parametrize("wiped", [False, True])
 def test_gateway_says_that_etcd_is_behind_what_it_holds(
     gateway: ScriptedGateway, wiped: bool
