@@ -13,6 +13,8 @@ use super::written::{
 };
 use super::{Store, StoreError, View};
 
+type Layers = Vec<(ImageId, LayerId)>;
+
 impl Store {
     /// Gives the shards of `range` of which any of the layers of `view` may have something, from `from` on. What
     /// the log has of other layers of these images counts as well.
@@ -28,8 +30,7 @@ impl Store {
             self.image(image).is_some_and(|record| record.merging.contains(layer))
         };
         let layers = view.all_layers();
-        let (merging, others): (Vec<(ImageId, LayerId)>, Vec<(ImageId, LayerId)>) =
-            layers.partition(goes);
+        let (merging, others): (Layers, Layers) = layers.partition(goes);
         let mut shards = BTreeSet::new();
         let mut at = from;
         while let Some(stop) = stop_at(at.place, &merging, &others) {
