@@ -73,7 +73,7 @@ def test_two_runs_of_a_seed_of_each_kind_give_the_same_history(tmp_path: Path) -
     for run, out in told:
         assert run.wait(timeout=500) == 0, out.read_text()[-2000:]
     histories = [
-        re.split(r"^(?=seed \d+, )", out.read_text(), flags=re.MULTILINE)[1:] for _, out in told
+        re.split(r"^(?=seed -?\d+, )", out.read_text(), flags=re.MULTILINE)[1:] for _, out in told
     ]
     assert len(histories[0]) == len(KINDS)
     for kind, one, other in zip(KINDS, *histories, strict=True):
